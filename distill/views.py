@@ -1,0 +1,42 @@
+"""What flows between the data, the two branches and the objective in one step.
+
+B batch   L local crops   V = 2 + L student crops   K prototypes (or head outputs)   P patches   D width
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Views:
+    """All crops of one batch, already normalised, on the device."""
+
+    globals: Tensor  # (2, B, 3, G, G) float32
+    locals: Tensor  # (L, B, 3, S, S) float32; L may be 0
+    index: Tensor  # (B,) int64, the samples' places in the source
+    masks: Tensor | None = None  # (2, B, P) bool, True where a patch is masked; RoB-iBOT only
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the target branch says of the global crops: probabilities, never in the autograd graph.
+
+    Dense: ``probs`` holds every column and ``columns`` is None. Sparse (stored targets): ``probs`` (2, B, k) belong to
+    ``columns`` (2, B, k) and the rest of the mass, ``tail`` (2, B), is spread over the other columns.
+    """
+
+    probs: Tensor  # (2, B, K), rows sum to 1; or (2, B, k)
+    columns: Tensor | None = None  # (2, B, k) int64
+    tail: Tensor | None = None  # (2, B)
+    patch_probs: Tensor | None = None  # (2, B, P, K_patch)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the student says of every crop: logits before the temperature, in the autograd graph."""
+
+    crops: Tensor  # (V, B, K), the two global crops first
+    patches: Tensor | None = None  # (2, B, P, K_patch)

@@ -1,0 +1,1 @@
+"""Accuracy, fidelity and the report that decides what is deployed."""

@@ -1,0 +1,1 @@
+"""A student becomes a Bundle: one format, one precision, and the proof that it still answers the same."""

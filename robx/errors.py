@@ -1,0 +1,51 @@
+"""Every error that robx raises for its user.
+
+RobxError                 one clear line that says what to do; exit status 2
+├── InputError            a file, folder, name or option that the user gave is wrong
+│   └── CorruptImage      one image that cannot be decoded; skipped and counted, up to a budget
+├── ArtifactError         a Student, Bundle or checkpoint is damaged, tampered with, or too new
+├── MissingExtra          an optional package is not installed; names the extra
+├── DeviceError           the device cannot be reached, or failed midway
+└── GateFailed            the export is written, but no rung of what was asked for passed; exit status 3
+
+The command line prints the message and exits with ``exit_status``. Anything that is not a RobxError is a defect of robx
+and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class RobxError(Exception):
+    """The root: a message that names the offending value and what to do."""
+
+    exit_status = 2
+
+
+class InputError(RobxError):
+    """A file, folder, name or option that the user gave is wrong."""
+
+
+class CorruptImage(InputError):
+    """One image that cannot be decoded."""
+
+
+class ArtifactError(RobxError):
+    """A Student, Bundle, checkpoint or record is damaged, tampered with, or of a newer schema."""
+
+
+class MissingExtra(RobxError):
+    """An optional package is missing; the message names it, the extra that brings it, and the cause."""
+
+    def __init__(self, package: str, extra: str, *, purpose: str, cause: BaseException | None = None) -> None:
+        why = f" ({cause})" if cause is not None else ""
+        super().__init__(f"{purpose} needs the package {package}{why}: pip install 'robx[{extra}]'")
+
+
+class DeviceError(RobxError):
+    """The device cannot be reached, or failed midway."""
+
+
+class GateFailed(RobxError):
+    """No rung of the precision that was asked for passed; the fallback was written."""
+
+    exit_status = 3

@@ -1,0 +1,172 @@
+"""Writing, hashing and locking files: the only place in robx that renames one.
+
+A reader sees either the old file or the new one, whole, whatever happens to the writer (power cut included): write
+beside the target, flush, fsync, rename, fsync the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from robx.errors import ArtifactError, InputError, RobxError
+
+# A manifest, record or recipe larger than this is not one.
+MAX_JSON_BYTES = 64 * 1024 * 1024
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file, then put it in `path`'s place.
+
+    On any failure `path` is what it was before and no temporary file stays.
+
+    Raises:
+        RobxError: no space, no permission, or the folder is gone; the message says which.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)  # noqa: PTH105 (the one rename; patched by the fault tests)
+        _fsync_folder(path.parent)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` atomically."""
+    write_atomically(path, lambda temporary: _write_all(temporary, data))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` atomically, as UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` atomically as indented JSON; NaN and infinity are refused."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
+    """Parse a JSON file of at most `limit` bytes.
+
+    Raises:
+        ArtifactError: missing, unreadable, too large, or not JSON.
+    """
+    try:
+        if path.stat().st_size > limit:
+            raise ArtifactError(f"{path} is larger than {limit} bytes: not a file that robx wrote")
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing: give a folder that robx wrote, or write it again") from None
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is not valid JSON ({error}): it is damaged; write it again") from error
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a fresh folder that takes `path`'s place, whole, when the block succeeds.
+
+    A folder of that name is replaced. If the block raises, `path` is what it was before.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        temporary.chmod(0o755)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    try:
+        yield temporary
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        if path.exists():
+            os.replace(path, old)  # noqa: PTH105
+        os.replace(temporary, path)  # noqa: PTH105
+        _fsync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone; a second robx on it is refused, a dead one's lock is taken over.
+
+    Raises:
+        InputError: another live process holds it; the message has its process id.
+    """
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    with file:
+        try:
+            # The kernel drops the lock with its process, so none is ever stale.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read(32).strip() or "unknown"
+            raise InputError(f"{folder} is in use by process {holder}: wait for it, or choose another folder") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise InputError when the file system of `folder` has fewer than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(f"{folder} has {free / 1e6:.0f} MB free and {needed / 1e6:.0f} MB are needed: free some space")
+
+
+def unwritable(path: Path, error: OSError) -> RobxError:
+    """The RobxError for an OSError met while writing `path`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return InputError(f"no space left to write {path}: free some space and run the same command again")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return InputError(f"{path} cannot be written ({error.strerror}): choose another folder or fix its permissions")
+    return InputError(f"{path} cannot be written: {error.strerror or error}")
+
+
+def _write_all(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,86 @@
+"""Decoding one image, and making it a model's input. Pillow and numpy only: the device runs this too."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from robx.errors import CorruptImage
+
+if TYPE_CHECKING:
+    from robx.records import Preprocessing
+
+# 178 megapixels is Pillow's own bomb limit: more than any camera makes, and half a gigabyte once decoded.
+MAX_PIXELS = 178_956_970
+MAX_FILE_BYTES = 256 * 1024 * 1024
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+# Past this aspect ratio the resized image would be huge and its centre crop is all that is used.
+_MAX_ASPECT = 20
+
+
+def decode(data: bytes, *, name: str) -> Image.Image:
+    """Decode an encoded image to 8-bit RGB, upright.
+
+    EXIF rotation is applied, transparency is laid on white, 16-bit is scaled to 8, CMYK and palettes are converted.
+
+    Raises:
+        CorruptImage: not an image, truncated, or more pixels than MAX_PIXELS; the message has `name`.
+    """
+    if len(data) > MAX_FILE_BYTES:
+        raise CorruptImage(f"{name}: {len(data)} bytes is more than an image should have")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > MAX_PIXELS:
+                raise CorruptImage(f"{name}: {image.width} x {image.height} pixels is a decompression bomb")
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    except CorruptImage:
+        raise
+    except (
+        Exception
+    ) as error:  # Pillow's plugins raise whatever their parser meets: OSError, ValueError, struct.error …
+        raise CorruptImage(f"{name}: cannot be decoded ({error or type(error).__name__})") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any Pillow mode as RGB."""
+    if image.mode == "RGB":
+        return image
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.float64)
+        scale = 255.0 / 65535.0 if values.max(initial=0) > 255 else 1.0
+        return Image.fromarray(np.clip(values * scale, 0, 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        layered = image.convert("RGBA")
+        white = Image.new("RGBA", layered.size, "white")
+        return Image.alpha_composite(white, layered).convert("RGB")
+    return image.convert("RGB")
+
+
+def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """Shorter side to ``size``, then the centre ``crop`` square, as torchvision's Resize and CenterCrop."""
+    size, crop = preprocessing.size, preprocessing.crop
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    if long > _MAX_ASPECT * short:
+        left, top = (width - short) // 2, (height - short) // 2
+        image = image.crop((left, top, left + short, top + short))
+        width = height = long = short
+    scaled = (size, int(size * long / short)) if width <= height else (int(size * long / short), size)
+    image = image.resize(scaled, _FILTERS[preprocessing.interpolation])
+    left, top = round((scaled[0] - crop) / 2), round((scaled[1] - crop) / 2)
+    return image.crop((left, top, left + crop, top + crop))
+
+
+def preprocess(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """An RGB image as the model's input, float32 (3, crop, crop)."""
+    pixels = np.asarray(resize_and_crop(image, preprocessing), dtype=np.float32) / np.float32(255)
+    mean = np.asarray(preprocessing.mean, dtype=np.float32)
+    std = np.asarray(preprocessing.std, dtype=np.float32)
+    return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))

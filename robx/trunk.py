@@ -1,0 +1,81 @@
+"""Building, saving and loading a student's trunk: the one place where robx asks timm for a network."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from robx.errors import ArtifactError, InputError
+from robx.files import new_folder, sha256_file
+from robx.records import Student, load_student, save_student
+
+
+def build_trunk(timm_name: str, *, drop_path: float = 0.0) -> nn.Module:
+    """A timm model without its classifier and without weights; its output is the embedding, (N, D).
+
+    A ViT answers with its CLS token and takes any image size that its patches divide (96-px local crops).
+
+    Raises:
+        InputError: timm has no model of that name; the nearest names are offered.
+    """
+    if not timm.is_model(timm_name):
+        near = difflib.get_close_matches(timm_name, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "robx students lists some; timm.list_models() lists all"
+        raise InputError(f"unknown student {timm_name!r}: {hint}")
+    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    if is_vit(timm_name):
+        options |= {"global_pool": "token", "dynamic_img_size": True}
+    model: nn.Module = timm.create_model(timm_name, pretrained=False, num_classes=0, **options)
+    return model
+
+
+def is_vit(timm_name: str) -> bool:
+    """Whether timm builds this name as a plain VisionTransformer."""
+    return timm.model_entrypoint(timm_name).__module__.endswith("vision_transformer")
+
+
+def embedding_width(trunk: nn.Module) -> int:
+    """D, the width of what the trunk answers; MobileNetV3's is wider than its ``num_features``."""
+    width: int = getattr(trunk, "head_hidden_size", None) or trunk.num_features  # type: ignore[assignment]
+    return width
+
+
+def save_trunk(folder: Path, trunk: nn.Module, student: Student) -> Student:
+    """Write a Student's folder, whole or not at all; returns the record with the weights' hash filled in."""
+    with new_folder(folder) as temporary:
+        weights = temporary / "student.safetensors"
+        state = {k: v.detach().cpu().contiguous() for k, v in trunk.state_dict().items()}
+        save_file(state, weights, metadata={"format": "pt", "timm_name": student.timm_name})
+        student = dataclasses.replace(student, sha256=sha256_file(weights))
+        save_student(student, temporary)
+    return student
+
+
+def load_trunk(folder: Path) -> tuple[Student, nn.Module]:
+    """A Student's record and its trunk, in eval mode, on the CPU, in float32.
+
+    Raises:
+        ArtifactError: damaged, tampered with, or weights that do not fit the network.
+    """
+    student = load_student(folder)
+    trunk = build_trunk(student.timm_name)
+    try:
+        trunk.load_state_dict(load_file(folder / "student.safetensors"))
+    except Exception as error:
+        first = str(error).strip().splitlines()[0]
+        raise ArtifactError(f"{folder}: the weights do not fit {student.timm_name} ({first}): distil again") from error
+    return student, trunk.eval()
+
+
+@torch.inference_mode()
+def embed(trunk: nn.Module, pixels: Tensor) -> Tensor:
+    """Embeddings (N, D) in float32 of preprocessed pixels (N, 3, H, W)."""
+    features: Tensor = trunk(pixels)
+    return features.float()

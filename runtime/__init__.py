@@ -1,0 +1,1 @@
+"""An exported model on the device: the same answers, its latency and its memory."""
