@@ -92,7 +92,7 @@ class BundleFile:
     """One file of a Bundle, relative to its folder."""
 
     path: str
-    role: Literal["model", "weights", "recipe", "operators", "labels", "notes"]
+    role: Literal["model", "weights", "recipe", "engine", "operators", "labels", "notes"]
     bytes: int
     sha256: str
 
