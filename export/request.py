@@ -5,12 +5,12 @@ Each builder is one function in one file, called lazily from build.py:
     build(model: nn.Module | None, onnx_path: Path, request: ExportRequest, folder: Path,
           calibration: np.ndarray | None) -> BuiltModel
 
-`model` is the float32 trunk (with its head) in eval mode, rewritten for export: pixels in, embedding (and logits) out. A
-builder that converts from PyTorch uses it; one that converts from ONNX uses `onnx_path`, which is self-contained and
-checked, already in ``request.precision`` for TensorRT (fp16 tensors, or explicit int8 Q/DQ) and float32 for every other
-format. `calibration` is float32 (N, 3, H, W), preprocessed as in deployment, present whenever ``request.precision`` is
-"int8". The builder writes its files into `folder`, which exists and is empty, and raises a RobxError child in one line
-when it cannot.
+`model` is the float32 trunk (with its head) in eval mode, rewritten for export: pixels in, embedding (and logits)
+out. A builder that converts from PyTorch uses it; one that converts from ONNX uses `onnx_path`, which is self-contained
+and checked, already in ``request.precision`` for TensorRT (fp16 tensors, or explicit int8 Q/DQ) and float32 for every
+other format. `calibration` is float32 (N, 3, H, W), preprocessed as in deployment, present whenever
+``request.precision`` is "int8". The builder writes its files into `folder`, which exists and is empty, and raises a
+RobxError child in one line when it cannot.
 """
 
 from __future__ import annotations
