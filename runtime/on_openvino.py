@@ -1,0 +1,89 @@
+"""OpenVINO IR and ONNX models in OpenVINO; the engine form is on_onnxruntime.py's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_HINTS = {"f32": "f32", "f16": "f16", "bf16": "bf16"}
+
+
+def open_model(folder: str, manifest: dict[str, Any], settings: dict[str, Any]) -> OpenVinoModel:
+    """Open a bundle's model file.
+
+    Args:
+        folder: the bundle's folder.
+        manifest: its manifest.json, parsed.
+        settings: ``threads`` (int >= 1) and, optionally, ``provider`` (cpu, gpu or npu) and ``precision_hint``
+            (f32, f16 or bf16: what the float operations compute in).
+
+    Raises:
+        ImportError: openvino is not installed.
+        RuntimeError: the file is no model, or the device is another than the one asked for.
+    """
+    return OpenVinoModel(folder, manifest, settings)
+
+
+class OpenVinoModel:
+    """One compiled model with one stream and one request, tuned for the latency of a single image."""
+
+    def __init__(self, folder: str, manifest: dict[str, Any], settings: dict[str, Any]) -> None:
+        import openvino as ov
+
+        device = str(settings.get("provider") or "cpu").upper()
+        threads, hint = int(settings.get("threads") or 1), str(settings.get("precision_hint") or "f32")
+        if hint not in _HINTS:
+            raise RuntimeError(f"unknown precision hint {hint!r}: one of {', '.join(_HINTS)}")
+        # Left alone, the CPU plugin picks bf16 by itself where the processor has it.
+        config = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "INFERENCE_PRECISION_HINT": _HINTS[hint]}
+        if device == "CPU":
+            config["INFERENCE_NUM_THREADS"] = str(threads)
+            config["ENABLE_CPU_PINNING"] = "NO"  # the runner's own affinity holds
+        path = Path(folder) / next(f["path"] for f in manifest["files"] if f["role"] == "model")
+        try:
+            core = ov.Core()
+            # The request crashes when its compiled model is collected first, so both are kept.
+            self._compiled = core.compile_model(core.read_model(str(path)), device, config)
+            self._request = self._compiled.create_infer_request()
+        except Exception as error:  # its bindings raise RuntimeError and others
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = lines[-1] if lines else type(error).__name__
+            raise RuntimeError(f"openvino cannot open {path.name} on {device}: {reason}") from error
+        self._facts: dict[str, Any] = {"engine": "openvino", "version": str(ov.__version__), "precision_hint": hint}
+        self._facts.update(_properties(self._compiled))
+        if self._facts["provider"] != [device]:
+            raise RuntimeError(f"openvino runs on {self._facts['provider']} and {device} was asked for")
+        self._dtype = np.dtype(manifest["inputs"][0]["dtype"])
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """Embeddings, float32 (N, D), of preprocessed images, float32 (N, 3, H, W)."""
+        array = np.ascontiguousarray(images, dtype=self._dtype)
+        output = self._request.infer([array], share_inputs=True)[0]
+        return np.array(output, dtype=np.float32)
+
+    def facts(self) -> dict[str, Any]:
+        """What really runs."""
+        return dict(self._facts)
+
+    def close(self) -> None:
+        """Free the request, then the compiled model."""
+        self._request = None
+        self._compiled = None
+
+
+def _properties(compiled: Any) -> dict[str, Any]:
+    """What the compiled model says of itself, not what was asked for."""
+    found: dict[str, Any] = {
+        # Some plugins answer with an index, "GPU.0".
+        "provider": [str(device).split(".")[0] for device in compiled.get_property("EXECUTION_DEVICES")],
+        "fallback": False,
+        "performance_hint": "LATENCY",
+    }
+    for name, key in (("INFERENCE_NUM_THREADS", "threads"), ("NUM_STREAMS", "streams")):
+        try:
+            found[key] = int(compiled.get_property(name))
+        except Exception:  # the property is the plugin's own affair: a GPU has no threads
+            found[key] = None
+    return found

@@ -1,0 +1,66 @@
+"""A Student in torch: the reference that every engine is compared with. It runs on the host only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def open_model(folder: str, manifest: dict[str, Any], settings: dict[str, Any]) -> TorchModel:
+    """Open a Student's folder.
+
+    Args:
+        folder: the one with student.safetensors and student.json.
+        manifest: unused; the engine form has it.
+        settings: ``threads`` (int >= 1) and, optionally, ``provider`` (cpu or cuda).
+
+    Raises:
+        ImportError: torch or timm is not installed.
+        RuntimeError: there is no CUDA device and one was asked for.
+    """
+    return TorchModel(folder, settings)
+
+
+class TorchModel:
+    """The trunk in float32, in eval mode."""
+
+    def __init__(self, folder: str, settings: dict[str, Any]) -> None:
+        import torch
+
+        from robx.trunk import load_trunk
+
+        self._device = str(settings.get("provider") or "cpu")
+        if self._device not in ("cpu", "cuda"):
+            raise RuntimeError(f"unknown provider {self._device!r}: torch runs on cpu or cuda")
+        if self._device == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("torch finds no CUDA device")
+        self._torch, self._threads = torch, int(settings.get("threads") or 1)
+        self._trunk = load_trunk(Path(folder))[1].to(self._device)
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """Embeddings, float32 (N, D), of preprocessed images, float32 (N, 3, H, W)."""
+        before = self._torch.get_num_threads()
+        self._torch.set_num_threads(self._threads)
+        try:
+            with self._torch.inference_mode():
+                pixels = self._torch.from_numpy(np.array(images, dtype=np.float32))
+                features: np.ndarray = self._trunk(pixels.to(self._device)).float().cpu().numpy()
+        finally:
+            self._torch.set_num_threads(before)
+        return features
+
+    def facts(self) -> dict[str, Any]:
+        """What really runs."""
+        return {
+            "engine": "torch",
+            "version": str(self._torch.__version__),
+            "provider": self._device,
+            "threads": self._threads,
+            "fallback": False,
+        }
+
+    def close(self) -> None:
+        """Free the trunk."""
+        self._trunk = None  # type: ignore[assignment]

@@ -1,0 +1,210 @@
+"""Session: one opened model, whatever runs it. `open_session` is the visible match from a bundle to its engine."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Literal, Protocol, Self
+
+import numpy as np
+
+from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra, RobxError
+from robx.records import Bundle, Student, load_bundle, load_student, to_json
+
+ENGINES = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "executorch", "litert", "ncnn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionSettings:
+    """How a model is run. Nothing is left to the engine's own choice."""
+
+    threads: int = 1  # within one operator; between operators there is always one
+    provider: str | None = None  # the engine's device: cpu, cuda, gpu, npu, ...; None is the engine's plainest
+    precision_hint: Literal["f32", "f16", "bf16"] = "f32"  # what floats compute in, where an engine may choose
+
+    def __post_init__(self) -> None:
+        """Refuse "automatic" threads: a figure without them says nothing."""
+        if self.threads < 1:
+            raise InputError(f"threads is {self.threads}: give the number of threads, 1 or more")
+
+
+class Model(Protocol):
+    """What an engine file's ``open_model`` returns."""
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """Embeddings (N, D) of float32 (N, 3, H, W); N is the bundle's batch where that is fixed."""
+
+    def facts(self) -> dict[str, Any]:
+        """Engine, version, provider, threads, as they really are."""
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
+class Session(Protocol):
+    """An opened Bundle or Student."""
+
+    bundle: Bundle | Student
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """Embeddings, float32 (N, D), of preprocessed images, float32 (N, 3, H, W)."""
+
+    def facts(self) -> dict[str, Any]:
+        """Engine, version, provider, threads, as they really are."""
+
+    def close(self) -> None:
+        """Free what it holds; a second call does nothing."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def open_session(path: Path, settings: SessionSettings | None = None) -> Session:
+    """Open a Bundle's folder in its engine, or a Student's folder in torch.
+
+    Raises:
+        InputError: `path` is neither.
+        ArtifactError: damaged or tampered with.
+        MissingExtra: the engine is not installed; the message has the extra that brings it.
+        DeviceError: the engine is there and cannot run the model on this machine.
+    """
+    settings = settings or SessionSettings()
+    record = load_record(path)
+    if isinstance(record, Student):
+        engine, name = importlib.import_module("robx.runtime.on_torch"), "torch"
+    else:
+        engine, name = engine_module(record), record.runtime
+    try:
+        model = engine.open_model(str(path), to_json(record), asdict(settings))
+    except RobxError:
+        raise
+    except ImportError as error:
+        raise MissingExtra(name, extra_for(name), purpose=f"opening {path}", cause=error) from error
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DeviceError(f"{path} cannot be run here: {first}") from error
+    return OpenModel(record, model)
+
+
+def load_record(path: Path) -> Bundle | Student:
+    """The verified record of a Bundle's or a Student's folder.
+
+    Raises:
+        InputError: `path` is neither.
+        ArtifactError: damaged or tampered with.
+    """
+    if (path / "manifest.json").is_file():
+        return load_bundle(path)
+    if (path / "student.json").is_file():
+        return load_student(path)
+    raise InputError(
+        f"{path} is neither a bundle (manifest.json) nor a student (student.json): give one that robx wrote"
+    )
+
+
+def engine_module(bundle: Bundle) -> ModuleType:
+    """The engine file that runs `bundle`.
+
+    Raises:
+        ArtifactError: robx cannot run this format (Core ML runs on Apple's systems only).
+    """
+    match bundle.runtime:
+        case "onnxruntime":
+            return importlib.import_module("robx.runtime.on_onnxruntime")
+        case "openvino":
+            return importlib.import_module("robx.runtime.on_openvino")
+        case "tensorrt" | "tensorrt_rtx":
+            return importlib.import_module("robx.runtime.on_tensorrt")
+        case "executorch":
+            return importlib.import_module("robx.runtime.on_executorch")
+        case "litert":
+            return importlib.import_module("robx.runtime.on_litert")
+        case "ncnn":
+            return importlib.import_module("robx.runtime.on_ncnn")
+        case other:
+            raise ArtifactError(
+                f"robx has no engine {other!r} for a bundle of format {bundle.format}: run it elsewhere"
+            )
+
+
+def extra_for(runtime: str) -> str:
+    """The extra of robx that brings an engine; the engines of the core come with "robx[all]" too."""
+    return {
+        "openvino": "openvino",
+        "tensorrt": "trt",
+        "tensorrt_rtx": "trt-rtx",
+        "executorch": "executorch",
+        "litert": "litert",
+        "ncnn": "ncnn",
+    }.get(runtime, "all")
+
+
+class OpenModel:
+    """The Session of any engine: checks the input once, and splits it where the bundle's batch is fixed."""
+
+    def __init__(self, record: Bundle | Student, model: Model) -> None:
+        self.bundle = record
+        self._model: Model | None = model
+        crop = record.preprocessing.crop
+        shape = record.inputs[0].shape if isinstance(record, Bundle) else (None, 3, crop, crop)
+        self._batch, self._image_shape = shape[0], shape[1:]
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """Embeddings, float32 (N, D), of preprocessed images, float32 (N, 3, H, W).
+
+        Raises:
+            InputError: another dtype or shape.
+            DeviceError: the session is closed, or the engine failed.
+        """
+        if self._model is None:
+            raise DeviceError("the session is closed: open it again")
+        fits = images.ndim == 4 and all(
+            want in (None, have) for want, have in zip(self._image_shape, images.shape[1:], strict=True)
+        )
+        if images.dtype != np.float32 or not fits or not len(images):
+            expected = ("N", *self._image_shape)
+            raise InputError(f"images are {images.dtype} {images.shape} and the model takes float32 {expected}")
+        try:
+            return run_in_batches(self._model, images, self._batch)
+        except Exception as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DeviceError(f"the engine failed on a batch of {len(images)}: {first}") from error
+
+    def facts(self) -> dict[str, Any]:
+        """Engine, version, provider, threads, as they really are."""
+        if self._model is None:
+            raise DeviceError("the session is closed: open it again")
+        return self._model.facts()
+
+    def close(self) -> None:
+        """Free the engine's model; a second call does nothing."""
+        model, self._model = self._model, None
+        if model is not None:
+            model.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def run_in_batches(model: Model, images: np.ndarray, batch: int | None) -> np.ndarray:
+    """`images` through a model whose batch may be fixed: pieces of `batch`, the last one filled up and cut."""
+    if batch is None or len(images) == batch:
+        return model.run(images)
+    pieces = []
+    for start in range(0, len(images), batch):
+        piece = images[start : start + batch]
+        short = batch - len(piece)
+        if short:
+            piece = np.concatenate([piece, np.repeat(piece[-1:], short, axis=0)])
+        pieces.append(model.run(piece)[: batch - short])
+    return np.concatenate(pieces)
