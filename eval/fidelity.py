@@ -1,0 +1,288 @@
+"""A candidate's embeddings against its fp32 reference's, on the same images: how close, and what it costs a user.
+
+The headline is what happens in the field: a linear probe trained on the reference's features, frozen, then applied to
+the candidate's. Beside it: centred cosine (the set's mean taken away first, since embeddings share a large common part
+that flatters plain cosine), relative error, neighbours kept, weighted kNN with the reference's bank, sanity checks.
+
+M judged images   N bank images   D width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from robx.errors import InputError
+from robx.eval.knn import TEMPERATURE, nearest, vote
+from robx.eval.verdict import (
+    Decision,
+    accuracy_value,
+    discordant,
+    drop_value,
+    mean_value,
+    non_inferiority,
+    quantile_value,
+)
+from robx.records import Precision, Value, Verdict
+
+if TYPE_CHECKING:
+    from robx.eval.probe import Probe
+
+KNN_K = 20
+LEAST_UNLABELLED = 100  # images: fewer say nothing of the 1 % quantile
+# Least mean and least 1 % quantile of the centred cosine; they decide alone only where there are no labels.
+COSINE_LIMITS: dict[Precision, tuple[float, float]] = {
+    "fp32": (0.99999, 0.9999),
+    "fp16": (0.9999, 0.999),
+    "int8": (0.99, 0.95),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bank:
+    """What the reference says of labelled training images, and the probe trained on it; made once a student."""
+
+    features: np.ndarray  # float32 (N, D), the reference's
+    labels: np.ndarray  # int64 (N,), 0 <= label < classes
+    classes: int
+    probe: Probe  # trained on `features`, then frozen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The result of `fidelity`: every figure, the paired decisions behind the verdict, and the reasons in words."""
+
+    values: dict[str, Value]
+    decisions: dict[Literal["probe", "knn"], Decision]
+    verdict: Verdict
+    reasons: tuple[str, ...]
+
+
+def make_bank(features: np.ndarray, labels: np.ndarray, *, classes: int) -> Bank:
+    """Keep the labelled rows of `features` (N, D) and train the probe on them."""
+    from robx.eval.probe import fit_probe
+
+    keep = labels >= 0
+    features, labels = features[keep], labels[keep]
+    return Bank(features=features, labels=labels, classes=classes, probe=fit_probe(features, labels, classes=classes))
+
+
+def centred_cosine(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
+    """Cosine (M,) of each pair of rows after the reference set's mean row is taken from both; (M, D) each.
+
+    A candidate row that is not finite counts as -1. Where both rows are the mean itself the cosine is 1.
+    """
+    _check_pair(reference, candidate)
+    mean = reference.mean(axis=0, dtype=np.float64)
+    first, second = reference - mean, candidate.astype(np.float64) - mean
+    finite = np.isfinite(second).all(axis=1)
+    second[~finite] = 0
+    lengths = np.linalg.norm(first, axis=1), np.linalg.norm(second, axis=1)
+    product = lengths[0] * lengths[1]
+    cosine: np.ndarray = np.einsum("md,md->m", first, second) / np.where(product > 0, product, 1)
+    np.clip(cosine, -1, 1, out=cosine)
+    cosine[(lengths[0] == 0) & (lengths[1] == 0)] = 1
+    cosine[~finite] = -1
+    return cosine
+
+
+def relative_error(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
+    """|candidate - reference| / |reference| of each row (M,); a candidate row that is not finite counts as 1."""
+    _check_pair(reference, candidate)
+    gap = np.linalg.norm(candidate.astype(np.float64) - reference, axis=1)
+    length = np.linalg.norm(reference.astype(np.float64), axis=1)
+    error = gap / np.maximum(length, np.finfo(np.float32).tiny)
+    return np.where(np.isfinite(error), error, 1.0)
+
+
+def broken(reference: np.ndarray, candidate: np.ndarray) -> list[str]:
+    """What makes the candidate useless whatever its accuracy: NaN, infinity, one answer for all; [] if sound."""
+    _check_pair(reference, candidate)
+    finite = np.isfinite(candidate).all(axis=1)
+    if not finite.all():
+        return [f"{np.count_nonzero(~finite)} of {len(candidate)} embeddings hold NaN or infinity"]
+    if len(candidate) > 1 and _spread(candidate) <= 1e-4 * _spread(reference):
+        return [f"the embedding is the same for all {len(candidate)} images: the output is constant"]
+    return []
+
+
+def fidelity(
+    reference: np.ndarray,
+    candidate: np.ndarray,
+    *,
+    labels: np.ndarray | None = None,
+    bank: Bank | None = None,
+    margin: float = 1.0,
+    precision: Precision = "int8",
+    class_names: Sequence[str] | None = None,
+) -> Comparison:
+    """Compare the candidate's embeddings (M, D) with the reference's of the same images.
+
+    Args:
+        reference: fp32 embeddings (M, D).
+        candidate: the same images' embeddings by the candidate.
+        labels: int64 (M,), negative where unlabelled; the task figures need them and a `bank`.
+        bank: the reference's labelled training features (`make_bank`).
+        margin: the drop of accuracy that is tolerated, in percentage points.
+        precision: picks the cosine limits, which decide where there are no labels and are only noted where there are.
+        class_names: names for the reasons.
+
+    Raises:
+        InputError: shapes that do not pair.
+    """
+    faults = broken(reference, candidate)
+    cosine = centred_cosine(reference, candidate)
+    values = _closeness(reference, candidate, cosine)
+    notes = _cosine_shortfalls(values, precision)
+    decisions: dict[Literal["probe", "knn"], Decision] = {}
+    if bank is not None:
+        task, decisions, remarks = _task(reference, candidate, labels, bank, margin, class_names)
+        values |= task
+        notes += remarks
+    else:
+        values["neighbour_overlap"] = neighbour_overlap(reference, candidate)
+    if faults:
+        return Comparison(values=values, decisions=decisions, verdict="FAIL", reasons=(*faults, *notes))
+    if "probe" in decisions:
+        decided = decisions["probe"]
+        reasons = tuple(f"frozen probe: {reason}" for reason in decided.reasons)
+        return Comparison(values=values, decisions=decisions, verdict=decided.verdict, reasons=(*reasons, *notes))
+    verdict: Verdict = "FAIL" if notes else "PASS" if len(reference) >= LEAST_UNLABELLED else "INCONCLUSIVE"
+    notes.append(f"no labels: the centred cosine of {len(reference)} images decides, not the accuracy")
+    return Comparison(values=values, decisions=decisions, verdict=verdict, reasons=tuple(notes))
+
+
+def neighbour_overlap(reference: np.ndarray, candidate: np.ndarray, *, k: int = KNN_K) -> Value:
+    """The share of each image's k nearest others that the candidate keeps, both sides within their own set (M, D)."""
+    k = min(k, len(reference) - 1)
+    if k < 1:
+        raise InputError("neighbours need at least two images")
+    own = np.arange(len(reference))[:, None]
+    found = []
+    for features in (reference, candidate):
+        rows = nearest(features, features, k + 1)[1]
+        # An image is its own nearest; where a duplicate stands in its place, the last one leaves.
+        stay = rows != own
+        stay[stay.all(axis=1), -1] = False
+        found.append(rows[stay].reshape(-1, k))
+    return _overlap(*found)
+
+
+def _task(
+    reference: np.ndarray,
+    candidate: np.ndarray,
+    labels: np.ndarray | None,
+    bank: Bank,
+    margin: float,
+    class_names: Sequence[str] | None,
+) -> tuple[dict[str, Value], dict[Literal["probe", "knn"], Decision], list[str]]:
+    """The figures that a user feels, those with labels only where there are labels."""
+    k = min(KNN_K, len(bank.labels))
+    answers: dict[Literal["probe", "knn"], list[np.ndarray]] = {"probe": [], "knn": []}
+    neighbours = []
+    for features in (reference, candidate):
+        finite = np.isfinite(features).all(axis=1)
+        similarities, rows = nearest(bank.features, features, k)
+        votes = vote(similarities, bank.labels[rows], classes=bank.classes, temperature=TEMPERATURE)[:, 0]
+        answers["knn"].append(np.where(finite, votes, -1))
+        answers["probe"].append(bank.probe.predict(features))
+        neighbours.append(np.where(finite[:, None], rows, -1))
+    values = {"neighbour_overlap": _overlap(*neighbours)}
+    decisions: dict[Literal["probe", "knn"], Decision] = {}
+    notes: list[str] = []
+    keep = np.zeros(len(reference), bool) if labels is None else labels >= 0
+    for name, (first, second) in answers.items():
+        values[f"{name}_agreement"] = accuracy_value(first == second)
+        if labels is None or not keep.any():
+            continue
+        right = (first == labels)[keep], (second == labels)[keep]
+        decisions[name] = non_inferiority(*right, margin)
+        values |= _paired_values(name, *right, decisions[name])
+        if name == "probe":
+            value, note = worst_class(*right, labels[keep], class_names=class_names)
+            values["worst_class_drop"] = value
+            notes.append(note)
+    return values, decisions, notes
+
+
+def worst_class(
+    right_reference: np.ndarray,
+    right_candidate: np.ndarray,
+    labels: np.ndarray,
+    *,
+    class_names: Sequence[str] | None = None,
+) -> tuple[Value, str]:
+    """The largest drop of any class in points, and a line that names it.
+
+    Its interval is Bonferroni's over the classes, as the worst was picked after looking.
+    """
+    classes = np.unique(labels)
+    drops = []
+    for label in classes:
+        here = labels == label
+        b, c = discordant(right_reference[here], right_candidate[here])
+        drops.append(((b - c) / np.count_nonzero(here), b, c, int(np.count_nonzero(here)), int(label)))
+    _, b, c, n, label = max(drops)
+    value = drop_value(b, c, n, confidence=1 - 0.05 / len(classes))
+    name = class_names[label] if class_names and label < len(class_names) else str(label)
+    return value, f"worst class {name}: drop {value.value:.1f} points on {n} images"
+
+
+def _paired_values(
+    name: str, right_reference: np.ndarray, right_candidate: np.ndarray, decision: Decision
+) -> dict[str, Value]:
+    return {
+        f"{name}_top1_reference": accuracy_value(right_reference),
+        f"{name}_top1": accuracy_value(right_candidate),
+        f"{name}_drop": decision.drop,
+        f"{name}_mcnemar_p": Value(value=decision.p_value, n=decision.n),
+    }
+
+
+def _closeness(reference: np.ndarray, candidate: np.ndarray, cosine: np.ndarray) -> dict[str, Value]:
+    error = relative_error(reference, candidate)
+    varies = reference.std(axis=0) > 0
+    with np.errstate(invalid="ignore"):
+        stuck = varies & ~(np.ptp(candidate, axis=0) > 0)
+    return {
+        "cosine_mean": mean_value(cosine),
+        "cosine_p5": quantile_value(cosine, 0.05),
+        "cosine_p1": quantile_value(cosine, 0.01),
+        "cosine_min": Value(value=float(cosine.min()), n=len(cosine)),
+        "relative_error": mean_value(error),
+        "not_finite": Value(value=float(np.count_nonzero(~np.isfinite(candidate).all(axis=1))), n=len(candidate)),
+        "constant_dimensions": Value(value=float(np.count_nonzero(stuck)), n=reference.shape[1]),
+    }
+
+
+def _cosine_shortfalls(values: dict[str, Value], precision: Precision) -> list[str]:
+    limits = dict(zip(("cosine_mean", "cosine_p1"), COSINE_LIMITS[precision], strict=True))
+    return [
+        f"centred {name.replace('_', ' ')} {values[name].value:.5f} is below {limit} for {precision}"
+        for name, limit in limits.items()
+        if values[name].value < limit
+    ]
+
+
+def _overlap(first: np.ndarray, second: np.ndarray) -> Value:
+    """The mean share of row numbers (M, k) that two searches have in common, in %."""
+    shared = np.array([len(np.intersect1d(a, b)) for a, b in zip(first, second, strict=True)])
+    return mean_value(100 * shared / first.shape[1], unit="%")
+
+
+def _spread(features: np.ndarray) -> float:
+    """The root mean square distance of the rows from their mean."""
+    wide = features.astype(np.float64)
+    return float(np.sqrt(((wide - wide.mean(axis=0)) ** 2).sum(axis=1).mean()))
+
+
+def _check_pair(reference: np.ndarray, candidate: np.ndarray) -> None:
+    if reference.ndim != 2 or reference.shape != candidate.shape or not len(reference):
+        raise InputError(
+            f"reference {reference.shape} and candidate {candidate.shape} do not pair: give both the same images"
+        )
+    if not np.isfinite(reference).all():
+        raise InputError("the reference's own embeddings hold NaN or infinity: distil the student again")
