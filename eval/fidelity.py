@@ -269,7 +269,7 @@ def _cosine_shortfalls(values: dict[str, Value], precision: Precision) -> list[s
 
 def _overlap(first: np.ndarray, second: np.ndarray) -> Value:
     """The mean share of row numbers (M, k) that two searches have in common, in %."""
-    shared = np.array([len(np.intersect1d(a, b)) for a, b in zip(first, second, strict=True)])
+    shared = (first[:, :, None] == second[:, None, :]).any(axis=2).sum(axis=1)
     return mean_value(100 * shared / first.shape[1], unit="%")
 
 

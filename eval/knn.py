@@ -28,7 +28,7 @@ Progress = Callable[[int, int, str], None]
 def unit_rows(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows of (N, D) scaled to length 1, float32, and which rows (N,) were finite; the others become zeros."""
     rows = np.array(features, dtype=np.float32)
-    finite: np.ndarray = np.isfinite(rows).all(axis=1)
+    finite = np.asarray(np.isfinite(rows).all(axis=1))
     if not finite.all():
         rows[~finite] = 0
     # The scale comes first, so that squares neither overflow nor vanish.
