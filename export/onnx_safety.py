@@ -1,0 +1,111 @@
+"""Reading an ONNX file that may be hostile: everything is checked before any runtime sees the file.
+
+robx writes self-contained ONNX files, so no tensor of one may live elsewhere. Runtimes follow external-data references
+of tensors that checkers forget (sparse initialisers, attribute tensors, subgraphs, functions), which lets a model read any
+file of the machine; here every place that can hold a tensor is walked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+
+from robx.errors import ArtifactError, InputError
+
+MAX_MODEL_BYTES = 2**31 - 1  # protobuf's own limit
+MAX_NODES = 200_000
+
+
+def load_checked(path: Path, *, full_check: bool = False) -> onnx.ModelProto:
+    """Read a self-contained ONNX file.
+
+    Raises:
+        InputError: `path` is no file.
+        ArtifactError: a link, too large, not ONNX, not valid, or with a tensor stored outside of the file.
+    """
+    if path.is_symlink():
+        raise ArtifactError(f"{path} is a link: give the ONNX file itself")
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: give an ONNX file")
+    if path.stat().st_size > MAX_MODEL_BYTES:
+        raise ArtifactError(f"{path} has {path.stat().st_size} bytes: an ONNX file holds at most {MAX_MODEL_BYTES}")
+    try:
+        model = onnx.load_model_from_string(path.read_bytes())
+    except Exception as error:
+        raise ArtifactError(f"{path} is not an ONNX file ({_first_line(error)}): export it again") from error
+    check_model(model, where=os.fspath(path), full_check=full_check)
+    return model
+
+
+def check_model(model: onnx.ModelProto, *, where: str, full_check: bool = False) -> None:
+    """Refuse a model with external tensors, too many nodes, or that the ONNX checker rejects.
+
+    Raises:
+        ArtifactError: the message has `where` and the offending tensor.
+    """
+    count = 0
+    for graph in walk_graphs(model):
+        count += len(graph.node)
+        if count > MAX_NODES:
+            raise ArtifactError(f"{where} has more than {MAX_NODES} nodes: it is no model of an image")
+    for tensor in walk_tensors(model):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or len(tensor.external_data):
+            location = next((e.value for e in tensor.external_data if e.key == "location"), "")
+            raise ArtifactError(
+                f"{where}: the tensor {tensor.name!r} is stored in {location!r}, outside of the file: robx only opens "
+                "self-contained ONNX; save it with its weights inside"
+            )
+    try:
+        onnx.checker.check_model(model, full_check=full_check)
+    except Exception as error:
+        raise ArtifactError(f"{where} is not a valid ONNX model ({_first_line(error)}): export it again") from error
+
+
+def walk_graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
+    """Every graph of a model: the main one, functions, training graphs, and the subgraphs of all their nodes."""
+    pending: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
+    for training in model.training_info:
+        pending += [training.initialization, training.algorithm]
+    while pending:  # a stack, not recursion: a hostile file nests deeply
+        graph = pending.pop()
+        yield graph
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    pending.append(attribute.g)
+                pending.extend(attribute.graphs)
+        for default in getattr(graph, "attribute_proto", ()):
+            if default.HasField("g"):
+                pending.append(default.g)
+            pending.extend(default.graphs)
+
+
+def walk_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a model: initialisers, sparse ones, and those in attributes, in every graph and function."""
+    for graph in walk_graphs(model):
+        if isinstance(graph, onnx.GraphProto):
+            yield from graph.initializer
+            for sparse in graph.sparse_initializer:
+                yield from (sparse.values, sparse.indices)
+        else:
+            for default in graph.attribute_proto:
+                yield from _attribute_tensors(default)
+        for node in graph.node:
+            for attribute in node.attribute:
+                yield from _attribute_tensors(attribute)
+
+
+def _attribute_tensors(attribute: onnx.AttributeProto) -> Iterator[onnx.TensorProto]:
+    if attribute.HasField("t"):
+        yield attribute.t
+    yield from attribute.tensors
+    sparse = [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []
+    for tensor in [*sparse, *attribute.sparse_tensors]:
+        yield from (tensor.values, tensor.indices)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
