@@ -152,7 +152,9 @@ def finish(proto: onnx.ModelProto, student: Student, *, opset: int) -> None:
     """
     found = {entry.domain: entry.version for entry in proto.opset_import}
     if found.get("", 0) != opset:
-        raise ArtifactError(f"opset {opset} was asked for and the exporter gave {found.get('')}: choose another --opset")
+        raise ArtifactError(
+            f"opset {opset} was asked for and the exporter gave {found.get('')}: choose another --opset"
+        )
     proto.ir_version = IR_VERSION
     for node in proto.graph.node:  # the exporter writes stack traces, with this machine's paths, into every node
         del node.metadata_props[:]
@@ -169,7 +171,13 @@ def finish(proto: onnx.ModelProto, student: Student, *, opset: int) -> None:
             "robx.student": student.timm_name,
             "robx.student_sha256": student.sha256,
             "robx.preprocessing": json.dumps(
-                {"size": pre.size, "crop": pre.crop, "interpolation": pre.interpolation, "mean": pre.mean, "std": pre.std}
+                {
+                    "size": pre.size,
+                    "crop": pre.crop,
+                    "interpolation": pre.interpolation,
+                    "mean": pre.mean,
+                    "std": pre.std,
+                }
             ),
         },
     )
@@ -200,7 +208,9 @@ def parity(reference: np.ndarray, candidate: np.ndarray, *, precision: str, what
     """
     a, b = reference.astype(np.float64), candidate.astype(np.float64)
     if a.shape != b.shape or not np.isfinite(b).all():
-        raise ArtifactError(f"{what} answers {b.shape} with NaN or infinity where PyTorch answers {a.shape}: not shipped")
+        raise ArtifactError(
+            f"{what} answers {b.shape} with NaN or infinity where PyTorch answers {a.shape}: not shipped"
+        )
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     cosine = (a * b).sum(1) / np.maximum(norms, np.finfo(np.float64).tiny)
     worst, spread = float(np.abs(a - b).max()), float(np.abs(a).max())
