@@ -1,0 +1,248 @@
+"""The demo's images: Debian's clip art, else CIFAR-10, else rendered scenes; prepared once into a cache of tar shards.
+
+The shards are read by the same code as a user's data. Clip art is noisy (near-duplicates, blanks, "image not found"
+pictures, up to 600 megapixels): it is cleaned, deduplicated, resized once and split here, the same on any machine.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from robx.errors import RobxError
+from robx.files import lock_folder, new_folder, require_space, write_json
+from robx.images import MAX_PIXELS, to_rgb
+from robx.scenes import write_scenes
+from robx.sources import write_shard
+
+Progress = Callable[[int, int, str], None]
+
+CLIP_ART_PACKAGE = "openclipart-png"
+# The folders whose pictures have a meaning that a picture shows; the others are distilled from, but not judged on.
+CLIP_ART_CLASSES = (
+    "animals", "buildings", "computer", "food", "geography", "office",
+    "people", "plants", "recreation", "signs_and_symbols", "tools", "transportation",
+)  # fmt: skip
+SIDE = 128  # pixels; every picture is fitted whole into a white square of this side
+_CLASS_CAP = 400  # judged pictures of one class, so that no class dominates
+_TEST_SHARE = 0.3
+_BLANK_STD = 3.0  # of 255: less contrast than this shows nothing
+_PNGS_PER_SHARD = 2048
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """A prepared folder of shards and what has to be said about it wherever a figure from it is shown."""
+
+    folder: Path
+    name: str
+    licence: str
+    caveat: str
+
+
+def cache_folder() -> Path:
+    """Where robx keeps what it fetches: $ROBX_CACHE, else the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "robx"
+    return Path(os.environ.get("ROBX_CACHE") or default)
+
+
+def prepare_demo_data(cache: Path, *, say: Callable[[str], None], progress: Progress) -> DemoData:
+    """The best images that this machine can get, prepared under `cache`; reused when they are there already.
+
+    Falls back from clip art to CIFAR-10 to rendered scenes, and says through `say` what was tried and why it failed.
+    """
+    clip_art = DemoData(
+        cache / "demo" / "clip-art-1", "clip art", "public domain",
+        "Clip art with noisy folder names for labels: neither ImageNet nor natural photographs.",
+    )  # fmt: skip
+    cifar = DemoData(
+        cache / "demo" / "cifar-10-1", "CIFAR-10", "as published by the University of Toronto",
+        "CIFAR-10, 32 x 32 pixels enlarged: not ImageNet.",
+    )  # fmt: skip
+    scenes = DemoData(
+        cache / "demo" / "scenes-1", "rendered scenes", "made by robx",
+        "Scenes rendered by robx, labelled by the number of objects: neither ImageNet nor natural photographs.",
+    )  # fmt: skip
+    makers = ((clip_art, _make_clip_art), (cifar, _make_cifar), (scenes, _make_scenes))
+    with lock_folder(cache / "demo"):
+        for data, _ in makers[:2]:
+            if (data.folder / "classes.json").is_file():
+                return data
+        require_space(cache, 1_500_000_000)
+        for data, make in makers:
+            if (data.folder / "classes.json").is_file():
+                return data
+            try:
+                make(data.folder, progress)
+                return data
+            except (OSError, RobxError, RuntimeError, subprocess.SubprocessError) as error:
+                say(f"{data.name}: not to be had here ({_one_line(error)}); trying the next")
+    raise RobxError("no images could be prepared for the demo: give a folder of images with --data")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+def _make_clip_art(folder: Path, progress: Progress) -> None:
+    with tempfile.TemporaryDirectory(prefix="robx-clip-art-") as scratch:
+        progress(0, 1, "fetching clip art (131 MB)")
+        unpacked = _unpack_debian(CLIP_ART_PACKAGE, Path(scratch))
+        root = next(unpacked.rglob("openclipart/png"), None)
+        if root is None:
+            raise RobxError(f"Debian's {CLIP_ART_PACKAGE} has no openclipart/png folder")
+        pack_pictures(root, folder, classes=CLIP_ART_CLASSES, progress=progress)
+
+
+def _unpack_debian(package: str, scratch: Path) -> Path:
+    """Download a Debian package with apt, without root, and unpack it."""
+    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
+        raise RobxError("this is no Debian or Ubuntu: apt-get and dpkg-deb are missing")
+    if os.geteuid() == 0 and not _apt(["apt-cache", "show", package], scratch):
+        _apt(["apt-get", "update"], scratch)
+    # As root, apt drops to its own user for the download, which may not write here: the folder has to let it.
+    scratch.chmod(0o777)
+    if not _apt(["apt-get", "download", package], scratch):
+        raise RobxError(f"apt-get download {package} failed")
+    archive = next(scratch.glob(f"{package}_*.deb"))
+    subprocess.run(["dpkg-deb", "-x", archive, scratch / "tree"], check=True, capture_output=True, timeout=300)
+    return scratch / "tree"
+
+
+def _apt(command: Sequence[str], folder: Path) -> bool:
+    return subprocess.run(command, cwd=folder, capture_output=True, timeout=600).returncode == 0
+
+
+@dataclass(frozen=True)
+class _Picture:
+    path: str
+    png: bytes
+    exact: str  # hash of the pixels
+    near: bytes  # difference hash, 16 x 16 bits
+
+
+def pack_pictures(root: Path, folder: Path, *, classes: Sequence[str], progress: Progress) -> None:
+    """Clean, deduplicate, resize and split the PNG pictures below `root` into train and test shards in `folder`.
+
+    The first-level folder is the label where `classes` has it; all other pictures join the training shards unlabelled.
+    The result depends on the pictures alone.
+    """
+    paths = sorted(root.rglob("*.png"))
+    pictures: list[_Picture] = []
+    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+        jobs = pool.map(_shrink, [str(p) for p in paths], [str(root)] * len(paths), chunksize=16)
+        for done, picture in enumerate(jobs, start=1):
+            progress(done, len(paths), "cleaning and resizing pictures")
+            if picture is not None:
+                pictures.append(picture)
+    train, test = split_pictures(_without_duplicates(pictures), classes)
+    with new_folder(folder) as temporary:
+        for start in range(0, len(train), _PNGS_PER_SHARD):
+            name = f"train-{start // _PNGS_PER_SHARD:05d}.tar"
+            write_shard(temporary / name, _samples(train[start : start + _PNGS_PER_SHARD]))
+        write_shard(temporary / "test-00000.tar", _samples(test))
+        write_json(temporary / "classes.json", list(classes))
+
+
+def _shrink(path: str, root: str) -> _Picture | None:
+    """One picture fitted into the square, or None when it is damaged, huge or blank."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image: Image.Image = Image.open(path)
+            if image.width * image.height > MAX_PIXELS / 4:
+                return None
+            # Shrunk before it is laid on white: ten times fewer pixels to blend.
+            image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC, reducing_gap=3.0)
+            image = to_rgb(image)
+    except Exception:  # whatever a damaged picture makes Pillow raise, it is one to leave out
+        return None
+    square = Image.new("RGB", (SIDE, SIDE), "white")
+    square.paste(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
+    pixels = np.asarray(square)
+    if pixels.std() < _BLANK_STD:
+        return None
+    grey = np.asarray(square.convert("L").resize((17, 16), Image.Resampling.BOX), dtype=np.int16)
+    buffer = io.BytesIO()
+    square.save(buffer, format="PNG")
+    return _Picture(
+        path=Path(path).relative_to(root).as_posix(),
+        png=buffer.getvalue(),
+        exact=hashlib.sha256(pixels.tobytes()).hexdigest(),
+        near=np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(),
+    )
+
+
+def _without_duplicates(pictures: Sequence[_Picture]) -> list[_Picture]:
+    """The first of each set of look-alikes; a look that stands in many folders ("image not found") goes whole."""
+    folders = collections.defaultdict(set)
+    for picture in pictures:
+        folders[picture.near].add(picture.path.split("/", 1)[0])
+    kept: dict[bytes, _Picture] = {}
+    for picture in pictures:
+        if len(folders[picture.near]) <= 3:
+            kept.setdefault(picture.near, picture)
+    return list(kept.values())
+
+
+Labelled = tuple[_Picture, int | None]
+
+
+def split_pictures(pictures: Sequence[_Picture], classes: Sequence[str]) -> tuple[list[Labelled], list[Labelled]]:
+    """Train and test: of each class at most the cap is judged, ordered by hash; the rest joins train unlabelled."""
+    train: list[Labelled] = []
+    test: list[Labelled] = []
+    taken: collections.Counter[int] = collections.Counter()
+    numbers = {name: i for i, name in enumerate(classes)}
+    for picture in sorted(pictures, key=lambda p: p.exact):
+        label = numbers.get(picture.path.split("/", 1)[0])
+        if label is None or taken[label] >= _CLASS_CAP:
+            train.append((picture, None))
+            continue
+        taken[label] += 1
+        # The order comes from the hash's first digits, so the split takes its last ones.
+        in_test = int(picture.exact[-8:], 16) / 2**32 < _TEST_SHARE
+        (test if in_test else train).append((picture, label))
+    return train, test
+
+
+def _samples(labelled: Sequence[Labelled]) -> Iterator[tuple[str, bytes, int | None]]:
+    for picture, label in labelled:
+        yield f"{picture.exact[:20]}.png", picture.png, label
+
+
+def _make_cifar(folder: Path, progress: Progress) -> None:
+    progress(0, 1, "fetching CIFAR-10 (170 MB)")
+    from torchvision.datasets import CIFAR10
+
+    with tempfile.TemporaryDirectory(prefix="robx-cifar-") as scratch:
+        splits = {split: CIFAR10(scratch, train=split == "train", download=True) for split in ("train", "test")}
+        with new_folder(folder) as temporary:
+            for split, number in (("train", 6000), ("test", 1000)):
+                rows = zip(splits[split].data[:number], splits[split].targets[:number], strict=True)
+                write_shard(temporary / f"{split}-00000.tar", _encode_rows(rows))
+            write_json(temporary / "classes.json", list(splits["train"].classes))
+
+
+def _encode_rows(rows: Iterator[tuple[np.ndarray, int]]) -> Iterator[tuple[str, bytes, int | None]]:
+    for index, (pixels, label) in enumerate(rows):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(buffer, format="PNG")
+        yield f"{index:06d}.png", buffer.getvalue(), int(label)
+
+
+def _make_scenes(folder: Path, progress: Progress) -> None:
+    write_scenes(folder, train=4000, test=1000, size=SIDE, progress=progress)
