@@ -17,6 +17,7 @@ from robx.eval.verdict import accuracy_value
 from robx.records import Value
 
 KS = (10, 20, 100, 200)
+HEADLINE_K = 20
 TEMPERATURE = 0.07
 TOP = 5
 _QUERY_BLOCK = 1024
@@ -113,9 +114,11 @@ def knn_accuracy(
     temperature: float = TEMPERATURE,
     progress: Progress | None = None,
 ) -> dict[str, Value]:
-    """Top-1 and top-5 in % for every k that the bank can serve: {"k20_top1": Value, "k20_top5": Value, ...}.
+    """Top-1 and top-5 in % for every k that the bank can serve: "top1_k10", "top5_k10", "top1_k20", ...
 
-    One search serves all k. Unlabelled images (label < 0) are left out on both sides; so is top-5 with five classes or
+    "top1" and "top5" alone are those of k = 20, fixed beforehand (the best k would be picked on the test images), or of
+    the whole bank where it is smaller. One search serves all k. Unlabelled images (label < 0) are left out on both
+    sides; so is top-5 with five classes or
     fewer, where it says nothing.
     """
     bank, bank_labels = _labelled(bank, bank_labels)
@@ -123,7 +126,8 @@ def knn_accuracy(
     if not len(bank) or not len(queries):
         raise InputError("no labelled images on one side of the kNN: give data with classes (one folder a class)")
     _check_labels(bank, bank_labels, classes)
-    served = [k for k in ks if k <= len(bank)] or [len(bank)]
+    headline = min(HEADLINE_K, len(bank))
+    served = sorted({k for k in ks if k <= len(bank)} | {headline})
     similarities, indices = nearest(bank, queries, max(served), progress=progress)
     bad = ~np.isfinite(queries).all(axis=1)
     values: dict[str, Value] = {}
@@ -131,9 +135,10 @@ def knn_accuracy(
         found = vote(similarities[:, :k], bank_labels[indices[:, :k]], classes=classes, temperature=temperature)
         found[bad] = -1
         hits = found == query_labels[:, None]
-        values[f"k{k}_top1"] = accuracy_value(hits[:, 0])
-        if classes > TOP:
-            values[f"k{k}_top5"] = accuracy_value(hits.any(axis=1))
+        for name in (f"_k{k}", "") if k == headline else (f"_k{k}",):
+            values[f"top1{name}"] = accuracy_value(hits[:, 0])
+            if classes > TOP:
+                values[f"top5{name}"] = accuracy_value(hits.any(axis=1))
     return values
 
 

@@ -1,0 +1,96 @@
+"""The outputs of a Student's trunk that only torch can give: the last four CLS tokens, the features before the norm.
+
+A Bundle answers with the embedding alone; protocols that ask for more than that use it instead, and say so.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robx.records import Student
+from robx.trunk import is_vit, load_trunk
+
+Output = Literal["embedding", "last4", "before_norm"]
+LAST = 4
+
+
+class TrunkSession:
+    """A Session over a Student's trunk, in eval mode, with a chosen output; it never trains the trunk."""
+
+    def __init__(self, folder: Path, *, output: Output, threads: int = 1) -> None:
+        """Open the Student in `folder`; a CNN, which has no tokens, answers with the embedding whatever `output` is."""
+        self.bundle: Student
+        self.bundle, self._trunk = load_trunk(folder)
+        self._trunk.requires_grad_(False)
+        self.output: Output = output if is_vit(self.bundle.timm_name) else "embedding"
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._threads = threads
+        self._trunk.to(self.device)
+        if self.output == "before_norm":
+            _remove_norms(self._trunk)
+
+    @property
+    def kinds(self) -> dict[str, slice]:
+        """The feature kinds within a row of the output: name -> columns; the headline's first."""
+        width = self.bundle.width
+        if self.output == "last4":
+            return {"last4": slice(0, LAST * width), "last": slice((LAST - 1) * width, LAST * width)}
+        return {"embedding" if self.output == "embedding" else "before_norm": slice(0, width)}
+
+    @torch.inference_mode()
+    def features(self, pixels: Tensor) -> Tensor:
+        """The output's rows (N, D or 4 D), float32, on the trunk's device."""
+        pixels = pixels.to(self.device, non_blocking=True)
+        if self.output == "last4":
+            layers = self._trunk.get_intermediate_layers(  # type: ignore[operator]
+                pixels, n=LAST, return_prefix_tokens=True, norm=True
+            )
+            return torch.cat([prefix[:, 0] for _, prefix in layers], dim=1).float()
+        features: Tensor = self._trunk(pixels)
+        return features.float()
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """The output's rows of preprocessed images, float32 (N, 3, H, W)."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            answer: np.ndarray = self.features(torch.from_numpy(images)).cpu().numpy()
+        finally:
+            torch.set_num_threads(before)
+        return answer
+
+    def facts(self) -> dict[str, Any]:
+        """What really runs, and which output."""
+        return {
+            "engine": "torch",
+            "version": str(torch.__version__),
+            "provider": self.device.type,
+            "threads": self._threads,
+            "fallback": False,
+            "output": self.output,
+        }
+
+    def close(self) -> None:
+        """Free the trunk."""
+        self._trunk = nn.Identity()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _remove_norms(trunk: nn.Module) -> None:
+    """Make timm's final norm, wherever the model keeps it, answer with its input."""
+    for name in ("norm", "fc_norm"):
+        if isinstance(getattr(trunk, name, None), nn.Module):
+            setattr(trunk, name, nn.Identity())
