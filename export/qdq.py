@@ -1,7 +1,7 @@
 """Explicit Q/DQ in ONNX: what is quantised, what TensorRT would misread, and the change from uint8 to its int8 form.
 
 TensorRT knows symmetric int8 alone. Its parser turns a uint8 QuantizeLinear with zero point 0 into int8 with a mere
-warning, which halves every range: EfficientNet-Lite0's embeddings fall to a cosine of .24 while every tool reports success.
+warning, which halves every range: EfficientNet-Lite0's embeddings fall to a cosine of .24 and every tool reports success.
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ def linears(graph: Graph) -> Iterator[Linear]:
 def quantized_nodes(model: onnx.ModelProto) -> list[str]:
     """Names of the weighted nodes (Conv, Gemm, MatMul) whose inputs are all dequantised: what runs in int8."""
     graph = Graph(model)
-    found = []
-    for node in graph.nodes:
-        if node.op_type in WEIGHTED and all(graph.dequantized(name) is not None for name in node.input[:2]):
-            found.append(node.name)
-    return found
+    return [
+        node.name
+        for node in graph.nodes
+        if node.op_type in WEIGHTED and all(graph.dequantized(name) is not None for name in node.input[:2])
+    ]
 
 
 def trt_faults(model: onnx.ModelProto) -> list[str]:
@@ -136,8 +136,8 @@ def check_trt_qdq(model: onnx.ModelProto | Path) -> None:
 def rescale_to_int8(model: onnx.ModelProto) -> None:
     """Turn every uint8 Q/DQ into symmetric int8 of the same or a wider range, in place.
 
-    A uint8 range [lo, hi] becomes [-m, m] with m = max(|lo|, |hi|), scale m / 127: nothing saturates that did not before,
-    and the step of a one-sided range doubles. Biases in int32 go back to float.
+    A uint8 range [lo, hi] becomes [-m, m] with m = max(|lo|, |hi|), scale m / 127: nothing saturates that did not
+    before, and the step of a one-sided range doubles. Biases in int32 go back to float.
 
     Raises:
         InputError: a uint8 weight, or a scale or zero point that is no constant.

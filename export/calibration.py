@@ -1,0 +1,183 @@
+"""The images that quantisers see and those that judge them: real, deterministic, fingerprinted, disjoint.
+
+Calibration images come from the training data, the judging images from its test split, or from the rest of the same data
+where it has none. Both pass through the deployment's preprocessing. Two images with the same pixels count as one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from robx.errors import CorruptImage, InputError
+from robx.images import resize_and_crop
+from robx.records import Calibration, Preprocessing
+from robx.sources import ImageSource, open_source
+
+MIN_IMAGES = 300  # fewer leave the tails of the activations to chance
+_SEED = 20260
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images after resize and crop, before the normalisation: a quarter of the memory of floats."""
+
+    pixels: np.ndarray  # uint8 (N, 3, H, W)
+    labels: np.ndarray  # int64 (N,), -1 where there is none
+    digests: tuple[bytes, ...]  # of each image's pixels
+    classes: tuple[str, ...] | None
+
+    def __len__(self) -> int:
+        """How many images there are."""
+        return len(self.pixels)
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change with any image or their order."""
+        return hashlib.sha256(b"".join(self.digests)).hexdigest()[:16]
+
+    def normalised(self, preprocessing: Preprocessing, rows: slice | None = None) -> np.ndarray:
+        """float32 (n, 3, H, W), exactly as ``robx.images.preprocess`` gives them."""
+        mean = np.asarray(preprocessing.mean, dtype=np.float32).reshape(1, 3, 1, 1)
+        std = np.asarray(preprocessing.std, dtype=np.float32).reshape(1, 3, 1, 1)
+        pixels = self.pixels if rows is None else self.pixels[rows]
+        return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+
+    def batches(self, preprocessing: Preprocessing, size: int) -> Iterator[np.ndarray]:
+        """Normalised pieces of at most `size` images, in order."""
+        for start in range(0, len(self), size):
+            yield self.normalised(preprocessing, slice(start, start + size))
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What one export reads: `calibration` and `bank` to fit, `judging` to judge; no image is on both sides."""
+
+    calibration: Images
+    bank: Images  # the first of them are the calibration images
+    judging: Images
+
+    def record(self) -> Calibration:
+        """What goes into the manifest."""
+        return Calibration(
+            images=len(self.calibration),
+            fingerprint=self.calibration.fingerprint,
+            judged_images=len(self.judging),
+            judged_fingerprint=self.judging.fingerprint,
+        )
+
+
+def read_splits(
+    data: Path,
+    preprocessing: Preprocessing,
+    *,
+    judge: Path | None = None,
+    calibration_images: int = MIN_IMAGES,
+    bank_images: int = 1000,
+    judging_images: int = 1000,
+    least: int = MIN_IMAGES,
+    progress: Progress | None = None,
+) -> Splits:
+    """Read the images of an export from `data`, and those that judge from `judge` or from `data`'s test split.
+
+    Raises:
+        InputError: fewer than `least` calibration images, too few to judge with, or a `judge` that shares images.
+    """
+    if calibration_images < least:
+        raise InputError(f"{calibration_images} calibration images were asked for and at least {least} are needed")
+    train = open_source(data)
+    held_out = open_source(judge) if judge else _test_split(data)
+    wanted = max(calibration_images, bank_images)
+    order = _order(train)
+    if held_out is None:  # one source: the judging images come from its end, at most half of it
+        cut = len(order) - min(judging_images, max(0, len(order) - least) // 2 if len(order) > least else 0)
+        bank = _read(train, order[:cut], wanted, preprocessing, (), progress, "reading training images")
+        judging = _read(
+            train, order[cut:], judging_images, preprocessing, set(bank.digests), progress, "reading test images"
+        )
+    else:
+        bank = _read(train, order, wanted, preprocessing, (), progress, "reading training images")
+        judging = _read(held_out, _order(held_out), judging_images, preprocessing, (), progress, "reading test images")
+    calibration = _head(bank, calibration_images)
+    require_enough(len(calibration), least=least, where=str(data))
+    if len(judging) < 50:
+        raise InputError(
+            f"{judge or data} leaves {len(judging)} images to judge with: 50 or more are needed, add images"
+        )
+    require_disjoint(bank, judging, where=str(judge or data))
+    return Splits(calibration, bank, judging)
+
+
+def require_enough(count: int, *, least: int, where: str) -> None:
+    """Refuse a calibration set that is too small."""
+    if count < least:
+        raise InputError(
+            f"{where} gives {count} different calibration images and at least {least} are needed: add images "
+            "(--calibration-images sets another number, for a demonstration)"
+        )
+
+
+def require_disjoint(fitted: Images, judging: Images, *, where: str) -> None:
+    """Refuse judging images that were seen in calibration: a quantiser would be judged by what it was fitted to."""
+    shared = len(set(fitted.digests) & set(judging.digests))
+    if shared:
+        raise InputError(f"{where} shares {shared} images with the calibration data: give other images to judge with")
+
+
+def _test_split(data: Path) -> ImageSource | None:
+    try:
+        test = open_source(data, split="test")
+        open_source(data, split="train")
+    except InputError:
+        return None
+    return test
+
+
+def _order(source: ImageSource) -> np.ndarray:
+    """A fixed shuffle: any prefix of it is a fair sample of the classes."""
+    return np.random.default_rng(_SEED).permutation(len(source))
+
+
+def _head(images: Images, count: int) -> Images:
+    return Images(images.pixels[:count], images.labels[:count], images.digests[:count], images.classes)
+
+
+def _read(
+    source: ImageSource,
+    order: np.ndarray,
+    count: int,
+    preprocessing: Preprocessing,
+    exclude: Collection[bytes],
+    progress: Progress | None,
+    note: str,
+) -> Images:
+    """The first `count` readable images of `order` that differ from each other and from `exclude`."""
+    pixels, labels, digests = [], [], dict.fromkeys(exclude)
+    excluded = len(digests)
+    for index in order:
+        if len(pixels) == count:
+            break
+        try:
+            image = resize_and_crop(source.read(int(index)), preprocessing)
+        except CorruptImage:
+            continue
+        array = np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+        digest = hashlib.sha256(array.tobytes()).digest()
+        if digest in digests:
+            continue
+        digests[digest] = None
+        pixels.append(array)
+        label = source.label(int(index))
+        labels.append(-1 if label is None else label)
+        if progress and len(pixels) % 50 == 0:
+            progress(len(pixels), min(count, len(order)), note)
+    crop = preprocessing.crop
+    stacked = np.stack(pixels) if pixels else np.zeros((0, 3, crop, crop), np.uint8)
+    own = tuple(digests)[excluded:]
+    return Images(stacked, np.array(labels, dtype=np.int64), own, source.classes)

@@ -1,0 +1,36 @@
+"""One candidate of the INT8 ladder: which quantiser, with which settings, and what stays in float."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from robx.records import Json, Precision
+
+Quantiser = Literal["onnxruntime", "nncf", "tensorrt", "converter", "none"]
+RangeMethod = Literal["minmax", "percentile", "mse", "entropy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """Everything that decides what a rung's model is; written into the manifest as the rung's settings."""
+
+    name: str
+    precision: Precision = "int8"
+    quantiser: Quantiser = "none"
+    ranges: RangeMethod = "minmax"
+    percentile: float = 99.99
+    signed: bool = False  # int8 activations; else uint8
+    reduce_range: bool = False  # 7-bit weights: AVX2 without VNNI saturates on 8-bit products
+    float_ops: tuple[str, ...] = ()  # operator types that stay in float
+    float_nodes: tuple[str, ...] = ()  # nodes that stay in float
+    equalize: bool = False  # cross-layer equalisation before quantising
+    full_bias: bool = False  # full bias correction instead of the fast one
+    transformer: bool = False
+    smooth_alpha: float | None = None  # SmoothQuant; None: off
+
+    def settings(self) -> dict[str, Json]:
+        """What differs from the defaults, for the manifest."""
+        plain = asdict(Candidate(name=self.name))
+        own = {key: value for key, value in asdict(self).items() if value != plain[key] and key != "precision"}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in own.items()}

@@ -1,0 +1,82 @@
+"""float32 ONNX to float16, with float32 at both ends: a graph rewrite, exact and fast, instead of a second export."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from robx.errors import ArtifactError
+
+_F16_MAX = 65504.0
+# Inputs of these operators keep their type by the standard: indices, shapes and axes are int64, a Clip's bounds follow.
+_RANDOM = ("RandomNormal", "RandomUniform")
+
+
+def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of `model` whose floats are float16 inside; its inputs and outputs stay what they are.
+
+    Raises:
+        ArtifactError: a weight beyond float16's range (65504), or a graph with subgraphs.
+    """
+    half = onnx.ModelProto()
+    half.CopyFrom(model)
+    graph = half.graph
+    if any(a.HasField("g") or a.graphs for node in graph.node for a in node.attribute):
+        raise ArtifactError("a model with control flow cannot be turned to fp16: export it as fp32")
+    for tensor in graph.initializer:
+        _halve(tensor)
+    for node in graph.node:
+        _halve_attributes(node)
+    for value in graph.value_info:
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    _cast_ends(graph)
+    return half
+
+
+def _halve(tensor: TensorProto) -> None:
+    if tensor.data_type != TensorProto.FLOAT:
+        return
+    value = numpy_helper.to_array(tensor)
+    finite = np.abs(value[np.isfinite(value)])
+    if finite.size and finite.max() > _F16_MAX:
+        raise ArtifactError(f"{tensor.name} holds {finite.max():.3g}, beyond float16's 65504: export it as fp32")
+    tensor.CopyFrom(numpy_helper.from_array(value.astype(np.float16), tensor.name))
+
+
+def _halve_attributes(node: onnx.NodeProto) -> None:
+    if node.op_type in _RANDOM:
+        raise ArtifactError(f"{node.name} ({node.op_type}) is random: a model for the edge is not")
+    for attribute in node.attribute:
+        if attribute.HasField("t"):
+            _halve(attribute.t)
+        if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+            attribute.i = TensorProto.FLOAT16
+
+
+def _cast_ends(graph: onnx.GraphProto) -> None:
+    """Cast float inputs to float16 behind the input, and the outputs back in front of the output."""
+    front, back = [], []
+    for value in graph.input:
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            inner = f"{value.name}_fp16"
+            for node in graph.node:
+                _rename(node.input, value.name, inner)
+            front.append(helper.make_node("Cast", [value.name], [inner], name=f"{inner}_cast", to=TensorProto.FLOAT16))
+    for value in graph.output:
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            inner = f"{value.name}_fp16"
+            for node in graph.node:
+                _rename(node.input, value.name, inner)
+                _rename(node.output, value.name, inner)
+            back.append(helper.make_node("Cast", [inner], [value.name], name=f"{inner}_cast", to=TensorProto.FLOAT))
+    nodes = [*front, *graph.node, *back]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _rename(names: "onnx.protobuf.RepeatedScalar", old: str, new: str) -> None:  # type: ignore[name-defined]
+    for position, name in enumerate(names):
+        if name == old:
+            names[position] = new

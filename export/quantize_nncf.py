@@ -1,0 +1,100 @@
+"""Post-training quantisation by NNCF, on an OpenVINO model or on ONNX."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+
+from robx.errors import ArtifactError, MissingExtra
+from robx.export.candidate import Candidate
+from robx.export.onnx_safety import check_model
+
+
+def quantize_onnx(model: onnx.ModelProto, calibration: np.ndarray, candidate: Candidate) -> onnx.ModelProto:
+    """A Q/DQ copy of a float32 ONNX model.
+
+    Args:
+        model: float32 ONNX, input ``pixels``.
+        calibration: its inputs, (N, 3, H, W).
+        candidate: ranges, bias correction, SmoothQuant, what stays in float.
+
+    Raises:
+        MissingExtra: NNCF is not installed.
+        ArtifactError: NNCF failed.
+    """
+    name = model.graph.input[0].name
+    source = onnx.ModelProto()
+    source.CopyFrom(model)
+    quantised: onnx.ModelProto = _quantize(source, [{name: image[None]} for image in calibration], candidate)
+    check_model(quantised, where=f"NNCF's answer ({candidate.name})")
+    return quantised
+
+
+def quantize_openvino(model: Any, calibration: np.ndarray, candidate: Candidate) -> Any:
+    """A quantised copy of an ``openvino.Model``; see `quantize_onnx`."""
+    return _quantize(model.clone(), [image[None] for image in calibration], candidate)
+
+
+def available() -> bool:
+    """Whether NNCF is installed."""
+    import importlib.util
+
+    return importlib.util.find_spec("nncf") is not None
+
+
+def _quantize(model: Any, items: list[Any], candidate: Candidate) -> Any:
+    try:
+        with _quiet():
+            import nncf
+    except ImportError as error:
+        raise MissingExtra("nncf", "openvino", purpose="this rung of the INT8 ladder", cause=error) from error
+    try:
+        with _quiet():
+            return nncf.quantize(
+                model,
+                nncf.Dataset(items),
+                subset_size=len(items),
+                fast_bias_correction=not candidate.full_bias,
+                model_type=nncf.ModelType.TRANSFORMER if candidate.transformer else None,
+                ignored_scope=nncf.IgnoredScope(
+                    names=list(candidate.float_nodes), types=list(candidate.float_ops), validate=False
+                ),
+                advanced_parameters=_advanced(nncf, candidate),
+            )
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"NNCF cannot quantise this model ({candidate.name}): {first}") from error
+
+
+def _advanced(nncf: Any, candidate: Candidate) -> Any:
+    from nncf.quantization.advanced_parameters import AdvancedSmoothQuantParameters
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
+
+    parameters = nncf.AdvancedQuantizationParameters(
+        smooth_quant_alphas=AdvancedSmoothQuantParameters(
+            convolution=-1, matmul=-1 if candidate.smooth_alpha is None else candidate.smooth_alpha
+        )
+    )
+    if candidate.ranges == "percentile":
+        parameters.activations_range_estimator_params = RangeEstimatorParametersSet.MEAN_QUANTILE
+    return parameters
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """NNCF logs and draws progress bars of its own."""
+    logger = logging.getLogger("nncf")
+    level, logger.disabled = logger.level, True
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+        logger.disabled = False
