@@ -42,7 +42,7 @@ def linear_cached(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Value]:
-    """Train heads on the bank's features (N, D) and judge them on the test's (M, D); "top1" is at the recipe's own rate.
+    """Train heads on the bank's features (N, D) and judge them on the test's (M, D); "top1" is at the recipe's rate.
 
     Args:
         bank: features and labels to train on; unlabelled rows are left out.
