@@ -6,6 +6,7 @@ RobxError                 one clear line that says what to do; exit status 2
 ├── ArtifactError         a Student, Bundle or checkpoint is damaged, tampered with, or too new
 ├── MissingExtra          an optional package is not installed; names the extra
 ├── DeviceError           the device cannot be reached, or failed midway
+├── Interrupted           a signal asked for the end and the state is saved; the same command goes on; exit status 75
 └── GateFailed            the export is written, but no rung of what was asked for passed; exit status 3
 
 The command line prints the message and exits with ``exit_status``. Anything that is not a RobxError is a defect of robx
@@ -43,6 +44,12 @@ class MissingExtra(RobxError):
 
 class DeviceError(RobxError):
     """The device cannot be reached, or failed midway."""
+
+
+class Interrupted(RobxError):
+    """A signal asked a run to end; its state is saved. The status is that of sysexits' EX_TEMPFAIL: try again."""
+
+    exit_status = 75
 
 
 class GateFailed(RobxError):
