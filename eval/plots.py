@@ -1,0 +1,264 @@
+"""The report's figures: matplotlib in, inline SVG out, the same bytes for the same data.
+
+Colours are written as markers and come out as CSS variables, so that one figure serves light, dark and print. Each
+precision has its own colour (Okabe and Ito's palette) and its own shape. Text stays text, in the page's font.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+# marker colour -> CSS variable of the page
+_INKS = {
+    "#010101": "--ink",
+    "#020202": "--muted",
+    "#030303": "--rule",
+    "#040404": "--fp32",
+    "#050505": "--fp16",
+    "#060606": "--int8",
+    "#070707": "--paper",
+}
+INK, MUTED, RULE, FP32, FP16, INT8, PAPER = _INKS
+COLOUR = {"fp32": FP32, "fp16": FP16, "int8": INT8}
+SHAPE = {"fp32": "o", "fp16": "s", "int8": "D"}
+_SETTINGS: Any = {
+    "svg.hashsalt": "robx",
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "axes.unicode_minus": True,
+    "font.size": 9.5,
+    "axes.facecolor": "none",
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "text.color": INK,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+}
+
+
+def draw(paint: Callable[[Canvas], None], *, name: str, title: str, text: str, size: tuple[float, float]) -> str:
+    """The SVG element that `paint` draws on a canvas of `size` inches, with its alternative text.
+
+    Args:
+        paint: draws on the canvas.
+        name: prefix of every id in it, unique on the page.
+        title: the figure's name, for a screen reader.
+        text: what it shows, in words, for a screen reader.
+        size: width and height in inches; on the page the width is the column's.
+    """
+    with matplotlib.rc_context(_SETTINGS):
+        canvas = Canvas(figsize=size, layout="constrained")
+        canvas.patch.set_alpha(0)
+        FigureCanvasSVG(canvas)
+        paint(canvas)
+        buffer = io.StringIO()
+        canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
+    return _inline(buffer.getvalue(), name=name, title=title, text=text)
+
+
+def pareto(
+    points: Sequence[Mapping[str, Any]], *, mark: float | None, axis: str, front: Sequence[tuple[float, float]]
+) -> Callable[[Canvas], None]:
+    """Accuracy against latency, one point a model.
+
+    Args:
+        points: each with ``x`` (ms), ``y`` (%), ``low`` and ``high`` (% or None), ``bytes``, ``precision``, ``label``,
+            ``valid`` (a hollow, dashed point when false) and ``picked``.
+        mark: a level to show (%), such as fp32 minus a point; None for no line.
+        axis: the label of the y axis.
+        front: the corners (ms, %) of the Pareto front.
+    """
+
+    def paint(canvas: Canvas) -> None:
+        axes = canvas.add_subplot()
+        largest = max((p["bytes"] or 0 for p in points), default=0) or 1
+        if mark is not None:
+            axes.axhline(mark, color=MUTED, lw=0.8, ls=(0, (4, 3)), zorder=1)
+        if len(front) > 1:
+            xs, ys = zip(*front, strict=True)
+            axes.step(xs, ys, where="post", color=RULE, lw=1.6, zorder=1.5)
+        for p in points:
+            _point(axes, p, area=40 + 560 * (p["bytes"] or 0) / largest)
+        _place_labels(axes, points)
+        _ms_axis(axes, [p["x"] for p in points], margin=0.16)
+        axes.set_xlabel("p90 latency, upper bound (ms)")
+        axes.set_ylabel(axis)
+        axes.grid(axis="y")
+        axes.margins(y=0.22)
+
+    return paint
+
+
+def distributions(rows: Sequence[Mapping[str, Any]]) -> Callable[[Canvas], None]:
+    """One band a model: how its latencies (``ms``, an array) spread, with ticks at ``p50`` and ``p90``."""
+
+    def paint(canvas: Canvas) -> None:
+        axes = canvas.add_subplot()
+        every = np.concatenate([row["ms"] for row in rows])
+        low, high = float(every.min()), float(np.quantile(every, 0.999))
+        bins = np.geomspace(low * 0.97, max(high, low * 1.2) * 1.03, 161)
+        for place, row in enumerate(rows):
+            counts, _ = np.histogram(row["ms"], bins)
+            height = 0.8 * counts / max(1, counts.max())
+            colour = COLOUR[row["precision"]]
+            base = len(rows) - 1 - place
+            fill = colour if row["valid"] else "none"
+            axes.stairs(
+                base + height, bins, baseline=base, fill=row["valid"], color=colour, alpha=0.55, fc=fill, lw=0.9
+            )
+            for key, tall in (("p50", 0.9), ("p90", 0.55)):
+                if row[key] is not None:
+                    axes.plot([row[key]] * 2, [base, base + tall], color=INK, lw=1.4 if key == "p50" else 0.9)
+        axes.set_yticks([len(rows) - 1 - i + 0.25 for i in range(len(rows))], [row["label"] for row in rows])
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.spines["left"].set_visible(False)
+        axes.set_xlim(bins[0], bins[-1])
+        _ms_axis(axes, [low, high], margin=0.0)
+        axes.set_xlabel("latency of one call (ms)")
+        axes.grid(axis="x")
+
+    return paint
+
+
+def pairs(rows: Sequence[Mapping[str, Any]], *, margin: float) -> Callable[[Canvas], None]:
+    """Shared rows, two panels: ``speedup`` against 1, ``drop`` against `margin`; each (value, low, high) or None."""
+
+    def paint(canvas: Canvas) -> None:
+        left, right = canvas.subplots(1, 2, sharey=True)
+        for axes, key, at, name in (
+            (left, "speedup", 1.0, "times faster (ratio of medians)"),
+            (right, "drop", margin, "points of top-1 lost"),
+        ):
+            for place, row in enumerate(rows):
+                _whisker(axes, row[key], len(rows) - 1 - place, row)
+            axes.axvline(at, color=INK, lw=0.9, ls=(0, (4, 3)))
+            axes.set_xlabel(name)
+            axes.grid(axis="x")
+            axes.spines["left"].set_visible(False)
+            axes.tick_params(axis="y", length=0, labelcolor=INK)
+            axes.set_ylim(-0.6, len(rows) - 0.4)
+            axes.margins(x=0.12)
+        right.axvline(0, color=RULE, lw=0.9)
+        left.set_yticks(range(len(rows))[::-1], [row["label"] for row in rows])
+
+    return paint
+
+
+def curves(panels: Sequence[tuple[str, Sequence[tuple[str, np.ndarray, np.ndarray]]]], *, axis: str) -> Any:
+    """One panel a quantity: its name and, for each line, a name with x and y; lines differ in colour and dash."""
+    colours, dashes = (FP32, INT8, FP16, INK, MUTED), ("-", (0, (6, 2)), (0, (2, 2)), (0, (6, 2, 1, 2)), (0, (1, 1)))
+
+    def paint(canvas: Canvas) -> None:
+        grid = canvas.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (name, lines) in zip(grid, panels, strict=True):
+            for i, (_, x, y) in enumerate(lines):
+                mark = "o" if len(x) < 30 else ""
+                axes.plot(x, y, color=colours[i % 5], ls=dashes[i % 5], lw=1.5, marker=mark, ms=3.5)
+            axes.set_title(name, loc="left", fontsize=9.5, color=INK)
+            axes.set_xlabel(axis)
+            axes.grid(axis="y")
+            axes.margins(x=0.02)
+            if len(lines) > 1:
+                axes.legend([line[0] for line in lines], frameon=False, fontsize=8.5)
+
+    return paint
+
+
+def _point(axes: Any, p: Mapping[str, Any], *, area: float) -> None:
+    colour = COLOUR[p["precision"]]
+    if p["low"] is not None and p["high"] is not None:
+        axes.vlines(p["x"], p["low"], p["high"], color=colour, lw=1.1, alpha=0.7, zorder=2)
+    style: dict[str, Any] = {"marker": SHAPE[p["precision"]], "s": area, "zorder": 3}
+    if p["valid"]:
+        axes.scatter(p["x"], p["y"], color=colour, alpha=0.8, edgecolors=PAPER, linewidths=0.8, **style)
+    else:
+        axes.scatter(p["x"], p["y"], facecolors="none", edgecolors=colour, linestyles=(0, (2, 2)), **style)
+    if p["picked"]:
+        axes.scatter(
+            p["x"], p["y"], marker="o", s=area * 2 + 160, facecolors="none", edgecolors=INK, linewidths=1.1, zorder=4
+        )
+
+
+def _place_labels(axes: Any, points: Sequence[Mapping[str, Any]]) -> None:
+    """Labels above and below in turn along x, so that neighbours do not sit on each other."""
+    for turn, p in enumerate(sorted(points, key=lambda p: (p["x"], p["y"], p["label"]))):
+        above = turn % 2 == 0
+        axes.annotate(
+            p["label"],
+            (p["x"], p["y"]),
+            xytext=(0, 20 if above else -20),
+            textcoords="offset points",
+            ha="center",
+            va="bottom" if above else "top",
+            fontsize=8.5,
+            color=INK,
+            fontweight="bold" if p["picked"] else "normal",
+        )
+
+
+def _whisker(axes: Any, value: tuple[float, float | None, float | None] | None, y: int, row: Mapping[str, Any]) -> None:
+    if value is None:
+        axes.set_yticks([])
+        return
+    middle, low, high = value
+    colour = COLOUR[row["precision"]]
+    if low is not None and high is not None:
+        axes.hlines(y, low, high, color=colour, lw=2)
+    face = colour if row["valid"] else PAPER
+    axes.plot([middle], [y], SHAPE[row["precision"]], ms=7, mfc=face, mec=colour, zorder=3)
+
+
+def _ms_axis(axes: Any, values: Sequence[float], *, margin: float) -> None:
+    """A logarithmic axis of milliseconds with plain numbers."""
+    axes.set_xscale("log")
+    low, high = min(values, default=1.0), max(values, default=1.0)
+    if margin:
+        room = max(np.log(high / low) * margin, 0.25)
+        axes.set_xlim(low / np.exp(room), high * np.exp(room))
+    wide = np.log10(axes.get_xlim()[1] / axes.get_xlim()[0])
+    subs = (1, 2, 5) if wide > 0.8 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="x", which="minor", length=0)
+
+
+def _inline(svg: str, *, name: str, title: str, text: str) -> str:
+    """matplotlib's file as an element of the page: no header, no metadata, own ids, the page's colours and font."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    # matplotlib escapes < and > in text, so this sees tags alone and never what the user wrote.
+    svg = re.sub(r"<[^<>]+>", lambda tag: _own(tag.group(), name), svg)
+    box = re.search(r'viewBox="[^"]*"', svg)
+    head = (
+        f'<svg {box.group() if box else ""} role="img" aria-labelledby="{name}-title {name}-desc" '
+        f'xmlns="http://www.w3.org/2000/svg"><title id="{name}-title">{html.escape(title)}</title>'
+        f'<desc id="{name}-desc">{html.escape(text)}</desc>'
+    )
+    return head + svg[svg.index(">") + 1 :].strip()
+
+
+def _own(tag: str, name: str) -> str:
+    tag = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{name}-", tag).replace("xlink:href=", "href=")
+    tag = re.sub(r"font-family: [^;\"]*;?", "", tag)
+    for marker, variable in _INKS.items():
+        tag = tag.replace(marker, f"var({variable})")
+    return tag

@@ -1,0 +1,294 @@
+"""The report's tables and words: rows and records in, text cells out. What is shown is here; how it looks is not."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from robx.eval.report_data import Packed, ReportData, Sourced
+from robx.eval.report_rows import Figure, Row, ratio, student_names
+from robx.records import Accuracy, Fidelity, Rung, Value
+
+DASH = "–"
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: its text, a smaller second line, where the figure comes from, and the style of its state."""
+
+    text: str
+    note: str = ""
+    source: str = ""
+    mark: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A caption, column heads (those in `numeric` are right-aligned), and rows whose first cell is their head."""
+
+    caption: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    numeric: frozenset[str] = frozenset()
+
+
+def clean(text: str) -> str:
+    """`text` without control characters, direction overrides and lone surrogates: they deceive or break a page."""
+    return _UNPRINTABLE.sub("\ufffd", text)
+
+
+def number(x: float, digits: int = 3) -> str:
+    """`x` with `digits` significant digits, and every digit before the point."""
+    if x == 0 or not math.isfinite(x):
+        return f"{x:g}"
+    return f"{x:.{max(0, digits - 1 - math.floor(math.log10(abs(x))))}f}"
+
+
+def percent(x: float) -> str:
+    """One decimal."""
+    return f"{x:.1f}"
+
+
+def hundredths(x: float) -> str:
+    """Two decimals, with a true minus sign; no negative zero."""
+    return f"{x + 0.0:.2f}".replace("-0.00", "0.00").replace("-", "−")
+
+
+def megabytes(size: int) -> str:
+    """``11.3 MB``, or ``45 kB`` when it is that small."""
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
+def spell(value: Value) -> str:
+    """A figure whose kind is known by its unit alone: ``61.3 %``, ``4.21 ms``, ``0.9991``."""
+    match value.unit:
+        case "%":
+            return f"{hundredths(value.value)} %"
+        case "":
+            return f"{value.value:.4g}"
+        case unit:
+            return f"{number(value.value)} {unit}"
+
+
+def interval(value: Value, form: object = number) -> str:
+    """``low to high``, or nothing."""
+    if value.low is None or value.high is None or not callable(form):
+        return ""
+    return f"{form(value.low)} to {form(value.high)}"
+
+
+def model_table(rows: Sequence[Row], *, caption: str, picked: Row | None) -> Table:
+    """The table of the first screen: one row a model on one device."""
+    heads = ("Model", "Size", "kNN top-1", "Linear top-1", "Drop vs fp32", "p50", "p90", "Speed-up", "Latency is")
+    body = tuple(
+        (
+            Cell(
+                row.name,
+                f"{row.format} {row.precision}",
+                row.folder,
+                _precision(row) + (" picked" if row is picked else ""),
+            ),
+            Cell(megabytes(row.bytes), source=row.folder) if row.bytes else Cell(DASH),
+            _accuracy(row.accuracy.get("knn")),
+            _accuracy(row.accuracy.get("linear")),
+            _drop(row),
+            _ms(row, row.latency.get("p50")),
+            _p90(row),
+            _speedup(row),
+            validity(row),
+        )
+        for row in rows
+    )
+    return Table(caption=caption, heads=heads, rows=body, numeric=frozenset(heads[1:8]) - {"Drop vs fp32"})
+
+
+def latency_table(rows: Sequence[Row]) -> Table:
+    """Every value of every latency record, whatever its name."""
+    first = [key for key in ("p50", "p90", "p90_upper", "p99") if any(key in row.latency for row in rows)]
+    keys = [*first, *sorted({key for row in rows for key in row.latency} - set(first))]
+    body = []
+    for row in rows:
+        cells = [Cell(row.label, row.device, row.folder, _precision(row)), validity(row)]
+        for key in keys:
+            figure = row.latency.get(key)
+            if figure:
+                cells.append(Cell(spell(figure.value), interval(figure.value), figure.source, _state(row)))
+            else:
+                cells.append(Cell(DASH, row.missing.get(key, "")))
+        body.append(tuple(cells))
+    return Table(
+        caption="Every latency figure, with its interval",
+        heads=("Model", "Latency is", *keys),
+        rows=tuple(body),
+        numeric=frozenset(keys),
+    )
+
+
+def pair_rows(rows: Sequence[Row]) -> list[tuple[Row, Row, Figure | None]]:
+    """(slower precision, quicker precision, times faster) on the same student, format and device."""
+    found = []
+    for low, high in (("int8", "fp32"), ("int8", "fp16"), ("fp16", "fp32")):
+        for row in rows:
+            if row.precision != low or not row.device or row.validity == "INVALID":
+                continue
+            for base in rows:
+                same = (base.student, base.format, base.device) == (row.student, row.format, row.device)
+                if same and base.precision == high and base.validity != "INVALID":
+                    found.append((base, row, row.speedup if high == "fp32" else ratio(base, row)))
+    return found
+
+
+def pair_table(pairs: Sequence[tuple[Row, Row, Figure | None]]) -> Table:
+    """Each low precision against the higher one of the same student and format on the same device."""
+    body = tuple(
+        (
+            Cell(row.label, f"against {base.precision} on {row.device}", row.folder, _precision(row)),
+            _ms(base, base.latency.get("p50")),
+            _ms(row, row.latency.get("p50")),
+            Cell(*_times(figure), _state(row) or _state(base)),
+            Cell(f"{base.bytes / row.bytes:.2f} ×" if base.bytes and row.bytes else DASH),
+            _drop(row),
+            _worse(base, row),
+        )
+        for base, row, figure in pairs
+    )
+    heads = ("Pair", "p50 before", "p50 after", "Times faster", "Times smaller", "Drop vs fp32", "Latency is")
+    return Table(caption="Precisions in pairs", heads=heads, rows=body, numeric=frozenset(heads[1:5]))
+
+
+def rung_table(packed: Packed, label: str) -> Table:
+    """What the export ladder tried for one bundle."""
+    bundle = packed.bundle
+    keys = list(dict.fromkeys(key for rung in bundle.rungs for key in rung.values))
+    body = tuple(_rung(rung, i, packed, keys) for i, rung in enumerate(bundle.rungs))
+    caption = f"{label}: asked for {bundle.requested}, shipped {bundle.precision}, gate {bundle.verdict}"
+    heads = ("Rung", "Accuracy", "Speed", *keys, "Why")
+    return Table(caption=caption, heads=heads, rows=body, numeric=frozenset(keys))
+
+
+def accuracy_table(data: ReportData, labels: dict[str, str]) -> Table:
+    """Every accuracy and fidelity figure, on whatever data."""
+    body = []
+    for measurement in [*data.of_kind(Accuracy), *data.of_kind(Fidelity)]:
+        record = measurement.record
+        if isinstance(record, Accuracy):
+            who, what, on = record.model_id, record.protocol, f"{record.data.name}, {record.data.images} images"
+        elif isinstance(record, Fidelity):
+            who, what, on = record.bundle_id, f"against fp32: {record.verdict}", "; ".join(record.reasons)
+        else:
+            continue
+        for key, value in record.values.items():
+            body.append(
+                (
+                    Cell(labels.get(who, who), what),
+                    Cell(key),
+                    Cell(spell(value), source=f"{measurement.place} values.{key}"),
+                    Cell(interval(value, lambda x: f"{x:.4g}") or DASH),
+                    Cell(DASH if value.n is None else str(value.n)),
+                    Cell(on),
+                )
+            )
+    heads = ("Model and protocol", "Figure", "Value", "95 % interval", "n", "On")
+    return Table(
+        caption="Every accuracy figure",
+        heads=heads,
+        rows=tuple(body),
+        numeric=frozenset({"Value", "95 % interval", "n"}),
+    )
+
+
+def model_labels(data: ReportData, rows: Iterable[Row]) -> dict[str, str]:
+    """model id -> label."""
+    names = {sha256[:16]: f"{name} · torch fp32" for sha256, name in student_names(data).items()}
+    return names | {row.model_id: row.label for row in rows}
+
+
+def validity(row: Row) -> Cell:
+    """VALID, UNSTABLE or INVALID, with the reasons."""
+    if row.validity is None:
+        return Cell("not measured", mark="missing")
+    profile = f"{row.profile} profile, not for publication" if row.profile in ("rapid", "quick") else ""
+    return Cell(row.validity, "; ".join(filter(None, (", ".join(row.reasons), profile))), mark=row.validity.lower())
+
+
+def measured_span(measurements: Iterable[Sourced]) -> tuple[str, str] | None:
+    """First and last start of the measurements."""
+    times = sorted(m.record.started for m in measurements)
+    return (times[0], times[-1]) if times else None
+
+
+def _worse(base: Row, row: Row) -> Cell:
+    return validity(base if base.validity == "UNSTABLE" else row)
+
+
+def _rung(rung: Rung, index: int, packed: Packed, keys: Sequence[str]) -> tuple[Cell, ...]:
+    place = f"{packed.folder}/manifest.json rungs[{index}]"
+    settings = ", ".join(f"{key} {json.dumps(value)}" for key, value in sorted(rung.settings.items()))
+    cells = [Cell(rung.name + (" (shipped)" if rung.kept else ""), settings, place, "picked" if rung.kept else "")]
+    cells += [Cell(verdict, mark=verdict.lower()) for verdict in (rung.accuracy, rung.speed)]
+    for key in keys:
+        value = rung.values.get(key)
+        cells.append(Cell(spell(value), interval(value, lambda x: f"{x:.4g}"), place) if value else Cell(DASH))
+    return (*cells, Cell(rung.reason))
+
+
+def _accuracy(figure: Figure | None) -> Cell:
+    if figure is None:
+        return Cell(DASH, "not measured", mark="missing")
+    note = interval(figure.value, percent)
+    if figure.how != "measured":
+        note = "as its student" if figure.how == "inherited" else "student minus drop"
+    return Cell(f"{percent(figure.value.value)} %", note, figure.source, figure.how)
+
+
+def _drop(row: Row) -> Cell:
+    if row.gate == "REFERENCE":
+        return Cell("reference")
+    verdict = row.judged if row.precision != "fp32" or row.drop else row.gate
+    if row.drop is None:
+        return Cell(verdict.replace("_", " "), row.judged_why or row.gate_reason, mark=verdict.lower())
+    value = row.drop.value
+    span = interval(value, hundredths)
+    return Cell(
+        f"{hundredths(value.value)} pt", ", ".join(filter(None, (span, verdict))), row.drop.source, verdict.lower()
+    )
+
+
+def _ms(row: Row, figure: Figure | None) -> Cell:
+    if figure is None:
+        return Cell(DASH, mark="missing")
+    return Cell(f"{number(figure.value.value)} ms", interval(figure.value), figure.source, _state(row))
+
+
+def _p90(row: Row) -> Cell:
+    figure = row.latency.get("p90") or row.bound
+    if figure is None:
+        return Cell(DASH, mark="missing")
+    note = f"at most {number(row.bound.value.value)}" if row.bound else "no upper bound"
+    return Cell(f"{number(figure.value.value)} ms", note, figure.source, _state(row))
+
+
+def _speedup(row: Row) -> Cell:
+    if row.speedup is None:
+        return (
+            Cell("1 ×", "baseline") if row.precision == "fp32" and row.device and row.format != "torch" else Cell(DASH)
+        )
+    return Cell(*_times(row.speedup), _state(row))
+
+
+def _times(figure: Figure | None) -> tuple[str, str, str]:
+    if figure is None:
+        return DASH, "", ""
+    return f"{figure.value.value:.2f} ×", interval(figure.value, lambda x: f"{x:.2f}"), figure.source
+
+
+def _precision(row: Row) -> str:
+    return row.precision
+
+
+def _state(row: Row) -> str:
+    return {"UNSTABLE": "shaky", "INVALID": "void"}.get(row.validity or "", "")
