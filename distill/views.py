@@ -17,7 +17,8 @@ class Views:
     globals: Tensor  # (2, B, 3, G, G) float32
     locals: Tensor  # (L, B, 3, S, S) float32; L may be 0
     index: Tensor  # (B,) int64, the samples' places in the source
-    masks: Tensor | None = None  # (2, B, P) bool, True where a patch is masked; RoB-iBOT only
+    masks: Tensor | None = None  # (2, B, P) bool, True where a patch is masked (RoB-iBOT) or dropped (RoB-MSN)
+    epoch: int = 0  # a crop is a function of (seed, epoch, index); stored targets are found by the last two
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Targets:
     probs: Tensor  # (2, B, K), rows sum to 1; or (2, B, k)
     columns: Tensor | None = None  # (2, B, k) int64
     tail: Tensor | None = None  # (2, B)
-    patch_probs: Tensor | None = None  # (2, B, P, K_patch)
+    patch_probs: Tensor | None = (
+        None  # (2, B, P, K_patch), or (M, K_patch): the masked ones, as masks.nonzero() has them
+    )
 
 
 @dataclass(frozen=True)
@@ -39,4 +42,4 @@ class Scores:
     """What the student says of every crop: logits before the temperature, in the autograd graph."""
 
     crops: Tensor  # (V, B, K), the two global crops first
-    patches: Tensor | None = None  # (2, B, P, K_patch)
+    patches: Tensor | None = None  # (2, B, P, K_patch), or (M, K_patch): the masked ones, as masks.nonzero() has them
