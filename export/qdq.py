@@ -157,6 +157,7 @@ def rescale_to_int8(model: onnx.ModelProto) -> None:
         done.add(pair.node.output[0])
     _float_biases(graph)
     _drop_unused(model)
+    del model.graph.value_info[:]  # it still says uint8
 
 
 def _placement_faults(graph: Graph) -> list[str]:

@@ -191,7 +191,7 @@ def build(
     """Ship `onnx_path`, which is in the requested precision already."""
     write_bytes(folder / "model.onnx", onnx_path.read_bytes())
     return BuiltModel(
-        files=(BuiltFile("model.onnx", "model"),),
+        files=(BuiltFile(path="model.onnx", role="model"),),
         runtime="onnxruntime",
         inputs=request.inputs,
         outputs=request.outputs,

@@ -1,0 +1,129 @@
+"""The INT8 rungs, from plain to careful; pure. The gate stops at the first that is accurate and not slower.
+
+plain static -> other ranges -> stem, last product, squeeze-excite, softmax, norms and gates in float -> CNN: cross-layer
+equalisation, full bias correction; ViT: SmoothQuant alphas, off included -> the worst layers by measured sensitivity back
+to float -> fp16 -> fp32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from robx.errors import InputError
+from robx.export.candidate import Candidate
+from robx.export.graph_facts import FLOAT_OPS, GraphFacts
+from robx.records import Format
+
+# Published results differ on which alpha serves (.15 for ViT-B, none for Swin-B): it is searched.
+SMOOTH_ALPHAS = (0.5, 0.15, 0.85)
+# Layers given back to float, by measured sensitivity: a share of all, at least one.
+FLOAT_SHARES = (0.1, 0.25)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What the target's CPU and this installation offer."""
+
+    vnni: bool = False  # x86 dot products that do not saturate
+    arm: bool = False
+    nncf: bool = True
+
+
+def ladder(fmt: Format, facts: GraphFacts, machine: Machine) -> list[Candidate]:
+    """The int8 candidates of a format before sensitivity is measured, from plain to careful."""
+    if fmt in ("onnx", "ort"):
+        return _onnx_ladder(facts, machine)
+    if fmt == "openvino":
+        return _nncf_ladder(facts, transformer=facts.kind == "vit")
+    if fmt == "trt":
+        return _trt_ladder(facts, machine)
+    return [Candidate(name="the converter's own", quantiser="converter")]
+
+
+def sensitive_rungs(best: Candidate, ranking: list[str]) -> list[Candidate]:
+    """Candidates like `best` with the most sensitive layers, the worst first in `ranking`, back in float."""
+    rungs, seen = [], 0
+    for share in FLOAT_SHARES:
+        count = max(1, round(share * len(ranking)))
+        if count <= seen or count >= len(ranking):
+            continue
+        seen = count
+        kept = tuple(dict.fromkeys((*best.float_nodes, *ranking[:count])))
+        rungs.append(dataclasses.replace(best, name=f"{best.name}, {count} worst layers in float", float_nodes=kept))
+    return rungs
+
+
+def limit(rungs: list[Candidate], count: int | None) -> list[Candidate]:
+    """The first `count` rungs; None: all.
+
+    Raises:
+        InputError: a count that is not positive.
+    """
+    if count is not None and count < 1:
+        raise InputError(f"--rungs {count} tries nothing: give 1 or more")
+    return rungs[:count]
+
+
+def _onnx_ladder(facts: GraphFacts, machine: Machine) -> list[Candidate]:
+    plain = Candidate(
+        name="static, min-max",
+        quantiser="onnxruntime",
+        signed=machine.arm,
+        reduce_range=not machine.arm and not machine.vnni,
+    )
+    if facts.kind == "vit":
+        # Attention quantised as a pattern, which only NNCF does here; ONNX Runtime's own rungs follow.
+        nncf = _nncf_ladder(facts, transformer=True) if machine.nncf else []
+        return [*nncf, plain, _careful(plain, facts)]
+    rungs = [
+        plain,
+        dataclasses.replace(plain, name="static, percentile 99.99", ranges="percentile"),
+        dataclasses.replace(plain, name="static, least squared error", ranges="mse"),
+        _careful(plain, facts),
+        dataclasses.replace(_careful(plain, facts), name="equalised, stem and gates in float", equalize=True),
+    ]
+    if machine.nncf:
+        rungs.append(Candidate(name="nncf, full bias correction", quantiser="nncf", full_bias=True))
+    return rungs
+
+
+def _nncf_ladder(facts: GraphFacts, *, transformer: bool) -> list[Candidate]:
+    plain = Candidate(name="nncf", quantiser="nncf", transformer=transformer)
+    if transformer:
+        smooth = [
+            dataclasses.replace(plain, name=f"nncf, SmoothQuant {alpha}", smooth_alpha=alpha) for alpha in SMOOTH_ALPHAS
+        ]
+        return [*smooth[:1], dataclasses.replace(plain, name="nncf, no SmoothQuant"), *smooth[1:]]
+    kept = (*facts.first, *facts.squeeze_excite)
+    return [
+        plain,
+        dataclasses.replace(plain, name="nncf, quantile ranges", ranges="percentile"),
+        dataclasses.replace(plain, name="nncf, stem and gates in float", float_nodes=kept),
+        dataclasses.replace(plain, name="nncf, equalised, full bias correction", equalize=True, full_bias=True),
+    ]
+
+
+def _trt_ladder(facts: GraphFacts, machine: Machine) -> list[Candidate]:
+    plain = Candidate(name="symmetric, min-max", quantiser="tensorrt", signed=True)
+    kept = tuple(dict.fromkeys((*facts.first, *facts.last, *facts.squeeze_excite)))
+    rungs = [
+        plain,
+        dataclasses.replace(plain, name="symmetric, entropy", ranges="entropy"),
+        dataclasses.replace(plain, name="symmetric, least squared error", ranges="mse"),
+        dataclasses.replace(plain, name="symmetric, stem, last and gates in float", ranges="mse", float_nodes=kept),
+    ]
+    if facts.kind == "cnn":
+        rungs.append(dataclasses.replace(rungs[-1], name="equalised, stem, last and gates in float", equalize=True))
+    elif machine.nncf:
+        rungs += [dataclasses.replace(c, signed=True) for c in _nncf_ladder(facts, transformer=True)]
+    return rungs
+
+
+def _careful(plain: Candidate, facts: GraphFacts) -> Candidate:
+    return dataclasses.replace(
+        plain,
+        name="static, stem and gates in float",
+        float_nodes=(*facts.first, *facts.squeeze_excite),
+        float_ops=FLOAT_OPS if facts.squeeze_excite or facts.kind == "vit" else (),
+    )

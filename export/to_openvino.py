@@ -1,0 +1,71 @@
+"""OpenVINO IR: fp32, fp16 weights, and int8 by NNCF."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from robx.errors import ArtifactError, InputError, MissingExtra
+from robx.export.candidate import Candidate
+from robx.export.request import BuiltFile, BuiltModel, ExportRequest
+
+
+def build(
+    model: nn.Module | None,
+    onnx_path: Path,
+    request: ExportRequest,
+    folder: Path,
+    calibration: np.ndarray | None,
+    candidate: Candidate | None = None,
+) -> BuiltModel:
+    """Write model.xml and model.bin from float32 ONNX.
+
+    fp16 is the weights' form: a CPU computes in float32 whatever the file says, unless its hint says otherwise. int8 is
+    quantised on the OpenVINO graph itself, with `candidate`'s settings.
+
+    Raises:
+        MissingExtra: openvino or nncf is not installed.
+        ArtifactError: OpenVINO cannot read or write the model.
+    """
+    try:
+        import openvino as ov
+    except ImportError as error:
+        raise MissingExtra("openvino", "openvino", purpose="exporting to OpenVINO", cause=error) from error
+    versions = {name: version(name) for name in ("onnx", "openvino", "torch")}
+    network = _convert(ov, onnx_path)
+    if request.precision == "int8":
+        from robx.export.quantize_nncf import quantize_openvino
+
+        if calibration is None:
+            raise InputError("an int8 export needs calibration images: give --data")
+        network = quantize_openvino(network, calibration, candidate or Candidate(name="nncf", quantiser="nncf"))
+        versions["nncf"] = version("nncf")
+    try:
+        ov.save_model(network, folder / "model.xml", compress_to_fp16=request.precision == "fp16")
+    except Exception as error:
+        raise ArtifactError(f"OpenVINO cannot write the model: {_first_line(error)}") from error
+    return BuiltModel(
+        files=(BuiltFile(path="model.xml", role="model"), BuiltFile(path="model.bin", role="weights")),
+        runtime="openvino",
+        inputs=request.inputs,
+        outputs=request.outputs,
+        versions=versions,
+        opset=request.target.opset,
+    )
+
+
+def _convert(ov: Any, onnx_path: Path) -> Any:
+    try:
+        # Through bytes in memory: weights are then copied, and do not stay mapped to a file that may go away.
+        network = ov.Core().read_model(onnx_path.read_bytes())
+    except Exception as error:
+        raise ArtifactError(f"OpenVINO cannot read {onnx_path.name}: {_first_line(error)}") from error
+    return network
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
