@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from robx.errors import InputError
-from robx.eval.knn import TEMPERATURE, nearest, vote
+from robx.eval.knn import TEMPERATURE, nearest, vote, weighted_knn
+from robx.eval.probe import Probe, fit_probe
 from robx.eval.verdict import (
     Decision,
     accuracy_value,
@@ -27,9 +28,6 @@ from robx.eval.verdict import (
     quantile_value,
 )
 from robx.records import Precision, Value, Verdict
-
-if TYPE_CHECKING:
-    from robx.eval.probe import Probe
 
 KNN_K = 20
 LEAST_UNLABELLED = 100  # images: fewer say nothing of the 1 % quantile
@@ -63,8 +61,6 @@ class Comparison:
 
 def make_bank(features: np.ndarray, labels: np.ndarray, *, classes: int) -> Bank:
     """Keep the labelled rows of `features` (N, D) and train the probe on them."""
-    from robx.eval.probe import fit_probe
-
     keep = labels >= 0
     features, labels = features[keep], labels[keep]
     return Bank(features=features, labels=labels, classes=classes, probe=fit_probe(features, labels, classes=classes))
@@ -115,6 +111,7 @@ def fidelity(
     *,
     labels: np.ndarray | None = None,
     bank: Bank | None = None,
+    candidate_bank: np.ndarray | None = None,
     margin: float = 1.0,
     precision: Precision = "int8",
     class_names: Sequence[str] | None = None,
@@ -126,6 +123,8 @@ def fidelity(
         candidate: the same images' embeddings by the candidate.
         labels: int64 (M,), negative where unlabelled; the task figures need them and a `bank`.
         bank: the reference's labelled training features (`make_bank`).
+        candidate_bank: the candidate's features (N, D) of the bank's images, for what can be had by training the probe
+            again and by embedding the bank again; None leaves these two out.
         margin: the drop of accuracy that is tolerated, in percentage points.
         precision: picks the cosine limits, which decide where there are no labels and are only noted where there are.
         class_names: names for the reasons.
@@ -142,6 +141,8 @@ def fidelity(
         task, decisions, remarks = _task(reference, candidate, labels, bank, margin, class_names)
         values |= task
         notes += remarks
+        if candidate_bank is not None and labels is not None and np.isfinite(candidate_bank).all():
+            values |= _adapted(reference, candidate, labels, bank, candidate_bank)
     else:
         values["neighbour_overlap"] = neighbour_overlap(reference, candidate)
     if faults:
@@ -206,6 +207,29 @@ def _task(
             values["worst_class_drop"] = value
             notes.append(note)
     return values, decisions, notes
+
+
+def _adapted(
+    reference: np.ndarray, candidate: np.ndarray, labels: np.ndarray, bank: Bank, candidate_bank: np.ndarray
+) -> dict[str, Value]:
+    """What is left of the drop when the user adapts: the probe trained again, and the bank embedded again."""
+    if candidate_bank.shape != bank.features.shape:
+        raise InputError(
+            f"the banks {bank.features.shape} and {candidate_bank.shape} do not pair: embed the same images"
+        )
+    keep = labels >= 0
+    if not keep.any():
+        return {}
+    wanted, k = labels[keep], min(KNN_K, len(bank.labels))
+    again = fit_probe(candidate_bank, bank.labels, classes=bank.classes)
+    right = {
+        "retrained_probe": (bank.probe.predict(reference[keep]) == wanted, again.predict(candidate[keep]) == wanted),
+        "own_bank_knn": tuple(
+            weighted_knn(rows, bank.labels, queries[keep], k=k, classes=bank.classes)[:, 0] == wanted
+            for rows, queries in ((bank.features, reference), (candidate_bank, candidate))
+        ),
+    }
+    return {f"{name}_drop": drop_value(*discordant(*pair), len(wanted)) for name, pair in right.items()}
 
 
 def worst_class(

@@ -1,8 +1,8 @@
 """Low-shot evaluation, MSN's protocol: logistic regression on a few labelled images a class.
 
 Features before the trunk's final norm, each row minus its own mean, then scaled to length 1; multinomial logistic
-regression without intercept that minimises sum(cross-entropy) + lambda / 2 |W|^2, lambda = 0.0025 (MSN writes lambda / n
-beside a mean). 1, 2 and 5 images a class are averaged over three fixed splits; 1 % and 10 % have one.
+regression without intercept that minimises sum(cross-entropy) + lambda / 2 |W|^2, lambda = 0.0025 (MSN: lambda / n
+beside a mean, the same). 1, 2 and 5 images a class are averaged over three fixed splits; 1 % and 10 % have one.
 
 The published splits are text files of image names: imagenet_subsets{1,2,3}/{1,2,5}imgs_class.txt and
 imagenet_subsets1/{1percent,10percent}.txt. Without them robx draws its own, the same ones every time, and says so.

@@ -1,4 +1,4 @@
-"""Transfer: frozen trunk, BatchNorm + Linear heads on another data set, with the recipe that the benchmark uses for it."""
+"""Transfer: frozen trunk, BatchNorm + Linear heads on another data set, each with its benchmark's recipe."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robx.records import Student
+from robx.records import Bundle, Student
 from robx.trunk import is_vit, load_trunk
 
 Output = Literal["embedding", "last4", "before_norm"]
@@ -25,10 +25,10 @@ class TrunkSession:
 
     def __init__(self, folder: Path, *, output: Output, threads: int = 1) -> None:
         """Open the Student in `folder`; a CNN, which has no tokens, answers with the embedding whatever `output` is."""
-        self.bundle: Student
-        self.bundle, self._trunk = load_trunk(folder)
+        self.student, self._trunk = load_trunk(folder)
+        self.bundle: Bundle | Student = self.student
         self._trunk.requires_grad_(False)
-        self.output: Output = output if is_vit(self.bundle.timm_name) else "embedding"
+        self.output: Output = output if is_vit(self.student.timm_name) else "embedding"
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._threads = threads
         self._trunk.to(self.device)
@@ -38,7 +38,7 @@ class TrunkSession:
     @property
     def kinds(self) -> dict[str, slice]:
         """The feature kinds within a row of the output: name -> columns; the headline's first."""
-        width = self.bundle.width
+        width = self.student.width
         if self.output == "last4":
             return {"last4": slice(0, LAST * width), "last": slice((LAST - 1) * width, LAST * width)}
         return {"embedding" if self.output == "embedding" else "before_norm": slice(0, width)}

@@ -1,0 +1,170 @@
+"""`robx eval` and `robx report`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from robx.errors import InputError
+from robx.records import Accuracy, Fidelity, Measurement, Value
+
+# ---------------------------------------------------------------------------------------------------------------- eval
+
+
+@click.command(name="eval")
+@click.argument("folders", metavar="RUN|BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--data", type=click.Path(path_type=Path), help="Labelled images: train/ and test/, shards, IDX, CIFAR.")
+@click.option(
+    "--test", type=click.Path(path_type=Path), help="The judged images, when --data holds training images only."
+)
+@click.option("--knn", is_flag=True, help="Weighted nearest neighbours (DINO). The default.")
+@click.option("--linear", is_flag=True, help="Linear heads on fresh crops, 28 epochs (VISSL); a bundle: as --cached.")
+@click.option("--lowshot", metavar="SIZES", help="Images a class, and shares: 1,2,5,1%,10% (MSN).")
+@click.option(
+    "--lowshot-splits", type=click.Path(path_type=Path), help="Folder of the published imagenet_subsets lists."
+)
+@click.option("--transfer", "transfers", metavar="NAME[=DIR]", multiple=True, help="cifar10, inat18, clevr_count, ...")
+@click.option("--fidelity", is_flag=True, help="Bundles against their fp32 student, paired, with a verdict.")
+@click.option("--reference", type=click.Path(path_type=Path), help="The student's folder, when not above the bundle.")
+@click.option("--margin", default=1.0, show_default=True, help="Accuracy drop that --fidelity tolerates, in points.")
+@click.option("--cached", is_flag=True, help="Train heads on features extracted once: quick, and another protocol.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of the model; default: all processors.")
+@click.option("--batch", default=64, show_default=True, type=click.IntRange(1), help="Images in one run of the model.")
+@click.option("--cache", type=click.Path(path_type=Path), help="Folder for extracted features.")
+@click.option("--no-cache", is_flag=True, help="Extract again, keep nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the records as JSON lines instead of a table.")
+def evaluate(
+    folders: tuple[Path, ...],
+    data: Path | None,
+    test: Path | None,
+    knn: bool,
+    linear: bool,
+    lowshot: str | None,
+    lowshot_splits: Path | None,
+    transfers: tuple[str, ...],
+    fidelity: bool,
+    reference: Path | None,
+    margin: float,
+    cached: bool,
+    threads: int | None,
+    batch: int,
+    cache: Path | None,
+    no_cache: bool,
+    as_json: bool,
+) -> None:
+    """Measure the accuracy of students and bundles.
+
+    Every figure has a 95 % interval. Records are appended to measurements.jsonl in each folder.
+
+    \b
+    robx eval runs/r18 --data images/
+    robx eval runs/r18 runs/r18/openvino-int8 --data images/ --fidelity
+    robx eval runs/r18 --data images/ --linear --lowshot 1,2,5,1%
+    robx eval runs/r18 --transfer cifar10=/data/cifar --transfer clevr_count=/data/CLEVR_v1.0
+    """
+    from robx.eval.evaluate import Plan, default_cache, parse_transfers
+    from robx.eval.evaluate import evaluate as run
+    from robx.eval.features import decode_workers
+    from robx.eval.lowshot import parse_shots
+    from robx.records import append_measurements, to_json
+
+    if no_cache and cache:
+        raise InputError("--cache and --no-cache contradict each other: give one")
+    named = parse_transfers(transfers, data)
+    plan = Plan(
+        data=data,
+        test=test,
+        knn=knn or not (linear or lowshot or transfers or fidelity),
+        linear=linear,
+        lowshot=parse_shots(lowshot) if lowshot else (),
+        lowshot_splits=lowshot_splits,
+        transfers=named,
+        fidelity=fidelity,
+        reference=reference,
+        margin=margin,
+        cached=cached,
+        threads=threads or decode_workers(),
+        batch=batch,
+        cache=None if no_cache else cache or default_cache(),
+    )
+    found: list[Measurement] = []
+    with _progress() as progress:
+        for result in run(list(dict.fromkeys(folders)), plan, progress=progress):
+            append_measurements(result.folder / "measurements.jsonl", [result.record])
+            found.append(result.record)
+    if as_json:
+        for record in found:
+            click.echo(json.dumps(to_json(record)))
+    else:
+        _show(found)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar with the remaining time on a terminal, else a plain line every ten seconds; on standard error."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            tasks: dict[str, object] = {}
+
+            def show(done: int, total: int, note: str) -> None:
+                task = tasks.get(note)
+                if task is None or done <= 0:
+                    task = tasks[note] = bar.add_task(note, total=total)
+                bar.update(task, completed=done, total=total)  # type: ignore[arg-type]
+
+            yield show
+        return
+    last = time.monotonic()
+
+    def say(done: int, total: int, note: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 10:
+            last = time.monotonic()
+            click.echo(f"{note}: {done} of {total}", err=True)
+
+    yield say
+
+
+def _show(records: list[Measurement]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    accuracies = [record for record in records if isinstance(record, Accuracy)]
+    fidelities = [record for record in records if isinstance(record, Fidelity)]
+    if accuracies:
+        table = Table("model", "protocol", "top-1 %", "top-5 %", "images", title="Accuracy (95 % interval)")
+        for record in accuracies:
+            top1, top5 = record.values["top1"], record.values.get("top5")
+            images = str(record.data.images if top1.n is None else top1.n)
+            table.add_row(record.model_name, record.protocol, _cell(top1), _cell(top5) if top5 else "", images)
+        console.print(table)
+    if fidelities:
+        table = Table("bundle", "verdict", "centred cosine", "probe drop", "kNN drop", title="Against fp32, paired")
+        for item in fidelities:
+            cells = [_cell(item.values[key]) if key in item.values else "" for key in ("probe_drop", "knn_drop")]
+            cosine = f"{item.values['cosine_mean'].value:.4f}"
+            table.add_row(item.bundle_id, item.verdict, cosine, *cells)
+        console.print(table)
+        for item in fidelities:
+            for reason in item.reasons:
+                console.print(f"{item.bundle_id}: {reason}", markup=False, highlight=False)
+
+
+def _cell(value: Value) -> str:
+    if value.low is None or value.high is None:
+        return f"{value.value:.2f}"
+    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]".replace("[", "\\[")
+
+
+# -------------------------------------------------------------------------------------------------------------- report
