@@ -12,6 +12,7 @@ import numpy as np
 
 from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra, RobxError
 from robx.records import Bundle, Student, load_bundle, load_student, to_json
+from robx.runtime.runner import run_in_batches
 
 ENGINES = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "executorch", "litert", "ncnn")
 
@@ -170,7 +171,8 @@ class OpenModel:
             expected = ("N", *self._image_shape)
             raise InputError(f"images are {images.dtype} {images.shape} and the model takes float32 {expected}")
         try:
-            return run_in_batches(self._model, images, self._batch)
+            answer: np.ndarray = run_in_batches(self._model, images, self._batch)
+            return answer
         except Exception as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DeviceError(f"the engine failed on a batch of {len(images)}: {first}") from error
@@ -194,17 +196,3 @@ class OpenModel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def run_in_batches(model: Model, images: np.ndarray, batch: int | None) -> np.ndarray:
-    """`images` through a model whose batch may be fixed: pieces of `batch`, the last one filled up and cut."""
-    if batch is None or len(images) == batch:
-        return model.run(images)
-    pieces = []
-    for start in range(0, len(images), batch):
-        piece = images[start : start + batch]
-        short = batch - len(piece)
-        if short:
-            piece = np.concatenate([piece, np.repeat(piece[-1:], short, axis=0)])
-        pieces.append(model.run(piece)[: batch - short])
-    return np.concatenate(pieces)

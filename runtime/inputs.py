@@ -1,0 +1,79 @@
+"""The images that a bench runs: the user's, or drawn ones that are the same everywhere. Pillow and numpy only."""
+
+from __future__ import annotations
+
+import functools
+import io
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from robx.errors import CorruptImage, InputError
+from robx.images import decode, preprocess
+from robx.records import Preprocessing
+from robx.sources import ImageSource
+
+COUNT = 64  # distinct images, so that no cache or branch predictor learns one by heart
+_SIZE = (500, 375)  # pixels; the most frequent size in ImageNet
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Preprocessed images and how long each took to become so."""
+
+    images: np.ndarray  # float32 (N, 3, H, W)
+    preprocess_ns: np.ndarray  # int64 (N,): decoding, resizing, normalising
+    name: str
+
+
+def load_inputs(preprocessing: Preprocessing, source: ImageSource | None, *, count: int = COUNT) -> Inputs:
+    """`count` images, evenly spread over the source; drawn ones without a source; repeated when there are fewer.
+
+    Raises:
+        InputError: no image of the source can be decoded.
+    """
+    readers = _from_source(source, count) if source is not None else _drawn(count)
+    arrays: list[np.ndarray] = []
+    times: list[int] = []
+    for read in readers:
+        start = time.perf_counter_ns()
+        try:
+            arrays.append(preprocess(read(), preprocessing))
+        except CorruptImage:
+            continue
+        times.append(time.perf_counter_ns() - start)
+    if not arrays:
+        raise InputError(f"none of the images of {source.name if source else 'the set'} can be decoded: give others")
+    images = np.stack([arrays[i % len(arrays)] for i in range(count)])
+    name = source.name if source is not None else f"drawn, {_SIZE[0]} x {_SIZE[1]} JPEG"
+    return Inputs(images, np.array(times, dtype=np.int64), name)
+
+
+def draw_scene(seed: int) -> Image.Image:
+    """A picture of shapes on a gradient; `seed` alone decides it."""
+    random = np.random.default_rng(seed)
+    corners = random.integers(0, 256, size=(2, 2, 3), dtype=np.uint8)
+    image = Image.fromarray(corners).resize(_SIZE, Image.Resampling.BILINEAR)
+    pen = ImageDraw.Draw(image)
+    for _ in range(int(random.integers(4, 12))):
+        x, y = (int(random.integers(0, side)) for side in _SIZE)
+        width, height = (int(random.integers(20, side // 2)) for side in _SIZE)
+        colour = tuple(int(c) for c in random.integers(0, 256, size=3))
+        shape = pen.ellipse if random.random() < 0.5 else pen.rectangle
+        shape((x, y, x + width, y + height), fill=colour)
+    return image.filter(ImageFilter.GaussianBlur(float(random.uniform(0, 2))))
+
+
+def _drawn(count: int) -> Iterator[Callable[[], Image.Image]]:
+    for seed in range(count):
+        buffer = io.BytesIO()
+        draw_scene(seed).save(buffer, "JPEG", quality=90)
+        yield functools.partial(decode, buffer.getvalue(), name=f"scene {seed}")
+
+
+def _from_source(source: ImageSource, count: int) -> Iterator[Callable[[], Image.Image]]:
+    for index in np.unique(np.linspace(0, len(source) - 1, count).astype(int)):
+        yield functools.partial(source.read, int(index))

@@ -1,0 +1,127 @@
+"""What a bundle should answer, and whether it did: a fast wrong answer is not a measurement."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from robx.errors import RobxError
+from robx.records import Bundle, Value, load_bundle, load_student
+from robx.runtime.session import SessionSettings, open_session
+
+# The least mean cosine to the fp32 answers. INT8 is judged by robx eval; below this it is not the same model at all.
+_FLOOR = {"fp32": 0.999, "fp16": 0.99, "int8": 0.5}
+_SELF_FLOOR = 0.99  # the same bundle on another machine
+_GATE_SLACK = 0.2  # how far below what its gate measured, on other images, a bundle may answer
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Expected answers, and whose they are."""
+
+    outputs: np.ndarray  # float32 (N, D)
+    name: str  # "the fp32 student in torch", ...
+    is_bundle_itself: bool
+
+
+def find_reference(folder: Path, bundle: Bundle, images: np.ndarray, cache: dict[Path, np.ndarray]) -> Reference | None:
+    """The fp32 student in torch when both are here; else its fp32 bundle beside this one; else this bundle itself.
+
+    None when none of the three can run on this machine. `cache` keeps the answers to `images` by folder, for bundles of
+    one student.
+    """
+    run = folder.resolve().parent
+    candidates: list[tuple[Path, str]] = []
+    if _is_student_of(run, bundle) and all(_importable(name) for name in ("torch", "timm")):
+        candidates.append((run, "the fp32 student in torch"))
+    if bundle.precision != "fp32":
+        siblings = [manifest.parent for manifest in sorted(run.glob("*-fp32/manifest.json"))]
+        candidates += [(s, f"the fp32 bundle {s.name}") for s in siblings if _is_sibling(s, bundle)]
+    candidates.append((folder, "the same bundle in a session of its own"))
+    for candidate, name in candidates:
+        outputs = cache.get(candidate)
+        if outputs is None:
+            outputs = _answers(candidate, images)
+        if outputs is not None:
+            cache[candidate] = outputs
+            return Reference(outputs, name, candidate == folder)
+    return None
+
+
+def check_outputs(
+    outputs: np.ndarray, seen: np.ndarray, reference: Reference | None, bundle: Bundle
+) -> tuple[dict[str, Value], list[str]]:
+    """Cosines of the timed answers (N, D) to the reference's, and the reasons against them.
+
+    Cosines are taken after subtracting the reference's mean, for embeddings share a large common part. `seen` (N,)
+    marks the images that the timed run reached.
+    """
+    answers = outputs[seen]
+    if not len(answers) or not np.isfinite(answers).all():
+        return {}, ["output_mismatch: the model answers with NaN or infinity, or not at all"]
+    if len(answers) > 1 and np.ptp(answers, axis=0).max() == 0:
+        return {}, ["output_mismatch: the model gives every image the same answer"]
+    if reference is None:
+        return {}, ["no_reference: neither the student nor the bundle runs on this machine"]
+    expected = reference.outputs[seen]
+    if expected.shape != answers.shape:
+        return {}, [f"output_mismatch: {answers.shape[1:]} values were answered and {expected.shape[1:]} expected"]
+    cosines = _centred_cosine(expected, answers)
+    mean = float(cosines.mean())
+    values = {
+        "output_cosine": Value(value=mean, n=len(cosines)),
+        "output_cosine_min": Value(value=float(cosines.min()), n=len(cosines)),
+    }
+    floor = _SELF_FLOOR if reference.is_bundle_itself else _floor(bundle)
+    if mean >= floor:
+        return values, []
+    return values, [f"output_mismatch: mean cosine {mean:.3f} to {reference.name}, at least {floor:.3f} is expected"]
+
+
+def _floor(bundle: Bundle) -> float:
+    kept = [rung.values["cosine_mean"].value for rung in bundle.rungs if rung.kept and "cosine_mean" in rung.values]
+    return max([_FLOOR[bundle.precision], *(value - _GATE_SLACK for value in kept)])
+
+
+def _centred_cosine(expected: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """Cosine of each row, float64 (N,), about the expected rows' mean; about zero for a single row."""
+    mean = expected.astype(np.float64).mean(axis=0) if len(expected) > 1 else 0.0
+    a, b = expected - mean, answers - mean
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.asarray((a * b).sum(axis=1) / np.maximum(norms, 1e-30))
+
+
+def _answers(folder: Path, images: np.ndarray) -> np.ndarray | None:
+    try:
+        with open_session(folder, SessionSettings(threads=os.cpu_count() or 1)) as session:
+            return np.concatenate([session.run(images[i : i + 8]) for i in range(0, len(images), 8)])
+    except RobxError:
+        return None
+
+
+def _is_student_of(run: Path, bundle: Bundle) -> bool:
+    try:
+        return (run / "student.json").is_file() and load_student(run).sha256 == bundle.student.sha256
+    except RobxError:
+        return False
+
+
+def _is_sibling(folder: Path, bundle: Bundle) -> bool:
+    try:
+        other = load_bundle(folder)
+    except RobxError:
+        return False
+    same_input = other.preprocessing == bundle.preprocessing
+    return same_input and other.precision == "fp32" and other.student.sha256 == bundle.student.sha256
+
+
+def _importable(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # a module that was put into sys.modules by hand has no spec
+        return sys.modules.get(name) is not None

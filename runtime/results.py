@@ -1,0 +1,135 @@
+"""What a runner sent back: read with distrust, then made into one Latency record with its raw samples beside it."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from robx.errors import DeviceError
+from robx.records import Value
+from robx.runtime import latency, telemetry
+
+_MAX_PART_BYTES = 512 * 1024 * 1024
+_MAX_JSON_BYTES = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class ProcessResult:
+    """One process's report."""
+
+    report: Mapping[str, Any]  # result.json
+    samples: np.ndarray  # int64 ns (n,); empty when latency was refused
+    outputs: np.ndarray  # float32 (N, D)
+    seen: np.ndarray  # bool (N,): the images that the timed run reached
+    snapshots: list[dict[str, Any]]  # of the timed window
+
+    def digest(self) -> dict[str, Any]:
+        """What the device did meanwhile."""
+        return telemetry.digest(self.snapshots, cores=int(self.report["device"]["cpu"]["cores"] or 1))
+
+
+def read_result(path: Path, *, images: int, timed: bool) -> ProcessResult:
+    """Read a result.zip.
+
+    Raises:
+        DeviceError: the runner reported an error, or the file is damaged or not what a runner writes.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            report = _report(archive)
+            outputs, seen = _outputs(archive, images)
+            samples = _array(archive, "samples.npy") if timed else np.empty(0, dtype=np.int64)
+            text = _part(archive, "telemetry.jsonl", _MAX_JSON_BYTES * 16).decode(errors="replace")
+    except (zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError) as error:
+        raise DeviceError(f"the device sent a damaged result ({error}): run it again") from error
+    if timed and (samples.dtype != np.int64 or samples.ndim != 1 or not len(samples) or samples.min() <= 0):
+        raise DeviceError("the device sent samples that are no durations: run it again")
+    snapshots = telemetry.within(telemetry.parse(text), report["window"]) if timed else []
+    return ProcessResult(report, samples, outputs, seen, snapshots)
+
+
+def figures(results: Sequence[ProcessResult], *, batch: int) -> tuple[dict[str, Value], dict[str, str]]:
+    """The values of a Latency record, and why a figure is missing."""
+    values = latency.summarise([r.samples for r in results], images_per_query=batch)
+    missing = {
+        name: f"{len(np.concatenate([r.samples for r in results]))} queries, and {least} are the fewest for a claim"
+        for name, least in (("p90", 64), ("p99", 662))
+        if name not in values
+    }
+    values["load"] = _over([r.report["load_ns"] / 1e6 for r in results], "ms")
+    values["first"] = _over([r.report["first_ns"] / 1e6 for r in results], "ms")
+    peaks = [r.report["memory"]["peak"] / 1e6 for r in results if r.report["memory"]]
+    if peaks:
+        values["peak_memory"] = _over(peaks, "MB")
+        grown = [
+            (r.report["memory"]["peak"] - r.report["memory_before"]["now"]) / 1e6 for r in results if r.report["memory"]
+        ]
+        values["model_memory"] = _over(grown, "MB")
+    else:
+        missing["peak_memory"] = "the kernel does not say (no VmHWM)"
+    _energy(results, batch, values, missing)
+    return values, missing
+
+
+def _energy(results: Sequence[ProcessResult], batch: int, values: dict[str, Value], missing: dict[str, str]) -> None:
+    """Joules an image over the timed windows, gross: what the device draws when idle is in it."""
+    images = sum(len(r.samples) for r in results) * batch
+    seconds = sum(r.report["window"][1] - r.report["window"][0] for r in results)
+    if seconds < 10:
+        missing["energy"] = f"the timed windows have {seconds:.0f} s and a counter needs 10"
+        return
+    counted = [telemetry.joules(r.report["energy"]) for r in results]
+    watts = [(r.digest().get("watts"), r.report["window"][1] - r.report["window"][0]) for r in results]
+    if all(used is not None for used, _ in counted):
+        total = sum(used for used, _ in counted if used is not None)
+    elif all(power is not None for power, _ in watts):
+        total = sum(power * duration for power, duration in watts if power is not None)
+    else:
+        missing["energy"] = next(reason for used, reason in counted if used is None)
+        return
+    values["energy"] = Value(value=total / images, n=images, unit="J")
+
+
+def _over(numbers: Sequence[float], unit: str) -> Value:
+    """Median, least and greatest over the processes."""
+    return Value(value=float(np.median(numbers)), low=min(numbers), high=max(numbers), n=len(numbers), unit=unit)
+
+
+def _report(archive: zipfile.ZipFile) -> dict[str, Any]:
+    # NaN is no JSON, and the record that this goes into could not be written.
+    report = json.loads(_part(archive, "result.json", _MAX_JSON_BYTES), parse_constant=_refuse)
+    if not isinstance(report, dict) or report.get("schema") != 1:
+        raise DeviceError("the device sent a result of another form: is its runner from another robx?")
+    if "error" in report:
+        raise DeviceError(str(report["error"])[:500])
+    return report
+
+
+def _outputs(archive: zipfile.ZipFile, images: int) -> tuple[np.ndarray, np.ndarray]:
+    with np.load(io.BytesIO(_part(archive, "outputs.npz", _MAX_PART_BYTES)), allow_pickle=False) as arrays:
+        outputs, seen = arrays["outputs"], arrays["seen"]
+    if outputs.dtype != np.float32 or outputs.ndim != 2 or seen.shape != (images,) or len(outputs) != images:
+        raise DeviceError(f"the device answered {outputs.dtype} {outputs.shape} for {images} images: expected (N, D)")
+    return outputs, seen.astype(bool)
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    array: np.ndarray = np.load(io.BytesIO(_part(archive, name, _MAX_PART_BYTES)), allow_pickle=False)
+    return array
+
+
+def _part(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+    if archive.getinfo(name).file_size > limit:
+        raise DeviceError(f"the device sent {name} of more than {limit} bytes: that is no runner's")
+    return archive.read(name)
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} in result.json")

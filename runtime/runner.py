@@ -1,0 +1,286 @@
+"""What a device runs: one model, measured and checked. Standard library, numpy and one engine; Python 3.8 and later.
+
+    python robx_runner.pyz JOB.json
+
+robx packs this file (as ``__main__``), device.py and one engine into ``robx_runner.pyz`` and pushes it with the bundle,
+the images and the job. The same file measures this machine. It reads and writes in the job's folder alone:
+
+    job.json      what to do; the keys are _KEYS
+    images.npy    preprocessed, float32 (N, 3, H, W)
+    result.zip    written last, by a rename:
+        outputs.npz      ``outputs`` float32 (N, D) and ``seen`` bool (N,): the answers of the timed run itself
+        samples.npy      int64 (n,), nanoseconds of each query in order
+        telemetry.jsonl  what a process beside this one saw five times a second
+        result.json      load and first-inference times, memory, steady state, energy, device facts; or ``error``
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import zipfile
+from typing import Any
+
+# Before any engine is imported: importing ONNX Runtime's wheel otherwise writes a device id, and may send events.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+if sys.version_info < (3, 8):
+    raise SystemExit("the device's Python is %s: robx needs 3.8 or later there" % sys.version.split()[0])
+
+SCHEMA = 1
+RESULT = "result.zip"
+_PARTS = ("outputs.npz", "samples.npy", "telemetry.jsonl", "result.json")
+_WINDOW_QUERIES = 10  # the fewest queries of a warm-up window
+_AGREEMENT = 0.02  # three windows' medians within this are a steady state
+_KEYS = {
+    *("engine", "folder", "manifest", "settings", "files", "affinity", "batch", "latency", "cool_down_seconds"),
+    *("queries", "seconds", "max_seconds", "warm_up_seconds", "warm_up_limit", "time_limit"),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Do one job, or print what the device is; returns the exit status."""
+    if arguments[:1] == ["--doctor"]:
+        device = _sibling("device")
+        sys.stdout.write(json.dumps({"facts": device.describe(), "packages": device.packages()}) + "\n")
+        return 0
+    if len(arguments) != 1:
+        sys.stderr.write("usage: robx_runner.pyz JOB.json | --doctor\n")
+        return 2
+    path = os.path.abspath(arguments[0])
+    with open(path) as file:
+        job = json.load(file)
+    os.chdir(os.path.dirname(path))
+    for stale in (*_PARTS, RESULT):
+        if os.path.exists(stale):
+            os.remove(stale)
+    try:
+        result = run_job(job)
+    except Exception as error:
+        # One line for the host; a traceback would only name this file.
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        result = {"schema": SCHEMA, "error": lines[0][:500], "missing": isinstance(error, ImportError)}
+    keep(result)
+    return 1 if "error" in result else 0
+
+
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Open the model, measure it, and keep what it answered."""
+    unknown = sorted(set(job) ^ _KEYS)
+    if unknown:
+        raise ValueError("the job has not the keys that this runner takes: %s" % ", ".join(unknown))
+    # A hung engine is ended by the kernel, whatever became of the host.
+    signal.alarm(int(job["time_limit"]))
+    verify(job["files"])
+    device = _sibling("device")
+    affinity = pin(job["affinity"])
+    cooled = cool_down(device, job["cool_down_seconds"])
+    telemetry = device.start_telemetry("telemetry.jsonl", affinity)
+    try:
+        result = measure(job, device)
+    finally:
+        device.stop_telemetry(telemetry)
+    result.update(affinity=affinity, telemetry_process=telemetry is not None, cool_down=cooled)
+    result["device"] = device.describe()
+    result["throttled"] = device.throttle_flags()
+    return result
+
+
+def measure(job: dict[str, Any], device: Any) -> dict[str, Any]:
+    """Load, first inference, then either timed queries or all images once; what was answered is kept."""
+    import numpy as np
+
+    clock = time.perf_counter_ns
+    images = np.array(np.load("images.npy", mmap_mode="r"))
+    batch = int(job["batch"])
+    queries = [images[i : i + batch] for i in range(0, len(images) - batch + 1, batch)]
+    engine = _sibling("on_" + job["engine"].replace("tensorrt_rtx", "tensorrt"))
+    before = device.memory(reset=True)
+    start = clock()
+    model = engine.open_model(job["folder"], job["manifest"], job["settings"])
+    try:
+        loaded = clock()
+        first = run_in_batches(model, queries[0], fixed_batch(job["manifest"]))
+        result = {"schema": SCHEMA, "load_ns": loaded - start, "first_ns": clock() - loaded, "facts": model.facts()}
+        outputs = np.full((len(images), *first.shape[1:]), np.nan, dtype=np.float32)
+        seen = np.zeros(len(images), dtype=bool)
+        if job["latency"]:
+            result.update(_timed(job, device, model, queries, (outputs, seen)))
+        else:
+            outputs[:] = run_in_batches(model, images, fixed_batch(job["manifest"]))
+            seen[:] = True
+        result["memory"], result["memory_before"] = device.memory(), before
+    finally:
+        model.close()
+    np.savez("outputs.npz", outputs=outputs, seen=seen)
+    return result
+
+
+def _timed(job: dict[str, Any], device: Any, model: Any, queries: list[Any], kept: tuple[Any, Any]) -> dict[str, Any]:
+    import numpy as np
+
+    warm = warm_up(model, queries, job["warm_up_seconds"], job["warm_up_limit"])
+    before = device.energy()
+    began, wall = time.monotonic(), time.time()
+    samples, complete = time_queries(model, queries, job, kept)
+    ended, wall = time.monotonic(), time.time() - wall
+    after = device.energy()
+    np.save("samples.npy", samples)
+    return {
+        "warm_up": warm,
+        "window": [began, ended],
+        "wall_seconds": wall,
+        "complete": complete,
+        "energy": {"before": before, "after": after},
+    }
+
+
+def warm_up(model: Any, queries: list[Any], least: float, limit: float) -> dict[str, Any]:
+    """Run windows of queries until the medians of three in a row agree within 2 %, or `limit` seconds are over."""
+    clock = time.perf_counter
+    start, number = clock(), 0
+    medians: list[float] = []
+    while True:
+        window = clock()
+        times: list[float] = []
+        while len(times) < _WINDOW_QUERIES or clock() - window < least / 3:
+            before = clock()
+            model.run(queries[number % len(queries)])
+            times.append(clock() - before)
+            number += 1
+            if clock() - start > limit:
+                break
+        medians.append(sorted(times)[len(times) // 2])
+        last = medians[-3:]
+        if len(last) == 3 and max(last) - min(last) <= _AGREEMENT * min(last):
+            return {"steady": True, "queries": number, "seconds": clock() - start}
+        if clock() - start > limit:
+            return {"steady": False, "queries": number, "seconds": clock() - start}
+
+
+def time_queries(model: Any, queries: list[Any], job: dict[str, Any], kept: tuple[Any, Any]) -> tuple[Any, bool]:
+    """Issue one query after the other until both the queries and the seconds of the job are reached.
+
+    Returns int64 (n,) nanoseconds and whether both were reached before ``max_seconds``. Keeping an answer is not timed.
+    """
+    import numpy as np
+
+    clock = time.perf_counter_ns
+    outputs, seen = kept
+    batch = len(queries[0])
+    samples: list[int] = []
+    gc.collect()
+    gc.disable()
+    start = clock()
+    least, most = start + int(job["seconds"] * 1e9), start + int(job["max_seconds"] * 1e9)
+    now = start
+    while (len(samples) < job["queries"] or now < least) and now < most:
+        index = len(samples) % len(queries)
+        before = clock()
+        answer = model.run(queries[index])
+        now = clock()
+        samples.append(now - before)
+        outputs[index * batch : index * batch + batch] = answer
+        seen[index * batch : index * batch + batch] = True
+    gc.enable()
+    return np.array(samples, dtype=np.int64), len(samples) >= job["queries"] and now >= least
+
+
+def run_in_batches(model: Any, images: Any, batch: int | None) -> Any:
+    """`images` through a model whose batch may be fixed: pieces of `batch`, the last one filled up and cut."""
+    import numpy as np
+
+    if batch is None or len(images) == batch:
+        return model.run(images)
+    pieces = []
+    for start in range(0, len(images), batch):
+        piece = images[start : start + batch]
+        short = batch - len(piece)
+        if short:
+            piece = np.concatenate([piece, np.repeat(piece[-1:], short, axis=0)])
+        pieces.append(model.run(piece)[: batch - short])
+    return np.concatenate(pieces)
+
+
+def fixed_batch(manifest: dict[str, Any]) -> int | None:
+    """The batch that the model was exported with, or None where it is dynamic."""
+    batch: int | None = manifest["inputs"][0]["shape"][0]
+    return batch
+
+
+def cool_down(device: Any, limit: float) -> dict[str, Any]:
+    """Wait until no sensor is more than 3 degrees above what the first process of this bench found, or `limit` seconds.
+
+    The first process leaves its reading in the folder above the job's, which all bundles of one bench share.
+    """
+    reading = max(device.snapshot()["celsius"], default=None)
+    shared = os.path.join("..", "celsius.json")
+    if reading is None or not os.path.exists(shared):
+        if reading is not None:
+            write_json(reading, shared)
+        return {"seconds": 0.0, "celsius": reading, "reached": True}
+    with open(shared) as file:
+        wanted = json.load(file) + 3.0
+    start = time.monotonic()
+    while reading > wanted and time.monotonic() - start < limit:
+        time.sleep(1.0)
+        reading = max(device.snapshot()["celsius"])
+    return {"seconds": time.monotonic() - start, "celsius": reading, "reached": reading <= wanted}
+
+
+def verify(files: dict[str, str]) -> None:
+    """Every file arrived as it was sent (SHA-256)."""
+    for name, expected in sorted(files.items()):
+        digest = hashlib.sha256()
+        with open(name, "rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
+        if digest.hexdigest() != expected:
+            raise ValueError("%s arrived damaged: its SHA-256 differs" % name)
+
+
+def pin(cores: list[int] | None) -> list[int] | None:
+    """Keep this process, and the threads it will start, on `cores`; returns the cores that it may use."""
+    if not hasattr(os, "sched_setaffinity"):
+        if cores:
+            raise ValueError("this system cannot pin a process to cores: leave --affinity out")
+        return None
+    if cores:
+        try:
+            os.sched_setaffinity(0, set(cores))
+        except OSError:
+            have = ", ".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+            raise ValueError("cores %s are not to be had: this device lets us use %s" % (cores, have)) from None
+    return sorted(os.sched_getaffinity(0)) if cores else None
+
+
+def keep(result: dict[str, Any]) -> None:
+    """Pack what was measured into one file; it appears by a rename, so that it is whole."""
+    write_json(result, "result.json")
+    with zipfile.ZipFile(RESULT + ".tmp", "w", zipfile.ZIP_STORED) as archive:
+        for name in _PARTS:
+            if os.path.exists(name):
+                archive.write(name)
+    os.replace(RESULT + ".tmp", RESULT)
+
+
+def write_json(value: Any, path: str) -> None:
+    """Write `value` beside `path`, then rename."""
+    with open(path + ".tmp", "w") as file:
+        json.dump(value, file)
+    os.replace(path + ".tmp", path)
+
+
+def _sibling(name: str) -> Any:
+    """A module that is packed beside this one; within robx's own package it is robx.runtime's."""
+    return importlib.import_module(name if __name__ == "__main__" else "robx.runtime." + name)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

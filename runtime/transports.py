@@ -1,0 +1,257 @@
+"""Reaching a device: push files, run the runner, pull its result. This machine, SSH, ADB.
+
+SSH and ADB go through the system's own ``ssh``, ``scp`` and ``adb``, so their configuration, keys and jump hosts hold;
+none may ask a question. Everything lives in one fresh folder on the device, and that folder is removed at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Protocol, Self
+from urllib.parse import urlsplit
+
+from robx.errors import DeviceError, InputError
+
+_CONNECT_SECONDS = 15
+_COPY_SECONDS = 600
+_SSH_OPTIONS = (
+    *("-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_SECONDS}"),
+    *("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"),
+)
+_HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*\Z")
+_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\$?\Z")
+_FOLDER = re.compile(r"/[A-Za-z0-9/_.+-]*/robx-[A-Za-z0-9]{8,32}\Z")
+
+
+class Transport(Protocol):
+    """One device, open between ``with`` and its end."""
+
+    kind: str  # local, ssh or adb
+    address: str  # as the user gave it
+
+    def push(self, files: Mapping[str, Path], folder: str) -> None:
+        """Copy files (name -> local path) into `folder` of the device's own fresh folder."""
+
+    def run(self, folder: str, arguments: Sequence[str], *, timeout: float) -> tuple[int, str]:
+        """Run Python there with `arguments`, in `folder`; returns the exit status and what it printed last."""
+
+    def pull(self, folder: str, name: str, into: Path) -> Path:
+        """Copy one file back; returns where it is."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def open_transport(device: str, *, python: str | None = None) -> Transport:
+    """The transport to ``local``, ``ssh://[user@]host[:port]`` or ``adb://serial``.
+
+    `python` is the command of the device's Python, split as a shell would; None is this Python locally, ``python3``
+    elsewhere.
+
+    Raises:
+        InputError: another form of address, or a part of it that no host, user or serial number has.
+    """
+    command = shlex.split(python) if python else []
+    if device == "local":
+        return LocalTransport(command or [sys.executable])
+    try:
+        parts = urlsplit(device)
+        host, user, port = parts.hostname or "", parts.username, parts.port
+    except ValueError as error:
+        raise InputError(f"device {device!r} is no address ({error}): give ssh://user@host[:port]") from error
+    if parts.scheme == "ssh":
+        # urlsplit lowers the case of a host; the names in ~/.ssh/config are case sensitive.
+        host = parts.netloc.rpartition("@")[2]
+        host = host[1 : host.index("]")] if host.startswith("[") else host.split(":")[0]
+        odd = not _HOST.match(host) or (user is not None and not _USER.match(user))
+        if odd or parts.path not in ("", "/") or parts.query or parts.fragment or parts.password:
+            raise InputError(f"device {device!r} is no address: give ssh://user@host[:port], without a password")
+        return SshTransport(device, f"{user}@{host}" if user else host, port, command or ["python3"])
+    if parts.scheme == "adb":
+        serial = device.removeprefix("adb://")
+        if serial and not _HOST.match(serial):
+            raise InputError(f"device {device!r} has no serial number in it: adb devices lists them")
+        return AdbTransport(device, serial or None, command or ["python3"])
+    raise InputError(f"device {device!r} is unknown: give local, ssh://user@host[:port] or adb://serial")
+
+
+class LocalTransport:
+    """This machine: a subprocess in a temporary folder, so the code path is the one of a device."""
+
+    kind, address = "local", "local"
+
+    def __init__(self, python: list[str]) -> None:
+        self._python, self._root = python, Path()
+
+    def push(self, files: Mapping[str, Path], folder: str) -> None:
+        """Link what can be linked; a copy would only cost time."""
+        _lay(files, self._root / folder)
+
+    def run(self, folder: str, arguments: Sequence[str], *, timeout: float) -> tuple[int, str]:
+        """Run Python there."""
+        return _call([*self._python, *arguments], timeout=timeout, what="the runner", cwd=self._root / folder)
+
+    def pull(self, folder: str, name: str, into: Path) -> Path:
+        """Copy one file back."""
+        source = self._root / folder / name
+        if not source.is_file():
+            raise DeviceError(f"the runner left no {name}")
+        return Path(shutil.copy(source, into / name))
+
+    def __enter__(self) -> Self:
+        self._root = Path(tempfile.mkdtemp(prefix="robx-"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._root, ignore_errors=True)
+
+
+class SshTransport:
+    """A machine reached by the system's ssh and scp."""
+
+    kind = "ssh"
+
+    def __init__(self, address: str, destination: str, port: int | None, python: list[str]) -> None:
+        self.address, self._destination, self._python, self._root = address, destination, python, ""
+        self._ssh = ["ssh", "-T", *_SSH_OPTIONS, *(("-p", str(port)) if port else ())]
+        self._scp = ["scp", "-q", "-r", *_SSH_OPTIONS, *(("-P", str(port)) if port else ())]
+        bare = destination.rpartition("@")
+        self._target = f"{bare[0]}{bare[1]}[{bare[2]}]" if ":" in bare[2] else destination
+
+    def push(self, files: Mapping[str, Path], folder: str) -> None:
+        """One scp of a staged folder."""
+        with _staged(files, folder) as staged:
+            command = [*self._scp, "--", str(staged), f"{self._target}:{self._root}/"]
+            status, text = _call(command, timeout=_COPY_SECONDS, what=f"copying to {self.address}")
+            _check(status, text, f"copying to {self.address}")
+
+    def run(self, folder: str, arguments: Sequence[str], *, timeout: float) -> tuple[int, str]:
+        """Run Python there; ssh's own failure is a DeviceError, the runner's is its status."""
+        script = f"cd {shlex.quote(f'{self._root}/{folder}')} && exec {shlex.join([*self._python, *arguments])}"
+        status, text = self._shell(script, timeout)
+        if status == 255:
+            raise DeviceError(f"the connection to {self.address} was lost: {text or 'ssh said nothing'}")
+        return status, text
+
+    def pull(self, folder: str, name: str, into: Path) -> Path:
+        """Copy one file back."""
+        source = f"{self._target}:{self._root}/{folder}/{name}"
+        status, text = _call([*self._scp, "--", source, str(into)], timeout=_COPY_SECONDS, what=f"copying {name} back")
+        _check(status, text, f"copying {name} from {self.address}")
+        if not (into / name).is_file():
+            raise DeviceError(f"{self.address} sent no {name}")
+        return into / name
+
+    def __enter__(self) -> Self:
+        status, text = self._shell('mktemp -d "${TMPDIR:-/tmp}/robx-XXXXXXXXXX"', 2 * _CONNECT_SECONDS)
+        _check(status, text, f"reaching {self.address}")
+        self._root = _folder(text, self.address)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(DeviceError):
+            self._shell(f"rm -rf -- {shlex.quote(self._root)}", 2 * _CONNECT_SECONDS)
+
+    def _shell(self, script: str, timeout: float) -> tuple[int, str]:
+        # The login shell over there may be any; the script is for sh.
+        command = [*self._ssh, "--", self._destination, f"sh -c {shlex.quote(script)}"]
+        return _call(command, timeout=timeout, what=self.address)
+
+
+class AdbTransport:
+    """An Android device reached by adb; it needs a Python of its own (Termux's, say), given by ``--python``."""
+
+    kind = "adb"
+
+    def __init__(self, address: str, serial: str | None, python: list[str]) -> None:
+        self.address, self._python, self._root = address, python, ""
+        self._adb = ["adb", *(("-s", serial) if serial else ())]
+
+    def push(self, files: Mapping[str, Path], folder: str) -> None:
+        """One adb push of a staged folder."""
+        with _staged(files, folder) as staged:
+            command = [*self._adb, "push", str(staged), f"{self._root}/"]
+            _check(*_call(command, timeout=_COPY_SECONDS, what="adb push"), f"copying to {self.address}")
+
+    def run(self, folder: str, arguments: Sequence[str], *, timeout: float) -> tuple[int, str]:
+        """Run Python there; adb's own failure is a DeviceError, the runner's is its status."""
+        script = f"cd {shlex.quote(f'{self._root}/{folder}')} && exec {shlex.join([*self._python, *arguments])}"
+        status, text = _call([*self._adb, "shell", script], timeout=timeout, what=self.address)
+        if status and re.match(r"(adb: |error: )", text):
+            raise DeviceError(f"the connection to {self.address} was lost: {text}")
+        return status, text
+
+    def pull(self, folder: str, name: str, into: Path) -> Path:
+        """Copy one file back."""
+        command = [*self._adb, "pull", f"{self._root}/{folder}/{name}", str(into / name)]
+        _check(*_call(command, timeout=_COPY_SECONDS, what="adb pull"), f"copying {name} from {self.address}")
+        if not (into / name).is_file():
+            raise DeviceError(f"{self.address} sent no {name}")
+        return into / name
+
+    def __enter__(self) -> Self:
+        root = f"/data/local/tmp/robx-{uuid.uuid4().hex}"
+        command = [*self._adb, "shell", f"mkdir -p {root} && echo {root}"]
+        status, text = _call(command, timeout=2 * _CONNECT_SECONDS, what=self.address)
+        _check(status, text, f"reaching {self.address}")
+        self._root = _folder(text, self.address)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(DeviceError):
+            _call([*self._adb, "shell", f"rm -rf {self._root}"], timeout=2 * _CONNECT_SECONDS, what=self.address)
+
+
+def _folder(text: str, address: str) -> str:
+    """The folder's name in what the device printed, or nothing of it is trusted."""
+    last = text.splitlines()[-1].strip() if text else ""
+    if not _FOLDER.match(last) or ".." in PurePosixPath(last).parts:
+        raise DeviceError(f"{address} answered {last[:80]!r} where a folder's name was expected: check its login shell")
+    return last
+
+
+@contextlib.contextmanager
+def _staged(files: Mapping[str, Path], folder: str) -> Iterator[Path]:
+    """Yield a local folder named `folder` with `files` in it: any name in them is then only a name."""
+    with tempfile.TemporaryDirectory(prefix="robx-") as root:
+        _lay(files, Path(root) / folder)
+        yield Path(root) / folder
+
+
+def _lay(files: Mapping[str, Path], folder: Path) -> None:
+    for name, path in files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, target)
+        except OSError:  # another file system
+            shutil.copy(path, target)
+
+
+def _call(command: list[str], *, timeout: float, what: str, cwd: Path | None = None) -> tuple[int, str]:
+    """Run a command without a terminal; its status and the tail of what it said, output before errors."""
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, cwd=cwd)
+    except FileNotFoundError:
+        raise DeviceError(f"{what} needs the command {command[0]!r}: install it, or put it on PATH") from None
+    except subprocess.TimeoutExpired:
+        raise DeviceError(f"{what} did not answer within {timeout:.0f} s") from None
+    parts = (done.stderr, done.stdout)
+    return done.returncode, "\n".join(p[-65536:].decode(errors="replace").strip() for p in parts if p.strip())
+
+
+def _check(status: int, text: str, doing: str) -> None:
+    if status:
+        last = text.splitlines()[-1].strip() if text else f"exit status {status}"
+        raise DeviceError(f"{doing} failed: {last[:300]}")
