@@ -1,0 +1,43 @@
+"""Signals that ask a run to end: it finishes its step, writes a checkpoint, and exits with a status that says so.
+
+SIGTERM, SIGUSR1 (a scheduler's notice) and a first SIGINT ask; a second SIGINT ends the run at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+_ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopRequest:
+    """Whether a signal has asked the run to end, and which."""
+
+    def __init__(self) -> None:
+        """Nothing asked yet."""
+        self.signal: signal.Signals | None = None
+
+    def __call__(self, number: int, _: FrameType | None) -> None:
+        """Note a signal; a second SIGINT raises KeyboardInterrupt."""
+        if self.signal is signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Catch the signals inside the block, and put the old handlers back after it."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # only the main thread may set handlers
+        return
+    before = {number: signal.signal(number, request) for number in _ASKING}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

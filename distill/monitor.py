@@ -1,0 +1,74 @@
+"""What tells a run that learns from one that is wasted: collapse, and numbers that are no longer numbers.
+
+N images   D width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from robx.errors import RobxError
+
+# Below these a representation has collapsed: 1 and D are those of features without any structure.
+MIN_STD = 0.02
+MIN_RANK = 2.0
+
+
+class NotFinite(RobxError):
+    """A loss or a gradient is NaN or infinite; nothing of that step is kept."""
+
+
+@torch.no_grad()
+def embedding_health(trunk: nn.Module, pixels: Tensor) -> dict[str, float]:
+    """Spread of the trunk's embeddings of `pixels` (N, 3, H, W), N > 1, in eval mode; its running statistics stay.
+
+    Returns:
+        embedding_std: mean over dimensions of the standard deviation of L2-normalised embeddings, times sqrt(D): near 1
+            without structure, 0 when all images give the same (Chen & He 2021, arXiv 2011.10566, section 4.1).
+        embedding_rank: exp of the entropy of the normalised singular values of the centred embeddings (RankMe, Garrido
+            et al. 2023, arXiv 2210.02885): the number of dimensions in use, at most min(N, D).
+    """
+    training = trunk.training
+    trunk.eval()
+    features = trunk(pixels).float()
+    trunk.train(training)
+    return spread(features)
+
+
+def spread(features: Tensor) -> dict[str, float]:
+    """embedding_std and embedding_rank of embeddings (N, D)."""
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    std = unit.std(dim=0).mean() * unit.shape[1] ** 0.5
+    values = torch.linalg.svdvals(unit - unit.mean(dim=0))
+    share = values / values.sum().clamp(min=1e-12)
+    rank = torch.special.entr(share).sum().exp() if values.sum() > 1e-9 else torch.ones(())
+    return {"embedding_std": float(std), "embedding_rank": float(rank)}
+
+
+def warnings(health: Mapping[str, float]) -> list[str]:
+    """What is wrong with a run that shows these figures, in words; empty when nothing is."""
+    found = []
+    if health.get("embedding_std", 1.0) < MIN_STD or health.get("embedding_rank", MIN_RANK + 1) < MIN_RANK:
+        found.append(
+            f"the student has collapsed: its embeddings' std is {health['embedding_std']:.4f} and their rank "
+            f"{health['embedding_rank']:.1f}; lower --lr"
+        )
+    if health.get("target_use", 2.0) < 1.1:
+        found.append("the targets use one prototype for all images: another teacher or a higher teacher_temperature")
+    if health.get("student_use", 2.0) < 1.02 and health.get("target_use", 2.0) > 2:
+        found.append("the student gives all images the same prototype: lower --lr, or a longer warm-up")
+    return found
+
+
+def require_finite(name: str, value: Tensor, *, step: int, images: Sequence[str]) -> None:
+    """Raise NotFinite, naming the images of the batch, when a loss or a gradient's norm is not finite."""
+    if bool(torch.isfinite(value).all()):
+        return
+    shown = ", ".join(images[:8]) + (f" and {len(images) - 8} more" if len(images) > 8 else "")
+    raise NotFinite(
+        f"the {name} is {float(value):g} at step {step}; its images are {shown}. Nothing of this step was saved: "
+        "lower --lr, give --precision fp32, or remove the image at fault, and run the same command to resume"
+    )

@@ -1,0 +1,94 @@
+"""A quick kNN score during training, on held-out images of the labelled source; a curve, not a result.
+
+The bank and the queries are a fixed draw of the source's labelled images. ``robx eval --knn`` is the protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robx.errors import CorruptImage
+from robx.images import preprocess
+from robx.records import Preprocessing
+from robx.sources import ImageSource, labels_of
+
+NEIGHBOURS = 20
+TEMPERATURE = 0.07
+_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Which images the probe takes."""
+
+    source: ImageSource
+    preprocessing: Preprocessing
+    bank: tuple[int, ...]
+    queries: tuple[int, ...]
+
+
+def build_probe(
+    source: ImageSource, preprocessing: Preprocessing, *, images: int = 2000, seed: int = 0
+) -> Probe | None:
+    """A bank and queries, 4 to 1, of at most `images` labelled ones; None when fewer than two classes are labelled."""
+    labels = labels_of(source)
+    labelled = np.flatnonzero(labels >= 0)
+    if len(np.unique(labels[labelled])) < 2 or len(labelled) < 10:
+        return None
+    chosen = np.random.Generator(np.random.Philox(key=seed + 2)).permutation(labelled)[:images]
+    cut = max(1, len(chosen) // 5)
+    return Probe(source, preprocessing, tuple(chosen[cut:].tolist()), tuple(chosen[:cut].tolist()))
+
+
+def run_probe(probe: Probe, trunk: nn.Module, device: torch.device) -> float:
+    """Weighted kNN top-1 in % (k = 20, weight exp(sim / 0.07)) of the trunk in eval mode; its mode is put back."""
+    training = trunk.training
+    trunk.eval()
+    try:
+        bank, bank_labels = _embed(probe, probe.bank, trunk, device)
+        queries, labels = _embed(probe, probe.queries, trunk, device)
+    finally:
+        trunk.train(training)
+    predicted = weighted_vote(bank, bank_labels, queries)
+    return 100 * float((predicted == labels).float().mean())
+
+
+def weighted_vote(bank: Tensor, bank_labels: Tensor, queries: Tensor) -> Tensor:
+    """The class (M,) that the neighbours of L2-normalised `queries` (M, D) in `bank` (N, D) vote for."""
+    similarity, place = (queries @ bank.T).topk(min(NEIGHBOURS, len(bank)), dim=1)
+    votes = torch.zeros(len(queries), int(bank_labels.max()) + 1, device=queries.device)
+    votes.scatter_add_(1, bank_labels[place], (similarity / TEMPERATURE).exp())
+    return votes.argmax(dim=1)
+
+
+@torch.no_grad()
+def _embed(probe: Probe, indices: Sequence[int], trunk: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
+    features, labels = [], []
+    with ThreadPoolExecutor(4) as pool:
+        for at in range(0, len(indices), _BATCH):
+            chunk = indices[at : at + _BATCH]
+            found = [
+                (p, i)
+                for p, i in zip(pool.map(lambda i: _pixels(probe, i), chunk), chunk, strict=True)
+                if p is not None
+            ]
+            if not found:
+                continue
+            pixels = torch.from_numpy(np.stack([p for p, _ in found])).to(device)
+            features.append(F.normalize(trunk(pixels).float(), dim=1))
+            labels += [probe.source.label(i) or 0 for _, i in found]
+    return torch.cat(features), torch.tensor(labels, device=device)
+
+
+def _pixels(probe: Probe, index: int) -> np.ndarray | None:
+    try:
+        return preprocess(probe.source.read(index), probe.preprocessing)
+    except CorruptImage:
+        return None

@@ -1,0 +1,82 @@
+"""What a run says of itself: metrics, warnings, probes, and its speed against its own bound."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from robx.distill.monitor import embedding_health, warnings
+from robx.distill.objectives import Stats
+from robx.distill.probe import Probe, build_probe, run_probe
+from robx.distill.run import Run
+from robx.distill.run_folder import student_preprocessing
+from robx.distill.schedules import learning_rate
+
+
+def log_step(
+    run: Run, done: int, *, losses: list[Tensor], norms: list[Tensor], stats: list[Stats], speed: float
+) -> None:
+    """A line of metrics a student; losses are the mean over processes."""
+    everywhere = run.processes.gather([float(loss) for loss in losses])
+    if not run.processes.first:
+        return
+    shared = {
+        "step": done,
+        "epoch": done / run.per_epoch,
+        "lr": learning_rate(done - 1, steps=run.steps, recipe=run.recipe),
+        "images_per_s": round(speed, 2),
+        "share_of_bound": None if run.bound is None else round(speed / speed_bound(run), 4),
+    }
+    for i, metrics in enumerate(run.metrics):
+        loss = sum(values[i] for values in everywhere) / len(everywhere)
+        figures = {name: float(value) for name, value in stats[i].items()}
+        metrics.add(shared | {"loss": loss, "grad_norm": float(norms[i])} | figures)
+
+
+def monitor(run: Run, done: int, pixels: Tensor, stats: list[Stats]) -> None:
+    """Look for collapse, and warn once of each kind."""
+    if len(pixels) < 8:
+        return
+    for learner, metrics, figures in zip(run.learners, run.metrics, stats, strict=True):
+        health = embedding_health(learner.trunk, pixels[:64])
+        metrics.add({"step": done, "epoch": done / run.per_epoch} | health)
+        for text in warnings(health | {name: float(value) for name, value in figures.items()}):
+            if (kind := f"{learner.name}: {text.split(';')[0][:24]}") not in run.warned:
+                run.warned.add(kind)
+                run.say(f"warning: {learner.name}, step {done}: {text}")
+
+
+def open_probe(run: Run) -> Probe | None:
+    """The probe, when one is asked for and the images have labels."""
+    if not run.options.probe_every:
+        return None
+    preprocessing = student_preprocessing(run.recipe.crop_size)
+    probe = build_probe(run.source, preprocessing, images=run.options.probe_images, seed=run.recipe.seed)
+    if probe is None:
+        run.say("no kNN probe: the images have no labels (expected folder/class/image, or key.cls in shards)")
+    return probe
+
+
+def probe_students(run: Run, probe: Probe, done: int) -> bool:
+    """The kNN score of every student; whether it is the best so far."""
+    if not run.processes.first:
+        return False
+    scores = [run_probe(probe, learner.trunk, run.processes.device) for learner in run.learners]
+    for learner, metrics, score in zip(run.learners, run.metrics, scores, strict=True):
+        metrics.add({"step": done, "epoch": done / run.per_epoch, "probe_knn": score})
+        run.say(f"epoch {done // run.per_epoch}: {learner.name} kNN probe {score:.1f} %")
+    mean = sum(scores) / len(scores)
+    if run.best is not None and mean <= run.best[1]:
+        return False
+    run.best = (done, mean)
+    return True
+
+
+def speed_bound(run: Run) -> float:
+    """Images per second that the bare computation allows all processes together."""
+    return run.bound.images_per_s * run.processes.world if run.bound else float("nan")
+
+
+def note(run: Run, loss: float, speed: float) -> str:
+    """The words beside the progress bar."""
+    share = f" ({speed / speed_bound(run):.0%} of the bound)" if run.bound else ""
+    return f"loss {loss:.3f}, {speed:.1f} images/s{share}"

@@ -1,0 +1,213 @@
+"""What a run is made of, from its settings to its state: opened, resumed, saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robx import __version__
+from robx.distill import resume
+from robx.distill.branches import TargetBranch
+from robx.distill.learner import Learner
+from robx.distill.loader import Skipped, steps_per_epoch
+from robx.distill.networks import build_networks, open_targets, store_targets
+from robx.distill.processes import Processes
+from robx.distill.recipes import Recipe
+from robx.distill.run_folder import Metrics, student_preprocessing, tensorboard_writer, write_student
+from robx.distill.speed import SpeedBound
+from robx.distill.teachers import Teacher
+from robx.errors import InputError
+from robx.files import read_json, write_json, write_text
+from robx.records import Student, TeacherInfo, to_json
+from robx.sources import ImageSource, data_info
+from robx.trunk import embedding_width
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the result does not depend on."""
+
+    device: str | None = None  # "cpu", "cuda", "cuda:1"; None takes a GPU when there is one
+    workers: int = 0  # processes that cut crops
+    compile: bool = False
+    fresh: bool = False  # start over instead of resuming
+    force: bool = False  # resume although settings changed
+    probe_every: int = 0  # epochs between kNN probes; 0 for none
+    probe_images: int = 2000
+    checkpoint_minutes: float = 10.0  # between checkpoints, and ...
+    checkpoint_steps: int = 0  # ... steps; 0 for none
+    keep: int = 2  # checkpoints
+    corrupt_budget: float = 0.001  # share of images that may fail to decode
+    log_every: int = 10  # steps
+    monitor_every: int = 50  # steps
+    measure: bool = True  # the speed bound, before the first step
+    tensorboard: bool = False
+    stored_k: int = 256  # most probable prototypes of each stored target
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What the paragraphs of the loop share."""
+
+    recipe: Recipe
+    options: Options
+    out: Path
+    folders: list[Path]  # one a student
+    source: ImageSource
+    processes: Processes
+    learners: list[Learner]
+    branch: TargetBranch | None  # shared by all students; None for base methods
+    mask_grid: tuple[int, int] | None
+    teacher: TeacherInfo | None
+    say: Say
+    steps: int
+    per_epoch: int
+    skipped: Skipped
+    metrics: list[Metrics] = field(default_factory=list)
+    best: tuple[int, float] | None = None  # (step, kNN top-1) of the best probe
+    bound: SpeedBound | None = None
+    warned: set[str] = field(default_factory=set)
+
+
+def open_run(
+    recipe: Recipe,
+    students: Sequence[str],
+    source: ImageSource,
+    out: Path,
+    teacher: Teacher | None,
+    targets: Path | None,
+    store: Path | None,
+    options: Options,
+    processes: Processes,
+    say: Say,
+) -> Run:
+    """Check the settings against each other and the folder, and build the networks."""
+    if (teacher is not None) + (targets is not None) + recipe.base != 1:
+        raise InputError("give one of --teacher NAME, --teacher ema (the base method) and --targets DIR")
+    if len(set(students)) != len(students) or not students:
+        raise InputError("give each --student once")
+    per_epoch = steps_per_epoch(len(source), recipe.batch_size)
+    steps = recipe.epochs * per_epoch
+    stored = None if targets is None else open_targets(targets, recipe, source)
+    info = teacher.info if teacher is not None else stored.info if stored is not None else None
+    settings = {
+        "recipe": to_json(recipe),
+        "students": list(students),
+        "teacher": to_json(info),
+        "data": to_json(data_info(source)),
+        "stored_targets": stored is not None,
+    }
+    if processes.first:
+        _claim_folder(out, settings, force=options.force)
+    networks = build_networks(
+        recipe,
+        students,
+        teacher=teacher,
+        stored=stored,
+        processes=processes,
+        steps=steps,
+        steps_per_epoch=per_epoch,
+        compile=options.compile,
+    )
+    for learner in networks.learners:
+        if learner.net.note:
+            say(learner.net.note)
+    branch = networks.branch
+    if store is not None:
+        branch = store_targets(branch, store, recipe=recipe, teacher=teacher, source=source, k=options.stored_k)
+    return Run(
+        recipe=recipe,
+        options=options,
+        out=out,
+        folders=[out] if len(students) == 1 else [out / name for name in students],
+        source=source,
+        processes=processes,
+        learners=networks.learners,
+        branch=branch,
+        mask_grid=networks.mask_grid,
+        teacher=info,
+        say=say,
+        steps=steps,
+        per_epoch=per_epoch,
+        skipped=Skipped(images=len(source), budget=options.corrupt_budget),
+    )
+
+
+def _claim_folder(out: Path, settings: dict[str, Any], *, force: bool) -> None:
+    """Write the run's settings, or compare them with those of the run that is there."""
+    path = out / "recipe.json"
+    if path.exists() and resume.checkpoints(out) and not force:
+        resume.refuse_changes({k: v for k, v in read_json(path).items() if k != "robx_version"}, settings, run=out)
+    write_json(path, settings | {"robx_version": __version__})
+
+
+def resume_run(run: Run) -> int:
+    """Load the newest whole checkpoint; returns the number of steps done."""
+    found = resume.load_newest(run.out, say=run.say)
+    done = 0
+    if found is not None:
+        done, state = found
+        state = _to(state, run.processes.device)
+        try:
+            for learner in run.learners:
+                learner.load(state["learners"][learner.name])
+            if run.branch is not None:
+                run.branch.load_state_dict(state["branch"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise InputError(f"{run.out}'s state does not fit these networks ({first}): give --fresh") from error
+        run.best = tuple(state["best"]) if state["best"] else None
+        run.skipped.found = {int(index): reason for index, reason in state["skipped"].items()}
+        run.say(f"resuming {run.out} after step {done} of {run.steps}")
+    if run.processes.first:
+        board = tensorboard_writer if run.options.tensorboard else lambda _: None
+        run.metrics = [Metrics(folder, step=done, tensorboard=board(folder)) for folder in run.folders]
+    return done
+
+
+def save_run(run: Run, done: int) -> None:
+    """Every process says what it skipped; the first one writes the checkpoint and the students."""
+    for found in run.processes.gather(run.skipped.found):
+        run.skipped.add(found)
+    if not run.processes.first:
+        return
+    state = {
+        "learners": {learner.name: learner.state() for learner in run.learners},
+        "branch": None if run.branch is None else run.branch.state_dict(),
+        "best": run.best,
+        "skipped": {str(index): reason for index, reason in run.skipped.found.items()},
+    }
+    resume.save_checkpoint(run.out, state, step=done, keep=run.options.keep, best=run.best[0] if run.best else None)
+    for learner, folder in zip(run.learners, run.folders, strict=True):
+        write_student(folder, learner.trunk, _record(run, learner, done))
+    if run.skipped.found:
+        write_text(run.out / "corrupt.txt", "".join(f"{reason}\n" for reason in run.skipped.found.values()))
+
+
+def _record(run: Run, learner: Learner, done: int) -> Student:
+    return Student(
+        timm_name=learner.name,
+        width=embedding_width(learner.trunk),
+        preprocessing=student_preprocessing(run.recipe.crop_size),
+        sha256="",
+        teacher=run.teacher,
+        data=data_info(run.source),
+        recipe=to_json(run.recipe),
+        images_seen=done * run.recipe.batch_size,
+        robx_version=__version__,
+    )
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    return [_to(item, device) for item in value] if isinstance(value, list) else value

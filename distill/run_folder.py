@@ -1,0 +1,87 @@
+"""The folder of a run: its settings, its metrics line by line, and the student that it holds at any time.
+
+RUN/  student.safetensors  student.json   the trunk, refreshed at every checkpoint
+      recipe.json                         every setting that the result depends on
+      metrics.jsonl                       one JSON object a line
+      corrupt.txt                         images that could not be decoded, if any
+      checkpoints/                        the state to resume from
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from robx.errors import MissingExtra
+from robx.files import sha256_file, write_atomically, write_text
+from robx.records import Preprocessing, Student, save_student
+
+
+class Metrics:
+    """``metrics.jsonl``: appended line by line, cut back to the step that a run resumes from."""
+
+    def __init__(self, folder: Path, *, step: int, tensorboard: Any = None) -> None:
+        """Keep the lines of steps up to `step`, drop later ones and a half-written last one."""
+        self.path = folder / "metrics.jsonl"
+        self._board = tensorboard
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.path.is_file():
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+            write_text(self.path, "".join(f"{line}\n" for line in kept))
+
+    def add(self, values: dict[str, Any]) -> None:
+        """Append one object; floats that are not finite become null."""
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(plain, allow_nan=False) + "\n")
+        if self._board is not None:
+            for key, value in plain.items():
+                if isinstance(value, int | float) and key not in ("step", "epoch"):
+                    self._board.add_scalar(key, value, plain["step"])
+
+
+def write_student(folder: Path, trunk: nn.Module, student: Student) -> Student:
+    """Put the trunk's weights and its record into a run's folder; returns the record with their hash."""
+    state = {k: v.detach().cpu().contiguous() for k, v in trunk.state_dict().items()}
+    weights = folder / "student.safetensors"
+    metadata = {"format": "pt", "timm_name": student.timm_name}
+
+    def write(path: Path) -> None:
+        save_file(state, path, metadata=metadata)
+        path.chmod(0o644)  # safetensors keeps it to its owner
+
+    write_atomically(weights, write)
+    student = dataclasses.replace(student, sha256=sha256_file(weights))
+    save_student(student, folder)
+    return student
+
+
+def student_preprocessing(crop_size: int) -> Preprocessing:
+    """How a student that was trained on crops of `crop_size` is evaluated: the usual 256 / 224 resize, centre crop."""
+    return Preprocessing(size=round(crop_size * 256 / 224), crop=crop_size)
+
+
+def tensorboard_writer(folder: Path) -> Any:
+    """A TensorBoard writer into ``RUN/tensorboard``.
+
+    Raises:
+        MissingExtra: tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingExtra("tensorboard", "tensorboard", purpose="--tensorboard", cause=error) from error
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,241 @@
+"""The loop. Read ``train`` downward: it stands in the order in which things happen.
+
+    settings -> lock -> networks -> resume -> [ crops -> targets -> students -> update -> report -> checkpoint ]
+
+A step is a function of (state, seed, step): the crops, their order and torch's random numbers are all set from the
+step's number, so a resumed run is the unbroken one, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from robx.distill import resume
+from robx.distill.branches import WritingBranch
+from robx.distill.interrupts import StopRequest, stop_on_signals
+from robx.distill.learner import Learner, autocast
+from robx.distill.loader import Batch, CropDataset, PlaceSampler, build_loader, collate
+from robx.distill.monitor import require_finite
+from robx.distill.objectives import Stats
+from robx.distill.processes import Processes, join_processes
+from robx.distill.recipes import Recipe
+from robx.distill.report import log_step, monitor, note, open_probe, probe_students, speed_bound
+from robx.distill.run import Options, Run, Say, open_run, resume_run, save_run
+from robx.distill.speed import Rate, SpeedBound, measure_bound
+from robx.distill.teachers import Teacher
+from robx.distill.views import Targets, Views
+from robx.errors import InputError, Interrupted
+from robx.files import lock_folder
+from robx.sources import ImageSource
+
+Progress = Callable[[int, int, str], None]
+
+
+def train(
+    recipe: Recipe,
+    *,
+    students: Sequence[str],
+    source: ImageSource,
+    out: Path,
+    teacher: Teacher | None = None,
+    targets: Path | None = None,
+    store: Path | None = None,
+    options: Options | None = None,
+    progress: Progress | None = None,
+    say: Say | None = None,
+    processes: Processes | None = None,
+) -> list[Path]:
+    """Train students of one target branch; returns their folders.
+
+    Args:
+        recipe: every setting that the result depends on.
+        students: timm names. One is written to `out` itself, several to `out`/NAME each.
+        source: the images.
+        out: the run's folder. A run that is there already is resumed.
+        teacher: of RoB; None for a base method, or with `targets`.
+        targets: a folder of stored targets to take in the teacher's place.
+        store: where to write the targets of this run.
+        options: what the result does not depend on.
+        progress: told (steps done, steps in all, a note) after each step.
+        say: told of warnings and news, a line each.
+        processes: joined already by the caller; None joins what torchrun started.
+
+    Raises:
+        Interrupted: a signal asked for the end; the state is saved, and the same call goes on.
+        InputError: settings that do not fit, too many corrupt images, or a folder in use.
+        NotFinite: NaN or infinity in a loss or gradient.
+    """
+    options = options or Options()
+    with contextlib.ExitStack() as stack:
+        processes = processes or stack.enter_context(join_processes(options.device))
+        if processes.first:
+            stack.enter_context(lock_folder(out))
+            resume.clean(out)
+            if options.fresh:
+                resume.start_over(out)
+        processes.wait()
+        stop = stack.enter_context(stop_on_signals())
+        speak = say if say is not None and processes.first else _silent
+        run = open_run(recipe, students, source, out, teacher, targets, store, options, processes, speak)
+        start = resume_run(run)
+        if start < run.steps:
+            _loop(run, start, stop=stop, progress=progress if progress and processes.first else _no_progress)
+        else:
+            speak(f"{out} holds the whole run already ({recipe.epochs} epochs): --fresh starts over")
+        processes.wait()
+        return run.folders
+
+
+def _loop(run: Run, start: int, *, stop: StopRequest, progress: Progress) -> None:
+    recipe, processes, options = run.recipe, run.processes, run.options
+    probe = open_probe(run) if processes.first else None
+    if options.measure:
+        run.bound = _measure(run, start)
+    batches, rate, saved = _batches(run, start), Rate(), time.monotonic()
+    for step in range(start, run.steps):
+        done = step + 1
+
+        # Crops, what the target branch says of them, and the students' gradients.
+        losses = [torch.zeros((), device=processes.device) for _ in run.learners]
+        stats: list[Stats] = [{} for _ in run.learners]
+        names: list[str] = []
+        for micro in range(recipe.accumulate):
+            batch = next(batches)
+            _count_skipped(run, batch.skipped)
+            views = batch.views(processes.device)
+            names += [run.source.key(int(index)) for index in batch.index]
+            draw, last = step * recipe.accumulate + micro, micro == recipe.accumulate - 1
+            for i, (learner, targets) in enumerate(zip(run.learners, _targets(run, views), strict=True)):
+                loss, stats[i] = learner.learn(views, targets, draw=draw, last=last)
+                losses[i] += loss / recipe.accumulate
+
+        # The update, once it is certain that loss and gradients are numbers.
+        norms = [_update(run, learner, loss, step, names) for learner, loss in zip(run.learners, losses, strict=True)]
+        if run.branch is not None:
+            run.branch.update(step, run.learners[0].net)
+
+        # What it says of itself.
+        rate.tick()
+        speed = rate.steps_per_s() * recipe.batch_size
+        if done % options.log_every == 0 or done == run.steps:
+            log_step(run, done, losses=losses, norms=norms, stats=stats, speed=speed)
+        if processes.first and (done % options.monitor_every == 0 or done == run.steps):
+            monitor(run, done, views.globals[0], stats)
+        progress(done, run.steps, note(run, float(losses[0]), speed))
+
+        # A probe, a checkpoint, and the end if a signal asked for it.
+        began = time.monotonic()
+        probed = (
+            probe is not None and done % (options.probe_every * run.per_epoch) == 0 and probe_students(run, probe, done)
+        )
+        due = began - saved > 60 * options.checkpoint_minutes or (
+            options.checkpoint_steps > 0 and done % options.checkpoint_steps == 0
+        )
+        asked, due = processes.any(stop.signal is not None, due or probed or done == run.steps)
+        if asked or due:
+            save_run(run, done)
+            saved = time.monotonic()
+        rate.pause(time.monotonic() - began)
+        if asked and done < run.steps:
+            name = stop.signal.name if stop.signal is not None else "another process's signal"
+            raise Interrupted(
+                f"{name} after step {done} of {run.steps}; {run.out} goes on from there with the same command"
+            )
+    if isinstance(run.branch, WritingBranch):
+        run.branch.close()
+
+
+def _batches(run: Run, start: int) -> Iterator[Batch]:
+    """Micro-batches from step `start` on. When a worker is killed the loader starts once more from where it was."""
+    accumulate, given, lives = run.recipe.accumulate, 0, 2
+    while True:
+        loader = build_loader(
+            run.source,
+            run.recipe,
+            start=start + given // accumulate,
+            end=run.steps,
+            share=run.processes.share,
+            workers=run.options.workers,
+            mask_grid=run.mask_grid,
+            corrupt_budget=run.options.corrupt_budget,
+            pin_memory=run.processes.device.type == "cuda",
+        )
+        try:
+            iterator = iter(loader)
+            with contextlib.suppress(ValueError):
+                # A dead worker is noticed here, when a batch is due, and not by an exception in the midst of a step.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for _ in range(given % accumulate):
+                next(iterator)
+            for batch in iterator:
+                given += 1
+                yield batch
+            return
+        except RuntimeError as error:
+            lives -= 1
+            if "DataLoader worker" not in str(error):
+                raise
+            if not lives:
+                raise InputError(f"loader workers die ({error}): give fewer --workers, or more memory") from error
+            run.say(f"a loader worker died ({str(error).splitlines()[0]}); starting the loader once more")
+
+
+def _targets(run: Run, views: Views) -> list[Targets]:
+    """One Targets a learner; a shared branch is asked once."""
+    with autocast(run.recipe, views.globals.device):
+        if run.branch is None:
+            return [learner.branch.targets(views) for learner in run.learners if learner.branch is not None]
+        return [run.branch.targets(views)] * len(run.learners)
+
+
+def _update(run: Run, learner: Learner, loss: Tensor, step: int, images: Sequence[str]) -> Tensor:
+    """One learner's optimiser step; returns its gradient's norm."""
+    require_finite("loss", loss, step=step, images=images)
+    norm = learner.gradient_norm(epoch=step // run.per_epoch)
+    if run.recipe.precision != "fp16":  # where an infinite gradient is the loss scale's business
+        require_finite("gradient", norm, step=step, images=images)
+    learner.update(step=step, steps=run.steps)
+    return norm
+
+
+def _count_skipped(run: Run, found: dict[int, str]) -> None:
+    for reason in run.skipped.add(found):
+        run.say(f"skipped {reason}")
+
+
+def _measure(run: Run, start: int) -> SpeedBound:
+    """The speed of the bare computation on the first micro-batch; nothing of the run changes."""
+    places = next(
+        iter(PlaceSampler(len(run.source), run.recipe, share=run.processes.share, start=start, end=run.steps))
+    )
+    dataset = CropDataset(run.source, run.recipe, mask_grid=run.mask_grid, corrupt_budget=run.options.corrupt_budget)
+    batch = collate([dataset[place] for place in places])
+    _count_skipped(run, batch.skipped)
+    branches = [b for b in (run.branch, *(learner.branch for learner in run.learners)) if b is not None]
+    before = [copy.deepcopy(branch.state_dict()) for branch in branches]
+    views = batch.views(run.processes.device)
+    bound = measure_bound(run.learners, views, lambda v: _targets(run, v), recipe=run.recipe)
+    for branch, state in zip(branches, before, strict=True):
+        branch.load_state_dict(state)
+    run.bound = bound
+    run.say(
+        f"bound {speed_bound(run):.1f} images/s: the target branch alone makes {bound.teacher:.1f}, "
+        f"the students alone {bound.student:.1f}, each of {run.processes.world} process(es)"
+    )
+    return bound
+
+
+def _silent(_: str) -> None:
+    return None
+
+
+def _no_progress(done: int, total: int, note: str) -> None:
+    return None
