@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from robx.errors import RobxError
 from robx.files import lock_folder, new_folder, require_space, write_json
@@ -167,7 +167,8 @@ def _shrink(path: str, root: str) -> _Picture | None:
                 return None
             # Shrunk before it is laid on white: ten times fewer pixels to blend.
             image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC, reducing_gap=3.0)
-            image = to_rgb(image)
+            image = ImageOps.contain(to_rgb(image), (SIDE, SIDE), Image.Resampling.BICUBIC)
+            image.load()
     except Exception:  # whatever a damaged picture makes Pillow raise, it is one to leave out
         return None
     square = Image.new("RGB", (SIDE, SIDE), "white")

@@ -144,6 +144,19 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def wait_for(path: Path) -> Iterator[None]:
+    """Hold the right to make `path`; other processes that want to make it wait, and then find it made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.with_name(f".{path.name}.lock").open("a")
+    except OSError as error:
+        raise unwritable(path, error) from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def require_space(folder: Path, needed: int) -> None:
     """Raise InputError when the file system of `folder` has fewer than `needed` bytes free."""
     free = shutil.disk_usage(folder).free

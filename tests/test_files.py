@@ -1,0 +1,142 @@
+"""A reader sees the old file or the new one, whatever happens to the writer; one process holds a folder."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from robx.errors import ArtifactError, InputError
+from robx.files import lock_folder, new_folder, read_json, require_space, sha256_file, write_bytes, write_json
+
+
+def test_sha256_is_the_standard_one(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    # FIPS 180-2's own example.
+    assert sha256_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert hashlib.sha256(b"abc").hexdigest() == sha256_file(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [(errno.ENOSPC, "no space left"), (errno.EROFS, "cannot be written"), (errno.EIO, "error")]
+)
+def test_a_failed_write_leaves_the_old_file_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str
+) -> None:
+    path = tmp_path / "value.json"
+    write_json(path, {"old": 1})
+
+    def fail(source: object, target: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(InputError, match=message):
+        write_json(path, {"new": 2})
+    assert read_json(path) == {"old": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["value.json"]
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
+    """A real process that may write no more than 64 KiB to any file."""
+    code = textwrap.dedent(
+        """
+        import resource, signal, sys, pathlib
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+        from robx.errors import RobxError
+        from robx.files import write_bytes
+        try:
+            write_bytes(pathlib.Path(sys.argv[1]), b"x" * 1_000_000)
+        except RobxError as error:
+            print(error)
+            sys.exit(error.exit_status)
+        """
+    )
+    path = tmp_path / "big"
+    path.write_bytes(b"old")
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no space left to write" in done.stdout
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["big"]
+
+
+@pytest.mark.parametrize("moment", ["write", "fsync", "replace"])
+def test_a_killed_writer_leaves_the_old_file(tmp_path: Path, moment: str) -> None:
+    path = tmp_path / "value"
+    write_bytes(path, b"old")
+    code = textwrap.dedent(
+        """
+        import os, sys, pathlib, signal
+        import robx.files as files
+        def die(*_): os.kill(os.getpid(), signal.SIGKILL)
+        if sys.argv[2] == "write":
+            write = lambda p: (p.write_bytes(b"ne"), die())
+        else:
+            write = lambda p: p.write_bytes(b"new")
+            setattr(os, sys.argv[2], die)
+        files.write_atomically(pathlib.Path(sys.argv[1]), write)
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path), moment])
+    assert done.returncode == -signal.SIGKILL
+    assert path.read_bytes() == b"old"
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    with new_folder(target) as folder:
+        (folder / "a").write_text("1")
+    with pytest.raises(RuntimeError), new_folder(target) as folder:
+        (folder / "a").write_text("2")
+        raise RuntimeError
+    assert (target / "a").read_text() == "1"
+    with new_folder(target) as folder:
+        (folder / "b").write_text("3")
+    assert [p.name for p in target.iterdir()] == ["b"]
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_folder_has_one_owner_and_a_dead_one_does_not_count(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib, robx.files as f\n"
+        "with f.lock_folder(pathlib.Path(sys.argv[1])):\n print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=f"in use by process {holder.pid}"), lock_folder(tmp_path):
+            pass
+        holder.kill()
+    with lock_folder(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\xff"])
+def test_garbage_json_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ArtifactError, match="not valid JSON"):
+        read_json(tmp_path / "x.json")
+
+
+def test_a_huge_json_is_refused_unread(tmp_path: Path) -> None:
+    with (tmp_path / "x.json").open("wb") as file:
+        file.truncate(10**9)
+    with pytest.raises(ArtifactError, match="is larger than"):
+        read_json(tmp_path / "x.json")
+
+
+def test_too_little_space_is_said_before_the_work(tmp_path: Path) -> None:
+    require_space(tmp_path, 1)
+    with pytest.raises(InputError, match="are needed: free some space"):
+        require_space(tmp_path, 2**62)

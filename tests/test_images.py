@@ -1,0 +1,121 @@
+"""Every kind of image file becomes 8-bit RGB or one CorruptImage; preprocessing equals torchvision's."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import zlib
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import v2
+
+from robx.errors import CorruptImage
+from robx.images import decode, preprocess, resize_and_crop
+from robx.records import Preprocessing
+
+
+def _encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def _noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height))
+
+
+def test_grey_palette_and_cmyk_become_rgb() -> None:
+    red = Image.new("RGB", (8, 8), (255, 0, 0))
+    for data in (_encoded(red.convert("P")), _encoded(red.convert("CMYK"), "JPEG"), _encoded(red, "WEBP")):
+        pixels = np.asarray(decode(data, name="x"))
+        assert pixels.shape == (8, 8, 3)
+        assert np.abs(pixels.astype(int) - (255, 0, 0)).max() <= 4
+    grey = decode(_encoded(Image.new("L", (8, 8), 77)), name="x")
+    assert grey.getpixel((0, 0)) == (77, 77, 77)
+
+
+def test_16_bit_grey_is_scaled_not_clipped() -> None:
+    image = Image.fromarray(np.full((4, 4), 0x8000, dtype=np.uint16))
+    assert decode(_encoded(image), name="x").getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_transparency_is_laid_on_white() -> None:
+    for mode, colour in (("RGBA", (0, 0, 0, 0)), ("LA", (0, 0))):
+        assert decode(_encoded(Image.new(mode, (4, 4), colour)), name="x").getpixel((1, 1)) == (255, 255, 255)
+    half = decode(_encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 128))), name="x")
+    assert half.getpixel((0, 0)) == (127, 127, 127)
+
+
+def test_exif_rotation_is_applied() -> None:
+    image = Image.new("RGB", (20, 10))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    assert decode(_encoded(image, "JPEG", exif=exif.tobytes()), name="x").size == (10, 20)
+
+
+def _png_header(width: int, height: int) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"hello, I am text called .jpg",
+        _encoded(_noise(64, 64))[:-200],
+        _encoded(_noise(64, 64), "JPEG")[:400],
+        _png_header(60_000, 60_000),
+        _png_header(2**31 - 1, 1),
+    ],
+    ids=["empty", "text", "cut png", "cut jpeg", "bomb", "line bomb"],
+)
+def test_what_is_no_image_is_one_named_error(data: bytes) -> None:
+    with pytest.raises(CorruptImage, match=r"^some-name: "):
+        decode(data, name="some-name")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_damaged_file_decodes_or_is_corrupt_and_nothing_else(data: st.DataObject) -> None:
+    good = bytearray(
+        _encoded(_noise(16, 16), data.draw(st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])))
+    )
+    for _ in range(data.draw(st.integers(1, 8))):
+        good[data.draw(st.integers(0, len(good) - 1))] ^= data.draw(st.integers(1, 255))
+    with contextlib.suppress(CorruptImage):
+        assert decode(bytes(good), name="x").mode == "RGB"
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("width", "height"), [(100, 60), (60, 100), (77, 77), (50, 300)])
+def test_preprocessing_equals_torchvisions(
+    width: int, height: int, interpolation: Literal["bilinear", "bicubic"]
+) -> None:
+    image = _noise(width, height)
+    ours = preprocess(image, Preprocessing(size=64, crop=56, interpolation=interpolation))
+    reference = v2.Compose(
+        [
+            v2.Resize(64, interpolation=v2.InterpolationMode(interpolation)),
+            v2.CenterCrop(56),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    np.testing.assert_allclose(ours, reference(image).numpy(), atol=2e-6)
+
+
+def test_a_needle_of_an_image_costs_no_memory() -> None:
+    image = Image.new("RGB", (30_000, 2), "red")
+    assert resize_and_crop(image, Preprocessing(size=256, crop=224)).size == (224, 224)
+    assert resize_and_crop(Image.new("RGB", (1, 1)), Preprocessing(size=256, crop=224)).size == (224, 224)

@@ -1,0 +1,73 @@
+"""A wheel built from the sdist holds every stage, installs, and runs from anywhere."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_links_mapping_and_folders_agree() -> None:
+    mapping = PROJECT["tool"]["setuptools"]["package-dir"]
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == set(mapping)
+    for package, folder in mapping.items():
+        assert (ROOT / folder / "__init__.py").is_file()
+        assert (ROOT / Path(*package.split("."))).resolve() == (ROOT / folder).resolve()
+
+
+def test_the_constraints_cover_every_dependency_of_the_demo_and_the_tests() -> None:
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()
+    }
+    project = PROJECT["project"]
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + extras["openvino"] + extras["trt-rtx"] + extras["tensorboard"] + extras["dev"]
+    names = {w.split(">=")[0].lower().replace("_", "-") for w in wanted if not w.startswith("robx[")}
+    assert names <= pinned, names - pinned
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    # No isolation: the build backend is already installed, and no registry is asked.
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_has_every_module_once(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    for package, folder in PROJECT["tool"]["setuptools"]["package-dir"].items():
+        for source in (ROOT / folder).glob("*.py"):
+            assert names.count(f"{package.replace('.', '/')}/{source.name}") == 1
+    assert "robx/py.typed" in names and "robx/eval/report.html.j2" in names
+    assert not [n for n in names if n.startswith(("tests/", "distill/", "eval/", "benchmarks/"))]
+
+
+def test_the_sdist_has_no_link(wheel: Path) -> None:
+    sdist = next(wheel.parent.glob("*.tar.gz"))
+    with tarfile.open(sdist) as tar:
+        assert not [m.name for m in tar if m.issym() or m.islnk()]
+
+
+def test_the_installed_wheel_runs_from_the_root_folder(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel]
+    subprocess.run([str(c) for c in install], check=True, capture_output=True)
+    code = (
+        f"import sys; sys.path.insert(0, {str(target)!r})\n"
+        "import robx; print(robx.__file__); from robx.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "students"], cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(target))
+    assert "mobilenetv3_large_100" in done.stdout

@@ -1,0 +1,175 @@
+"""Folders, shards and arrays are read in their published layouts, in a fixed order, with a fingerprint."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from robx.errors import CorruptImage, InputError
+from robx.files import write_json
+from robx.sources import labels_of, open_source, read_idx, write_shard
+
+
+def _png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (value, 0, 0)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _idx(array: np.ndarray) -> bytes:
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, dtype=">u4").tobytes()
+    return header + array.tobytes()
+
+
+def test_an_image_folder_gives_classes_and_a_fixed_order(tmp_path: Path) -> None:
+    for name in ("dog/b.png", "cat/a.png", "cat/deep/c.png", "dog/notes.txt", ".hidden/x.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(_png(9))
+    source = open_source(tmp_path)
+    assert [source.key(i) for i in range(len(source))] == ["cat/a.png", "cat/deep/c.png", "dog/b.png"]
+    assert source.classes == ("cat", "dog")
+    assert labels_of(source).tolist() == [0, 0, 1]
+    assert source.read(0).getpixel((0, 0)) == (9, 0, 0)
+
+
+def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(_png(1))
+    source = open_source(tmp_path)
+    assert source.classes is None
+    assert labels_of(source).tolist() == [-1]
+
+
+def test_the_fingerprint_follows_the_images(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(_png(1))
+    first = open_source(tmp_path).fingerprint
+    assert open_source(tmp_path).fingerprint == first
+    (tmp_path / "b.png").write_bytes(_png(1))
+    second = open_source(tmp_path).fingerprint
+    (tmp_path / "b.png").rename(tmp_path / "c.png")
+    assert len({first, second, open_source(tmp_path).fingerprint}) == 3
+
+
+def test_splits_are_found_under_their_usual_names(scenes: Path, tmp_path: Path) -> None:
+    assert len(open_source(scenes)) == len(open_source(scenes, split="train")) == 64
+    assert len(open_source(scenes, split="test")) == 32
+    (tmp_path / "val" / "x").mkdir(parents=True)
+    (tmp_path / "val" / "x" / "a.png").write_bytes(_png(1))
+    assert len(open_source(tmp_path, split="test")) == 1
+    with pytest.raises(InputError, match="has no train split"):
+        open_source(tmp_path, split="train")
+
+
+def test_shards_in_webdataset_layout(tmp_path: Path) -> None:
+    write_shard(tmp_path / "train-0.tar", [("k/a.png", _png(1), 1), ("b.x.png", _png(2), None)])
+    write_shard(tmp_path / "test-0.tar", [("c.png", _png(3), 0)])
+    write_json(tmp_path / "classes.json", ["zero", "one"])
+    train, test = open_source(tmp_path, split="train"), open_source(tmp_path, split="test")
+    assert [train.key(i) for i in range(2)] == ["k/a", "b.x"]
+    assert labels_of(train).tolist() == [1, -1]
+    assert train.classes == ("zero", "one")
+    assert train.read(1).getpixel((0, 0)) == (2, 0, 0)
+    assert len(test) == 1 and len(open_source(tmp_path)) == 2
+
+
+def test_a_shard_that_tar_wrote_is_read(tmp_path: Path) -> None:
+    """A second writer: the system's tar, with its own header dialect."""
+    (tmp_path / "img.jpg").write_bytes(_png(5))
+    (tmp_path / "img.cls").write_text("3\n")
+    assert os.system(f"cd '{tmp_path}' && tar cf shard.tar img.jpg img.cls") == 0
+    source = open_source(tmp_path / "shard.tar")
+    assert (len(source), source.label(0)) == (1, 3)
+    assert source.read(0).getpixel((0, 0)) == (5, 0, 0)
+
+
+def test_a_cut_shard_keeps_its_good_samples_and_has_one_bad(tmp_path: Path) -> None:
+    samples = [(f"{i}.png", _png(i), None) for i in range(20)]
+    write_shard(tmp_path / "s.tar", samples)
+    whole = (tmp_path / "s.tar").read_bytes()
+    (tmp_path / "s.tar").write_bytes(whole[: 1024 * 10 + 530])
+    source = open_source(tmp_path / "s.tar")
+    assert len(source) == 11
+    assert [source.read(i).getpixel((0, 0)) for i in range(10)] == [(i, 0, 0) for i in range(10)]
+    with pytest.raises(CorruptImage, match=r"s\.tar"):
+        source.read(10)
+
+
+def test_a_key_that_stands_twice_is_a_bad_sample(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", [("x.png", _png(1), None)])
+    write_shard(tmp_path / "b.tar", [("x.png", _png(2), None)])
+    source = open_source(tmp_path)
+    assert source.read(0).getpixel((0, 0)) == (1, 0, 0)
+    with pytest.raises(CorruptImage, match="stands twice"):
+        source.read(1)
+
+
+def test_links_and_devices_in_a_shard_are_passed_over(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", [("x.png", _png(1), None)])
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        link = tarfile.TarInfo("y.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    assert len(open_source(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_idx_as_published(tmp_path: Path, zipped: bool) -> None:
+    pixels = np.arange(2 * 28 * 28, dtype=np.uint32).astype(np.uint8).reshape(2, 28, 28)
+    for name, array in (("t10k-images-idx3-ubyte", pixels), ("t10k-labels-idx1-ubyte", np.array([7, 2], np.uint8))):
+        data = _idx(array)
+        (tmp_path / (name + (".gz" if zipped else ""))).write_bytes(gzip.compress(data) if zipped else data)
+    source = open_source(tmp_path, split="test")
+    assert labels_of(source).tolist() == [7, 2]
+    assert np.array_equal(np.asarray(source.read(1))[..., 0], pixels[1])
+
+
+@given(st.binary(max_size=64))
+def test_what_is_no_idx_is_refused(data: bytes) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x"
+        path.write_bytes(data)
+        try:
+            array = read_idx(path)
+        except InputError as error:
+            assert str(path) in str(error)
+        else:
+            assert _idx(array) == data
+
+
+def test_cifar_10_binary_as_published(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).integers(0, 256, (3, 3073), dtype=np.uint8)
+    rows[:, 0] = (3, 0, 1)
+    rows.tofile(tmp_path / "data_batch_1.bin")
+    rows[:1].tofile(tmp_path / "test_batch.bin")
+    (tmp_path / "batches.meta.txt").write_text("plane\ncar\nbird\ncat\n")
+    source = open_source(tmp_path, split="train")
+    assert labels_of(source).tolist() == [3, 0, 1]
+    # Red plane first, row by row.
+    assert source.read(0).getpixel((5, 2)) == tuple(rows[0, 1 + 1024 * c + 2 * 32 + 5] for c in range(3))
+    (tmp_path / "test_batch.bin").write_bytes(b"short")
+    with pytest.raises(InputError, match="is not a CIFAR binary batch"):
+        open_source(tmp_path, split="test")
+
+
+@pytest.mark.parametrize("make", ["missing", "empty", "text", "file"])
+def test_nothing_to_read_is_said_with_the_path(tmp_path: Path, make: str) -> None:
+    path = tmp_path / "data"
+    if make != "missing":
+        path.mkdir()
+    if make == "text":
+        (path / "a.txt").write_text("x")
+    if make == "file":
+        path = path / "a.txt"
+        path.write_text("x")
+    with pytest.raises(InputError, match=r"data"):
+        open_source(path)
