@@ -1,0 +1,266 @@
+"""`robx bench`, `robx run` and `robx doctor`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from robx.errors import InputError
+from robx.files import write_atomically
+from robx.records import Bundle, Latency, Value, load_bundle, to_json
+from robx.runtime import compare, latency
+from robx.runtime.bench import BenchOptions
+from robx.runtime.bench import bench as run_bench
+from robx.runtime.doctor import examine
+from robx.runtime.infer import find_images, infer, top_labels
+from robx.runtime.inputs import load_inputs
+from robx.runtime.profiles import PROFILES
+from robx.runtime.session import SessionSettings, open_session
+from robx.sources import open_source
+
+_BUNDLE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("bundles", nargs=-1, required=True, type=_BUNDLE)
+@click.option("--device", default="local", show_default=True, help="local, ssh://[user@]host[:port] or adb://serial.")
+@click.option("--profile", type=click.Choice(list(PROFILES)), default="quick", show_default=True, help="How long.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of one inference.")
+@click.option("--affinity", help="Cores that the model may use, as 0,1 or 4-7.")
+@click.option("--processes", type=click.IntRange(1), help="Fresh processes of each bundle; the profile's otherwise.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="More than 1: offline throughput.")
+@click.option("--provider", help="The engine's device: cpu, cuda, gpu, npu, ...; never falls back.")
+@click.option("--precision-hint", type=click.Choice(["f32", "f16", "bf16"]), default="f32", show_default=True)
+@click.option("--data", type=_BUNDLE, help="Images to run; drawn ones otherwise.")
+@click.option("--python", "device_python", help="The device's Python command; python3 otherwise.")
+@click.option("--emulated", is_flag=True, help="The processor is emulated: check the answers, refuse the times.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the processes.")
+@click.option("--ab", is_flag=True, help="Ratio of each bundle to the first, in alternating blocks, on this machine.")
+@click.option("--json", "as_json", is_flag=True, help="The records as JSON lines.")
+def bench(
+    bundles: tuple[Path, ...],
+    device: str,
+    profile: str,
+    threads: int,
+    affinity: str | None,
+    processes: int | None,
+    batch: int,
+    provider: str | None,
+    precision_hint: str,
+    data: Path | None,
+    device_python: str | None,
+    emulated: bool,
+    seed: int,
+    ab: bool,
+    as_json: bool,
+) -> None:
+    """Measure bundles on a device: latency, memory, and that their answers are right.
+
+    \b
+    robx bench runs/r18/openvino-int8 runs/r18/onnx-fp32 --profile rapid
+    robx bench runs/r18/onnx-int8 --device ssh://pi@raspberrypi --profile standard
+    robx bench runs/r18/onnx-fp32 runs/r18/onnx-int8 --ab
+
+    Each record is appended to the bundle's measurements.jsonl. Figures of a run that is not VALID are marked.
+    """
+    settings = SessionSettings(threads=threads, provider=provider, precision_hint=precision_hint)  # type: ignore[arg-type]
+    source = open_source(data) if data is not None else None
+    if ab:
+        if device != "local":
+            raise InputError(f"--ab alternates within one process and --device is {device}: leave one of them out")
+        ratios = _compare(bundles, settings, data, PROFILES[profile].seconds, seed)
+        _print_ratios(bundles[0], ratios, as_json=as_json)
+        return
+    options = BenchOptions(
+        device=device,
+        profile=profile,
+        settings=settings,
+        processes=processes,
+        affinity=_cores(affinity),
+        batch=batch,
+        python=device_python,
+        emulated=emulated,
+        seed=seed,
+    )
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        task = bar.add_task("measuring")
+        show = lambda done, total, note: bar.update(task, completed=done, total=total, description=note)  # noqa: E731
+        records = run_bench(bundles, options, source=source, progress=show)
+    if as_json:
+        for record in records:
+            click.echo(json.dumps(to_json(record)))
+    else:
+        _print_records(bundles, records)
+
+
+@click.command()
+@click.argument("bundle", type=_BUNDLE)
+@click.argument("images", nargs=-1, required=True, type=_BUNDLE)
+@click.option("--out", type=_BUNDLE, help="Write the answers to this .npz instead of printing them.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--provider", help="The engine's device: cpu, cuda, gpu, npu, ...")
+@click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Labels of an image, with a head.")
+def run(bundle: Path, images: tuple[Path, ...], out: Path | None, threads: int, provider: str | None, top: int) -> None:
+    """Embed images with a bundle or a student, or label them when the bundle has a head.
+
+    \b
+    robx run runs/r18/onnx-int8 cat.jpg dog.png
+    robx run runs/r18/onnx-int8 photos/ --out photos.npz
+
+    One JSON line an image, or with --out an .npz of keys (N,) and embeddings (N, D). Images that cannot be decoded are
+    named on standard error and skipped.
+    """
+    with open_session(bundle, SessionSettings(threads=threads, provider=provider)) as session:
+        labels = session.bundle.labels if isinstance(session.bundle, Bundle) else None
+        answers = infer(session, find_images(images), on_skip=lambda error: click.echo(f"skipped {error}", err=True))
+        if out is not None:
+            _write_npz(out, list(answers))
+            return
+        for name, answer in answers:
+            if labels is None:
+                click.echo(json.dumps({"image": name, "embedding": [round(float(x), 7) for x in answer]}))
+            else:
+                best = [{"label": label, "probability": p} for label, p in top_labels(answer, labels, count=top)]
+                click.echo(json.dumps({"image": name, "labels": best}))
+
+
+@click.command()
+@click.option("--device", default="local", show_default=True, help="local, ssh://[user@]host[:port] or adb://serial.")
+@click.option("--python", "device_python", help="The device's Python command; python3 otherwise.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(device: str, device_python: str | None, as_json: bool) -> None:
+    """Say what this machine, or a device, can do, what it lacks, and the line that installs it.
+
+    \b
+    robx doctor
+    robx doctor --device ssh://pi@raspberrypi
+    """
+    facts, findings = examine(device, python=device_python)
+    if as_json:
+        click.echo(json.dumps({"facts": facts, "findings": [asdict(finding) for finding in findings]}, indent=2))
+        return
+    cpu = facts["cpu"]
+    memory = f"{facts['memory_bytes'] / 1e9:.1f} GB" if facts["memory_bytes"] else "memory unknown"
+    click.echo(f"{facts['board'] or facts['host']}: {facts['os']}, {facts['arch']}, Python {facts['python']}")
+    click.echo(f"{cpu['model'] or 'processor unknown'}, {cpu['usable_cores']} cores, {memory}")
+    click.echo(
+        f"accelerator: {facts['accelerator'] or 'none seen'}; energy counter: {facts['energy_counter'] or 'none'}"
+    )
+    if facts["emulated"]:
+        click.echo(f"emulated ({facts['emulated']}): answers count here, times do not")
+    table = Table("for", "what", "state", box=None)
+    for finding in findings:
+        table.add_row(finding.purpose, finding.name, finding.version or escape(f"missing: {finding.remedy}"))
+    _console().print(table)
+
+
+def _compare(
+    bundles: Sequence[Path], settings: SessionSettings, data: Path | None, seconds: float, seed: int
+) -> dict[Path, Value]:
+    if len(bundles) < 2:
+        raise InputError("--ab compares the others with the first: give two bundles or more")
+    shapes = {load_bundle(folder).preprocessing for folder in bundles}
+    if len(shapes) > 1:
+        raise InputError("--ab needs bundles of one preprocessing: they are to run the same images")
+    images = load_inputs(shapes.pop(), open_source(data) if data is not None else None).images
+    sessions = {str(folder): open_session(folder, settings) for folder in bundles}
+    try:
+        blocks = compare.interleave(sessions, images, blocks=20, seconds=seconds / 20, seed=seed)
+    finally:
+        for session in sessions.values():
+            session.close()
+    first = blocks[str(bundles[0])]
+    return {folder: latency.paired_ratio(blocks[str(folder)], first) for folder in bundles[1:]}
+
+
+def _print_ratios(first: Path, ratios: dict[Path, Value], *, as_json: bool) -> None:
+    for folder, ratio in ratios.items():
+        if as_json:
+            click.echo(json.dumps({"bundle": str(folder), "against": str(first), "ratio": to_json(ratio)}))
+            continue
+        low, high = ratio.low or 0.0, ratio.high or 0.0
+        claim = "faster" if high < 1 else "slower" if low > 1 else "no difference shown"
+        click.echo(f"{folder}: {ratio.value:.3f} x the latency of {first} [{low:.3f}, {high:.3f}], {claim}")
+
+
+def _print_records(folders: Sequence[Path], records: Sequence[Latency]) -> None:
+    table = Table(
+        "bundle", "verdict", "p50 ms", "95 %", "p90 ms", "p90 bound", "first ms", "peak MB", "cosine", box=None
+    )
+    for folder, record in zip(folders, records, strict=True):
+        v = record.values
+        cells = [
+            _cell(v.get("p50")),
+            f"{_number(v['p50'].low)}-{_number(v['p50'].high)}" if "p50" in v else "",
+            _cell(v.get("p90")),
+            _number(v["p90"].high) if "p90" in v else "",
+            _cell(v.get("first")),
+            _cell(v.get("peak_memory")),
+            f"{v['output_cosine'].value:.4f}" if "output_cosine" in v else "",
+        ]
+        struck = cells if record.verdict == "VALID" else [f"[dim]{cell}[/dim]" for cell in cells]
+        table.add_row(escape(folder.name), record.verdict, *struck)
+    _console().print(table)
+    for folder, record in zip(folders, records, strict=True):
+        for reason in record.reasons:
+            click.echo(f"{folder.name}: {record.verdict}, {reason}")
+    if not PROFILES[records[0].settings["profile"]["name"]].publishable:
+        click.echo("A rapid or quick profile is not for publication: use --profile standard.")
+
+
+def _cell(value: Value | None) -> str:
+    return _number(value.value) if value is not None else ""
+
+
+def _number(number: float | None) -> str:
+    return "" if number is None else f"{number:.3g}" if number < 100 else f"{number:.0f}"
+
+
+def _cores(text: str | None) -> tuple[int, ...] | None:
+    """Core numbers from "0,2" or "4-7"."""
+    if text is None:
+        return None
+    cores: set[int] = set()
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            cores |= set(range(int(first), int(last or first) + 1))
+    except ValueError:
+        raise InputError(f"affinity {text!r} is no list of cores: write 0,1 or 4-7") from None
+    if not cores or min(cores) < 0 or max(cores) > 4095:
+        raise InputError(f"affinity {text!r} is no list of cores: write 0,1 or 4-7")
+    return tuple(sorted(cores))
+
+
+def _write_npz(path: Path, answers: list[tuple[str, np.ndarray]]) -> None:
+    if path.suffix != ".npz":
+        raise InputError(f"--out {path} is to end in .npz")
+    keys, embeddings = np.array([name for name, _ in answers]), np.stack([answer for _, answer in answers])
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez(file, keys=keys, embeddings=embeddings)
+
+    write_atomically(path, write)
+    click.echo(f"{path}: {len(keys)} images, {embeddings.shape[1]} values each")
+
+
+def _console() -> Console:
+    """Wide enough for the tables where the output is a file or a pipe."""
+    return Console() if sys.stdout.isatty() else Console(width=160)

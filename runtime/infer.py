@@ -1,0 +1,83 @@
+"""Embedding or labelling images with an opened model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from robx.errors import CorruptImage, InputError
+from robx.images import MAX_FILE_BYTES, decode, preprocess
+from robx.runtime.session import Session
+from robx.sources import open_source
+
+Reader = tuple[str, Callable[[], Image.Image]]  # an image's name, and how to read it
+
+
+def find_images(paths: Sequence[Path]) -> Iterator[Reader]:
+    """The images of files, folders and shards, in order.
+
+    Raises:
+        InputError: a path that does not exist, or a folder without images.
+    """
+    for path in paths:
+        if path.is_file() and path.suffix != ".tar":
+            yield str(path), lambda path=path: _read(path)  # type: ignore[misc]
+            continue
+        source = open_source(path)
+        for index in range(len(source)):
+            name = f"{path}/{source.key(index)}"
+            yield name, lambda source=source, index=index: source.read(index)  # type: ignore[misc]
+
+
+def infer(
+    session: Session,
+    images: Iterable[Reader],
+    *,
+    batch: int = 8,
+    on_skip: Callable[[CorruptImage], None] | None = None,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield each image's name and the model's answer, float32 (D,); images that cannot be decoded are skipped.
+
+    Raises:
+        InputError: not one image could be decoded.
+        DeviceError: the engine failed.
+    """
+    names: list[str] = []
+    arrays: list[np.ndarray] = []
+    answered = 0
+    for name, read in images:
+        try:
+            arrays.append(preprocess(read(), session.bundle.preprocessing))
+        except CorruptImage as error:
+            if on_skip is not None:
+                on_skip(error)
+            continue
+        names.append(name)
+        if len(names) == batch:
+            yield from zip(names, session.run(np.stack(arrays)), strict=True)
+            answered += len(names)
+            names, arrays = [], []
+    if names:
+        yield from zip(names, session.run(np.stack(arrays)), strict=True)
+    elif not answered:
+        raise InputError("no image could be decoded: give others")
+
+
+def top_labels(scores: np.ndarray, labels: Sequence[str], *, count: int = 5) -> list[tuple[str, float]]:
+    """The most probable labels of one image's scores (C,), with their softmax probabilities."""
+    shifted = np.exp(scores.astype(np.float64) - float(scores.max()))
+    probabilities = shifted / shifted.sum()
+    best = np.argsort(-probabilities, kind="stable")[:count]
+    return [(labels[i], float(probabilities[i])) for i in best]
+
+
+def _read(path: Path) -> Image.Image:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise CorruptImage(f"{path}: {path.stat().st_size} bytes is more than an image should have")
+        return decode(path.read_bytes(), name=str(path))
+    except OSError as error:
+        raise CorruptImage(f"{path}: cannot be read ({error.strerror})") from error
