@@ -261,52 +261,6 @@ def pin(cores: list[int] | None) -> list[int] | None:
     return sorted(cores)
 
 
-def cool_down(device: Any, limit: float) -> dict[str, Any]:
-    """Wait until no sensor is more than 3 degrees above what the first process of this bench found, or `limit` seconds.
-
-    The first process leaves its reading in the folder above the job's, which all bundles of one bench share.
-    """
-    reading = max(device.snapshot()["celsius"], default=None)
-    shared = os.path.join("..", "celsius.json")
-    if reading is None or not os.path.exists(shared):
-        if reading is not None:
-            write_json(reading, shared)
-        return {"seconds": 0.0, "celsius": reading, "reached": True}
-    with open(shared) as file:
-        wanted = json.load(file) + 3.0
-    start = time.monotonic()
-    while reading > wanted and time.monotonic() - start < limit:
-        time.sleep(1.0)
-        reading = max(device.snapshot()["celsius"])
-    return {"seconds": time.monotonic() - start, "celsius": reading, "reached": reading <= wanted}
-
-
-def verify(files: dict[str, str]) -> None:
-    """Every file arrived as it was sent (SHA-256)."""
-    for name, expected in sorted(files.items()):
-        digest = hashlib.sha256()
-        with open(name, "rb") as file:
-            for block in iter(lambda: file.read(1 << 20), b""):
-                digest.update(block)
-        if digest.hexdigest() != expected:
-            raise ValueError("%s arrived damaged: its SHA-256 differs" % name)
-
-
-def pin(cores: list[int] | None) -> list[int] | None:
-    """Keep this process, and the threads it will start, on `cores`; returns the cores that it may use."""
-    if not hasattr(os, "sched_setaffinity"):
-        if cores:
-            raise ValueError("this system cannot pin a process to cores: leave --affinity out")
-        return None
-    if cores:
-        try:
-            os.sched_setaffinity(0, set(cores))
-        except OSError:
-            have = ", ".join(str(core) for core in sorted(os.sched_getaffinity(0)))
-            raise ValueError("cores %s are not to be had: this device lets us use %s" % (cores, have)) from None
-    return sorted(os.sched_getaffinity(0)) if cores else None
-
-
 def keep(result: dict[str, Any]) -> None:
     """Pack what was measured into one file; it appears by a rename, so that it is whole."""
     write_json(result, "result.json")
