@@ -168,3 +168,40 @@ def _cell(value: Value) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------- report
+
+
+@click.command()
+@click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--out", default="report.html", show_default=True, type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--margin", default=1.0, show_default=True, type=click.FloatRange(0), help="Points that may be lost.")
+@click.option(
+    "--budget",
+    "budgets",
+    metavar="MS",
+    multiple=True,
+    type=click.FloatRange(0, min_open=True),
+    help="A p90 to answer for.",
+)
+def report(folders: tuple[Path, ...], out: Path, margin: float, budgets: tuple[float, ...]) -> None:
+    """Write one page that says what to deploy, and why.
+
+    DIR is a run, a bundle, or a folder that holds some. The page needs no network; the same figures are
+    written beside it as Markdown and JSON.
+
+    \b
+    robx report runs/r18 -o report.html
+    robx report runs/ --budget 10 --budget 33
+    """
+    from robx.eval.report import collect, render
+    from robx.files import write_text
+
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{out} is no HTML file's name: give one that ends in .html")
+    pages = render(collect(folders), margin=margin, budgets=budgets)
+    for path, text in (
+        (out.with_suffix(".json"), pages.json),
+        (out.with_suffix(".md"), pages.markdown),
+        (out, pages.html),
+    ):
+        write_text(path, text)
+    click.echo(f"{pages.title}: {out}")

@@ -14,9 +14,11 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
 # marker colour -> CSS variable of the page
 _INKS = {
@@ -31,6 +33,14 @@ _INKS = {
 INK, MUTED, RULE, FP32, FP16, INT8, PAPER = _INKS
 COLOUR = {"fp32": FP32, "fp16": FP16, "int8": INT8}
 SHAPE = {"fp32": "o", "fp16": "s", "int8": "D"}
+# Where a label may stand about its point: offset in points, horizontal and vertical alignment.
+_PLACES = (
+    *((0.0, 17.0, "center", "bottom"), (0.0, -17.0, "center", "top")),
+    *((17.0, 0.0, "left", "center"), (-17.0, 0.0, "right", "center")),
+    *((12.0, 14.0, "left", "bottom"), (-12.0, 14.0, "right", "bottom")),
+    *((12.0, -14.0, "left", "top"), (-12.0, -14.0, "right", "top")),
+    *((0.0, 32.0, "center", "bottom"), (0.0, -32.0, "center", "top")),
+)
 _SETTINGS: Any = {
     "svg.hashsalt": "robx",
     "svg.fonttype": "none",
@@ -67,8 +77,9 @@ def draw(paint: Callable[[Canvas], None], *, name: str, title: str, text: str, s
     with matplotlib.rc_context(_SETTINGS):
         canvas = Canvas(figsize=size, layout="constrained")
         canvas.patch.set_alpha(0)
-        FigureCanvasSVG(canvas)
+        FigureCanvasAgg(canvas)  # measures text, for the labels
         paint(canvas)
+        FigureCanvasSVG(canvas)
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
     return _inline(buffer.getvalue(), name=name, title=title, text=text)
@@ -97,45 +108,61 @@ def pareto(
             axes.step(xs, ys, where="post", color=RULE, lw=1.6, zorder=1.5)
         for p in points:
             _point(axes, p, area=40 + 560 * (p["bytes"] or 0) / largest)
-        _place_labels(axes, points)
         _ms_axis(axes, [p["x"] for p in points], margin=0.16)
         axes.set_xlabel("p90 latency, upper bound (ms)")
         axes.set_ylabel(axis)
         axes.grid(axis="y")
-        axes.margins(y=0.22)
+        axes.margins(y=0.15)
+        _place_labels(axes, points)
 
     return paint
 
 
 def distributions(rows: Sequence[Mapping[str, Any]]) -> Callable[[Canvas], None]:
-    """One band a model: how its latencies (``ms``, an array) spread, with ticks at ``p50`` and ``p90``."""
+    """One band a model: how its latencies (``ms``, an array) spread, with ticks at ``p50`` and ``p90``.
+
+    Two panels: milliseconds, to compare models; and per cent above each one's own median, to compare tails.
+    """
 
     def paint(canvas: Canvas) -> None:
-        axes = canvas.add_subplot()
-        every = np.concatenate([row["ms"] for row in rows])
-        low, high = float(every.min()), float(np.quantile(every, 0.999))
-        bins = np.geomspace(low * 0.97, max(high, low * 1.2) * 1.03, 161)
-        for place, row in enumerate(rows):
-            counts, _ = np.histogram(row["ms"], bins)
-            height = 0.8 * counts / max(1, counts.max())
-            colour = COLOUR[row["precision"]]
-            base = len(rows) - 1 - place
-            fill = colour if row["valid"] else "none"
-            axes.stairs(
-                base + height, bins, baseline=base, fill=row["valid"], color=colour, alpha=0.55, fc=fill, lw=0.9
-            )
-            for key, tall in (("p50", 0.9), ("p90", 0.55)):
-                if row[key] is not None:
-                    axes.plot([row[key]] * 2, [base, base + tall], color=INK, lw=1.4 if key == "p50" else 0.9)
-        axes.set_yticks([len(rows) - 1 - i + 0.25 for i in range(len(rows))], [row["label"] for row in rows])
-        axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.spines["left"].set_visible(False)
-        axes.set_xlim(bins[0], bins[-1])
-        _ms_axis(axes, [low, high], margin=0.0)
-        axes.set_xlabel("latency of one call (ms)")
-        axes.grid(axis="x")
+        left, right = canvas.subplots(1, 2, sharey=True)
+        medians = [float(np.median(row["ms"])) for row in rows]
+        _bands(left, rows, scales=[1.0] * len(rows), log=True)
+        _bands(right, rows, scales=medians, log=False)
+        left.set_yticks([len(rows) - 1 - i + 0.3 for i in range(len(rows))], [row["label"] for row in rows])
+        left.set_xlabel("latency of one call (ms)")
+        right.set_xlabel("above its own median (%)")
 
     return paint
+
+
+def _bands(axes: Any, rows: Sequence[Mapping[str, Any]], *, scales: Sequence[float], log: bool) -> None:
+    def shown(ms: Any, scale: float) -> Any:
+        return ms if log else 100 * (np.asarray(ms) / scale - 1)
+
+    values = [shown(row["ms"], scale) for row, scale in zip(rows, scales, strict=True)]
+    low = min(float(v.min()) for v in values)
+    high = max(float(np.quantile(v, 0.999)) for v in values)
+    room = 0.03 * (high - low) or 0.03 * abs(high) or 1.0
+    bins = np.geomspace(low * 0.95, high * 1.05, 161) if log else np.linspace(low - room, high + room, 121)
+    for i, (row, value, scale) in enumerate(zip(rows, values, scales, strict=True)):
+        counts, _ = np.histogram(value, bins)
+        base = len(rows) - 1 - i
+        height = base + 0.78 * counts / max(1, counts.max())
+        colour = COLOUR[row["precision"]]
+        if row["valid"]:
+            axes.stairs(height, bins, baseline=base, fill=True, color=colour, alpha=0.6)
+        else:
+            axes.stairs(height, bins, baseline=base, color=colour, lw=0.9, ls=(0, (2, 1)))
+        for key, tall, width in (("p50", 0.88, 1.4), ("p90", 0.5, 1.0)):
+            if row[key] is not None:
+                axes.plot([shown(row[key], scale)] * 2, [base, base + tall], color=INK, lw=width)
+    if log:
+        _ms_axis(axes, [low, high], margin=0.0)
+    axes.set_xlim(bins[0], bins[-1])
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x")
 
 
 def pairs(rows: Sequence[Mapping[str, Any]], *, margin: float) -> Callable[[Canvas], None]:
@@ -198,20 +225,43 @@ def _point(axes: Any, p: Mapping[str, Any], *, area: float) -> None:
 
 
 def _place_labels(axes: Any, points: Sequence[Mapping[str, Any]]) -> None:
-    """Labels above and below in turn along x, so that neighbours do not sit on each other."""
-    for turn, p in enumerate(sorted(points, key=lambda p: (p["x"], p["y"], p["label"]))):
-        above = turn % 2 == 0
-        axes.annotate(
+    """Put each label where it covers least of the points and of the labels before it; the picked one comes first."""
+    renderer = axes.figure.canvas.get_renderer()
+    axes.figure.canvas.draw()
+    inside = axes.get_window_extent(renderer)
+    centres = axes.transData.transform([(p["x"], p["y"]) for p in points])
+    taken = [Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in centres]
+    for p in sorted(points, key=lambda p: (not p["picked"], p["x"], p["y"], p["label"])):
+        text = axes.annotate(
             p["label"],
             (p["x"], p["y"]),
-            xytext=(0, 20 if above else -20),
+            xytext=(0, 0),
             textcoords="offset points",
-            ha="center",
-            va="bottom" if above else "top",
             fontsize=8.5,
             color=INK,
             fontweight="bold" if p["picked"] else "normal",
         )
+        boxes = []
+        for place in _PLACES:
+            _move(text, place)
+            box = text.get_window_extent(renderer)
+            outside = max(0.0, inside.x0 - box.x0) + max(0.0, box.x1 - inside.x1)
+            outside += max(0.0, inside.y0 - box.y0) + max(0.0, box.y1 - inside.y1)
+            boxes.append((sum(_overlap(box, other) for other in taken) + 40 * outside, box))
+        best = min(range(len(_PLACES)), key=lambda i: (boxes[i][0], i))
+        _move(text, _PLACES[best])
+        taken.append(boxes[best][1])
+
+
+def _move(text: Any, place: tuple[float, float, str, str]) -> None:
+    x, y, across, up = place
+    text.xyann = (x, y)
+    text.set(ha=across, va=up)
+
+
+def _overlap(a: Any, b: Any) -> float:
+    width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+    return float(width * height) if width > 0 and height > 0 else 0.0
 
 
 def _whisker(axes: Any, value: tuple[float, float | None, float | None] | None, y: int, row: Mapping[str, Any]) -> None:

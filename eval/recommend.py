@@ -144,7 +144,7 @@ def _score(rows: Sequence[Row], protocol: str | None) -> tuple[Callable[[Row], f
 
 def _latency_why(row: Row) -> str:
     if row.validity != "VALID":
-        return f"latency {row.validity}: {', '.join(row.reasons) or 'no reason was recorded'}"
+        return f"latency {row.validity}: {'; '.join(row.reasons) or 'no reason was recorded'}"
     return "its top-1 is not known and other students are here to compare: run robx eval"
 
 

@@ -25,6 +25,7 @@ from robx.eval.report_rows import Row, build_rows, headline_data
 from robx.eval.report_tables import clean
 from robx.records import Accuracy, Latency, to_json
 
+_PROTOCOLS = {"knn": "kNN", "linear": "Linear"}
 __all__ = ["Pages", "ReportData", "collect", "render"]
 
 
@@ -32,6 +33,7 @@ __all__ = ["Pages", "ReportData", "collect", "render"]
 class Pages:
     """The report in three forms with the same figures."""
 
+    title: str  # the decision in a line
     html: str
     markdown: str
     json: str
@@ -51,6 +53,7 @@ def render(data: ReportData, *, margin: float = MARGIN, budgets: Sequence[float]
     advice = advise(rows, protocol=protocol, margin=margin, budgets=budgets)
     view = _view(data, rows, advice, protocol, margin)
     return Pages(
+        title=clean(view["title"]),
         html=_templates(html=True).get_template("report.html.j2").render(view),
         markdown=_templates(html=False).get_template("report.md.j2").render(view),
         json=_machine_form(data, rows, advice, view),
@@ -95,7 +98,8 @@ def _title(advice: Sequence[Advice]) -> str:
         return "Nothing to recommend: no candidate passed"
     if len(best) == 1 and all(one.best for one in advice):
         return f"Deploy {best.pop()}"
-    return f"What to deploy on {len(advice)} devices"
+    decided = sum(one.best is not None for one in advice)
+    return f"What to deploy on {decided} of {len(advice)} devices"
 
 
 def _axis(data: ReportData, protocol: str | None) -> str:
@@ -104,7 +108,7 @@ def _axis(data: ReportData, protocol: str | None) -> str:
         return "minus the drop (points)"
     found = [m.record for m in data.of_kind(Accuracy) if isinstance(m.record, Accuracy)]
     info = next(r.data for r in found if (r.protocol, r.data.fingerprint) == headline)
-    name = {"knn": "kNN", "linear": "Linear"}.get(protocol or "", protocol or "")
+    name = _PROTOCOLS.get(protocol or "", protocol or "")
     return f"{name} top-1 on {info.name} (%)"
 
 
@@ -136,7 +140,8 @@ def _pick(row: Row, protocol: str | None) -> dict[str, Any]:
     facts = []
     accuracy = row.accuracy.get(protocol or "")
     if accuracy:
-        facts.append((f"{tables.percent(accuracy.value.value)} %", f"{protocol} top-1", accuracy.source))
+        what = f"{_PROTOCOLS.get(protocol or '', protocol)} top-1"
+        facts.append((f"{tables.percent(accuracy.value.value)} %", what, accuracy.source))
     if row.drop:
         facts.append((f"{tables.hundredths(row.drop.value.value)} pt", "lost against fp32", row.drop.source))
     if row.bound:

@@ -218,6 +218,9 @@ def _read_raw(folder: Path, record: Latency) -> tuple[np.ndarray, ...]:
         raise ArtifactError("the file is missing: measure again")
     if path.stat().st_size > MAX_SAMPLES_BYTES or sha256_file(path) != record.samples_sha256:
         raise ArtifactError("not the file that was measured (its SHA-256 differs): measure again")
+    with zipfile.ZipFile(path) as parts:
+        if sum(part.file_size for part in parts.infolist()) > MAX_SAMPLES_BYTES:
+            raise ArtifactError(f"larger than {MAX_SAMPLES_BYTES} bytes: not read")
     with np.load(path, allow_pickle=False) as archive:
         arrays = [(key, archive[key]) for key in sorted(archive.files)]
     kept = [a for key, a in arrays if a.ndim == 1 and a.size and a.dtype.kind in "iu" and "warm" not in key]

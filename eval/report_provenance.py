@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +9,7 @@ from typing import NamedTuple
 from robx.eval.recommend import Advice
 from robx.eval.report_data import Packed, ReportData
 from robx.eval.report_rows import Row, device_label, student_names
-from robx.eval.report_tables import DASH, Cell, Table, spell
+from robx.eval.report_tables import DASH, Cell, Table, brief, spell
 from robx.records import Accuracy, Bundle, DataInfo, Latency
 
 _NON_COMMERCIAL = re.compile(r"\bnc\b|non-?\s?commercial", re.IGNORECASE)
@@ -87,7 +86,7 @@ def doubts(data: ReportData, rows: Sequence[Row], advice: Sequence[Advice], labe
     found = [Doubt("DAMAGED", problem.where, problem.what) for problem in data.problems]
     for row in rows:
         if row.validity in ("UNSTABLE", "INVALID"):
-            why = ", ".join(row.reasons) or "no reason was recorded"
+            why = "; ".join(row.reasons) or "no reason was recorded"
             found.append(Doubt(row.validity, f"{row.label} on {row.device}", why))
         if row.profile in ("rapid", "quick"):
             found.append(Doubt("SHORT", f"{row.label} on {row.device}", f"{row.profile} profile: not for publication"))
@@ -127,7 +126,7 @@ def _student_table(data: ReportData) -> Table:
                 Cell(f"{info.name}, {info.images} images", info.fingerprint) if info else Cell("not recorded"),
                 Cell(info.licence) if info else Cell(DASH),
                 Cell(str(student.images_seen), f"robx {student.robx_version or '?'}"),
-                Cell(json.dumps(student.recipe, sort_keys=True)),
+                Cell(brief(student.recipe)),
             )
         )
     heads = ("Student", "SHA-256", "Teacher", "Its licence", "Data", "Its licence ", "Images seen", "Recipe")
@@ -160,8 +159,7 @@ def _bundle_cells(bundle: Bundle, folder: str, labels: dict[str, str]) -> tuple[
 def _device_table(devices: dict[str, tuple[Latency, str]]) -> Table:
     rows = []
     for name, (record, place) in sorted(devices.items()):
-        described = (json.dumps(part, sort_keys=True) for part in (record.device, record.settings))
-        rows.append((Cell(name, place), *map(Cell, described)))
+        rows.append((Cell(name, place), Cell(brief(record.device)), Cell(brief(record.settings))))
     heads = ("Device", "Description", "Settings")
     return Table(caption="Devices, as they described themselves", heads=heads, rows=tuple(rows))
 
@@ -176,8 +174,8 @@ def source_table(data: ReportData, labels: dict[str, str]) -> Table:
         if isinstance(record, Latency):
             what += f" on {device_label(record.device, record.settings)}"
         raw = (record.samples or "", record.samples_sha256 or "") if isinstance(record, Latency) else ("", "")
-        settings = json.dumps(record.settings, sort_keys=True)
-        cells = (Cell(measurement.place), Cell(what, labels.get(who, who)), Cell(record.started), Cell(settings))
-        body.append((*cells, Cell(raw[0] or DASH, raw[1])))
+        plain = brief({key: item for key, item in record.settings.items() if not isinstance(item, dict | list)})
+        where = (Cell(measurement.place), Cell(what, labels.get(who, who)), Cell(record.started), Cell(plain))
+        body.append((*where, Cell(raw[0] or DASH, raw[1])))
     heads = ("File and line", "Measurement", "Started (UTC)", "Settings", "Raw samples")
     return Table(caption="Where each figure comes from", heads=heads, rows=tuple(body))

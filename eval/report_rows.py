@@ -97,13 +97,18 @@ def device_label(device: Mapping[str, Json], settings: Mapping[str, Json]) -> st
     pc = str(device.get("arch", "")).lower() in ("x86_64", "amd64", "i686")
     names = ("name", "cpu", "board") if pc else _DEVICE_NAMES
     parts = [next((text for key in names if (text := _text(device.get(key)))), "unnamed device")]
-    provider = _text(settings.get("provider"))
-    if provider and provider.lower() != "cpu":
+    facts = settings.get("runtime")
+    provider = _text(facts.get("provider")) if isinstance(facts, dict) else ""
+    if provider and "cpu" not in provider.lower():
         parts.append(" ".join(filter(None, (provider, _text(device.get("accelerator"))))))
     if isinstance(threads := settings.get("threads"), int):
         parts.append("1 thread" if threads == 1 else f"{threads} threads")
     if (batch := settings.get("batch", 1)) != 1:
         parts.append(f"batch {_text(batch)}")
+    if isinstance(cores := settings.get("affinity"), list):
+        parts.append(f"cores {' '.join(map(str, cores))}")
+    if (hint := settings.get("precision_hint", "f32")) != "f32":
+        parts.append(f"computing in {_text(hint)}")
     if device.get("emulated"):
         parts.append("emulated")
     return ", ".join(parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 
 from robx.eval.report_data import Packed, ReportData, Sourced
 from robx.eval.report_rows import Figure, Row, ratio, student_names
-from robx.records import Accuracy, Fidelity, Rung, Value
+from robx.records import Accuracy, Fidelity, Json, Rung, Value
 
 DASH = "–"
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
@@ -69,7 +68,7 @@ def spell(value: Value) -> str:
         case "%":
             return f"{hundredths(value.value)} %"
         case "":
-            return f"{value.value:.4g}"
+            return f"{value.value:.4g}" if abs(value.value) < 1e4 else f"{value.value:,.0f}"
         case unit:
             return f"{number(value.value)} {unit}"
 
@@ -79,6 +78,20 @@ def interval(value: Value, form: object = number) -> str:
     if value.low is None or value.high is None or not callable(form):
         return ""
     return f"{form(value.low)} to {form(value.high)}"
+
+
+def brief(value: Json, prefix: str = "") -> str:
+    """The plain values of a JSON object on one line: ``cpu.model Cortex-A76, cpu.cores 4``; long lists are left out."""
+    found = []
+    for key, item in sorted(value.items()):
+        if isinstance(item, dict):
+            found.append(brief(item, f"{prefix}{key}."))
+        elif isinstance(item, list):
+            plain = len(item) <= 16 and not any(isinstance(x, dict | list) for x in item)
+            found.append(f"{prefix}{key} {' '.join(map(str, item))}" if plain and item else "")
+        elif item is not None and item != "":
+            found.append(f"{prefix}{key} {item}")
+    return ", ".join(filter(None, found))
 
 
 def model_table(rows: Sequence[Row], *, caption: str, picked: Row | None) -> Table:
@@ -208,11 +221,12 @@ def model_labels(data: ReportData, rows: Iterable[Row]) -> dict[str, str]:
 
 
 def validity(row: Row) -> Cell:
-    """VALID, UNSTABLE or INVALID, with the reasons."""
+    """VALID, UNSTABLE or INVALID, with the reasons' codes; what to doubt has them in full."""
     if row.validity is None:
         return Cell("not measured", mark="missing")
     profile = f"{row.profile} profile, not for publication" if row.profile in ("rapid", "quick") else ""
-    return Cell(row.validity, "; ".join(filter(None, (", ".join(row.reasons), profile))), mark=row.validity.lower())
+    codes = ", ".join(dict.fromkeys(reason.split(":", 1)[0] for reason in row.reasons))
+    return Cell(row.validity, "; ".join(filter(None, (codes, profile))), mark=row.validity.lower())
 
 
 def measured_span(measurements: Iterable[Sourced]) -> tuple[str, str] | None:
@@ -227,8 +241,11 @@ def _worse(base: Row, row: Row) -> Cell:
 
 def _rung(rung: Rung, index: int, packed: Packed, keys: Sequence[str]) -> tuple[Cell, ...]:
     place = f"{packed.folder}/manifest.json rungs[{index}]"
-    settings = ", ".join(f"{key} {json.dumps(value)}" for key, value in sorted(rung.settings.items()))
-    cells = [Cell(rung.name + (" (shipped)" if rung.kept else ""), settings, place, "picked" if rung.kept else "")]
+    cells = [
+        Cell(
+            rung.name + (" (shipped)" if rung.kept else ""), brief(rung.settings), place, "picked" if rung.kept else ""
+        )
+    ]
     cells += [Cell(verdict, mark=verdict.lower()) for verdict in (rung.accuracy, rung.speed)]
     for key in keys:
         value = rung.values.get(key)
