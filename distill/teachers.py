@@ -1,93 +1,42 @@
-"""Frozen teachers: a trunk, its pretraining head and prototypes, read whole from what was published.
+"""Teachers by name: read whole, head and prototypes included, from what was published, or given fitted prototypes.
 
-    name --zoo--> file --checkpoints--> tensors --> trunk + head --> Teacher (eval, no gradient, never trained)
+    name --zoo--> file --checkpoints--> tensors --> trunk + head --> Teacher (frozen_teacher.py)
 
-A Teacher always takes pixels that were normalised with ImageNet's mean and standard deviation, which is what the crops
-give; one that was trained with another normalisation folds the change in. Its scores are BEFORE any temperature.
-
-N images   D width of the trunk   K prototypes (or head outputs, or classes)   P patches
+Every Teacher takes ImageNet-normalised pixels and answers with scores before the temperature.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from robx.distill.checkpoints import NAMES, PublishedTeacher, read_teacher
+from robx.distill.download import cache_folder, fetch
+from robx.distill.frozen_teacher import Method, Teacher, TeacherScores
+from robx.distill.prototypes import FitSettings, fit_or_load
+from robx.distill.published_heads import PrototypeHead, dino_head, fitted_head, msn_head, random_head, swav_head
+from robx.distill.published_trunks import (
+    TimmTrunk,
+    build_published_trunk,
+    infer_trunk,
+    load_trunk_state,
+    trunk_width,
+)
+from robx.distill.timm_teachers import build_timm_teacher, load_timm_teacher
+from robx.distill.zoo import ZOO, ZooEntry, find_teacher
+from robx.errors import ArtifactError, InputError
+from robx.files import sha256_file
 from robx.records import Preprocessing, TeacherInfo
 from robx.sources import ImageSource
 
-Method = Literal["dino", "ibot", "msn", "swav", "headless", "classifier"]
 Progress = Callable[[int, int, str], None]
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class TeacherScores:
-    """What a teacher says of N images, in float32, before the temperature."""
-
-    crops: Tensor  # (N, K): dino, ibot: head logits; msn, headless: cosines; swav: prototype scores; classifier: logits
-    patches: Tensor | None  # (N, P, Kp), the patch tokens' head logits; iBOT only
-    features: Tensor  # (N, D), what the trunk answers
-
-
-class Teacher(nn.Module):
-    """A frozen network with its head: no gradient, and always in eval mode, whatever ``.train()`` is asked for."""
-
-    def __init__(
-        self,
-        trunk: nn.Module,
-        head: nn.Module | None,
-        *,
-        name: str,
-        method: Method,
-        info: TeacherInfo,
-        preprocessing: Preprocessing,
-        width: int,
-        num_prototypes: int,
-        patch_size: int | None = None,
-        patch_prototypes: int | None = None,
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
-    ) -> None:
-        """Freeze `trunk` and `head`; `mean` and `std` are those that the trunk was trained with."""
-        super().__init__()
-        self.trunk, self.head = trunk, head
-        self.name, self.method, self.info, self.preprocessing = name, method, info, preprocessing
-        self.width, self.num_prototypes = width, num_prototypes
-        self.patch_size, self.patch_prototypes = patch_size, patch_prototypes
-        scale, shift = fold_normalisation(mean, std)
-        self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("shift", shift, persistent=False)
-        self.requires_grad_(False)
-        self.eval()
-
-    def train(self, mode: bool = True) -> Teacher:
-        """Stay in eval mode: BatchNorm keeps its running statistics, dropout and drop path stay off."""
-        super().train(False)
-        return self
-
-    @torch.no_grad()
-    def forward(self, pixels: Tensor) -> TeacherScores:
-        """Score pixels (N, 3, H, W) that are normalised with ImageNet's mean and standard deviation."""
-        raise NotImplementedError
-
-
-def fold_normalisation(mean: tuple[float, float, float], std: tuple[float, float, float]) -> tuple[Tensor, Tensor]:
-    """Scale and shift, (3, 1, 1) each, from pixels normalised as ImageNet's to pixels normalised by `mean` and `std`.
-
-    x = p std_i + mean_i, so (x - mean) / std = p (std_i / std) + (mean_i - mean) / std.
-    """
-    have_mean, have_std, want_mean, want_std = (
-        torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD, mean, std)
-    )
-    return (have_std / want_std).float(), ((have_mean - want_mean) / want_std).float()
+__all__ = ["ZOO", "Method", "Teacher", "TeacherScores", "build_teacher_skeleton", "load_teacher"]
 
 
 def load_teacher(
@@ -100,6 +49,7 @@ def load_teacher(
     objective: str | None = None,
     image_size: int = 224,
     seed: int = 0,
+    streaming: bool = False,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> Teacher:
@@ -116,6 +66,7 @@ def load_teacher(
             ``kd`` keep the classifier. None takes what the teacher has.
         image_size: pixels of the square that the teacher will see; prototypes are fitted at this size.
         seed: of the fitting.
+        streaming: fit in one pass that keeps no feature, over all images, for data that do not fit in memory.
         device: where the fitting runs and where the teacher is left.
         progress: called with (done, total, note), for the download and the fitting.
 
@@ -123,15 +74,190 @@ def load_teacher(
         InputError: unknown name, no network, or a teacher without what `objective` needs; the message says what to do.
         ArtifactError: a file that is damaged, of another method, or of another architecture.
     """
-    raise NotImplementedError
+    entry = _entry(name, weights)
+    method = _method(entry, objective)
+    folder = cache_folder(cache)
+    if method in ("headless", "classifier"):
+        if method == "headless" and source is None:
+            raise InputError(f"teacher {name} has no published head: give images (--data) to fit prototypes to")
+        trunk, sha256 = load_timm_teacher(
+            entry, classifier=method == "classifier", weights=weights, folder=folder, progress=progress
+        )
+        teacher = _timm_teacher(entry, trunk, method=method, sha256=sha256, image_size=image_size).to(device)
+        if method == "headless" and source is not None:
+            _fit(teacher, source, prototypes, seed=seed, streaming=streaming, folder=folder, progress=progress)
+        return teacher
+    path = weights if weights is not None else _download(entry, folder, progress)
+    return _published(entry, path, image_size=image_size).to(device)
 
 
 def build_teacher_skeleton(
-    name: str, *, objective: str | None = None, prototypes: int = 1024, image_size: int = 224
+    name: str,
+    *,
+    weights: Path | None = None,
+    objective: str | None = None,
+    prototypes: int = 1024,
+    image_size: int = 224,
 ) -> Teacher:
-    """The teacher's network with random weights, no file and no network: for ``--dry-run``; its sha256 is empty.
+    """The teacher's network with random weights and no network access: for ``--dry-run``; its sha256 is empty.
+
+    A generic name (``dino`` ...) has no architecture of its own: `weights` is read for it.
 
     Raises:
         InputError: unknown name, or a teacher that cannot serve `objective`.
     """
-    raise NotImplementedError
+    entry = _entry(name, weights)
+    method = _method(entry, objective)
+    if entry.name not in ZOO and method not in ("headless", "classifier") and weights is not None:
+        return _published(entry, weights, image_size=image_size)
+    if method in ("headless", "classifier"):
+        trunk = build_timm_teacher(entry, classifier=method == "classifier")
+        teacher = _timm_teacher(entry, trunk, method=method, sha256="", image_size=image_size)
+        if method == "headless":
+            head = fitted_head(torch.zeros(teacher.width), torch.randn(prototypes, teacher.width))
+            teacher.head, teacher.num_prototypes = head, prototypes
+        return teacher
+    trunk = build_published_trunk(entry.trunk)
+    shapes = dataclasses.asdict(entry.head) if entry.head is not None else {}
+    return _assemble(entry, trunk, random_head(trunk_width(trunk), **shapes), sha256="", image_size=image_size)
+
+
+def _entry(name: str, weights: Path | None) -> ZooEntry:
+    """The zoo's entry; ``dino``, ``ibot``, ``msn`` and ``swav`` mean any file of that layout."""
+    if name not in NAMES or name == "backbone":
+        return find_teacher(name)
+    if weights is None:
+        published = ", ".join(entry.name for entry in ZOO.values() if entry.method == name)
+        raise InputError(f"--teacher {name} reads your own file: give --teacher-weights, or take {published}")
+    return ZooEntry(name, cast(Any, name), TimmTrunk(""), None, 0, "unknown (a file of yours)")
+
+
+def _method(entry: ZooEntry, objective: str | None) -> Method:
+    """What the teacher answers under `objective`."""
+    known = ("dino", "ibot", "msn", "swav", "kd")
+    if objective is not None and objective not in known:
+        raise InputError(f"unknown objective {objective!r}: choose one of {', '.join(known)}")
+    if entry.method == "headless":
+        if objective in ("dino", "ibot"):
+            raise InputError(
+                f"teacher {entry.name} was published without a head, and {NAMES[objective]}'s loss needs the one that "
+                "it was pretrained with: use --objective msn or swav, whose prototypes can be fitted"
+            )
+        return "classifier" if objective == "kd" else "headless"
+    if objective == "kd":
+        raise InputError(f"teacher {entry.name} has no classifier, which --objective kd needs: use timm:NAME")
+    if objective is not None and objective != entry.method:
+        raise InputError(
+            f"teacher {entry.name} has the prototypes of {NAMES[entry.method]}, not of {NAMES[objective]}: "
+            f"use --objective {entry.method}, or fit prototypes to a trunk of timm's (timm:NAME)"
+        )
+    return entry.method
+
+
+def _download(entry: ZooEntry, folder: Path, progress: Progress | None) -> Path:
+    hint = f"get {entry.url} elsewhere and give it with --teacher-weights FILE"
+    # The host's names repeat (iBOT's are all checkpoint.pth): the teacher's own name tells them apart.
+    return fetch(
+        entry.url, folder / "teachers", name=f"{entry.name}.pth", sha256=entry.sha256, hint=hint, progress=progress
+    )
+
+
+def _published(entry: ZooEntry, path: Path, *, image_size: int) -> Teacher:
+    """A teacher from a full checkpoint of its method's layout."""
+    in_zoo = entry.name in ZOO
+    full = f"the full checkpoint, {entry.url}" if in_zoo else f"{NAMES[entry.method]}'s full checkpoint"
+    found = read_teacher(path, cast(Any, entry.method), full=full)
+    spec = infer_trunk(found.trunk, arch=None if in_zoo else found.arch, where=str(path))
+    if in_zoo and str(spec) != str(entry.trunk):
+        raise ArtifactError(f"{path} holds {spec}, and {entry.name} is {entry.trunk}: get {full}")
+    trunk = build_published_trunk(spec)
+    load_trunk_state(trunk, found.trunk, where=str(path))
+    head = _head(found, where=str(path))
+    have = trunk_width(trunk)
+    first = next(layer for layer in head.projection.modules() if isinstance(layer, nn.Linear))
+    if first.in_features != have:
+        raise ArtifactError(f"{path}: the head takes {first.in_features} numbers, the trunk answers {have}: get {full}")
+    return _assemble(entry, trunk, head, sha256=sha256_file(path), image_size=image_size)
+
+
+def _head(found: PublishedTeacher, *, where: str) -> PrototypeHead:
+    match found.layout:
+        case "dino" | "ibot":
+            return dino_head(found.head, where=where)
+        case "msn" if found.prototypes is not None:
+            return msn_head(found.head, found.prototypes, where=where)
+        case "swav":
+            return swav_head(found.head, where=where)
+    raise ArtifactError(f"{where} has no head: get the full checkpoint")
+
+
+def _assemble(entry: ZooEntry, trunk: nn.Module, head: PrototypeHead, *, sha256: str, image_size: int) -> Teacher:
+    return Teacher(
+        trunk,
+        head,
+        name=entry.name,
+        method=entry.method,
+        info=TeacherInfo(name=entry.name, sha256=sha256, licence=entry.licence),
+        preprocessing=_preprocessing(image_size),
+        width=trunk_width(trunk),
+        num_prototypes=len(head.prototypes),
+        mean=entry.mean,
+        std=entry.std,
+    )
+
+
+def _timm_teacher(entry: ZooEntry, trunk: nn.Module, *, method: Method, sha256: str, image_size: int) -> Teacher:
+    classes = cast(int, trunk.num_classes) if method == "classifier" else 0
+    how = "none: class logits" if method == "classifier" else "not fitted"
+    return Teacher(
+        trunk,
+        None,
+        name=entry.name,
+        method=method,
+        info=TeacherInfo(name=entry.name, sha256=sha256, licence=entry.licence, prototypes=how),
+        preprocessing=_preprocessing(image_size),
+        width=trunk_width(trunk),
+        num_prototypes=classes,
+        mean=entry.mean,
+        std=entry.std,
+    )
+
+
+def _fit(
+    teacher: Teacher,
+    source: ImageSource,
+    prototypes: int,
+    *,
+    seed: int,
+    streaming: bool,
+    folder: Path,
+    progress: Progress | None,
+) -> None:
+    """Give a headless teacher its prototypes."""
+    settings = FitSettings(
+        teacher=teacher.info.sha256,
+        data=source.fingerprint,
+        prototypes=prototypes,
+        size=teacher.preprocessing.size,
+        crop=teacher.preprocessing.crop,
+        seed=seed,
+        streaming=streaming,
+    )
+    found = fit_or_load(
+        teacher.features,
+        source,
+        teacher.preprocessing,
+        settings,
+        folder=folder / "prototypes",
+        device=teacher.scale.device,
+        progress=progress,
+    )
+    teacher.head = fitted_head(found.mean, found.vectors).to(teacher.scale.device).eval()
+    teacher.num_prototypes = prototypes
+    how = f"{prototypes} fitted by spherical k-means to {found.images} images of {source.name} ({source.fingerprint})"
+    teacher.info = dataclasses.replace(teacher.info, prototypes=f"{how}, seed {seed}")
+
+
+def _preprocessing(image_size: int) -> Preprocessing:
+    # 256 to 224 is the protocol of all these releases; other sizes keep its ratio.
+    return Preprocessing(size=round(image_size * 256 / 224), crop=image_size)
