@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import timm
 import torch
 from torch import nn
 
@@ -13,7 +14,7 @@ from robx.distill.branches import EmaBranch, StoredBranch, TargetBranch, TargetW
 from robx.distill.learner import Learner
 from robx.distill.objectives import build_objective
 from robx.distill.processes import Processes
-from robx.distill.recipes import Recipe
+from robx.distill.recipes import Recipe, StudentKind
 from robx.distill.stored import TargetsInfo, read_info
 from robx.distill.students import StudentNet, build_student
 from robx.distill.teachers import Teacher
@@ -21,6 +22,7 @@ from robx.errors import InputError
 from robx.files import read_json, write_json
 from robx.records import TeacherInfo, from_json, to_json
 from robx.sources import ImageSource
+from robx.trunk import build_trunk, is_vit
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,17 @@ def build_networks(
     if compile and teacher is not None:
         teacher.compile()
     return Networks(learners, shared, _mask_grid([learner.net for learner in learners], recipe))
+
+
+def student_kind(name: str) -> StudentKind:
+    """Which recipe a timm name takes.
+
+    Raises:
+        InputError: timm has no model of that name.
+    """
+    if not timm.is_model(name):
+        build_trunk(name)  # says so, and offers the nearest
+    return "vit" if is_vit(name) else "cnn"
 
 
 @dataclass

@@ -1,0 +1,196 @@
+"""What a run will cost, before it starts: counted and measured on networks with random weights.
+
+Counted: parameters, floating-point operations an image (forward, and backward of the students), bytes that backward
+keeps. Measured, briefly, on this machine: the speed bound of a step, and crops a second of one loader worker.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from robx.distill.learner import Learner, autocast
+from robx.distill.loader import CropDataset, collate, steps_per_epoch
+from robx.distill.networks import StoredTeacher, build_networks
+from robx.distill.processes import Processes
+from robx.distill.recipes import Recipe
+from robx.distill.speed import measure_bound
+from robx.distill.teachers import Teacher
+from robx.distill.views import Targets, Views
+from robx.sources import ImageSource
+
+# A CUDA context, cuDNN's and cuBLAS's workspaces, and what the allocator cannot use: an estimate.
+_CUDA_BYTES = 1.2e9
+_USABLE = 0.92
+_MEASURED_IMAGES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkCost:
+    """One network."""
+
+    name: str
+    params: int
+    flops_per_image: float  # all its crops of an image; of a student forward and backward
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCost:
+    """The whole run."""
+
+    images: int
+    epochs: int
+    steps: int
+    batch_size: int
+    device: str  # that the speeds were measured on
+    teacher: NetworkCost | None
+    students: tuple[NetworkCost, ...]
+    fixed_bytes: int  # weights, gradients, optimiser's state: whatever the batch
+    image_bytes: int  # that one image adds: its crops, what backward keeps, its targets
+    teacher_images_per_s: float
+    student_images_per_s: float
+    bound_images_per_s: float
+    loader_images_per_s: float  # of one worker
+    hours: float  # at the bound, or at the loader's speed where that is less
+    gpu_memory_gb: float | None = None
+    gpu_batch: int | None = None  # the largest micro-batch, estimated, that a GPU of that memory takes
+
+    @property
+    def batch_bytes(self) -> int:
+        """What a micro-batch of the recipe's size takes, in all."""
+        return self.fixed_bytes + self.image_bytes * self.batch_size
+
+
+def dry_run(
+    recipe: Recipe,
+    *,
+    students: Sequence[str],
+    source: ImageSource,
+    teacher: Teacher | None = None,
+    stored: StoredTeacher | None = None,
+    device: torch.device | None = None,
+    workers: int = 1,
+    gpu_memory: float | None = None,
+) -> RunCost:
+    """Count and measure; nothing is written.
+
+    Args:
+        recipe: of the run.
+        students: timm names.
+        source: the images; a few are read.
+        teacher: with any weights; None for a base method or stored targets.
+        stored: targets in the teacher's place.
+        device: where to measure; the CPU by default.
+        workers: loader processes of the run.
+        gpu_memory: of a GPU, in GB, to find the batch for.
+
+    Raises:
+        InputError: settings that do not fit.
+    """
+    place = Processes(0, 1, device or torch.device("cpu"))
+    per_epoch = steps_per_epoch(len(source), recipe.batch_size)
+    steps = per_epoch * recipe.epochs
+    networks = build_networks(
+        recipe, students, teacher=teacher, stored=stored, processes=place, steps=steps, steps_per_epoch=per_epoch
+    )
+    micro = min(recipe.batch_size // recipe.accumulate, _MEASURED_IMAGES, len(source))
+    dataset = CropDataset(source, recipe, mask_grid=networks.mask_grid, corrupt_budget=1.0)
+    started = time.perf_counter()
+    batch = collate([dataset[0, index] for index in range(max(2, micro))])
+    loader_speed = len(batch.index) / (time.perf_counter() - started)
+    views = batch.views(place.device)
+
+    def targets_of(views: Views) -> list[Targets]:
+        branches = [networks.branch or learner.branch for learner in networks.learners]
+        shared = networks.branch.targets(views) if networks.branch is not None else None
+        return [shared or branch.targets(views) for branch in branches if branch is not None]
+
+    bound = measure_bound(networks.learners, views, targets_of, recipe=recipe)
+    targets = targets_of(views)
+    costs, kept = [], 0
+    for learner, target in zip(networks.learners, targets, strict=True):
+        cost, bytes_kept = _learner_cost(learner, views, target)
+        costs.append(cost)
+        kept = max(kept, bytes_kept)  # one student's at a time
+    images = views.globals.shape[1]
+    image_bytes = (kept + _bytes(views) + sum(_bytes(target) for target in targets)) // images
+    fixed = sum(_fixed_bytes(learner) for learner in networks.learners) + _weight_bytes(teacher)
+    rate = min(bound.images_per_s, loader_speed * max(1, workers))
+    return RunCost(
+        images=len(source),
+        epochs=recipe.epochs,
+        steps=steps,
+        batch_size=recipe.batch_size // recipe.accumulate,
+        device=str(place.device),
+        teacher=None if teacher is None else _teacher_cost(teacher, views, recipe),
+        students=tuple(costs),
+        fixed_bytes=fixed,
+        image_bytes=image_bytes,
+        teacher_images_per_s=bound.teacher,
+        student_images_per_s=bound.student,
+        bound_images_per_s=bound.images_per_s,
+        loader_images_per_s=loader_speed,
+        hours=steps * recipe.batch_size / rate / 3600,
+        gpu_memory_gb=gpu_memory,
+        gpu_batch=None if gpu_memory is None else _largest_batch(gpu_memory, fixed=fixed, image=image_bytes),
+    )
+
+
+def _largest_batch(gigabytes: float, *, fixed: int, image: int) -> int:
+    """Images that fit; 0 when the networks alone do not."""
+    free = gigabytes * 1e9 * _USABLE - _CUDA_BYTES - fixed
+    return max(0, int(free / max(1, image)))
+
+
+def _learner_cost(learner: Learner, views: Views, targets: Targets) -> tuple[NetworkCost, int]:
+    """A student's cost, and the bytes that the backward of this micro-batch keeps."""
+    parameters = {parameter.data_ptr() for parameter in learner.net.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        learner.learn(views, targets, draw=0)
+    learner.optimizer.zero_grad(set_to_none=True)
+    flops = counter.get_total_flops() / views.globals.shape[1]
+    return NetworkCost(name=learner.name, params=_count(learner.net.trunk), flops_per_image=flops), sum(kept.values())
+
+
+def _teacher_cost(teacher: Teacher, views: Views, recipe: Recipe) -> NetworkCost:
+    pixels = views.globals[:, :1].flatten(0, 1)
+    with FlopCounterMode(display=False) as counter, autocast(recipe, pixels.device):
+        teacher(pixels)
+    return NetworkCost(
+        name=teacher.name, params=_count(teacher.trunk), flops_per_image=float(counter.get_total_flops())
+    )
+
+
+def _fixed_bytes(learner: Learner) -> int:
+    """Weights, gradients and the optimiser's state (two tensors a parameter of Adam's, one of SGD's) in float32."""
+    trained = sum(p.numel() for p in learner.net.parameters() if p.requires_grad)
+    states = 2 if learner.recipe.optimizer == "adamw" else 1
+    averages = _weight_bytes(learner.average) + _weight_bytes(learner.branch.network if learner.branch else None)
+    return _weight_bytes(learner.net) + 4 * trained * (1 + states) + averages
+
+
+def _weight_bytes(net: nn.Module | None) -> int:
+    if net is None:
+        return 0
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*net.parameters(), *net.buffers()))
+
+
+def _count(net: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def _bytes(values: Views | Targets) -> int:
+    return sum(value.nbytes for value in vars(values).values() if isinstance(value, Tensor))
