@@ -1,4 +1,4 @@
-"""The images that a bench runs: the user's, or drawn ones that are the same everywhere. Pillow and numpy only."""
+"""The images that a bench runs: the user's, or rendered ones that are the same everywhere. Pillow and numpy only."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image
 
 from robx.errors import CorruptImage, InputError
 from robx.images import decode, preprocess
 from robx.records import Preprocessing
+from robx.scenes import make_scene, render
 from robx.sources import ImageSource
 
 COUNT = 64  # distinct images, so that no cache or branch predictor learns one by heart
-_SIZE = (500, 375)  # pixels; the most frequent size in ImageNet
+_SIZE = 384  # pixels of a drawn scene's side, about an ImageNet photo's number of pixels
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Inputs:
 
 
 def load_inputs(preprocessing: Preprocessing, source: ImageSource | None, *, count: int = COUNT) -> Inputs:
-    """`count` images, evenly spread over the source; drawn ones without a source; repeated when there are fewer.
+    """`count` images, evenly spread over the source; rendered scenes without a source; repeated when there are fewer.
 
     Raises:
         InputError: no image of the source can be decoded.
@@ -48,29 +49,14 @@ def load_inputs(preprocessing: Preprocessing, source: ImageSource | None, *, cou
     if not arrays:
         raise InputError(f"none of the images of {source.name if source else 'the set'} can be decoded: give others")
     images = np.stack([arrays[i % len(arrays)] for i in range(count)])
-    name = source.name if source is not None else f"drawn, {_SIZE[0]} x {_SIZE[1]} JPEG"
+    name = source.name if source is not None else f"rendered scenes, {_SIZE} x {_SIZE} JPEG"
     return Inputs(images, np.array(times, dtype=np.int64), name)
-
-
-def draw_scene(seed: int) -> Image.Image:
-    """A picture of shapes on a gradient; `seed` alone decides it."""
-    random = np.random.default_rng(seed)
-    corners = random.integers(0, 256, size=(2, 2, 3), dtype=np.uint8)
-    image = Image.fromarray(corners).resize(_SIZE, Image.Resampling.BILINEAR)
-    pen = ImageDraw.Draw(image)
-    for _ in range(int(random.integers(4, 12))):
-        x, y = (int(random.integers(0, side)) for side in _SIZE)
-        width, height = (int(random.integers(20, side // 2)) for side in _SIZE)
-        colour = tuple(int(c) for c in random.integers(0, 256, size=3))
-        shape = pen.ellipse if random.random() < 0.5 else pen.rectangle
-        shape((x, y, x + width, y + height), fill=colour)
-    return image.filter(ImageFilter.GaussianBlur(float(random.uniform(0, 2))))
 
 
 def _drawn(count: int) -> Iterator[Callable[[], Image.Image]]:
     for seed in range(count):
         buffer = io.BytesIO()
-        draw_scene(seed).save(buffer, "JPEG", quality=90)
+        render(make_scene(0, seed), size=_SIZE).save(buffer, "JPEG", quality=90)
         yield functools.partial(decode, buffer.getvalue(), name=f"scene {seed}")
 
 

@@ -62,6 +62,8 @@ def judge(
         return reasons
     reasons += _engine(results)
     reasons += _steadiness(results, samples)
+    if profile.cool_down_seconds and any(not r["cool_down"]["reached"] for r in results):
+        reasons.append("not_cooled: the device stayed more than 3 degrees above where it started")
     for digest in digests:
         reasons += _machine(digest, int(results[0]["device"]["cpu"]["cores"] or 1))
     flags = sorted({flag for r in results for flag in r.get("throttled") or () if not flag.endswith("since boot")})
@@ -106,8 +108,6 @@ def _steadiness(results: Sequence[Mapping[str, Any]], samples: Sequence[np.ndarr
     restless = sum(not r["warm_up"]["steady"] for r in results)
     if restless:
         reasons.append(f"not_steady: {restless} of {len(results)} warm-ups found no three windows within 2 %")
-    if any(not r["cool_down"]["reached"] for r in results):
-        reasons.append("not_cooled: the device stayed more than 3 degrees above where it started")
     if (drift := latency.drift(samples)) > MAX_DRIFT:
         reasons.append(f"drift: a process ended {100 * (drift - 1):.1f} % slower than it began")
     provider = str(results[0]["facts"].get("provider", "")).lower()

@@ -1,0 +1,131 @@
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra
+from robx.records import Preprocessing, Student, describe_file, load_bundle, save_bundle
+from robx.runtime.session import SessionSettings, open_session
+from robx.trunk import build_trunk, embed, embedding_width, save_trunk
+
+
+def plain_answers(images):
+    """The tiny model's answers by numpy, independent of any engine."""
+    kernel = np.random.default_rng(0).normal(size=(8, 3, 3, 3)).astype(np.float32)
+    padded = np.pad(images.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))
+    return np.maximum(np.einsum("nchwij,dcij->ndhw", windows, kernel), 0).mean(axis=(2, 3))
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("batch", [None, 1, 2])
+def test_engines_answer_as_numpy_does_whatever_the_batch(make_bundle, images, runtime, batch):
+    with open_session(make_bundle(runtime=runtime, batch=batch)) as session:
+        answers = session.run(images)
+        again = session.run(images[:1])
+    assert answers.dtype == np.float32
+    np.testing.assert_allclose(answers, plain_answers(images), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(again, answers[:1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_facts_say_what_runs(make_bundle, runtime):
+    with open_session(make_bundle(runtime=runtime), SessionSettings(threads=2)) as session:
+        facts = session.facts()
+    assert facts["engine"] == runtime
+    assert facts["threads"] == 2
+    assert facts["fallback"] is False
+    assert "CPU" in str(facts["provider"])
+
+
+def test_answers_are_copies(make_bundle, images):
+    with open_session(make_bundle(runtime="openvino")) as session:
+        first = session.run(images[:1])
+        kept = first.copy()
+        session.run(images[1:2])
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_a_student_opens_in_torch(tmp_path, images):
+    import torch
+
+    torch.manual_seed(0)
+    trunk = build_trunk("test_resnet").eval()
+    student = Student(
+        timm_name="test_resnet",
+        width=embedding_width(trunk),
+        preprocessing=Preprocessing(size=32, crop=32),
+        sha256="",
+        teacher=None,
+        data=None,
+        recipe={},
+    )
+    save_trunk(tmp_path / "run", trunk, student)
+    with open_session(tmp_path / "run") as session:
+        np.testing.assert_allclose(session.run(images), embed(trunk, torch.from_numpy(images)), rtol=1e-4, atol=1e-5)
+        assert session.facts()["engine"] == "torch"
+
+
+def test_wrong_inputs_are_refused(make_bundle, images):
+    session = open_session(make_bundle())
+    for wrong in (images.astype(np.float64), images[:, :2], images[0], images[:0]):
+        with pytest.raises(InputError, match="the model takes float32"):
+            session.run(wrong)
+    session.close()
+    session.close()
+    with pytest.raises(DeviceError, match="closed"):
+        session.run(images)
+
+
+def test_automatic_threads_are_refused():
+    with pytest.raises(InputError, match="threads is 0"):
+        SessionSettings(threads=0)
+
+
+def test_a_provider_that_is_not_there_is_an_error_not_the_cpu(make_bundle):
+    with pytest.raises(DeviceError, match="CUDAExecutionProvider"):
+        open_session(make_bundle(), SessionSettings(provider="cuda"))
+    with pytest.raises(DeviceError, match="GPU"):
+        open_session(make_bundle("ov", runtime="openvino"), SessionSettings(provider="gpu"))
+
+
+def test_what_is_no_bundle(tmp_path, make_bundle):
+    with pytest.raises(InputError, match="neither a bundle"):
+        open_session(tmp_path)
+    folder = make_bundle()
+    (folder / "model.onnx").write_bytes(b"tampered")
+    with pytest.raises(ArtifactError, match="SHA-256"):
+        open_session(folder)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_file_that_is_no_model_is_one_line(make_bundle, runtime):
+    folder = make_bundle(runtime=runtime)
+    bundle = load_bundle(folder)
+    (folder / "model.onnx").write_bytes(b"\x00nonsense")
+    save_bundle(dataclasses.replace(bundle, files=(describe_file(folder, "model.onnx", "model"),)), folder)
+    with pytest.raises(DeviceError, match="cannot be run here") as caught:
+        open_session(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_engine_that_is_not_installed_names_its_extra(make_bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingExtra, match=r"robx\[openvino\]"):
+        open_session(make_bundle(runtime="openvino"))
+
+
+def test_a_format_without_an_engine(make_bundle):
+    with pytest.raises(ArtifactError, match="no engine 'coreml'"):
+        open_session(make_bundle(runtime="coreml", format="coreml"))
+
+
+def test_onnxruntime_writes_nothing_at_home(make_bundle, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    code = "import sys, pathlib, robx.runtime.session as s; s.open_session(pathlib.Path(sys.argv[1])).close()"
+    environment = {"HOME": str(home), "PATH": "/usr/bin", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code, str(make_bundle())], check=True, env=environment)
+    assert list(home.rglob("*")) == []
