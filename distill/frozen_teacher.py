@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from robx.distill.published_heads import PrototypeHead
-from robx.distill.published_trunks import patch_size_of, tokens
+from robx.distill.published_trunks import has_tokens, patch_size_of, tokens
 from robx.distill.zoo import IMAGENET_MEAN, IMAGENET_STD
 from robx.errors import InputError
 from robx.records import Preprocessing, TeacherInfo
@@ -58,7 +58,7 @@ class Teacher(nn.Module):
         self.name, self.method, self.info, self.preprocessing = name, method, info, preprocessing
         self.width, self.num_prototypes, self.patch_size = width, num_prototypes, patch_size_of(trunk)
         self.patch_prototypes: int | None = None
-        if method == "ibot" and head is not None:
+        if method == "ibot" and head is not None and has_tokens(trunk):
             shared = head.patch_prototypes is None
             self.patch_prototypes = len(head.prototypes if shared else cast(Tensor, head.patch_prototypes))
         scale, shift = fold_normalisation(mean, std)
@@ -85,7 +85,7 @@ class Teacher(nn.Module):
             return TeacherScores(logits.float(), None, self._pooled(maps))
         if self.head is None:
             raise InputError(f"teacher {self.name} has no prototypes: fit them to images first")
-        if self.method == "ibot" and patches:
+        if self.patch_prototypes is not None and patches:
             features, places = tokens(self.trunk, pixels)
             return TeacherScores(self.head(features).float(), self.head.patches(places).float(), features.float())
         features = self.trunk(pixels)

@@ -21,6 +21,8 @@ from robx.trunk import build_trunk, embedding_width
 
 State = Mapping[str, Tensor]
 
+_BASIC_RESNETS = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
+
 
 @dataclass(frozen=True)
 class VitTrunk:
@@ -97,6 +99,10 @@ def infer_trunk(state: State, *, arch: str | None, where: str) -> TrunkSpec:
     if "layer1.0.conv3.weight" in state:
         depths = tuple(_count(state, rf"layer{n}\.(\d+)\.") for n in range(1, _count(state, r"layer(\d+)\.", 1) + 1))
         return ResNetTrunk(stem=state["conv1.weight"].shape[0], depths=depths)
+    if "layer1.0.conv2.weight" in state:
+        depths = tuple(_count(state, rf"layer{n}\.(\d+)\.") for n in range(1, 5))
+        if depths in _BASIC_RESNETS:
+            return TimmTrunk(_BASIC_RESNETS[depths])
     if "layers.0.blocks.0.attn.relative_position_bias_table" in state:
         return _infer_swin(state)
     first = next(iter(state), "nothing")
@@ -178,6 +184,11 @@ def patch_size_of(trunk: nn.Module) -> int | None:
     if isinstance(trunk, SwinTransformer):
         return _patch(trunk) << (len(trunk.layers) - 1)
     return _patch(trunk) or None
+
+
+def has_tokens(trunk: nn.Module) -> bool:
+    """Whether :func:`tokens` knows the trunk."""
+    return isinstance(trunk, VisionTransformer | SwinTransformer)
 
 
 def tokens(trunk: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ _LITE_MEAN = (127 / 255, 127 / 255, 127 / 255)
 _LITE_STD = (128 / 255, 128 / 255, 128 / 255)
 
 _APACHE = "Apache-2.0"
-_NON_COMMERCIAL = "CC-BY-NC-4.0"
+_NON_COMMERCIAL = "CC-BY-NC-4.0 (non-commercial use only)"
 _FAIR = "https://dl.fbaipublicfiles.com"
 _IBOT = "https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot"
 
