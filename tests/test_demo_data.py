@@ -33,7 +33,8 @@ def art(tmp_path_factory: pytest.TempPathFactory) -> Path:
         _picture(root / "logos" / f"{i}.png", 1000 + i)
     for i in range(30):
         _picture(root / "food" / "fruit" / f"{i}.png", 2000 + i)
-    _picture(root / "food" / "copy.png", 2000, (120, 80))  # 2000 again, twice as large
+    with Image.open(root / "food" / "fruit" / "0.png") as image:
+        image.save(root / "food" / "copy.png", compress_level=1)  # the same picture in another file
     Image.new("RGB", (50, 50), "white").save(root / "food" / "blank.png")
     (root / "food" / "cut.png").write_bytes((root / "food" / "fruit" / "1.png").read_bytes()[:80])
     for folder in ("animals", "food", "logos", "tools"):
