@@ -2,7 +2,8 @@
 # make test   the tests
 # Both make .venv and install what they need; nothing else has to be done first.
 
-PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV   ?= .venv
 PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n 2 --dist loadfile -q
@@ -32,8 +33,7 @@ format: $(VENV)/.dev
 	$(VENV)/bin/ruff format .
 
 $(VENV)/bin/pip:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "robx needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 2; }
+	@test -n "$(PYTHON)" || { echo "robx needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 2; }
 	@$(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv, or make PYTHON=..."; exit 2; }
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/pip
