@@ -1,0 +1,76 @@
+"""ExecuTorch programs; the engine form is on_onnxruntime.py's.
+
+On a phone the same program runs in ExecuTorch's own C++, Java or Swift library; this engine is its Python wheel.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def open_model(folder: str, manifest: dict[str, Any], settings: dict[str, Any]) -> ExecuTorchModel:
+    """Open a bundle's .pte file.
+
+    Args:
+        folder: the bundle's folder.
+        manifest: its manifest.json, parsed.
+        settings: ``threads`` (int >= 1); ``provider`` may be cpu or xnnpack.
+
+    Raises:
+        ImportError: executorch is not installed.
+        RuntimeError: the file is no program, or needs kernels that this build lacks.
+    """
+    if (settings.get("provider") or "cpu") not in ("cpu", "xnnpack"):
+        raise RuntimeError(f"ExecuTorch runs on the CPU here and {settings['provider']!r} was asked for")
+    return ExecuTorchModel(folder, manifest, settings)
+
+
+class ExecuTorchModel:
+    """One loaded method."""
+
+    def __init__(self, folder: str, manifest: dict[str, Any], settings: dict[str, Any]) -> None:
+        import torch
+        from executorch.runtime import Runtime
+
+        self._torch, self._threads = torch, _set_threads(int(settings.get("threads") or 1))
+        path = Path(folder, next(f["path"] for f in manifest["files"] if f["role"] == "model"))
+        try:
+            self._program = Runtime.get().load_program(path)
+            self._method = self._program.load_method("forward")
+        except Exception as error:
+            raise RuntimeError(f"executorch cannot open {path.name}: {str(error).splitlines()[0]}") from error
+        self._dtype = np.dtype(manifest["inputs"][0]["dtype"])
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """Embeddings, float32 (N, D), of preprocessed images, float32 (N, 3, H, W); N is the bundle's batch."""
+        pixels = self._torch.from_numpy(np.ascontiguousarray(images, dtype=self._dtype))
+        # The answer lies in the program's own memory, which the next call overwrites.
+        return np.array(self._method.execute([pixels])[0].numpy(), dtype=np.float32)
+
+    def facts(self) -> dict[str, Any]:
+        """What really runs."""
+        return {
+            "engine": "executorch",
+            "version": metadata.version("executorch"),
+            "provider": "xnnpack",
+            "threads": self._threads,
+            "fallback": False,
+        }
+
+    def close(self) -> None:
+        """Free the method, then the program."""
+        self._method = self._program = None
+
+
+def _set_threads(threads: int) -> int | None:
+    """Resize the process's thread pool; the number it has afterwards, or None where the wheel does not say."""
+    from executorch.extension.pybindings import portable_lib
+
+    if not hasattr(portable_lib, "_unsafe_reset_threadpool"):
+        return None
+    portable_lib._unsafe_reset_threadpool(threads)  # unsafe while a model runs; none does yet
+    return int(portable_lib._threadpool_get_thread_count())
