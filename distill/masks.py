@@ -79,7 +79,7 @@ def _add_block(mask: Mask, left: int, smallest: int, rng: np.random.Generator) -
     """Mask one more block of at most `left` new patches; how many were added, 0 when no attempt fitted."""
     height, width = mask.shape
     for _ in range(_ATTEMPTS):
-        area = rng.uniform(min(smallest, left), left)
+        area = smallest + (left - smallest) * rng.random()  # of either order: a small rest is hard to fill
         aspect = math.exp(rng.uniform(*_LOG_ASPECT))
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if not (0 < h < height and 0 < w < width):

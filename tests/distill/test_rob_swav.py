@@ -22,7 +22,7 @@ def codes(scores: Tensor, epsilon: float) -> Tensor:
 
 
 def swav_criterion(teacher: Tensor, student: Tensor) -> Tensor:
-    """For each global crop: its codes against all other crops' predictions, the mean of V - 1; then the mean of both."""
+    """For each global crop: its codes against all other crops' predictions, the mean of V - 1; the mean of both."""
     crops = len(student)
     loss = torch.zeros((), dtype=torch.float64)
     for crop in (0, 1):
