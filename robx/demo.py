@@ -1,0 +1,171 @@
+"""`robx demo`: the whole way on real images, as the commands that a user would type, each shown before it runs."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from robx.cli import COMMANDS, main
+from robx.console import progress_bar, say
+from robx.demo_data import DemoData, cache_folder, prepare_demo_data
+from robx.errors import GateFailed, RobxError
+from robx.files import lock_folder, read_json, sha256_bytes, write_json
+from robx.records import load_bundle
+from robx.sources import open_source
+
+TEACHER = "efficientnet_lite0"
+STUDENT = "mobilenetv3_small_100"
+BUNDLES = "BUNDLES"  # in a command: every bundle there is that this machine can run
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the demo, what it makes, and its share of the time on two cores, in seconds."""
+
+    title: str
+    command: tuple[str, ...]
+    makes: tuple[Path, ...]
+    seconds: float
+    optional: bool = False  # the demo goes on without it, and says so
+
+
+@dataclass
+class Ledger:
+    """Which steps are done, so that a second run reuses them; written after each one."""
+
+    path: Path
+    done: dict[str, str] = field(default_factory=dict)  # title -> hash of its command and of all before it
+
+    @classmethod
+    def open(cls, path: Path) -> Ledger:
+        """Read the ledger, or start one where there is none."""
+        return cls(path, read_json(path) if path.is_file() else {})
+
+    def has(self, step: Step, state: str) -> bool:
+        """Whether the step was done in this state and what it made is still there."""
+        return self.done.get(step.title) == state and all(made.exists() for made in step.makes)
+
+    def add(self, step: Step, state: str) -> None:
+        """Note the step as done."""
+        self.done[step.title] = state
+        write_json(self.path, self.done)
+
+
+@click.command()
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Labelled images with train/ and test/; default: fetched."
+)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Folder.")
+@click.option("--teacher", default=TEACHER, show_default=True, help="A name of `robx teachers`.")
+@click.option("--student", default=STUDENT, show_default=True, help="A name of `robx students`, or any timm model.")
+@click.option("--epochs", type=click.IntRange(1), default=5, show_default=True, help="Passes over the images.")
+@click.option("--fresh", is_flag=True, help="Start over instead of reusing what is there.")
+def demo(data: Path | None, out: Path, teacher: str, student: str, epochs: int, fresh: bool) -> None:
+    """Go the whole way on real images, in minutes on two cores.
+
+    Takes real images and a real pretrained teacher, distils a small student, evaluates it, exports it, measures each
+    export on this machine, and writes OUT/report.html. Interrupt it at any time: the same command goes on.
+
+    \b
+    robx demo
+    robx demo --data images/ --student resnet18 --epochs 20 --out runs/mine
+    """
+    started = time.monotonic()
+    with lock_folder(out):
+        images = _images(data)
+        steps = plan(images, out=out, teacher=teacher, student=student, epochs=epochs)
+        _run_all(steps, images, out, fresh=fresh)
+    say(f"\n{_minutes(time.monotonic() - started)} in all. {images.caveat}")
+    click.echo(f"The report: {out / 'report.html'} (and report.md, report.json beside it)")
+
+
+def plan(images: DemoData, *, out: Path, teacher: str, student: str, epochs: int) -> list[Step]:
+    """The demo's commands, in order."""
+    run, data = out / "student", str(images.folder)
+    export = ("export", str(run), "--data", data)
+    return [
+        Step(
+            f"Distil {student} from {teacher}",
+            ("distill", "--teacher", teacher, "--student", student, "--data", data, "--out", str(run),
+             "--objective", "msn", "--prototypes", "256", "--epochs", str(epochs), "--batch-size", "64",
+             "--crop-size", "96", "--local-crops", "0", "--lr", "0.002", "--probe-every", "1"),
+            (run / "student.json",), 190,
+        ),
+        Step("Export to ONNX", (*export, "--format", "onnx"), (run / "onnx-fp32",), 20),
+        Step("Export to OpenVINO", (*export, "--format", "openvino"), (run / "openvino-fp32",), 5),
+        Step("Export to OpenVINO, int8, behind the gate", (*export, "--format", "openvino", "--int8"), (), 35),
+        Step("Build TensorRT engines", (*export, "--format", "trt", "--fp16", "--target", "rtx:sm86+sm89"),
+             (run / "trt-fp16",), 10, optional=True),
+        Step("Evaluate what was trained and what is shipped",
+             ("eval", str(run), BUNDLES, "--data", data, "--knn", "--fidelity"), (run / "measurements.jsonl",), 25),
+        Step("Measure on this machine", ("bench", BUNDLES, "--profile", "rapid", "--data", data), (), 40),
+        Step("Write the report", ("report", str(out), "-o", str(out / "report.html")), (out / "report.html",), 5),
+    ]  # fmt: skip
+
+
+def _images(data: Path | None) -> DemoData:
+    if data is None:
+        with progress_bar() as progress:
+            return prepare_demo_data(cache_folder(), say=say, progress=progress)
+    for split in ("train", "test"):
+        if open_source(data, split=split).classes is None:
+            raise RobxError(f"{data} has no labels in its {split} split: the demo needs train/CLASS/ and test/CLASS/")
+    return DemoData(data, data.name, "yours", "Figures are of your images.")
+
+
+def _run_all(steps: list[Step], images: DemoData, out: Path, *, fresh: bool) -> None:
+    ledger = Ledger.open(out / "demo.json")
+    state = sha256_bytes(open_source(images.folder, split="train").fingerprint.encode())
+    spent = planned = 1.0  # seconds so far, and what they were meant to be: this machine's pace
+    for number, step in enumerate(steps, start=1):
+        state = sha256_bytes((state + shlex.join(step.command)).encode())
+        left = spent / planned * sum(s.seconds for s in steps[number - 1 :])
+        say(f"\n[{number}/{len(steps)}] {step.title}  (about {_minutes(left)} left)")
+        if not fresh and ledger.has(step, state):
+            say("  done before, reused")
+            continue
+        began = time.monotonic()
+        _run(step, run=out / "student", fresh=fresh)
+        ledger.add(step, state)
+        spent, planned = spent + time.monotonic() - began, planned + step.seconds
+
+
+def _run(step: Step, *, run: Path, fresh: bool) -> None:
+    command = [*step.command, "--fresh"] if fresh and step.command[0] == "distill" else list(step.command)
+    if BUNDLES in command:
+        place = command.index(BUNDLES)
+        command[place : place + 1] = [str(folder) for folder in _runnable_bundles(run)]
+    say(f"  $ robx {shlex.join(command)}")
+    try:
+        _call(command)
+    except GateFailed as error:
+        say(f"  {error}")
+    except RobxError as error:
+        if not step.optional:
+            raise
+        say(f"  left out: {error}")
+
+
+def _runnable_bundles(run: Path) -> list[Path]:
+    """The bundles below `run`, but engines for a GPU where there is none."""
+    import torch
+
+    folders = [manifest.parent for manifest in sorted(run.glob("*/manifest.json"))]
+    return [f for f in folders if torch.cuda.is_available() or load_bundle(f).format != "trt"]
+
+
+def _call(arguments: list[str]) -> Any:
+    """Run a robx command in this process, as its own command line would."""
+    command = main.get_command(click.Context(main), arguments[0])
+    if command is None:
+        raise RobxError(f"no command {arguments[0]!r}: known are {', '.join(COMMANDS)}")
+    return command.main(arguments[1:], prog_name=f"robx {arguments[0]}", standalone_mode=False)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
