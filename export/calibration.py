@@ -1,7 +1,7 @@
 """The images that quantisers see and those that judge them: real, deterministic, fingerprinted, disjoint.
 
-Calibration images come from the training data, the judging images from its test split, or from the rest of the same data
-where it has none. Both pass through the deployment's preprocessing. Two images with the same pixels count as one.
+Calibration images come from the training data, the judging images from its test split, or from the rest of the same
+data where it has none. Both pass through the deployment's preprocessing. Two images with the same pixels count as one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from robx.records import Calibration, Preprocessing
 from robx.sources import ImageSource, open_source
 
 MIN_IMAGES = 300  # fewer leave the tails of the activations to chance
+MIN_JUDGING = 16  # to compare at all; the gate says INCONCLUSIVE long before
 _SEED = 20260
 
 Progress = Callable[[int, int, str], None]
@@ -73,45 +74,47 @@ class Splits:
         )
 
 
+def open_data(data: Path, judge: Path | None = None) -> tuple[ImageSource, ImageSource | None]:
+    """The training images and the held-out ones: `judge`, or the test split of `data`, or None where it has no splits."""
+    if judge is not None:
+        return open_source(data), open_source(judge)
+    return open_source(data), _test_split(data)
+
+
 def read_splits(
-    data: Path,
+    train: ImageSource,
+    held_out: ImageSource | None,
     preprocessing: Preprocessing,
     *,
-    judge: Path | None = None,
     calibration_images: int = MIN_IMAGES,
     bank_images: int = 1000,
     judging_images: int = 1000,
     least: int = MIN_IMAGES,
     progress: Progress | None = None,
 ) -> Splits:
-    """Read the images of an export from `data`, and those that judge from `judge` or from `data`'s test split.
+    """Read the images of an export; without `held_out` the judging images are a part of `train` that nothing else sees.
 
     Raises:
-        InputError: fewer than `least` calibration images, too few to judge with, or a `judge` that shares images.
+        InputError: fewer than `least` calibration images, too few to judge with, or images on both sides.
     """
-    if calibration_images < least:
-        raise InputError(f"{calibration_images} calibration images were asked for and at least {least} are needed")
-    train = open_source(data)
-    held_out = open_source(judge) if judge else _test_split(data)
     wanted = max(calibration_images, bank_images)
     order = _order(train)
-    if held_out is None:  # one source: the judging images come from its end, at most half of it
-        cut = len(order) - min(judging_images, max(0, len(order) - least) // 2 if len(order) > least else 0)
-        bank = _read(train, order[:cut], wanted, preprocessing, (), progress, "reading training images")
-        judging = _read(
-            train, order[cut:], judging_images, preprocessing, set(bank.digests), progress, "reading test images"
-        )
+    if held_out is None:
+        spare = min(judging_images, max(0, len(order) - least), len(order) // 2)
+        bank = _read(train, order[: len(order) - spare], wanted, preprocessing, (), progress, "reading training images")
+        rest, held_out = order[len(order) - spare :], train
+        seen = set(bank.digests)  # a duplicate within one data set is left out, not refused
     else:
         bank = _read(train, order, wanted, preprocessing, (), progress, "reading training images")
-        judging = _read(held_out, _order(held_out), judging_images, preprocessing, (), progress, "reading test images")
-    calibration = _head(bank, calibration_images)
-    require_enough(len(calibration), least=least, where=str(data))
-    if len(judging) < 50:
+        rest, seen = _order(held_out), set()
+    require_enough(min(len(bank), calibration_images), least=least, where=train.name)
+    judging = _read(held_out, rest, judging_images, preprocessing, seen, progress, "reading held-out images")
+    if len(judging) < MIN_JUDGING:
         raise InputError(
-            f"{judge or data} leaves {len(judging)} images to judge with: 50 or more are needed, add images"
+            f"{held_out.name} leaves {len(judging)} images to judge with and {MIN_JUDGING} are needed: add images"
         )
-    require_disjoint(bank, judging, where=str(judge or data))
-    return Splits(calibration, bank, judging)
+    require_disjoint(bank, judging, where=held_out.name)
+    return Splits(_head(bank, calibration_images), bank, judging)
 
 
 def require_enough(count: int, *, least: int, where: str) -> None:

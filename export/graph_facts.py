@@ -44,7 +44,7 @@ def read_facts(model: onnx.ModelProto) -> GraphFacts:
 
 
 def _gate_of(graph: Graph, pool: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """The nodes between a squeeze (a global mean that keeps its axes) and the Mul that applies it; [] for another node."""
+    """The nodes between a squeeze (a global mean) and the Mul that applies it; [] for another node."""
     if pool.op_type not in _POOLS:
         return []
     found: list[onnx.NodeProto] = []

@@ -9,7 +9,6 @@ from onnx import TensorProto, helper, numpy_helper
 from robx.errors import ArtifactError
 
 _F16_MAX = 65504.0
-# Inputs of these operators keep their type by the standard: indices, shapes and axes are int64, a Clip's bounds follow.
 _RANDOM = ("RandomNormal", "RandomUniform")
 
 
@@ -76,7 +75,7 @@ def _cast_ends(graph: onnx.GraphProto) -> None:
     graph.node.extend(nodes)
 
 
-def _rename(names: "onnx.protobuf.RepeatedScalar", old: str, new: str) -> None:  # type: ignore[name-defined]
+def _rename(names: onnx.protobuf.RepeatedScalar, old: str, new: str) -> None:  # type: ignore[name-defined]
     for position, name in enumerate(names):
         if name == old:
             names[position] = new

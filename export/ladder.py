@@ -1,14 +1,17 @@
 """The INT8 rungs, from plain to careful; pure. The gate stops at the first that is accurate and not slower.
 
-plain static -> other ranges -> stem, last product, squeeze-excite, softmax, norms and gates in float -> CNN: cross-layer
-equalisation, full bias correction; ViT: SmoothQuant alphas, off included -> the worst layers by measured sensitivity back
-to float -> fp16 -> fp32.
+plain static -> other ranges -> stem, last product, squeeze-excite, softmax, norms and gates in float -> CNN:
+cross-layer equalisation, full bias correction; ViT: SmoothQuant alphas, off included -> the worst layers by measured
+sensitivity back to float -> fp16 -> fp32.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 from robx.errors import InputError
 from robx.export.candidate import Candidate
@@ -28,6 +31,16 @@ class Machine:
     vnni: bool = False  # x86 dot products that do not saturate
     arm: bool = False
     nncf: bool = True
+
+
+def machine_of(device: str) -> Machine:
+    """What `device` offers: this machine's CPU for "local", an ARM for "arm64" and the like."""
+    nncf = importlib.util.find_spec("nncf") is not None
+    if device == "local":
+        flags = _cpu_flags()
+        vnni = bool({"avx512_vnni", "avx_vnni"} & flags)
+        return Machine(vnni=vnni, arm=platform.machine() in ("aarch64", "arm64"), nncf=nncf)
+    return Machine(arm=device.startswith(("arm", "jetson")), nncf=nncf)
 
 
 def ladder(fmt: Format, facts: GraphFacts, machine: Machine) -> list[Candidate]:
@@ -127,3 +140,12 @@ def _careful(plain: Candidate, facts: GraphFacts) -> Candidate:
         float_nodes=(*facts.first, *facts.squeeze_excite),
         float_ops=FLOAT_OPS if facts.squeeze_excite or facts.kind == "vit" else (),
     )
+
+
+def _cpu_flags() -> set[str]:
+    """The CPU's instruction sets, as Linux lists them; empty elsewhere, which picks the form that is right on all."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}

@@ -1,8 +1,8 @@
 """Reading an ONNX file that may be hostile: everything is checked before any runtime sees the file.
 
 robx writes self-contained ONNX files, so no tensor of one may live elsewhere. Runtimes follow external-data references
-of tensors that checkers forget (sparse initialisers, attribute tensors, subgraphs, functions), which lets a model read any
-file of the machine; here every place that can hold a tensor is walked.
+of tensors that checkers forget (sparse initialisers, attribute tensors, subgraphs, functions), which lets a model read
+any file of the machine; here every place that can hold a tensor is walked.
 """
 
 from __future__ import annotations

@@ -42,8 +42,14 @@ def quantize(
         ArtifactError: the quantiser failed.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    from onnxruntime.quantization import CalibrationMethod, QuantType, TensorData, TensorsData, quantize_static
-    from onnxruntime.quantization import save_tensors_data  # type: ignore[attr-defined, unused-ignore]
+    from onnxruntime.quantization import (
+        CalibrationMethod,
+        QuantType,
+        TensorData,
+        TensorsData,
+        quantize_static,
+        save_tensors_data,  # type: ignore[attr-defined, unused-ignore]
+    )
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
     known = op_types or sorted({*QDQRegistry, *QLinearOpsRegistry})

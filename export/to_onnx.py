@@ -1,7 +1,8 @@
 """ONNX: the student's trunk (and head) as one self-contained, checked file, with its parity against PyTorch measured.
 
-Input ``pixels`` (N, 3, H, W), outputs ``embedding`` (N, D) and, with a head, ``logits`` (N, C). The opset is asserted after
-the export (the exporter falls back to another one quietly) and the IR version is pinned, as older runtimes refuse newer.
+Input ``pixels`` (N, 3, H, W), outputs ``embedding`` (N, D) and, with a head, ``logits`` (N, C). The opset is asserted
+after the export (the exporter falls back to another one quietly) and the IR version is pinned, as older runtimes refuse
+a newer one.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ def export_model(
 ) -> ExportModel:
     """A copy of `trunk` ready for any exporter: pools as means, position embedding fixed at the crop, eval, float32.
 
-    With dynamic batch the exporter turns an adaptive pool and its flatten into a chain of Shape, Range and Gather, which
-    costs an int8 OpenVINO model half of its accuracy in silence; a mean leaves one ReduceMean.
+    With dynamic batch the exporter turns an adaptive pool and its flatten into a chain of Shape, Range and Gather,
+    which costs an int8 OpenVINO model half of its accuracy in silence; a mean leaves one ReduceMean.
 
     Raises:
         InputError: the head's width is another than the student's.

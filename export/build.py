@@ -1,0 +1,291 @@
+"""build(student, target) -> Bundle: the whole export, from a student's folder to a judged bundle.
+
+fp32 ships when it answers as PyTorch does. fp16 and int8 have to pass the gate on held-out real images; when none of what
+was asked for passes, the best float model ships instead, under its true precision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from robx import __version__
+from robx.errors import GateFailed, InputError
+from robx.export import gate, to_onnx
+from robx.export.calibration import MIN_IMAGES, Splits, read_splits
+from robx.export.candidate import Candidate
+from robx.export.ladder import ladder, limit, machine_of, sensitive_rungs
+from robx.export.request import ExportRequest, ExportTarget
+from robx.export.workshop import Workshop
+from robx.files import new_folder, sha256_bytes, sha256_file, unwritable, write_json
+from robx.records import (
+    Bundle,
+    BundleFile,
+    Precision,
+    Rung,
+    Value,
+    describe_file,
+    load_bundle,
+    load_student,
+    save_bundle,
+    to_json,
+)
+from robx.sources import ImageSource
+from robx.trunk import load_trunk
+
+Progress = Callable[[int, int, str], None]
+CACHE = "export-cache"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How an export is judged, and how long it may look for a passing candidate."""
+
+    limits: gate.Limits = gate.Limits()
+    rungs: int | None = None  # int8 candidates to try; None: all
+    budget: float | None = None  # seconds after which no further rung begins
+    force: bool = False  # ship the best int8 although it failed
+    calibration_images: int = MIN_IMAGES
+    judging_images: int = 2000
+
+
+def build(
+    student_folder: Path,
+    target: ExportTarget,
+    *,
+    source: ImageSource | None = None,
+    judge: ImageSource | None = None,
+    out: Path | None = None,
+    head: Path | None = None,
+    options: Options | None = None,
+    progress: Progress | None = None,
+    on_rung: Callable[[Rung], None] | None = None,
+) -> Bundle:
+    """Export a student and write the bundle's folder, whole or not at all.
+
+    Args:
+        student_folder: what ``robx distill`` wrote.
+        target: format, precision, device, batch, opset.
+        source: training images; calibration and the bank come from them. Needed for fp16 and int8.
+        judge: held-out images; without them a part of `source` is held out.
+        out: the bundle's folder; default ``<student_folder>/<format>-<true precision>``.
+        head: a linear head to append (safetensors).
+        options: limits of the gate and of the search.
+        progress: told (done, total, note).
+        on_rung: told of every rung as it is judged.
+
+    Returns:
+        The bundle as written. Its `precision` is the true one; `requested` tells what was asked for.
+
+    Raises:
+        RobxError: nothing is written then.
+    """
+    options = options or Options()
+    if target.precision != "fp32" and source is None:
+        raise InputError(f"an {target.precision} export is judged on real images: give --data, or drop the precision")
+    record = load_student(student_folder)
+    splits = _read(source, judge, record.preprocessing, target, options, progress)
+    student, trunk = load_trunk(student_folder)
+    linear = to_onnx.load_head(head) if head else None
+    model = to_onnx.export_model(trunk, student, head=linear, uint8_input=target.uint8_input)
+    inputs, outputs = to_onnx.tensor_specs(
+        student,
+        batch=target.batch,
+        uint8_input=target.uint8_input,
+        labels=len(linear.labels) if linear else None,
+    )
+    request = ExportRequest(
+        target=target, student=student, inputs=inputs, outputs=outputs, labels=linear.labels if linear else None
+    )
+    if progress:
+        progress(0, 1, "exporting to ONNX")
+    cached = cached_onnx(student_folder, model, request, head=sha256_file(head) if head else None)
+    with _scratch(student_folder) as scratch:
+        workshop = Workshop(
+            request, model, cached, splits=splits, limits=options.limits, scratch=scratch, progress=progress
+        )
+        try:
+            bundle, folder = _decide(workshop, options, on_rung)
+            return _ship(bundle, folder, out or student_folder / f"{target.format}-{bundle.precision}", workshop)
+        finally:
+            workshop.close()
+
+
+def gate_error(bundle: Bundle, folder: Path) -> GateFailed | None:
+    """The error to end with when a bundle is not what was asked for; None when it is, or was forced."""
+    if bundle.precision == bundle.requested or bundle.verdict == "FORCED":
+        return None
+    return GateFailed(
+        f"no {bundle.requested} candidate passed the gate: {folder} was written in {bundle.precision}; see its rungs above "
+        f"(--max-drop and --min-speedup set the limits, --force ships {bundle.requested} all the same)"
+    )
+
+
+def cached_onnx(student_folder: Path, model: to_onnx.ExportModel, request: ExportRequest, *, head: str | None) -> Path:
+    """The float32 ONNX of a student, exported once for each of the settings that change it."""
+    target = request.target
+    key = [request.student.sha256, target.batch, target.opset, target.uint8_input, head, __version__]
+    key += [version(name) for name in ("torch", "onnxscript", "onnx")]
+    key.append(to_json(request.student.preprocessing))
+    path = student_folder / CACHE / f"{sha256_bytes(repr(key).encode())[:24]}.onnx"
+    if not path.is_file():
+        to_onnx.export_onnx(model, path, student=request.student, batch=target.batch, opset=target.opset)
+    return path
+
+
+def _decide(workshop: Workshop, options: Options, on_rung: Callable[[Rung], None] | None) -> tuple[Bundle, Path]:
+    """What ships: the bundle's record without its parity, and the folder that holds its files."""
+    asked: Precision = workshop.request.precision
+    fp32 = Candidate(name="fp32", precision="fp32")
+    if asked == "fp32":
+        return _accept(workshop, fp32, (), "fp32")
+    rungs: list[Rung] = []
+
+    def try_rung(candidate: Candidate) -> Rung:
+        rung = workshop.judge(candidate)
+        if on_rung:
+            on_rung(rung)
+        return rung
+
+    if asked == "int8":
+        outcome = _climb(workshop, options, try_rung)
+        rungs += outcome.rungs
+        if outcome.winner is not None:
+            return _accept(workshop, outcome.winner, tuple(rungs), asked)
+        if options.force and outcome.best is not None:
+            return _accept(workshop, outcome.best, tuple(_kept(rungs, outcome.best.name)), asked, forced=True)
+    half = gate.climb([Candidate(name="fp16", precision="fp16")], try_rung)
+    # Asked for, fp16 is taken for its size; as a fallback it has to be no slower than fp32 as well.
+    good = half.winner is not None or (asked == "fp16" and half.rungs[0].accuracy == "PASS")
+    rungs += _kept(half.rungs, "fp16") if good else half.rungs
+    if good:
+        return _accept(workshop, Candidate(name="fp16", precision="fp16"), tuple(rungs), asked)
+    if asked == "fp16" and options.force and "cosine_mean" in half.rungs[0].values:
+        return _accept(
+            workshop, Candidate(name="fp16", precision="fp16"), tuple(_kept(rungs, "fp16")), asked, forced=True
+        )
+    return _accept(workshop, fp32, tuple(rungs), asked)
+
+
+def _climb(workshop: Workshop, options: Options, try_rung: Callable[[Candidate], Rung]) -> gate.Outcome:
+    fmt = workshop.request.target.format
+    rungs = limit(ladder(fmt, workshop.facts, machine_of(workshop.request.target.device)), options.rungs)
+
+    def more(best: Candidate) -> list[Candidate]:
+        if options.rungs is not None or best.quantiser in ("converter", "none"):
+            return []
+        return sensitive_rungs(best, list(workshop.layer_costs))
+
+    return gate.climb(rungs, try_rung, more=more, budget=options.budget)
+
+
+def _accept(
+    workshop: Workshop, candidate: Candidate, rungs: tuple[Rung, ...], asked: Precision, *, forced: bool = False
+) -> tuple[Bundle, Path]:
+    folder = workshop.make(candidate)
+    bundle = load_bundle(folder)
+    verdict, reason = _verdict(candidate, rungs, forced=forced)
+    parity: dict[str, Value] = {}
+    if candidate.precision != "int8":
+        parity, unseen = workshop.parity(candidate)
+        if unseen is not None:
+            reason = f"{reason}; not run here: {unseen}" if reason else f"not run here: {unseen}"
+        if candidate.precision == "fp32":
+            verdict = "PASS" if parity and workshop.splits is not None else "NOT_JUDGED"
+            reason = _fp32_reason(reason, parity, real=workshop.splits is not None)
+    bundle = dataclasses.replace(
+        bundle,
+        requested=asked,
+        verdict=verdict,
+        reason="; ".join(part for part in (reason, bundle.reason) if part),
+        rungs=rungs,
+        parity=parity,
+        calibration=workshop.splits.record() if workshop.splits is not None else None,
+    )
+    return bundle, folder
+
+
+def _verdict(candidate: Candidate, rungs: tuple[Rung, ...], *, forced: bool) -> tuple[str, str]:
+    """The bundle's verdict and reason from the rung that was kept."""
+    kept = next((rung for rung in rungs if rung.kept), None)
+    if kept is None:
+        return "NOT_JUDGED", "no candidate passed: fp32 ships instead" if rungs else ""
+    if forced:
+        return "FORCED", f"FAILED the gate and was forced: {kept.reason}"
+    # An accuracy that passed and a speed that was not measured is no whole PASS.
+    return ("PASS" if "speedup_fp32" in kept.values else "INCONCLUSIVE"), kept.reason
+
+
+def _fp32_reason(reason: str, parity: dict[str, Value], *, real: bool) -> str:
+    if not parity:
+        return reason
+    images = "held-out images" if real else "drawn images (give --data to check on real ones)"
+    same = f"as PyTorch within {parity['max_abs'].value:.1e} on {images}"
+    return f"{reason}; {same}" if reason else same
+
+
+def _kept(rungs: list[Rung] | tuple[Rung, ...], name: str) -> list[Rung]:
+    return [dataclasses.replace(rung, kept=rung.name == name) for rung in rungs]
+
+
+def _ship(bundle: Bundle, folder: Path, out: Path, workshop: Workshop) -> Bundle:
+    """Copy the files to `out` and write the manifest last."""
+    if (out / "student.json").exists():
+        raise InputError(f"{out} holds a student: choose another folder for the bundle")
+    with new_folder(out) as temporary:
+        for file in bundle.files:
+            shutil.copyfile(folder / file.path, temporary / file.path)
+        files: tuple[BundleFile, ...] = bundle.files
+        if "layer_costs" in workshop.__dict__:
+            write_json(temporary / "sensitivity.json", workshop.layer_costs)
+            files = (*files, describe_file(temporary, "sensitivity.json", "notes"))
+        if bundle.labels is not None:
+            write_json(temporary / "labels.json", list(bundle.labels))
+            files = (*files, describe_file(temporary, "labels.json", "labels"))
+        bundle = dataclasses.replace(bundle, files=files)
+        save_bundle(bundle, temporary)
+    return bundle
+
+
+def _read(
+    source: ImageSource | None,
+    judge: ImageSource | None,
+    preprocessing: object,
+    target: ExportTarget,
+    options: Options,
+    progress: Progress | None,
+) -> Splits | None:
+    if source is None:
+        return None
+    quick = target.precision == "fp32"  # parity takes sixteen images and no bank
+    return read_splits(
+        source,
+        judge,
+        preprocessing,  # type: ignore[arg-type]
+        calibration_images=16 if quick else options.calibration_images,
+        bank_images=16 if quick else 1500,
+        judging_images=64 if quick else options.judging_images,
+        least=16 if quick else options.calibration_images,
+        progress=progress,
+    )
+
+
+@contextlib.contextmanager
+def _scratch(student_folder: Path) -> Iterator[Path]:
+    """A folder for unfinished bundles, beside the cache, gone at the end."""
+    cache = student_folder / CACHE
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="work-", dir=cache))
+    except OSError as error:
+        raise unwritable(cache, error) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,202 @@
+"""The gate: a candidate ships when it is accurate AND not slower, judged on held-out real images by what will run it.
+
+Accuracy is eval's fidelity: a probe trained on fp32 features and frozen, kNN with an fp32 bank, centred cosine, NaN and
+constant outputs; PASS, FAIL or INCONCLUSIVE by non-inferiority. Speed is a paired ratio to fp32 and to fp16 of the same
+runtime, measured in interleaved blocks. `climb` goes up the ladder; it is pure but for what `try_rung` does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from robx.errors import InputError, MissingExtra, RobxError
+from robx.export.candidate import Candidate
+from robx.records import Precision, Rung, Value, Verdict
+
+# Broken, whatever the labels say: easy classes can survive embeddings that nothing else would.
+COSINE_FLOOR = 0.80
+# What the clock cannot tell apart on a quiet machine.
+SPEED_TOLERANCE = 0.03
+# A rung this slow will not be saved by giving more of it back to float.
+HOPELESS = 0.8
+
+Figures = tuple[Verdict, dict[str, Value], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a candidate has to keep."""
+
+    max_drop: float = 1.0  # points of accuracy, by non-inferiority
+    min_speedup: float = 1.0  # against fp32 and against fp16
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_drop < 100:
+            raise InputError(f"--max-drop {self.max_drop:g} is not between 0 and 100 points")
+        if not self.min_speedup > 0:
+            raise InputError(f"--min-speedup {self.min_speedup:g} is not positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What the climb found."""
+
+    rungs: tuple[Rung, ...]
+    winner: Candidate | None  # the first that is accurate and not slower
+    best: Candidate | None  # the one that came nearest, for --force; None when none could be built
+
+
+def judge_accuracy(
+    reference: np.ndarray,
+    candidate: np.ndarray,
+    *,
+    labels: np.ndarray | None,
+    bank: object | None,
+    limits: Limits,
+    precision: Precision,
+    class_names: Sequence[str] | None = None,
+) -> Figures:
+    """Compare a candidate's embeddings (M, D) with the fp32 student's; the bank is eval's (``make_bank``)."""
+    from robx.eval.fidelity import Bank, fidelity
+
+    compared = fidelity(
+        reference,
+        candidate,
+        labels=labels,
+        bank=bank if isinstance(bank, Bank) else None,
+        margin=limits.max_drop,
+        precision=precision,
+        class_names=class_names,
+    )
+    verdict, reasons = compared.verdict, list(compared.reasons)
+    if (knn := compared.decisions.get("knn")) is not None and knn.verdict == "FAIL":
+        verdict = "FAIL"
+        reasons.insert(0, f"kNN: {knn.reasons[0]}")
+    if (mean := compared.values["cosine_mean"].value) < COSINE_FLOOR:
+        verdict = "FAIL"
+        reasons.insert(0, f"centred cosine {mean:.3f}: the embeddings are others than the student's")
+    return verdict, compared.values, reasons[0] if reasons else ""
+
+
+def judge_speed(blocks: Mapping[str, list[np.ndarray]], limits: Limits) -> Figures:
+    """Speed-ups of ``blocks["candidate"]`` against every other name ("fp32", "fp16"), from interleaved blocks.
+
+    PASS when the least of them reaches the minimum, its interval within the clock's tolerance; FAIL when the whole
+    interval is below.
+    """
+    from robx.runtime.latency import paired_ratio
+
+    values, verdicts, words = {}, [], []
+    for name in (n for n in blocks if n != "candidate"):
+        ratio = paired_ratio(blocks["candidate"], blocks[name])
+        speedup = Value(value=1 / ratio.value, low=_inverse(ratio.high), high=_inverse(ratio.low), n=ratio.n)
+        values[f"speedup_{name}"] = speedup
+        verdicts.append(_speed_verdict(speedup, limits.min_speedup))
+        words.append(f"{speedup.value:.2f}x {name}")
+    verdict = worst(verdicts)
+    reason = f"{' and '.join(words)} (at least {limits.min_speedup:g}x is asked for)"
+    milliseconds = float(np.median(np.concatenate(blocks["candidate"]))) / 1e6
+    return verdict, values | {"latency": Value(value=milliseconds, unit="ms")}, reason
+
+
+def worst(verdicts: Sequence[Verdict]) -> Verdict:
+    """FAIL if any fails, else INCONCLUSIVE if any is, or if there is none; else PASS."""
+    if "FAIL" in verdicts:
+        return "FAIL"
+    return "PASS" if verdicts and all(v == "PASS" for v in verdicts) else "INCONCLUSIVE"
+
+
+def ships(rung: Rung) -> bool:
+    """Accurate, and not slower where that can be measured (``speedup_fp32`` is absent where it cannot)."""
+    return rung.accuracy == "PASS" and (rung.speed == "PASS" or "speedup_fp32" not in rung.values)
+
+
+def failed_rung(candidate: Candidate, error: RobxError) -> Rung:
+    """The rung of a candidate that could not be built or run."""
+    return Rung(
+        name=candidate.name,
+        settings=candidate.settings(),
+        precision=candidate.precision,
+        accuracy="FAIL",
+        speed="INCONCLUSIVE",
+        values={},
+        reason=f"could not be made or run: {error}",
+    )
+
+
+def climb(
+    candidates: Sequence[Candidate],
+    try_rung: Callable[[Candidate], Rung],
+    *,
+    more: Callable[[Candidate], Sequence[Candidate]] | None = None,
+    budget: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Outcome:
+    """Try candidates in order until one ships.
+
+    Args:
+        candidates: from plain to careful.
+        try_rung: builds and judges one; a RobxError from it (but a missing package) is that rung's failure.
+        more: further candidates made from the best one when none of `candidates` ships and accuracy was the reason.
+        budget: seconds after which no further rung is begun.
+        clock: seconds, monotonic.
+    """
+    start, tried = clock(), list[tuple[Candidate, Rung]]()
+    slow: set[str] = set()
+    pending, extended = list(candidates), more is None
+    while pending:
+        candidate = pending.pop(0)
+        if budget is not None and tried and clock() - start > budget:
+            break
+        if candidate.quantiser in slow:
+            continue
+        rung = _attempt(candidate, try_rung)
+        tried.append((candidate, rung))
+        if ships(rung):
+            tried[-1] = (candidate, replace(rung, kept=True))
+            return Outcome(rungs=tuple(r for _, r in tried), winner=candidate, best=candidate)
+        if _is_hopeless(rung) or (rung.accuracy == "PASS" and rung.speed != "PASS"):
+            slow.add(candidate.quantiser)  # its careful rungs leave more in float: slower still
+        best = _best(tried)
+        if not pending and not extended and best is not None and best.quantiser not in slow:
+            extended = True
+            pending = list(more(best)) if more is not None else []
+    return Outcome(rungs=tuple(r for _, r in tried), winner=None, best=_best(tried))
+
+
+def _attempt(candidate: Candidate, try_rung: Callable[[Candidate], Rung]) -> Rung:
+    try:
+        return try_rung(candidate)
+    except MissingExtra:
+        raise
+    except RobxError as error:
+        return failed_rung(candidate, error)
+
+
+def _best(tried: Sequence[tuple[Candidate, Rung]]) -> Candidate | None:
+    """The candidate with the most accurate rung; None when none ran."""
+    ran = [
+        (rung.values["cosine_mean"].value, -i, c) for i, (c, rung) in enumerate(tried) if "cosine_mean" in rung.values
+    ]
+    return max(ran, key=lambda item: item[:2])[2] if ran else None
+
+
+def _is_hopeless(rung: Rung) -> bool:
+    highs = [v.high for name, v in rung.values.items() if name.startswith("speedup_") and v.high is not None]
+    return rung.speed == "FAIL" and bool(highs) and min(highs) < HOPELESS
+
+
+def _speed_verdict(speedup: Value, least: float) -> Verdict:
+    low = speedup.value if speedup.low is None else speedup.low
+    high = speedup.value if speedup.high is None else speedup.high
+    if speedup.value >= least and low >= least * (1 - SPEED_TOLERANCE):
+        return "PASS"
+    return "FAIL" if high < least else "INCONCLUSIVE"
+
+
+def _inverse(value: float | None) -> float | None:
+    return None if value is None else 1 / value
