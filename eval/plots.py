@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -74,7 +75,9 @@ def draw(paint: Callable[[Canvas], None], *, name: str, title: str, text: str, s
         text: what it shows, in words, for a screen reader.
         size: width and height in inches; on the page the width is the column's.
     """
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
+        # The page's font shows the text, not matplotlib's, which may lack the letters of a name.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         canvas = Canvas(figsize=size, layout="constrained")
         canvas.patch.set_alpha(0)
         FigureCanvasAgg(canvas)  # measures text, for the labels

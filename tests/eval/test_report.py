@@ -1,0 +1,445 @@
+"""The report as a whole, on folders in the shape that robx writes."""
+
+import hashlib
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from robx.cli import main
+from robx.errors import InputError
+from robx.eval.report import collect, render
+from robx.eval.report_data import ReportData, Run
+from robx.eval.report_rows import build_rows
+from robx.eval.report_tables import clean
+from robx.records import Latency, Value, append_measurements
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+class Page(HTMLParser):
+    """A page as nested tags: fails on what does not close, and keeps text, headings, ids and tables."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.stack: list[str] = []
+        self.headings: list[int] = []
+        self.attributes: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.cells: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.stack == []
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes.append((tag, dict(attrs)))
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        if tag in ("td", "th"):
+            self.cells.append("")
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.stack and self.stack.pop() == tag
+
+    def handle_data(self, data):
+        if self.stack[-1:] != ["style"]:
+            self.words.append(data)
+            if "td" in self.stack or "th" in self.stack:
+                self.cells[-1] += f" {data} "
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def tags(self, *names: str) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.attributes if tag in names]
+
+
+@pytest.fixture(scope="module")
+def runs(records: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("report") / "runs"
+    records.write_everything(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(runs: Path) -> ReportData:
+    return collect([runs])
+
+
+@pytest.fixture(scope="module")
+def pages(data: ReportData):
+    return render(data)
+
+
+def test_everything_under_a_folder_is_found_once(runs, data):
+    assert [Path(run.folder).name for run in data.runs] == ["r18", "vit"]
+    assert len(data.bundles) == 6 and data.problems == ()
+    latencies = [m for m in data.measurements if isinstance(m.record, Latency)]
+    assert len(latencies) == 9 and len(data.samples) == 9
+    twice = collect([runs, runs / "r18", runs / "r18" / "openvino-int8"])
+    assert len(twice.bundles) == 6 and len(twice.measurements) == len(data.measurements)
+    alone = collect([runs / "r18" / "openvino-int8"])
+    assert [p.bundle.precision for p in alone.bundles] == ["int8"] and alone.runs == ()
+
+
+def test_the_same_records_give_the_same_bytes(runs, pages):
+    assert render(collect([runs])) == pages
+
+
+def test_html_is_well_formed_with_headings_in_order_and_ids_once(pages):
+    page = Page(pages.html)
+    assert page.headings[0] == 1 and page.headings.count(1) == 1
+    assert all(b <= a + 1 for a, b in zip(page.headings, page.headings[1:], strict=False))
+    ids = [a["id"] for _, a in page.attributes if "id" in a]
+    assert len(ids) == len(set(ids))
+    targets = [a["href"] for a in page.tags("a", "use")]
+    targets += [f"#{name}" for name in re.findall(r"url\(#([^)]*)\)", pages.html)]
+    assert targets and all(target.startswith("#") and target[1:] in ids for target in targets)
+
+
+def test_figures_and_tables_speak_to_a_screen_reader(pages):
+    page = Page(pages.html)
+    ids = {a["id"] for _, a in page.attributes if "id" in a}
+    pictures = page.tags("svg")
+    assert len(pictures) == 2 + 2 + 1 + 2  # Pareto and latency a device, pairs, curves a run
+    assert all(p["role"] == "img" and set(p["aria-labelledby"].split()) <= ids for p in pictures)
+    assert not page.tags("img")
+    tables = [tag for tag, _ in page.attributes if tag in ("table", "caption")]
+    assert tables[::2] == ["table"] * (len(tables) // 2) and tables[1::2] == ["caption"] * (len(tables) // 2)
+    assert all(a.get("scope") in ("row", "col") for a in page.tags("th"))
+    assert all(a.get("aria-label") for a in page.tags("div") if a.get("tabindex") == "0")
+    assert page.tags("html")[0]["lang"] == "en"
+
+
+def test_nothing_is_loaded_from_anywhere(pages):
+    page = Page(pages.html)
+    assert not page.tags("script", "iframe", "object", "embed", "form")
+    for _, attributes in page.attributes:
+        for name in ("src", "href", "action", "data", "poster", "srcset"):
+            assert name not in attributes or re.match("#|data:", attributes[name] or "")
+        assert not any(name.startswith("on") for name in attributes)
+    assert "@import" not in pages.html and not re.search(r"url\((?!#)", pages.html)
+    assert "default-src 'none'" in pages.html
+
+
+def test_light_dark_and_print_have_every_colour_that_figures_use(pages):
+    used = set(re.findall(r"var\((--[a-z0-9]+)\)", pages.html))
+    themes = re.findall(r":root \{(.*?)\}", pages.html, re.DOTALL)
+    assert len(themes) == 3 and all(used <= set(re.findall(r"(--[a-z0-9]+):", theme)) for theme in themes)
+    assert not re.search("#0[1-7]0[1-7]0[1-7]", pages.html)
+
+
+def test_every_figure_of_every_latency_record_is_shown_as_recorded(data, pages):
+    cells = {" ".join(cell.split()) for cell in Page(pages.html).cells}
+    shown = {(m, unit) for cell in cells for m, unit in re.findall(r"^([\d.,]+) (ms|MB)", cell)}
+    for m in data.measurements:
+        if isinstance(m.record, Latency):
+            for key, value in m.record.values.items():
+                near = [float(x.replace(",", "")) for x, unit in shown if unit == value.unit]
+                assert min(abs(x / value.value - 1) for x in near) < 0.005, (key, value)
+
+
+def test_the_table_of_a_device_holds_the_records_figures(data, pages):
+    form = json.loads(pages.json)
+    rows = {(r["model_id"], r["device"]): r for r in form["rows"]}
+    for m in data.measurements:
+        if isinstance(m.record, Latency):
+            found = [r for (model, _), r in rows.items() if model == m.record.bundle_id]
+            (row,) = [r for r in found if r["latency"]["p50"]["source"].startswith(f"{m.place} ")]
+            for key, value in m.record.values.items():
+                got = row["latency"][key]["value"]
+                assert (got["value"], got["low"], got["high"], got["n"]) == (
+                    value.value,
+                    value.low,
+                    value.high,
+                    value.n,
+                )
+            assert row["bound"]["value"]["value"] == m.record.values["p90"].high
+            assert row["validity"] == m.record.verdict
+
+
+def test_every_figure_of_the_machine_form_says_where_it_was_read(pages):
+    form = json.loads(pages.json)
+    for row in form["rows"]:
+        for figure in [row["drop"], row["bound"], row["speedup"], *row["accuracy"].values(), *row["latency"].values()]:
+            if figure is None or figure["how"] == "derived":
+                continue
+            file, line, field = re.fullmatch(r"(.*):(\d+) values\.(.*)", figure["source"]).groups()
+            value = json.loads(Path(file).read_text().splitlines()[int(line) - 1])["values"]
+            key, _, end = field.partition(".")
+            assert figure["value"]["value"] == (value[key][end] if end else value[key]["value"])
+
+
+def test_speed_up_is_the_ratio_of_medians_with_the_widest_interval(data):
+    rows = [r for r in build_rows(data) if r.name == "resnet18" and r.device.startswith("Raspberry")]
+    by = {r.precision: r for r in rows}
+    slow, fast = by["fp32"].latency["p50"].value, by["int8"].latency["p50"].value
+    got = by["int8"].speedup.value
+    assert (got.value, got.low, got.high) == pytest.approx(
+        (slow.value / fast.value, slow.low / fast.high, slow.high / fast.low)
+    )
+
+
+def test_the_decision_is_the_first_thing_and_agrees_in_all_three_forms(pages):
+    page, form = Page(pages.html), json.loads(pages.json)
+    assert page.text.startswith("What to deploy on 1 of 2 devices")
+    (pi,) = [d for d in form["devices"] if d["device"].startswith("Raspberry Pi 5 Model B, 4 threads")]
+    chosen = next(r for r in form["rows"] if r["model_id"] == pi["recommended"])
+    assert (chosen["name"], chosen["precision"]) == ("vit_tiny_patch16_224", "fp16")
+    assert "vit_tiny_patch16_224 openvino fp16" in page.text
+    assert "**vit\\_tiny\\_patch16\\_224**, openvino fp16" in pages.markdown
+    small = [b for b in pi["budgets"] if b["model_id"] and b["model_id"] != pi["recommended"]]
+    (r18,) = [r for r in form["rows"] if r["model_id"] == small[0]["model_id"] and r["device"] == pi["device"]]
+    assert (r18["name"], r18["precision"]) == ("resnet18", "int8")
+    assert small[0]["from_ms"] == r18["bound"]["value"]["value"]
+
+
+def test_a_device_of_unstable_figures_gets_a_page_that_says_so_and_shows_them_marked(records, tmp_path):
+    student = records.write_run(tmp_path / "r")
+    bundle = records.write_bundle(tmp_path / "r" / "openvino-fp32", student, "fp32", 900)
+    reasons = ("background_load: other processes took 80 % of a core",)
+    latency = records.write_latency(
+        tmp_path / "r" / "openvino-fp32", bundle.id, 7.31, verdict="UNSTABLE", reasons=reasons
+    )
+    pages = render(collect([tmp_path]))
+    page = Page(pages.html)
+    assert "Nothing to recommend" in page.text and "No latency on this device is VALID" in page.text
+    assert "Not a recommendation" in page.text and reasons[0] in page.text
+    assert re.search(rf'class="n shaky"[^>]*>\s*<span class="v">{latency.values["p50"].value:.2f} ms', pages.html)
+    assert json.loads(pages.json)["devices"][0]["recommended"] is None
+    assert f"UNSTABLE {latency.values['p50'].value:.2f} ms" in pages.markdown
+
+
+def test_an_invalid_latency_is_struck_and_in_no_figure(records, tmp_path):
+    student = records.write_run(tmp_path / "r")
+    place = tmp_path / "r" / "openvino-fp32"
+    bundle = records.write_bundle(place, student, "fp32", 900)
+    records.write_latency(place, bundle.id, 7.31, verdict="INVALID", reasons=("output_mismatch: cosine 0.2",))
+    pages = render(collect([tmp_path]))
+    assert 'class="n void"' in pages.html and "output_mismatch: cosine 0.2" in pages.html
+    assert 'id="pareto-0' not in pages.html and 'id="latency-0' not in pages.html
+    assert json.loads(pages.json)["devices"][0]["provisional"] == []
+
+
+def test_the_latest_latency_counts_even_when_it_is_worse(records, tmp_path):
+    student = records.write_run(tmp_path / "r")
+    place = tmp_path / "r" / "openvino-fp32"
+    bundle = records.write_bundle(place, student, "fp32", 900)
+    records.write_latency(place, bundle.id, 5.0, started="2026-11-20T13:00:00Z", verdict="UNSTABLE", reasons=("drift",))
+    records.write_latency(place, bundle.id, 3.0, started="2026-11-20T12:00:00Z")
+    (row,) = [r for r in build_rows(collect([tmp_path])) if r.device]
+    assert row.validity == "UNSTABLE" and row.latency["load"].value.value == 155.0
+
+
+def test_figures_on_other_images_are_kept_out_of_the_comparison(records, tmp_path):
+    student = records.write_run(tmp_path / "r")
+    other = replace(records.JUDGED, name="another set", fingerprint="9" * 64)
+    late = records.accuracy(student.sha256[:16], "knn", 99.0, data=other, started="2026-11-21T00:00:00Z")
+    append_measurements(tmp_path / "r" / "measurements.jsonl", [late])
+    data = collect([tmp_path])
+    bundle = records.write_bundle(tmp_path / "r" / "openvino-fp32", student, "fp32", 900)
+    append_measurements(
+        tmp_path / "r" / "openvino-fp32" / "measurements.jsonl", [records.accuracy(bundle.id, "knn", 61.2)]
+    )
+    data = collect([tmp_path])
+    assert {r.model_id: r.accuracy["knn"].value.value for r in build_rows(data)} == {
+        student.sha256[:16]: 61.3,
+        bundle.id: 61.2,
+    }
+    assert "another set" in render(data).html
+
+
+def test_what_is_damaged_or_missing_is_named_and_the_rest_is_shown(records, tmp_path):
+    student = records.write_run(tmp_path / "r")
+    good, bad = tmp_path / "r" / "openvino-fp32", tmp_path / "r" / "openvino-int8"
+    bundle = records.write_bundle(good, student, "fp32", 900)
+    records.write_bundle(bad, student, "int8", 800)
+    (bad / "model.bin").write_bytes(b"changed")
+    latency = records.write_latency(good, bundle.id, 4.0)
+    (good / latency.samples).write_bytes(b"changed")
+    (tmp_path / "r" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\nnot json\n{"step": 2, "loss": 1.0}\n{"st')
+    data = collect([tmp_path])
+    assert sorted(Path(p.where.split(":")[0]).name for p in data.problems) == [
+        "measurements.jsonl",
+        "metrics.jsonl",
+        "openvino-int8",
+    ]
+    assert data.samples == {} and len(data.runs[0].curves) == 2
+    text = Page(render(data).html).text
+    assert "its SHA-256 differs" in text and "its distribution cannot be checked" in text
+    assert "Deploy resnet18 · openvino fp32" in text
+
+
+def test_samples_outside_of_the_folder_or_pickled_are_not_read(records, tmp_path):
+    student = records.write_run(tmp_path / "r")
+    place = tmp_path / "r" / "openvino-fp32"
+    bundle = records.write_bundle(place, student, "fp32", 900)
+    latency = records.write_latency(place, bundle.id, 4.0)
+    (place / latency.samples).rename(tmp_path / "outside.npz")
+    np.savez(place / "bad.npz", process_0=np.array([{"a": 1}], dtype=object))
+    digest = hashlib.sha256((place / "bad.npz").read_bytes()).hexdigest()
+    outside = replace(latency, samples="../../outside.npz")
+    pickled = replace(latency, samples="bad.npz", samples_sha256=digest)
+    (place / "measurements.jsonl").unlink()
+    append_measurements(place / "measurements.jsonl", [outside, pickled])
+    data = collect([tmp_path])
+    assert data.samples == {} and len(data.problems) == 2
+
+
+def test_licences_and_images_are_said_plainly(pages):
+    text = Page(pages.html).text
+    assert "licensed CC-BY-NC 4.0: non-commercial use only" in text
+    assert "clip art: drawings, not natural photographs, and not ImageNet" in text
+    assert "rungs" in text.lower() and "loses more than 1 point" in text
+    assert "the device has no energy counter (RAPL)" in text
+
+
+@pytest.mark.parametrize(
+    ("licence", "warned"),
+    [("CC BY-NC-SA 4.0", True), ("non-commercial research", True), ("Apache-2.0", False), ("CNCF", False)],
+)
+def test_only_non_commercial_licences_warn(records, licence, warned):
+    student = records.student_of("resnet18", b"x")
+    student = replace(student, teacher=replace(student.teacher, licence=licence))
+    html = render(ReportData(runs=(Run(folder="r", student=student),))).html
+    assert ("non-commercial use only" in html) is warned
+
+
+hostile = st.one_of(
+    st.text(min_size=1, max_size=40),
+    st.sampled_from(
+        [
+            "</title><script>alert(1)</script>",
+            '"><img src=x onerror=alert(1)>',
+            "</svg></style><b>x",
+            "$\\frac{a}{b}$ _{x} ^ ${",
+            "{{ 7*7 }}{% raw %}",
+            "| a | b |\n---\n[x](javascript:1) `c` <!--",
+            'url(#x) id="y" #010101',
+            "\ud800\u202e\x00\x1b[31m",
+            "]]><![CDATA[",
+            "&lt;script&gt;&#x0;",
+        ]
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def plain(data: ReportData) -> list[str]:
+    return _tags(Page(render(_renamed(data, "N")).html))
+
+
+@settings(max_examples=16, deadline=None)
+@given(text=hostile)
+def test_whatever_a_name_says_it_stays_text(text, data, plain):
+    html = render(_renamed(data, text)).html
+    page = Page(html)
+    assert _tags(page) == plain
+    assert not page.tags("script", "img", "b") and not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", html)
+    html.encode()
+    if text.isascii() and text.isprintable():
+        assert " ".join(text.split()) in page.text
+
+
+def test_whatever_a_name_says_every_figure_holds(data):
+    text = '</svg><script>$x_{1}^ id="a" url(#b) #010101'
+    everything = replace(_renamed(data, text), samples=data.samples, runs=data.runs)
+    page = Page(render(everything).html)
+    assert not page.tags("script") and len(page.tags("svg")) == 4  # Pareto, latency, two runs' curves
+    assert '</svg><script>$x_{1}^ id="a" url(#b) #0101' in page.text  # the label, as it was written
+
+
+@given(st.text())
+def test_clean_text_can_be_written_and_is_otherwise_kept(text):
+    cleaned = clean(text)
+    assert len(cleaned) == len(text) and clean(cleaned) == cleaned
+    assert cleaned.encode().decode() == cleaned
+    assert all(a == b or b == "\ufffd" for a, b in zip(text, cleaned, strict=True))
+
+
+def _tags(page: Page) -> list[str]:
+    """Every tag outside of the figures, whose marks vary with the room that a label takes."""
+    return [tag for tag, _ in page.attributes if tag not in _DRAWN]
+
+
+_DRAWN = {"svg", "g", "path", "use", "text", "tspan", "defs", "clippath", "rect", "title", "desc"}
+
+
+def _renamed(data: ReportData, text: str) -> ReportData:
+    """One run, one bundle and one device of `data`, with every free text replaced."""
+    run = data.runs[0]
+    teacher = replace(run.student.teacher, name=text, licence=f"{text} NC", prototypes=text)
+    info = replace(run.student.data, name=text, licence=text)
+    student = replace(run.student, timm_name=text, teacher=teacher, data=info, recipe={text: text})
+    packed = next(p for p in data.bundles if p.bundle.precision == "int8" and p.bundle.student == run.student)
+    rungs = tuple(replace(r, name=text, reason=text, settings={text: text}) for r in packed.bundle.rungs)
+    bundle = replace(packed.bundle, student=student, rungs=rungs, reason=text, target=text, versions={text: text})
+    kept = []
+    for m in data.measurements:
+        record = m.record
+        if isinstance(record, Latency) and record.bundle_id == bundle.id:
+            device = {"name": text, text: {text: [text]}}
+            missing, reasons = {text: text}, (text,)
+            values = record.values | {text: Value(value=1.0, unit=text)}
+            settings_ = {"profile": text, "threads": 4, text: text}
+            record = replace(record, device=device, missing=missing, reasons=reasons, values=values, settings=settings_)
+            kept.append(replace(m, record=record, file=text))
+        elif not isinstance(record, Latency) and m.file.startswith(packed.folder):
+            kept.append(replace(m, file=text))
+    return replace(
+        data,
+        samples={},
+        runs=(replace(run, student=student, folder=text, curves=()),),
+        bundles=(replace(packed, bundle=bundle, folder=text),),
+        measurements=tuple(kept),
+    )
+
+
+def test_markdown_tables_keep_their_columns_and_no_tag_lives(data):
+    text = render(_renamed(data, "| a | <b>x</b>\n`q` [l](javascript:1)")).markdown
+    assert "<b>" not in text and not re.search(r"(?<!\\)\[l(?<!\\)\]", text)
+    width = None
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            width = None
+            continue
+        columns = len(re.findall(r"(?<!\\)\|", line))
+        assert width in (None, columns), line
+        width = columns
+
+
+def test_folders_without_anything_are_refused_and_a_lone_student_is_not(records, tmp_path):
+    with pytest.raises(InputError, match="holds no student, bundle or measurement"):
+        collect([tmp_path])
+    with pytest.raises(InputError, match="is not a folder"):
+        collect([tmp_path / "nowhere"])
+    records.write_run(tmp_path / "r")
+    page = Page(render(collect([tmp_path])).html)
+    assert "no latency was measured" in page.text and "61.3 %" in page.text
+
+
+def test_the_command_writes_three_files_and_says_the_decision(runs, tmp_path):
+    out = tmp_path / "out" / "page.html"
+    done = CliRunner().invoke(main, ["report", str(runs), "-o", str(out), "--budget", "12"])
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith("What to deploy on 1 of 2 devices: ")
+    assert sorted(p.name for p in out.parent.iterdir()) == ["page.html", "page.json", "page.md"]
+    asked = json.loads(out.with_suffix(".json").read_text())["devices"]
+    assert [a["budget_ms"] for d in asked for a in d["asked"]] == [12, 12]
+    for wrong, word in ((["report", str(tmp_path / "no")], "no"), (["report", str(runs), "-o", "x.pdf"], "x.pdf")):
+        refused = CliRunner().invoke(main, wrong)
+        assert refused.exit_code == 2 and refused.output.count("\n") == 1 and word in refused.output
