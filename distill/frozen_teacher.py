@@ -28,7 +28,7 @@ class TeacherScores:
     """What a teacher says of N images, in float32, before the temperature."""
 
     crops: Tensor  # (N, K): dino, ibot: head logits; msn, headless: cosines; swav: prototype scores; classifier: logits
-    patches: Tensor | None  # (N, P, Kp), the patch tokens' head logits; iBOT only
+    patches: Tensor | None  # (N, P, Kp), the patch tokens' head logits, or (M, Kp) of the chosen ones; iBOT only
     features: Tensor  # (N, D), what the trunk answers
 
 
@@ -73,10 +73,11 @@ class Teacher(nn.Module):
         return self
 
     @torch.no_grad()
-    def forward(self, pixels: Tensor, *, patches: bool = True) -> TeacherScores:
+    def forward(self, pixels: Tensor, *, patches: bool | Tensor = True) -> TeacherScores:
         """Score pixels (N, 3, H, W) that are normalised with ImageNet's mean and standard deviation.
 
-        `patches` False spares an iBOT teacher the patch logits, for a student without patch tokens.
+        `patches` False spares an iBOT teacher the patch logits, for a student without patch tokens; a mask (N, P)
+        chooses those of M patches, in the order of its ``nonzero()``.
         """
         pixels = pixels * self.scale + self.shift
         if self.method == "classifier":
@@ -85,9 +86,12 @@ class Teacher(nn.Module):
             return TeacherScores(logits.float(), None, self._pooled(maps))
         if self.head is None:
             raise InputError(f"teacher {self.name} has no prototypes: fit them to images first")
-        if self.patch_prototypes is not None and patches:
+        if self.patch_prototypes is not None and patches is not False:
             features, places = tokens(self.trunk, pixels)
-            return TeacherScores(self.head(features).float(), self.head.patches(places).float(), features.float())
+            chosen = places[patches][None] if isinstance(patches, Tensor) else places
+            logits = self.head.patches(chosen).float()
+            logits = logits[0] if isinstance(patches, Tensor) else logits
+            return TeacherScores(self.head(features).float(), logits, features.float())
         features = self.trunk(pixels)
         return TeacherScores(self.head(features).float(), None, features.float())
 
