@@ -195,7 +195,7 @@ def _load(file: Path | None) -> Features | None:
     if file is None or not file.is_file():
         return None
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with file.open("rb") as data, np.load(data, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in ("features", "labels", "indices")}
             skipped = int(stored["skipped"])
     except Exception:  # a zip cut by a power failure raises whatever its parser meets
