@@ -19,7 +19,7 @@ def random_state(shapes: dict[str, tuple[int, ...]], seed: int) -> State:
     state = {}
     for key, shape in shapes.items():
         value = torch.randn(shape, generator=generator) * 0.2
-        if key.endswith("running_var") or key.endswith("weight_g"):
+        if key.endswith(("running_var", "weight_g")):
             value = value.abs() + 0.5
         state[key] = value
     return state
@@ -155,10 +155,7 @@ def dino_checkpoint(trunk: State, head: State, *, prefix: str = "", loss: str = 
         # The student's numbers are others: reading it instead of the teacher has to show.
         "student": {key: value + 1 for key, value in student.items()},
         "teacher": prefixed(prefixed(trunk, "backbone.") | prefixed(head, "head."), prefix),
-        "optimizer": {
-            "state": {0: {"step": 3, "exp_avg": torch.zeros(2)}},
-            "param_groups": [{"lr": 0.1, "params": [0]}],
-        },
+        "optimizer": {"state": {0: {"step": 3, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}]},
         "epoch": 100,
         "args": argparse.Namespace(**{"arch": "vit_small", "patch_size": 16, "lr": 5e-4, **options}),
         loss: {"center": torch.zeros(1, len(k))},

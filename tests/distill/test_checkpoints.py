@@ -103,9 +103,8 @@ def test_msn_answers_cosines_to_its_prototypes(tmp_path: Path) -> None:
     z = F.linear(z, fc["fc3.weight"], fc["fc3.bias"])
     got = teacher(PIXELS)
     torch.testing.assert_close(got.features, features, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(
-        got.crops, F.cosine_similarity(z[:, None], prototypes[None], dim=-1), rtol=1e-4, atol=1e-5
-    )
+    want = F.cosine_similarity(z[:, None], prototypes[None], dim=-1)
+    torch.testing.assert_close(got.crops, want, rtol=1e-4, atol=1e-5)
     assert (teacher.num_prototypes, teacher.patch_size) == (16, 4)
 
 
@@ -249,7 +248,7 @@ def test_another_methods_file_is_named(tmp_path: Path) -> None:
     trunk, fc, prototypes = msn_parts()
     content = {"target_encoder": pub.prefixed(trunk | pub.prefixed(fc, "fc."), "module."), "prototypes": prototypes}
     path = write(tmp_path / "msn.pth.tar", content)
-    with pytest.raises(ArtifactError, match="checkpoint of MSN and DINO was expected.*--teacher msn") as error:
+    with pytest.raises(ArtifactError, match=r"checkpoint of MSN and DINO was expected.*--teacher msn") as error:
         load_teacher("dino_vits16", weights=path)
     one_line(error)
 
