@@ -20,13 +20,13 @@ import torch
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
+from robx.distill.frozen_teacher import Teacher
 from robx.distill.objectives import Objective
 from robx.distill.recipes import Recipe
-from robx.distill.rob_ibot import masked_rows
+from robx.distill.rob_ibot import RobIbot
 from robx.distill.shaping import Shaping
 from robx.distill.stored import StoredBranch, TargetWriter, WritingBranch
 from robx.distill.students import unwrapped
-from robx.distill.teachers import Teacher
 from robx.distill.views import Targets, Views
 
 __all__ = [
@@ -70,11 +70,16 @@ class TeacherBranch:
     def targets(self, views: Views) -> Targets:
         """One teacher forward over all its crops; the teacher is never masked."""
         seen = views.globals[: self.crops]
-        scores = self.teacher(seen.flatten(0, 1))
+        masks = None if views.masks is None else views.masks[: self.crops]
+        # The centre of the patches, an ablation, is that of all of them.
+        wanted = masks is not None and isinstance(self.shaping.objective, RobIbot)
+        chosen = masks.flatten(0, 1) if masks is not None and wanted and not self.shaping.centering else wanted
+        scores = self.teacher(seen.flatten(0, 1), patches=chosen)
         patch_probs = None
-        if views.masks is not None and scores.patches is not None:
-            rows = masked_rows(scores.patches.view(*seen.shape[:2], *scores.patches.shape[1:]), views.masks)
-            patch_probs = self.shaping.patch_probs(rows, mean=scores.patches.flatten(0, -2).mean(dim=0))
+        if wanted and masks is not None and scores.patches is not None:
+            mean = scores.patches.flatten(0, -2).mean(dim=0) if self.shaping.centering else None
+            rows = scores.patches if scores.patches.ndim == 2 else scores.patches[masks.flatten(0, 1)]
+            patch_probs = self.shaping.patch_probs(rows, mean=mean)
         return Targets(probs=self.shaping.probs(scores.crops.view(*seen.shape[:2], -1)), patch_probs=patch_probs)
 
     def update(self, step: int, student: nn.Module) -> None:
