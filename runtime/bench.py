@@ -97,7 +97,7 @@ def bench(
         for done, run in enumerate(order):
             if progress is not None:
                 progress(done, len(order), run.folder.name)
-            _measure(transport, run, _time_limit(profile, processes), timed=not options.emulated)
+            _measure(transport, run, _time_limit(profile, processes))
         kind = transport.kind
     if progress is not None:
         progress(len(order), len(order), "")
@@ -170,15 +170,16 @@ def _time_limit(profile: Profile, processes: int) -> int:
     return int(profile.cool_down_seconds + profile.warm_up_limit + profile.max_seconds / processes) + _LOAD_SECONDS
 
 
-def _measure(transport: Transport, run: _Run, limit: int, *, timed: bool) -> None:
+def _measure(transport: Transport, run: _Run, limit: int) -> None:
     """One fresh process; what fails is kept as the bundle's failure, for its other processes may do."""
-    if len(run.failures) >= _PATIENCE:
+    refused = any(not result.report["timed"] for result in run.results)
+    if refused or len(run.failures) >= _PATIENCE:
         return
     try:
         status, text = transport.run(run.name, [packing.NAME, "job.json"], timeout=limit + 30)
         with tempfile.TemporaryDirectory(prefix="robx-") as folder:
             path = _pull(transport, run, Path(folder), status, text)
-            run.results.append(read_result(path, images=len(run.inputs.images), timed=timed))
+            run.results.append(read_result(path, images=len(run.inputs.images)))
     except DeviceError as error:
         run.failures.append(str(error))
 
@@ -203,13 +204,14 @@ def _record(
     started: str,
     reference: Reference | None,
 ) -> Latency:
-    reports, refused = [r.report for r in run.results], [r for r in run.results if _emulated(r, options)]
+    reports, refused = [r.report for r in run.results], [r for r in run.results if not r.report["timed"]]
     reasons = [f"failed: {failure}" for failure in dict.fromkeys(run.failures)]
     values: dict[str, Value] = {}
     missing: dict[str, str] = {}
     if refused or not run.results:
-        why = _emulated(refused[0], options) if refused else "no process ended well"
-        missing = dict.fromkeys(("p50", "p90", "p99", "load", "first", "peak_memory", "energy"), str(why))
+        told = refused[0].report["device"].get("emulated") if refused else "no process ended well"
+        why = str(told or "the device was said to be emulated")
+        missing = dict.fromkeys(("p50", "p90", "p99", "load", "first", "peak_memory", "energy"), why)
         reasons += [f"emulated: {why}"] if refused else []
     else:
         values, missing = figures(run.results, batch=run.batch)
@@ -233,12 +235,6 @@ def _record(
         started=started,
         missing=missing,
     )
-
-
-def _emulated(result: ProcessResult, options: BenchOptions) -> str | None:
-    """Why no time of this process counts."""
-    told = result.report["device"].get("emulated")
-    return str(told) if told else "the device was said to be emulated" if options.emulated else None
 
 
 def _settings(

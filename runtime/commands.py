@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from robx.errors import InputError
+from robx.errors import GateFailed, InputError
 from robx.files import write_atomically
 from robx.records import Bundle, Latency, Value, load_bundle, to_json
 from robx.runtime import compare, latency
@@ -71,7 +71,8 @@ def bench(
     robx bench runs/r18/onnx-int8 --device ssh://pi@raspberrypi --profile standard
     robx bench runs/r18/onnx-fp32 runs/r18/onnx-int8 --ab
 
-    Each record is appended to the bundle's measurements.jsonl. Figures of a run that is not VALID are marked.
+    Each record is appended to the bundle's measurements.jsonl. Figures of a run that is not VALID are marked; exit
+    status 3 says that one was INVALID: the answers were wrong, or it was too short, or it fell back to the CPU.
     """
     settings = SessionSettings(threads=threads, provider=provider, precision_hint=precision_hint)  # type: ignore[arg-type]
     source = open_source(data) if data is not None else None
@@ -107,6 +108,9 @@ def bench(
             click.echo(json.dumps(to_json(record)))
     else:
         _print_records(bundles, records)
+    wrong = [r.split(":")[0] for record in records for r in record.reasons if record.verdict == "INVALID"]
+    if set(wrong) - {"emulated"}:
+        raise GateFailed(f"not every measurement is valid ({', '.join(dict.fromkeys(wrong))}): the records are written")
 
 
 @click.command()

@@ -35,7 +35,7 @@ class ProcessResult:
         return telemetry.digest(self.snapshots, cores=int(self.report["device"]["cpu"]["cores"] or 1))
 
 
-def read_result(path: Path, *, images: int, timed: bool) -> ProcessResult:
+def read_result(path: Path, *, images: int) -> ProcessResult:
     """Read a result.zip.
 
     Raises:
@@ -44,6 +44,7 @@ def read_result(path: Path, *, images: int, timed: bool) -> ProcessResult:
     try:
         with zipfile.ZipFile(path) as archive:
             report = _report(archive)
+            timed = bool(report["timed"])
             outputs, seen = _outputs(archive, images)
             samples = _array(archive, "samples.npy") if timed else np.empty(0, dtype=np.int64)
             text = _part(archive, "telemetry.jsonl", _MAX_JSON_BYTES * 16).decode(errors="replace")

@@ -80,19 +80,21 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     verify(job["files"])
     device = _sibling("device")
     affinity = pin(job["affinity"])
+    facts = device.describe()
+    # Times of an emulated processor are not taken at all, so that none can be mistaken for a figure.
+    timed = bool(job["latency"]) and not facts["emulated"]
     cooled = cool_down(device, job["cool_down_seconds"])
     telemetry = device.start_telemetry("telemetry.jsonl", affinity)
     try:
-        result = measure(job, device)
+        result = measure(job, device, timed=timed)
     finally:
         device.stop_telemetry(telemetry)
     result.update(affinity=affinity, telemetry_process=telemetry is not None, cool_down=cooled)
-    result["device"] = device.describe()
-    result["throttled"] = device.throttle_flags()
+    result.update(timed=timed, device=facts, throttled=device.throttle_flags())
     return result
 
 
-def measure(job: dict[str, Any], device: Any) -> dict[str, Any]:
+def measure(job: dict[str, Any], device: Any, *, timed: bool) -> dict[str, Any]:
     """Load, first inference, then either timed queries or all images once; what was answered is kept."""
     import numpy as np
 
@@ -110,7 +112,7 @@ def measure(job: dict[str, Any], device: Any) -> dict[str, Any]:
         result = {"schema": SCHEMA, "load_ns": loaded - start, "first_ns": clock() - loaded, "facts": model.facts()}
         outputs = np.full((len(images), *first.shape[1:]), np.nan, dtype=np.float32)
         seen = np.zeros(len(images), dtype=bool)
-        if job["latency"]:
+        if timed:
             result.update(_timed(job, device, model, queries, (outputs, seen)))
         else:
             outputs[:] = run_in_batches(model, images, fixed_batch(job["manifest"]))

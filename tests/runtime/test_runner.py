@@ -1,0 +1,206 @@
+"""The one file that a device runs: what it may import, that it is the same every time, and that it trusts nothing."""
+
+import ast
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from robx.records import load_bundle
+from robx.runtime import packing, runner
+
+RUNTIME = Path(runner.__file__).resolve().parent
+ON_DEVICE = [RUNTIME / "runner.py", RUNTIME / "device.py", *sorted(RUNTIME.glob("on_*.py"))]
+ENGINES = {
+    *("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "executorch", "ai_edge_litert", "tflite_runtime"),
+    *("ncnn", "torch", "cuda"),
+}
+
+
+@pytest.mark.parametrize("path", ON_DEVICE, ids=lambda p: p.name)
+def test_it_is_python_3_8(path):
+    ast.parse(path.read_text(), feature_version=(3, 8))
+    checked = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ruff",
+            "check",
+            "--isolated",
+            "--target-version",
+            "py38",
+            "--select",
+            "F,E9",
+            str(path),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert checked.returncode == 0, checked.stdout
+    assert path.read_text().count("from __future__ import annotations") == 1
+
+
+@pytest.mark.parametrize("path", [p for p in ON_DEVICE if p.name != "on_torch.py"], ids=lambda p: p.name)
+def test_it_imports_the_standard_library_numpy_and_its_engine(path):
+    tree = ast.parse(path.read_text())
+    top = {name.split(".")[0] for node in tree.body for name in _imported(node)}
+    assert top <= set(sys.stdlib_module_names) | {"numpy"}, "an engine is imported only when a model is opened"
+    anywhere = {name.split(".")[0] for node in ast.walk(tree) for name in _imported(node)}
+    assert anywhere <= set(sys.stdlib_module_names) | {"numpy"} | ENGINES
+
+
+def test_the_runner_and_the_device_need_numpy_only_to_measure():
+    code = "import sys; sys.modules['numpy'] = None; import runner, device; assert device.describe()['arch']"
+    subprocess.run([sys.executable, "-S", "-c", code], cwd=RUNTIME, check=True)
+
+
+def test_packing_is_deterministic_and_holds_one_engine(make_bundle):
+    bundle = load_bundle(make_bundle())
+    data = packing.pack_runner(bundle)
+    assert data == packing.pack_runner(bundle)
+    assert data.startswith(b"#!")
+    path = make_bundle("x").parent / "r.pyz"
+    path.write_bytes(data)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.namelist() == ["__main__.py", "device.py", "on_onnxruntime.py"]
+        assert archive.read("__main__.py") == (RUNTIME / "runner.py").read_bytes()
+
+
+@pytest.fixture
+def job(make_bundle, images):
+    """A job's folder, as a device has it: nothing of robx is in it but the packed runner."""
+    bundle = make_bundle()
+    folder = bundle.parent / "job"
+    folder.mkdir()
+    bundle.rename(folder / "bundle")
+    manifest = json.loads((folder / "bundle" / "manifest.json").read_text())
+    np.save(folder / "images.npy", images)
+    (folder / packing.NAME).write_bytes(packing.pack_runner(load_bundle(folder / "bundle")))
+    content = {
+        "engine": "onnxruntime",
+        "folder": "bundle",
+        "manifest": manifest,
+        "settings": {"threads": 1},
+        "files": {"bundle/model.onnx": manifest["files"][0]["sha256"]},
+        "affinity": None,
+        "batch": 1,
+        "latency": True,
+        "cool_down_seconds": 0,
+        "queries": 40,
+        "seconds": 0.3,
+        "max_seconds": 10,
+        "warm_up_seconds": 0.02,
+        "warm_up_limit": 0.2,
+        "time_limit": 60,
+    }
+
+    def run(**changes):
+        (folder / "job.json").write_text(json.dumps({**content, **changes}))
+        done = subprocess.run([sys.executable, packing.NAME, "job.json"], cwd=folder, capture_output=True, text=True)
+        with zipfile.ZipFile(folder / "result.zip") as archive:
+            return done.returncode, json.loads(archive.read("result.json")), folder
+
+    return run
+
+
+def test_it_measures_and_keeps_the_answers_of_the_timed_queries(job, images):
+    status, result, folder = job()
+    assert status == 0, result
+    samples = np.load(folder / "samples.npy")
+    assert samples.dtype == np.int64 and len(samples) >= 40 and samples.min() > 0
+    assert samples.sum() <= 1e9 * (result["window"][1] - result["window"][0])
+    assert result["window"][1] - result["window"][0] >= 0.3
+    assert result["complete"] and result["timed"]
+    assert result["load_ns"] > result["first_ns"] > 0
+    assert result["memory"]["peak"] >= result["memory"]["now"] >= 10_000_000
+    with np.load(folder / "outputs.npz") as arrays:
+        assert arrays["seen"].all()
+        np.testing.assert_allclose(arrays["outputs"], _plain(images), rtol=1e-4, atol=1e-5)
+
+
+def test_it_is_watched_by_another_process(job):
+    _, result, folder = job()
+    assert result["telemetry_process"]
+    lines = [json.loads(line) for line in (folder / "telemetry.jsonl").read_text().splitlines()]
+    assert len(lines) >= 2
+    assert lines[-1]["own"] >= lines[0]["own"]
+    assert lines[-1]["jiffies"]["total"] > lines[0]["jiffies"]["total"]
+
+
+def test_answers_without_times(job, images):
+    status, result, folder = job(latency=False)
+    assert status == 0 and not result["timed"] and "window" not in result
+    assert not (folder / "samples.npy").exists()
+    with np.load(folder / "outputs.npz") as arrays:
+        np.testing.assert_allclose(arrays["outputs"], _plain(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"files": {"bundle/model.onnx": "0" * 64}}, "arrived damaged"),
+        ({"surprise": 1}, "surprise"),
+        ({"affinity": [0, 4000]}, "are not to be had"),
+        ({"settings": {"threads": 1, "provider": "cuda"}}, "CUDAExecutionProvider"),
+    ],
+)
+def test_what_is_wrong_comes_back_as_one_line(job, changes, line):
+    status, result, _ = job(**changes)
+    assert status == 1
+    assert line in result["error"] and "\n" not in result["error"]
+
+
+def test_an_old_result_is_never_taken_for_a_new_one(job):
+    assert job()[0] == 0
+    status, _, folder = job(files={"bundle/model.onnx": "0" * 64})
+    assert status == 1 and not (folder / "samples.npy").exists()
+
+
+def test_a_hung_engine_is_ended(job):
+    _, _, folder = job()
+    (folder / "result.zip").unlink()
+    (folder / packing.NAME).unlink()
+    with zipfile.ZipFile(folder / packing.NAME, "w") as archive:
+        for name in ("runner.py", "device.py"):
+            archive.write(RUNTIME / name, "__main__.py" if name == "runner.py" else name)
+        archive.writestr("on_onnxruntime.py", "import time\ndef open_model(*_): time.sleep(60)\n")
+    content = json.loads((folder / "job.json").read_text())
+    (folder / "job.json").write_text(json.dumps({**content, "time_limit": 1}))
+    done = subprocess.run([sys.executable, packing.NAME, "job.json"], cwd=folder, timeout=20)
+    assert done.returncode == -14, "SIGALRM ends it"
+    assert not (folder / "result.zip").exists()
+
+
+def test_warm_up_stops_when_steady_and_gives_up_at_its_limit():
+    class Model:
+        def __init__(self, durations):
+            self.durations = durations
+
+        def run(self, _):
+            import time
+
+            time.sleep(next(self.durations))
+
+    import itertools
+
+    steady = runner.warm_up(Model(itertools.repeat(0.004)), [None], 0.05, 5)
+    assert steady["steady"] and steady["queries"] >= 30
+    slowing = runner.warm_up(Model(0.001 * 1.03**i for i in itertools.count()), [None], 0.05, 0.6)
+    assert not slowing["steady"] and 0.6 <= slowing["seconds"] < 1.5
+
+
+def _plain(images):
+    kernel = np.random.default_rng(0).normal(size=(8, 3, 3, 3)).astype(np.float32)
+    padded = np.pad(images.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))
+    return np.maximum(np.einsum("nchwij,dcij->ndhw", windows, kernel), 0).mean(axis=(2, 3))
+
+
+def _imported(node):
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) else []
