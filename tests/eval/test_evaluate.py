@@ -1,0 +1,234 @@
+"""`robx eval` on real folders, through the command line; bundles are played by a Session over the student's trunk."""
+
+import contextlib
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from robx.cli import main
+from robx.errors import InputError
+from robx.eval import evaluate, linear
+from robx.eval.features import Features
+from robx.files import sha256_file
+from robx.records import (
+    Accuracy,
+    Bundle,
+    BundleFile,
+    Calibration,
+    Fidelity,
+    Preprocessing,
+    Student,
+    TensorSpec,
+    load_measurements,
+    load_student,
+    save_bundle,
+)
+from robx.runtime.session import open_session
+from robx.sources import labels_of, open_source
+from robx.trunk import build_trunk, embedding_width, save_trunk
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    torch.manual_seed(0)
+    trunk = build_trunk("resnet10t")
+    record = Student(
+        timm_name="resnet10t", width=embedding_width(trunk), preprocessing=Preprocessing(size=36, crop=32), sha256="",
+        teacher=None, data=None, recipe={},
+    )  # fmt: skip
+    save_trunk(folder, trunk, record)
+    return folder
+
+
+@pytest.fixture
+def run(student, tmp_path):
+    return shutil.copytree(student, tmp_path / "run")
+
+
+class Noisy:
+    """A Session that answers as the student does, with noise."""
+
+    def __init__(self, record, inner, noise):
+        self.bundle, self._inner, self._noise = record, inner, noise
+
+    def run(self, images):
+        rows = self._inner.run(images)
+        return rows + self._noise * rows.std() * np.random.default_rng(0).normal(size=rows.shape).astype(np.float32)
+
+    def facts(self):
+        return {"engine": "noisy", "version": "1", "provider": "cpu", "threads": 1}
+
+
+@pytest.fixture
+def bundle(run, monkeypatch):
+    """Makes a bundle folder below the run, whose Session is the student plus noise."""
+    noises = {}
+
+    def make(name, noise, calibration=None):
+        folder = run / name
+        folder.mkdir()
+        (folder / "model.onnx").write_bytes(name.encode())
+        file = BundleFile(path="model.onnx", role="model", bytes=len(name), sha256=sha256_file(folder / "model.onnx"))
+        record = Bundle(
+            format="onnx", precision="int8", requested="int8", target="local", runtime="onnxruntime",
+            inputs=(TensorSpec(name="pixels", dtype="float32", shape=(None, 3, 32, 32)),),
+            outputs=(TensorSpec(name="embedding", dtype="float32", shape=(None, 512)),),
+            preprocessing=Preprocessing(size=36, crop=32), student=load_student(run), verdict="PASS", reason="",
+            rungs=(), calibration=calibration, opset=20, versions={}, files=(file,),
+        )  # fmt: skip
+        save_bundle(record, folder)
+        noises[folder] = noise
+        return folder
+
+    def opened(path, settings):
+        if path not in noises:
+            return open_session(path, settings)
+        return contextlib.nullcontext(Noisy(evaluate.load_record(path), open_session(run, settings), noises[path]))
+
+    monkeypatch.setattr(evaluate, "open_session", opened)
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch):
+    monkeypatch.setattr(linear, "LEAST_STEPS", 150)
+
+
+def robx(*arguments):
+    return CliRunner().invoke(main, ["eval", *map(str, arguments), "--threads", "1"])
+
+
+def test_the_default_is_knn_with_intervals(run, scenes, tmp_path):
+    result = robx(run, "--data", scenes, "--cache", tmp_path / "cache", "--json")
+    assert result.exit_code == 0, result.output
+    (record,) = load_measurements(run / "measurements.jsonl")
+    assert json.loads(result.stdout) == json.loads((run / "measurements.jsonl").read_text())
+    assert isinstance(record, Accuracy) and record.protocol == "knn"
+    assert record.model_id == load_student(run).sha256[:16]
+    assert record.data.fingerprint == open_source(scenes, split="test").fingerprint and record.data.images == 32
+    assert record.settings["bank"]["images"] == 64 and record.device["engine"] == "torch"
+    assert all(value.low is not None and value.high is not None for value in record.values.values())
+    assert record.values["top1"].n == 32
+
+
+def test_shards_give_the_same_as_their_own_protocols(run, scene_shards):
+    result = robx(run, "--data", scene_shards, "--no-cache", "--knn", "--lowshot", "1,10%", "--linear", "--cached")
+    assert result.exit_code == 0, result.output
+    records = {record.protocol: record for record in load_measurements(run / "measurements.jsonl")}
+    assert set(records) == {"knn", "lowshot:1", "lowshot:10%", "linear-cached"}
+    assert records["linear-cached"].values["top1"].value > 20  # eight classes: chance is about 13
+    assert records["lowshot:1"].settings["splits"] == "drawn by robx, seed 0"
+    assert len(records["lowshot:1"].settings["images"]) == 3
+    assert re.search(r"knn.*\d+\.\d+ \[", " ".join(result.stdout.split())) and "images" in result.stdout
+
+
+def test_a_second_run_is_answered_by_the_cache(run, scenes, tmp_path, monkeypatch):
+    first = robx(run, "--data", scenes, "--cache", tmp_path / "cache", "--json")
+    monkeypatch.setattr(evaluate, "open_session", lambda path, settings: _never(open_session(path, settings)))
+    second = robx(run, "--data", scenes, "--cache", tmp_path / "cache", "--json")
+    assert second.exit_code == 0, second.output
+    assert json.loads(first.stdout)["values"] == json.loads(second.stdout)["values"]
+
+
+def _never(session):
+    def run(images):
+        raise AssertionError("the cache should have answered")
+
+    session.run = run
+    return session
+
+
+def test_bundles_are_judged_against_their_student(run, bundle, scene_shards):
+    good, bad = bundle("good", 0.0), bundle("bad", 3.0)
+    result = robx(good, bad, "--data", scene_shards, "--fidelity", "--no-cache", "--margin", "20")
+    assert result.exit_code == 0, result.output
+    (kept,), (ruined,) = (load_measurements(folder / "measurements.jsonl") for folder in (good, bad))
+    assert isinstance(kept, Fidelity) and kept.verdict == "PASS" and ruined.verdict != "PASS"
+    assert kept.values["probe_drop"].value == 0 and kept.values["cosine_mean"].value == pytest.approx(1)
+    assert ruined.values["cosine_mean"].value < 0.6
+    assert kept.bundle_id != ruined.bundle_id and kept.settings["margin"] == 20
+    raw, adjusted = (ruined.values[f"probe_mcnemar_p{suffix}"].value for suffix in ("", "_holm"))
+    assert adjusted == pytest.approx(min(1, 2 * raw))  # the smaller of two is doubled
+    assert "retrained_probe_drop" in kept.values and not (run / "measurements.jsonl").exists()
+    assert "PASS" in result.stdout
+
+
+def test_the_default_margin_is_more_than_48_images_can_show(bundle, scene_shards):
+    same = bundle("same", 0.0)
+    assert robx(same, "--data", scene_shards, "--fidelity", "--no-cache").exit_code == 0
+    (record,) = load_measurements(same / "measurements.jsonl")
+    assert record.verdict == "INCONCLUSIVE" and record.settings["images_needed"] == 268
+
+
+def test_a_bundle_calibrated_on_the_judged_images_is_refused(bundle, scene_shards):
+    seen = open_source(scene_shards, split="test").fingerprint
+    cheat = bundle("cheat", 0.0, Calibration(images=48, fingerprint=seen, judged_images=1, judged_fingerprint="x"))
+    result = robx(cheat, "--data", scene_shards, "--fidelity", "--no-cache")
+    assert result.exit_code == 2 and "calibrated on the images" in result.output
+    assert not (cheat / "measurements.jsonl").exists()
+
+
+def test_a_bundle_away_from_its_student_needs_the_reference(run, bundle, scene_shards, tmp_path):
+    folder = bundle("lone", 0.0)
+    lone = evaluate.load_record(folder)
+    assert evaluate.find_reference(folder, lone, None) == run.resolve()
+    away = tmp_path / "away" / "lone"
+    away.parent.mkdir()
+    shutil.copytree(folder, away)
+    with pytest.raises(InputError, match="--reference"):
+        evaluate.find_reference(away, lone, None)
+    assert evaluate.find_reference(away, lone, run) == run
+
+
+def test_a_transfer_is_trained_on_its_own_data(run, scenes):
+    result = robx(run, "--transfer", f"folder={scenes}", "--cached", "--no-cache", "--json")
+    assert result.exit_code == 0, result.output
+    (record,) = load_measurements(run / "measurements.jsonl")
+    assert record.protocol == "transfer-cached:folder" and record.settings["recipe"]["epochs"] == 28
+
+
+def test_test_classes_are_numbered_as_the_banks(scenes, tmp_path):
+    # The test folder lacks the first class, so its own numbers are one too small.
+    shutil.copytree(scenes, tmp_path / "data")
+    first = sorted(p.name for p in (tmp_path / "data" / "train").iterdir())[0]
+    shutil.rmtree(tmp_path / "data" / "test" / first, ignore_errors=True)
+    split = evaluate.open_split(tmp_path / "data" / "train", tmp_path / "data" / "test")
+    own = [split.test.classes[split.test.label(i)] for i in range(len(split.test))]
+    found = Features(
+        features=np.zeros((len(own), 1), np.float32), labels=labels_of(split.test),
+        indices=np.arange(len(own)), skipped=0,
+    )  # fmt: skip
+    assert [split.names[label] for label in split.aligned(found).labels] == own
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "no images to judge on"),
+        (("--data", "{scenes}/train"), "no train split"),
+        (("--data", "{scenes}/train", "--test", "{scenes}/train"), "judged on the images it is trained on"),
+        (("--data", "{scenes}/nowhere"), "does not exist"),
+        (("--data", "{scenes}", "--lowshot", "1,x"), "low-shot 'x'"),
+        (("--data", "{scenes}", "--lowshot", "500"), "500 are asked for"),
+        (("--data", "{scenes}", "--fidelity"), "no bundle was given"),
+        (("--data", "{scenes}", "--transfer", "imagenet"), "unknown transfer 'imagenet'"),
+        (("--transfer", "cifar10"), "--transfer cifar10=DIR"),
+        (("--data", "{scenes}", "--cache", "x", "--no-cache"), "contradict"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(run, scenes, arguments, message):
+    result = robx(run, *(argument.format(scenes=scenes) for argument in arguments))
+    assert result.exit_code == 2 and message in result.output, result.output
+    assert len(result.output.strip().splitlines()) == 1
+    assert not (run / "measurements.jsonl").exists()
+
+
+def test_a_folder_that_robx_did_not_write_is_refused(tmp_path, scenes):
+    result = robx(tmp_path, "--data", scenes)
+    assert result.exit_code == 2 and "neither a bundle" in result.output
