@@ -25,7 +25,8 @@ from robx.distill.objectives import Objective
 from robx.distill.recipes import Recipe
 from robx.distill.rob_ibot import RobIbot
 from robx.distill.shaping import Shaping
-from robx.distill.stored import StoredBranch, TargetWriter, WritingBranch
+from robx.distill.stored import StoredBranch
+from robx.distill.stored_writer import TargetWriter, WritingBranch
 from robx.distill.students import unwrapped
 from robx.distill.views import Targets, Views
 

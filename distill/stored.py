@@ -19,26 +19,20 @@ Q crops of a row   B batch   K prototypes   k kept
 from __future__ import annotations
 
 import dataclasses
-import io
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from robx.distill.recipes import Recipe
 from robx.distill.views import Targets, Views
 from robx.errors import ArtifactError, InputError
-from robx.files import read_json, unwritable, write_json
+from robx.files import read_json
 from robx.records import from_json, to_json
-
-if TYPE_CHECKING:
-    from robx.distill.branches import TargetBranch
 
 # Recipe keys that decide what the teacher saw and said. Local crops and the student's side may differ.
 _DECIDING = (
@@ -101,84 +95,6 @@ class TargetsInfo:
         )
 
 
-class TargetWriter:
-    """Writes epochs of targets; each process of a run has one on the same folder."""
-
-    def __init__(self, folder: Path, info: TargetsInfo) -> None:
-        """Start or continue `folder`.
-
-        Raises:
-            InputError: it holds targets of another run, or cannot be written.
-        """
-        self.folder, self.info = folder, info
-        self._file: int | None = None
-        self._epoch = -1
-        path = folder / "targets.json"
-        if path.exists():
-            _require_same(read_info(folder), info, folder=folder, every=True)
-        else:
-            write_json(path, to_json(info))
-
-    def write(self, views: Views, targets: Targets) -> None:
-        """Store one batch's targets under (views.epoch, views.index).
-
-        Raises:
-            InputError: patch targets, which are not stored, or no space left.
-        """
-        if targets.patch_probs is not None:
-            raise InputError("targets of patches are not stored: set patch_weight = 0 to store RoB-iBOT's CLS targets")
-        if views.epoch != self._epoch:
-            self.finish()
-            self._open(views.epoch)
-        rows = pack(targets, self.info)
-        try:
-            for index, row in zip(views.index.tolist(), rows, strict=True):
-                os.pwrite(self._descriptor, row.tobytes(), self._start + index * rows.dtype.itemsize)
-        except OSError as error:
-            raise unwritable(self._table, error) from error
-
-    def finish(self) -> None:
-        """Make the open epoch whole: all processes' rows are on disk before it is declared."""
-        if self._file is None:
-            return
-        try:
-            os.fsync(self._file)
-            os.close(self._file)
-        except OSError as error:
-            raise unwritable(self._table, error) from error
-        finally:
-            self._file = None
-        rank = 0
-        if dist.is_available() and dist.is_initialized():
-            dist.barrier()
-            rank = dist.get_rank()
-        if rank == 0:
-            write_json(self._table.with_suffix(".json"), {"epoch": self._epoch, "bytes": self._table.stat().st_size})
-
-    @property
-    def _table(self) -> Path:
-        return _table(self.folder, self._epoch)
-
-    @property
-    def _descriptor(self) -> int:
-        if self._file is None:
-            raise ValueError("no epoch is open")
-        return self._file
-
-    def _open(self, epoch: int) -> None:
-        self._epoch = epoch
-        header = _header(self.info)
-        self._start = len(header)
-        try:
-            # Never truncated: other processes may have written their rows already, and all write the same header.
-            self._file = os.open(self._table, os.O_RDWR | os.O_CREAT, 0o644)
-            # Space is taken now, so that a full disk is met here and not in the last batch.
-            os.posix_fallocate(self._file, 0, len(header) + self.info.images * self.info.row.itemsize)
-            os.pwrite(self._file, header, 0)
-        except OSError as error:
-            raise unwritable(self._table, error) from error
-
-
 class StoredBranch:
     """Reads the targets that a TargetWriter wrote; there is no teacher."""
 
@@ -191,7 +107,7 @@ class StoredBranch:
         """
         self.folder, self.info = folder, read_info(folder)
         if expect is not None:
-            _require_same(self.info, expect, folder=folder, every=False)
+            require_same(self.info, expect, folder=folder, every=False)
         self._epoch = -1
         self._rows: NDArray[Any] = np.empty(0, dtype=self.info.row)
 
@@ -214,10 +130,10 @@ class StoredBranch:
         targets, mass = unpack(self._rows[index])
         if (bad := ~(mass.sub(1).abs() < 0.02).all(dim=0)).any():
             raise ArtifactError(
-                f"{_table(self.folder, self._epoch)} lacks image {index[bad.numpy()][0]}: write it again"
+                f"{table_path(self.folder, self._epoch)} lacks image {index[bad.numpy()][0]}: write it again"
             )
         if targets.columns is not None and (targets.columns.min() < 0 or targets.columns.max() >= self.info.prototypes):
-            raise ArtifactError(f"{_table(self.folder, self._epoch)} is damaged: write it again")
+            raise ArtifactError(f"{table_path(self.folder, self._epoch)} is damaged: write it again")
         return _to(targets, views.globals.device)
 
     def update(self, step: int, student: nn.Module) -> None:
@@ -231,7 +147,7 @@ class StoredBranch:
         """Nothing is kept."""
 
     def _open(self, epoch: int) -> NDArray[Any]:
-        path = _table(self.folder, epoch)
+        path = table_path(self.folder, epoch)
         if not path.with_suffix(".json").is_file():
             have = ", ".join(map(str, self.epochs)) or "none"
             raise ArtifactError(f"{self.folder} has no targets of epoch {epoch} (whole are {have}): store more epochs")
@@ -242,35 +158,6 @@ class StoredBranch:
         if rows.dtype != self.info.row or rows.shape != (self.info.images,):
             raise ArtifactError(f"{path} does not hold what targets.json says: write it again")
         return rows
-
-
-class WritingBranch:
-    """A branch whose targets are stored as they are made; call ``close`` after the last step."""
-
-    def __init__(self, branch: TargetBranch, writer: TargetWriter) -> None:
-        self.branch, self.writer = branch, writer
-
-    def targets(self, views: Views) -> Targets:
-        """The wrapped branch's targets."""
-        targets = self.branch.targets(views)
-        self.writer.write(views, targets)
-        return targets
-
-    def update(self, step: int, student: nn.Module) -> None:
-        """As the wrapped branch does."""
-        self.branch.update(step, student)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The wrapped branch's."""
-        return self.branch.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The wrapped branch's."""
-        self.branch.load_state_dict(state)
-
-    def close(self) -> None:
-        """Declare the last epoch whole."""
-        self.writer.finish()
 
 
 def pack(targets: Targets, info: TargetsInfo) -> NDArray[Any]:
@@ -306,7 +193,8 @@ def read_info(folder: Path) -> TargetsInfo:
     return from_json(TargetsInfo, read_json(folder / "targets.json"), where=str(folder / "targets.json"))
 
 
-def _require_same(have: TargetsInfo, want: TargetsInfo, *, folder: Path, every: bool) -> None:
+def require_same(have: TargetsInfo, want: TargetsInfo, *, folder: Path, every: bool) -> None:
+    """Raise InputError, naming the difference, unless `folder` holds what is wanted (k and dtype if `every`)."""
     ignored = () if every else ("k", "dtype")
     for field in dataclasses.fields(TargetsInfo):
         ours, theirs = getattr(have, field.name), getattr(want, field.name)
@@ -322,14 +210,8 @@ def _require_same(have: TargetsInfo, want: TargetsInfo, *, folder: Path, every: 
         )
 
 
-def _header(info: TargetsInfo) -> bytes:
-    buffer = io.BytesIO()
-    fields = {"descr": np.lib.format.dtype_to_descr(info.row), "fortran_order": False, "shape": (info.images,)}
-    np.lib.format.write_array_header_2_0(buffer, fields)
-    return buffer.getvalue()
-
-
-def _table(folder: Path, epoch: int) -> Path:
+def table_path(folder: Path, epoch: int) -> Path:
+    """The table of one epoch."""
     return folder / f"epoch-{epoch:05d}.npy"
 
 

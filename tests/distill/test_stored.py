@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from robx.distill.recipes import override, preset
 from robx.distill.rob_dino import RobDino
-from robx.distill.stored import StoredBranch, TargetsInfo, TargetWriter, WritingBranch, pack, unpack
+from robx.distill.stored import StoredBranch, TargetsInfo, pack, unpack
+from robx.distill.stored_writer import TargetWriter, WritingBranch
 from robx.distill.views import Scores, Targets, Views
 from robx.errors import ArtifactError, InputError
 
