@@ -50,10 +50,9 @@ def write_student(folder: Path, trunk: nn.Module, student: Student) -> Student:
     """Put the trunk's weights and its record into a run's folder; returns the record with their hash."""
     state = {k: v.detach().cpu().contiguous() for k, v in trunk.state_dict().items()}
     weights = folder / "student.safetensors"
-    metadata = {"format": "pt", "timm_name": student.timm_name}
 
     def write(path: Path) -> None:
-        save_file(state, path, metadata=metadata)
+        save_file(state, path, metadata={"format": "pt"})  # one key: safetensors writes several in random order
         path.chmod(0o644)  # safetensors keeps it to its owner
 
     write_atomically(weights, write)

@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from robx.distill import resume
+from robx.distill.monitor import NotFinite
+from robx.errors import InputError, Interrupted
+from robx.records import load_student
+from robx.sources import FolderSource, ImageSource, open_source
+from robx.trunk import load_trunk
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "student.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def source(scenes: Path) -> ImageSource:
+    return open_source(scenes)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny: ModuleType, source: ImageSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference: 8 steps of one ViT student without a break."""
+    out = tmp_path_factory.mktemp("unbroken")
+    tiny.tiny_run(source, out)
+    return out
+
+
+class Stop(Exception):
+    """As a power cut: nothing of robx sees it coming."""
+
+
+def stop_after(step: int) -> Any:
+    def progress(done: int, total: int, note: str) -> None:
+        if done == step:
+            raise Stop
+
+    return progress
+
+
+def test_the_folder_holds_what_it_should(unbroken: Path, tiny: ModuleType, source: ImageSource) -> None:
+    student, trunk = load_trunk(unbroken)
+    assert (student.timm_name, student.images_seen, student.preprocessing.crop) == ("test_vit", 64, 32)
+    assert student.teacher is not None and student.teacher.name == "timm:test_resnet"
+    assert student.data is not None and student.data.fingerprint == source.fingerprint
+    assert trunk(torch.zeros(1, 3, 32, 32)).shape == (1, student.width)
+    settings = json.loads((unbroken / "recipe.json").read_text())
+    assert settings["recipe"]["objective"] == "msn" and settings["students"] == ["test_vit"]
+    assert [step for step, _ in tiny.losses(unbroken)] == list(range(1, 9))
+    assert not list(unbroken.rglob(".*tmp*"))
+
+
+@pytest.mark.parametrize(("broken_at", "workers"), [((3,), 0), ((2, 5, 7), 2)])
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
+    tiny: ModuleType, source: ImageSource, unbroken: Path, tmp_path: Path, broken_at: tuple[int, ...], workers: int
+) -> None:
+    options = {"checkpoint_steps": 2, "workers": workers}
+    for step in broken_at:
+        with pytest.raises(Stop):
+            tiny.tiny_run(source, tmp_path, options=options, progress=stop_after(step))
+    tiny.tiny_run(source, tmp_path, options=options)
+    assert weights(tmp_path) == weights(unbroken) and tiny.losses(tmp_path) == tiny.losses(unbroken)
+    final = [resume.load_newest(folder) for folder in (tmp_path, unbroken)]
+    assert final[0] is not None and final[1] is not None
+    _assert_equal(final[0][1], final[1][1])
+
+
+@pytest.mark.parametrize(
+    ("student", "values"),
+    [
+        ("test_resnet", {"objective": "swav", "kind": "cnn", "optimizer": "larc", "student_ema": 0.9, "queue": 16}),
+        ("test_vit", {"objective": "dino", "base": True, "accumulate": 2, "pairing": "swapped"}),
+        ("test_vit", {"objective": "ibot", "base": True, "precision": "bf16"}),
+    ],
+)
+def test_every_kind_of_state_resumes(
+    tiny: ModuleType, source: ImageSource, tmp_path: Path, student: str, values: dict[str, Any]
+) -> None:
+    recipe = tiny.tiny_recipe(**values)
+    tiny.tiny_run(source, tmp_path / "a", students=[student], recipe=recipe)
+    with pytest.raises(Stop):
+        options = {"checkpoint_steps": 3}
+        tiny.tiny_run(
+            source, tmp_path / "b", students=[student], recipe=recipe, options=options, progress=stop_after(5)
+        )
+    tiny.tiny_run(source, tmp_path / "b", students=[student], recipe=recipe)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert tiny.losses(tmp_path / "a") == tiny.losses(tmp_path / "b")
+
+
+def test_neither_probe_nor_monitor_nor_measurement_changes_the_run(
+    tiny: ModuleType, source: ImageSource, unbroken: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    notes: list[str] = []
+    options = {"measure": True, "probe_every": 1, "monitor_every": 2, "workers": 1}
+    tiny.tiny_run(source, tmp_path, options=options, say=said.append, progress=lambda d, t, note: notes.append(note))
+    assert weights(tmp_path) == weights(unbroken) and tiny.losses(tmp_path) == tiny.losses(unbroken)
+    assert any(text.startswith("bound ") for text in said) and "% of the bound" in notes[-1]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    keys = {key for line in lines for key in line}
+    assert {"probe_knn", "embedding_std", "embedding_rank", "target_entropy", "grad_norm", "share_of_bound"} <= keys
+
+
+def test_several_students_are_those_of_separate_runs(
+    tiny: ModuleType, source: ImageSource, unbroken: Path, tmp_path: Path
+) -> None:
+    folders = tiny.tiny_run(source, tmp_path / "both", students=["test_resnet", "test_vit"])
+    tiny.tiny_run(source, tmp_path / "one", students=["test_resnet"])
+    assert folders == [tmp_path / "both" / "test_resnet", tmp_path / "both" / "test_vit"]
+    assert weights(folders[1]) == weights(unbroken) and weights(folders[0]) == weights(tmp_path / "one")
+
+
+def test_stored_targets_train_the_same_student_without_the_teacher(
+    tiny: ModuleType, source: ImageSource, unbroken: Path, tmp_path: Path
+) -> None:
+    tiny.tiny_run(source, tmp_path / "live", store=tmp_path / "targets")
+    assert weights(tmp_path / "live") == weights(unbroken)
+    tiny.tiny_run(source, tmp_path / "stored", targets=tmp_path / "targets")
+    pairs = zip(tiny.losses(tmp_path / "stored"), tiny.losses(unbroken), strict=True)
+    assert all(abs(a - b) < 1e-3 for (_, a), (_, b) in pairs)
+    assert load_student(tmp_path / "stored").teacher == load_student(unbroken).teacher
+    with pytest.raises(InputError, match="seed"):
+        tiny.tiny_run(source, tmp_path / "other", recipe=tiny.tiny_recipe(seed=1), targets=tmp_path / "targets")
+
+
+def test_accumulated_micro_batches_give_the_gradient_of_the_whole(
+    tiny: ModuleType, source: ImageSource, tmp_path: Path
+) -> None:
+    for parts in (1, 4):
+        recipe = tiny.tiny_recipe(accumulate=parts, drop_path=0.0, optimizer="sgd", lr=0.1)
+        tiny.tiny_run(source, tmp_path / str(parts), recipe=recipe)
+    whole, parts_of_it = (load_file(tmp_path / name / "student.safetensors") for name in ("1", "4"))
+    for key, value in whole.items():
+        torch.testing.assert_close(parts_of_it[key], value, atol=2e-5, rtol=1e-4)
+
+
+def test_changed_settings_are_refused_unless_forced(tiny: ModuleType, source: ImageSource, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        tiny.tiny_run(source, tmp_path, options={"checkpoint_steps": 1}, progress=stop_after(3))
+    longer = tiny.tiny_recipe(epochs=2)
+    with pytest.raises(InputError, match=r"recipe\.epochs: 1 -> 2"):
+        tiny.tiny_run(source, tmp_path, recipe=longer)
+    with pytest.raises(InputError, match=r"students: \['test_vit'\] -> \['test_resnet'\]"):
+        tiny.tiny_run(source, tmp_path, students=["test_resnet"])
+    tiny.tiny_run(source, tmp_path, recipe=longer, options={"force": True})
+    assert load_student(tmp_path).images_seen == 128
+
+
+def test_a_finished_run_is_left_alone_and_fresh_starts_over(
+    tiny: ModuleType, source: ImageSource, unbroken: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    tiny.tiny_run(source, unbroken, say=said.append)
+    assert any("holds the whole run already" in text for text in said)
+    tiny.tiny_run(source, tmp_path, recipe=tiny.tiny_recipe(seed=5))
+    first = weights(tmp_path)
+    tiny.tiny_run(source, tmp_path, options={"fresh": True})
+    assert weights(tmp_path) == weights(unbroken) != first
+
+
+def test_nan_stops_the_run_names_the_images_and_saves_nothing_poisoned(
+    tiny: ModuleType, source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from robx.distill import loader
+
+    real = loader.normalise
+
+    def poisoned(pixels: Tensor, device: torch.device) -> Tensor:
+        found = real(pixels, device)
+        poisoned.calls += 1  # type: ignore[attr-defined]
+        if poisoned.calls == 9:  # type: ignore[attr-defined] # the globals of the fifth batch
+            found[0, 3] = float("nan")
+        return found
+
+    poisoned.calls = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(loader, "normalise", poisoned)
+    with pytest.raises(NotFinite, match=r"loss is nan at step 4; its images are .*\.png"):
+        tiny.tiny_run(source, tmp_path, options={"checkpoint_steps": 1})
+    found = resume.load_newest(tmp_path)
+    assert found is not None and found[0] == 4
+    assert all(torch.isfinite(value).all() for value in load_file(tmp_path / "student.safetensors").values())
+
+
+def test_a_collapsed_student_is_said_once(
+    tiny: ModuleType, source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from robx.distill import networks
+
+    real = networks.build_student
+
+    def collapsed(*arguments: Any) -> Any:
+        net = real(*arguments)
+        for parameter in net.trunk.parameters():
+            torch.nn.init.zeros_(parameter)
+        return net
+
+    monkeypatch.setattr(networks, "build_student", collapsed)
+    said: list[str] = []
+    recipe = tiny.tiny_recipe(lr=1e-9, warmup_lr=0.0)
+    tiny.tiny_run(source, tmp_path, recipe=recipe, options={"monitor_every": 2}, say=said.append)
+    assert len([text for text in said if "warning: test_vit, step 2: the student has collapsed" in text]) == 1
+    assert len([text for text in said if "collapsed" in text]) == 1
+
+
+def test_corrupt_images_are_listed_in_the_run(tiny: ModuleType, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    data = tmp_path / "data"
+    data.mkdir()
+    for index in range(32):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(data / f"{index:02d}.png")
+    (data / "07.png").write_bytes(b"not an image")
+    with pytest.raises(InputError, match="1 of 32 images cannot be decoded"):
+        tiny.tiny_run(FolderSource(data), tmp_path / "strict")
+    tiny.tiny_run(FolderSource(data), tmp_path / "out", options={"corrupt_budget": 0.05})
+    assert "07.png" in (tmp_path / "out" / "corrupt.txt").read_text()
+
+
+def test_a_folder_in_use_and_settings_that_contradict_are_refused(
+    tiny: ModuleType, source: ImageSource, tmp_path: Path
+) -> None:
+    import fcntl
+
+    with (tmp_path / ".lock").open("a+") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="in use"):
+            tiny.tiny_run(source, tmp_path)
+    with pytest.raises(InputError, match="give one of --teacher"):
+        tiny.tiny_run(source, tmp_path, recipe=tiny.tiny_recipe(), teacher=None)
+    with pytest.raises(InputError, match="--student once"):
+        tiny.tiny_run(source, tmp_path, students=["test_vit", "test_vit"])
+
+
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
+    tiny: ModuleType, source: ImageSource, unbroken: Path, tmp_path: Path
+) -> None:
+    import os
+    import signal
+
+    def progress(done: int, total: int, note: str) -> None:
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    with pytest.raises(Interrupted, match="SIGUSR1 after step 3 of 8") as caught:
+        tiny.tiny_run(source, tmp_path, progress=progress)
+    assert caught.value.exit_status == 75
+    found = resume.load_newest(tmp_path)
+    assert found is not None and found[0] == 3
+    tiny.tiny_run(source, tmp_path)
+    assert weights(tmp_path) == weights(unbroken)
+
+
+def _assert_equal(a: Any, b: Any) -> None:
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            _assert_equal(a[key], b[key])
+    elif isinstance(a, list):
+        for x, y in zip(a, b, strict=True):
+            _assert_equal(x, y)
+    else:
+        assert a == b
