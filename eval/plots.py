@@ -220,7 +220,7 @@ def _point(axes: Any, p: Mapping[str, Any], *, area: float) -> None:
     if p["valid"]:
         axes.scatter(p["x"], p["y"], color=colour, alpha=0.8, edgecolors=PAPER, linewidths=0.8, **style)
     else:
-        axes.scatter(p["x"], p["y"], facecolors="none", edgecolors=colour, linestyles=(0, (2, 2)), **style)
+        axes.scatter(p["x"], p["y"], facecolors="none", edgecolors=colour, linestyles=(0, (2, 1.5)), lw=1.5, **style)
     if p["picked"]:
         axes.scatter(
             p["x"], p["y"], marker="o", s=area * 2 + 160, facecolors="none", edgecolors=INK, linewidths=1.1, zorder=4

@@ -73,7 +73,9 @@ def why_not(row: Row, margin: float) -> str | None:
     if row.bound is None:
         return "its p90 has no upper bound: measure more queries"
     if row.precision == "fp32":
-        return None if row.gate == "PASS" else f"its answers were not compared with torch ({row.gate})"
+        if row.judged == "FAIL":
+            return f"accuracy FAIL: {row.judged_why}"
+        return None if "PASS" in (row.gate, row.judged) else f"export gate {row.gate}: {row.gate_reason}"
     if row.judged != "PASS":
         return f"accuracy {row.judged}: {row.judged_why or 'no paired comparison with its fp32 student'}"
     if row.drop and row.margin is not None and row.margin <= margin:

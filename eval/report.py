@@ -145,7 +145,7 @@ def _pick(row: Row, protocol: str | None) -> dict[str, Any]:
     if row.drop:
         facts.append((f"{tables.hundredths(row.drop.value.value)} pt", "lost against fp32", row.drop.source))
     if row.bound:
-        facts.append((f"{tables.number(row.bound.value.value)} ms", "p90, at most", row.bound.source))
+        facts.append((f"{tables.at_most(row.bound.value.value)} ms", "p90, at most", row.bound.source))
     if row.speedup:
         facts.append((f"{row.speedup.value.value:.2f} ×", "as fast as fp32", row.speedup.source))
     if row.bytes:
@@ -154,7 +154,7 @@ def _pick(row: Row, protocol: str | None) -> dict[str, Any]:
 
 
 def _step(step: Step) -> dict[str, str]:
-    start, end = tables.number(step.start), tables.number(step.end)
+    start, end = tables.at_most(step.start), tables.at_most(step.end)
     span = f"{start} ms and more" if math.isinf(step.end) else f"{start} to {end} ms"
     if step.start == 0:
         span = f"less than {end} ms"

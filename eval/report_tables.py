@@ -47,6 +47,14 @@ def number(x: float, digits: int = 3) -> str:
     return f"{x:.{max(0, digits - 1 - math.floor(math.log10(abs(x))))}f}"
 
 
+def at_most(x: float, digits: int = 3) -> str:
+    """As `number`, rounded up: what is said of a bound must hold for it."""
+    if x <= 0 or not math.isfinite(x):
+        return number(x, digits)
+    step = 10.0 ** (math.floor(math.log10(x)) - digits + 1)
+    return number(max(x, math.ceil(x / step - 1e-9) * step), digits)
+
+
 def percent(x: float) -> str:
     """One decimal."""
     return f"{x:.1f}"
@@ -285,7 +293,7 @@ def _p90(row: Row) -> Cell:
     figure = row.latency.get("p90") or row.bound
     if figure is None:
         return Cell(DASH, mark="missing")
-    note = f"at most {number(row.bound.value.value)}" if row.bound else "no upper bound"
+    note = f"at most {at_most(row.bound.value.value)}" if row.bound else "no upper bound"
     return Cell(f"{number(figure.value.value)} ms", note, figure.source, _state(row))
 
 

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -89,8 +90,6 @@ def test_who_is_no_candidate_and_why(changes, word):
     candidate = row("x", 5, 60, **{k: v for k, v in fields.items() if not isinstance(v, Figure) and k != "margin"})
     figures = {k: v for k, v in changes.items() if isinstance(v, Figure) or k == "margin"}
     if figures:
-        from dataclasses import replace
-
         candidate = replace(candidate, **figures)
     assert word in (why_not(candidate, 1.0) or "")
 
@@ -100,6 +99,8 @@ def test_a_pass_at_no_wider_margin_is_enough_and_fp32_needs_its_parity():
     assert why_not(row("x", 5, drop=(0.4, 1.05), margin=1.0), 0.5) is not None
     assert why_not(fp32("x", 5), 1.0) is None
     assert why_not(fp32("x", 5, gate="NOT_JUDGED"), 1.0) is not None
+    assert why_not(replace(fp32("x", 5, gate="NOT_JUDGED"), judged="PASS"), 1.0) is None
+    assert "FAIL" in (why_not(replace(fp32("x", 5), judged="FAIL"), 1.0) or "")
 
 
 def test_only_valid_latencies_recommend_and_unstable_ones_only_say_what_they_would():

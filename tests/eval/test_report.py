@@ -19,7 +19,7 @@ from robx.errors import InputError
 from robx.eval.report import collect, render
 from robx.eval.report_data import ReportData, Run
 from robx.eval.report_rows import build_rows
-from robx.eval.report_tables import clean
+from robx.eval.report_tables import at_most, clean, number
 from robx.records import Latency, Value, append_measurements
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -361,6 +361,12 @@ def test_whatever_a_name_says_every_figure_holds(data):
     page = Page(render(everything).html)
     assert not page.tags("script") and len(page.tags("svg")) == 4  # Pareto, latency, two runs' curves
     assert '</svg><script>$x_{1}^ id="a" url(#b) #0101' in page.text  # the label, as it was written
+
+
+@given(st.floats(1e-4, 1e5))
+def test_a_bound_is_never_rounded_down(x):
+    assert float(at_most(x)) >= x * (1 - 1e-9) and float(at_most(x)) <= x * 1.0101
+    assert float(number(x)) == pytest.approx(x, rel=0.0051)
 
 
 @given(st.text())
