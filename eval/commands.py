@@ -68,10 +68,10 @@ def evaluate(
     robx eval runs/r18 --data images/ --linear --lowshot 1,2,5,1%
     robx eval runs/r18 --transfer cifar10=/data/cifar --transfer clevr_count=/data/CLEVR_v1.0
     """
-    from robx.eval.evaluate import Plan, default_cache, parse_transfers
     from robx.eval.evaluate import evaluate as run
     from robx.eval.features import decode_workers
     from robx.eval.lowshot import parse_shots
+    from robx.eval.plan import Plan, default_cache, parse_transfers
     from robx.records import append_measurements, to_json
 
     if no_cache and cache:

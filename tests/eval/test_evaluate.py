@@ -14,6 +14,7 @@ from robx.cli import main
 from robx.errors import InputError
 from robx.eval import evaluate, linear
 from robx.eval.features import Features
+from robx.eval.splits import open_split
 from robx.files import sha256_file
 from robx.records import (
     Accuracy,
@@ -28,7 +29,7 @@ from robx.records import (
     load_student,
     save_bundle,
 )
-from robx.runtime.session import open_session
+from robx.runtime.session import load_record, open_session
 from robx.sources import labels_of, open_source
 from robx.trunk import build_trunk, embedding_width, save_trunk
 
@@ -89,7 +90,7 @@ def bundle(run, monkeypatch):
     def opened(path, settings):
         if path not in noises:
             return open_session(path, settings)
-        return contextlib.nullcontext(Noisy(evaluate.load_record(path), open_session(run, settings), noises[path]))
+        return contextlib.nullcontext(Noisy(load_record(path), open_session(run, settings), noises[path]))
 
     monkeypatch.setattr(evaluate, "open_session", opened)
     return make
@@ -176,7 +177,7 @@ def test_a_bundle_calibrated_on_the_judged_images_is_refused(bundle, scene_shard
 
 def test_a_bundle_away_from_its_student_needs_the_reference(run, bundle, scene_shards, tmp_path):
     folder = bundle("lone", 0.0)
-    lone = evaluate.load_record(folder)
+    lone = load_record(folder)
     assert evaluate.find_reference(folder, lone, None) == run.resolve()
     away = tmp_path / "away" / "lone"
     away.parent.mkdir()
@@ -198,7 +199,7 @@ def test_test_classes_are_numbered_as_the_banks(scenes, tmp_path):
     shutil.copytree(scenes, tmp_path / "data")
     first = sorted(p.name for p in (tmp_path / "data" / "train").iterdir())[0]
     shutil.rmtree(tmp_path / "data" / "test" / first, ignore_errors=True)
-    split = evaluate.open_split(tmp_path / "data" / "train", tmp_path / "data" / "test")
+    split = open_split(tmp_path / "data" / "train", tmp_path / "data" / "test")
     own = [split.test.classes[split.test.label(i)] for i in range(len(split.test))]
     found = Features(
         features=np.zeros((len(own), 1), np.float32), labels=labels_of(split.test),
