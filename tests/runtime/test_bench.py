@@ -1,0 +1,233 @@
+"""Whole benches on this machine: real models, real processes."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from robx.errors import ArtifactError, DeviceError, InputError
+from robx.files import sha256_file
+from robx.records import Preprocessing, Student, Value, load_measurements, to_json
+from robx.runtime import compare, latency
+from robx.runtime.bench import BenchOptions, bench
+from robx.runtime.inputs import load_inputs
+from robx.runtime.session import open_session
+from robx.sources import open_source
+from robx.trunk import build_trunk, embedding_width, save_trunk
+
+QUIET_CODES = {"steal", "background_load", "drift", "high_cov", "process_spread", "not_steady", "cgroup_throttle"}
+
+
+def codes(record):
+    return {reason.split(":")[0] for reason in record.reasons}
+
+
+def test_two_engines_side_by_side(make_bundle, short_profile):
+    folders = [make_bundle("onnx-fp32"), make_bundle("openvino-fp32", runtime="openvino")]
+    seen = []
+    records = bench(folders, BenchOptions(profile="rapid"), progress=lambda *step: seen.append(step))
+    assert seen[0][:2] == (0, 4) and seen[-1][:2] == (4, 4)
+    for folder, record in zip(folders, records, strict=True):
+        # The machine that tests run on is not quiet; nothing else may be wrong.
+        assert codes(record) <= QUIET_CODES, record.reasons
+        assert record.values["output_cosine"].value > 0.9999
+        assert load_measurements(folder / "measurements.jsonl") == [record]
+        assert sha256_file(folder / record.samples) == record.samples_sha256
+    assert [r.settings["runtime"]["engine"] for r in records] == ["onnxruntime", "openvino"]
+    assert all(r.settings["runtime"]["threads"] == 1 for r in records)
+
+
+def test_every_figure_can_be_computed_again_from_the_samples(make_bundle, short_profile):
+    folder = make_bundle()
+    (record,) = bench([folder], BenchOptions(profile="rapid"))
+    with np.load(folder / record.samples) as arrays:
+        runs = [arrays[f"process_{i}"] for i in range(2)]
+        assert len(json.loads(str(arrays["telemetry"]))) == 2
+    for name, value in latency.summarise(runs).items():
+        assert record.values[name] == value
+    assert record.values["p50"].value == pytest.approx(np.median(np.concatenate(runs)) / 1e6)
+    assert record.values["p50"].n >= short_profile.queries
+    assert record.values["first"].value > record.values["p50"].value
+    assert record.values["peak_memory"].value > record.values["model_memory"].value > 0
+    assert record.values["end_to_end"].value > record.values["preprocess"].value
+    assert "10" in record.missing["energy"]
+
+
+def test_the_p50_is_what_a_bare_session_takes(make_bundle, short_profile):
+    folder = make_bundle(runtime="onnxruntime", kernel=np.ones((8, 3, 3, 3), np.float32))
+    (record,) = bench([folder], BenchOptions(profile="rapid"))
+    with open_session(folder) as session:
+        images = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
+        blocks = compare.interleave({"x": session}, images, blocks=5, seconds=0.1)["x"]
+    bare = float(np.median(np.concatenate(blocks))) / 1e6
+    assert 0.4 < record.values["p50"].value / bare < 2.5
+
+
+@pytest.mark.parametrize("fault", ["nan", "constant", "shuffled"])
+def test_a_bench_of_a_broken_model_is_never_valid(make_bundle, short_profile, fault):
+    right = np.random.default_rng(0).normal(size=(8, 3, 3, 3)).astype(np.float32)
+    make_bundle("onnx-fp32", kernel=right)
+    broken = {"nan": np.full_like(right, np.nan), "constant": np.zeros_like(right), "shuffled": right[::-1].copy()}
+    folder = make_bundle("onnx-int8", precision="int8", kernel=broken[fault])
+    (record,) = bench([folder], BenchOptions(profile="rapid", processes=1))
+    assert record.verdict == "INVALID"
+    assert "output_mismatch" in codes(record)
+
+
+def test_the_reference_is_the_student_in_torch_when_it_is_there(tmp_path, make_bundle, short_profile):
+    import torch
+
+    torch.manual_seed(0)
+    trunk = build_trunk("test_resnet").eval()
+    preprocessing = Preprocessing(size=36, crop=32, interpolation="bilinear")
+    record = Student(
+        timm_name="test_resnet",
+        width=embedding_width(trunk),
+        preprocessing=preprocessing,
+        sha256="",
+        teacher=None,
+        data=None,
+        recipe={},
+    )
+    student = save_trunk(tmp_path / "run", trunk, record)
+    folder = make_bundle(student=student)
+    torch.onnx.export(
+        trunk,
+        (torch.zeros(1, 3, 32, 32),),
+        str(folder / "model.onnx"),
+        input_names=["images"],
+        output_names=["embedding"],
+        dynamo=False,
+        opset_version=18,
+    )
+    from robx.records import Bundle, TensorSpec, describe_file, from_json, save_bundle
+
+    manifest = from_json(Bundle, json.loads((folder / "manifest.json").read_text()))
+    changes = {
+        "files": (describe_file(folder, "model.onnx", "model"),),
+        "inputs": (TensorSpec(name="images", dtype="float32", shape=(1, 3, 32, 32)),),
+    }
+    save_bundle(dataclasses.replace(manifest, **changes), folder)
+    (found,) = bench([folder], BenchOptions(profile="rapid", processes=1))
+    assert found.settings["reference"] == "the fp32 student in torch"
+    assert found.values["output_cosine_min"].value > 0.999
+    assert "output_mismatch" not in codes(found)
+
+
+def test_without_a_student_the_fp32_bundle_beside_is_the_reference(make_bundle, short_profile):
+    make_bundle("onnx-fp32")
+    (record,) = bench([make_bundle("x-int8", precision="int8")], BenchOptions(profile="rapid", processes=1))
+    assert record.settings["reference"] == "the fp32 bundle onnx-fp32"
+    (record,) = bench([make_bundle("alone-fp32")], BenchOptions(profile="rapid", processes=1))
+    assert record.settings["reference"] == "the same bundle in a session of its own"
+
+
+def test_too_short_a_run_is_invalid_and_kept(make_bundle, monkeypatch, short_profile):
+    from robx.runtime.profiles import PROFILES
+
+    monkeypatch.setitem(PROFILES, "rapid", dataclasses.replace(short_profile, queries=10**9, max_seconds=0.5))
+    folder = make_bundle()
+    (record,) = bench([folder], BenchOptions(profile="rapid"))
+    assert record.verdict == "INVALID" and "min_queries" in codes(record)
+    assert load_measurements(folder / "measurements.jsonl")[0].values["p50"].value > 0
+
+
+def test_offline_batches_and_fixed_ones(make_bundle, short_profile):
+    options = BenchOptions(profile="rapid", processes=1, batch=4)
+    (record,) = bench([make_bundle()], options)
+    assert record.settings["scenario"] == "offline"
+    p50 = record.values["mean"].value
+    assert record.values["throughput"].value == pytest.approx(4000 / p50, rel=1e-6)
+    assert "output_mismatch" not in codes(record)
+    with pytest.raises(InputError, match="fixed batch of 2"):
+        bench([make_bundle("fixed", batch=2)], options)
+    (record,) = bench([make_bundle("two", batch=2)], BenchOptions(profile="rapid", processes=1))
+    assert record.settings["batch"] == 2
+
+
+def test_said_to_be_emulated(make_bundle, short_profile):
+    (record,) = bench([make_bundle()], BenchOptions(profile="rapid", emulated=True))
+    assert record.verdict == "INVALID" and codes(record) == {"emulated"}
+    assert set(record.values) == {"output_cosine", "output_cosine_min"}, "no time at all"
+    assert record.values["output_cosine"].value > 0.9999
+    assert record.missing["p50"] and record.samples is None
+    assert record.settings["process_p50_ms"] == []
+
+
+def test_affinity_is_kept_to_and_recorded(make_bundle, short_profile):
+    core = min(os.sched_getaffinity(0))
+    (record,) = bench([make_bundle()], BenchOptions(profile="rapid", processes=1, affinity=(core,)))
+    assert record.settings["affinity"] == [core]
+    with pytest.raises(DeviceError, match="4000"):
+        bench([make_bundle("b")], BenchOptions(profile="rapid", processes=1, affinity=(4000,)))
+
+
+def test_one_bundle_that_fails_does_not_take_the_others_down(make_bundle, short_profile):
+    from robx.records import describe_file, load_bundle, save_bundle
+
+    good, bad = make_bundle("good"), make_bundle("bad")
+    bundle = load_bundle(bad)
+    (bad / "model.onnx").write_bytes(b"nonsense")
+    save_bundle(dataclasses.replace(bundle, files=(describe_file(bad, "model.onnx", "model"),)), bad)
+    first, second = bench([good, bad], BenchOptions(profile="rapid"))
+    assert "failed" not in codes(first)
+    assert second.verdict == "INVALID" and "failed" in codes(second) and second.missing["p50"]
+    with pytest.raises(DeviceError, match="bad could not be measured on local"):
+        bench([bad], BenchOptions(profile="rapid"))
+
+
+def test_what_cannot_be_benched(tmp_path, make_bundle):
+    with pytest.raises(InputError, match="no bundle"):
+        bench([], BenchOptions())
+    with pytest.raises(ArtifactError, match="manifest.json is missing"):
+        bench([tmp_path], BenchOptions())
+    for wrong in ({"profile": "fast"}, {"processes": 0}, {"batch": 0}):
+        with pytest.raises(InputError):
+            BenchOptions(**wrong)
+
+
+def test_the_users_images_are_run(make_bundle, short_profile, scenes):
+    (record,) = bench([make_bundle()], BenchOptions(profile="rapid", processes=1), source=open_source(scenes / "test"))
+    assert record.settings["images"] == "test"
+
+
+def test_inputs_are_the_same_everywhere_and_skip_what_is_corrupt(tmp_path, scenes):
+    preprocessing = Preprocessing(size=36, crop=32)
+    first, second = load_inputs(preprocessing, None), load_inputs(preprocessing, None)
+    np.testing.assert_array_equal(first.images, second.images)
+    assert len(np.unique(first.images.reshape(64, -1), axis=0)) == 64
+    (tmp_path / "a.png").write_bytes(b"broken")
+    with pytest.raises(InputError, match="none of the images"):
+        load_inputs(preprocessing, open_source(tmp_path))
+    (tmp_path / "b.png").write_bytes(next((scenes / "test").rglob("*.png")).read_bytes())
+    assert load_inputs(preprocessing, open_source(tmp_path)).images.shape == (64, 3, 32, 32)
+
+
+def test_interleaving_mixes_the_order_and_gives_pairs(make_bundle, images):
+    calls = []
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def run(self, _):
+            calls.append(self.name)
+            return _
+
+    blocks = compare.interleave({"a": Recorder("a"), "b": Recorder("b")}, images, blocks=12, seconds=0.002)
+    assert [len(blocks[name]) for name in "ab"] == [12, 12]
+    assert all(
+        len(block) >= 5 and block.dtype == np.int64 and (block > 0).all() for b in blocks.values() for block in b
+    )
+    changes = [call for i, call in enumerate(calls) if i == 0 or calls[i - 1] != call]
+    assert 12 < len(changes) < 25, "neither one after the other nor strictly in turn"
+
+
+def test_a_record_survives_its_json(make_bundle, short_profile):
+    (record,) = bench([make_bundle()], BenchOptions(profile="rapid", processes=1))
+    assert json.loads(json.dumps(to_json(record), allow_nan=False))["values"]["p50"]["unit"] == "ms"
+    assert all(isinstance(value, Value) for value in record.values.values())
+    assert not any("/" in str(part) for part in Path(record.samples).parent.parts)

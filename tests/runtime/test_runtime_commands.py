@@ -1,0 +1,155 @@
+"""`robx bench`, `robx run` and `robx doctor` as a user calls them."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from robx.cli import main
+from robx.images import decode, preprocess
+from robx.records import load_measurements
+from robx.runtime.infer import top_labels
+from robx.runtime.session import open_session
+
+WITHOUT_TORCH = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "timm", "torchvision"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+from robx.cli import main
+main()
+"""
+
+
+@pytest.fixture
+def call():
+    def invoke(*arguments):
+        return CliRunner().invoke(main, [str(a) for a in arguments])
+
+    return invoke
+
+
+def test_bench_prints_a_table_and_writes_records(call, make_bundle, short_profile):
+    first, second = make_bundle("onnx-fp32"), make_bundle("[odd] name", runtime="openvino")
+    result = call("bench", first, second, "--profile", "rapid")
+    assert result.exit_code == 0, result.output
+    assert "p90 bound" in result.output and "onnx-fp32" in result.output and "[odd] name" in result.output
+    assert "not for publication" in result.output
+    assert len(load_measurements(first / "measurements.jsonl")) == 1
+
+
+def test_bench_prints_json_lines(call, make_bundle, short_profile):
+    result = call("bench", make_bundle(), "--profile", "rapid", "--json", "--threads", 2, "--affinity", "0-1")
+    record = json.loads(result.stdout.strip().splitlines()[-1])
+    assert record["kind"] == "latency" and record["settings"]["threads"] == 2
+    assert record["settings"]["affinity"] == [0, 1]
+
+
+def test_bench_of_a_broken_model_has_its_exit_status(call, make_bundle, short_profile):
+    make_bundle("onnx-fp32")
+    folder = make_bundle("onnx-int8", precision="int8", kernel=np.zeros((8, 3, 3, 3), np.float32))
+    result = call("bench", folder, "--profile", "rapid", "--processes", 1)
+    assert result.exit_code == 3
+    assert "output_mismatch" in result.output
+
+
+def test_bench_ab(call, make_bundle, short_profile):
+    small, large = make_bundle("small"), make_bundle("large", kernel=np.ones((8, 3, 3, 3), np.float32))
+    slow = make_bundle("slow", runtime="openvino")
+    result = call("bench", small, slow, "--ab", "--profile", "rapid", "--json")
+    ratio = json.loads(result.output)["ratio"]
+    assert ratio["low"] > 1, "OpenVINO's overhead on a model this small is several times ONNX Runtime's"
+    result = call("bench", small, large, "--ab", "--profile", "rapid")
+    assert "x the latency of" in result.output
+    assert call("bench", small, "--ab").exit_code == 2
+    assert call("bench", small, large, "--ab", "--device", "ssh://x").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["bench", "nowhere"], "manifest.json is missing"),
+        (["bench", "{bundle}", "--affinity", "x"], "write 0,1 or 4-7"),
+        (["bench", "{bundle}", "--affinity", "3-1"], "write 0,1 or 4-7"),
+        (["bench", "{bundle}", "--device", "host"], "give local, ssh://"),
+        (["run", "nowhere", "x.jpg"], "neither a bundle"),
+        (["run", "{bundle}", "nowhere.jpg"], "does not exist"),
+        (["doctor", "--device", "ssh://-x"], "is no address"),
+    ],
+)
+def test_what_is_wrong_is_one_line(call, make_bundle, arguments, line):
+    bundle = make_bundle()
+    result = call(*(a.replace("{bundle}", str(bundle)) for a in arguments))
+    assert result.exit_code == 2
+    assert line in result.output and "Traceback" not in result.output
+    assert len(result.output.strip().splitlines()) == 1
+
+
+def test_run_prints_one_line_an_image(call, make_bundle, scenes):
+    bundle = make_bundle()
+    paths = sorted((scenes / "test").rglob("*.png"))
+    result = call("run", bundle, paths[0], scenes / "test")
+    lines = [json.loads(line) for line in result.output.splitlines()]
+    assert len(lines) == 1 + len(paths)
+    with open_session(bundle) as session:
+        pixels = preprocess(decode(paths[0].read_bytes(), name="x"), session.bundle.preprocessing)
+        np.testing.assert_allclose(lines[0]["embedding"], session.run(pixels[None])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_run_writes_an_npz_and_skips_what_is_corrupt(call, make_bundle, scenes, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    result = call("run", make_bundle(), broken, scenes / "test", "--out", tmp_path / "out.npz")
+    assert result.exit_code == 0 and "skipped" in result.stderr and "broken.png" in result.stderr
+    with np.load(tmp_path / "out.npz") as arrays:
+        assert arrays["embeddings"].shape == (len(arrays["keys"]), 8)
+        assert len(arrays["keys"]) == 32
+    assert call("run", make_bundle("b"), broken).exit_code == 2
+    assert call("run", make_bundle("c"), scenes / "test", "--out", tmp_path / "out.csv").exit_code == 2
+
+
+def test_run_gives_labels_when_there_is_a_head(call, make_bundle, scenes):
+    labels = tuple("abcdefgh")
+    image = next((scenes / "test").rglob("*.png"))
+    bundle = make_bundle(labels=labels)
+    line = json.loads(call("run", bundle, image, "--top", 3).output)
+    with open_session(bundle) as session:
+        pixels = preprocess(decode(image.read_bytes(), name="x"), session.bundle.preprocessing)
+        scores = session.run(pixels[None])[0]
+    assert [entry["label"] for entry in line["labels"]] == [labels[i] for i in np.argsort(-scores)[:3]]
+    assert sum(p for _, p in top_labels(scores, labels, count=8)) == pytest.approx(1)
+
+
+def test_doctor(call):
+    result = call("doctor")
+    assert result.exit_code == 0
+    assert "onnxruntime" in result.output and "pip install" in result.output
+    told = json.loads(call("doctor", "--json").output)
+    assert told["facts"]["arch"]
+    states = {finding["name"]: finding for finding in told["findings"]}
+    assert states["torch"]["version"] and not states["torch"]["remedy"]
+    if states["adb"]["version"] is None:
+        assert states["adb"]["remedy"]
+
+
+def test_without_torch_and_timm(make_bundle, scenes, tmp_path):
+    """bench, run and doctor on a machine that has neither."""
+    bundle = make_bundle()
+
+    def call(*arguments):
+        command = [sys.executable, "-c", WITHOUT_TORCH, *(str(a) for a in arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    done = call("run", bundle, next((scenes / "test").rglob("*.png")))
+    assert done.returncode == 0 and "embedding" in done.stdout, done.stderr
+    done = call("doctor", "--json")
+    states = {f["name"]: f for f in json.loads(done.stdout)["findings"]}
+    assert states["CUDA"]["version"] is None
+    done = call("bench", bundle, "--profile", "rapid", "--processes", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["settings"]["reference"] == "the same bundle in a session of its own"

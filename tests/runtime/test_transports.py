@@ -1,0 +1,330 @@
+"""Reaching devices. A real sshd on the loopback where one is installed; shims for what must fail on cue, and for adb.
+
+The adb here is a shell script that speaks adb's command line (shell, push, pull, -s): no Android device was at hand.
+"""
+
+import contextlib
+import getpass
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from robx.errors import DeviceError, InputError
+from robx.runtime import transports
+from robx.runtime.bench import BenchOptions, bench
+from robx.runtime.doctor import examine
+from robx.runtime.transports import open_transport
+
+SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
+needs_sshd = pytest.mark.skipif(SSHD is None, reason="sshd is not installed (Debian: openssh-server)")
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def shims(tmp_path, monkeypatch):
+    """A folder that stands first on PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """Where both this process and the "device" put their temporary folders."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    return folder
+
+
+@pytest.fixture
+def device(tmp_path, shims):
+    """ssh:// address of a real sshd on the loopback; key, known host and all are its own."""
+    home = tmp_path / "sshd"
+    home.mkdir(mode=0o700)
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(home / name)], check=True)
+    shutil.copy(home / "user.pub", home / "authorized")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (home / "known").write_text(f"[127.0.0.1]:{port} {(home / 'host.pub').read_text()}")
+    (home / "sshd_config").write_text(
+        f"ListenAddress 127.0.0.1\nPort {port}\nHostKey {home}/host\nAuthorizedKeysFile {home}/authorized\n"
+        f"StrictModes no\nPasswordAuthentication no\nUsePAM no\nPidFile {home}/pid\nSubsystem sftp internal-sftp\n"
+    )
+    (home / "config").write_text(f"Host *\n IdentityFile {home}/user\n UserKnownHostsFile {home}/known\n")
+    for name in ("ssh", "scp"):
+        script(shims / name, f'exec {shutil.which(name)} -F {home}/config "$@"')
+    Path("/run/sshd").mkdir(exist_ok=True)  # where sshd drops its privileges to
+    server = subprocess.Popen([SSHD, "-D", "-e", "-f", str(home / "sshd_config")], stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(100):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.05)
+        yield f"ssh://{getpass.getuser()}@127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(timeout=10)
+
+
+@needs_sshd
+def test_a_bench_over_ssh(device, make_bundle, short_profile):
+    before = set(Path("/tmp").glob("robx-*"))
+    folder = make_bundle()
+    (record,) = bench([folder], BenchOptions(device=device, profile="rapid", python=sys.executable))
+    assert record.device["kind"] == "ssh"
+    assert record.values["p50"].value > 0 and record.values["output_cosine"].value > 0.9999
+    assert "not the device's" in record.missing["preprocess"]
+    assert not {r.split(":")[0] for r in record.reasons} & {"failed", "incomplete", "output_mismatch"}
+    assert {p for p in Path("/tmp").glob("robx-*") if p.owner() == getpass.getuser()} <= before | _others(folder)
+
+
+def _others(_):
+    # Tests that run beside this one make and remove folders of their own.
+    return set(Path("/tmp").glob("robx-*")) if os.environ.get("PYTEST_XDIST_WORKER") else set()
+
+
+@needs_sshd
+def test_the_doctor_over_ssh(device):
+    facts, findings = examine(device, python=sys.executable)
+    assert facts["arch"] == os.uname().machine
+    assert next(f for f in findings if f.name == "onnxruntime").version
+
+
+@needs_sshd
+def test_a_key_that_is_not_taken_is_one_line_and_no_prompt(device):
+    refused = device.replace(getpass.getuser(), "nobody")
+    with pytest.raises(DeviceError, match="reaching ssh://nobody@") as caught, open_transport(refused):
+        pass
+    assert "\n" not in str(caught.value)
+
+
+@needs_sshd
+def test_files_with_hostile_names_arrive(device, tmp_path):
+    names = ["-rf", "a b", "$(touch owned)", "x;y", "quote'\"", "semi:colon", "tab\there", "ünï"]
+    files = {}
+    for i, name in enumerate(names):
+        (tmp_path / "from").mkdir(exist_ok=True)
+        (tmp_path / "from" / name).write_text(str(i))
+        files[f"deep/{name}"] = tmp_path / "from" / name
+    (tmp_path / "back").mkdir()
+    code = "import os,json; json.dump({n: open('deep/'+n).read() for n in os.listdir('deep')}, open('out.json','w'))"
+    with open_transport(device, python=sys.executable) as transport:
+        transport.push(files, "b0")
+        assert transport.run("b0", ["-c", code], timeout=30)[0] == 0
+        import json
+
+        got = json.loads(transport.pull("b0", "out.json", tmp_path / "back").read_text())
+        status, text = transport.run("b0", ["-c", "import sys; print(sys.argv[1:])", *names], timeout=30)
+    assert got == {name: str(i) for i, name in enumerate(names)}
+    assert status == 0 and text == str(names)
+
+
+@needs_sshd
+def test_a_run_that_hangs_ends_at_its_time_and_is_cleaned_up(device, tmp_path):
+    with open_transport(device, python=sys.executable) as transport:
+        (tmp_path / "x").write_text("1")
+        transport.push({"x": tmp_path / "x"}, "b0")
+        root = Path(transport._root)
+        assert root.is_dir()
+        with pytest.raises(DeviceError, match="did not answer within 1 s"):
+            transport.run("b0", ["-c", "import time; time.sleep(5)"], timeout=1)
+    assert not root.exists()
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "line"),
+    [
+        ("echo 'ssh: connect to host x port 22: No route to host' >&2; exit 255", "No route to host"),
+        ("echo 'Welcome! / ; rm -rf ~'", "where a folder's name was expected"),
+        ("echo /tmp/../robx-aaaaaaaaaa", "where a folder's name was expected"),
+        ("echo '/tmp/x y/robx-aaaaaaaaaa'", "where a folder's name was expected"),
+        ("exit 0", "where a folder's name was expected"),
+        ("head -c 100000 /dev/urandom", "where a folder's name was expected"),
+    ],
+)
+def test_a_device_that_answers_nonsense(shims, behaviour, line):
+    script(shims / "ssh", behaviour)
+    with pytest.raises(DeviceError, match=line) as caught, open_transport("ssh://box"):
+        pass
+    assert "\n" not in str(caught.value)
+
+
+def test_a_device_that_never_answers(shims, monkeypatch):
+    monkeypatch.setattr(transports, "_CONNECT_SECONDS", 0.2)
+    script(shims / "ssh", "exec sleep 30")
+    start = time.monotonic()
+    with pytest.raises(DeviceError, match="did not answer"), open_transport("ssh://box"):
+        pass
+    assert time.monotonic() - start < 5
+
+
+LOCAL_SSH = 'for last; do :; done; exec sh -c "$last"'
+# Copies within this machine; the host's name before the colon is cut off.
+LOCAL_SCP = 'for to; do from=$last; last=$to; done; exec cp -r -- "${from#box:}" "${to#box:}"'
+
+
+@pytest.fixture
+def loopback(shims, temporary):
+    """ssh and scp that reach this machine without a network, to be broken by the tests below."""
+    script(shims / "ssh", LOCAL_SSH)
+    script(shims / "scp", LOCAL_SCP)
+    return shims
+
+
+def left_over(folder):
+    return [p for p in folder.iterdir() if p.name.startswith("robx-")]
+
+
+def test_the_loopback_shims_work(loopback, temporary, make_bundle, short_profile):
+    (record,) = bench([make_bundle()], BenchOptions(device="ssh://box", profile="rapid", python=sys.executable))
+    assert "failed" not in {r.split(":")[0] for r in record.reasons}
+    assert left_over(temporary) == []
+
+
+def test_a_connection_that_drops_midway_leaves_an_invalid_record(loopback, temporary, make_bundle, short_profile):
+    # The second run of the runner is cut off, as by a lost link; the first one's samples are kept.
+    count = temporary / "count"
+    drop = f'case "$last" in *job.json*) echo x >> {count}; [ $(wc -l < {count}) -gt 1 ] && exit 255;; esac'
+    script(loopback / "ssh", f'for last; do :; done; {drop}; exec sh -c "$last"')
+    folder = make_bundle()
+    (record,) = bench([folder], BenchOptions(device="ssh://box", profile="rapid", python=sys.executable))
+    assert record.verdict == "INVALID"
+    assert {r.split(":")[0] for r in record.reasons} >= {"failed", "incomplete"}
+    assert "was lost" in record.reasons[0]
+    assert (folder / record.samples).is_file() and (folder / "measurements.jsonl").is_file()
+    assert left_over(temporary) == []
+
+
+@pytest.mark.parametrize(
+    ("scp", "line"),
+    [
+        ('case "$*" in *result.zip*) echo garbage > "${to#box:}/result.zip"; exit 0;; esac', "damaged result"),
+        ('case "$*" in *result.zip*) exit 0;; esac', "sent no result.zip"),
+        ('case "$*" in *result.zip*) echo "disk full" >&2; exit 1;; esac', "disk full"),
+    ],
+)
+def test_a_result_that_is_damaged_or_lost(loopback, temporary, make_bundle, short_profile, scp, line):
+    script(loopback / "scp", f"for to; do :; done; {scp}; last=; {LOCAL_SCP}")
+    folder = make_bundle()
+    with pytest.raises(DeviceError, match=line):
+        bench([folder], BenchOptions(device="ssh://box", profile="rapid", python=sys.executable))
+    assert not (folder / "measurements.jsonl").exists()
+    assert left_over(temporary) == []
+
+
+def test_a_file_that_is_damaged_on_its_way(loopback, temporary, make_bundle, short_profile):
+    damage = 'case "$*" in *b0*result*) ;; *b0*) exec_after=1;; esac'
+    text = f'{damage}; for to; do from=$last; last=$to; done; cp -r -- "${{from#box:}}" "${{to#box:}}" || exit 1; '
+    text += (
+        '[ -z "$exec_after" ] || { rm "${to#box:}b0/bundle/model.onnx"; echo x > "${to#box:}b0/bundle/model.onnx"; }'
+    )
+    script(loopback / "scp", text)
+    with pytest.raises(DeviceError, match="arrived damaged"):
+        bench([make_bundle()], BenchOptions(device="ssh://box", profile="rapid", python=sys.executable))
+    assert left_over(temporary) == []
+
+
+def test_a_device_without_a_runtime_or_a_python(loopback, temporary, make_bundle, short_profile):
+    with pytest.raises(DeviceError, match="No module named"):
+        bench([make_bundle()], BenchOptions(device="ssh://box", profile="rapid", python=f"{sys.executable} -S"))
+    with pytest.raises(DeviceError, match="nopython"):
+        bench([make_bundle("b")], BenchOptions(device="ssh://box", profile="rapid", python="nopython3"))
+    assert left_over(temporary) == []
+
+
+@pytest.fixture
+def adb(shims, temporary):
+    """A stand-in for adb: one device, emulator-5554, whose /data/local/tmp is a folder here."""
+    root = temporary / "android"
+    root.mkdir()
+    here = f"sed 's#/data/local/tmp#{root}#g'"
+    script(
+        shims / "adb",
+        f"""
+if [ "$1" = -s ]; then
+    [ "$2" = emulator-5554 ] || {{ echo "adb: device '$2' not found" >&2; exit 1; }}
+    shift 2
+fi
+verb=$1; shift
+map() {{ printf %s "$1" | {here}; }}
+case $verb in
+    shell) sh -c "$(map "$*")" | sed 's#{root}#/data/local/tmp#g' ;;
+    push) cp -r -- "$1" "$(map "$2")" ;;
+    pull) cp -- "$(map "$1")" "$2" ;;
+    *) echo "adb: unknown command $verb" >&2; exit 1 ;;
+esac""",
+    )
+    return root
+
+
+def test_a_bench_over_adbs_command_line(adb, make_bundle, short_profile):
+    options = BenchOptions(device="adb://emulator-5554", profile="rapid", python=sys.executable)
+    (record,) = bench([make_bundle()], options)
+    assert record.device["kind"] == "adb" and record.values["p50"].value > 0
+    assert list(adb.iterdir()) == [], "cleaned up"
+
+
+def test_a_serial_number_that_is_not_there(adb):
+    with pytest.raises(DeviceError, match="'other' not found"), open_transport("adb://other"):
+        pass
+
+
+def test_adb_that_is_not_installed(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(DeviceError, match="needs the command 'adb'"), open_transport("adb://x"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "ssh://-oProxyCommand=touch",
+        "ssh://",
+        "ssh://user:password@host",
+        "ssh://host/folder",
+        "ssh://host:port",
+        "ssh://host:99999",
+        "ssh://ho st",
+        "ssh://ho`st",
+        "ssh://$(x)@host",
+        "ssh://-l@host",
+        "ssh://[::1",
+        "ssh://host?x",
+        "adb://-x",
+        "adb://a b",
+        "telnet://host",
+        "host",
+        "",
+    ],
+)
+def test_addresses_that_are_none(address):
+    with pytest.raises(InputError, match="device"):
+        open_transport(address)
+
+
+def test_addresses_that_are_some():
+    for address, destination, port in (
+        ("ssh://pi@raspberrypi", "pi@raspberrypi", None),
+        ("ssh://Jetson-Nano:2222", "Jetson-Nano", 2222),
+        ("ssh://u@[fe80::1]:22", "u@fe80::1", 22),
+    ):
+        transport = open_transport(address)
+        assert (transport._destination, "-p" in transport._ssh) == (destination, port is not None)
+        assert "BatchMode=yes" in transport._ssh and "BatchMode=yes" in transport._scp
