@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 from robx.cli import main
 from robx.errors import InputError
-from robx.eval import evaluate, linear
+from robx.eval import evaluate, linear, protocols
 from robx.eval.features import Features
 from robx.eval.splits import open_split
 from robx.files import sha256_file
@@ -233,3 +234,34 @@ def test_what_is_wrong_is_said_in_one_line(run, scenes, arguments, message):
 def test_a_folder_that_robx_did_not_write_is_refused(tmp_path, scenes):
     result = robx(tmp_path, "--data", scenes)
     assert result.exit_code == 2 and "neither a bundle" in result.output
+
+
+def test_clevr_distance_sees_the_whole_image(run, tmp_path, monkeypatch):
+    root = tmp_path / "CLEVR_v1.0"
+    for part, n in (("train", 12), ("val", 6)):
+        listed = []
+        for index in range(n):
+            name = f"CLEVR_{part}_{index:06d}.png"
+            path = root / "images" / part / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.zeros((40, 60, 3), np.uint8)
+            pixels[:, :4] = 255  # an edge that a centre crop would cut off
+            Image.fromarray(pixels).save(path)
+            listed.append({"image_filename": name, "objects": [{"pixel_coords": [0, 0, 7.9 + 0.4 * (index % 3)]}] * 3})
+        (root / "scenes").mkdir(exist_ok=True)
+        (root / "scenes" / f"CLEVR_{part}_scenes.json").write_text(json.dumps({"scenes": listed}))
+    seen = []
+
+    class Seeing(protocols.TrunkSession):
+        def run(self, images):
+            seen.append(images)
+            return super().run(images)
+
+    monkeypatch.setattr(protocols, "TrunkSession", Seeing)
+    result = robx(run, "--transfer", f"clevr_dist={root}", "--cached", "--no-cache")
+    assert result.exit_code == 0, result.output
+    (record,) = load_measurements(run / "measurements.jsonl")
+    assert record.protocol == "transfer-cached:clevr_dist" and record.settings["classes"] == 6
+    assert sum(len(images) for images in seen) == 18
+    for images in seen:
+        assert images.shape[1:] == (3, 32, 32) and (images[:, :, :, 0] > 1.5).all() and (images[:, :, :, 8] < 0).all()
