@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from robx.cli import main
+from robx.records import load_student
+
+TINY = (
+    *("--student", "test_resnet", "--crop-size", "32", "--local-crop-size", "16", "--local-crops", "1"),
+    *("--batch-size", "16", "--epochs", "1", "--prototypes", "8", "--workers", "0", "--device", "cpu"),
+)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text('head = "mlp"\noptimizer = "adamw"\n')
+    return path
+
+
+def robx(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_from_the_command_to_the_student_and_again(scenes: Path, tmp_path: Path, recipe: Path) -> None:
+    command = ("distill", "--teacher", "ema", *TINY, "--data", scenes, "--out", tmp_path / "run", "--recipe", recipe)
+    first = robx(*command, "--json")
+    assert first.exit_code == 0, first.output
+    line = json.loads(first.stdout.splitlines()[-1])
+    assert line["timm_name"] == "test_resnet" and line["images_seen"] == 64
+    student = load_student(tmp_path / "run")
+    assert student.recipe["head"] == "mlp" and student.recipe["base"] and student.recipe["objective"] == "dino"
+    again = robx(*command)
+    assert again.exit_code == 0 and "holds the whole run already" in again.stderr
+    changed = robx(*command, "--seed", "4")
+    assert changed.exit_code == 2 and "recipe.seed: 0 -> 4" in changed.stderr and "Traceback" not in changed.output
+
+
+def test_options_win_over_the_file_and_the_file_over_the_preset(scenes: Path, tmp_path: Path, recipe: Path) -> None:
+    recipe.write_text('objective = "swav"\nepochs = 9\nlr = 0.5\nqueue = 8\n')
+    found = robx("distill", "--teacher", "ema", *TINY, "--data", scenes, "--recipe", recipe, "--dry-run", "--json")
+    assert found.exit_code == 0, found.output
+    resolved = json.loads(found.stdout)["recipe"]
+    assert (resolved["objective"], resolved["epochs"], resolved["lr"], resolved["queue"]) == ("swav", 1, 0.5, 8)
+    assert resolved["lr_batch"] == 4096 and resolved["optimizer"] == "larc"
+    given = robx(
+        *("distill", "--teacher", "ema", *TINY, "--data", scenes, "--recipe", recipe, "--dry-run", "--json"),
+        *("--lr", "0.25"),
+    )
+    resolved = json.loads(given.stdout)["recipe"]
+    assert resolved["lr"] == 0.25 and resolved["lr_batch"] is None
+
+
+def test_a_dry_run_counts_and_writes_nothing(scenes: Path, tmp_path: Path) -> None:
+    command = ("distill", "--teacher", "timm:test_resnet", *TINY, "--data", scenes, "--out", tmp_path / "run")
+    found = robx(*command, "--dry-run", "--gpu-memory", "24", "--json")
+    assert found.exit_code == 0, found.output
+    cost = json.loads(found.stdout)["cost"]
+    assert cost["steps"] == 4 and cost["images"] == 64 and cost["teacher"]["name"] == "timm:test_resnet"
+    # Teacher and student are the same network: two 32-px crops forward against those and one of 16 px, three times.
+    ratio = cost["students"][0]["flops_per_image"] / cost["teacher"]["flops_per_image"]
+    assert 3 * (2 + 0.25) / 2 * 0.8 < ratio < 3 * (2 + 0.25) / 2 * 1.4
+    bound = 1 / (1 / cost["teacher_images_per_s"] + 1 / cost["student_images_per_s"])
+    assert cost["bound_images_per_s"] == pytest.approx(bound)
+    used = cost["fixed_bytes"] + cost["gpu_batch"] * cost["image_bytes"]
+    assert 20e9 < used < 24e9 and not (tmp_path / "run").exists()
+    words = robx(*command, "--dry-run", "--gpu-memory", "0.5").stdout
+    assert "64 images x 1 epochs, batch 16: 4 steps" in words and "no batch at all" in words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "--student NAME is missing"),
+        (("--student", "resnet18"), "--data DIR is missing"),
+        (("--student", "resnet18", "--data", "DATA"), "give one of --teacher NAME"),
+        (("--student", "resnet81", "--data", "DATA", "--teacher", "ema"), "unknown student 'resnet81': did you mean"),
+        (("--student", "resnet18", "--data", "DATA", "--teacher", "dino_vits61"), "did you mean dino_vits16"),
+        (("--student", "resnet18", "--data", "DATA", "--teacher", "ema"), "fewer than one batch of 1024"),
+        (("--student", "resnet18", "--data", "nowhere", "--teacher", "ema"), "nowhere does not exist"),
+        (("--student", "resnet18", "--data", "DATA", "--targets", "nowhere"), "targets.json is missing"),
+        (
+            ("--student", "resnet18", "--data", "DATA", "--teacher", "ema", "--teacher-weights", "f.pth"),
+            "--teacher ema is the base method",
+        ),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_status_2(
+    scenes: Path, tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    given = [str(scenes) if argument == "DATA" else argument for argument in arguments]
+    if "--data" in given:
+        given += ["--out", str(tmp_path / "run")]
+    found = robx("distill", *given)
+    assert found.exit_code == 2 and said in found.stderr, found.output
+    assert found.stderr.startswith("robx: ") and found.stderr.count("\n") == 1
+    assert not (tmp_path / "run" / "student.json").exists()
+
+
+def test_the_lists() -> None:
+    rows = json.loads(robx("teachers", "--json").stdout)
+    assert {"dino_vits16", "msn_vitl", "swav_rn50"} <= {row["name"] for row in rows}
+    text = robx("teachers").stdout
+    assert "CC-BY-NC" in text and "vitl16_600ep" in text
+    assert {"resnet18", "mobilenetv3_large_100"} <= {
+        row["name"] for row in json.loads(robx("students", "--json").stdout)
+    }
+    assert "vit_tiny_patch16_224" in robx("students").stdout
+
+
+def test_the_help_has_examples_and_needs_no_torch() -> None:
+    text = robx("distill", "--help").stdout
+    for part in ("robx distill --teacher dino_vits16", "torchrun", "--dry-run", "exit status 75"):
+        assert part in " ".join(text.split())
