@@ -35,8 +35,8 @@ def spherical_kmeans(
     k: int,
     *,
     seed: int,
-    iterations: int = 50,
-    tolerance: float = 1e-5,
+    iterations: int = 30,
+    tolerance: float = 1e-4,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Clustering:
     """Cluster points (N, D), which are normalised here, until the objective gains less than `tolerance`.
