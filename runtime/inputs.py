@@ -54,10 +54,20 @@ def load_inputs(preprocessing: Preprocessing, source: ImageSource | None, *, cou
 
 
 def _drawn(count: int) -> Iterator[Callable[[], Image.Image]]:
+    for seed, data in enumerate(_scenes(count)):
+        yield functools.partial(decode, data, name=f"scene {seed}")
+
+
+@functools.cache
+def _scenes(count: int) -> tuple[bytes, ...]:
+    """JPEG files of scenes; drawn small and enlarged, for drawing is what takes the time."""
+    files = []
     for seed in range(count):
         buffer = io.BytesIO()
-        render(make_scene(0, seed), size=_SIZE).save(buffer, "JPEG", quality=90)
-        yield functools.partial(decode, buffer.getvalue(), name=f"scene {seed}")
+        scene = render(make_scene(0, seed), size=_SIZE // 4).resize((_SIZE, _SIZE), Image.Resampling.BICUBIC)
+        scene.save(buffer, "JPEG", quality=90)
+        files.append(buffer.getvalue())
+    return tuple(files)
 
 
 def _from_source(source: ImageSource, count: int) -> Iterator[Callable[[], Image.Image]]:

@@ -182,7 +182,7 @@ def test_one_bundle_that_fails_does_not_take_the_others_down(make_bundle, short_
 def test_what_cannot_be_benched(tmp_path, make_bundle):
     with pytest.raises(InputError, match="no bundle"):
         bench([], BenchOptions())
-    with pytest.raises(ArtifactError, match="manifest.json is missing"):
+    with pytest.raises(ArtifactError, match=r"manifest\.json is missing"):
         bench([tmp_path], BenchOptions())
     for wrong in ({"profile": "fast"}, {"processes": 0}, {"batch": 0}):
         with pytest.raises(InputError):
