@@ -1,7 +1,7 @@
 """build(student, target) -> Bundle: the whole export, from a student's folder to a judged bundle.
 
-fp32 ships when it answers as PyTorch does. fp16 and int8 have to pass the gate on held-out real images; when none of what
-was asked for passes, the best float model ships instead, under its true precision.
+fp32 ships when it answers as PyTorch does. fp16 and int8 have to pass the gate on held-out real images; when none of
+what was asked for passes, the best float model ships instead, under its true precision.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import dataclasses
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 from robx import __version__
 from robx.errors import GateFailed, InputError
@@ -30,6 +31,7 @@ from robx.records import (
     Precision,
     Rung,
     Value,
+    Verdict,
     describe_file,
     load_bundle,
     load_student,
@@ -47,12 +49,12 @@ CACHE = "export-cache"
 class Options:
     """How an export is judged, and how long it may look for a passing candidate."""
 
-    limits: gate.Limits = gate.Limits()
+    limits: gate.Limits = field(default_factory=gate.Limits)
     rungs: int | None = None  # int8 candidates to try; None: all
     budget: float | None = None  # seconds after which no further rung begins
     force: bool = False  # ship the best int8 although it failed
     calibration_images: int = MIN_IMAGES
-    judging_images: int = 2000
+    judging_images: int = 1000
 
 
 def build(
@@ -108,7 +110,14 @@ def build(
     cached = cached_onnx(student_folder, model, request, head=sha256_file(head) if head else None)
     with _scratch(student_folder) as scratch:
         workshop = Workshop(
-            request, model, cached, splits=splits, limits=options.limits, scratch=scratch, progress=progress
+            request,
+            model,
+            cached,
+            splits=splits,
+            limits=options.limits,
+            scratch=scratch,
+            cache=student_folder / CACHE,
+            progress=progress,
         )
         try:
             bundle, folder = _decide(workshop, options, on_rung)
@@ -122,8 +131,8 @@ def gate_error(bundle: Bundle, folder: Path) -> GateFailed | None:
     if bundle.precision == bundle.requested or bundle.verdict == "FORCED":
         return None
     return GateFailed(
-        f"no {bundle.requested} candidate passed the gate: {folder} was written in {bundle.precision}; see its rungs above "
-        f"(--max-drop and --min-speedup set the limits, --force ships {bundle.requested} all the same)"
+        f"no {bundle.requested} candidate passed the gate, and {folder} was written in {bundle.precision}; the rungs say "
+        f"why (--max-drop, --min-speedup and --judging-images decide, --force ships {bundle.requested} all the same)"
     )
 
 
@@ -211,7 +220,9 @@ def _accept(
     return bundle, folder
 
 
-def _verdict(candidate: Candidate, rungs: tuple[Rung, ...], *, forced: bool) -> tuple[str, str]:
+def _verdict(
+    candidate: Candidate, rungs: tuple[Rung, ...], *, forced: bool
+) -> tuple[Verdict | Literal["FORCED", "NOT_JUDGED"], str]:
     """The bundle's verdict and reason from the rung that was kept."""
     kept = next((rung for rung in rungs if rung.kept), None)
     if kept is None:
@@ -240,6 +251,7 @@ def _ship(bundle: Bundle, folder: Path, out: Path, workshop: Workshop) -> Bundle
         raise InputError(f"{out} holds a student: choose another folder for the bundle")
     with new_folder(out) as temporary:
         for file in bundle.files:
+            (temporary / file.path).parent.mkdir(parents=True, exist_ok=True)  # a Core ML package is a folder
             shutil.copyfile(folder / file.path, temporary / file.path)
         files: tuple[BundleFile, ...] = bundle.files
         if "layer_costs" in workshop.__dict__:
@@ -269,7 +281,7 @@ def _read(
         judge,
         preprocessing,  # type: ignore[arg-type]
         calibration_images=16 if quick else options.calibration_images,
-        bank_images=16 if quick else 1500,
+        bank_images=16 if quick else 1000,
         judging_images=64 if quick else options.judging_images,
         least=16 if quick else options.calibration_images,
         progress=progress,

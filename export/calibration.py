@@ -75,7 +75,7 @@ class Splits:
 
 
 def open_data(data: Path, judge: Path | None = None) -> tuple[ImageSource, ImageSource | None]:
-    """The training images and the held-out ones: `judge`, or the test split of `data`, or None where it has no splits."""
+    """The training images and the held-out ones: `judge`, or the test split of `data`, or None without splits."""
     if judge is not None:
         return open_source(data), open_source(judge)
     return open_source(data), _test_split(data)
@@ -161,7 +161,9 @@ def _read(
     note: str,
 ) -> Images:
     """The first `count` readable images of `order` that differ from each other and from `exclude`."""
-    pixels, labels, digests = [], [], dict.fromkeys(exclude)
+    digests = dict.fromkeys(exclude)
+    pixels: list[np.ndarray] = []
+    labels: list[int] = []
     excluded = len(digests)
     for index in order:
         if len(pixels) == count:

@@ -13,6 +13,8 @@ import click
 from robx.errors import InputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from robx.records import Bundle, Value
 
 _FORMATS = ("onnx", "openvino", "trt", "ort", "executorch", "litert", "coreml", "ncnn")
@@ -39,7 +41,7 @@ _COLOURS = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow", "FORCED": 
 @click.option("--rungs", type=click.IntRange(1), help="Int8 candidates to try at most.")
 @click.option("--budget", type=click.FloatRange(min=0), help="Seconds after which no further candidate is begun.")
 @click.option("--calibration-images", default=300, show_default=True, help="Fewer than 300 only for a demonstration.")
-@click.option("--judging-images", default=2000, show_default=True, help="More of them decide smaller drops.")
+@click.option("--judging-images", default=1000, show_default=True, help="More of them decide smaller drops.")
 @click.option("--force", is_flag=True, help="Ship the best int8 even if it failed, marked FORCED.")
 def export(
     run: Path,
@@ -64,8 +66,8 @@ def export(
 ) -> None:
     """Turn a student into ONNX, OpenVINO, TensorRT or a mobile format.
 
-    RUN is a folder that robx distill wrote. An int8 (or fp16) model ships only if it is accurate and not slower, judged on
-    held-out images by the runtime that will run it; otherwise the float model ships, and the exit status is 3.
+    RUN is a folder that robx distill wrote. An int8 (or fp16) model ships only if it is accurate and not slower, judged
+    on held-out images by the runtime that will run it; otherwise the float model ships, and the exit status is 3.
 
     \b
     robx export runs/r18 --format openvino --int8 --data images/
@@ -248,7 +250,7 @@ def _escape(text: str) -> str:
     return escape(text)
 
 
-def _console():  # type: ignore[no-untyped-def]
+def _console() -> Console:
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 140)

@@ -1,7 +1,8 @@
-"""Cross-layer equalisation: move scale between two convolutions with a ReLU between them (Nagel et al. 2019, section 4.1).
+"""Cross-layer equalisation: move scale between two convolutions with a ReLU between them (Nagel et al. 2019, 4.1).
 
-ReLU(s x) = s ReLU(x) for s > 0, so channel i of the first convolution may be divided by s_i and the second multiplied by
-it without changing the function. With s_i = sqrt(r1_i / r2_i), r the channel's largest weight, both ranges become equal.
+ReLU(s x) = s ReLU(x) for s > 0, so channel i of the first convolution may be divided by s_i and the second multiplied
+by it without changing the function. With s_i = sqrt(r1_i / r2_i), r the channel's largest weight, both ranges become
+equal.
 """
 
 from __future__ import annotations
@@ -57,10 +58,10 @@ def _owns(graph: Graph, node: onnx.NodeProto) -> bool:
 
 
 def _scales(graph: Graph, first: onnx.NodeProto, second: onnx.NodeProto) -> np.ndarray:
-    one, two = graph.constant(first.input[1]), graph.constant(second.input[1])
-    reach_one = np.abs(one).reshape(len(one), -1).max(axis=1)  # type: ignore[arg-type]
+    one, two = (numpy_helper.to_array(graph.initializers[node.input[1]]) for node in (first, second))
+    reach_one = np.abs(one).reshape(len(one), -1).max(axis=1)
     axis = 0 if _groups(second) > 1 else 1
-    reach_two = np.abs(np.moveaxis(two, axis, 0)).reshape(reach_one.size, -1).max(axis=1)  # type: ignore[arg-type]
+    reach_two = np.abs(np.moveaxis(two, axis, 0)).reshape(reach_one.size, -1).max(axis=1)
     usable = (reach_one > 0) & (reach_two > 0)
     ratio = np.where(usable, reach_one, 1) / np.where(usable, reach_two, 1)
     scale: np.ndarray = np.clip(np.sqrt(ratio), 1 / _LARGEST_SCALE, _LARGEST_SCALE)

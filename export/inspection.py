@@ -1,4 +1,4 @@
-"""What is inside a bundle: operators, precisions, sizes, what its target does not know, how sensitive layers are. Pure."""
+"""What is inside a bundle: operators, precisions, sizes, what its target does not know, the sensitive layers."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _of_openvino(path: Path, costs: dict[str, float]) -> Inspection:
     nodes = {layer.get("id", ""): layer for layer in root.iter("layer")}
     sources = {(e.get("to-layer"), e.get("to-port")): e.get("from-layer", "") for e in root.iter("edge")}
     inputs: dict[str, list[str]] = {}
-    for (to, port), source in sorted(sources.items(), key=lambda item: str(item[0])):
+    for (to, _), source in sorted(sources.items(), key=lambda item: str(item[0])):
         inputs.setdefault(str(to), []).append(source)
     counts, int8, layers = Counter[str](), Counter[str](), []
     for key, layer in nodes.items():

@@ -1,7 +1,7 @@
 """Explicit Q/DQ in ONNX: what is quantised, what TensorRT would misread, and the change from uint8 to its int8 form.
 
 TensorRT knows symmetric int8 alone. Its parser turns a uint8 QuantizeLinear with zero point 0 into int8 with a mere
-warning, which halves every range: EfficientNet-Lite0's embeddings fall to a cosine of .24 and every tool reports success.
+warning, which halves every range: EfficientNet-Lite0's embeddings fall to a cosine of .24 and no tool objects.
 """
 
 from __future__ import annotations

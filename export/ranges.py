@@ -1,7 +1,7 @@
 """Activation ranges from calibration images: one pass of the model, every range rule from the same histograms.
 
-min-max keeps all that was seen; percentile cuts the tails; MSE and entropy cut where the expected quantisation error, or
-the divergence of the distributions, is least (Krishnamoorthi 2018; Migacz 2017, with 2048 bins: with as many bins as
+min-max keeps all that was seen; percentile cuts the tails; MSE and entropy cut where the expected quantisation error,
+or the divergence of the distributions, is least (Krishnamoorthi 2018; Migacz 2017, with 2048 bins: with as many bins as
 levels, which is a common default, entropy changes nothing).
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -75,8 +76,8 @@ def _choose_one(histogram: Histogram, method: RangeMethod, percentile: float) ->
         share = np.cumsum(histogram.counts) / histogram.counts.sum()
         tail = (1 - percentile / 100) / 2 if low < 0 < high else 1 - percentile / 100
         edges = histogram.edges()
-        lower = edges[np.searchsorted(share, tail)] if low < 0 else 0.0
-        upper = edges[min(BINS, np.searchsorted(share, 1 - tail) + 1)] if high > 0 else 0.0
+        lower = edges[int(np.searchsorted(share, tail))] if low < 0 else 0.0
+        upper = edges[min(BINS, int(np.searchsorted(share, 1 - tail)) + 1)] if high > 0 else 0.0
         return min(float(lower), 0.0), max(float(upper), 0.0)
     factor = _least_mse(histogram, low, high) if method == "mse" else _least_divergence(histogram)
     if method == "mse":
@@ -153,9 +154,9 @@ def _with_outputs(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
     return wide
 
 
-def _options(ort: object) -> object:
-    options = ort.SessionOptions()  # type: ignore[attr-defined]
+def _options(ort: Any) -> Any:
+    options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # type: ignore[attr-defined]
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.inter_op_num_threads = 1
     return options

@@ -86,7 +86,7 @@ def _quantise_one(model: onnx.ModelProto, name: str, ranges: Ranges) -> onnx.Mod
     if high > low:
         scale = (high - low) / 255
         zero = np.clip(round(-low / scale), 0, 255)
-        constants = (np.array(scale, np.float32), np.array(zero, np.uint8))
+        constants: list[np.ndarray] = [np.array(scale, np.float32), np.array(zero, np.uint8)]
         names = [f"{name}_scale", f"{name}_zero"]
         one.graph.initializer.extend(numpy_helper.from_array(v, n) for v, n in zip(constants, names, strict=True))
         pair = [
@@ -104,4 +104,5 @@ def _round(weight: np.ndarray, node: onnx.NodeProto) -> np.ndarray:
     axis = 0 if node.op_type == "Conv" or any(a.name == "transB" and a.i for a in node.attribute) else weight.ndim - 1
     others = tuple(i for i in range(weight.ndim) if i != axis)
     scale = np.maximum(np.abs(weight).max(axis=others, keepdims=True), 1e-12) / 127
-    return (np.round(weight / scale) * scale).astype(np.float32)
+    rounded: np.ndarray = (np.round(weight / scale) * scale).astype(np.float32)
+    return rounded

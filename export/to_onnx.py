@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -58,6 +59,8 @@ class ExportModel(nn.Module):
             self.head.weight = nn.Parameter(torch.from_numpy(head.weight.copy()), requires_grad=False)
             self.head.bias = nn.Parameter(torch.from_numpy(head.bias.copy()), requires_grad=False)
         self.uint8 = uint8 is not None
+        self.mean: Tensor
+        self.scale: Tensor
         if uint8 is not None:
             self.register_buffer("mean", 255 * torch.tensor(uint8.mean).view(1, 3, 1, 1))
             self.register_buffer("scale", 1 / (255 * torch.tensor(uint8.std)).view(1, 3, 1, 1))
@@ -270,10 +273,8 @@ def _fix_image_size(trunk: nn.Module, crop: int) -> None:
     with _quiet():
         trunk.set_input_size(img_size=(crop, crop))  # type: ignore[operator]
     trunk.dynamic_img_size = False  # type: ignore[assignment]
-    trunk.patch_embed.dynamic_img_pad = False  # type: ignore[union-attr, assignment]
-    trunk.patch_embed.strict_img_size = True  # type: ignore[union-attr, assignment]
-    trunk.patch_embed.flatten = True  # type: ignore[union-attr, assignment]
-    trunk.patch_embed.output_fmt = None  # type: ignore[union-attr, assignment]
+    patches: Any = trunk.patch_embed
+    patches.dynamic_img_pad, patches.strict_img_size, patches.flatten, patches.output_fmt = False, True, True, None
 
 
 @contextlib.contextmanager

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+import importlib.metadata
+import io
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -18,14 +21,14 @@ import torch
 from robx import __version__
 from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra
 from robx.export import gate, quantize_nncf, quantize_onnxruntime, quantize_trt, ranges, sensitivity, to_onnx
-from robx.export.calibration import Splits
+from robx.export.calibration import Images, Splits
 from robx.export.candidate import Candidate
 from robx.export.equalize import equalize
 from robx.export.graph_facts import GraphFacts, read_facts
 from robx.export.half import to_half
 from robx.export.onnx_safety import load_checked
 from robx.export.request import BuiltModel, ExportRequest
-from robx.files import write_bytes
+from robx.files import sha256_bytes, write_bytes
 from robx.records import Bundle, Precision, Rung, Value, describe_file, save_bundle
 from robx.trunk import embed
 
@@ -49,10 +52,12 @@ class Workshop:
         splits: Splits | None,
         limits: gate.Limits,
         scratch: Path,
+        cache: Path,
         progress: Progress | None = None,
     ) -> None:
         self.request, self.model, self.float_onnx = request, model, float_onnx
-        self.splits, self.limits, self.scratch, self.progress = splits, limits, scratch, progress
+        self.splits, self.limits, self.progress = splits, limits, progress
+        self.scratch, self.cache = scratch, cache
         self.folders: dict[str, Path] = {}  # candidate name -> the folder of its bundle
         self._sessions: dict[str, Any] = {}
 
@@ -82,7 +87,7 @@ class Workshop:
     @cached_property
     def reference(self) -> np.ndarray:
         """The fp32 student's embeddings of the judging images, by PyTorch."""
-        return self._embed(self.judging, "the student's own embeddings")
+        return self._embed(self._splits.judging, "the student's own embeddings")
 
     @cached_property
     def bank(self) -> object | None:
@@ -92,7 +97,7 @@ class Workshop:
         bank = self._splits.bank
         if bank.classes is None or len(bank.classes) < 2 or (bank.labels >= 0).sum() < 2 or not self._labels_agree():
             return None
-        features = self._embed(bank.normalised(self._preprocessing), "the bank's embeddings")
+        features = self._embed(bank, "the bank's embeddings")
         return make_bank(features, bank.labels, classes=len(bank.classes))
 
     @cached_property
@@ -337,12 +342,24 @@ class Workshop:
                 return str(error)
             raise
 
-    def _embed(self, images: np.ndarray, note: str) -> np.ndarray:
+    def _embed(self, images: Images, note: str) -> np.ndarray:
+        """The student's embeddings (N, D), by PyTorch in fp32; kept in the cache for the next export."""
+        key = sha256_bytes(f"{self.request.student.sha256} {images.fingerprint} {torch.__version__}".encode())[:24]
+        path = self.cache / f"{key}.npy"
+        if path.is_file():
+            with contextlib.suppress(ValueError, OSError):
+                stored: np.ndarray = np.load(path, allow_pickle=False)
+                if stored.shape == (len(images), self.request.student.width):
+                    return stored
         pieces = []
-        for start in range(0, len(images), _BATCH):
-            pieces.append(embed(self.model.trunk, torch.from_numpy(images[start : start + _BATCH])).numpy())
-            self._say(min(start + _BATCH, len(images)), len(images), note)
-        return np.concatenate(pieces)
+        for batch in images.batches(self._preprocessing, _BATCH):
+            pieces.append(embed(self.model.trunk, torch.from_numpy(batch)).numpy())
+            self._say(min(len(pieces) * _BATCH, len(images)), len(images), note)
+        features: np.ndarray = np.concatenate(pieces)
+        buffer = io.BytesIO()
+        np.save(buffer, features)
+        write_bytes(path, buffer.getvalue())
+        return features
 
     def _as_model_input(self, images: np.ndarray) -> np.ndarray:
         if not self.request.target.uint8_input:
