@@ -34,14 +34,14 @@ from robx.scenes import make_scene, render
 from robx.trunk import build_trunk, embed, embedding_width
 
 RESULTS = Path(__file__).parent / "results" / "mobile.json"
-MODELS = ("mobilenetv2_100", "resnet18", "vit_tiny_patch16_224")
+MODELS = ("resnet18", "vit_tiny_patch16_224")
 PRECISIONS = {
     "executorch": ("fp32", "int8"),
     "litert": ("fp32", "int8"),
     "ncnn": ("fp32", "fp16"),
     "coreml": ("fp32", "fp16", "int8"),
 }
-SIZE, FITTED, CALIBRATION, JUDGED = 96, 64, 128, 64
+SIZE, FITTED, CALIBRATION, JUDGED = 96, 64, 64, 64
 
 
 def main() -> None:
