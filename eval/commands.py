@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
+from robx.console import print_table, progress_bar
 from robx.errors import InputError
 from robx.records import Accuracy, Fidelity, Measurement, Value
 
@@ -94,7 +91,7 @@ def evaluate(
         cache=None if no_cache else cache or default_cache(),
     )
     found: list[Measurement] = []
-    with _progress() as progress:
+    with progress_bar(quiet=as_json) as progress:
         for result in run(list(dict.fromkeys(folders)), plan, progress=progress):
             append_measurements(result.folder / "measurements.jsonl", [result.record])
             found.append(result.record)
@@ -105,66 +102,35 @@ def evaluate(
         _show(found)
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar with the remaining time on a terminal, else a plain line every ten seconds; on standard error."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            tasks: dict[str, object] = {}
-
-            def show(done: int, total: int, note: str) -> None:
-                task = tasks.get(note)
-                if task is None or done <= 0:
-                    task = tasks[note] = bar.add_task(note, total=total)
-                bar.update(task, completed=done, total=total)  # type: ignore[arg-type]
-
-            yield show
-        return
-    last = time.monotonic()
-
-    def say(done: int, total: int, note: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= 10:
-            last = time.monotonic()
-            click.echo(f"{note}: {done} of {total}", err=True)
-
-    yield say
-
-
 def _show(records: list[Measurement]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
     accuracies = [record for record in records if isinstance(record, Accuracy)]
     fidelities = [record for record in records if isinstance(record, Fidelity)]
     if accuracies:
-        table = Table("model", "protocol", "top-1 %", "top-5 %", "images", title="Accuracy (95 % interval)")
-        for record in accuracies:
-            top1, top5 = record.values["top1"], record.values.get("top5")
-            images = str(record.data.images if top1.n is None else top1.n)
-            table.add_row(record.model_name, record.protocol, _cell(top1), _cell(top5) if top5 else "", images)
-        console.print(table)
+        headings = ("model", "protocol", "top-1 %", "top-5 %", "images")
+        print_table(headings, [_accuracy_row(r) for r in accuracies], title="Accuracy (95 % interval)", right=(2, 3, 4))
     if fidelities:
-        table = Table("bundle", "verdict", "centred cosine", "probe drop", "kNN drop", title="Against fp32, paired")
-        for item in fidelities:
-            cells = [_cell(item.values[key]) if key in item.values else "" for key in ("probe_drop", "knn_drop")]
-            cosine = f"{item.values['cosine_mean'].value:.4f}"
-            table.add_row(item.bundle_id, item.verdict, cosine, *cells)
-        console.print(table)
+        headings = ("bundle", "verdict", "centred cosine", "probe drop", "kNN drop")
+        print_table(headings, [_fidelity_row(r) for r in fidelities], title="Against fp32, paired", right=(2, 3, 4))
         for item in fidelities:
             for reason in item.reasons:
-                console.print(f"{item.bundle_id}: {reason}", markup=False, highlight=False)
+                click.echo(f"{item.bundle_id}: {reason}")
+
+
+def _accuracy_row(record: Accuracy) -> tuple[str, ...]:
+    top1, top5 = record.values["top1"], record.values.get("top5")
+    images = record.data.images if top1.n is None else top1.n
+    return record.model_name, record.protocol, _cell(top1), _cell(top5) if top5 else "", str(images)
+
+
+def _fidelity_row(record: Fidelity) -> tuple[str, ...]:
+    drops = [_cell(record.values[key]) if key in record.values else "" for key in ("probe_drop", "knn_drop")]
+    return record.bundle_id, record.verdict, f"{record.values['cosine_mean'].value:.4f}", *drops
 
 
 def _cell(value: Value) -> str:
     if value.low is None or value.high is None:
         return f"{value.value:.2f}"
-    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]".replace("[", "\\[")
+    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
 
 
 # -------------------------------------------------------------------------------------------------------------- report
