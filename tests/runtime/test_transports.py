@@ -84,20 +84,15 @@ def device(tmp_path, shims):
 
 
 @needs_sshd
-def test_a_bench_over_ssh(device, make_bundle, short_profile):
-    before = set(Path("/tmp").glob("robx-*"))
-    folder = make_bundle()
-    (record,) = bench([folder], BenchOptions(device=device, profile="rapid", python=sys.executable))
+def test_a_bench_over_ssh(device, make_bundle, short_profile, monkeypatch):
+    folders, trusted = [], transports._folder
+    monkeypatch.setattr(transports, "_folder", lambda *a: folders.append(trusted(*a)) or folders[-1])
+    (record,) = bench([make_bundle()], BenchOptions(device=device, profile="rapid", python=sys.executable))
     assert record.device["kind"] == "ssh"
     assert record.values["p50"].value > 0 and record.values["output_cosine"].value > 0.9999
     assert "not the device's" in record.missing["preprocess"]
     assert not {r.split(":")[0] for r in record.reasons} & {"failed", "incomplete", "output_mismatch"}
-    assert {p for p in Path("/tmp").glob("robx-*") if p.owner() == getpass.getuser()} <= before | _others(folder)
-
-
-def _others(_):
-    # Tests that run beside this one make and remove folders of their own.
-    return set(Path("/tmp").glob("robx-*")) if os.environ.get("PYTEST_XDIST_WORKER") else set()
+    assert len(folders) == 1 and not Path(folders[0]).exists(), "cleaned up"
 
 
 @needs_sshd
