@@ -131,8 +131,8 @@ def gate_error(bundle: Bundle, folder: Path) -> GateFailed | None:
     if bundle.precision == bundle.requested or bundle.verdict == "FORCED":
         return None
     return GateFailed(
-        f"no {bundle.requested} candidate passed the gate, and {folder} was written in {bundle.precision}; the rungs say "
-        f"why (--max-drop, --min-speedup and --judging-images decide, --force ships {bundle.requested} all the same)"
+        f"no {bundle.requested} candidate passed the gate, and {folder} was written in {bundle.precision}: its rungs "
+        f"say why; --max-drop, --min-speedup and --judging-images decide, --force ships {bundle.requested} all the same"
     )
 
 

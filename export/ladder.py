@@ -89,16 +89,15 @@ def _onnx_ladder(facts: GraphFacts, machine: Machine) -> list[Candidate]:
         # Attention quantised as a pattern, which only NNCF does here; ONNX Runtime's own rungs follow.
         nncf = _nncf_ladder(facts, transformer=True) if machine.nncf else []
         return [*nncf, plain, _careful(plain, facts)]
-    rungs = [
+    careful = _careful(plain, facts)
+    return [
         plain,
         dataclasses.replace(plain, name="static, percentile 99.99", ranges="percentile"),
         dataclasses.replace(plain, name="static, least squared error", ranges="mse"),
-        _careful(plain, facts),
-        dataclasses.replace(_careful(plain, facts), name="equalised, stem and gates in float", equalize=True),
+        careful,
+        dataclasses.replace(careful, name="equalised, stem and gates in float", equalize=True),
+        dataclasses.replace(careful, name="full bias correction, stem and gates in float", full_bias=True),
     ]
-    if machine.nncf:
-        rungs.append(Candidate(name="nncf, full bias correction", quantiser="nncf", full_bias=True))
-    return rungs
 
 
 def _nncf_ladder(facts: GraphFacts, *, transformer: bool) -> list[Candidate]:
@@ -127,7 +126,9 @@ def _trt_ladder(facts: GraphFacts, machine: Machine) -> list[Candidate]:
         dataclasses.replace(plain, name="symmetric, stem, last and gates in float", ranges="mse", float_nodes=kept),
     ]
     if facts.kind == "cnn":
-        rungs.append(dataclasses.replace(rungs[-1], name="equalised, stem, last and gates in float", equalize=True))
+        careful = rungs[-1]
+        rungs.append(dataclasses.replace(careful, name="equalised, stem, last and gates in float", equalize=True))
+        rungs.append(dataclasses.replace(careful, name="full bias correction, stem and last in float", full_bias=True))
     elif machine.nncf:
         rungs += [dataclasses.replace(c, signed=True) for c in _nncf_ladder(facts, transformer=True)]
     return rungs

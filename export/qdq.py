@@ -137,27 +137,39 @@ def rescale_to_int8(model: onnx.ModelProto) -> None:
     """Turn every uint8 Q/DQ into symmetric int8 of the same or a wider range, in place.
 
     A uint8 range [lo, hi] becomes [-m, m] with m = max(|lo|, |hi|), scale m / 127: nothing saturates that did not
-    before, and the step of a one-sided range doubles. Biases in int32 go back to float.
+    before, and the step of a one-sided range doubles. A uint8 with zero point 0 is a ReLU as well, and quantisers take the
+    real one away: it is put back. Biases in int32 go back to float.
 
     Raises:
         InputError: a uint8 weight, or a scale or zero point that is no constant.
     """
     graph = Graph(model)
-    done: set[str] = set()
     for pair in list(linears(graph)):
-        if pair.dtype != "uint8" or pair.node.output[0] in done:
+        if pair.dtype != "uint8":
             continue
         if pair.scale is None or graph.is_weight(pair.node.input[0]):
             raise InputError(f"{pair.node.name} is uint8 and cannot be rescaled: quantise with symmetric int8 weights")
         zero = np.zeros_like(pair.scale, dtype=np.float64) if pair.zero is None else pair.zero.astype(np.float64)
         reach = np.maximum(zero, 255 - zero) * pair.scale
+        if pair.node.op_type == "QuantizeLinear" and not zero.any():
+            _clamp_below(graph, pair.node)
         scale, point = _fresh(graph, reach / 127, pair.scale.dtype), _fresh(graph, np.zeros(pair.scale.shape), np.int8)
         del pair.node.input[1:]
         pair.node.input.extend([scale, point])
-        done.add(pair.node.output[0])
     _float_biases(graph)
     _drop_unused(model)
     del model.graph.value_info[:]  # it still says uint8
+
+
+def _clamp_below(graph: Graph, node: onnx.NodeProto) -> None:
+    """Put a ReLU in front of a QuantizeLinear, unless there is one."""
+    producer = graph.producers.get(node.input[0])
+    if producer is not None and producer.op_type in ("Relu", "Sigmoid", "HardSigmoid", "Softmax"):
+        return
+    name = f"{node.output[0]}_relu"
+    relu = onnx.helper.make_node("Relu", [node.input[0]], [name], name=name)
+    graph.model.graph.node.insert(list(graph.model.graph.node).index(node), relu)
+    node.input[0] = name
 
 
 def _placement_faults(graph: Graph) -> list[str]:

@@ -21,6 +21,7 @@ import torch
 from robx import __version__
 from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra
 from robx.export import gate, quantize_nncf, quantize_onnxruntime, quantize_trt, ranges, sensitivity, to_onnx
+from robx.export.bias import correct_biases
 from robx.export.calibration import Images, Splits
 from robx.export.candidate import Candidate
 from robx.export.equalize import equalize
@@ -38,6 +39,7 @@ _TIMED_IMAGES = 16
 _BLOCKS = 10
 _BLOCK_SECONDS = 0.05
 _SENSITIVITY_IMAGES = 64
+_BIAS_IMAGES = 64
 
 
 class Workshop:
@@ -214,6 +216,9 @@ class Workshop:
             quantised = quantize_trt.quantize(source, chosen, candidate)
         else:
             quantised = quantize_onnxruntime.quantize(source, chosen, candidate)
+        if candidate.full_bias and candidate.quantiser != "nncf":
+            images = self.calibration[:_BIAS_IMAGES]
+            quantised = correct_biases(quantised, source, images, progress=self.progress)
         # What is not int8 runs in fp16 on a GPU: types are fixed in the file, and float32 would make it the slowest.
         return to_half(quantised) if is_trt else quantised
 

@@ -1,4 +1,4 @@
-"""The gate and the climb, with made-up embeddings, clocks and rungs: what is broken fails, what is slower is refused."""
+"""The gate and the climb, with made-up embeddings and clocks: what is broken fails, what is slower is refused."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Every place of an ONNX file that can hold a tensor refuses one that is stored elsewhere, before a runtime opens it."""
+"""Every place of an ONNX file that can hold a tensor refuses one that is stored elsewhere."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -63,16 +62,15 @@ def _place(where: str, location: str) -> onnx.ModelProto:
         model.graph.node[0].attribute.append(helper.make_attribute("body", inner))
     elif where == "function":
         constant = helper.make_node("Constant", [], ["o"], value=bad)
-        model.functions.append(
-            helper.make_function("own", "F", [], ["o"], [constant], [helper.make_opsetid("", 20)])
-        )
+        model.functions.append(helper.make_function("own", "F", [], ["o"], [constant], [helper.make_opsetid("", 20)]))
     elif where == "training":
         model.training_info.add().initialization.initializer.append(bad)
     return model
 
 
 PLACES = [
-    "initializer", "attribute", "sparse initializer", "sparse attribute", "tensor list", "subgraph", "function", "training",
+    "initializer", "attribute", "sparse initializer", "sparse attribute", "tensor list", "subgraph", "function",
+    "training",
 ]  # fmt: skip
 
 
@@ -120,7 +118,7 @@ def test_what_is_not_onnx_is_refused_in_one_line(content: bytes, tmp_path: Path)
 def test_links_and_missing_files_are_refused(tmp_path: Path) -> None:
     target = tmp_path / "real.onnx"
     target.write_bytes(_model([helper.make_node("Add", ["x", "w"], ["y"])], [_tensor("w", None)]).SerializeToString())
-    os.symlink(target, tmp_path / "link.onnx")
+    (tmp_path / "link.onnx").symlink_to(target)
     with pytest.raises(ArtifactError, match="is a link"):
         load_checked(tmp_path / "link.onnx")
     with pytest.raises(InputError, match="does not exist"):

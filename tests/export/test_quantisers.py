@@ -1,0 +1,286 @@
+"""Quantisers and graph rewrites on real exported networks, against PyTorch, ONNX Runtime and plain numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from robx.errors import ArtifactError, InputError
+from robx.eval.fidelity import centred_cosine
+from robx.export import quantize_nncf, quantize_onnxruntime, quantize_trt, ranges
+from robx.export.bias import correct_biases
+from robx.export.candidate import Candidate
+from robx.export.equalize import equalize
+from robx.export.graph_facts import read_facts
+from robx.export.half import to_half
+from robx.export.ladder import Machine, ladder, limit, sensitive_rungs
+from robx.export.qdq import Graph, check_trt_qdq, linears, quantized_nodes, rescale_to_int8, trt_faults
+from robx.export.ranges import Histogram, choose
+from robx.export.sensitivity import measure, simulate
+
+
+@pytest.fixture(scope="module")
+def cnn_ranges(cnn_onnx: onnx.ModelProto, scene_pixels: np.ndarray) -> dict[str, Histogram]:
+    return ranges.collect(cnn_onnx, [scene_pixels[i : i + 16] for i in (0, 16)], input_name="pixels")
+
+
+@pytest.fixture(scope="module")
+def trt_model(cnn_onnx: onnx.ModelProto, cnn_ranges: dict[str, Histogram]) -> onnx.ModelProto:
+    return quantize_trt.quantize(cnn_onnx, choose(cnn_ranges, "minmax"), Candidate(name="trt", signed=True))
+
+
+def test_ranges_hold_every_activation(
+    cnn_onnx: onnx.ModelProto, cnn_ranges: dict[str, Histogram], scene_pixels: np.ndarray
+) -> None:
+    found = choose(cnn_ranges, "minmax")
+    assert found["pixels"][0] == pytest.approx(scene_pixels[:32].min())
+    assert found["pixels"][1] == pytest.approx(scene_pixels[:32].max())
+    assert {o for n in cnn_onnx.graph.node if n.op_type in ("Conv", "Add") for o in n.output} <= set(found)
+
+
+def test_range_rules_on_a_known_distribution() -> None:
+    random = np.random.default_rng(0)
+    values = np.abs(random.normal(size=200_000)).astype(np.float32)
+    values[0] = 40.0  # one outlier
+    counts, _ = np.histogram(values, ranges.BINS, (0, 40))
+    seen = {"x": Histogram(0.0, 40.0, counts.astype(np.float64))}
+    assert choose(seen, "minmax")["x"] == (0.0, 40.0)
+    assert choose(seen, "percentile", percentile=99.9)["x"][1] == pytest.approx(np.quantile(values, 0.999), rel=0.05)
+    for rule in ("mse", "entropy"):
+        low, high = choose(seen, rule)["x"]  # type: ignore[arg-type]
+        assert low == 0.0 and 2.0 < high < 20.0, rule
+
+
+def test_a_histogram_that_widens_keeps_its_mass() -> None:
+    found: dict[str, Histogram] = {}
+    for scale in (1.0, 3.0, 2.0):
+        ranges._add(found, "x", np.linspace(-scale, scale, 999, dtype=np.float32))
+    assert (found["x"].low, found["x"].high) == (-3.0, 3.0)
+    assert found["x"].counts.sum() == 3 * 999
+
+
+def test_onnxruntime_quantises_accurately(
+    cnn_onnx: onnx.ModelProto, cnn_ranges: dict[str, Histogram], scene_pixels: np.ndarray
+) -> None:
+    candidate = Candidate(name="x", quantiser="onnxruntime", reduce_range=True)
+    quantised = quantize_onnxruntime.quantize(cnn_onnx, choose(cnn_ranges, "minmax"), candidate)
+    cosine = centred_cosine(simulate(cnn_onnx, scene_pixels), simulate(quantised, scene_pixels))
+    assert cosine.mean() > 0.95
+    assert len(quantized_nodes(quantised)) == sum(n.op_type == "Conv" for n in cnn_onnx.graph.node)
+    weights = [numpy_helper.to_array(i) for i in quantised.graph.initializer if i.data_type == TensorProto.INT8]
+    # Seven bits, so that AVX2's int16 sums do not saturate.
+    assert max(np.abs(w.astype(int)).max() for w in weights if w.ndim == 4) <= 64
+
+
+def test_nodes_asked_for_stay_in_float(cnn_onnx: onnx.ModelProto, cnn_ranges: dict[str, Histogram]) -> None:
+    first = read_facts(cnn_onnx).first
+    candidate = Candidate(name="x", quantiser="onnxruntime", float_nodes=first)
+    quantised = quantize_onnxruntime.quantize(cnn_onnx, choose(cnn_ranges, "minmax"), candidate)
+    assert first[0] not in quantized_nodes(quantised) and quantized_nodes(quantised)
+
+
+def test_the_tensorrt_form(trt_model: onnx.ModelProto, cnn_onnx: onnx.ModelProto, scene_pixels: np.ndarray) -> None:
+    check_trt_qdq(trt_model)
+    pairs = list(linears(Graph(trt_model)))
+    assert {p.dtype for p in pairs} == {"int8"}
+    assert all(p.zero is None or not p.zero.any() for p in pairs)
+    for node in trt_model.graph.node:  # residual additions are quantised on both sides
+        if node.op_type == "Add":
+            graph = Graph(trt_model)
+            assert all(graph.dequantized(name) is not None for name in node.input)
+    assert centred_cosine(simulate(cnn_onnx, scene_pixels), simulate(trt_model, scene_pixels)).mean() > 0.95
+    half = to_half(trt_model)
+    check_trt_qdq(half)
+    # Not nearer: a half's rounding moves some values to the next of 256 steps.
+    assert centred_cosine(simulate(trt_model, scene_pixels), simulate(half, scene_pixels)).mean() > 0.98
+    assert centred_cosine(simulate(cnn_onnx, scene_pixels), simulate(half, scene_pixels)).mean() > 0.95
+
+
+def test_uint8_is_refused_for_tensorrt_and_can_be_rescaled(
+    cnn_onnx: onnx.ModelProto, cnn_ranges: dict[str, Histogram], scene_pixels: np.ndarray
+) -> None:
+    candidate = Candidate(name="x", quantiser="onnxruntime")
+    unsigned = quantize_onnxruntime.quantize(cnn_onnx, choose(cnn_ranges, "minmax"), candidate)
+    with pytest.raises(InputError, match="not in TensorRT's Q/DQ form"):
+        check_trt_qdq(unsigned)
+    assert any("uint8" in fault for fault in trt_faults(unsigned))
+    assert any("biases stay in float" in fault for fault in trt_faults(unsigned))
+    signed = quantize_trt.from_uint8(unsigned)
+    check_trt_qdq(signed)
+    assert centred_cosine(simulate(cnn_onnx, scene_pixels), simulate(signed, scene_pixels)).mean() > 0.95
+    # What the parser does instead, same scales read as int8, is not the same model.
+    misread = onnx.ModelProto()
+    misread.CopyFrom(unsigned)
+    for tensor in misread.graph.initializer:
+        if tensor.data_type == TensorProto.UINT8:
+            tensor.CopyFrom(numpy_helper.from_array(np.zeros(list(tensor.dims), np.int8), tensor.name))
+    del misread.graph.value_info[:]
+    wrong = centred_cosine(simulate(cnn_onnx, scene_pixels), simulate(misread, scene_pixels)).mean()
+    assert wrong < centred_cosine(simulate(cnn_onnx, scene_pixels), simulate(signed, scene_pixels)).mean() - 0.02
+
+
+def _mutated(model: onnx.ModelProto, change: str) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    graph = Graph(copy)
+    quantise = next(n for n in graph.nodes if n.op_type == "QuantizeLinear" and n.input[0] == "pixels")
+    scale, zero = graph.initializers[quantise.input[1]], graph.initializers[quantise.input[2]]
+    if change == "zero point":
+        zero.CopyFrom(numpy_helper.from_array(np.array(3, np.int8), zero.name))
+    elif change == "uint8":
+        zero.CopyFrom(numpy_helper.from_array(np.array(0, np.uint8), zero.name))
+    elif change == "zero scale":
+        scale.CopyFrom(numpy_helper.from_array(np.array(0, np.float32), scale.name))
+    elif change == "no zero point":
+        del quantise.input[2]
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [("zero point", "zero point"), ("uint8", "uint8"), ("zero scale", "scale"), ("no zero point", "uint8")],
+)
+def test_each_rule_of_tensorrt_is_checked(trt_model: onnx.ModelProto, change: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        check_trt_qdq(_mutated(trt_model, change))
+
+
+def test_a_quantised_softmax_and_per_tensor_weights_are_faults() -> None:
+    zero, scale = numpy_helper.from_array(np.array(0, np.int8), "z"), numpy_helper.from_array(np.float32(0.1), "s")
+    weight = numpy_helper.from_array(np.ones((4, 4), np.int8), "w")
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], name="q"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], name="d"),
+        helper.make_node("DequantizeLinear", ["w", "s", "z"], ["wd"], name="wd"),
+        helper.make_node("MatMul", ["d", "wd"], ["m"], name="product"),
+        helper.make_node("Softmax", ["d"], ["n"], name="soft"),
+        helper.make_node("Add", ["m", "n"], ["y"], name="sum"),
+    ]
+    io = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 4]) for n in ("x", "y")]
+    graph = helper.make_graph(nodes, "g", io[:1], io[1:], [zero, scale, weight])
+    faults = trt_faults(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10))
+    assert any("soft" in f and "stay in float" in f for f in faults)
+    assert any("product" in f and "per channel" in f for f in faults)
+
+
+def test_rescaling_covers_the_range_it_had() -> None:
+    """[lo, hi] in uint8 becomes [-m, m]: values survive to half a step, and none saturates."""
+    scale, zero = 0.02, 30
+    values = np.linspace(-zero * scale, (255 - zero) * scale, 400, dtype=np.float32)[None]
+    constants = [numpy_helper.from_array(np.float32(scale), "s"), numpy_helper.from_array(np.uint8(zero), "z")]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+    ]
+    io = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 400]) for n in ("x", "y")]
+    graph = helper.make_graph(nodes, "g", io[:1], io[1:], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    rescale_to_int8(model)
+    step = 225 * scale / 127
+    np.testing.assert_allclose(simulate(model, values), values, atol=step / 2 + 1e-6)
+
+
+@pytest.mark.parametrize("which", ["cnn_onnx", "vit_onnx"])
+def test_half_precision_computes_the_same(which: str, scene_pixels: np.ndarray, request: pytest.FixtureRequest) -> None:
+    model: onnx.ModelProto = request.getfixturevalue(which)
+    half = to_half(model)
+    onnx.checker.check_model(half, full_check=True)
+    assert half.graph.input[0].type.tensor_type.elem_type == TensorProto.FLOAT
+    assert half.graph.output[0].type.tensor_type.elem_type == TensorProto.FLOAT
+    assert not any(i.data_type == TensorProto.FLOAT for i in half.graph.initializer)
+    assert centred_cosine(simulate(model, scene_pixels), simulate(half, scene_pixels)).min() > 0.999
+
+
+def test_a_weight_beyond_half_precision_is_refused(cnn_onnx: onnx.ModelProto) -> None:
+    huge = onnx.ModelProto()
+    huge.CopyFrom(cnn_onnx)
+    weight = next(i for i in huge.graph.initializer if len(i.dims) == 4)
+    weight.CopyFrom(numpy_helper.from_array(np.full(list(weight.dims), 1e6, np.float32), weight.name))
+    with pytest.raises(ArtifactError, match="65504"):
+        to_half(huge)
+
+
+def test_equalisation_changes_weights_and_not_the_function(cnn_onnx: onnx.ModelProto, scene_pixels: np.ndarray) -> None:
+    uneven = onnx.ModelProto()
+    uneven.CopyFrom(cnn_onnx)
+    equal, count = equalize(uneven)
+    assert count > 0
+    reference = simulate(cnn_onnx, scene_pixels)
+    np.testing.assert_allclose(simulate(equal, scene_pixels), reference, atol=1e-4 * np.abs(reference).max())
+    assert equal.SerializeToString() != cnn_onnx.SerializeToString()
+
+
+def test_bias_correction_restores_a_shifted_mean(
+    cnn_onnx: onnx.ModelProto, trt_model: onnx.ModelProto, scene_pixels: np.ndarray
+) -> None:
+    shifted = onnx.ModelProto()
+    shifted.CopyFrom(trt_model)
+    graph = Graph(shifted)
+    convolution = next(n for n in graph.nodes if n.op_type == "Conv" and n.input[2] in graph.initializers)
+    bias = graph.initializers[convolution.input[2]]
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(0.5), bias.name))
+    reference = simulate(cnn_onnx, scene_pixels)
+    before = centred_cosine(reference, simulate(shifted, scene_pixels)).mean()
+    corrected = correct_biases(shifted, cnn_onnx, scene_pixels[:32])
+    after = centred_cosine(reference, simulate(corrected, scene_pixels)).mean()
+    assert after > before and after > 0.95
+
+
+def test_sensitivity_ranks_the_layer_that_was_made_bad_first(
+    cnn_onnx: onnx.ModelProto, cnn_ranges: dict[str, Histogram], scene_pixels: np.ndarray
+) -> None:
+    names = read_facts(cnn_onnx).weighted
+    chosen = choose(cnn_ranges, "minmax")
+    victim = next(n for n in cnn_onnx.graph.node if n.name == names[2])
+    chosen[victim.input[0]] = (-1e4, 1e4)  # a range a thousand times too wide
+    costs = measure(cnn_onnx, chosen, scene_pixels[:16], names)
+    assert set(costs) == set(names)
+    assert next(iter(costs)) == names[2]
+    assert list(costs.values()) == sorted(costs.values(), reverse=True)
+
+
+def test_graph_facts(cnn_onnx: onnx.ModelProto, vit_onnx: onnx.ModelProto) -> None:
+    cnn, vit = read_facts(cnn_onnx), read_facts(vit_onnx)
+    assert (cnn.kind, vit.kind) == ("cnn", "vit")
+    assert len(cnn.weighted) == sum(n.op_type == "Conv" for n in cnn_onnx.graph.node)
+    assert vit.first == (next(n.name for n in vit_onnx.graph.node if n.op_type == "Conv"),)
+
+
+@pytest.mark.parametrize("kind", ["cnn_onnx", "vit_onnx"])
+@pytest.mark.parametrize("fmt", ["onnx", "ort", "openvino", "trt", "executorch", "litert"])
+def test_ladders_go_from_plain_to_careful(kind: str, fmt: str, request: pytest.FixtureRequest) -> None:
+    facts = read_facts(request.getfixturevalue(kind))
+    rungs = ladder(fmt, facts, Machine())  # type: ignore[arg-type]
+    assert len({r.name for r in rungs}) == len(rungs)
+    assert not rungs[0].float_nodes and not rungs[0].full_bias and all(r.precision == "int8" for r in rungs)
+    if kind == "vit_onnx" and fmt in ("onnx", "openvino"):
+        assert {r.smooth_alpha for r in rungs if r.quantiser == "nncf"} >= {None, 0.5, 0.15}
+    assert limit(rungs, 1) == rungs[:1]
+
+
+def test_the_cpu_decides_the_form(cnn_onnx: onnx.ModelProto) -> None:
+    facts = read_facts(cnn_onnx)
+    plain = ladder("onnx", facts, Machine())[0]
+    assert plain.reduce_range and not plain.signed
+    assert not ladder("onnx", facts, Machine(vnni=True))[0].reduce_range
+    arm = ladder("onnx", facts, Machine(arm=True))[0]
+    assert arm.signed and not arm.reduce_range
+
+
+def test_sensitive_rungs_keep_the_worst_layers_in_float() -> None:
+    ranking = [f"layer{i}" for i in range(20)]
+    rungs = sensitive_rungs(Candidate(name="best", float_nodes=("stem",)), ranking)
+    assert [len(r.float_nodes) for r in rungs] == [3, 6]
+    assert rungs[0].float_nodes == ("stem", "layer0", "layer1")
+
+
+@pytest.mark.parametrize("smooth", [None, 0.5])
+def test_nncf_quantises_a_transformer_on_onnx(
+    vit_onnx: onnx.ModelProto, scene_pixels: np.ndarray, smooth: float | None
+) -> None:
+    candidate = Candidate(name="x", quantiser="nncf", transformer=True, smooth_alpha=smooth)
+    quantised = quantize_nncf.quantize_onnx(vit_onnx, scene_pixels[:16], candidate)
+    assert quantized_nodes(quantised)
+    assert centred_cosine(simulate(vit_onnx, scene_pixels), simulate(quantised, scene_pixels)).mean() > 0.9
