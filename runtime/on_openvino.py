@@ -43,7 +43,7 @@ class OpenVinoModel:
             config["ENABLE_CPU_PINNING"] = "NO"  # the runner's own affinity holds
         path = Path(folder) / next(f["path"] for f in manifest["files"] if f["role"] == "model")
         try:
-            core = ov.Core()
+            core, self._tensor = ov.Core(), ov.Tensor
             # The request crashes when its compiled model is collected first, so both are kept.
             self._compiled = core.compile_model(core.read_model(str(path)), device, config)
             self._request = self._compiled.create_infer_request()
@@ -60,8 +60,10 @@ class OpenVinoModel:
     def run(self, images: np.ndarray) -> np.ndarray:
         """Embeddings, float32 (N, D), of preprocessed images, float32 (N, 3, H, W)."""
         array = np.ascontiguousarray(images, dtype=self._dtype)
-        output = self._request.infer([array], share_inputs=True)[0]
-        return np.array(output, dtype=np.float32)
+        # Half the cost of infer([array]), which packs and unpacks dictionaries: 60 microseconds a call.
+        self._request.set_input_tensor(self._tensor(array, shared_memory=True))
+        self._request.infer()
+        return np.array(self._request.get_output_tensor(0).data, dtype=np.float32)
 
     def facts(self) -> dict[str, Any]:
         """What really runs."""
