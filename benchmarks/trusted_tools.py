@@ -65,7 +65,7 @@ def by_benchmark_app(folder: Path, threads: int, seconds: float) -> Figures:
         command += ["-shape", f"[1,3,{crop},{crop}]", "-latency_percentile", str(percentile), "-infer_precision", "f32"]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         label = "Median" if percentile == 50 else f"{percentile} percentile"
-        match = re.search(rf"{label}:\s+([0-9.]+) ms", text)
+        match = re.search(rf"{label}:\s+([0-9.]+) (ms|us)", text)
         if match is None:
             raise SystemExit(f"benchmark_app printed no {label}:\n{text[-2000:]}")
         found[name] = float(match.group(1)) / (1 if match.group(2) == "ms" else 1000)
