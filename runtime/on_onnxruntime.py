@@ -61,12 +61,12 @@ class OnnxRuntimeModel:
         if self._session.get_providers()[0] != self._provider:
             raise RuntimeError(f"onnxruntime fell back from {self._provider} to {self._session.get_providers()[0]}")
         self._input = manifest["inputs"][0]["name"]
-        self._dtype = np.dtype(manifest["inputs"][0]["dtype"])
+        self._prepare = _as_input(manifest)
         self._outputs = [manifest["outputs"][0]["name"]]
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """Embeddings, float32 (N, D), of preprocessed images, float32 (N, 3, H, W)."""
-        feeds = {self._input: images.astype(self._dtype, copy=False)}
+        feeds = {self._input: self._prepare(images)}
         output: np.ndarray = self._session.run(self._outputs, feeds)[0]
         return output.astype(np.float32, copy=False)
 
@@ -100,3 +100,12 @@ def _options(ort: Any, threads: int, provider: str) -> Any:
         # A node that the accelerator does not take makes the session fail instead of running it on the CPU.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     return options
+
+
+def _as_input(manifest: dict[str, Any]) -> Any:
+    """A function from normalised images to what the model takes: itself, another float, or the uint8 pixels again."""
+    dtype = np.dtype(manifest["inputs"][0]["dtype"])
+    if dtype != np.uint8:
+        return lambda images: np.ascontiguousarray(images, dtype=dtype)
+    mean, std = (np.array(manifest["preprocessing"][k], np.float32).reshape(1, 3, 1, 1) for k in ("mean", "std"))
+    return lambda images: np.clip(np.rint((images * std + mean) * 255), 0, 255).astype(np.uint8)

@@ -55,11 +55,11 @@ class OpenVinoModel:
         self._facts.update(_properties(self._compiled))
         if self._facts["provider"] != [device]:
             raise RuntimeError(f"openvino runs on {self._facts['provider']} and {device} was asked for")
-        self._dtype = np.dtype(manifest["inputs"][0]["dtype"])
+        self._prepare = _as_input(manifest)
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """Embeddings, float32 (N, D), of preprocessed images, float32 (N, 3, H, W)."""
-        array = np.ascontiguousarray(images, dtype=self._dtype)
+        array = self._prepare(images)
         # Half the cost of infer([array]), which packs and unpacks dictionaries: 60 microseconds a call.
         self._request.set_input_tensor(self._tensor(array, shared_memory=True))
         self._request.infer()
@@ -89,3 +89,12 @@ def _properties(compiled: Any) -> dict[str, Any]:
         except Exception:  # the property is the plugin's own affair: a GPU has no threads
             found[key] = None
     return found
+
+
+def _as_input(manifest: dict[str, Any]) -> Any:
+    """A function from normalised images to what the model takes: itself, another float, or the uint8 pixels again."""
+    dtype = np.dtype(manifest["inputs"][0]["dtype"])
+    if dtype != np.uint8:
+        return lambda images: np.ascontiguousarray(images, dtype=dtype)
+    mean, std = (np.array(manifest["preprocessing"][k], np.float32).reshape(1, 3, 1, 1) for k in ("mean", "std"))
+    return lambda images: np.clip(np.rint((images * std + mean) * 255), 0, 255).astype(np.uint8)
