@@ -137,8 +137,8 @@ def rescale_to_int8(model: onnx.ModelProto) -> None:
     """Turn every uint8 Q/DQ into symmetric int8 of the same or a wider range, in place.
 
     A uint8 range [lo, hi] becomes [-m, m] with m = max(|lo|, |hi|), scale m / 127: nothing saturates that did not
-    before, and the step of a one-sided range doubles. A uint8 with zero point 0 is a ReLU as well, and quantisers take the
-    real one away: it is put back. Biases in int32 go back to float.
+    before, and the step of a one-sided range doubles. A uint8 with zero point 0 is a ReLU as well, and quantisers take
+    the real one away: it is put back. Biases in int32 go back to float.
 
     Raises:
         InputError: a uint8 weight, or a scale or zero point that is no constant.

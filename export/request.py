@@ -46,6 +46,8 @@ class ExportTarget:
             raise InputError(f"unknown precision {self.precision!r}: choose one of fp32, fp16, int8")
         if self.batch is not None and self.batch < 1:
             raise InputError(f"batch {self.batch} is not positive: give a number such as 1, or dynamic")
+        if self.uint8_input and self.format not in ("onnx", "ort", "openvino"):
+            raise InputError(f"--uint8-input is for onnx, ort and openvino, not {self.format}: drop it")
         if not 18 <= self.opset <= 22:
             raise InputError(f"opset {self.opset} is not one that robx checks: give 18 to 22 (20 suits every runtime)")
 
