@@ -95,18 +95,17 @@ class StreamingKMeans:
         Raises:
             InputError: fewer points than centres came.
         """
-        if self._sums is None:
-            self._start()
-        assert self._sums is not None
-        return F.normalize(self._sums, dim=1)
+        sums = self._start() if self._sums is None else self._sums
+        return F.normalize(sums, dim=1)
 
-    def _start(self) -> None:
+    def _start(self) -> Tensor:
         points = torch.cat(self._buffer) if self._buffer else torch.empty(0, 1)
         found = spherical_kmeans(points, self.k, seed=self.seed)
-        self._sums = torch.zeros_like(found.centres).index_add_(0, found.assignment, points)
+        sums = torch.zeros_like(found.centres).index_add_(0, found.assignment, points)
         # A centre whose points cancel out, or that has none, keeps its direction with little weight.
-        self._sums += 1e-3 * found.centres
+        self._sums = sums.add_(found.centres, alpha=1e-3)
         self._buffer = []
+        return sums
 
     def _add(self, points: Tensor) -> None:
         sums = self._sums

@@ -18,14 +18,14 @@ from robx.distill.loader import Skipped, steps_per_epoch
 from robx.distill.networks import build_networks, open_targets, store_targets
 from robx.distill.processes import Processes
 from robx.distill.recipes import Recipe
-from robx.distill.run_folder import Metrics, student_preprocessing, tensorboard_writer, write_student
+from robx.distill.run_folder import Metrics, student_preprocessing, tensorboard_writer
 from robx.distill.speed import SpeedBound
 from robx.distill.teachers import Teacher
 from robx.errors import InputError
 from robx.files import read_json, write_json, write_text
 from robx.records import Student, TeacherInfo, to_json
 from robx.sources import ImageSource, data_info
-from robx.trunk import embedding_width
+from robx.trunk import embedding_width, save_trunk
 
 Say = Callable[[str], None]
 
@@ -186,7 +186,7 @@ def save_run(run: Run, done: int) -> None:
     }
     resume.save_checkpoint(run.out, state, step=done, keep=run.options.keep, best=run.best[0] if run.best else None)
     for learner, folder in zip(run.learners, run.folders, strict=True):
-        write_student(folder, learner.trunk, _record(run, learner, done))
+        save_trunk(folder, learner.trunk, _record(run, learner, done))
     if run.skipped.found:
         write_text(run.out / "corrupt.txt", "".join(f"{reason}\n" for reason in run.skipped.found.values()))
 

@@ -9,18 +9,14 @@ RUN/  student.safetensors  student.json   the trunk, refreshed at every checkpoi
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import nn
-
 from robx.errors import MissingExtra
-from robx.files import sha256_file, write_atomically, write_text
-from robx.records import Preprocessing, Student, save_student
+from robx.files import write_text
+from robx.records import Preprocessing
 
 
 class Metrics:
@@ -44,21 +40,6 @@ class Metrics:
             for key, value in plain.items():
                 if isinstance(value, int | float) and key not in ("step", "epoch"):
                     self._board.add_scalar(key, value, plain["step"])
-
-
-def write_student(folder: Path, trunk: nn.Module, student: Student) -> Student:
-    """Put the trunk's weights and its record into a run's folder; returns the record with their hash."""
-    state = {k: v.detach().cpu().contiguous() for k, v in trunk.state_dict().items()}
-    weights = folder / "student.safetensors"
-
-    def write(path: Path) -> None:
-        save_file(state, path, metadata={"format": "pt"})  # one key: safetensors writes several in random order
-        path.chmod(0o644)  # safetensors keeps it to its owner
-
-    write_atomically(weights, write)
-    student = dataclasses.replace(student, sha256=sha256_file(weights))
-    save_student(student, folder)
-    return student
 
 
 def student_preprocessing(crop_size: int) -> Preprocessing:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from robx.errors import ArtifactError, InputError
-from robx.files import new_folder, sha256_file
+from robx.files import sha256_file, write_atomically
 from robx.records import Student, load_student, save_student
 
 
@@ -48,13 +48,20 @@ def embedding_width(trunk: nn.Module) -> int:
 
 
 def save_trunk(folder: Path, trunk: nn.Module, student: Student) -> Student:
-    """Write a Student's folder, whole or not at all; returns the record with the weights' hash filled in."""
-    with new_folder(folder) as temporary:
-        weights = temporary / "student.safetensors"
-        state = {k: v.detach().cpu().contiguous() for k, v in trunk.state_dict().items()}
-        save_file(state, weights, metadata={"format": "pt", "timm_name": student.timm_name})
-        student = dataclasses.replace(student, sha256=sha256_file(weights))
-        save_student(student, temporary)
+    """Put a trunk's weights and its record into `folder`; returns the record with the weights' hash filled in.
+
+    The weights go first: a reader that comes between the two finds a hash that differs, never a wrong network.
+    """
+    state = {k: v.detach().cpu().contiguous() for k, v in trunk.state_dict().items()}
+    weights = folder / "student.safetensors"
+
+    def write(path: Path) -> None:
+        save_file(state, path, metadata={"format": "pt"})  # one key: safetensors writes several in random order
+        path.chmod(0o644)  # safetensors keeps it to its owner
+
+    write_atomically(weights, write)
+    student = dataclasses.replace(student, sha256=sha256_file(weights))
+    save_student(student, folder)
     return student
 
 
