@@ -41,9 +41,19 @@ def needs(format_: str) -> None:
 
 
 def cnn() -> nn.Module:
-    """A MobileNetV2 of a third of the width, with batch statistics of the images that it will see."""
+    """A MobileNetV2 of a third of the width."""
     torch.manual_seed(0)
-    trunk = timm.create_model("mobilenetv2_035", num_classes=0)
+    return fit_statistics(timm.create_model("mobilenetv2_035", num_classes=0))
+
+
+def resnet() -> nn.Module:
+    """A ResNet, whose random weights do not amplify noise layer by layer as a MobileNet's do: int8 has to stay near."""
+    torch.manual_seed(0)
+    return fit_statistics(timm.create_model("resnet10t", num_classes=0, zero_init_last=False))
+
+
+def fit_statistics(trunk: nn.Module) -> nn.Module:
+    """Batch statistics of the images that it will see."""
     for module in trunk.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None
@@ -124,7 +134,7 @@ def test_fp32_answers_as_pytorch_does(format_: str, network: Any, tmp_path: Path
 @pytest.mark.parametrize("format_", ["executorch", "litert"])
 def test_int8_is_small_and_near(format_: str, tmp_path: Path) -> None:
     needs(format_)
-    trunk, pixels = cnn(), images(32, seed=2)
+    trunk, pixels = resnet(), images(32, seed=2)
     for precision in ("fp32", "int8"):
         (tmp_path / precision).mkdir()
     whole = convert(format_, "fp32", trunk, tmp_path / "fp32")
@@ -137,8 +147,7 @@ def test_int8_is_small_and_near(format_: str, tmp_path: Path) -> None:
         reference = trunk(torch.from_numpy(pixels)).numpy()
     model = open_built(built, tmp_path / "int8")
     answer = answers(model, pixels)
-    # Random weights of a MobileNet are int8's worst case; a wrong scale or zero point gives about 0.
-    assert centred_cosine(reference, answer).mean() > 0.5
+    assert centred_cosine(reference, answer).mean() > 0.95
     if format_ == "litert":
         assert model.facts()["input_dtype"] == model.facts()["output_dtype"] == "int8"
 
