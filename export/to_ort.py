@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,8 +24,8 @@ def build(
 ) -> BuiltModel:
     """Write model.ort and operators.config from ONNX that is in the requested precision already.
 
-    The graph is optimised at conversion, for any CPU of the target's architecture: "fixed" leaves nothing to do at
-    load time and no layout of this machine's CPU in the file.
+    The graph is optimised at conversion and not again at load: for the local CPU with its own memory layout, for an ARM
+    without.
 
     Raises:
         ArtifactError: ONNX Runtime cannot convert the model.
@@ -77,12 +78,14 @@ def _without_paths(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _quiet():  # type: ignore[no-untyped-def]
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _quiet() -> Iterator[None]:
+    import onnxruntime as ort
+
+    logging.disable(logging.WARNING)
+    ort.set_default_logger_severity(3)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(logging.NOTSET)
+        ort.set_default_logger_severity(2)
