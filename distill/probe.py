@@ -5,7 +5,7 @@ The bank and the queries are a fixed draw of the source's labelled images. ``rob
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from robx.sources import ImageSource, labels_of
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
 _BATCH = 128
+Embed = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,15 @@ def run_probe(probe: Probe, trunk: nn.Module, device: torch.device) -> float:
     training = trunk.training
     trunk.eval()
     try:
-        bank, bank_labels = _embed(probe, probe.bank, trunk, device)
-        queries, labels = _embed(probe, probe.queries, trunk, device)
+        return score(probe, trunk, device)
     finally:
         trunk.train(training)
+
+
+def score(probe: Probe, embed: Embed, device: torch.device) -> float:
+    """The same of any function from pixels (N, 3, H, W) to embeddings (N, D)."""
+    bank, bank_labels = _embed(probe, probe.bank, embed, device)
+    queries, labels = _embed(probe, probe.queries, embed, device)
     predicted = weighted_vote(bank, bank_labels, queries)
     return 100 * float((predicted == labels).float().mean())
 
@@ -69,7 +75,7 @@ def weighted_vote(bank: Tensor, bank_labels: Tensor, queries: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _embed(probe: Probe, indices: Sequence[int], trunk: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
+def _embed(probe: Probe, indices: Sequence[int], embed: Embed, device: torch.device) -> tuple[Tensor, Tensor]:
     features, labels = [], []
     with ThreadPoolExecutor(4) as pool:
         for at in range(0, len(indices), _BATCH):
@@ -82,7 +88,7 @@ def _embed(probe: Probe, indices: Sequence[int], trunk: nn.Module, device: torch
             if not found:
                 continue
             pixels = torch.from_numpy(np.stack([p for p, _ in found])).to(device)
-            features.append(F.normalize(trunk(pixels).float(), dim=1))
+            features.append(F.normalize(embed(pixels).float(), dim=1))
             labels += [probe.source.label(i) or 0 for _, i in found]
     return torch.cat(features), torch.tensor(labels, device=device)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from robx.distill.branches import TeacherBranch, WritingBranch
 from robx.distill.monitor import embedding_health, warnings
 from robx.distill.objectives import Stats
-from robx.distill.probe import Probe, build_probe, run_probe
+from robx.distill.probe import Probe, build_probe, run_probe, score
 from robx.distill.run import Run
 from robx.distill.run_folder import student_preprocessing
 from robx.distill.schedules import learning_rate
@@ -61,14 +62,27 @@ def probe_students(run: Run, probe: Probe, done: int) -> bool:
     if not run.processes.first:
         return False
     scores = [run_probe(probe, learner.trunk, run.processes.device) for learner in run.learners]
-    for learner, metrics, score in zip(run.learners, run.metrics, scores, strict=True):
-        metrics.add({"step": done, "epoch": done / run.per_epoch, "probe_knn": score})
-        run.say(f"epoch {done // run.per_epoch}: {learner.name} kNN probe {score:.1f} %")
+    for learner, metrics, knn in zip(run.learners, run.metrics, scores, strict=True):
+        metrics.add({"step": done, "epoch": done / run.per_epoch, "probe_knn": knn})
+        run.say(f"epoch {done // run.per_epoch}: {learner.name} kNN probe {knn:.1f} %")
     mean = sum(scores) / len(scores)
     if run.best is not None and mean <= run.best[1]:
         return False
     run.best = (done, mean)
     return True
+
+
+def probe_references(run: Run, probe: Probe) -> None:
+    """What the curve is to be read against: each student untrained, and the teacher at the same image size."""
+    branch = run.branch.branch if isinstance(run.branch, WritingBranch) else run.branch
+    reference = {}
+    if isinstance(branch, TeacherBranch):
+        reference["teacher_probe_knn"] = score(probe, branch.teacher.features, run.processes.device)
+        run.say(f"kNN probe of the teacher: {reference['teacher_probe_knn']:.1f} %")
+    for learner, metrics in zip(run.learners, run.metrics, strict=True):
+        untrained = run_probe(probe, learner.trunk, run.processes.device)
+        metrics.add({"step": 0, "epoch": 0.0, "probe_knn": untrained} | reference)
+        run.say(f"kNN probe of {learner.name}, untrained: {untrained:.1f} %")
 
 
 def speed_bound(run: Run) -> float:

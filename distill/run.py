@@ -12,14 +12,16 @@ from torch import Tensor
 
 from robx import __version__
 from robx.distill import resume
-from robx.distill.branches import TargetBranch
+from robx.distill.branches import EmaBranch, TargetBranch
 from robx.distill.learner import Learner
 from robx.distill.loader import Skipped, steps_per_epoch
 from robx.distill.networks import build_networks, open_targets, store_targets
 from robx.distill.processes import Processes
+from robx.distill.publish import published_checkpoint, save_published
 from robx.distill.recipes import Recipe
 from robx.distill.run_folder import Metrics, student_preprocessing, tensorboard_writer
 from robx.distill.speed import SpeedBound
+from robx.distill.students import unwrapped
 from robx.distill.teachers import Teacher
 from robx.errors import InputError
 from robx.files import read_json, write_json, write_text
@@ -189,6 +191,23 @@ def save_run(run: Run, done: int) -> None:
         save_trunk(folder, learner.trunk, _record(run, learner, done))
     if run.skipped.found:
         write_text(run.out / "corrupt.txt", "".join(f"{reason}\n" for reason in run.skipped.found.values()))
+
+
+def publish_teachers(run: Run) -> None:
+    """A base method's run ends with ``teacher.pth``, in that method's published layout: a teacher for the next run."""
+    if not run.processes.first or run.recipe.head != "native":
+        return
+    for learner, folder in zip(run.learners, run.folders, strict=True):
+        if isinstance(learner.branch, EmaBranch):
+            checkpoint = published_checkpoint(
+                learner.branch,
+                unwrapped(learner.net),
+                recipe=run.recipe,
+                timm_name=learner.name,
+                epoch=run.recipe.epochs,
+            )
+            save_published(folder / "teacher.pth", checkpoint)
+            run.say(f"{folder / 'teacher.pth'}: --teacher {run.recipe.objective} --teacher-weights takes it")
 
 
 def _record(run: Run, learner: Learner, done: int) -> Student:

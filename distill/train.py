@@ -27,8 +27,8 @@ from robx.distill.monitor import require_finite
 from robx.distill.objectives import Stats
 from robx.distill.processes import Processes, join_processes
 from robx.distill.recipes import Recipe
-from robx.distill.report import log_step, monitor, note, open_probe, probe_students, speed_bound
-from robx.distill.run import Options, Run, Say, open_run, resume_run, save_run
+from robx.distill.report import log_step, monitor, note, open_probe, probe_references, probe_students, speed_bound
+from robx.distill.run import Options, Run, Say, open_run, publish_teachers, resume_run, save_run
 from robx.distill.speed import Rate, SpeedBound, measure_bound
 from robx.distill.teachers import Teacher
 from robx.distill.views import Targets, Views
@@ -97,6 +97,8 @@ def train(
 def _loop(run: Run, start: int, *, stop: StopRequest, progress: Progress) -> None:
     recipe, processes, options = run.recipe, run.processes, run.options
     probe = open_probe(run) if processes.first else None
+    if probe is not None and start == 0:
+        probe_references(run, probe)
     if options.measure:
         run.bound = _measure(run, start)
     batches, rate, saved = _batches(run, start), Rate(), time.monotonic()
@@ -151,6 +153,7 @@ def _loop(run: Run, start: int, *, stop: StopRequest, progress: Progress) -> Non
             )
     if isinstance(run.branch, WritingBranch):
         run.branch.close()
+    publish_teachers(run)
 
 
 def _batches(run: Run, start: int) -> Iterator[Batch]:

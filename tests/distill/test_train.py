@@ -14,6 +14,7 @@ from torch import Tensor
 
 from robx.distill import resume
 from robx.distill.monitor import NotFinite
+from robx.distill.teachers import load_teacher
 from robx.errors import InputError, Interrupted
 from robx.records import load_student
 from robx.sources import FolderSource, ImageSource, open_source
@@ -273,3 +274,18 @@ def _assert_equal(a: Any, b: Any) -> None:
             _assert_equal(x, y)
     else:
         assert a == b
+
+
+def test_a_base_methods_run_leaves_a_teacher_for_the_next(
+    tiny: ModuleType, source: ImageSource, tmp_path: Path
+) -> None:
+    """The chain of the paper: DINO pretrains a network, and RoB-DINO distils from it with its own head."""
+    base = tiny.tiny_recipe(objective="dino", base=True, head="native", prototypes=32, drop_path=0.0)
+    tiny.tiny_run(source, tmp_path / "ema", recipe=base)
+    teacher = load_teacher("dino", weights=tmp_path / "ema" / "teacher.pth", image_size=32)
+    assert (teacher.method, teacher.num_prototypes) == ("dino", 32)
+    recipe = tiny.tiny_recipe(objective="dino", kind="cnn", drop_path=0.0)
+    options = {"probe_every": 1}
+    tiny.tiny_run(source, tmp_path / "rob", students=("test_resnet",), recipe=recipe, teacher=teacher, options=options)
+    lines = [json.loads(line) for line in (tmp_path / "rob" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["step"] == 0 and {"probe_knn", "teacher_probe_knn"} <= set(lines[0])
