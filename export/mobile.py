@@ -33,8 +33,7 @@ def mobile_model(model: nn.Module | None, request: ExportRequest) -> nn.Module:
 
 def example_input(request: ExportRequest) -> Tensor:
     """Zeros of the exported input's shape, with its batch fixed."""
-    dtype = torch.uint8 if request.target.uint8_input else torch.float32
-    return torch.zeros((request.fixed_batch, 3, request.image_size, request.image_size), dtype=dtype)
+    return torch.zeros((request.fixed_batch, 3, request.image_size, request.image_size))
 
 
 def fix_batch(specs: tuple[TensorSpec, ...], batch: int) -> tuple[TensorSpec, ...]:
@@ -43,7 +42,7 @@ def fix_batch(specs: tuple[TensorSpec, ...], batch: int) -> tuple[TensorSpec, ..
 
 
 def calibration_batches(calibration: np.ndarray | None, request: ExportRequest) -> list[Tensor]:
-    """The calibration images (N, 3, H, W) as tensors of the exported input's batch and dtype; a short rest is dropped.
+    """The calibration images (N, 3, H, W) as tensors of the exported input's batch; a short rest is dropped.
 
     Raises:
         InputError: fewer images than one batch; a quantiser without images would invent its ranges.
@@ -52,7 +51,7 @@ def calibration_batches(calibration: np.ndarray | None, request: ExportRequest) 
     if calibration is None or len(calibration) < batch:
         have = 0 if calibration is None else len(calibration)
         raise InputError(f"{have} calibration images are fewer than one batch of {batch}: give more with --data")
-    images = torch.from_numpy(calibration).to(example_input(request).dtype)
+    images = torch.from_numpy(calibration)
     return list(torch.split(images[: len(images) // batch * batch], batch))
 
 

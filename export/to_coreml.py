@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from robx.errors import ArtifactError, InputError, MissingExtra
+from robx.errors import ArtifactError, MissingExtra
 from robx.export.mobile import example_input, fix_batch, mobile_model
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest, Role
 from robx.files import write_bytes
@@ -36,12 +36,9 @@ def build(
     """Write model.mlpackage, with a fixed batch and float32 at both ends; int8 needs no calibration images.
 
     Raises:
-        InputError: uint8 pixels, which an ML program does not take.
         MissingExtra: coremltools is not installed.
         ArtifactError: the converter failed; its own words are in the message.
     """
-    if request.target.uint8_input:
-        raise InputError("Core ML takes float32 pixels: drop --uint8-input")
     mobile, example = mobile_model(model, request), example_input(request)
     names = [spec.name for spec in request.outputs]
     with _quiet():

@@ -27,14 +27,12 @@ def build(
     """Write model.tflite, with a fixed batch and the pixels as (N, 3, H, W).
 
     Raises:
-        InputError: fp16, uint8 pixels, or too few calibration images.
+        InputError: fp16, or too few calibration images.
         MissingExtra: litert-torch or, for int8, ai-edge-quantizer is not installed.
         ArtifactError: the converter failed; its own words are in the message.
     """
     if request.precision == "fp16":
         raise InputError("LiteRT is exported as fp32 (which its GPU delegate runs in fp16) or int8: drop --fp16")
-    if request.target.uint8_input:
-        raise InputError("LiteRT is exported with float32 or, for int8, int8 pixels: drop --uint8-input")
     try:
         import litert_torch
     except ImportError as error:

@@ -29,14 +29,14 @@ def build(
     """Write model.ncnn.param (the graph, text) and model.ncnn.bin (the weights).
 
     Raises:
-        InputError: int8, uint8 pixels, or a batch other than one.
+        InputError: int8, or a batch other than one.
         MissingExtra: pnnx is not installed.
         ArtifactError: pnnx failed, or left an operator that ncnn does not have.
     """
     if request.precision == "int8":
         raise InputError("ncnn's packages have no int8 converter: export ncnn as fp32 or fp16")
-    if request.target.uint8_input or request.fixed_batch != 1:
-        raise InputError("ncnn takes one image of float32 pixels at a time: drop --uint8-input and --batch")
+    if request.fixed_batch != 1:
+        raise InputError(f"ncnn takes one image at a time, not {request.fixed_batch}: drop --batch")
     try:
         import pnnx
     except ImportError as error:

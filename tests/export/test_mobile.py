@@ -219,8 +219,6 @@ def test_a_missing_converter_names_its_extra(format_: str, tmp_path: Path, monke
     [
         ("executorch", "fp16", {}, "fp32 or int8"),
         ("litert", "fp16", {}, "fp32 .* or int8"),
-        ("litert", "fp32", {"uint8_input": True}, "drop --uint8-input"),
-        ("coreml", "fp32", {"uint8_input": True}, "drop --uint8-input"),
         ("ncnn", "int8", {}, "no int8 converter: export ncnn as fp32 or fp16"),
         ("ncnn", "fp32", {"batch": 2}, "one image"),
     ],
@@ -254,7 +252,7 @@ def test_plain_attention_is_timms_with_at_most_four_axes(options: dict[str, Any]
     assert max(len(n.meta["val"].shape) for n in original.nodes if isinstance(n.meta.get("val"), torch.Tensor)) == 5
 
 
-def test_calibration_comes_in_whole_batches_of_the_inputs_type() -> None:
+def test_calibration_comes_in_whole_batches() -> None:
     request = make_request("litert", "int8", vit(), batch=3)
     batches = calibration_batches(images(8, seed=0), request)
     assert [tuple(batch.shape) for batch in batches] == [(3, 3, SIZE, SIZE)] * 2
@@ -262,7 +260,7 @@ def test_calibration_comes_in_whole_batches_of_the_inputs_type() -> None:
         calibration_batches(images(2, seed=0), request)
     with pytest.raises(InputError, match="0 calibration images"):
         calibration_batches(None, request)
-    assert example_input(make_request("executorch", "fp32", vit(), uint8_input=True)).dtype == torch.uint8
+    assert tuple(example_input(request).shape) == (3, 3, SIZE, SIZE)
 
 
 def test_layers_that_ncnn_lacks_are_found() -> None:
