@@ -10,10 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from robx.errors import InputError, MissingExtra, RobxError
+from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra, RobxError
 from robx.export.candidate import Candidate
 from robx.records import Precision, Rung, Value, Verdict
 
@@ -23,6 +25,11 @@ COSINE_FLOOR = 0.80
 SPEED_TOLERANCE = 0.03
 # A rung this slow will not be saved by giving more of it back to float.
 HOPELESS = 0.8
+_BLOCKS = 10
+_BLOCK_SECONDS = 0.05
+
+if TYPE_CHECKING:
+    from robx.runtime.session import Session
 
 Figures = tuple[Verdict, dict[str, Value], str]
 
@@ -48,6 +55,38 @@ class Outcome:
     rungs: tuple[Rung, ...]
     winner: Candidate | None  # the first that is accurate and not slower
     best: Candidate | None  # the one that came nearest, for --force; None when none could be built
+
+
+def open_judge(folder: Path) -> Session | str:
+    """A bundle in the runtime that will run it, or the reason why this machine cannot.
+
+    Raises:
+        ArtifactError: the bundle itself is damaged.
+    """
+    from robx.runtime.session import open_session
+
+    try:
+        return open_session(folder)
+    except (DeviceError, MissingExtra) as error:
+        return str(error).replace(f"{folder} ", "")  # the folder is gone when the reason is read
+    except ArtifactError as error:
+        if "no engine" in str(error):  # a format that robx opens on no machine like this
+            return str(error)
+        raise
+
+
+def make_bank(features: np.ndarray, labels: np.ndarray, *, classes: int) -> object:
+    """What accuracy is judged with: fp32 features (N, D) of labelled images, and a probe trained on them."""
+    from robx.eval.fidelity import make_bank as make
+
+    return make(features, labels, classes=classes)
+
+
+def time_interleaved(sessions: Mapping[str, Session], images: np.ndarray) -> dict[str, list[np.ndarray]]:
+    """Blocks of latencies in ns of each session, in random order; for `judge_speed`."""
+    from robx.runtime.compare import interleave
+
+    return interleave(sessions, images, blocks=_BLOCKS, seconds=_BLOCK_SECONDS)
 
 
 def judge_accuracy(

@@ -19,7 +19,7 @@ import onnx
 import torch
 
 from robx import __version__
-from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra
+from robx.errors import ArtifactError, DeviceError, InputError
 from robx.export import gate, quantize_nncf, quantize_onnxruntime, quantize_trt, ranges, sensitivity, to_onnx
 from robx.export.bias import correct_biases
 from robx.export.calibration import Images, Splits
@@ -36,8 +36,6 @@ from robx.trunk import embed
 Progress = Callable[[int, int, str], None]
 _BATCH = 32
 _TIMED_IMAGES = 16
-_BLOCKS = 10
-_BLOCK_SECONDS = 0.05
 _SENSITIVITY_IMAGES = 64
 _BIAS_IMAGES = 64
 
@@ -94,13 +92,11 @@ class Workshop:
     @cached_property
     def bank(self) -> object | None:
         """The fp32 student's labelled training features and the probe trained on them; None without labels."""
-        from robx.eval.fidelity import make_bank
-
         bank = self._splits.bank
         if bank.classes is None or len(bank.classes) < 2 or (bank.labels >= 0).sum() < 2 or not self._labels_agree():
             return None
         features = self._embed(bank, "the bank's embeddings")
-        return make_bank(features, bank.labels, classes=len(bank.classes))
+        return gate.make_bank(features, bank.labels, classes=len(bank.classes))
 
     @cached_property
     def histograms(self) -> dict[str, ranges.Histogram]:
@@ -270,7 +266,7 @@ class Workshop:
         images = self.judging[:16] if self.splits is not None else _smooth_images(8, self.request.image_size)
         expected = embed(self.model.trunk, torch.from_numpy(images)).numpy()
         what = f"the {self.request.target.format} model in {candidate.precision}"
-        session = self._open(self.make(candidate))
+        session = gate.open_judge(self.make(candidate))
         if isinstance(session, str):
             if self.request.target.format != "trt":
                 return {}, session
@@ -290,7 +286,7 @@ class Workshop:
 
     def _run(self, candidate: Candidate, folder: Path) -> tuple[np.ndarray, Any | None, str]:
         """Embeddings of the judging images, the session that gave them, and its name; the session stays open."""
-        session = self._open(folder)
+        session = gate.open_judge(folder)
         if isinstance(session, str):
             if self.request.target.format != "trt":
                 raise DeviceError(session)
@@ -307,16 +303,9 @@ class Workshop:
         return embeddings, session, str(session.facts().get("engine", "the runtime"))
 
     def _time(self, candidate: Candidate, session: Any) -> gate.Figures:
-        from robx.runtime.compare import interleave
-
         baselines = {name: s for name in ("fp32", "fp16") if (s := self._baseline(name, candidate)) is not None}
         self._say(0, 1, f"timing {candidate.name}")
-        blocks = interleave(
-            {"candidate": session, **baselines},
-            self.judging[:_TIMED_IMAGES],
-            blocks=_BLOCKS,
-            seconds=_BLOCK_SECONDS,
-        )
+        blocks = gate.time_interleaved({"candidate": session, **baselines}, self.judging[:_TIMED_IMAGES])
         return gate.judge_speed(blocks, self.limits)
 
     def _baseline(self, name: str, candidate: Candidate) -> Any | None:
@@ -326,26 +315,13 @@ class Workshop:
         if name not in self._sessions:
             precision: Precision = "fp32" if name == "fp32" else "fp16"
             try:
-                session = self._open(self.make(Candidate(name=name, precision=precision)))
+                session = gate.open_judge(self.make(Candidate(name=name, precision=precision)))
             except (InputError, ArtifactError):
                 return None
             if isinstance(session, str):
                 return None
             self._sessions[name] = session
         return self._sessions[name]
-
-    def _open(self, folder: Path) -> Any:
-        """A Session, or the reason why this machine has none for it."""
-        from robx.runtime.session import open_session
-
-        try:
-            return open_session(folder)
-        except (DeviceError, MissingExtra) as error:
-            return str(error).replace(f"{folder} ", "")  # the folder is gone when the reason is read
-        except ArtifactError as error:  # a format that robx opens on no machine like this
-            if "no engine" in str(error):
-                return str(error)
-            raise
 
     def _embed(self, images: Images, note: str) -> np.ndarray:
         """The student's embeddings (N, D) in fp32, kept in the cache for the next export.
