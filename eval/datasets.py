@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from robx.errors import ArtifactError, CorruptImage, InputError
-from robx.images import MAX_FILE_BYTES, decode
+from robx.errors import ArtifactError, InputError
+from robx.images import decode, read_image_file
 from robx.sources import ArraySource, ImageSource, open_source
 
 # Upper edges of the distance bins, closed on the right: (.., 8], (8, 8.5], ... (VTAB's closest-object-distance).
@@ -75,13 +75,7 @@ class ListSource:
     def read(self, index: int) -> Image.Image:
         """Read and decode one file."""
         path = self.root / self._samples[index][0]
-        try:
-            if path.stat().st_size > MAX_FILE_BYTES:
-                raise CorruptImage(f"{path}: {path.stat().st_size} bytes is more than an image should have")
-            data = path.read_bytes()
-        except OSError as error:
-            raise CorruptImage(f"{path}: cannot be read ({error.strerror})") from error
-        return decode(data, name=str(path))
+        return decode(read_image_file(path), name=str(path))
 
 
 class SquareSource:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import stat
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +22,23 @@ MAX_FILE_BYTES = 256 * 1024 * 1024
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # Past this aspect ratio the resized image would be huge and its centre crop is all that is used.
 _MAX_ASPECT = 20
+
+
+def read_image_file(path: Path) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        CorruptImage: not there, unreadable, too large, or no regular file (reading a pipe or a device may never end).
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise CorruptImage(f"{path}: is no regular file")
+        if found.st_size > MAX_FILE_BYTES:
+            raise CorruptImage(f"{path}: {found.st_size} bytes is more than an image should have")
+        return path.read_bytes()
+    except OSError as error:
+        raise CorruptImage(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def decode(data: bytes, *, name: str) -> Image.Image:

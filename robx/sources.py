@@ -9,8 +9,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import math
 import os
 import tarfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,12 +23,14 @@ from PIL import Image
 
 from robx.errors import CorruptImage, InputError
 from robx.files import read_json
-from robx.images import MAX_FILE_BYTES, decode
+from robx.images import decode, read_image_file
 from robx.records import DataInfo
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 _SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "validation")}
 _MAX_ARRAY_BYTES = 4 * 1024**3
+_MAX_LABEL_BYTES = 16
+_MAX_CLASSES = 10_000_000
 
 
 class ImageSource(Protocol):
@@ -99,7 +103,7 @@ class FolderSource:
         self.classes = None if None in tops else tuple(sorted({top for top in tops if top is not None}))
         numbers = {name: i for i, name in enumerate(self.classes or ())}
         self._labels = [numbers[top] for top in tops if top is not None] if self.classes else None
-        self.fingerprint = _fingerprint(f"{p}\0{(root / p).stat().st_size}" for p in self._paths)
+        self.fingerprint = _fingerprint(f"{p}\0{_size(root / p)}" for p in self._paths)
 
     def __len__(self) -> int:
         """How many image files there are."""
@@ -116,13 +120,7 @@ class FolderSource:
     def read(self, index: int) -> Image.Image:
         """Read and decode one file."""
         path = self.root / self._paths[index]
-        try:
-            if path.stat().st_size > MAX_FILE_BYTES:
-                raise CorruptImage(f"{path}: {path.stat().st_size} bytes is more than an image should have")
-            data = path.read_bytes()
-        except OSError as error:
-            raise CorruptImage(f"{path}: cannot be read ({error.strerror})") from error
-        return decode(data, name=str(path))
+        return decode(read_image_file(path), name=str(path))
 
 
 @dataclass(frozen=True)
@@ -219,15 +217,18 @@ def read_idx(path: Path) -> np.ndarray:
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            data = file.read(_MAX_ARRAY_BYTES)
-    except (OSError, EOFError) as error:
+            head = file.read(4)
+            sizes = file.read(4 * head[3]) if len(head) == 4 else b""
+            if not sizes or head[:3] != b"\0\0\x08" or len(sizes) != 4 * head[3]:
+                raise InputError(f"{path} is not an IDX file of unsigned bytes: fetch it again")
+            shape = tuple(int(n) for n in np.frombuffer(sizes, dtype=">u4"))
+            expected = math.prod(shape)
+            # No more than the header says is read: a small gzip may unpack to anything.
+            body = file.read(expected + 1) if expected <= _MAX_ARRAY_BYTES else b""
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read ({error}): fetch it again") from error
-    if len(data) < 4 or data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
-        raise InputError(f"{path} is not an IDX file of unsigned bytes: fetch it again")
-    shape = tuple(int(n) for n in np.frombuffer(data, dtype=">u4", count=data[3], offset=4))
-    body = data[4 + 4 * data[3] :]
-    if len(body) != int(np.prod([int(n) for n in shape], dtype=object)):
-        raise InputError(f"{path} holds {len(body)} bytes and its header says {shape}: it is cut; fetch it again")
+    if len(body) != expected:
+        raise InputError(f"{path} does not hold the {shape} bytes that its header says: fetch it again")
     return np.frombuffer(body, dtype=np.uint8).reshape(shape)
 
 
@@ -303,6 +304,7 @@ def _index_shard(shard: Path, number: int) -> Iterable[_Member]:
     """The shard's samples; a cut or damaged tail becomes one sample that cannot be read."""
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
+    wrong: dict[str, str] = {}
     members: list[_Member] = []
     size = shard.stat().st_size
     try:
@@ -311,20 +313,32 @@ def _index_shard(shard: Path, number: int) -> Iterable[_Member]:
                 key, suffix = _split(info.name)
                 if not info.isfile():
                     continue
-                if info.offset_data + info.size > size:
+                if info.size < 0 or info.offset_data + info.size > size:
                     members.append(_Member(key, number, 0, 0, None, f"{shard}: it is cut inside {info.name!r}"))
                     break
                 if suffix.lower() in IMAGE_SUFFIXES:
                     if key in images:
                         members.append(_Member(key, number, 0, 0, None, f"{shard}: the key {key!r} stands twice"))
                     images[key] = (info.offset_data, info.size)
-                elif suffix == ".cls" and info.size <= 16:
+                elif suffix == ".cls":
                     file = tar.extractfile(info)
-                    labels[key] = int(file.read()) if file else -1
-    except (tarfile.TarError, OSError, ValueError) as error:
+                    label = _label(file.read(_MAX_LABEL_BYTES + 1)) if file else None
+                    if label is None:
+                        wrong[key] = f"{shard}: {info.name!r} holds no label"
+                    else:
+                        labels[key] = label
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         members.append(_Member(f"{shard.stem}-damaged", number, 0, 0, None, f"{shard}: it is damaged ({error})"))
-    good = [_Member(key, number, at, length, labels.get(key)) for key, (at, length) in images.items()]
+    good = [
+        _Member(key, number, at, length, labels.get(key), wrong.get(key, "")) for key, (at, length) in images.items()
+    ]
     return good + members
+
+
+def _label(text: bytes) -> int | None:
+    """The number that a .cls member holds, or None when it is none that a class could have."""
+    digits = text.strip()
+    return int(digits) if len(text) <= _MAX_LABEL_BYTES and digits.isdigit() and int(digits) < _MAX_CLASSES else None
 
 
 def _class_names(folder: Path, members: Sequence[_Member]) -> tuple[str, ...] | None:
@@ -337,9 +351,20 @@ def _class_names(folder: Path, members: Sequence[_Member]) -> tuple[str, ...] | 
     return tuple(str(i) for i in range(top + 1))
 
 
+def _size(path: Path) -> int:
+    """Bytes of a file, -1 where a link points nowhere: that is a corrupt image when it is read."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
 def _image_files(root: Path) -> Iterable[str]:
     for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        # A link to a folder that is above itself would go on for ever.
+        above = {os.path.realpath(p) for p in (Path(folder), *Path(folder).parents) if p.is_relative_to(root)}
+        kept = (f for f in folders if not f.startswith("."))
+        folders[:] = sorted(f for f in kept if os.path.realpath(os.path.join(folder, f)) not in above)  # noqa: PTH118
         base = Path(folder).relative_to(root).as_posix()
         for file in files:
             if _split(file)[1].lower() in IMAGE_SUFFIXES and not file.startswith("."):

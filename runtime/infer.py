@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from robx.errors import CorruptImage, InputError
-from robx.images import MAX_FILE_BYTES, decode, preprocess
+from robx.images import decode, preprocess, read_image_file
 from robx.runtime.session import Session
 from robx.sources import open_source
 
@@ -75,9 +75,4 @@ def top_labels(scores: np.ndarray, labels: Sequence[str], *, count: int = 5) -> 
 
 
 def _read(path: Path) -> Image.Image:
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise CorruptImage(f"{path}: {path.stat().st_size} bytes is more than an image should have")
-        return decode(path.read_bytes(), name=str(path))
-    except OSError as error:
-        raise CorruptImage(f"{path}: cannot be read ({error.strerror})") from error
+    return decode(read_image_file(path), name=str(path))
