@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from robx.errors import DeviceError
-from robx.runtime import packing
+from robx.runtime import answers, packing
 from robx.runtime.transports import open_transport
 
 _DOCTOR_SECONDS = 120
@@ -82,11 +81,9 @@ def _ask(device: str, python: str | None) -> dict[str, Any]:
     if status:
         raise DeviceError(f"{device} cannot run the runner: {last[:300] or f'exit status {status}'}")
     try:
-        told = json.loads(last)
-        dict(told["facts"]), dict(told["packages"])
-    except (ValueError, TypeError, KeyError) as error:
+        return dict(answers.check(answers.parse(last), {"facts": answers.DEVICE, "packages": {}}, "its answer"))
+    except DeviceError as error:
         raise DeviceError(f"{device} answered {last[:80]!r} where the runner's facts were expected") from error
-    return dict(told)
 
 
 def _finding(part: tuple[str, tuple[str, ...], str, str], packages: Mapping[str, str], local: bool) -> Finding:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from robx.errors import DeviceError
+from robx.runtime import answers
+
 
 def parse(text: str) -> list[dict[str, Any]]:
-    """The snapshots of a telemetry file; a last line that was cut off is left out."""
+    """The snapshots of a telemetry file; a last line that was cut off, or is no snapshot, is left out."""
     found = []
     for line in text.splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict) and isinstance(value.get("t"), int | float):
-            found.append(value)
+        with contextlib.suppress(DeviceError):
+            found.append(answers.check(answers.parse(line), answers.SNAPSHOT, "telemetry"))
     return found
 
 

@@ -1,5 +1,6 @@
 """Facts and counters, read from file systems laid out like the devices'; their texts follow the kernel's documents."""
 
+import json
 import os
 import platform
 from pathlib import Path
@@ -182,4 +183,7 @@ def test_only_the_timed_window_counts():
 
 
 def test_a_cut_line_is_left_out():
-    assert telemetry.parse('{"t": 1.0}\n[]\n{"t": "x"}\n{"t": 2.') == [{"t": 1.0}]
+    whole = {"t": 1.0, "cooling": [], "own": 3}
+    line = json.dumps(whole)
+    odd = ["[]", '{"t": "x"}', line.replace("1.0", "NaN"), line.replace("[]", '["hot"]'), line[:-2]]
+    assert telemetry.parse("\n".join([line, *odd])) == [whole]
