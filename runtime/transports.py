@@ -9,21 +9,25 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Protocol, Self
+from typing import IO, Protocol, Self
 from urllib.parse import urlsplit
 
 from robx.errors import DeviceError, InputError
 
 _CONNECT_SECONDS = 15
 _COPY_SECONDS = 600
+_MOST_BYTES = 2_000_000_000  # that a command may print, or copy back
+_TAIL_BYTES = 65536  # of what it printed, that is read
 _SSH_OPTIONS = (
     *("-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_SECONDS}"),
     *("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"),
@@ -240,15 +244,39 @@ def _lay(files: Mapping[str, Path], folder: Path) -> None:
 
 
 def _call(command: list[str], *, timeout: float, what: str, cwd: Path | None = None) -> tuple[int, str]:
-    """Run a command without a terminal; its status and the tail of what it said, output before errors."""
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, cwd=cwd)
-    except FileNotFoundError:
-        raise DeviceError(f"{what} needs the command {command[0]!r}: install it, or put it on PATH") from None
-    except subprocess.TimeoutExpired:
-        raise DeviceError(f"{what} did not answer within {timeout:.0f} s") from None
-    parts = (done.stderr, done.stdout)
-    return done.returncode, "\n".join(p[-65536:].decode(errors="replace").strip() for p in parts if p.strip())
+    """Run a command without a terminal; its status and the tail of what it said, output before errors.
+
+    What it says goes to files that the kernel keeps from growing without end, and the files that it copies back too.
+    """
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        try:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+                timeout=timeout,
+                cwd=cwd,
+                preexec_fn=None if cwd else _bound_files,
+            )
+        except FileNotFoundError:
+            raise DeviceError(f"{what} needs the command {command[0]!r}: install it, or put it on PATH") from None
+        except subprocess.TimeoutExpired:
+            raise DeviceError(f"{what} did not answer within {timeout:.0f} s") from None
+        text = "\n".join(part for part in map(_tail, (errors, output)) if part)
+        if done.returncode == -signal.SIGXFSZ:
+            raise DeviceError(f"{what} sent more than {_MOST_BYTES / 1e9:.0f} GB, and no runner does: it was stopped")
+        return done.returncode, text
+
+
+def _bound_files() -> None:
+    """In the child, before it becomes the command."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_MOST_BYTES, _MOST_BYTES))
+
+
+def _tail(file: IO[bytes]) -> str:
+    file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+    return file.read().decode(errors="replace").strip()
 
 
 def _check(status: int, text: str, doing: str) -> None:
