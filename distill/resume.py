@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -84,13 +85,21 @@ def read_checkpoint(folder: Path) -> tuple[int, dict[str, Any]]:
     record = read_json(folder / "state.json")
     if not isinstance(record, dict):
         raise ArtifactError(f"{folder} is damaged: its state.json is no object")
-    if isinstance(record.get("schema"), int) and record["schema"] > SCHEMA:
-        raise _TooNew(f"{folder} has schema {record['schema']} and this robx reads up to {SCHEMA}: upgrade robx")
     weights = folder / "state.safetensors"
-    digest = record.pop("digest", None)
-    if digest != _digest(record) or not weights.is_file() or sha256_file(weights) != record.get("sha256"):
-        raise ArtifactError(f"{folder} is damaged: its SHA-256 differs from what was written")
-    return int(record["step"]), _restore(record["tree"], load_file(weights))
+    try:
+        digest = record.pop("digest", None)
+        if digest != _digest(record):
+            raise ArtifactError(f"{folder} is damaged: the SHA-256 of its state.json differs from what was written")
+        # Only now: a flipped bit may turn one schema's number into another's.
+        if record["schema"] > SCHEMA:
+            raise _TooNew(f"{folder} has schema {record['schema']} and this robx reads up to {SCHEMA}: upgrade robx")
+        if not weights.is_file() or sha256_file(weights) != record["sha256"]:
+            raise ArtifactError(f"{folder} is damaged: the SHA-256 of {weights.name} differs from what was written")
+        return int(record["step"]), _restore(record["tree"], load_file(weights))
+    except OSError as error:
+        raise ArtifactError(f"{folder} cannot be read ({error.strerror})") from error
+    except (KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
+        raise ArtifactError(f"{folder} is damaged ({error})") from error
 
 
 def clean(run: Path) -> None:

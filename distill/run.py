@@ -23,7 +23,7 @@ from robx.distill.run_folder import Metrics, student_preprocessing, tensorboard_
 from robx.distill.speed import SpeedBound
 from robx.distill.students import unwrapped
 from robx.distill.teachers import Teacher
-from robx.errors import InputError
+from robx.errors import InputError, one_line
 from robx.files import read_json, write_json, write_text
 from robx.records import Student, TeacherInfo, to_json
 from robx.sources import ImageSource, data_info
@@ -190,7 +190,7 @@ def save_run(run: Run, done: int) -> None:
     for learner, folder in zip(run.learners, run.folders, strict=True):
         save_trunk(folder, learner.trunk, _record(run, learner, done))
     if run.skipped.found:
-        write_text(run.out / "corrupt.txt", "".join(f"{reason}\n" for reason in run.skipped.found.values()))
+        write_text(run.out / "corrupt.txt", "".join(f"{one_line(reason)}\n" for reason in run.skipped.found.values()))
 
 
 def publish_teachers(run: Run) -> None:

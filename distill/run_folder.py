@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from robx.errors import MissingExtra
-from robx.files import write_text
+from robx.files import unwritable, write_text
 from robx.records import Preprocessing
 
 
@@ -28,14 +28,22 @@ class Metrics:
         self._board = tensorboard
         folder.mkdir(parents=True, exist_ok=True)
         if self.path.is_file():
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+            lines = self.path.read_text(errors="replace").splitlines()
+            kept = [line for line in lines if _step_of(line) <= step]
             write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def add(self, values: dict[str, Any]) -> None:
-        """Append one object; floats that are not finite become null."""
+        """Append one object; floats that are not finite become null.
+
+        Raises:
+            RobxError: no space, no permission, or the folder is gone.
+        """
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(plain, allow_nan=False) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(plain, allow_nan=False) + "\n")
+        except OSError as error:
+            raise unwritable(self.path, error) from error
         if self._board is not None:
             for key, value in plain.items():
                 if isinstance(value, int | float) and key not in ("step", "epoch"):

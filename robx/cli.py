@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from robx import __version__
-from robx.errors import RobxError
+from robx.errors import RobxError, one_line
 
 # command -> (module, attribute, the line that `robx --help` shows); importing none of them keeps start-up fast.
 COMMANDS = {
@@ -62,7 +62,7 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except RobxError as error:
-            click.echo(f"robx: {' '.join(str(error).split())}", err=True)
+            click.echo(f"robx: {one_line(str(error))}", err=True)
             ctx.exit(error.exit_status)
 
 

@@ -56,3 +56,11 @@ class GateFailed(RobxError):
     """No rung of the precision that was asked for passed; the fallback was written."""
 
     exit_status = 3
+
+
+def one_line(text: str) -> str:
+    """`text` as one line that a terminal shows and does not obey: white space becomes spaces, control codes escapes.
+
+    Messages have names of files in them, and a name may hold a line break or an escape sequence.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))

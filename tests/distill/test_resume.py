@@ -99,7 +99,12 @@ def test_when_none_is_whole_it_says_so_and_no_run_is_none(tmp_path: Path) -> Non
 def test_a_newer_schema_is_refused_and_not_passed_over(tmp_path: Path) -> None:
     resume.save_checkpoint(tmp_path, state(1), step=1)
     path = resume.save_checkpoint(tmp_path, state(2), step=2) / "state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
+    record = json.loads(path.read_text()) | {"schema": 99}
+    path.write_text(json.dumps(record))  # a flipped bit: the digest still says 1
+    found = resume.load_newest(tmp_path)
+    assert found is not None and found[0] == 1
+    del record["digest"]
+    path.write_text(json.dumps(record | {"digest": resume._digest(record)}))
     with pytest.raises(ArtifactError, match="schema 99"):
         resume.load_newest(tmp_path)
 
