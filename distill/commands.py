@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from robx.console import print_table, progress_bar, say
 from robx.errors import InputError
 
 if TYPE_CHECKING:
     from robx.distill.dryrun import RunCost
     from robx.distill.recipes import Recipe
 
-Progress = Callable[[int, int, str], None]
 _OBJECTIVES = click.Choice(["dino", "ibot", "msn", "swav", "kd"])
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -135,7 +131,7 @@ def distill(
         click.echo(json.dumps(cost, indent=2)) if as_json else _show_cost(cost)
         return
     run: Path = _required(out, "--out DIR")
-    with join_processes(device) as processes, _progress(processes.first, quiet=as_json) as (progress, say):
+    with join_processes(device) as processes, progress_bar(quiet=not processes.first) as progress:
         loaded = None
         if teacher is not None and not base:
             loaded = load_teacher(
@@ -150,7 +146,8 @@ def distill(
                 device=processes.device,
                 progress=progress,
             )
-            say(f"teacher {loaded.name}, licence {loaded.info.licence}, prototypes {loaded.info.prototypes}")
+            if processes.first:
+                say(f"teacher {loaded.name}, licence {loaded.info.licence}, prototypes {loaded.info.prototypes}")
         folders = train(
             recipe,
             students=students,
@@ -188,6 +185,10 @@ def teachers(as_json: bool) -> None:
 
     kNN and linear are ImageNet-1k top-1 in % as published. Besides these, --teacher dino, ibot, msn or swav with
     --teacher-weights reads any full checkpoint of that layout, and timm:NAME takes any trunk of timm's.
+
+    \b
+    robx teachers
+    robx teachers --json
     """
     from robx.distill.zoo import teacher_rows
 
@@ -196,25 +197,31 @@ def teachers(as_json: bool) -> None:
         click.echo(json.dumps(rows, indent=2))
         return
     shown = [
-        {
-            "teacher": row["name"],
-            "method": row["method"],
-            "params": f"{row['params'] / 1e6:.1f} M",
-            "kNN": row["knn"],
-            "linear": row["linear"],
-            "K": row["prototypes"] or "fitted",
-            "licence": row["licence"],
-            "file": row["file"],
-        }
+        (
+            row["name"],
+            row["method"],
+            f"{row['params'] / 1e6:.1f} M",
+            _figure(row["knn"]),
+            _figure(row["linear"]),
+            str(row["prototypes"] or "fitted"),
+            row["licence"],
+            row["file"],
+        )
         for row in rows
     ]
-    _show_table(shown, right=("params", "kNN", "linear", "K"))
+    headings = ("teacher", "method", "params", "kNN", "linear", "K", "licence", "file")
+    print_table(headings, shown, right=(2, 3, 4, 5))
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
 def students(as_json: bool) -> None:
-    """List the students that are tested the whole way; any other timm model may do."""
+    """List the students that are tested the whole way; any other timm model may do.
+
+    \b
+    robx students
+    robx students --json
+    """
     from robx.distill.zoo import student_rows
 
     rows = student_rows()
@@ -222,15 +229,9 @@ def students(as_json: bool) -> None:
         click.echo(json.dumps(rows, indent=2))
         return
     shown = [
-        {
-            "student": row["name"],
-            "params": f"{row['params'] / 1e6:.1f} M",
-            "width": row["width"],
-            "kind": "ViT" if row["vit"] else "CNN",
-        }
-        for row in rows
+        (row["name"], f"{row['params'] / 1e6:.1f} M", str(row["width"]), "ViT" if row["vit"] else "CNN") for row in rows
     ]
-    _show_table(shown, right=("params", "width"))
+    print_table(("student", "params", "width", "kind"), shown, right=(1, 2))
 
 
 def _resolve(
@@ -316,10 +317,13 @@ def _dry_run(
 
 def _show_cost(result: dict[str, Any]) -> None:
     cost, recipe = result["cost"], result["recipe"]
-    rows = [{"network": f"student {s['name']}"} | _cost_row(s) for s in cost["students"]]
-    if cost["teacher"]:
-        rows.insert(0, {"network": f"teacher {cost['teacher']['name']}"} | _cost_row(cost["teacher"]))
-    _show_table(rows, right=("params", "GFLOPs an image"))
+    networks = [("teacher", cost["teacher"])] if cost["teacher"] else []
+    networks += [("student", student) for student in cost["students"]]
+    rows = [
+        (f"{role} {network['name']}", f"{network['params'] / 1e6:.1f} M", f"{network['flops_per_image'] / 1e9:.2f}")
+        for role, network in networks
+    ]
+    print_table(("network", "params", "GFLOPs an image"), rows, right=(1, 2))
     per_image = cost["image_bytes"] / 1e6
     lines = [
         f"{cost['images']} images x {cost['epochs']} epochs, batch {recipe['batch_size']}: {cost['steps']} steps",
@@ -336,8 +340,8 @@ def _show_cost(result: dict[str, Any]) -> None:
     click.echo("\n".join(lines))
 
 
-def _cost_row(network: dict[str, Any]) -> dict[str, str]:
-    return {"params": f"{network['params'] / 1e6:.1f} M", "GFLOPs an image": f"{network['flops_per_image'] / 1e9:.2f}"}
+def _figure(value: float | None) -> str:
+    return "" if value is None else str(value)
 
 
 def _show_result(folders: list[Path], *, as_json: bool) -> None:
@@ -349,76 +353,6 @@ def _show_result(folders: list[Path], *, as_json: bool) -> None:
             click.echo(json.dumps({"folder": str(folder)} | to_json(student)))
         else:
             click.echo(f"{folder}: {student.timm_name}, {student.width} wide, {student.images_seen} images seen")
-
-
-def _show_table(rows: list[dict[str, Any]], *, right: tuple[str, ...] = ()) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for name in rows[0]:
-        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(table)
-
-
-@contextlib.contextmanager
-def _progress(first: bool, *, quiet: bool) -> Iterator[tuple[Progress, Callable[[str], None]]]:
-    """(progress, say) on standard error: a bar with the remaining time on a terminal, else a line now and then."""
-    if not first:
-        yield lambda done, total, note: None, lambda text: None
-    elif sys.stderr.isatty() and not quiet:
-        with _bar() as both:
-            yield both
-    else:
-        yield _plain_progress(), lambda text: click.echo(text, err=True)
-
-
-@contextlib.contextmanager
-def _bar() -> Iterator[tuple[Progress, Callable[[str], None]]]:
-    from rich import progress as rich_progress
-    from rich.console import Console
-    from rich.markup import escape
-
-    columns = (
-        rich_progress.BarColumn(),
-        rich_progress.MofNCompleteColumn(),
-        rich_progress.TimeElapsedColumn(),
-        rich_progress.TimeRemainingColumn(elapsed_when_finished=True),
-        rich_progress.TextColumn("{task.description}"),
-    )
-    with rich_progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        task, last = bar.add_task("", total=None), [0]
-
-        def show(done: int, total: int, note: str) -> None:
-            if done < last[0]:  # another piece of work has begun
-                bar.reset(task)
-            last[0] = done
-            bar.update(task, completed=done, total=total, description=escape(note))
-
-        yield show, lambda text: bar.console.print(escape(text), highlight=False)
-
-
-def _plain_progress(seconds: float = 10.0) -> Progress:
-    """A line every so often, with the remaining time, for logs."""
-    state = {"last": time.monotonic(), "began": time.monotonic(), "first": 0.0}
-
-    def show(done: int, total: int, note: str) -> None:
-        now = time.monotonic()
-        if done <= state["first"] or not state["first"]:
-            state.update(began=now, first=float(done))
-        if now - state["last"] < seconds and done < total:
-            return
-        state["last"] = now
-        rate = (done - state["first"]) / max(now - state["began"], 1e-9)
-        left = f", {(total - done) / rate / 60:.1f} min left" if rate > 0 and done < total else ""
-        click.echo(f"{done} of {total}: {note}{left}", err=True)
-
-    return show
 
 
 def _default_workers() -> int:

@@ -12,15 +12,13 @@ import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from robx.errors import ArtifactError, InputError
 from robx.files import require_space, sha256_file, unwritable, wait_for, write_atomically, write_text
-
-Progress = Callable[[int, int, str], None]
+from robx.progress import Progress
 
 MAX_DOWNLOAD_BYTES = 16 * 1024**3
 _CHUNK = 1024 * 1024

@@ -8,7 +8,6 @@ N points   K centres   D width
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robx.errors import InputError
+from robx.progress import Progress
 
 _BLOCK_NUMBERS = 2**25  # similarities held at once: 128 MB in float32
 
@@ -37,7 +37,7 @@ def spherical_kmeans(
     seed: int,
     iterations: int = 30,
     tolerance: float = 1e-4,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Clustering:
     """Cluster points (N, D), which are normalised here, until the objective gains less than `tolerance`.
 

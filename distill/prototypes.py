@@ -26,6 +26,7 @@ from robx.distill.kmeans import StreamingKMeans, spherical_kmeans
 from robx.errors import CorruptImage, InputError
 from robx.files import sha256_bytes, wait_for, write_atomically
 from robx.images import preprocess
+from robx.progress import Progress
 from robx.records import Preprocessing
 from robx.sources import ImageSource
 
@@ -34,7 +35,6 @@ _POINTS_PER_CENTRE = 256
 _BATCH = 64
 _VERSION = 1
 
-Progress = Callable[[int, int, str], None]
 Embed = Callable[[Tensor], Tensor]
 
 

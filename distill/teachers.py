@@ -8,7 +8,6 @@ Every Teacher takes ImageNet-normalised pixels and answers with scores before th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,10 +30,9 @@ from robx.distill.timm_teachers import build_timm_teacher, load_timm_teacher
 from robx.distill.zoo import ZOO, ZooEntry, find_teacher
 from robx.errors import ArtifactError, InputError
 from robx.files import sha256_file
+from robx.progress import Progress
 from robx.records import Preprocessing, TeacherInfo
 from robx.sources import ImageSource
-
-Progress = Callable[[int, int, str], None]
 
 __all__ = ["ZOO", "Method", "Teacher", "TeacherScores", "build_teacher_skeleton", "load_teacher"]
 

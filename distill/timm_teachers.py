@@ -6,7 +6,7 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,8 +20,7 @@ from robx.distill.published_trunks import TimmTrunk, load_strictly
 from robx.distill.zoo import ZooEntry
 from robx.errors import ArtifactError, InputError
 from robx.files import sha256_file
-
-Progress = Callable[[int, int, str], None]
+from robx.progress import Progress
 
 
 def build_timm_teacher(entry: ZooEntry, *, classifier: bool) -> nn.Module:

@@ -12,7 +12,7 @@ import contextlib
 import copy
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -34,9 +34,8 @@ from robx.distill.teachers import Teacher
 from robx.distill.views import Targets, Views
 from robx.errors import InputError, Interrupted
 from robx.files import lock_folder
+from robx.progress import Progress, silent
 from robx.sources import ImageSource
-
-Progress = Callable[[int, int, str], None]
 
 
 def train(
@@ -87,7 +86,7 @@ def train(
         run = open_run(recipe, students, source, out, teacher, targets, store, options, processes, speak)
         start = resume_run(run)
         if start < run.steps:
-            _loop(run, start, stop=stop, progress=progress if progress and processes.first else _no_progress)
+            _loop(run, start, stop=stop, progress=progress if progress and processes.first else silent)
         else:
             speak(f"{out} holds the whole run already ({recipe.epochs} epochs): --fresh starts over")
         processes.wait()
@@ -237,8 +236,4 @@ def _measure(run: Run, start: int) -> SpeedBound:
 
 
 def _silent(_: str) -> None:
-    return None
-
-
-def _no_progress(done: int, total: int, note: str) -> None:
     return None

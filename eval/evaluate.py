@@ -10,9 +10,10 @@ from robx.errors import InputError
 from robx.eval.features import Features, extract_each, model_id
 from robx.eval.fidelity import Comparison, fidelity, make_bank
 from robx.eval.knn import HEADLINE_K, TEMPERATURE, knn_accuracy
-from robx.eval.plan import Plan, Progress, Result, accuracy_record, device_facts, now
+from robx.eval.plan import Plan, Result, accuracy_record, device_facts, now
 from robx.eval.splits import Split, open_split
 from robx.eval.verdict import holm
+from robx.progress import Progress
 from robx.records import Accuracy, Bundle, Fidelity, Json, Student, Value, to_json
 from robx.runtime.session import Session, SessionSettings, load_record, open_session
 from robx.sources import ImageSource, data_info

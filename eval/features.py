@@ -19,6 +19,7 @@ import numpy as np
 from robx.errors import CorruptImage, DeviceError, InputError
 from robx.files import sha256_bytes, write_atomically
 from robx.images import preprocess
+from robx.progress import Progress
 from robx.records import Bundle, Preprocessing, Student, to_json
 from robx.sources import ImageSource, labels_of
 
@@ -30,8 +31,6 @@ BATCH = 64
 MOST_SKIPPED = 0.1
 _ALWAYS_ALLOWED = 10
 _AHEAD = 2  # batches that are decoded before the model asks for them
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)

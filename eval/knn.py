@@ -8,12 +8,13 @@ N bank images   M queries   D width   K neighbours
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from robx.errors import InputError
 from robx.eval.verdict import accuracy_value
+from robx.progress import Progress
 from robx.records import Value
 
 KS = (10, 20, 100, 200)
@@ -22,8 +23,6 @@ TEMPERATURE = 0.07
 TOP = 5
 _QUERY_BLOCK = 1024
 _BANK_BLOCK = 16_384  # 1024 x 16384 similarities are 64 MB
-
-Progress = Callable[[int, int, str], None]
 
 
 def unit_rows(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,7 @@ from robx.errors import CorruptImage, InputError
 from robx.eval.features import Features, decoded_batches
 from robx.eval.heads import HeadRecipe, Heads, head_values, headline
 from robx.eval.trunk_outputs import TrunkSession
+from robx.progress import Progress
 from robx.records import Preprocessing, Value
 from robx.sources import ImageSource, labels_of
 
@@ -27,8 +28,6 @@ RATES = (0.01, 0.001, 0.1)
 # A few hundred images make too few steps in 28 epochs; features are cheap, so the cached variant goes round more often.
 LEAST_STEPS = 1000
 _EMBED_ROWS = 65_536
-
-Progress = Callable[[int, int, str], None]
 
 
 def linear_cached(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,8 +15,6 @@ from robx.eval.splits import Split
 from robx.records import Accuracy, Json, Measurement, Value, to_json
 from robx.runtime.session import Session
 from robx.sources import data_info
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)

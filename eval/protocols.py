@@ -13,10 +13,11 @@ from robx.eval.datasets import SquareSource, open_dataset
 from robx.eval.features import Features, extract
 from robx.eval.linear import LEAST_STEPS, linear_cached, linear_streamed
 from robx.eval.lowshot import LAMBDA, draw_splits, low_shot, read_splits
-from robx.eval.plan import Plan, Progress, Result, accuracy_record
+from robx.eval.plan import Plan, Result, accuracy_record
 from robx.eval.splits import Split, make_split
 from robx.eval.transfer import TRANSFERS, Transfer, transfer
 from robx.eval.trunk_outputs import TrunkSession
+from robx.progress import Progress
 from robx.records import Accuracy, Json, Student, to_json
 from robx.runtime.session import Session
 from robx.sources import ImageSource

@@ -7,15 +7,14 @@ correction accounts for the error that its own input carries. The cost is two ru
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
 from robx.export.qdq import Graph
-
-Progress = Callable[[int, int, str], None]
+from robx.progress import Progress
 
 
 def correct_biases(

@@ -25,6 +25,7 @@ from robx.export.ladder import ladder, limit, machine_of, sensitive_rungs
 from robx.export.request import ExportRequest, ExportTarget
 from robx.export.workshop import Workshop
 from robx.files import new_folder, sha256_bytes, sha256_file, unwritable, write_json
+from robx.progress import Progress
 from robx.records import (
     Bundle,
     BundleFile,
@@ -41,7 +42,6 @@ from robx.records import (
 from robx.sources import ImageSource
 from robx.trunk import load_trunk
 
-Progress = Callable[[int, int, str], None]
 CACHE = "export-cache"
 
 

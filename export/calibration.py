@@ -7,7 +7,7 @@ data where it has none. Both pass through the deployment's preprocessing. Two im
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +15,13 @@ import numpy as np
 
 from robx.errors import CorruptImage, InputError
 from robx.images import resize_and_crop
+from robx.progress import Progress
 from robx.records import Calibration, Preprocessing
 from robx.sources import ImageSource, open_source
 
 MIN_IMAGES = 300  # fewer leave the tails of the activations to chance
 MIN_JUDGING = 16  # to compare at all; the gate says INCONCLUSIVE long before
 _SEED = 20260
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from robx.console import print_line, print_table, progress_bar, say
 from robx.errors import InputError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from robx.records import Bundle, Value
+    from robx.records import Bundle, Rung, Value
 
 _FORMATS = ("onnx", "openvino", "trt", "ort", "executorch", "litert", "coreml", "ncnn")
-_COLOURS = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow", "FORCED": "magenta", "NOT_JUDGED": "yellow"}
 
 
 @click.command()
@@ -97,7 +92,7 @@ def export(
         judging_images=judging_images,
     )
     source, judge = open_data(data, test) if data else (None, None)
-    with _progress() as (progress, say):
+    with progress_bar() as progress:
         bundle = build(
             run,
             wanted,
@@ -123,9 +118,11 @@ def inspect(bundle: Path, layers: bool) -> None:
     """Show what is in a bundle: layers, precisions, sizes, verdict, and which layers are sensitive.
 
     BUNDLE is a folder that robx export wrote. Nothing is run.
-    """
-    from rich.table import Table
 
+    \b
+    robx inspect runs/r18/openvino-int8
+    robx inspect runs/r18/onnx-int8 --layers
+    """
     from robx.export.inspection import inspect_bundle
     from robx.records import load_bundle
 
@@ -133,34 +130,24 @@ def inspect(bundle: Path, layers: bool) -> None:
     _show_result(record, bundle)
     _show_rungs(record)
     found = inspect_bundle(bundle, record)
-    console = _console()
-    table = Table(title="Files", title_justify="left")
-    for column in ("file", "role", "size", "SHA-256"):
-        table.add_column(column)
-    for file in record.files:
-        table.add_row(file.path, file.role, _size(file.bytes), file.sha256[:16])
-    console.print(table)
+    files = [(file.path, file.role, _size(file.bytes), file.sha256[:16]) for file in record.files]
+    print_table(("file", "role", "size", "SHA-256"), files, title="Files", right=(2,))
     if found.operators:
-        table = Table(title="Operators", title_justify="left")
-        for column in ("operator", "count", "in int8", "weights"):
-            table.add_column(column, justify="left" if column == "operator" else "right")
-        for row in found.operators:
-            table.add_row(row.name, str(row.count), str(row.int8 or ""), _size(row.bytes) if row.bytes else "")
-        console.print(table)
+        counts = [(o.name, str(o.count), str(o.int8 or ""), _size(o.bytes) if o.bytes else "") for o in found.operators]
+        print_table(("operator", "count", "in int8", "weights"), counts, title="Operators", right=(1, 2, 3))
     for line in found.foreign:
-        console.print(f"[yellow]outside of the target's set:[/] {line}")
+        print_line(f"outside of the target's set: {line}")
     if layers and found.layers:
-        table = Table(title="Layers", title_justify="left")
-        for column in ("layer", "operator", "precision", "weights", "cost in int8"):
-            table.add_column(column)
-        for layer in found.layers:
-            cost = "" if layer.cost is None else f"{layer.cost:.5f}"
-            table.add_row(layer.name, layer.operator, layer.precision, _size(layer.bytes), cost)
-        console.print(table)
+        shown = [
+            (o.name, o.operator, o.precision, _size(o.bytes), "" if o.cost is None else f"{o.cost:.5f}")
+            for o in found.layers
+        ]
+        headings = ("layer", "operator", "precision", "weights", "cost in int8")
+        print_table(headings, shown, title="Layers", right=(3, 4))
     if found.sensitivity:
         _show_sensitivity(found.sensitivity)
     for note in found.notes:
-        console.print(note)
+        print_line(note)
 
 
 def _batch(text: str) -> int | None:
@@ -172,62 +159,46 @@ def _batch(text: str) -> int | None:
 
 
 def _show_rungs(bundle: Bundle) -> None:
-    from rich.table import Table
-
     if not bundle.rungs:
         return
-    table = Table(title="Rungs tried", title_justify="left")
-    for column in ("", "candidate", "accuracy", "drop", "centred cosine", "vs fp32", "vs fp16", "speed", "size"):
-        table.add_column(column, justify="left" if column in ("", "candidate") else "right")
-    for rung in bundle.rungs:
-        values = rung.values
-        drop = values.get("probe_drop")
-        cosine = values.get("cosine_mean")
-        table.add_row(
-            "*" if rung.kept else "",
-            rung.name,
-            _coloured(rung.accuracy),
-            _interval(drop) if drop else "",
-            f"{cosine.value:.4f}" if cosine else "",
-            _speedup(values.get("speedup_fp32")),
-            _speedup(values.get("speedup_fp16")),
-            _coloured(rung.speed) if "speedup_fp32" in values else "on device",
-            _size(int(values["bytes"].value)) if "bytes" in values else "",
-        )
-    console = _console()
-    console.print(table)
+    headings = ("", "candidate", "accuracy", "drop", "centred cosine", "vs fp32", "vs fp16", "speed", "size")
+    print_table(headings, [_rung_row(rung) for rung in bundle.rungs], title="Rungs tried", right=range(2, 9))
     for rung in bundle.rungs:
         if not rung.kept:
-            console.print(f"[dim]{_escape(rung.name)}: {_escape(rung.reason)}[/]", highlight=False)
+            print_line(f"{rung.name}: {rung.reason}", dim=True)
+
+
+def _rung_row(rung: Rung) -> tuple[str, ...]:
+    values = rung.values
+    return (
+        "*" if rung.kept else "",
+        rung.name,
+        rung.accuracy,
+        _interval(values["probe_drop"]) if "probe_drop" in values else "",
+        f"{values['cosine_mean'].value:.4f}" if "cosine_mean" in values else "",
+        _speedup(values.get("speedup_fp32")),
+        _speedup(values.get("speedup_fp16")),
+        rung.speed if "speedup_fp32" in values else "on device",
+        _size(int(values["bytes"].value)) if "bytes" in values else "",
+    )
 
 
 def _show_result(bundle: Bundle, folder: Path) -> None:
-    console = _console()
     size = _size(bundle.bytes)
-    colour = _COLOURS[bundle.verdict]
-    console.print(
-        f"[bold]{_escape(str(folder))}[/]: {bundle.format} {bundle.precision}, {size}, for {bundle.runtime} on "
-        f"{bundle.target}: [{colour}]{bundle.verdict}[/]",
-        highlight=False,
-        soft_wrap=True,
-    )
+    made = f"{bundle.format} {bundle.precision}, {size}, for {bundle.runtime} on {bundle.target}"
+    print_line(f"{folder}: {made}: {bundle.verdict}")
     if bundle.reason:
-        console.print(f"  {_escape(bundle.reason)}", highlight=False, soft_wrap=True)
+        print_line(f"  {bundle.reason}")
 
 
 def _show_sensitivity(costs: dict[str, float]) -> None:
     """A bar for each layer, the worst first: 1 - centred cosine of the embedding with that layer alone in int8."""
-    console = _console()
-    console.print("Sensitivity: 1 - centred cosine with that layer alone in int8")
+    print_line("Sensitivity: 1 - centred cosine with that layer alone in int8")
     top = max(max(costs.values()), 1e-12)
     for name, cost in sorted(costs.items(), key=lambda item: -item[1])[:20]:
-        console.print(f"  {_escape(name):<32} {cost:.5f} {'█' * round(32 * cost / top)}", highlight=False)
+        print_line(f"  {name:<32} {cost:.5f} {'█' * round(32 * cost / top)}")
     if len(costs) > 20:
-        console.print(f"  ... and {len(costs) - 20} less sensitive layers")
-
-
-def _coloured(verdict: str) -> str:
-    return f"[{_COLOURS[verdict]}]{verdict}[/]"
+        print_line(f"  ... and {len(costs) - 20} less sensitive layers")
 
 
 def _interval(value: Value) -> str:
@@ -242,51 +213,3 @@ def _speedup(value: Value | None) -> str:
 
 def _size(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count >= 100_000 else f"{count / 1e3:.1f} kB"
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 140)
-
-
-class _progress:
-    """Rich progress on a terminal; elsewhere one plain line now and then, on standard error."""
-
-    def __enter__(self) -> tuple[Callable[[int, int, str], None], Callable[[str], None]]:
-        self._last, self._note, self._bar = 0.0, "", None
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=Console(stderr=True),
-                transient=True,
-            )  # fmt: skip
-            self._bar.start()
-            self._task = self._bar.add_task("starting", total=None)
-        return self._update, self._say
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def _update(self, done: int, total: int, note: str) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, description=note, completed=done, total=total if total > 1 else None)
-        elif note != self._note or time.monotonic() - self._last > 10:
-            click.echo(f"{note} {f'{done}/{total}' if done and total > 1 else ''}".rstrip(), err=True)
-            self._last = time.monotonic()
-        self._note = note
-
-    def _say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
-        else:
-            click.echo(text, err=True)

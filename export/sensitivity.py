@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -11,8 +11,7 @@ from onnx import helper, numpy_helper
 
 from robx.export.qdq import Graph
 from robx.export.ranges import Ranges
-
-Progress = Callable[[int, int, str], None]
+from robx.progress import Progress
 
 
 def measure(

@@ -9,7 +9,6 @@ import importlib.metadata
 import io
 import shutil
 import tempfile
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,10 @@ from robx.export.half import to_half
 from robx.export.onnx_safety import load_checked
 from robx.export.request import BuiltModel, ExportRequest
 from robx.files import sha256_bytes, write_bytes
+from robx.progress import Progress
 from robx.records import Bundle, Precision, Rung, Value, describe_file, save_bundle
 from robx.trunk import embed
 
-Progress = Callable[[int, int, str], None]
 _BATCH = 32
 _TIMED_IMAGES = 16
 _SENSITIVITY_IMAGES = 64

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
-import click
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 from robx.progress import Progress, silent
 
 # Where no terminal shows a bar (a log, CI), one line now and then.
 _LINE_SECONDS = 15.0
+# Of a table in a file or a pipe, where no terminal sets one.
+_WIDTH = 160
+_COLOURS = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow", "FORCED": "magenta", "NOT_JUDGED": "yellow"}
 
 
 @contextlib.contextmanager
@@ -31,54 +36,93 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Progress]:
     else:
         columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Bar(*columns, TextColumn("{task.description}"), console=console, transient=True) as bar:
-            task = bar.add_task("", total=None)
-            last = [""]
+            task, work = bar.add_task("", total=None), _Work()
 
             def show(done: int, total: int, note: str) -> None:
-                if _stage(note) != last[0]:
-                    last[0] = _stage(note)
+                if work.begins(done, total, note):
                     bar.reset(task)
-                bar.update(task, completed=done, total=total, description=escape(note))
+                # One step of one is no measure of anything: the bar only shows that something goes on.
+                bar.update(task, completed=done, total=total if total > 1 else None, description=escape(note))
 
             yield show
 
 
 def print_table(
-    headings: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", right: Sequence[int] = ()
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    title: str = "",
+    right: Collection[int] = (),
+    dim: Collection[int] = (),
 ) -> None:
-    """Print a table on standard output; the columns whose numbers are in `right` are aligned on the right."""
-    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", pad_edge=False)
+    """Print a table on standard output; verdicts are coloured.
+
+    Args:
+        headings: of the columns.
+        rows: plain text, a cell a column.
+        title: above the table.
+        right: the columns that are aligned on the right, by number.
+        dim: the rows that are not to be relied on, by number.
+    """
+    table = Table(
+        box=box.SIMPLE_HEAD, title=escape(title) or None, title_justify="left", title_style="bold", pad_edge=False
+    )
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number in right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    Console().print(table)
+    for number, row in enumerate(rows):
+        table.add_row(*(_coloured(cell) for cell in row), style="dim" if number in dim else None)
+    console = Console()
+    if not console.is_terminal:
+        console.width = _WIDTH
+    console.print(table)
+
+
+def print_line(text: str, *, dim: bool = False) -> None:
+    """One line on standard output, its verdicts coloured."""
+    Console().print(_coloured(text), style="dim" if dim else None, soft_wrap=True)
 
 
 def say(text: str) -> None:
     """One line on standard error."""
-    click.echo(text, err=True)
+    sys.stderr.write(f"{text}\n")  # which a bar, while there is one, lets in above itself
 
 
-def _stage(note: str) -> str:
-    """The part of a note that names the work: without figures, which change at every call."""
-    return note.split(",", 1)[0].split(":", 1)[0]
+def _coloured(words: str) -> Text:
+    text = Text(words)
+    for verdict, colour in _COLOURS.items():
+        text.highlight_regex(rf"\b{verdict}\b", colour)
+    return text
+
+
+class _Work:
+    """Tells one piece of work from the next in what a Progress is told."""
+
+    def __init__(self) -> None:
+        self.done, self.total, self.note = -1, -1, ""
+
+    def begins(self, done: int, total: int, note: str) -> bool:
+        """Whether this call is the first of a piece of work. Notes may change within one: they carry figures."""
+        new = done < self.done or total != self.total or (done == 0 and note != self.note)
+        self.done, self.total, self.note = done, total, note
+        return new
 
 
 def _plain_lines() -> Progress:
-    started = [time.monotonic()]
-    printed = [0.0]
-    stage = [""]
+    work, started, first, printed = _Work(), 0.0, 0, -math.inf
 
     def show(done: int, total: int, note: str) -> None:
+        nonlocal started, first, printed
         now = time.monotonic()
-        if _stage(note) != stage[0]:
-            stage[0], started[0], printed[0] = _stage(note), now, 0.0
-        if now - printed[0] < _LINE_SECONDS and done < total:
+        if work.begins(done, total, note):
+            started, first, printed = now, done, -math.inf
+        if now - printed < _LINE_SECONDS and done < total:
             return
-        printed[0] = now
-        left = (now - started[0]) / done * (total - done) if done else 0.0
-        tail = f", about {left:.0f} s left" if done and done < total else ""
+        printed = now
+        if total <= 1:
+            say(note)
+            return
+        left = (now - started) / (done - first) * (total - done) if done > first else 0.0
+        tail = f", about {left:.0f} s left" if left else ""
         say(f"{note}: {done} of {total}{tail}")
 
     return show

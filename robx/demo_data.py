@@ -25,10 +25,9 @@ from PIL import Image, ImageOps
 from robx.errors import RobxError
 from robx.files import lock_folder, new_folder, require_space, write_json
 from robx.images import MAX_PIXELS, to_rgb
+from robx.progress import Progress
 from robx.scenes import write_scenes
 from robx.sources import write_shard
-
-Progress = Callable[[int, int, str], None]
 
 CLIP_ART_PACKAGE = "openclipart-png"
 # The folders whose pictures have a meaning that a picture shows; the others are distilled from, but not judged on.

@@ -8,7 +8,7 @@ of its seed and index alone. The labels are those of the Clevr/Count and Clevr/D
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from robx.files import new_folder, write_json
+from robx.progress import Progress
 from robx.sources import write_shard
 
 MIN_OBJECTS, MAX_OBJECTS = 3, 10
@@ -109,7 +110,7 @@ def write_scenes(
     test: int,
     size: int,
     seed: int = 0,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write ``train-00000.tar`` and ``test-00000.tar`` with the count labels, and classes.json, whole or not at all."""
     with new_folder(folder) as temporary:

@@ -6,7 +6,7 @@ import io
 import json
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 from robx import __version__
 from robx.errors import DeviceError, InputError
 from robx.files import sha256_bytes, sha256_file, write_bytes
+from robx.progress import Progress
 from robx.records import Bundle, Latency, Preprocessing, Value, append_measurements, load_bundle, to_json
 from robx.runtime import packing, validity
 from robx.runtime.inputs import COUNT, Inputs, load_inputs
@@ -28,7 +29,6 @@ from robx.runtime.session import SessionSettings
 from robx.runtime.transports import Transport, open_transport
 from robx.sources import ImageSource
 
-Progress = Callable[[int, int, str], None]
 _LOAD_SECONDS = 300  # for loading and the first inference: an engine may compile its model then
 _PATIENCE = 2  # failed processes of one bundle, after which its others are not tried
 
@@ -96,11 +96,11 @@ def bench(
             _push(transport, run, options, profile, processes)
         for done, run in enumerate(order):
             if progress is not None:
-                progress(done, len(order), run.folder.name)
+                progress(done, len(order), f"measuring {run.folder.name}")
             _measure(transport, run, _time_limit(profile, processes))
         kind = transport.kind
     if progress is not None:
-        progress(len(order), len(order), "")
+        progress(len(order), len(order), "measured")
     if not any(run.results for run in runs):
         raise DeviceError(f"{runs[0].folder} could not be measured on {options.device}: {runs[0].failures[0]}")
     known: dict[Preprocessing, dict[Path, np.ndarray]] = {}

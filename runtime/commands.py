@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 import numpy as np
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from robx.console import print_table, progress_bar, say
 from robx.errors import GateFailed, InputError
 from robx.files import write_atomically
 from robx.records import Bundle, Latency, Value, load_bundle, to_json
@@ -93,16 +89,8 @@ def bench(
         emulated=emulated,
         seed=seed,
     )
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as bar:
-        task = bar.add_task("measuring")
-        show = lambda done, total, note: bar.update(task, completed=done, total=total, description=note)  # noqa: E731
-        records = run_bench(bundles, options, source=source, progress=show)
+    with progress_bar(quiet=as_json) as progress:
+        records = run_bench(bundles, options, source=source, progress=progress)
     if as_json:
         for record in records:
             click.echo(json.dumps(to_json(record)))
@@ -132,7 +120,7 @@ def run(bundle: Path, images: tuple[Path, ...], out: Path | None, threads: int, 
     """
     with open_session(bundle, SessionSettings(threads=threads, provider=provider)) as session:
         labels = session.bundle.labels if isinstance(session.bundle, Bundle) else None
-        answers = infer(session, find_images(images), on_skip=lambda error: click.echo(f"skipped {error}", err=True))
+        answers = infer(session, find_images(images), on_skip=lambda error: say(f"skipped {error}"))
         if out is not None:
             _write_npz(out, list(answers))
             return
@@ -168,10 +156,8 @@ def doctor(device: str, device_python: str | None, as_json: bool) -> None:
     )
     if facts["emulated"]:
         click.echo(f"emulated ({facts['emulated']}): answers count here, times do not")
-    table = Table("for", "what", "state", box=None)
-    for finding in findings:
-        table.add_row(finding.purpose, finding.name, finding.version or escape(f"missing: {finding.remedy}"))
-    _console().print(table)
+    rows = [(f.purpose, f.name, f.version or f"missing: {f.remedy}") for f in findings]
+    print_table(("for", "what", "state"), rows)
 
 
 def _compare(
@@ -204,28 +190,29 @@ def _print_ratios(first: Path, ratios: dict[Path, Value], *, as_json: bool) -> N
 
 
 def _print_records(folders: Sequence[Path], records: Sequence[Latency]) -> None:
-    table = Table(
-        "bundle", "verdict", "p50 ms", "95 %", "p90 ms", "p90 bound", "first ms", "peak MB", "cosine", box=None
-    )
-    for folder, record in zip(folders, records, strict=True):
-        v = record.values
-        cells = [
-            _cell(v.get("p50")),
-            f"{_number(v['p50'].low)}-{_number(v['p50'].high)}" if "p50" in v else "",
-            _cell(v.get("p90")),
-            _number(v["p90"].high) if "p90" in v else "",
-            _cell(v.get("first")),
-            _cell(v.get("peak_memory")),
-            f"{v['output_cosine'].value:.4f}" if "output_cosine" in v else "",
-        ]
-        struck = cells if record.verdict == "VALID" else [f"[dim]{cell}[/dim]" for cell in cells]
-        table.add_row(escape(folder.name), record.verdict, *struck)
-    _console().print(table)
+    headings = ("bundle", "verdict", "p50 ms", "95 %", "p90 ms", "p90 bound", "first ms", "peak MB", "cosine")
+    rows = [(folder.name, *_record_row(record)) for folder, record in zip(folders, records, strict=True)]
+    invalid = [number for number, record in enumerate(records) if record.verdict != "VALID"]
+    print_table(headings, rows, right=range(2, 9), dim=invalid)
     for folder, record in zip(folders, records, strict=True):
         for reason in record.reasons:
             click.echo(f"{folder.name}: {record.verdict}, {reason}")
     if not PROFILES[records[0].settings["profile"]["name"]].publishable:
         click.echo("A rapid or quick profile is not for publication: use --profile standard.")
+
+
+def _record_row(record: Latency) -> tuple[str, ...]:
+    v = record.values
+    return (
+        record.verdict,
+        _cell(v.get("p50")),
+        f"{_number(v['p50'].low)}-{_number(v['p50'].high)}" if "p50" in v else "",
+        _cell(v.get("p90")),
+        _number(v["p90"].high) if "p90" in v else "",
+        _cell(v.get("first")),
+        _cell(v.get("peak_memory")),
+        f"{v['output_cosine'].value:.4f}" if "output_cosine" in v else "",
+    )
 
 
 def _cell(value: Value | None) -> str:
@@ -263,8 +250,3 @@ def _write_npz(path: Path, answers: list[tuple[str, np.ndarray]]) -> None:
 
     write_atomically(path, write)
     click.echo(f"{path}: {len(keys)} images, {embeddings.shape[1]} values each")
-
-
-def _console() -> Console:
-    """Wide enough for the tables where the output is a file or a pipe."""
-    return Console() if sys.stdout.isatty() else Console(width=160)

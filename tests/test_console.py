@@ -1,0 +1,59 @@
+"""What long work tells in a log: a line where a piece of work begins and ends, and the remaining time between."""
+
+import pytest
+
+from robx import console
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass only when a test says so."""
+    now = [1000.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_log_gets_a_line_now_and_then_with_the_time_that_is_left(clock, capsys):
+    with console.progress_bar() as progress:
+        for done in range(101):  # one a second; the figures in the note change all the time
+            progress(done, 100, f"loss {1 / (done + 1):.3f}")
+            clock[0] += 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 + 100 // 15 + 1
+    assert lines[0] == "loss 1.000: 0 of 100"
+    assert lines[1] == "loss 0.062: 15 of 100, about 85 s left"
+    assert lines[-1] == "loss 0.010: 100 of 100"
+
+
+def test_resumed_work_is_timed_from_where_it_went_on(clock, capsys):
+    with console.progress_bar() as progress:
+        progress(500, 600, "step")
+        clock[0] += 20
+        progress(510, 600, "step")
+    assert capsys.readouterr().err.splitlines()[-1] == "step: 510 of 600, about 180 s left"
+
+
+def test_each_piece_of_work_begins_with_a_line(clock, capsys):
+    with console.progress_bar() as progress:
+        progress(0, 1, "exporting")
+        progress(0, 1, "measuring ranges")
+        for done, bundle in enumerate(("a", "b", "a")):  # one piece of work on several things
+            progress(done, 3, bundle)
+    assert capsys.readouterr().err.splitlines() == ["exporting", "measuring ranges", "a: 0 of 3"]
+
+
+def test_quiet_work_says_nothing(capsys):
+    with console.progress_bar(quiet=True) as progress:
+        progress(1, 1, "x")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_table_prints_what_it_is_given(capsys):
+    console.print_table(("file", "verdict"), [("[odd] name" * 12, "PASS")], title="[odd] title", dim=(0,))
+    printed = capsys.readouterr().out
+    assert "[odd] title" in printed and "[odd] name" * 12 in printed and "PASS" in printed
+
+
+def test_a_line_stays_one_line(capsys):
+    console.print_line("[odd name]: FAIL, " + "x" * 300)
+    assert capsys.readouterr().out == "[odd name]: FAIL, " + "x" * 300 + "\n"
