@@ -26,14 +26,6 @@ _TIMEOUT = 30.0
 _ATTEMPTS = 3
 
 
-def cache_folder(cache: Path | None = None) -> Path:
-    """`cache`, or ``$ROBX_CACHE``, or ``~/.cache/robx``."""
-    if cache is not None:
-        return cache
-    named = os.environ.get("ROBX_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "robx"
-
-
 def fetch(
     url: str,
     folder: Path,

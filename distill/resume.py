@@ -8,7 +8,6 @@ whose hashes are right, and says which ones it passed over.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from robx.errors import ArtifactError, InputError, RobxError
-from robx.files import new_folder, read_json, require_space, sha256_file, write_atomically, write_json
+from robx.files import new_folder, read_json, require_space, sha256_bytes, sha256_file, write_atomically, write_json
 
 SCHEMA = 1
 _PREFIX = "step-"
@@ -104,7 +103,7 @@ def read_checkpoint(folder: Path) -> tuple[int, dict[str, Any]]:
 
 def clean(run: Path) -> None:
     """Remove what a killed process left half-written; call it under the run's lock."""
-    for pattern in ("checkpoints/.*.tmp", "checkpoints/.*.old", ".*.tmp"):
+    for pattern in ("*/.*.tmp", "*/.*.old", ".*.tmp"):  # of checkpoints, of several students, of the run itself
         for path in run.glob(pattern):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -158,7 +157,7 @@ def _prune(run: Path, *, keep: int, best: int | None) -> None:
 
 
 def _digest(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    return sha256_bytes(json.dumps(record, sort_keys=True, allow_nan=False).encode())
 
 
 def _flatten(value: Any, tensors: dict[str, Tensor], path: str) -> Any:

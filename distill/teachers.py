@@ -14,8 +14,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from robx.cache import cache_folder
 from robx.distill.checkpoints import NAMES, PublishedTeacher, read_teacher
-from robx.distill.download import cache_folder, fetch
+from robx.distill.download import fetch
 from robx.distill.frozen_teacher import Method, Teacher, TeacherScores
 from robx.distill.prototypes import FitSettings, fit_or_load
 from robx.distill.published_heads import PrototypeHead, dino_head, fitted_head, msn_head, random_head, swav_head
@@ -74,7 +75,7 @@ def load_teacher(
     """
     entry = _entry(name, weights)
     method = _method(entry, objective)
-    folder = cache_folder(cache)
+    folder = cache or cache_folder()
     if method in ("headless", "classifier"):
         if method == "headless" and source is None:
             raise InputError(f"teacher {name} has no published head: give images (--data) to fit prototypes to")

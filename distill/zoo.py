@@ -5,7 +5,6 @@ kNN and linear are ImageNet-1k top-1 in % as the releases report them, none of t
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ import torch
 
 from robx.distill.published_trunks import ResNetTrunk, SwinTrunk, TimmTrunk, TrunkSpec, VitTrunk
 from robx.errors import InputError
+from robx.names import did_you_mean
 from robx.trunk import build_trunk, embedding_width, is_vit
 
 ZooMethod = Literal["dino", "ibot", "msn", "swav", "headless"]
@@ -196,10 +196,9 @@ def find_teacher(name: str) -> ZooEntry:
     name = _ALIASES.get(name, name)
     if name in ZOO:
         return ZOO[name]
-    near = difflib.get_close_matches(name, ZOO, n=3, cutoff=0.5)
     if timm.is_model(name):
-        near = [f"timm:{name}", *near]
-    hint = f"did you mean {', '.join(near)}?" if near else "robx teachers lists them; timm:NAME takes any of timm's"
+        raise InputError(f"unknown teacher {name!r}: did you mean timm:{name}?")
+    hint = did_you_mean(name, ZOO, otherwise="robx teachers lists them; timm:NAME takes any of timm's")
     raise InputError(f"unknown teacher {name!r}: {hint}")
 
 
@@ -236,8 +235,8 @@ def student_rows() -> list[dict[str, Any]]:
 def _timm_entry(name: str) -> ZooEntry:
     timm_name = name.removeprefix("timm:")
     if not timm.is_model(timm_name):
-        near = difflib.get_close_matches(timm_name.partition(".")[0], timm.list_models(), n=3)
-        hint = f"did you mean {', '.join(f'timm:{n}' for n in near)}?" if near else "timm.list_models() lists them"
+        base, others = timm_name.partition(".")[0], "timm.list_models() lists them"
+        hint = did_you_mean(base, timm.list_models(), otherwise=others, prefix="timm:")
         raise InputError(f"unknown teacher {name!r}: {hint}")
     try:
         tagged = timm.models.get_pretrained_cfg(timm_name)

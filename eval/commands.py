@@ -65,10 +65,11 @@ def evaluate(
     robx eval runs/r18 --data images/ --linear --lowshot 1,2,5,1%
     robx eval runs/r18 --transfer cifar10=/data/cifar --transfer clevr_count=/data/CLEVR_v1.0
     """
+    from robx.cache import cache_folder
     from robx.eval.evaluate import evaluate as run
     from robx.eval.features import decode_workers
     from robx.eval.lowshot import parse_shots
-    from robx.eval.plan import Plan, default_cache, parse_transfers
+    from robx.eval.plan import Plan, parse_transfers
     from robx.records import append_measurements, to_json
 
     if no_cache and cache:
@@ -88,7 +89,7 @@ def evaluate(
         cached=cached,
         threads=threads or decode_workers(),
         batch=batch,
-        cache=None if no_cache else cache or default_cache(),
+        cache=None if no_cache else cache or cache_folder() / "features",
     )
     found: list[Measurement] = []
     with progress_bar(quiet=as_json) as progress:

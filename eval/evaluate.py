@@ -10,11 +10,11 @@ from robx.errors import InputError
 from robx.eval.features import Features, extract_each, model_id
 from robx.eval.fidelity import Comparison, fidelity, make_bank
 from robx.eval.knn import HEADLINE_K, TEMPERATURE, knn_accuracy
-from robx.eval.plan import Plan, Result, accuracy_record, device_facts, now
+from robx.eval.plan import Plan, Result, accuracy_record, device_facts
 from robx.eval.splits import Split, open_split
 from robx.eval.verdict import holm
 from robx.progress import Progress
-from robx.records import Accuracy, Bundle, Fidelity, Json, Student, Value, to_json
+from robx.records import Accuracy, Bundle, Fidelity, Json, Student, Value, to_json, utc_now
 from robx.runtime.session import Session, SessionSettings, load_record, open_session
 from robx.sources import ImageSource, data_info
 
@@ -167,7 +167,7 @@ def _fidelity_record(session: Session, comparison: Comparison, p_value: float, s
         values=values,
         verdict=comparison.verdict,
         reasons=comparison.reasons,
-        started=now(),
+        started=utc_now(),
     )
 
 

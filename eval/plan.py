@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from robx.errors import InputError
 from robx.eval.features import BATCH, model_id, model_name
 from robx.eval.splits import Split
-from robx.records import Accuracy, Json, Measurement, Value, to_json
+from robx.records import Accuracy, Json, Measurement, Value, to_json, utc_now
 from robx.runtime.session import Session
 from robx.sources import data_info
 
@@ -63,12 +61,6 @@ def parse_transfers(names: Sequence[str], data: Path | None) -> tuple[tuple[str,
     return tuple((name, root) for name, root in found if root is not None)
 
 
-def default_cache() -> Path:
-    """Where features are kept: features/ in $ROBX_CACHE, else in the user's cache folder."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "robx"
-    return Path(os.environ.get("ROBX_CACHE") or user) / "features"
-
-
 def accuracy_record(
     session: Session, protocol: str, split: Split, values: dict[str, Value], settings: dict[str, Json]
 ) -> Accuracy:
@@ -81,15 +73,10 @@ def accuracy_record(
         settings=settings | {"classes": split.classes, "bank": to_json(data_info(split.bank))},
         data=data_info(split.test),
         values=values,
-        started=now(),
+        started=utc_now(),
     )
 
 
 def device_facts(session: Session) -> dict[str, Json]:
     """What the figures were computed on; the latency stage describes a machine in full."""
     return {"arch": platform.machine(), "os": platform.system(), **session.facts()}
-
-
-def now() -> str:
-    """UTC, ISO 8601, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")

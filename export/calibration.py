@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from robx.errors import CorruptImage, InputError
+from robx.files import sha256_bytes
 from robx.images import resize_and_crop
 from robx.progress import Progress
 from robx.records import Calibration, Preprocessing
@@ -40,7 +41,7 @@ class Images:
     @property
     def fingerprint(self) -> str:
         """Sixteen hex digits that change with any image or their order."""
-        return hashlib.sha256(b"".join(self.digests)).hexdigest()[:16]
+        return sha256_bytes(b"".join(self.digests))[:16]
 
     def normalised(self, preprocessing: Preprocessing, rows: slice | None = None) -> np.ndarray:
         """float32 (n, 3, H, W), exactly as ``robx.images.preprocess`` gives them."""

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +10,7 @@ import onnx
 from robx.errors import ArtifactError, MissingExtra
 from robx.export.candidate import Candidate
 from robx.export.onnx_safety import check_model
+from robx.export.quiet import quiet
 
 
 def quantize_onnx(model: onnx.ModelProto, calibration: np.ndarray, candidate: Candidate) -> onnx.ModelProto:
@@ -50,12 +47,12 @@ def available() -> bool:
 
 def _quantize(model: Any, items: list[Any], candidate: Candidate) -> Any:
     try:
-        with _quiet():
+        with quiet():
             import nncf
     except ImportError as error:
         raise MissingExtra("nncf", "openvino", purpose="this rung of the INT8 ladder", cause=error) from error
     try:
-        with _quiet():
+        with quiet():
             return nncf.quantize(
                 model,
                 nncf.Dataset(items),
@@ -84,17 +81,3 @@ def _advanced(nncf: Any, candidate: Candidate) -> Any:
     if candidate.ranges == "percentile":
         parameters.activations_range_estimator_params = RangeEstimatorParametersSet.MEAN_QUANTILE
     return parameters
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """NNCF logs and draws progress bars of its own."""
-    logger = logging.getLogger("nncf")
-    level, logger.disabled = logger.level, True
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
-        logger.disabled = False

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import onnx
 from robx.errors import ArtifactError
 from robx.export.candidate import Candidate
 from robx.export.onnx_safety import load_checked
+from robx.export.quiet import quiet
 from robx.export.ranges import Ranges
 
 
@@ -57,7 +55,7 @@ def quantize(
         name: TensorData(lowest=np.array(low, np.float32), highest=np.array(high, np.float32))
         for name, (low, high) in ranges.items()
     }
-    with tempfile.TemporaryDirectory(prefix="robx-") as folder, _quiet():
+    with tempfile.TemporaryDirectory(prefix="robx-") as folder, quiet():
         source, cache, target = (Path(folder) / name for name in ("float.onnx", "ranges.json", "int8.onnx"))
         source.write_bytes(model.SerializeToString())
         save_tensors_data(TensorsData(CalibrationMethod.MinMax, data), cache, smooth_quant=False)
@@ -80,14 +78,3 @@ def quantize(
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ArtifactError(f"ONNX Runtime cannot quantise this model ({candidate.name}): {first}") from error
         return load_checked(target)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

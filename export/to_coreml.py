@@ -6,13 +6,8 @@ PyTorch's: the bundle says so, and nothing here pretends otherwise.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import sys
 import tempfile
-import warnings
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +18,7 @@ from torch import nn
 
 from robx.errors import ArtifactError, MissingExtra
 from robx.export.mobile import example_input, fix_batch, mobile_model
+from robx.export.quiet import quiet
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest, Role
 from robx.files import write_bytes
 
@@ -41,7 +37,7 @@ def build(
     """
     mobile, example = mobile_model(model, request), example_input(request)
     names = [spec.name for spec in request.outputs]
-    with _quiet():
+    with quiet():
         try:
             import coremltools
         except ImportError as error:
@@ -97,17 +93,3 @@ def _write(package: Any, folder: Path) -> list[str]:
         for path in kept:
             write_bytes(folder / path.relative_to(saved.parent), path.read_bytes())
         return [path.relative_to(saved.parent).as_posix() for path in kept]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The converter prints progress bars and warns of every torch that it was not tested with."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        quiet = io.StringIO()
-        with warnings.catch_warnings(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

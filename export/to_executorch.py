@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +12,7 @@ from torch import nn
 
 from robx.errors import ArtifactError, InputError, MissingExtra
 from robx.export.mobile import calibration_batches, example_input, fix_batch, mobile_model
+from robx.export.quiet import quiet
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest
 from robx.files import write_bytes
 
@@ -39,7 +35,7 @@ def build(
         raise MissingExtra("executorch", "executorch", purpose="exporting to ExecuTorch", cause=error) from error
     mobile, example = mobile_model(model, request), (example_input(request),)
     try:
-        with _quiet():
+        with quiet():
             if request.precision == "int8":
                 mobile = _quantise(mobile, example, calibration_batches(calibration, request))
             program, delegates, portable = _lower(executorch.exir, mobile, example)
@@ -86,16 +82,3 @@ def _lower(exir: Any, model: nn.Module, example: tuple[torch.Tensor]) -> tuple[b
     program = exir.to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch()
     plan = program.executorch_program.execution_plan[0]
     return bytes(program.buffer), len(plan.delegates), sorted({operator.name for operator in plan.operators})
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The converter logs its own deprecations; what matters is compared with PyTorch afterwards."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,6 +12,7 @@ from torch import nn
 
 from robx.errors import ArtifactError, InputError, MissingExtra
 from robx.export.mobile import calibration_batches, example_input, fix_batch, mobile_model
+from robx.export.quiet import quiet
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest
 from robx.files import write_bytes
 
@@ -40,7 +36,7 @@ def build(
     mobile = mobile_model(model, request)
     packages = ["litert-torch", "torch"]
     try:
-        with _quiet(), tempfile.TemporaryDirectory() as scratch:
+        with quiet(), tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "model.tflite"
             litert_torch.convert(mobile, (example_input(request),)).export(str(path))
             content = path.read_bytes()
@@ -74,16 +70,3 @@ def _quantise(content: bytes, batches: list[torch.Tensor]) -> bytes:
     quantiser = quantizer.Quantizer(content, recipe.static_wi8_ai8())
     ranges = quantiser.calibrate({key: [{names[0]: batch.numpy()} for batch in batches]}, num_threads=1)
     return bytes(quantiser.quantize(ranges, enable_progress_report=False).quantized_model)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The converter logs its own deprecations; what matters is compared with PyTorch afterwards."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

@@ -7,13 +7,8 @@ a newer one.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import json
-import logging
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +22,7 @@ from torch import Tensor, nn
 from robx import __version__
 from robx.errors import ArtifactError, InputError
 from robx.export.onnx_safety import check_model
+from robx.export.quiet import quiet
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest
 from robx.files import write_bytes
 from robx.records import Preprocessing, Student, TensorSpec, Value
@@ -126,7 +122,7 @@ def export_onnx(model: ExportModel, path: Path, *, student: Student, batch: int 
     # Two images where the batch is dynamic: a one would be taken for a constant.
     example = torch.zeros((2 if batch is None else batch, 3, crop, crop), dtype=dtype)
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 model,
                 (example,),
@@ -270,24 +266,8 @@ def _fix_image_size(trunk: nn.Module, crop: int) -> None:
     """A ViT resizes its position embedding in every forward pass; do it once, here, for the crop that is exported."""
     if not getattr(trunk, "dynamic_img_size", False):
         return
-    with _quiet():
+    with quiet():
         trunk.set_input_size(img_size=(crop, crop))  # type: ignore[operator]
     trunk.dynamic_img_size = False  # type: ignore[assignment]
     patches: Any = trunk.patch_embed
     patches.dynamic_img_pad, patches.strict_img_size, patches.flatten, patches.output_fmt = False, True, True, None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter prints progress and warns of its own deprecations; what matters is checked afterwards."""
-    loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "timm")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

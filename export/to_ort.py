@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ import numpy as np
 from torch import nn
 
 from robx.errors import ArtifactError
+from robx.export.quiet import quiet
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest
 from robx.files import write_bytes
 
@@ -79,13 +78,12 @@ def _without_paths(text: str) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
+    """ONNX Runtime's own logger is not Python's."""
     import onnxruntime as ort
 
-    logging.disable(logging.WARNING)
     ort.set_default_logger_severity(3)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with quiet():
             yield
     finally:
-        logging.disable(logging.NOTSET)
         ort.set_default_logger_severity(2)

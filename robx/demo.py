@@ -10,9 +10,10 @@ from typing import Any
 
 import click
 
+from robx.cache import cache_folder
 from robx.cli import COMMANDS, main
 from robx.console import progress_bar, say
-from robx.demo_data import DemoData, cache_folder, prepare_demo_data
+from robx.demo_data import DemoData, prepare_demo_data
 from robx.errors import GateFailed, RobxError
 from robx.files import lock_folder, read_json, sha256_bytes, write_json
 from robx.records import load_bundle

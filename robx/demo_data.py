@@ -7,7 +7,6 @@ pictures, up to 600 megapixels): it is cleaned, deduplicated, resized once and s
 from __future__ import annotations
 
 import collections
-import hashlib
 import io
 import os
 import shutil
@@ -23,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from robx.errors import RobxError
-from robx.files import lock_folder, new_folder, require_space, write_json
+from robx.files import lock_folder, new_folder, require_space, sha256_bytes, write_json
 from robx.images import MAX_PIXELS, to_rgb
 from robx.progress import Progress
 from robx.scenes import write_scenes
@@ -50,12 +49,6 @@ class DemoData:
     name: str
     licence: str
     caveat: str
-
-
-def cache_folder() -> Path:
-    """Where robx keeps what it fetches: $ROBX_CACHE, else the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "robx"
-    return Path(os.environ.get("ROBX_CACHE") or default)
 
 
 def prepare_demo_data(cache: Path, *, say: Callable[[str], None], progress: Progress) -> DemoData:
@@ -181,7 +174,7 @@ def _shrink(path: str, root: str) -> _Picture | None:
     return _Picture(
         path=Path(path).relative_to(root).as_posix(),
         png=buffer.getvalue(),
-        exact=hashlib.sha256(pixels.tobytes()).hexdigest(),
+        exact=sha256_bytes(pixels.tobytes()),
         near=np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(),
     )
 

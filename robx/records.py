@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -292,6 +293,11 @@ def describe_file(folder: Path, path: str, role: typing.Any) -> BundleFile:
     """The BundleFile of `folder`/`path` as it is now."""
     full = folder / path
     return BundleFile(path=path, role=role, bytes=full.stat().st_size, sha256=sha256_file(full))
+
+
+def utc_now() -> str:
+    """Now, as a Measurement's `started`: UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def append_measurements(path: Path, measurements: Iterable[Measurement]) -> None:

@@ -8,7 +8,6 @@ import random
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from robx import __version__
 from robx.errors import DeviceError, InputError
 from robx.files import sha256_bytes, sha256_file, write_bytes
 from robx.progress import Progress
-from robx.records import Bundle, Latency, Preprocessing, Value, append_measurements, load_bundle, to_json
+from robx.records import Bundle, Latency, Preprocessing, Value, append_measurements, load_bundle, to_json, utc_now
 from robx.runtime import packing, validity
 from robx.runtime.inputs import COUNT, Inputs, load_inputs
 from robx.runtime.profiles import Profile, find_profile
@@ -88,7 +87,7 @@ def bench(
     profile = find_profile(options.profile)
     processes = 1 if options.emulated else options.processes or profile.processes
     runs = _prepare(folders, options, source)
-    started = datetime.now(UTC).isoformat(timespec="seconds")
+    started = utc_now()
     order = [run for run in runs for _ in range(processes)]
     random.Random(options.seed).shuffle(order)
     with open_transport(options.device, python=options.python) as transport:

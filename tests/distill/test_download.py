@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from robx.distill.download import cache_folder, fetch
+from robx.distill.download import fetch
 from robx.errors import ArtifactError, InputError
 
 DATA = bytes(range(256)) * 20_000  # 5 MB
@@ -172,11 +172,3 @@ def test_no_permission_is_one_line(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError):
         fetch(server.url, tmp_path / "file" / "cache")
-
-
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("ROBX_CACHE", str(tmp_path / "named"))
-    assert cache_folder() == tmp_path / "named"
-    assert cache_folder(tmp_path) == tmp_path
-    monkeypatch.delenv("ROBX_CACHE")
-    assert cache_folder() == Path.home() / ".cache" / "robx"
