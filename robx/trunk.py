@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from robx.errors import ArtifactError, InputError
 from robx.files import sha256_file, write_atomically
+from robx.names import did_you_mean
 from robx.records import Student, load_student, save_student
 
 
@@ -26,8 +26,8 @@ def build_trunk(timm_name: str, *, drop_path: float = 0.0) -> nn.Module:
         InputError: timm has no model of that name; the nearest names are offered.
     """
     if not timm.is_model(timm_name):
-        near = difflib.get_close_matches(timm_name, timm.list_models(), n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "robx students lists some; timm.list_models() lists all"
+        others = "robx students lists some; timm.list_models() lists all"
+        hint = did_you_mean(timm_name, timm.list_models(), otherwise=others)
         raise InputError(f"unknown student {timm_name!r}: {hint}")
     options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
     if is_vit(timm_name):
