@@ -1,0 +1,171 @@
+"""What the benchmarks share: the demo's images, the time of robx's own steps, and how a result is written down."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from robx.cache import cache_folder
+from robx.console import print_table
+from robx.demo_data import prepare_demo_data
+from robx.distill.recipes import Recipe
+from robx.distill.run import Options
+from robx.distill.train import train
+from robx.files import sha256_bytes, write_json, write_text
+from robx.records import Value
+from robx.runtime.device import describe
+from robx.sources import ImageSource, labels_of
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("robx", "torch", "torchvision", "timm", "numpy", "pillow", "onnx", "onnxruntime", "openvino", "nncf")
+CLIP_ART = (
+    "Images: the demo's clip art (Debian openclipart-png, cleaned), 5,188 to train on, of which 1,917 are labelled, "
+    "and 867 to judge on, 12 noisy classes. It is neither ImageNet nor photographs."
+)
+_BEGAN, _BEGAN_LOAD = datetime.now(UTC), os.getloadavg()[0]
+
+
+def demo_images() -> Path:
+    """The demo's prepared shards; fetched where they are not there yet."""
+    return prepare_demo_data(cache_folder(), say=say, progress=lambda *_: None).folder
+
+
+def say(text: str) -> None:
+    """News on stderr: the table alone goes to stdout."""
+    print(f"{datetime.now(UTC):%H:%M:%S} {text}", file=sys.stderr, flush=True)
+
+
+class Chosen:
+    """A source of some places of another, in the order given; a place may come more than once."""
+
+    def __init__(self, source: ImageSource, places: Sequence[int]) -> None:
+        self.name, self.classes, self._source, self._places = source.name, source.classes, source, places
+        self.fingerprint = sha256_bytes(f"{source.fingerprint} {list(places)}".encode())[:16]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def key(self, index: int) -> str:
+        """The image's name, with its place to keep it unique."""
+        return f"{index}/{self._source.key(self._places[index])}"
+
+    def label(self, index: int) -> int | None:
+        """As the source says."""
+        return self._source.label(self._places[index])
+
+    def read(self, index: int) -> Image.Image:
+        """As the source reads it."""
+        return self._source.read(self._places[index])
+
+
+def first_images(source: ImageSource, count: int) -> ImageSource:
+    """The first `count` images of a source, over and over when it has fewer."""
+    return Chosen(source, [index % len(source) for index in range(count)])
+
+
+def labelled(source: ImageSource) -> ImageSource:
+    """The images of a source that have a label."""
+    return Chosen(source, np.flatnonzero(labels_of(source) >= 0).tolist())
+
+
+def step_seconds(
+    recipe: Recipe, students: Sequence[str], source: ImageSource, out: Path, *, workers: int, **branch: Any
+) -> list[float]:
+    """Seconds of each step of a whole run of ``robx.distill.train``, loader, optimiser, checks and log included.
+
+    The first step is left out: it waits for the loader to start. `branch` has teacher, targets or store.
+    """
+    moments: list[float] = []
+    options = Options(device="cpu", workers=workers, fresh=True, measure=False, checkpoint_minutes=1e6)
+    train(
+        recipe,
+        students=students,
+        source=source,
+        out=out,
+        options=options,
+        progress=lambda *_: moments.append(time.perf_counter()),
+        **branch,
+    )
+    return [after - before for before, after in itertools.pairwise(moments)]
+
+
+def shown(value: Value | None, digits: int = 2) -> str:
+    """A figure with its interval."""
+    if value is None:
+        return "-"
+    text = f"{value.value:.{digits}f}"
+    return (
+        text if value.low is None or value.high is None else f"{text} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+    )
+
+
+def publish(
+    name: str,
+    *,
+    title: str,
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    data: Any,
+    notes: Sequence[str],
+    settings: dict[str, Any],
+) -> None:
+    """Print the table and write ``results/NAME.json`` and ``results/NAME.md``."""
+    print_table(headings, rows, title=title)
+    machine = _machine()
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    write_json(
+        RESULTS / f"{name}.json",
+        {"command": command, "settings": settings, "machine": machine, "notes": list(notes), "rows": data},
+    )
+    table = [headings, ["---"] * len(headings), *rows]
+    lines = [f"# {title}", "", f"    {command}", ""]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in table]
+    lines += ["", *(f"- {note}" for note in notes), f"- {_machine_line(machine)}", ""]
+    write_text(RESULTS / f"{name}.md", "\n".join(lines))
+
+
+def _machine() -> dict[str, Any]:
+    facts = describe()
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "cpu": facts["cpu"]["model"],
+        "cores": facts["cpu"]["cores"],
+        "flags": facts["cpu"]["flags"],
+        "virtual": facts["cpu"]["hypervisor"],
+        "os": facts["os"],
+        "python": platform.python_version(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "the libraries' own choice"),
+        "nice": os.nice(0),
+        "load_before_and_after": [round(_BEGAN_LOAD, 1), round(os.getloadavg()[0], 1)],
+        "started": _BEGAN.isoformat(timespec="seconds"),
+        "minutes": round((datetime.now(UTC) - _BEGAN).total_seconds() / 60, 1),
+        "versions": versions,
+    }
+
+
+def _machine_line(machine: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    before, after = machine["load_before_and_after"]
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine['flags'])}), "
+        f"{'virtual machine, ' if machine['virtual'] else ''}{machine['os']}, Python {machine['python']}; "
+        f"OMP_NUM_THREADS {machine['threads']}, nice {machine['nice']}, load {before} before and {after} after; "
+        f"{machine['started']}, {machine['minutes']} minutes; {versions}"
+    )
