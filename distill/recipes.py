@@ -325,10 +325,3 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read ({error.strerror}): give a recipe in TOML") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid TOML ({error})") from error
-
-
-def load_recipe(path: Path, student: StudentKind, *, base: bool = False) -> Recipe:
-    """The recipe of a TOML file: the preset of its ``objective`` (default dino), then its keys."""
-    values = read_toml(path)
-    start = preset(values.get("objective", "dino"), student, base=bool(values.get("base", base)))
-    return override(start, values, where=str(path))

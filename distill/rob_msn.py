@@ -34,12 +34,6 @@ def msn_targets(cosines: Tensor, *, temperature: float, sinkhorn_iterations: int
     return (wide / temperature).softmax(dim=-1)
 
 
-def sharpen(probs: Tensor, *, temperature: float) -> Tensor:
-    """p^(1/T) / sum p^(1/T) over the last axis (MSN, arXiv 2204.07141, section 3)."""
-    powers = probs ** (1 / temperature)
-    return powers / powers.sum(dim=-1, keepdim=True)
-
-
 def mean_entropy(scores: Tensor, *, temperature: float) -> Tensor:
     """The entropy of the student's mean prediction over crops and batch (V, B, K), which MSN maximises (section 3).
 

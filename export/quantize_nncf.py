@@ -38,13 +38,6 @@ def quantize_openvino(model: Any, calibration: np.ndarray, candidate: Candidate)
     return _quantize(model.clone(), [image[None] for image in calibration], candidate)
 
 
-def available() -> bool:
-    """Whether NNCF is installed."""
-    import importlib.util
-
-    return importlib.util.find_spec("nncf") is not None
-
-
 def _quantize(model: Any, items: list[Any], candidate: Candidate) -> Any:
     try:
         with quiet():

@@ -66,14 +66,6 @@ def early_stopping_bound(samples: np.ndarray, percentile: float, confidence: flo
     return float(np.partition(samples, q - t)[q - t])
 
 
-def minimum_queries(percentile: float, confidence: float = 0.99) -> int:
-    """The fewest samples of which `early_stopping_bound` makes a claim: 64 for 0.90, 662 for 0.99."""
-    q = 1
-    while (q * (1 - percentile) + percentile) * percentile ** (q - 1) > 1 - confidence:
-        q += 1
-    return q
-
-
 def median_interval(samples: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
     """Order-statistic interval of the median of independent samples; the extremes when there are fewer than six."""
     n = len(samples)

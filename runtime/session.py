@@ -14,8 +14,6 @@ from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra, Ro
 from robx.records import Bundle, Student, load_bundle, load_student, to_json
 from robx.runtime.runner import run_in_batches
 
-ENGINES = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "executorch", "litert", "ncnn")
-
 
 @dataclass(frozen=True, kw_only=True)
 class SessionSettings:

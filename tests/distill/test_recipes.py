@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from robx.distill.recipes import METHODS, Recipe, load_recipe, override, preset, recipe_from_json
+from robx.distill.recipes import METHODS, Recipe, override, preset, read_toml, recipe_from_json
 from robx.errors import InputError
 from robx.records import to_json
 
@@ -57,13 +57,13 @@ def test_values_that_cannot_work_are_refused_by_name(values: dict[str, object], 
     assert named in str(caught.value)
 
 
-def test_a_toml_file_starts_from_its_objectives_preset(tmp_path: Path) -> None:
+def test_a_toml_file_changes_a_preset(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('objective = "msn"\nepochs = 7\nglobal_scale = [0.5, 1]\n')
-    recipe = load_recipe(path, "vit")
+    recipe = override(preset("msn", "vit"), read_toml(path))
     assert recipe == Recipe(**(vars(preset("msn", "vit")) | {"epochs": 7, "global_scale": (0.5, 1.0)}))
     path.write_text("epochs = \n")
     with pytest.raises(InputError, match="not valid TOML"):
-        load_recipe(path, "vit")
+        read_toml(path)
     with pytest.raises(InputError, match="cannot be read"):
-        load_recipe(tmp_path / "none.toml", "vit")
+        read_toml(tmp_path / "none.toml")

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from robx.distill.rob_msn import RobMsn, mean_entropy, msn_targets, sharpen
+from robx.distill.rob_msn import RobMsn, mean_entropy, msn_targets
 from robx.distill.views import Scores, Targets, Views
 
 VIEWS = Views(torch.zeros(2, 3, 3, 1, 1), torch.zeros(0, 3, 3, 1, 1), torch.arange(3))
@@ -51,6 +51,12 @@ def test_gradcheck() -> None:
     objective = RobMsn(me_max=1.0)
     targets = Targets(objective.target_probs(cosines))
     torch.autograd.gradcheck(lambda z: objective(Scores(z), targets, VIEWS)[0], student)
+
+
+def sharpen(probs: Tensor, *, temperature: float) -> Tensor:
+    """p^(1/T) / sum p^(1/T) over the last axis (MSN, arXiv 2204.07141, section 3)."""
+    powers = probs ** (1 / temperature)
+    return powers / powers.sum(dim=-1, keepdim=True)
 
 
 def test_sharpening_a_softmax_is_a_colder_softmax() -> None:
