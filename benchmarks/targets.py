@@ -5,8 +5,8 @@
 
 Loss: the same run twice, once with the teacher in it (its targets stored on the way) and once from what was stored,
 with real teachers: MSN's loss on EfficientNet-Lite0 with fitted prototypes at k = 64, and DINO's at k = 256 with a
-teacher of benchmarks/chain.py. 1e-3 is the aim. Speed: a ViT-S/14 teacher (random weights: time does not depend on them) and
-MobileNetV3 at 224 px, both sides whole runs of robx's loop, interleaved; 3 is the aim.
+teacher of benchmarks/chain.py. 1e-3 is the aim. Speed: a ViT-S/14 teacher (random weights: time does not depend on
+them) and MobileNetV3 at 224 px, both sides whole runs of robx's loop, interleaved; 3 is the aim.
 """
 
 from __future__ import annotations
