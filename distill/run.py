@@ -175,7 +175,7 @@ def resume_run(run: Run) -> int:
 
 
 def save_run(run: Run, done: int) -> None:
-    """Every process says what it skipped; the first one writes the checkpoint and the students."""
+    """Every process says what it skipped; the first one writes the students and the checkpoint."""
     for found in run.processes.gather(run.skipped.found):
         run.skipped.add(found)
     if not run.processes.first:
@@ -186,11 +186,12 @@ def save_run(run: Run, done: int) -> None:
         "best": run.best,
         "skipped": {str(index): reason for index, reason in run.skipped.found.items()},
     }
-    resume.save_checkpoint(run.out, state, step=done, keep=run.options.keep, best=run.best[0] if run.best else None)
     for learner, folder in zip(run.learners, run.folders, strict=True):
         save_trunk(folder, learner.trunk, _record(run, learner, done))
     if run.skipped.found:
         write_text(run.out / "corrupt.txt", "".join(f"{one_line(reason)}\n" for reason in run.skipped.found.values()))
+    # The checkpoint is last: a run that is killed before it does this once more, and one killed after it lacks nothing.
+    resume.save_checkpoint(run.out, state, step=done, keep=run.options.keep, best=run.best[0] if run.best else None)
 
 
 def publish_teachers(run: Run) -> None:

@@ -57,6 +57,15 @@ class TargetWriter:
         except OSError as error:
             raise unwritable(self._table, error) from error
 
+    def sync(self) -> None:
+        """Put the rows on the disk."""
+        if self._file is None:
+            return
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            raise unwritable(self._table, error) from error
+
     def finish(self) -> None:
         """Make the open epoch whole: all processes' rows are on disk before it is declared."""
         if self._file is None:
@@ -100,7 +109,7 @@ class TargetWriter:
 
 
 class WritingBranch:
-    """A branch whose targets are stored as they are made; call ``close`` after the last step."""
+    """A branch whose targets are stored as they are made; call ``settle`` before every checkpoint."""
 
     def __init__(self, branch: TargetBranch, writer: TargetWriter) -> None:
         self.branch, self.writer = branch, writer
@@ -123,9 +132,12 @@ class WritingBranch:
         """The wrapped branch's."""
         self.branch.load_state_dict(state)
 
-    def close(self) -> None:
-        """Declare the last epoch whole."""
-        self.writer.finish()
+    def settle(self, *, epoch_done: bool) -> None:
+        """Put what was stored on the disk, and declare the epoch whole when it is."""
+        if epoch_done:
+            self.writer.finish()
+        else:
+            self.writer.sync()
 
 
 def _header(info: TargetsInfo) -> bytes:

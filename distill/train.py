@@ -78,6 +78,8 @@ def train(
         if processes.first:
             stack.enter_context(lock_folder(out))
             resume.clean(out)
+            if store is not None:
+                resume.clean(store)
             if options.fresh:
                 resume.start_over(out)
         processes.wait()
@@ -142,6 +144,11 @@ def _loop(run: Run, start: int, *, stop: StopRequest, progress: Progress) -> Non
         )
         asked, due = processes.any(stop.signal is not None, due or probed or done == run.steps)
         if asked or due:
+            # The checkpoint comes last: whenever the process dies, all that it counts as done is on the disk.
+            if isinstance(run.branch, WritingBranch):
+                run.branch.settle(epoch_done=done % run.per_epoch == 0)
+            if done == run.steps:
+                publish_teachers(run)
             save_run(run, done)
             saved = time.monotonic()
         rate.pause(time.monotonic() - began)
@@ -150,9 +157,6 @@ def _loop(run: Run, start: int, *, stop: StopRequest, progress: Progress) -> Non
             raise Interrupted(
                 f"{name} after step {done} of {run.steps}; {run.out} goes on from there with the same command"
             )
-    if isinstance(run.branch, WritingBranch):
-        run.branch.close()
-    publish_teachers(run)
 
 
 def _batches(run: Run, start: int) -> Iterator[Batch]:

@@ -8,11 +8,11 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from robx.errors import ArtifactError, InputError
-from robx.files import sha256_file, write_atomically
+from robx.files import sha256_file, write_bytes
 from robx.names import did_you_mean
 from robx.records import Student, load_student, save_student
 
@@ -54,12 +54,9 @@ def save_trunk(folder: Path, trunk: nn.Module, student: Student) -> Student:
     """
     state = {k: v.detach().cpu().contiguous() for k, v in trunk.state_dict().items()}
     weights = folder / "student.safetensors"
-
-    def write(path: Path) -> None:
-        save_file(state, path, metadata={"format": "pt"})  # one key: safetensors writes several in random order
-        path.chmod(0o644)  # safetensors keeps it to its owner
-
-    write_atomically(weights, write)
+    # One key of metadata: safetensors writes several in random order. And not by its save_file, whose own temporary
+    # file stays for ever when the process is killed.
+    write_bytes(weights, save(state, metadata={"format": "pt"}))
     student = dataclasses.replace(student, sha256=sha256_file(weights))
     save_student(student, folder)
     return student

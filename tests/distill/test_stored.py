@@ -113,7 +113,7 @@ def test_a_loss_on_all_columns_is_the_loss_on_the_teachers_own(tmp_path: Path) -
     dense, _ = RobDino()(Scores(student), live.targets(held), held)
     live.update(3, nn.Identity())
     live.load_state_dict(live.state_dict())
-    live.close()
+    live.settle(epoch_done=True)
     assert inner.updated == 3
     assert inner.loaded == {"fixed": 1}
     stored, _ = RobDino()(Scores(student), StoredBranch(tmp_path).targets(held), held)

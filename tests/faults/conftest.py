@@ -1,0 +1,101 @@
+"""What the tests of faults share: whole tiny runs, a server that runs and kills them, and the command line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from robx.cli import main
+
+HERE = Path(__file__).parent
+TINY = HERE.parent / "distill" / "tiny.py"
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TINY.parent)}
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """tests/distill/tiny.py: whole runs in a second."""
+    return _load("tiny", TINY)
+
+
+@pytest.fixture(scope="session")
+def runtime_models() -> ModuleType:
+    """tests/runtime/conftest.py: how a real bundle around one convolution is made."""
+    return _load("runtime_models", HERE.parent / "runtime" / "conftest.py")
+
+
+@pytest.fixture
+def make_bundle(runtime_models: ModuleType, tmp_path: Path) -> Callable[..., Path]:
+    """As that of tests/runtime."""
+    make: Callable[..., Path] = runtime_models.make_bundle.__wrapped__(tmp_path)
+    return make
+
+
+class Server:
+    """killer.py: one process with everything imported, that forks a run for every request."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "killer.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | ENVIRONMENT,
+        )
+
+    def run(self, data: Path, out: Path, *, die: dict[str, Any] | None = None, **more: Any) -> tuple[int, str]:
+        """(exit status, what the run said); a negative status is the signal that ended it."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        request = {"data": str(data), "out": str(out), "die": die or {}} | more
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        return answer["status"], answer["said"]
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """The one Server."""
+    server = Server()
+    yield server
+    server.close()
+
+
+def robx(*arguments: object) -> Result:
+    """The command line in this process: what it does not catch is raised."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture(name="robx")
+def robx_fixture() -> Callable[..., Result]:
+    """`robx(...)`."""
+    return robx
+
+
+def _load(name: str, path: Path) -> ModuleType:
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
