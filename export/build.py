@@ -8,41 +8,33 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from robx import __version__
 from robx.errors import GateFailed, InputError
 from robx.export import gate, to_onnx
 from robx.export.calibration import MIN_IMAGES, Splits, read_splits
 from robx.export.candidate import Candidate
+from robx.export.folders import CACHE, cached_onnx, scratch_folder, ship
+from robx.export.judging import Judge
 from robx.export.ladder import ladder, limit, machine_of, sensitive_rungs
 from robx.export.request import ExportRequest, ExportTarget
 from robx.export.workshop import Workshop
-from robx.files import new_folder, sha256_bytes, sha256_file, unwritable, write_json
-from robx.progress import Progress
+from robx.files import sha256_file
+from robx.progress import Progress, silent
 from robx.records import (
     Bundle,
-    BundleFile,
     Precision,
     Rung,
     Value,
     Verdict,
-    describe_file,
     load_bundle,
     load_student,
-    save_bundle,
-    to_json,
 )
 from robx.sources import ImageSource
 from robx.trunk import load_trunk
-
-CACHE = "export-cache"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +80,7 @@ def build(
     Raises:
         RobxError: nothing is written then.
     """
-    options = options or Options()
+    options, progress = options or Options(), progress or silent
     if target.precision != "fp32" and source is None:
         raise InputError(f"an {target.precision} export is judged on real images: give --data, or drop the precision")
     record = load_student(student_folder)
@@ -105,25 +97,16 @@ def build(
     request = ExportRequest(
         target=target, student=student, inputs=inputs, outputs=outputs, labels=linear.labels if linear else None
     )
-    if progress:
-        progress(0, 1, "exporting to ONNX")
+    progress(0, 1, "exporting to ONNX")
     cached = cached_onnx(student_folder, model, request, head=sha256_file(head) if head else None)
-    with _scratch(student_folder) as scratch:
+    with scratch_folder(student_folder) as scratch:
         workshop = Workshop(
-            request,
-            model,
-            cached,
-            splits=splits,
-            limits=options.limits,
-            scratch=scratch,
-            cache=student_folder / CACHE,
-            progress=progress,
+            request, model, cached, splits=splits, scratch=scratch, cache=student_folder / CACHE, progress=progress
         )
-        try:
-            bundle, folder = _decide(workshop, options, on_rung)
-            return _ship(bundle, folder, out or student_folder / f"{target.format}-{bundle.precision}", workshop)
-        finally:
-            workshop.close()
+        with contextlib.closing(Judge(workshop, options.limits)) as judging:
+            bundle, folder = _decide(judging, options, on_rung)
+        out = out or student_folder / f"{target.format}-{bundle.precision}"
+        return ship(bundle, folder, out, layer_costs=workshop.__dict__.get("layer_costs"))
 
 
 def gate_error(bundle: Bundle, folder: Path) -> GateFailed | None:
@@ -136,50 +119,36 @@ def gate_error(bundle: Bundle, folder: Path) -> GateFailed | None:
     )
 
 
-def cached_onnx(student_folder: Path, model: to_onnx.ExportModel, request: ExportRequest, *, head: str | None) -> Path:
-    """The float32 ONNX of a student, exported once for each of the settings that change it."""
-    target = request.target
-    key = [request.student.sha256, target.batch, target.opset, target.uint8_input, head, __version__]
-    key += [version(name) for name in ("torch", "onnxscript", "onnx")]
-    key.append(to_json(request.student.preprocessing))
-    path = student_folder / CACHE / f"{sha256_bytes(repr(key).encode())[:24]}.onnx"
-    if not path.is_file():
-        to_onnx.export_onnx(model, path, student=request.student, batch=target.batch, opset=target.opset)
-    return path
-
-
-def _decide(workshop: Workshop, options: Options, on_rung: Callable[[Rung], None] | None) -> tuple[Bundle, Path]:
+def _decide(judge: Judge, options: Options, on_rung: Callable[[Rung], None] | None) -> tuple[Bundle, Path]:
     """What ships: the bundle's record without its parity, and the folder that holds its files."""
-    asked: Precision = workshop.request.precision
+    asked: Precision = judge.workshop.request.precision
     fp32 = Candidate(name="fp32", precision="fp32")
     if asked == "fp32":
-        return _accept(workshop, fp32, (), "fp32")
+        return _accept(judge, fp32, (), "fp32")
     rungs: list[Rung] = []
 
     def try_rung(candidate: Candidate) -> Rung:
-        rung = workshop.judge(candidate)
+        rung = judge.judge(candidate)
         if on_rung:
             on_rung(rung)
         return rung
 
     if asked == "int8":
-        outcome = _climb(workshop, options, try_rung)
+        outcome = _climb(judge.workshop, options, try_rung)
         rungs += outcome.rungs
         if outcome.winner is not None:
-            return _accept(workshop, outcome.winner, tuple(rungs), asked)
+            return _accept(judge, outcome.winner, tuple(rungs), asked)
         if options.force and outcome.best is not None:
-            return _accept(workshop, outcome.best, tuple(_kept(rungs, outcome.best.name)), asked, forced=True)
+            return _accept(judge, outcome.best, tuple(_kept(rungs, outcome.best.name)), asked, forced=True)
     half = gate.climb([Candidate(name="fp16", precision="fp16")], try_rung)
     # Asked for, fp16 is taken for its size; as a fallback it has to be no slower than fp32 as well.
     good = half.winner is not None or (asked == "fp16" and half.rungs[0].accuracy == "PASS")
     rungs += _kept(half.rungs, "fp16") if good else half.rungs
     if good:
-        return _accept(workshop, Candidate(name="fp16", precision="fp16"), tuple(rungs), asked)
+        return _accept(judge, Candidate(name="fp16", precision="fp16"), tuple(rungs), asked)
     if asked == "fp16" and options.force and "cosine_mean" in half.rungs[0].values:
-        return _accept(
-            workshop, Candidate(name="fp16", precision="fp16"), tuple(_kept(rungs, "fp16")), asked, forced=True
-        )
-    return _accept(workshop, fp32, tuple(rungs), asked)
+        return _accept(judge, Candidate(name="fp16", precision="fp16"), tuple(_kept(rungs, "fp16")), asked, forced=True)
+    return _accept(judge, fp32, tuple(rungs), asked)
 
 
 def _climb(workshop: Workshop, options: Options, try_rung: Callable[[Candidate], Rung]) -> gate.Outcome:
@@ -195,14 +164,15 @@ def _climb(workshop: Workshop, options: Options, try_rung: Callable[[Candidate],
 
 
 def _accept(
-    workshop: Workshop, candidate: Candidate, rungs: tuple[Rung, ...], asked: Precision, *, forced: bool = False
+    judge: Judge, candidate: Candidate, rungs: tuple[Rung, ...], asked: Precision, *, forced: bool = False
 ) -> tuple[Bundle, Path]:
+    workshop = judge.workshop
     folder = workshop.make(candidate)
     bundle = load_bundle(folder)
     verdict, reason = _verdict(candidate, rungs, forced=forced)
     parity: dict[str, Value] = {}
     if candidate.precision != "int8":
-        parity, unseen = workshop.parity(candidate)
+        parity, unseen = judge.parity(candidate)
         if unseen is not None:
             reason = f"{reason}; not run here: {unseen}" if reason else f"not run here: {unseen}"
         if candidate.precision == "fp32":
@@ -245,33 +215,13 @@ def _kept(rungs: list[Rung] | tuple[Rung, ...], name: str) -> list[Rung]:
     return [dataclasses.replace(rung, kept=rung.name == name) for rung in rungs]
 
 
-def _ship(bundle: Bundle, folder: Path, out: Path, workshop: Workshop) -> Bundle:
-    """Copy the files to `out` and write the manifest last."""
-    if (out / "student.json").exists():
-        raise InputError(f"{out} holds a student: choose another folder for the bundle")
-    with new_folder(out) as temporary:
-        for file in bundle.files:
-            (temporary / file.path).parent.mkdir(parents=True, exist_ok=True)  # a Core ML package is a folder
-            shutil.copyfile(folder / file.path, temporary / file.path)
-        files: tuple[BundleFile, ...] = bundle.files
-        if "layer_costs" in workshop.__dict__:
-            write_json(temporary / "sensitivity.json", workshop.layer_costs)
-            files = (*files, describe_file(temporary, "sensitivity.json", "notes"))
-        if bundle.labels is not None:
-            write_json(temporary / "labels.json", list(bundle.labels))
-            files = (*files, describe_file(temporary, "labels.json", "labels"))
-        bundle = dataclasses.replace(bundle, files=files)
-        save_bundle(bundle, temporary)
-    return bundle
-
-
 def _read(
     source: ImageSource | None,
     judge: ImageSource | None,
     preprocessing: object,
     target: ExportTarget,
     options: Options,
-    progress: Progress | None,
+    progress: Progress,
 ) -> Splits | None:
     if source is None:
         return None
@@ -286,18 +236,3 @@ def _read(
         least=16 if quick else options.calibration_images,
         progress=progress,
     )
-
-
-@contextlib.contextmanager
-def _scratch(student_folder: Path) -> Iterator[Path]:
-    """A folder for unfinished bundles, beside the cache, gone at the end."""
-    cache = student_folder / CACHE
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="work-", dir=cache))
-    except OSError as error:
-        raise unwritable(cache, error) from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

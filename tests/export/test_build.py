@@ -16,8 +16,9 @@ from safetensors.numpy import save_file
 from robx.cli import main
 from robx.errors import ArtifactError, GateFailed, InputError
 from robx.export import to_onnx
-from robx.export.build import CACHE, Options, build, gate_error
+from robx.export.build import Options, build, gate_error
 from robx.export.calibration import open_data
+from robx.export.folders import CACHE
 from robx.export.gate import Limits
 from robx.export.qdq import check_trt_qdq
 from robx.export.request import ExportTarget

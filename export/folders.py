@@ -1,0 +1,71 @@
+"""The folders of an export: its cache and its scratch below the student's, and the bundle's own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+from robx import __version__
+from robx.errors import InputError
+from robx.export import to_onnx
+from robx.export.request import ExportRequest
+from robx.files import new_folder, sha256_bytes, unwritable, write_json
+from robx.records import Bundle, BundleFile, describe_file, save_bundle, to_json
+
+CACHE = "export-cache"
+
+
+def cached_onnx(student_folder: Path, model: to_onnx.ExportModel, request: ExportRequest, *, head: str | None) -> Path:
+    """The float32 ONNX of a student, exported once for each of the settings that change it."""
+    target = request.target
+    key = [request.student.sha256, target.batch, target.opset, target.uint8_input, head, __version__]
+    key += [version(name) for name in ("torch", "onnxscript", "onnx")]
+    key.append(to_json(request.student.preprocessing))
+    path = student_folder / CACHE / f"{sha256_bytes(repr(key).encode())[:24]}.onnx"
+    if not path.is_file():
+        to_onnx.export_onnx(model, path, student=request.student, batch=target.batch, opset=target.opset)
+    return path
+
+
+@contextlib.contextmanager
+def scratch_folder(student_folder: Path) -> Iterator[Path]:
+    """A folder for unfinished bundles, beside the cache, gone at the end."""
+    cache = student_folder / CACHE
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="work-", dir=cache))
+    except OSError as error:
+        raise unwritable(cache, error) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def ship(bundle: Bundle, folder: Path, out: Path, *, layer_costs: Mapping[str, float] | None) -> Bundle:
+    """Copy a bundle's files from `folder` to `out`, with its notes, and write the manifest last; whole or not at all.
+
+    Raises:
+        InputError: `out` is a student's folder.
+    """
+    if (out / "student.json").exists():
+        raise InputError(f"{out} holds a student: choose another folder for the bundle")
+    with new_folder(out) as temporary:
+        for file in bundle.files:
+            (temporary / file.path).parent.mkdir(parents=True, exist_ok=True)  # a Core ML package is a folder
+            shutil.copyfile(folder / file.path, temporary / file.path)
+        files: tuple[BundleFile, ...] = bundle.files
+        if layer_costs is not None:
+            write_json(temporary / "sensitivity.json", dict(layer_costs))
+            files = (*files, describe_file(temporary, "sensitivity.json", "notes"))
+        if bundle.labels is not None:
+            write_json(temporary / "labels.json", list(bundle.labels))
+            files = (*files, describe_file(temporary, "labels.json", "labels"))
+        bundle = dataclasses.replace(bundle, files=files)
+        save_bundle(bundle, temporary)
+    return bundle
