@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
 import json
@@ -24,9 +23,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from robx.arrays import ArraySource
 from robx.errors import ArtifactError, InputError
+from robx.files import fingerprint, sha256_bytes, size_of
 from robx.images import decode, read_image_file
-from robx.sources import ArraySource, ImageSource, open_source
+from robx.sources import ImageSource, open_source
 
 # Upper edges of the distance bins, closed on the right: (.., 8], (8, 8.5], ... (VTAB's closest-object-distance).
 CLEVR_EDGES = (8.0, 8.5, 9.0, 9.5, 10.0, 100.0)
@@ -55,10 +56,7 @@ class ListSource:
         self.root, self.name = root, name
         self.classes: tuple[str, ...] | None = tuple(classes)
         self._samples = list(samples)
-        digest = hashlib.sha256()
-        for path, label in self._samples:
-            digest.update(f"{path}\0{label}\0{_size(root / path)}\n".encode())
-        self.fingerprint = digest.hexdigest()[:16]
+        self.fingerprint = fingerprint(f"{path}\0{label}\0{size_of(root / path)}" for path, label in self._samples)
 
     def __len__(self) -> int:
         """How many images the list names."""
@@ -85,7 +83,7 @@ class SquareSource:
         """Squeeze `source`'s images to `side` x `side`, bilinear."""
         self._source, self._side = source, side
         self.name, self.classes = source.name, source.classes
-        self.fingerprint = hashlib.sha256(f"{source.fingerprint} squeezed {side}".encode()).hexdigest()[:16]
+        self.fingerprint = sha256_bytes(f"{source.fingerprint} squeezed {side}".encode())[:16]
 
     def __len__(self) -> int:
         """As the source's."""
@@ -279,10 +277,3 @@ def _read_list(path: Path) -> Any:
 
 def _lines(path: Path) -> Iterable[str]:
     return (line.strip() for line in path.read_text().splitlines() if line.strip())
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1  # it counts as unreadable when it is read

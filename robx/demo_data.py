@@ -26,7 +26,7 @@ from robx.files import lock_folder, new_folder, require_space, sha256_bytes, wri
 from robx.images import MAX_PIXELS, to_rgb
 from robx.progress import Progress
 from robx.scenes import write_scenes
-from robx.sources import write_shard
+from robx.shards import write_shard
 
 CLIP_ART_PACKAGE = "openclipart-png"
 # The folders whose pictures have a meaning that a picture shows; the others are distilled from, but not judged on.

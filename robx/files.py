@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,22 @@ def sha256_file(path: Path) -> str:
 def sha256_bytes(data: bytes) -> str:
     """Hex SHA-256 of `data`."""
     return hashlib.sha256(data).hexdigest()
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file; -1 where a link points nowhere: it counts as unreadable when it is read."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def fingerprint(lines: Iterable[str]) -> str:
+    """Sixteen hex digits that change with any of `lines` or their order."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
+    return digest.hexdigest()[:16]
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

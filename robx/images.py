@@ -16,6 +16,7 @@ from robx.errors import CorruptImage
 if TYPE_CHECKING:
     from robx.records import Preprocessing
 
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 # 178 megapixels is Pillow's own bomb limit: more than any camera makes, and half a gigabyte once decoded.
 MAX_PIXELS = 178_956_970
 MAX_FILE_BYTES = 256 * 1024 * 1024

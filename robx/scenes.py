@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from robx.files import new_folder, write_json
 from robx.progress import Progress
-from robx.sources import write_shard
+from robx.shards import write_shard
 
 MIN_OBJECTS, MAX_OBJECTS = 3, 10
 DISTANCE_EDGES = (8.0, 8.5, 9.0, 9.5, 10.0, 100.0)  # bins closed on the right

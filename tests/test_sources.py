@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from robx.arrays import read_idx
 from robx.errors import CorruptImage, InputError
 from robx.files import write_json
-from robx.sources import labels_of, open_source, read_idx, write_shard
+from robx.shards import write_shard
+from robx.sources import labels_of, open_source
 
 
 def _png(value: int) -> bytes:

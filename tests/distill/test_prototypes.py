@@ -16,13 +16,14 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
+from robx.arrays import ArraySource
 from robx.distill.kmeans import StreamingKMeans, nearest, spherical_kmeans
 from robx.distill.prototypes import FitSettings, fit_or_load, fit_prototypes, load_prototypes
 from robx.distill.teachers import load_teacher
 from robx.errors import InputError
 from robx.images import preprocess
 from robx.records import Preprocessing
-from robx.sources import ArraySource, FolderSource
+from robx.sources import FolderSource
 
 
 def bundles(

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from robx.arrays import ArraySource
 from robx.errors import CorruptImage, DeviceError, InputError
 from robx.eval.features import decoded_batches, extract, extract_each, model_id
 from robx.images import preprocess
 from robx.records import Preprocessing, Student
-from robx.sources import ArraySource, FolderSource
+from robx.sources import FolderSource
 
 PRE = Preprocessing(size=18, crop=16)
 

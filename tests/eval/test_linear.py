@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from robx.arrays import ArraySource
 from robx.errors import InputError
 from robx.eval import heads, linear
 from robx.eval.datasets import ListSource
@@ -13,7 +14,6 @@ from robx.eval.features import Features, extract
 from robx.eval.transfer import TRANSFERS, transfer
 from robx.eval.trunk_outputs import TrunkSession
 from robx.records import Preprocessing, Student
-from robx.sources import ArraySource
 from robx.trunk import build_trunk, embed, embedding_width, load_trunk, save_trunk
 
 RECIPE = heads.HeadRecipe(epochs=4, milestones=(2, 3), batch=32)
