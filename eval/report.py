@@ -22,7 +22,7 @@ from robx.eval.recommend import MARGIN, Advice, Step, advise
 from robx.eval.report_data import ReportData, collect
 from robx.eval.report_figures import curve_figures, latency_figures, pair_figure, pareto_figure
 from robx.eval.report_rows import Row, build_rows, headline_data
-from robx.eval.report_tables import clean
+from robx.eval.report_words import at_most, clean, hundredths, megabytes, percent
 from robx.records import Accuracy, Latency, to_json
 
 _PROTOCOLS = {"knn": "kNN", "linear": "Linear"}
@@ -141,20 +141,20 @@ def _pick(row: Row, protocol: str | None) -> dict[str, Any]:
     accuracy = row.accuracy.get(protocol or "")
     if accuracy:
         what = f"{_PROTOCOLS.get(protocol or '', protocol)} top-1"
-        facts.append((f"{tables.percent(accuracy.value.value)} %", what, accuracy.source))
+        facts.append((f"{percent(accuracy.value.value)} %", what, accuracy.source))
     if row.drop:
-        facts.append((f"{tables.hundredths(row.drop.value.value)} pt", "lost against fp32", row.drop.source))
+        facts.append((f"{hundredths(row.drop.value.value)} pt", "lost against fp32", row.drop.source))
     if row.bound:
-        facts.append((f"{tables.at_most(row.bound.value.value)} ms", "p90, at most", row.bound.source))
+        facts.append((f"{at_most(row.bound.value.value)} ms", "p90, at most", row.bound.source))
     if row.speedup:
         facts.append((f"{row.speedup.value.value:.2f} ×", "as fast as fp32", row.speedup.source))
     if row.bytes:
-        facts.append((tables.megabytes(row.bytes), "shipped", row.folder))
+        facts.append((megabytes(row.bytes), "shipped", row.folder))
     return {"name": row.name, "what": f"{row.format} {row.precision}", "folder": row.folder, "facts": facts}
 
 
 def _step(step: Step) -> dict[str, str]:
-    start, end = tables.at_most(step.start), tables.at_most(step.end)
+    start, end = at_most(step.start), at_most(step.end)
     span = f"{start} ms and more" if math.isinf(step.end) else f"{start} to {end} ms"
     if step.start == 0:
         span = f"less than {end} ms"

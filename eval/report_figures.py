@@ -12,7 +12,8 @@ from markupsafe import Markup
 from robx.eval import plots
 from robx.eval.report_data import ReportData
 from robx.eval.report_rows import Figure, Row, student_names
-from robx.eval.report_tables import clean, hundredths, number, percent
+from robx.eval.report_words import clean, hundredths, number, percent
+from robx.eval.svg import draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ def pareto_figure(
         f"{', recommended' if p['picked'] else ''}"
         for p in points
     )
-    svg = plots.draw(
+    svg = draw(
         plots.pareto(points, mark=None if best is None else best - margin, axis=clean(short(axis, 60)), front=front),
         name=name,
         title=f"Accuracy against latency on {clean(device)}",
@@ -93,7 +94,7 @@ def latency_figures(rows: Sequence[Row], samples: Mapping[str, tuple[np.ndarray,
             f"{b['label']}: {len(b['ms'])} calls, {number(float(b['ms'].min()))} to {number(float(b['ms'].max()))} ms"
             for b in bands
         )
-        svg = plots.draw(
+        svg = draw(
             plots.distributions(bands),
             name=f"latency-{index}",
             title=f"Spread of latency on {clean(device)}",
@@ -126,7 +127,7 @@ def pair_figure(pairs: Sequence[tuple[Row, Row, Figure | None]], *, margin: floa
         for r in rows
         if r["speedup"]
     )
-    svg = plots.draw(
+    svg = draw(
         plots.pairs(rows, margin=margin),
         name="pairs",
         title="Speed gained and accuracy lost",
@@ -156,7 +157,7 @@ def curve_figures(data: ReportData) -> list[tuple[str, Picture]]:
         words = "; ".join(
             f"{name} from {y[0]:.4g} to {y[-1]:.4g} in {len(y)} readings" for _, lines in panels for name, _, y in lines
         )
-        svg = plots.draw(
+        svg = draw(
             plots.curves(panels, axis=x_key),
             name=f"curves-{index}",
             title=f"Training of {clean(names[run.student.sha256])}",

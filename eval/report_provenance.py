@@ -9,7 +9,8 @@ from typing import NamedTuple
 from robx.eval.recommend import Advice
 from robx.eval.report_data import Packed, ReportData
 from robx.eval.report_rows import Row, device_label, student_names
-from robx.eval.report_tables import DASH, Cell, Table, brief, spell
+from robx.eval.report_tables import Cell, Table
+from robx.eval.report_words import DASH, brief, spell
 from robx.records import Accuracy, Bundle, DataInfo, Latency
 
 _NON_COMMERCIAL = re.compile(r"\bnc\b|non-?\s?commercial", re.IGNORECASE)

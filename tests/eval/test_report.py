@@ -19,7 +19,7 @@ from robx.errors import InputError
 from robx.eval.report import collect, render
 from robx.eval.report_data import ReportData, Run
 from robx.eval.report_rows import build_rows
-from robx.eval.report_tables import at_most, clean, number
+from robx.eval.report_words import at_most, clean, number
 from robx.records import Latency, Value, append_measurements
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
