@@ -81,7 +81,9 @@ def check(value: Any, form: Form, where: str) -> Any:
         if not isinstance(value, dict):
             raise _odd(value, where)
         for key, inner in form.items():
-            check(value.get(key), inner, f"{where}.{key}")
+            if key not in value:
+                raise DeviceError(f"the device sent {where} without {key}, which every runner of this robx has")
+            check(value[key], inner, f"{where}.{key}")
     elif isinstance(form, list):
         if not isinstance(value, list):
             raise _odd(value, where)

@@ -127,7 +127,9 @@ def _outputs(archive: zipfile.ZipFile, images: int) -> tuple[np.ndarray, np.ndar
 
 def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     data = _part(archive, name, _MAX_PART_BYTES)
-    array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False, max_header_size=1000)
+    array = np.load(io.BytesIO(data), allow_pickle=False, max_header_size=1000)
+    if not isinstance(array, np.ndarray):
+        raise DeviceError(f"the device sent a {name} that is no array: run it again")
     return array
 
 

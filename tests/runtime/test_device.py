@@ -183,7 +183,7 @@ def test_only_the_timed_window_counts():
 
 
 def test_a_cut_line_is_left_out():
-    whole = {"t": 1.0, "cooling": [], "own": 3}
+    whole = snapshot(1.0, own=3)
     line = json.dumps(whole)
-    odd = ["[]", '{"t": "x"}', line.replace("1.0", "NaN"), line.replace("[]", '["hot"]'), line[:-2]]
+    odd = ["[]", '{"t": "x"}', line.replace("1.0", "NaN"), line.replace("[0]", '["hot"]'), line[:-2]]
     assert telemetry.parse("\n".join([line, *odd])) == [whole]
