@@ -7,6 +7,7 @@ runtime, measured in interleaved blocks. `climb` goes up the ladder; it is pure 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -68,7 +69,8 @@ def open_judge(folder: Path) -> Session | str:
     try:
         return open_session(folder)
     except (DeviceError, MissingExtra) as error:
-        return str(error).replace(f"{folder} ", "")  # the folder is gone when the reason is read
+        # The folder is gone when the reason is read.
+        return str(error).replace(f"{folder}{os.sep}", "").replace(str(folder), "the model")
     except ArtifactError as error:
         if "no engine" in str(error):  # a format that robx opens on no machine like this
             return str(error)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from robx.errors import ArtifactError, InputError, MissingExtra
+from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra
 from robx.eval.fidelity import make_bank
+from robx.export import gate
 from robx.export.candidate import Candidate
 from robx.export.gate import Limits, climb, judge_accuracy, judge_speed, ships
 from robx.records import Rung, Value, Verdict
@@ -181,3 +184,11 @@ def test_the_budget_ends_the_climb_but_lets_one_rung_be_tried() -> None:
         _names("a", "b", "c", "d"), lambda c: _rung(c, "FAIL", 2.0), budget=100, clock=lambda: float(next(ticks))
     )
     assert 1 <= len(outcome.rungs) < 4
+
+
+def test_why_a_model_is_not_run_here_names_no_scratch_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> None:
+        raise DeviceError(f"{folder} cannot be run here: {folder}/model.plan needs a GPU")
+
+    monkeypatch.setattr("robx.runtime.session.open_session", refuse)
+    assert gate.open_judge(tmp_path / "tmpx1") == "the model cannot be run here: model.plan needs a GPU"
