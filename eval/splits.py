@@ -9,7 +9,7 @@ import numpy as np
 
 from robx.errors import InputError
 from robx.eval.features import Features
-from robx.sources import ImageSource, open_source
+from robx.sources import ImageSource, labelled, open_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,7 @@ def make_split(bank: ImageSource, test: ImageSource) -> Split:
     if bank.classes is None or test.classes is None:
         bare = bank if bank.classes is None else test
         raise InputError(f"{bare.name} has no labels: give images with one folder a class, or shards with .cls members")
+    bank, test = labelled(bank), labelled(test)
     if bank.classes[: len(test.classes)] == test.classes:
         return Split(bank=bank, test=test, classes=len(bank.classes), names=bank.classes, renumber=None)
     numbers = {name: n for n, name in enumerate(bank.classes)}

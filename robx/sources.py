@@ -81,6 +81,37 @@ def labels_of(source: ImageSource) -> np.ndarray:
     return np.fromiter((-1 if label is None else label for label in found), dtype=np.int64, count=len(source))
 
 
+class LabelledSource:
+    """The labelled samples of a source whose other samples have no label."""
+
+    def __init__(self, source: ImageSource, chosen: np.ndarray) -> None:
+        """Keep the samples at the places `chosen`."""
+        self.name, self.classes, self._source, self._chosen = source.name, source.classes, source, chosen
+        self.fingerprint = _fingerprint([source.fingerprint, "labelled"])
+
+    def __len__(self) -> int:
+        """How many samples have a label."""
+        return len(self._chosen)
+
+    def key(self, index: int) -> str:
+        """The sample's name in the whole source."""
+        return self._source.key(int(self._chosen[index]))
+
+    def label(self, index: int) -> int | None:
+        """The sample's label."""
+        return self._source.label(int(self._chosen[index]))
+
+    def read(self, index: int) -> Image.Image:
+        """The decoded RGB image."""
+        return self._source.read(int(self._chosen[index]))
+
+
+def labelled(source: ImageSource) -> ImageSource:
+    """The source without its unlabelled samples; the source itself when it has none."""
+    chosen = np.flatnonzero(labels_of(source) >= 0)
+    return source if len(chosen) == len(source) else LabelledSource(source, chosen)
+
+
 class FolderSource:
     """Image files below a folder; with ImageFolder's layout (class/.../image) the first level gives the classes."""
 

@@ -18,7 +18,7 @@ from robx.arrays import read_idx
 from robx.errors import CorruptImage, InputError
 from robx.files import write_json
 from robx.shards import write_shard
-from robx.sources import labels_of, open_source
+from robx.sources import labelled, labels_of, open_source
 
 
 def _png(value: int) -> bytes:
@@ -175,3 +175,14 @@ def test_nothing_to_read_is_said_with_the_path(tmp_path: Path, make: str) -> Non
         path.write_text("x")
     with pytest.raises(InputError, match=r"data"):
         open_source(path)
+
+
+def test_the_labelled_view_leaves_the_others_out(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", [("x.png", _png(1), None), ("y.png", _png(2), 3), ("z.png", _png(3), 0)])
+    source = open_source(tmp_path)
+    view = labelled(source)
+    assert [view.key(i) for i in range(len(view))] == ["y", "z"]
+    assert labels_of(view).tolist() == [3, 0]
+    assert view.read(0).getpixel((0, 0)) == (2, 0, 0)
+    assert view.fingerprint != source.fingerprint
+    assert labelled(view) is view
