@@ -47,13 +47,13 @@ def open_split(data: Path, test: Path | None) -> Split:
 
 
 def make_split(bank: ImageSource, test: ImageSource) -> Split:
-    """Pair two sources, with the bank's numbering of the classes; see `open_split`."""
+    """Pair the labelled images of two sources, with the bank's numbering of the classes; see `open_split`."""
+    bank, test = labelled(bank), labelled(test)
     if bank.fingerprint == test.fingerprint:
         raise InputError(f"{bank.name} would be judged on the images it is trained on: give other images with --test")
     if bank.classes is None or test.classes is None:
         bare = bank if bank.classes is None else test
         raise InputError(f"{bare.name} has no labels: give images with one folder a class, or shards with .cls members")
-    bank, test = labelled(bank), labelled(test)
     if bank.classes[: len(test.classes)] == test.classes:
         return Split(bank=bank, test=test, classes=len(bank.classes), names=bank.classes, renumber=None)
     numbers = {name: n for n, name in enumerate(bank.classes)}

@@ -103,26 +103,40 @@ def demo(data: Path | None, out: Path, teacher: str, student: str, epochs: int, 
 
 def plan(images: DemoData, *, out: Path, teacher: str, student: str, epochs: int) -> list[Step]:
     """The demo's commands, in order."""
-    run, data = out / "student", str(images.folder)
-    export = ("export", str(run), "--data", data)
+    run, page = out / "student", out / "report.html"
+    data = ("--data", str(images.folder))
+    margin = ("--margin", GATE_POINTS)
+    export = ("export", str(run), *data, "--format")
+    gate = ("--int8", "--max-drop", GATE_POINTS, "--rungs", "3")
+    engines = ("--fp16", "--target", "rtx:sm86+sm89")
+    networks = ("--teacher", teacher, "--student", student)
+    recipe = ("--objective", "msn", "--recipe", str(out / "recipe.toml"), "--epochs", str(epochs), "--probe-every", "1")
     return [
         Step(
             f"Distil {student} from {teacher}",
-            ("distill", "--teacher", teacher, "--student", student, "--data", data, "--out", str(run),
-             "--objective", "msn", "--recipe", str(out / "recipe.toml"), "--epochs", str(epochs), "--probe-every", "1"),
-            (run / "student.json",), 210,
+            ("distill", *networks, *data, "--out", str(run), *recipe),
+            makes=(run / "student.json",),
+            seconds=210,
         ),
-        Step("Export to ONNX", (*export, "--format", "onnx"), (run / "onnx-fp32",), 20),
-        Step("Export to OpenVINO", (*export, "--format", "openvino"), (run / "openvino-fp32",), 5),
-        Step("Export to OpenVINO, int8, behind the gate", (*export, "--format", "openvino", "--int8", "--max-drop", GATE_POINTS, "--rungs", "3"),
-             (), 35),
-        Step("Build TensorRT engines", (*export, "--format", "trt", "--fp16", "--target", "rtx:sm86+sm89"),
-             (run / "trt-fp16",), 10, optional=True),
-        Step("Evaluate what was trained and what is shipped",
-             ("eval", str(run), BUNDLES, "--data", data, "--knn", "--fidelity", "--margin", GATE_POINTS), (run / "measurements.jsonl",), 25),
-        Step("Measure on this machine", ("bench", BUNDLES, "--profile", "rapid", "--data", data), (), 40),
-        Step("Write the report", ("report", str(out), "--margin", GATE_POINTS, "-o", str(out / "report.html")), (out / "report.html",), 5),
-    ]  # fmt: skip
+        Step("Export to ONNX", (*export, "onnx"), makes=(run / "onnx-fp32",), seconds=15),
+        Step("Export to OpenVINO", (*export, "openvino"), makes=(run / "openvino-fp32",), seconds=5),
+        Step("Export to OpenVINO in int8, behind the gate", (*export, "openvino", *gate), makes=(), seconds=20),
+        Step(
+            "Build TensorRT engines",
+            (*export, "trt", *engines),
+            makes=(run / "trt-fp16",),
+            seconds=15,
+            optional=True,
+        ),
+        Step(
+            "Evaluate what was trained and what is shipped",
+            ("eval", str(run), BUNDLES, *data, "--knn", "--fidelity", *margin),
+            makes=(run / "measurements.jsonl",),
+            seconds=25,
+        ),
+        Step("Measure on this machine", ("bench", BUNDLES, "--profile", "rapid", *data), makes=(), seconds=45),
+        Step("Write the report", ("report", str(out), *margin, "-o", str(page)), makes=(page,), seconds=5),
+    ]
 
 
 def _images(data: Path | None) -> DemoData:

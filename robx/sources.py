@@ -87,7 +87,7 @@ class LabelledSource:
     def __init__(self, source: ImageSource, chosen: np.ndarray) -> None:
         """Keep the samples at the places `chosen`."""
         self.name, self.classes, self._source, self._chosen = source.name, source.classes, source, chosen
-        self.fingerprint = _fingerprint([source.fingerprint, "labelled"])
+        self.fingerprint = fingerprint([source.fingerprint, "labelled"])
 
     def __len__(self) -> int:
         """How many samples have a label."""
