@@ -44,5 +44,26 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
+# Each mobile converter pins packages that the others do not bear: an environment each.
+MOBILE = executorch litert coreml ncnn
+test-mobile: $(MOBILE:%=.venv-%/.mobile)
+	for f in $(MOBILE); do \
+	  OMP_NUM_THREADS=1 .venv-$$f/bin/python -m pytest -m mobile -q tests/export/test_mobile.py || exit 1; done
+
+.venv-%/.mobile: pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+	  $$(grep -E '^torch(vision)?==' constraints.txt) -e '.[$*]' pytest pytest-timeout hypothesis
+	@touch $@
+
+# Hundreds of kills instead of the thirty that the tests do.
+soak: $(VENV)/.dev
+	OMP_NUM_THREADS=1 ROBX_SOAK=300 $(VENV)/bin/python -m pytest -q --timeout 14400 tests/faults/test_kill.py
+
+# What is installed, as CycloneDX, and what is known against it; both ask the package index.
+sbom audit: $(VENV)/.dev
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check pip-audit
+	$(if $(filter sbom,$@),$(VENV)/bin/pip-audit --local --format cyclonedx-json --output sbom.json,$(VENV)/bin/pip-audit --local)
+
 clean:
 	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
