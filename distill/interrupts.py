@@ -6,6 +6,7 @@ SIGTERM, SIGUSR1 (a scheduler's notice) and a first SIGINT ask; a second SIGINT 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator
@@ -22,8 +23,11 @@ class StopRequest:
         self.signal: signal.Signals | None = None
 
     def __call__(self, number: int, _: FrameType | None) -> None:
-        """Note a signal; a second SIGINT raises KeyboardInterrupt."""
+        """Note a signal; a second SIGINT ends the loader's workers and raises KeyboardInterrupt."""
         if self.signal is signal.SIGINT and number == signal.SIGINT:
+            # They ignore signals that can be ignored, and one that hangs in a read would be waited for.
+            for worker in multiprocessing.active_children():
+                worker.kill()
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
 

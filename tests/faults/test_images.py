@@ -84,7 +84,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder = root / part / name
             folder.mkdir(parents=True)
             for file, data in (good_images() | bad_images()).items():
-                (folder / f"{number}{file}").write_bytes(data)
+                (folder / f"{part}{number}{file}").write_bytes(data)  # other names: another set
             os.mkfifo(folder / "pipe.png")
             (folder / "nowhere.png").symlink_to("nothing.png")
             (folder / "device.png").symlink_to("/dev/zero")
