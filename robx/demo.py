@@ -12,7 +12,7 @@ import click
 
 from robx.cache import cache_folder
 from robx.cli import COMMANDS, main
-from robx.console import progress_bar, say
+from robx.console import print_table, progress_bar, say
 from robx.demo_data import DemoData, prepare_demo_data
 from robx.errors import GateFailed, RobxError
 from robx.files import lock_folder, read_json, sha256_bytes, write_json, write_text
@@ -98,6 +98,7 @@ def demo(data: Path | None, out: Path, teacher: str, student: str, epochs: int, 
         steps = plan(images, out=out, teacher=teacher, student=student, epochs=epochs)
         _run_all(steps, images, out, fresh=fresh)
     say(f"\n{_minutes(time.monotonic() - started)} in all. {images.caveat}")
+    _show(out / "report.json")
     click.echo(f"The report: {out / 'report.html'} (and report.md, report.json beside it)")
 
 
@@ -172,7 +173,7 @@ def _run(step: Step, *, run: Path, fresh: bool) -> None:
     if BUNDLES in command:
         place = command.index(BUNDLES)
         command[place : place + 1] = [str(folder) for folder in _runnable_bundles(run)]
-    say(f"  $ robx {shlex.join(command)}")
+    say(f"  $ robx {shlex.join(command)}".replace(str(Path.home()), "~"))
     try:
         _call(command)
     except GateFailed as error:
@@ -197,6 +198,32 @@ def _call(arguments: list[str]) -> Any:
     if command is None:
         raise RobxError(f"no command {arguments[0]!r}: known are {', '.join(COMMANDS)}")
     return command.main(arguments[1:], prog_name=f"robx {arguments[0]}", standalone_mode=False)
+
+
+def _show(path: Path) -> None:
+    """The report's table: what each model weighs, knows and takes."""
+    page = read_json(path)
+    headings = ("model", "MB", "kNN %", "drop against fp32, points", "p50 ms", "p90 at most", "latency is")
+    rows = []
+    for row in page["rows"]:
+        latency = row["latency"] or {}
+        rows.append(
+            (
+                f"{row['name']} {row['format']} {row['precision']}",
+                f"{row['bytes'] / 1e6:.1f}",
+                _figure(row["accuracy"].get("knn"), ".1f"),
+                f"{_figure(row['drop'], '.2f')} {row['judged'] or ''}",
+                _figure(latency.get("p50"), ".2f"),
+                _figure(latency.get("p90"), ".2f", bound="high"),
+                row["validity"] or "not measured here",
+            )
+        )
+    print_table(headings, rows, title=page["title"], right=(1, 2, 3, 4, 5))
+
+
+def _figure(figure: Any, form: str, *, bound: str = "value") -> str:
+    number = figure["value"][bound] if figure else None
+    return "" if number is None else format(number, form)
 
 
 def _minutes(seconds: float) -> str:
