@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import CLIP_ART, demo_images, labelled, publish, say, shown
+from common import CLIP_ART, demo_images, publish, say, shown
 
 from robx.distill.networks import student_kind
 from robx.distill.recipes import Method, Recipe, override, preset, read_toml
@@ -41,6 +41,7 @@ from robx.eval.verdict import mean_value
 from robx.files import read_json, write_json
 from robx.records import Student, Value, to_json
 from robx.runtime.session import SessionSettings, open_session
+from robx.sources import ImageSource, open_source
 from robx.trunk import build_trunk, embedding_width, save_trunk
 
 PROTOCOLS = ("knn", "linear")
@@ -75,14 +76,15 @@ def main() -> None:
     given = arguments()
     data = given.data or demo_images()
     split = open_split(data, None)
+    images = split.bank if given.labelled_only else open_source(data, split="train")
     found: dict[str, dict[str, list[Scores]]] = {name: {} for name in given.only}
     try:
         for seed in range(given.seeds):
             for name in given.only:
-                for kind, scores in one_seed(name, split, seed, given):
+                for kind, scores in one_seed(name, split, images, seed, given):
                     found[name].setdefault(kind, []).append(scores)
                     say(f"{name}, seed {seed}, {kind}: kNN {scores['knn']:.1f}, linear {scores['linear']:.1f}")
-                write_down(found, split, given)
+                write_down(found, split, images, given)
     except Interrupted as error:
         raise SystemExit(f"stopped: {error}") from error
 
@@ -102,20 +104,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3, help="peak of AdamW, at that batch")
     parser.add_argument("--prototypes", type=int, default=1024, help="fitted ones, and those of the base methods")
     parser.add_argument("--recipe", type=Path, help="TOML file with more of the recipe's keys, for all sides alike")
+    parser.add_argument("--labelled-only", action="store_true", help="train on the labelled images alone: fewer")
     parser.add_argument("--data", type=Path, help="labelled images with train and test; default: the demo's")
     parser.add_argument("--out", type=Path, default=Path("runs/chain"))
     parser.add_argument("--workers", type=int, default=1)
     return parser.parse_args()
 
 
-def one_seed(name: str, split: Split, seed: int, given: argparse.Namespace) -> Iterator[tuple[str, Scores]]:
+def one_seed(
+    name: str, split: Split, images: ImageSource, seed: int, given: argparse.Namespace
+) -> Iterator[tuple[str, Scores]]:
     """The scores of the teacher, of random weights, of the base method alone and of RoB, as they come."""
     chain, folder = CHAINS[name], given.out / name
     preprocessing = student_preprocessing(given.size)
 
     @cache
     def teacher() -> Teacher:
-        return make_teacher(chain, split, folder / "teacher", given)
+        return make_teacher(chain, images, folder / "teacher", given)
 
     def judge_teacher() -> Any:
         return TeacherSession(teacher(), preprocessing)
@@ -130,7 +135,7 @@ def one_seed(name: str, split: Split, seed: int, given: argparse.Namespace) -> I
                 save_random(chain.student, run, seed, given.size)
             else:
                 recipe = recipe_of(chain, chain.student, given, base=kind == "ema", epochs=given.epochs, seed=seed)
-                fit(recipe, chain.student, run, split, given, teacher=teacher() if kind == "rob" else None)
+                fit(recipe, chain.student, run, images, given, teacher=teacher() if kind == "rob" else None)
             return open_session(run, SessionSettings(threads=torch.get_num_threads()))
 
         yield kind, scored(run, split, make)
@@ -157,17 +162,17 @@ def recipe_of(chain: Chain, network: str, given: argparse.Namespace, *, base: bo
     return override(preset(chain.objective, student_kind(network), base=base), values)
 
 
-def make_teacher(chain: Chain, split: Split, folder: Path, given: argparse.Namespace) -> Teacher:
+def make_teacher(chain: Chain, images: ImageSource, folder: Path, given: argparse.Namespace) -> Teacher:
     """The zoo's, with fitted prototypes; or one that the base method pretrains, read from its published layout."""
     weights = None
     if chain.trunk is not None:
         epochs = given.teacher_epochs or 3 * given.epochs
-        fit(recipe_of(chain, chain.trunk, given, base=True, epochs=epochs, seed=0), chain.trunk, folder, split, given)
+        fit(recipe_of(chain, chain.trunk, given, base=True, epochs=epochs, seed=0), chain.trunk, folder, images, given)
         weights = folder / "teacher.pth"
     return load_teacher(
         chain.zoo or chain.objective,
         weights=weights,
-        source=split.bank,
+        source=images,
         prototypes=given.prototypes,
         objective=chain.objective,
         image_size=given.size,
@@ -175,11 +180,16 @@ def make_teacher(chain: Chain, split: Split, folder: Path, given: argparse.Names
 
 
 def fit(
-    recipe: Recipe, network: str, out: Path, split: Split, given: argparse.Namespace, teacher: Teacher | None = None
+    recipe: Recipe,
+    network: str,
+    out: Path,
+    images: ImageSource,
+    given: argparse.Namespace,
+    teacher: Teacher | None = None,
 ) -> None:
     """One run of ``robx distill``; resumed where it stands."""
     options = Options(device="cpu", workers=given.workers, measure=False, checkpoint_minutes=5)
-    train(recipe, students=[network], source=split.bank, out=out, teacher=teacher, options=options, say=say)
+    train(recipe, students=[network], source=images, out=out, teacher=teacher, options=options, say=say)
 
 
 def save_random(network: str, out: Path, seed: int, size: int) -> None:
@@ -210,7 +220,7 @@ def scored(folder: Path, split: Split, make: Callable[[], Any]) -> Scores:
     if path.is_file():
         return dict(read_json(path))
     session = make()
-    bank = extract(session, labelled(split.bank))
+    bank = extract(session, split.bank)
     test = split.aligned(extract(session, split.test))
     knn = knn_accuracy(bank.features, bank.labels, test.features, test.labels, classes=split.classes)
     linear = linear_cached(bank, test, classes=split.classes)
@@ -219,7 +229,9 @@ def scored(folder: Path, split: Split, make: Callable[[], Any]) -> Scores:
     return scores
 
 
-def write_down(found: dict[str, dict[str, list[Scores]]], split: Split, given: argparse.Namespace) -> None:
+def write_down(
+    found: dict[str, dict[str, list[Scores]]], split: Split, images: ImageSource, given: argparse.Namespace
+) -> None:
     """The table of what is known so far."""
     rows, data = [], []
     for name, kinds in found.items():
@@ -232,7 +244,7 @@ def write_down(found: dict[str, dict[str, list[Scores]]], split: Split, given: a
             order = ("teacher", "random", "ema", "rob", "rob - ema")
             rows.append([name, CHAINS[name].student, protocol, *(shown(values.get(kind), 1) for kind in order)])
             data.append({"chain": name, "protocol": protocol, "values": to_json(values), "seeds": kinds})
-    images = given.epochs * (len(split.bank) // given.batch) * given.batch
+    seen = given.epochs * (len(images) // given.batch) * given.batch
     publish(
         "chain" if set(given.only) == set(CHAINS) else "chain-" + "-".join(given.only),
         title="RoB against the base method alone, top-1 in %",
@@ -240,7 +252,8 @@ def write_down(found: dict[str, dict[str, list[Scores]]], split: Split, given: a
         rows=rows,
         data=data,
         notes=[
-            f"{given.epochs} epochs, {images:,} images seen by RoB and by EMA alike; crops of {given.size} px; AdamW; "
+            f"{given.epochs} epoch(s) of {len(images):,} images, {seen:,} seen by RoB and by EMA alike; crops of "
+            f"{given.size} px; AdamW; "
             "mean over seeds [Student's 95 % interval]. RoB - EMA is paired by seed.",
             f"The intervals are of the seeds. {len(split.test)} judged images add about 3 points to any single figure, "
             "less to a difference.",

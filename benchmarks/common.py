@@ -14,7 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from robx.cache import cache_folder
@@ -26,7 +25,7 @@ from robx.distill.train import train
 from robx.files import sha256_bytes, write_json, write_text
 from robx.records import Value
 from robx.runtime.device import describe
-from robx.sources import ImageSource, labels_of
+from robx.sources import ImageSource
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("robx", "torch", "torchvision", "timm", "numpy", "pillow", "onnx", "onnxruntime", "openvino", "nncf")
@@ -73,11 +72,6 @@ class Chosen:
 def first_images(source: ImageSource, count: int) -> ImageSource:
     """The first `count` images of a source, over and over when it has fewer."""
     return Chosen(source, [index % len(source) for index in range(count)])
-
-
-def labelled(source: ImageSource) -> ImageSource:
-    """The images of a source that have a label."""
-    return Chosen(source, np.flatnonzero(labels_of(source) >= 0).tolist())
 
 
 def step_seconds(
