@@ -226,7 +226,8 @@ def make(engine: str, variant: str, folder: Path, splits: Splits, data: Path, gi
     kept = next((rung.name for rung in bundle.rungs if rung.kept), "")
     return {
         "student": name, "engine": engine, "variant": variant, "ships": bundle.precision, "bytes": bundle.bytes,
-        "images_seen": seen, "rung": kept, "rungs": [to_json(rung) for rung in bundle.rungs], "note": note, "folder": out,
+        "images_seen": seen, "rung": kept, "rungs": [to_json(rung) for rung in bundle.rungs], "note": note,
+        "folder": out,
     }  # fmt: skip
 
 
@@ -289,8 +290,8 @@ def write_down(rows: list[Row], given: argparse.Namespace) -> None:
             "Images that the students have seen (the table is about exports, not about them): "
             + ", ".join(f"{r['student']} {r['images_seen']:,}" for r in rows[:: len(ENGINES) * len(VARIANTS)])
             + "; those of EfficientNet-Lite0 are ImageNet's.",
-            "Where robx ships fp32 its row is the fp32 file once more: how far its ratio is from 1 is this run's noise, "
-            "whatever the interval says.",
+            "Where robx ships fp32 its row is the fp32 file once more: how far its ratio is from 1 is this run's "
+            "noise, whatever the interval says.",
         ],
         settings={k: str(v) for k, v in vars(given).items() if k not in ("data", "out", "runs")},
     )
