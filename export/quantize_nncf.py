@@ -9,6 +9,7 @@ import onnx
 
 from robx.errors import ArtifactError, MissingExtra
 from robx.export.candidate import Candidate
+from robx.export.float_scope import kept_nodes, openvino_names
 from robx.export.onnx_safety import check_model
 from robx.export.quiet import quiet
 
@@ -23,22 +24,31 @@ def quantize_onnx(model: onnx.ModelProto, calibration: np.ndarray, candidate: Ca
 
     Raises:
         MissingExtra: NNCF is not installed.
-        ArtifactError: NNCF failed.
+        ArtifactError: NNCF failed, or a node that is to stay in float is not there.
     """
+    kept = [node.name for node in kept_nodes(model, candidate)]
     name = model.graph.input[0].name
     source = onnx.ModelProto()
     source.CopyFrom(model)
-    quantised: onnx.ModelProto = _quantize(source, [{name: image[None]} for image in calibration], candidate)
+    quantised: onnx.ModelProto = _quantize(source, [{name: image[None]} for image in calibration], candidate, kept)
     check_model(quantised, where=f"NNCF's answer ({candidate.name})")
     return quantised
 
 
-def quantize_openvino(model: Any, calibration: np.ndarray, candidate: Candidate) -> Any:
-    """A quantised copy of an ``openvino.Model``; see `quantize_onnx`."""
-    return _quantize(model.clone(), [image[None] for image in calibration], candidate)
+def quantize_openvino(network: Any, source: onnx.ModelProto, calibration: np.ndarray, candidate: Candidate) -> Any:
+    """A quantised copy of an ``openvino.Model``; see `quantize_onnx`.
+
+    Args:
+        network: as OpenVINO read it from `source`.
+        source: float32 ONNX, whose nodes the candidate names.
+        calibration: its inputs, (N, 3, H, W).
+        candidate: see `quantize_onnx`.
+    """
+    kept = openvino_names(network, source, candidate)
+    return _quantize(network.clone(), [image[None] for image in calibration], candidate, kept)
 
 
-def _quantize(model: Any, items: list[Any], candidate: Candidate) -> Any:
+def _quantize(model: Any, items: list[Any], candidate: Candidate, kept: list[str]) -> Any:
     try:
         with quiet():
             import nncf
@@ -52,9 +62,7 @@ def _quantize(model: Any, items: list[Any], candidate: Candidate) -> Any:
                 subset_size=len(items),
                 fast_bias_correction=not candidate.full_bias,
                 model_type=nncf.ModelType.TRANSFORMER if candidate.transformer else None,
-                ignored_scope=nncf.IgnoredScope(
-                    names=list(candidate.float_nodes), types=list(candidate.float_ops), validate=False
-                ),
+                ignored_scope=nncf.IgnoredScope(names=kept, validate=True),
                 advanced_parameters=_advanced(nncf, candidate),
             )
     except Exception as error:

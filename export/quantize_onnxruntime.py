@@ -12,6 +12,7 @@ import onnx
 
 from robx.errors import ArtifactError
 from robx.export.candidate import Candidate
+from robx.export.float_scope import kept_nodes
 from robx.export.onnx_safety import load_checked
 from robx.export.quiet import quiet
 from robx.export.ranges import Ranges
@@ -37,7 +38,7 @@ def quantize(
         options: more of the quantiser's own.
 
     Raises:
-        ArtifactError: the quantiser failed.
+        ArtifactError: the quantiser failed, or a node that is to stay in float is not there.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     from onnxruntime.quantization import (
@@ -50,6 +51,7 @@ def quantize(
     )
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
+    kept = [node.name for node in kept_nodes(model, candidate)]
     known = op_types or sorted({*QDQRegistry, *QLinearOpsRegistry})
     data = {
         name: TensorData(lowest=np.array(low, np.float32), highest=np.array(high, np.float32))
@@ -70,7 +72,7 @@ def quantize(
                 activation_type=QuantType.QInt8 if candidate.signed else QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 nodes_to_quantize=nodes,
-                nodes_to_exclude=list(candidate.float_nodes),
+                nodes_to_exclude=kept,
                 calibration_cache_path=cache,
                 extra_options={"ActivationSymmetric": candidate.signed, "WeightSymmetric": True, **(options or {})},
             )

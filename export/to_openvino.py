@@ -11,6 +11,7 @@ from torch import nn
 
 from robx.errors import ArtifactError, InputError, MissingExtra
 from robx.export.candidate import Candidate
+from robx.export.onnx_safety import load_checked
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest
 
 
@@ -42,7 +43,8 @@ def build(
 
         if calibration is None:
             raise InputError("an int8 export needs calibration images: give --data")
-        network = quantize_openvino(network, calibration, candidate or Candidate(name="nncf", quantiser="nncf"))
+        chosen = candidate or Candidate(name="nncf", quantiser="nncf")
+        network = quantize_openvino(network, load_checked(onnx_path), calibration, chosen)
         versions["nncf"] = version("nncf")
     try:
         ov.save_model(network, folder / "model.xml", compress_to_fp16=request.precision == "fp16")
