@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from robx.eval.report_data import Packed, ReportData, Sourced
 from robx.eval.report_rows import Figure, Row, ratio, student_names
 from robx.eval.report_words import DASH, at_most, brief, hundredths, interval, megabytes, number, percent, spell
-from robx.records import Accuracy, Fidelity, Rung
+from robx.records import Accuracy, Fidelity, Rung, Value
+
+# What the page shows of a record, in this order; the JSON beside it holds every other figure as well.
+_LATENCIES = {
+    "p50": ("p50", "ms"),
+    "p90": ("p90", "ms"),
+    "p99": ("p99", "ms"),
+    "first": ("First call", "ms"),
+    "load": ("Load", "ms"),
+    "preprocess": ("Preprocess", "ms"),
+    "end_to_end": ("End to end", "ms"),
+    "peak_memory": ("Peak memory", "MB"),
+    "throughput": ("Throughput", "images/s"),
+}
+_RUNG_FIGURES = {
+    "probe_drop": "Probe drop",
+    "knn_drop": "kNN drop",
+    "cosine_mean": "Cosine mean",
+    "cosine_p1": "Cosine p1",
+    "cosine_min": "Cosine min",
+    "speedup_fp32": "Speed-up vs fp32",
+    "speedup_fp16": "Speed-up vs fp16",
+    "bytes": "Size",
+}
 
 
 @dataclass(frozen=True)
@@ -23,17 +46,24 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A caption, column heads (those in `numeric` are right-aligned), and rows whose first cell is their head."""
+    """A caption, column heads (those in `numeric` are right-aligned), and rows whose first cell is their head.
+
+    `lines` is empty or holds one cell a row: what is too long for a column, shown below its row at full width.
+    """
 
     caption: str
     heads: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     numeric: frozenset[str] = frozenset()
+    lines: tuple[Cell, ...] = ()
 
 
 def model_table(rows: Sequence[Row], *, caption: str, picked: Row | None) -> Table:
     """The table of the first screen: one row a model on one device."""
-    heads = ("Model", "Size", "kNN top-1", "Linear top-1", "Drop vs fp32", "p50", "p90", "Speed-up", "Latency is")
+    linear = any("linear" in row.accuracy for row in rows)  # a column of dashes says nothing
+    accuracies = ("kNN top-1", "Linear top-1") if linear else ("kNN top-1",)
+    numeric = ("Size", *accuracies, "p50", "p90", "Speed-up")
+    heads = ("Model", "Size", *accuracies, "Drop vs fp32", "p50", "p90", "Speed-up", "Latency is")
     body = tuple(
         (
             Cell(
@@ -44,7 +74,7 @@ def model_table(rows: Sequence[Row], *, caption: str, picked: Row | None) -> Tab
             ),
             Cell(megabytes(row.bytes), source=row.folder) if row.bytes else Cell(DASH),
             _accuracy(row.accuracy.get("knn")),
-            _accuracy(row.accuracy.get("linear")),
+            *([_accuracy(row.accuracy.get("linear"))] if linear else []),
             _drop(row),
             _ms(row, row.latency.get("p50")),
             _p90(row),
@@ -53,28 +83,22 @@ def model_table(rows: Sequence[Row], *, caption: str, picked: Row | None) -> Tab
         )
         for row in rows
     )
-    return Table(caption=caption, heads=heads, rows=body, numeric=frozenset(heads[1:8]) - {"Drop vs fp32"})
+    return Table(caption=caption, heads=heads, rows=body, numeric=frozenset(numeric))
 
 
 def latency_table(rows: Sequence[Row]) -> Table:
-    """Every value of every latency record, whatever its name."""
-    first = [key for key in ("p50", "p90", "p90_upper", "p99") if any(key in row.latency for row in rows)]
-    keys = [*first, *sorted({key for row in rows for key in row.latency} - set(first))]
-    body = []
-    for row in rows:
-        cells = [Cell(row.label, row.device, row.folder, _precision(row)), validity(row)]
-        for key in keys:
-            figure = row.latency.get(key)
-            if figure:
-                cells.append(Cell(spell(figure.value), interval(figure.value), figure.source, _state(row)))
-            else:
-                cells.append(Cell(DASH, row.missing.get(key, "")))
-        body.append(tuple(cells))
+    """The figures of every latency record that a reader compares, and its verdict with the reasons in full below."""
+    keys = [key for key in _LATENCIES if any(key in row.latency for row in rows)]
+    heads = {key: _LATENCIES[key][0] + f" ({_LATENCIES[key][1]})" for key in keys}
     return Table(
-        caption="Every latency figure, with its interval",
-        heads=("Model", "Latency is", *keys),
-        rows=tuple(body),
-        numeric=frozenset(keys),
+        caption="Every latency, with its interval",
+        heads=("Model", *heads.values()),
+        rows=tuple(
+            (Cell(row.label, row.device, row.folder, _precision(row)), *(_latency(row, key) for key in keys))
+            for row in rows
+        ),
+        numeric=frozenset(heads.values()),
+        lines=tuple(_verdict(row) for row in rows),
     )
 
 
@@ -111,13 +135,17 @@ def pair_table(pairs: Sequence[tuple[Row, Row, Figure | None]]) -> Table:
 
 
 def rung_table(packed: Packed, label: str) -> Table:
-    """What the export ladder tried for one bundle."""
+    """What the export ladder tried for one bundle: the figures that decide, and below each rung why it stands so."""
     bundle = packed.bundle
-    keys = list(dict.fromkeys(key for rung in bundle.rungs for key in rung.values))
-    body = tuple(_rung(rung, i, packed, keys) for i, rung in enumerate(bundle.rungs))
-    caption = f"{label}: asked for {bundle.requested}, shipped {bundle.precision}, gate {bundle.verdict}"
-    heads = ("Rung", "Accuracy", "Speed", *keys, "Why")
-    return Table(caption=caption, heads=heads, rows=body, numeric=frozenset(keys))
+    keys = [key for key in _RUNG_FIGURES if any(key in rung.values for rung in bundle.rungs)]
+    heads = [_RUNG_FIGURES[key] for key in keys]
+    return Table(
+        caption=f"{label}: asked for {bundle.requested}, shipped {bundle.precision}, gate {bundle.verdict}",
+        heads=("Rung", "Accuracy", "Speed", *heads),
+        rows=tuple(_rung(rung, i, packed, keys) for i, rung in enumerate(bundle.rungs)),
+        numeric=frozenset(heads),
+        lines=tuple(Cell(brief(rung.settings), rung.reason) for rung in bundle.rungs),
+    )
 
 
 def accuracy_table(data: ReportData, labels: dict[str, str]) -> Table:
@@ -161,9 +189,8 @@ def validity(row: Row) -> Cell:
     """VALID, UNSTABLE or INVALID, with the reasons' codes; what to doubt has them in full."""
     if row.validity is None:
         return Cell("not measured", mark="missing")
-    profile = f"{row.profile} profile, not for publication" if row.profile in ("rapid", "quick") else ""
     codes = ", ".join(dict.fromkeys(reason.split(":", 1)[0] for reason in row.reasons))
-    return Cell(row.validity, "; ".join(filter(None, (codes, profile))), mark=row.validity.lower())
+    return Cell(row.validity, "; ".join(filter(None, (codes, _profile(row)))), mark=row.validity.lower())
 
 
 def measured_span(measurements: Iterable[Sourced]) -> tuple[str, str] | None:
@@ -178,16 +205,45 @@ def _worse(base: Row, row: Row) -> Cell:
 
 def _rung(rung: Rung, index: int, packed: Packed, keys: Sequence[str]) -> tuple[Cell, ...]:
     place = f"{packed.folder}/manifest.json rungs[{index}]"
-    cells = [
-        Cell(
-            rung.name + (" (shipped)" if rung.kept else ""), brief(rung.settings), place, "picked" if rung.kept else ""
-        )
-    ]
-    cells += [Cell(verdict, mark=verdict.lower()) for verdict in (rung.accuracy, rung.speed)]
-    for key in keys:
-        value = rung.values.get(key)
-        cells.append(Cell(spell(value), interval(value, lambda x: f"{x:.4g}"), place) if value else Cell(DASH))
-    return (*cells, Cell(rung.reason))
+    name = rung.name + (" (shipped)" if rung.kept else "")
+    return (
+        Cell(name, source=place, mark="picked" if rung.kept else ""),
+        *(Cell(verdict, mark=verdict.lower()) for verdict in (rung.accuracy, rung.speed)),
+        *(_rung_figure(key, rung.values.get(key), place) for key in keys),
+    )
+
+
+def _rung_figure(key: str, value: Value | None, place: str) -> Cell:
+    if value is None:
+        return Cell(DASH)
+    source = f"{place} values.{key}"
+    if key.endswith("_drop"):
+        return Cell(f"{hundredths(value.value)} pt", interval(value, hundredths), source)
+    if key.startswith("speedup"):
+        return Cell(*_times(Figure(value=value, source=source)))
+    if key == "bytes":
+        return Cell(megabytes(int(value.value)), source=source)
+    return Cell(f"{value.value:.4f}", interval(value, lambda x: f"{x:.3f}"), source)
+
+
+def _latency(row: Row, key: str) -> Cell:
+    """One figure of a latency record, without the unit when that is its column's."""
+    figure = row.latency.get(key)
+    if figure is None:
+        return Cell(DASH, row.missing.get(key, ""), mark="missing")
+    value = figure.value
+    text = number(value.value) if value.unit == _LATENCIES[key][1] else spell(value)
+    bound = f"at most {at_most(value.high)}" if value.low is None and value.high is not None else ""
+    return Cell(text, interval(value) or bound, figure.source, _state(row))
+
+
+def _verdict(row: Row) -> Cell:
+    """As `validity`, with the reasons in full."""
+    return replace(validity(row), note="; ".join(filter(None, (*row.reasons, _profile(row)))))
+
+
+def _profile(row: Row) -> str:
+    return f"{row.profile} profile, not for publication" if row.profile in ("rapid", "quick") else ""
 
 
 def _accuracy(figure: Figure | None) -> Cell:

@@ -143,14 +143,63 @@ def test_light_dark_and_print_have_every_colour_that_figures_use(pages):
     assert not re.search("#0[1-7]0[1-7]0[1-7]", pages.html)
 
 
-def test_every_figure_of_every_latency_record_is_shown_as_recorded(data, pages):
-    cells = {" ".join(cell.split()) for cell in Page(pages.html).cells}
-    shown = {(m, unit) for cell in cells for m, unit in re.findall(r"^([\d.,]+) (ms|MB)", cell)}
+def test_every_latency_a_reader_compares_is_shown_as_recorded_in_its_column(data, pages):
+    heads, rows = _markdown_table(pages.markdown, "Every latency, with its interval")
+    columns = {"p50": "p50 (ms)", "p90": "p90 (ms)", "load": "Load (ms)", "first": "First call (ms)"}
+    columns["peak_memory"] = "Peak memory (MB)"
+    assert heads == ["Model", *(columns[k] for k in ("p50", "p90", "first", "load", "peak_memory"))]
     for m in data.measurements:
         if isinstance(m.record, Latency):
             for key, value in m.record.values.items():
-                near = [float(x.replace(",", "")) for x, unit in shown if unit == value.unit]
+                cells = [row[heads.index(columns[key])] for row in rows]
+                near = [float(re.search(r"[\d.]+", cell)[0]) for cell in cells]
                 assert min(abs(x / value.value - 1) for x in near) < 0.005, (key, value)
+    page = " ".join(Page(pages.html).cells)
+    assert all(head in page for head in heads)
+
+
+def test_what_no_reader_compares_is_in_the_machine_form_alone(records, tmp_path):
+    student = records.write_run(tmp_path / "r")
+    place = tmp_path / "r" / "openvino-fp32"
+    bundle = records.write_bundle(place, student, "fp32", 900, rungs=records.rungs_of(0.2, kept=True))
+    latency = records.write_latency(place, bundle.id, 5.0)
+    more = {"cov": Value(value=4.321, unit="%"), "throughput": Value(value=198.7, unit="images/s")}
+    late = replace(latency, values=latency.values | more, started="2026-11-21T00:00:00Z")
+    append_measurements(place / "measurements.jsonl", [late])
+    pages = render(collect([tmp_path]))
+    heads, rows = _markdown_table(pages.markdown, "Every latency, with its interval")
+    assert heads[-1] == "Throughput (images/s)" and rows[0][-1] == "199"
+    assert "4.32" not in Page(pages.html).text and "4.32" not in pages.markdown
+    (row,) = [r for r in json.loads(pages.json)["rows"] if r["device"]]
+    assert row["latency"]["cov"]["value"]["value"] == 4.321
+
+
+def test_a_rung_shows_what_decides_and_its_reason_below_its_row(pages):
+    heads, rows = _markdown_table(pages.markdown, "resnet18 · openvino int8: asked for int8, shipped int8, gate PASS")
+    shown = ["Probe drop", "Cosine mean", "Cosine p1", "Speed-up vs fp32", "Size"]
+    assert heads == ["Rung", "Accuracy", "Speed", *shown]
+    assert rows[0][:3] == ["plain per-channel", "FAIL", "PASS"] and rows[0][-1] == "11.3 MB"
+    assert rows[0][3] == "5.22 pt (4.82 to 5.67)" and rows[0][6] == "2.13 × (2.08 to 2.17)"
+    assert "- **plain per-channel**: images 300, preset performance; loses more than 1 point" in pages.markdown
+
+
+def test_a_full_width_line_spans_its_table_and_belongs_to_its_row(pages):
+    heads = {a["id"] for a in Page(pages.html).tags("th") if "id" in a}
+    lines = [a for a in Page(pages.html).tags("td") if "colspan" in a]
+    assert len(lines) == 9 + 2 * 2  # each latency, and two rungs of two bundles
+    assert {a["headers"] for a in lines} == heads and len(heads) == len(lines)
+    for table in re.findall(r"<table.*?</table>", pages.html, re.DOTALL):
+        width = len(re.findall('scope="col"', table))
+        assert all(int(n) == width for n in re.findall(r'colspan="(\d+)"', table))
+
+
+def test_a_column_of_linear_accuracy_is_there_only_when_a_model_has_one(records, tmp_path):
+    student = records.write_run(tmp_path / "r")
+    assert "Linear top-1" in render(collect([tmp_path])).html
+    (tmp_path / "r" / "measurements.jsonl").unlink()
+    append_measurements(tmp_path / "r" / "measurements.jsonl", [records.accuracy(student.sha256[:16], "knn", 61.3)])
+    pages = render(collect([tmp_path]))
+    assert "kNN top-1" in pages.html and "Linear top-1" not in pages.html + pages.markdown
 
 
 def test_the_table_of_a_device_holds_the_records_figures(data, pages):
@@ -383,6 +432,14 @@ def _tags(page: Page) -> list[str]:
 
 
 _DRAWN = {"svg", "g", "path", "use", "text", "tspan", "defs", "clippath", "rect", "title", "desc"}
+
+
+def _markdown_table(text: str, caption: str) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of the table below `caption`."""
+    lines = text[text.index(f"**{caption}**") :].splitlines()[2:]
+    end = next(i for i, line in enumerate(lines) if not line.startswith("|"))
+    cells = [[cell.strip().replace("\\", "") for cell in line.strip("|").split("|")] for line in lines[:end]]
+    return cells[0], cells[2:]
 
 
 def _renamed(data: ReportData, text: str) -> ReportData:

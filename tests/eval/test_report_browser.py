@@ -59,6 +59,15 @@ def test_no_width_makes_the_page_itself_scroll_sideways(browser, width):
     browser.call("Emulation.clearDeviceMetricsOverride")
 
 
+def test_latencies_and_rungs_need_no_scroll_bar_and_no_tall_rows_at_1280(browser):
+    browser.call("Emulation.setDeviceMetricsOverride", width=1280, height=900, deviceScaleFactor=1, mobile=False)
+    tables = "[...document.querySelectorAll('table.dense')]"
+    assert browser.value(f"{tables}.length") == 3
+    assert browser.value(f"{tables}.every(t => t.parentElement.scrollWidth <= t.parentElement.clientWidth)")
+    assert browser.value(f"Math.max(...{tables}.flatMap(t => [...t.rows]).map(r => r.offsetHeight))") <= 90
+    browser.call("Emulation.clearDeviceMetricsOverride")
+
+
 def test_the_recommendation_is_on_the_first_screen(browser):
     browser.call("Emulation.setDeviceMetricsOverride", width=1280, height=800, deviceScaleFactor=1, mobile=False)
     for what in (".pick", ".facts", ".steps", "svg"):
