@@ -185,13 +185,16 @@ def _batches(run: Run, start: int) -> Iterator[Batch]:
                 given += 1
                 yield batch
             return
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:
+            # A worker that dies is told as such, or, when it dies while it hands a batch over, as a broken pipe.
             lives -= 1
-            if "DataLoader worker" not in str(error):
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             if not lives:
                 raise InputError(f"loader workers die ({error}): give fewer --workers, or more memory") from error
-            run.say(f"a loader worker died ({str(error).splitlines()[0]}); starting the loader once more")
+            run.say(
+                f"a loader worker died ({(str(error) or type(error).__name__).splitlines()[0]}); starting the loader once more"
+            )
 
 
 def _targets(run: Run, views: Views) -> list[Targets]:
