@@ -192,9 +192,8 @@ def _batches(run: Run, start: int) -> Iterator[Batch]:
                 raise
             if not lives:
                 raise InputError(f"loader workers die ({error}): give fewer --workers, or more memory") from error
-            run.say(
-                f"a loader worker died ({(str(error) or type(error).__name__).splitlines()[0]}); starting the loader once more"
-            )
+            cause = (str(error) or type(error).__name__).splitlines()[0]
+            run.say(f"a loader worker died ({cause}); starting the loader once more")
 
 
 def _targets(run: Run, views: Views) -> list[Targets]:

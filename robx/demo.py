@@ -80,7 +80,7 @@ class Ledger:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Folder.")
 @click.option("--teacher", default=TEACHER, show_default=True, help="A name of `robx teachers`.")
 @click.option("--student", default=STUDENT, show_default=True, help="A name of `robx students`, or any timm model.")
-@click.option("--epochs", type=click.IntRange(1), default=3, show_default=True, help="Passes over the images.")
+@click.option("--epochs", type=click.IntRange(1), default=2, show_default=True, help="Passes over the images.")
 @click.option("--fresh", is_flag=True, help="Start over instead of reusing what is there.")
 def demo(data: Path | None, out: Path, teacher: str, student: str, epochs: int, fresh: bool) -> None:
     """Go the whole way on real images, in minutes on two cores.
@@ -117,7 +117,7 @@ def plan(images: DemoData, *, out: Path, teacher: str, student: str, epochs: int
             f"Distil {student} from {teacher}",
             ("distill", *networks, *data, "--out", str(run), *recipe),
             makes=(run / "student.json",),
-            seconds=210,
+            seconds=200,
         ),
         Step("Export to ONNX", (*export, "onnx"), makes=(run / "onnx-fp32",), seconds=15),
         Step("Export to OpenVINO", (*export, "openvino"), makes=(run / "openvino-fp32",), seconds=5),
