@@ -101,11 +101,13 @@ def read_splits(
     order = _order(train)
     if held_out is None:
         spare = min(judging_images, max(0, len(order) - least), len(order) // 2)
-        bank = _read(train, order[: len(order) - spare], wanted, preprocessing, (), progress, "reading training images")
+        mine = _labelled_first(train, order[: len(order) - spare])
+        bank = _read(train, mine, wanted, preprocessing, (), progress, "reading training images")
         rest, held_out = order[len(order) - spare :], train
         seen = set(bank.digests)  # a duplicate within one data set is left out, not refused
     else:
-        bank = _read(train, order, wanted, preprocessing, (), progress, "reading training images")
+        mine = _labelled_first(train, order)
+        bank = _read(train, mine, wanted, preprocessing, (), progress, "reading training images")
         rest, seen = _order(held_out), set()
     require_enough(min(len(bank), calibration_images), least=least, where=train.name)
     judging = _read(held_out, rest, judging_images, preprocessing, seen, progress, "reading held-out images")
@@ -115,6 +117,12 @@ def read_splits(
         )
     require_disjoint(bank, judging, where=held_out.name)
     return Splits(_head(bank, calibration_images), bank, judging)
+
+
+def _labelled_first(source: ImageSource, order: np.ndarray) -> np.ndarray:
+    """The same order, but images with a label before those without: the gate's probe and bank need labels."""
+    bare = np.array([source.label(int(index)) is None for index in order], dtype=bool)
+    return np.concatenate([order[~bare], order[bare]])
 
 
 def require_enough(count: int, *, least: int, where: str) -> None:

@@ -109,9 +109,10 @@ def plan(images: DemoData, *, out: Path, teacher: str, student: str, epochs: int
     margin = ("--margin", GATE_POINTS)
     export = ("export", str(run), *data, "--format")
     gate = ("--int8", "--max-drop", GATE_POINTS, "--rungs", "3")
+    rapid = ("--profile", "rapid", "--processes", "2")
     engines = ("--fp16", "--target", "rtx:sm86+sm89")
     networks = ("--teacher", teacher, "--student", student)
-    recipe = ("--objective", "msn", "--recipe", str(out / "recipe.toml"), "--epochs", str(epochs), "--probe-every", "1")
+    recipe = ("--objective", "msn", "--recipe", str(out / "recipe.toml"), "--epochs", str(epochs), "--probe-every", "2")
     return [
         Step(
             f"Distil {student} from {teacher}",
@@ -135,7 +136,12 @@ def plan(images: DemoData, *, out: Path, teacher: str, student: str, epochs: int
             makes=(run / "measurements.jsonl",),
             seconds=25,
         ),
-        Step("Measure on this machine", ("bench", BUNDLES, "--profile", "rapid", *data), makes=(), seconds=45),
+        Step(
+            "Measure on this machine",
+            ("bench", BUNDLES, "--profile", "rapid", "--processes", "2", *data),
+            makes=(),
+            seconds=35,
+        ),
         Step("Write the report", ("report", str(out), *margin, "-o", str(page)), makes=(page,), seconds=5),
     ]
 

@@ -88,3 +88,18 @@ def test_the_fingerprint_follows_pixels() -> None:
     first = read_splits(_source("a", 0, 300), _source("b", 1, 40), PRE)
     other = read_splits(_source("a", 0, 300), _source("b", 1, 40), dataclasses.replace(PRE, crop=24))
     assert first.record().fingerprint != other.record().fingerprint
+
+
+class _PartlyLabelled(ArraySource):
+    """A source of which every fifth image alone has a label."""
+
+    def label(self, index: int) -> int | None:
+        return super().label(index) if index % 5 == 0 else None
+
+
+def test_labelled_images_are_read_first() -> None:
+    """A probe fitted to the few labelled ones of many images would judge by less than it could."""
+    whole = _source("partly", 3, 100)
+    source = _PartlyLabelled("partly", whole._pixels, whole._labels, whole.classes)
+    splits = read_splits(source, _source("test", 1, 40), PRE, calibration_images=12, bank_images=30, least=4)
+    assert (splits.bank.labels[:20] >= 0).all() and (splits.bank.labels[20:] == -1).all()
