@@ -138,7 +138,7 @@ def plan(images: DemoData, *, out: Path, teacher: str, student: str, epochs: int
         ),
         Step(
             "Measure on this machine",
-            ("bench", BUNDLES, "--profile", "rapid", "--processes", "2", *data),
+            ("bench", BUNDLES, *rapid, *data),
             makes=(),
             seconds=35,
         ),
