@@ -66,7 +66,7 @@ def pareto_figure(
         text=clean(words),
         size=(7.0, 4.5),
     )
-    caption = f"Up and left is better. Area: size of the file. Dashed line: {margin:g} point below the best fp32."
+    caption = f"Up and left is better. Area: size of the file. Dashed line: {margin:g} pt below the best fp32."
     if any(not p["valid"] for p in points):
         caption += " Hollow: UNSTABLE."
     return Picture(svg=Markup(svg), caption=caption)
@@ -136,7 +136,7 @@ def pair_figure(pairs: Sequence[tuple[Row, Row, Figure | None]], *, margin: floa
     )
     caption = (
         "Right of 1 is faster; a gain is claimed only where the whole interval is. "
-        f"Left of {margin:g} point is within the margin. Hollow: one of the two is UNSTABLE."
+        f"Left of {margin:g} pt is within the margin. Hollow: one of the two is UNSTABLE."
     )
     return Picture(svg=Markup(svg), caption=caption)
 
