@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file
 
 from robx.distill import resume
-from robx.distill.interrupts import stop_on_signals
 from robx.sources import open_source
 
 SCRIPT = Path(__file__).with_name("tiny.py")
@@ -102,13 +101,25 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(tiny: ModuleType, scene
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
-def test_a_second_interrupt_ends_it_at_once() -> None:
-    with stop_on_signals() as stop:
+SECOND_INTERRUPT = """
+import os, signal
+from robx.distill.interrupts import stop_on_signals
+with stop_on_signals() as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    first = stop.signal is signal.SIGINT
+    try:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signal is signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        second = False
+    except KeyboardInterrupt:
+        second = True
+print(first, second, signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+"""
+
+
+def test_a_second_interrupt_ends_it_at_once() -> None:
+    """In a process of its own: a test runner's worker may run tests beside its main thread, which takes the signals."""
+    done = subprocess.run([sys.executable, "-c", SECOND_INTERRUPT], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True", "True"], done.stderr
 
 
 def test_two_processes_learn_what_one_does(tiny: ModuleType, scenes: Path, tmp_path: Path) -> None:
