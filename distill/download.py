@@ -17,7 +17,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from robx.errors import ArtifactError, InputError
-from robx.files import require_space, sha256_file, unwritable, wait_for, write_atomically, write_text
+from robx.files import require_space, sha256_file, unwritable, write_atomically, write_text
+from robx.folders import wait_for
 from robx.progress import Progress
 
 MAX_DOWNLOAD_BYTES = 16 * 1024**3

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from robx.distill.kmeans import StreamingKMeans, spherical_kmeans
 from robx.errors import CorruptImage, InputError
-from robx.files import sha256_bytes, wait_for, write_atomically
+from robx.files import sha256_bytes, write_atomically
+from robx.folders import wait_for
 from robx.images import preprocess
 from robx.progress import Progress
 from robx.records import Preprocessing

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from robx.errors import ArtifactError, InputError, RobxError
-from robx.files import new_folder, read_json, require_space, sha256_bytes, sha256_file, write_atomically, write_json
+from robx.files import read_json, require_space, sha256_bytes, sha256_file, write_atomically, write_json
+from robx.folders import new_folder
 
 SCHEMA = 1
 _PREFIX = "step-"

@@ -33,7 +33,7 @@ from robx.distill.speed import Rate, SpeedBound, measure_bound
 from robx.distill.teachers import Teacher
 from robx.distill.views import Targets, Views
 from robx.errors import InputError, Interrupted
-from robx.files import lock_folder
+from robx.folders import lock_folder
 from robx.progress import Progress, silent
 from robx.sources import ImageSource
 
@@ -47,6 +47,7 @@ def train(
     teacher: Teacher | None = None,
     targets: Path | None = None,
     store: Path | None = None,
+    init: Path | None = None,
     options: Options | None = None,
     progress: Progress | None = None,
     say: Say | None = None,
@@ -62,6 +63,7 @@ def train(
         teacher: of RoB; None for a base method, or with `targets`.
         targets: a folder of stored targets to take in the teacher's place.
         store: where to write the targets of this run.
+        init: the folder of a Student whose weights the student starts from; None starts from random ones.
         options: what the result does not depend on.
         progress: told (steps done, steps in all, a note) after each step.
         say: told of warnings and news, a line each.
@@ -85,7 +87,7 @@ def train(
         processes.wait()
         stop = stack.enter_context(stop_on_signals())
         speak = say if say is not None and processes.first else _silent
-        run = open_run(recipe, students, source, out, teacher, targets, store, options, processes, speak)
+        run = open_run(recipe, students, source, out, teacher, targets, store, options, processes, speak, init)
         start = resume_run(run)
         if start < run.steps:
             _loop(run, start, stop=stop, progress=progress if progress and processes.first else silent)

@@ -17,12 +17,13 @@ from robx.errors import GateFailed, InputError
 from robx.export import gate, to_onnx
 from robx.export.calibration import MIN_IMAGES, Splits, read_splits
 from robx.export.candidate import Candidate
-from robx.export.folders import CACHE, cached_onnx, scratch_folder, ship
+from robx.export.folders import CACHE, cached_onnx, require_bundle_place, ship
 from robx.export.judging import Judge
 from robx.export.ladder import ladder, limit, machine_of, sensitive_rungs
 from robx.export.request import ExportRequest, ExportTarget
 from robx.export.workshop import Workshop
 from robx.files import sha256_file
+from robx.folders import scratch_folder
 from robx.progress import Progress, silent
 from robx.records import (
     Bundle,
@@ -83,6 +84,8 @@ def build(
     options, progress = options or Options(), progress or silent
     if target.precision != "fp32" and source is None:
         raise InputError(f"an {target.precision} export is judged on real images: give --data, or drop the precision")
+    if out is not None:
+        require_bundle_place(out)
     record = load_student(student_folder)
     splits = _read(source, judge, record.preprocessing, target, options, progress)
     student, trunk = load_trunk(student_folder)
@@ -99,7 +102,7 @@ def build(
     )
     progress(0, 1, "exporting to ONNX")
     cached = cached_onnx(student_folder, model, request, head=sha256_file(head) if head else None)
-    with scratch_folder(student_folder) as scratch:
+    with scratch_folder(student_folder / CACHE, "work") as scratch:
         workshop = Workshop(
             request, model, cached, splits=splits, scratch=scratch, cache=student_folder / CACHE, progress=progress
         )

@@ -1,12 +1,10 @@
-"""The folders of an export: its cache and its scratch below the student's, and the bundle's own."""
+"""The folders of an export: its cache below the student's, and the bundle's own."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +12,8 @@ from robx import __version__
 from robx.errors import InputError
 from robx.export import to_onnx
 from robx.export.request import ExportRequest
-from robx.files import new_folder, sha256_bytes, unwritable, write_json
+from robx.files import sha256_bytes, write_json
+from robx.folders import new_folder
 from robx.records import Bundle, BundleFile, describe_file, save_bundle, to_json
 
 CACHE = "export-cache"
@@ -32,29 +31,21 @@ def cached_onnx(student_folder: Path, model: to_onnx.ExportModel, request: Expor
     return path
 
 
-@contextlib.contextmanager
-def scratch_folder(student_folder: Path) -> Iterator[Path]:
-    """A folder for unfinished bundles, beside the cache, gone at the end."""
-    cache = student_folder / CACHE
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="work-", dir=cache))
-    except OSError as error:
-        raise unwritable(cache, error) from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def require_bundle_place(out: Path) -> None:
+    """Raise InputError where a bundle put at `out` would replace anything but a bundle."""
+    if out.is_dir() and not (out / "manifest.json").is_file() and any(out.iterdir()):
+        raise InputError(f"{out} has files in it and is no bundle: choose another folder, for it would be replaced")
+    if (out / "student.json").exists():
+        raise InputError(f"{out} holds a student: choose another folder for the bundle")
 
 
 def ship(bundle: Bundle, folder: Path, out: Path, *, layer_costs: Mapping[str, float] | None) -> Bundle:
     """Copy a bundle's files from `folder` to `out`, with its notes, and write the manifest last; whole or not at all.
 
     Raises:
-        InputError: `out` is a student's folder.
+        InputError: `out` holds something else than a bundle, which would be lost.
     """
-    if (out / "student.json").exists():
-        raise InputError(f"{out} holds a student: choose another folder for the bundle")
+    require_bundle_place(out)
     with new_folder(out) as temporary:
         for file in bundle.files:
             (temporary / file.path).parent.mkdir(parents=True, exist_ok=True)  # a Core ML package is a folder

@@ -15,7 +15,8 @@ from robx.cli import COMMANDS, main
 from robx.console import print_table, progress_bar, say
 from robx.demo_data import DemoData, prepare_demo_data
 from robx.errors import GateFailed, RobxError
-from robx.files import lock_folder, read_json, sha256_bytes, write_json, write_text
+from robx.files import read_json, sha256_bytes, write_json, write_text
+from robx.folders import lock_folder
 from robx.records import load_bundle
 from robx.sources import open_source
 

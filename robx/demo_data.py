@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from robx.errors import RobxError
-from robx.files import lock_folder, new_folder, require_space, sha256_bytes, write_json
+from robx.files import require_space, sha256_bytes, write_json
+from robx.folders import lock_folder, new_folder
 from robx.images import MAX_PIXELS, to_rgb
 from robx.progress import Progress
 from robx.scenes import write_scenes

@@ -1,4 +1,4 @@
-"""Writing, hashing and locking files: the only place in robx that renames one.
+"""Writing, reading and hashing files.
 
 A reader sees either the old file or the new one, whole, whatever happens to the writer (power cut included): write
 beside the target, flush, fsync, rename, fsync the folder.
@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import stat
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)  # noqa: PTH105 (the one rename; patched by the fault tests)
-        _fsync_folder(path.parent)
+        fsync_folder(path.parent)
     except OSError as error:
         raise unwritable(path, error) from error
     finally:
@@ -89,6 +88,25 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_bytes(path: Path, *, limit: int = MAX_JSON_BYTES) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes.
+
+    Raises:
+        ArtifactError: missing, unreadable, too large, or no regular file (reading a pipe or a device may never end).
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ArtifactError(f"{path} is no regular file: give one that robx wrote")
+        if found.st_size > limit:
+            raise ArtifactError(f"{path} is larger than {limit} bytes: not a file that robx wrote")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing: give a folder that robx wrote, or write it again") from None
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+
+
 def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
     """Parse a JSON file of at most `limit` bytes.
 
@@ -96,81 +114,9 @@ def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
         ArtifactError: missing, unreadable, too large, or not JSON.
     """
     try:
-        if path.stat().st_size > limit:
-            raise ArtifactError(f"{path} is larger than {limit} bytes: not a file that robx wrote")
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} is missing: give a folder that robx wrote, or write it again") from None
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+        return json.loads(read_bytes(path, limit=limit))
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not valid JSON ({error}): it is damaged; write it again") from error
-
-
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a fresh folder that takes `path`'s place, whole, when the block succeeds.
-
-    A folder of that name is replaced. If the block raises, `path` is what it was before.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        temporary.chmod(0o755)
-    except OSError as error:
-        raise unwritable(path, error) from error
-    try:
-        yield temporary
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        if path.exists():
-            os.replace(path, old)  # noqa: PTH105
-        os.replace(temporary, path)  # noqa: PTH105
-        _fsync_folder(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise unwritable(path, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone; a second robx on it is refused, a dead one's lock is taken over.
-
-    Raises:
-        InputError: another live process holds it; the message has its process id.
-    """
-    path = folder / ".lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    with file:
-        try:
-            # The kernel drops the lock with its process, so none is ever stale.
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read(32).strip() or "unknown"
-            raise InputError(f"{folder} is in use by process {holder}: wait for it, or choose another folder") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
-@contextlib.contextmanager
-def wait_for(path: Path) -> Iterator[None]:
-    """Hold the right to make `path`; other processes that want to make it wait, and then find it made."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.with_name(f".{path.name}.lock").open("a")
-    except OSError as error:
-        raise unwritable(path, error) from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def require_space(folder: Path, needed: int) -> None:
@@ -189,13 +135,17 @@ def unwritable(path: Path, error: OSError) -> RobxError:
     return InputError(f"{path} cannot be written: {error.strerror or error}")
 
 
-def _write_all(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-
-
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` outlive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems have it for files alone
+            raise
     finally:
         os.close(descriptor)
+
+
+def _write_all(path: Path, data: bytes) -> None:
+    path.write_bytes(data)

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from robx.files import new_folder, write_json
+from robx.files import write_json
+from robx.folders import new_folder
 from robx.progress import Progress
 from robx.shards import write_shard
 

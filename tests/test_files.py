@@ -1,4 +1,4 @@
-"""A reader sees the old file or the new one, whatever happens to the writer; one process holds a folder."""
+"""A reader sees the old file or the new one, whatever happens to the writer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from robx.errors import ArtifactError, InputError
-from robx.files import lock_folder, new_folder, read_json, require_space, sha256_file, write_bytes, write_json
+from robx.files import read_json, require_space, sha256_file, write_bytes, write_json
 
 
 def test_sha256_is_the_standard_one(tmp_path: Path) -> None:
@@ -88,38 +88,6 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path, moment: str) -> Non
     done = subprocess.run([sys.executable, "-c", code, str(path), moment])
     assert done.returncode == -signal.SIGKILL
     assert path.read_bytes() == b"old"
-
-
-def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    target = tmp_path / "bundle"
-    with new_folder(target) as folder:
-        (folder / "a").write_text("1")
-    with pytest.raises(RuntimeError), new_folder(target) as folder:
-        (folder / "a").write_text("2")
-        raise RuntimeError
-    assert (target / "a").read_text() == "1"
-    with new_folder(target) as folder:
-        (folder / "b").write_text("3")
-    assert [p.name for p in target.iterdir()] == ["b"]
-    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
-
-
-def test_a_folder_has_one_owner_and_a_dead_one_does_not_count(tmp_path: Path) -> None:
-    code = (
-        "import sys, pathlib, robx.files as f\n"
-        "with f.lock_folder(pathlib.Path(sys.argv[1])):\n print('held', flush=True); sys.stdin.read()"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    with holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match=f"in use by process {holder.pid}"), lock_folder(tmp_path):
-            pass
-        holder.kill()
-    with lock_folder(tmp_path):
-        pass
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\xff"])

@@ -116,7 +116,7 @@ def test_a_failing_disk_leaves_the_old_checkpoint(
 ) -> None:
     resume.save_checkpoint(tmp_path, state(1), step=1)
     real = getattr(os, call)
-    for fails_at in range(1, 8):
+    for fails_at in range(1, 14):
         calls = 0
 
         def fail(*arguments: Any) -> Any:

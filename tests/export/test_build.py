@@ -171,7 +171,7 @@ def test_the_onnx_is_exported_once(cnn_run: Path, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(to_onnx, "export_onnx", never)
     assert _export(cnn_run, None, tmp_path / "b", format="openvino").verdict == "NOT_JUDGED"
-    assert not list((cnn_run / CACHE).glob("work-*"))
+    assert not list((cnn_run / CACHE).glob(".work*"))
 
 
 def test_what_cannot_be_judged_or_is_not_whole_writes_nothing(cnn_run: Path, scenes: Path, tmp_path: Path) -> None:
