@@ -28,6 +28,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--data", type=click.Path(path_type=Path), help="Images: a folder, tar shards, IDX or CIFAR arrays.")
 @click.option("--out", type=_FOLDER, help="The run's folder; a run that is there is resumed.")
 @click.option("--objective", type=_OBJECTIVES, help="Default: the one that the teacher was pretrained with, else msn.")
+@click.option("--init", type=_FOLDER, help="A run whose student to start from, instead of random weights.")
 @click.option("--recipe", "recipe_file", type=_FILE, help="TOML file with any of the recipe's keys.")
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the images.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images a step, of all processes and micro-batches.")
@@ -64,6 +65,7 @@ def distill(
     data: Path | None,
     out: Path | None,
     objective: str | None,
+    init: Path | None,
     recipe_file: Path | None,
     device: str | None,
     workers: int | None,
@@ -104,6 +106,7 @@ def distill(
     Several students       robx distill ... --student resnet18 --student mobilenetv3_large_100
     Once the teacher       robx distill ... --store-targets targets/
     and never again        robx distill ... --targets targets/ --student efficientnet_b0
+    On from another run    robx distill ... --init runs/earlier
     Stopped or killed      the same command goes on, bit for bit on a CPU
 
     Every other setting is a key of --recipe FILE, a TOML file; the resolved recipe is written to RUN/recipe.json,
@@ -156,6 +159,7 @@ def distill(
             teacher=loaded,
             targets=targets,
             store=store,
+            init=init,
             options=Options(
                 device=device,
                 workers=_default_workers() if workers is None else workers,

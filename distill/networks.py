@@ -8,7 +8,7 @@ from pathlib import Path
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robx.distill.branches import EmaBranch, StoredBranch, TargetBranch, TargetWriter, WritingBranch, build_branch
 from robx.distill.learner import Learner
@@ -22,7 +22,38 @@ from robx.errors import InputError
 from robx.files import read_json, write_json
 from robx.records import TeacherInfo, from_json, to_json
 from robx.sources import ImageSource
-from robx.trunk import build_trunk, is_vit
+from robx.trunk import build_trunk, is_vit, load_trunk
+
+
+@dataclass(frozen=True)
+class Initial:
+    """A trunk to start from: the weights of an earlier run's Student."""
+
+    timm_name: str
+    sha256: str
+    state: dict[str, Tensor]
+
+    @classmethod
+    def open(cls, folder: Path) -> Initial:
+        """Read a Student's folder.
+
+        Raises:
+            ArtifactError: no Student there, or a damaged one.
+        """
+        student, trunk = load_trunk(folder)
+        return cls(student.timm_name, student.sha256, trunk.state_dict())
+
+    def load_into(self, trunk: nn.Module, name: str) -> None:
+        """Give a trunk these weights.
+
+        Raises:
+            InputError: it is another network.
+        """
+        if name != self.timm_name:
+            raise InputError(
+                f"--init holds a {self.timm_name}, and the student is {name}: give --student {self.timm_name}"
+            )
+        trunk.load_state_dict(self.state)
 
 
 @dataclass(frozen=True)
@@ -44,6 +75,7 @@ def build_networks(
     steps: int,
     steps_per_epoch: int,
     compile: bool = False,
+    init: Initial | None = None,
 ) -> Networks:
     """Students with fresh weights that depend on the recipe's seed alone, and their target branch.
 
@@ -56,6 +88,7 @@ def build_networks(
         steps: of the whole run.
         steps_per_epoch: of an epoch.
         compile: the students' and the teacher's forward.
+        init: the weights that the trunk starts from, in place of fresh ones; for one student.
 
     Raises:
         InputError: a student that cannot serve the recipe.
@@ -68,6 +101,8 @@ def build_networks(
     for name in students:
         torch.manual_seed(recipe.seed)
         net = build_student(name, recipe, teacher or stored)
+        if init is not None:
+            init.load_into(net.trunk, name)
         prepare_network(net, processes.device)
         own = None
         if recipe.base or (teacher is not None and shared is None):

@@ -15,7 +15,7 @@ from robx.distill import resume
 from robx.distill.branches import EmaBranch, TargetBranch
 from robx.distill.learner import Learner
 from robx.distill.loader import Skipped, steps_per_epoch
-from robx.distill.networks import build_networks, open_targets, store_targets
+from robx.distill.networks import Initial, build_networks, open_targets, store_targets
 from robx.distill.processes import Processes
 from robx.distill.publish import published_checkpoint, save_published
 from robx.distill.recipes import Recipe
@@ -89,6 +89,7 @@ def open_run(
     options: Options,
     processes: Processes,
     say: Say,
+    init: Path | None = None,
 ) -> Run:
     """Check the settings against each other and the folder, and build the networks."""
     if (teacher is not None) + (targets is not None) + recipe.base != 1:
@@ -99,13 +100,16 @@ def open_run(
     steps = recipe.epochs * per_epoch
     stored = None if targets is None else open_targets(targets, recipe, source)
     info = teacher.info if teacher is not None else stored.info if stored is not None else None
-    settings = {
+    initial = None if init is None else Initial.open(init)
+    settings: dict[str, Any] = {
         "recipe": to_json(recipe),
         "students": list(students),
         "teacher": to_json(info),
         "data": to_json(data_info(source)),
         "stored_targets": stored is not None,
     }
+    if initial is not None:
+        settings["init"] = {"timm_name": initial.timm_name, "sha256": initial.sha256}
     if processes.first:
         _claim_folder(out, settings, force=options.force)
     networks = build_networks(
@@ -117,6 +121,7 @@ def open_run(
         steps=steps,
         steps_per_epoch=per_epoch,
         compile=options.compile,
+        init=initial,
     )
     for learner in networks.learners:
         if learner.net.note:

@@ -291,3 +291,21 @@ def test_a_base_methods_run_leaves_a_teacher_for_the_next(
     tiny.tiny_run(source, tmp_path / "rob", students=("test_resnet",), recipe=recipe, teacher=teacher, options=options)
     lines = [json.loads(line) for line in (tmp_path / "rob" / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["step"] == 0 and {"probe_knn", "teacher_probe_knn"} <= set(lines[0])
+
+
+def test_a_run_starts_from_the_weights_that_it_is_given(
+    tiny: ModuleType, source: ImageSource, unbroken: Path, tmp_path: Path
+) -> None:
+    recipe = tiny.tiny_recipe(lr=1e-9, warmup_lr=0.0, weight_decay=0.0, weight_decay_end=0.0)
+    tiny.tiny_run(source, tmp_path / "on", recipe=recipe, init=unbroken)
+    tiny.tiny_run(source, tmp_path / "fresh", recipe=recipe)
+    start, on, fresh = (load_file(f / "student.safetensors") for f in (unbroken, tmp_path / "on", tmp_path / "fresh"))
+    assert all(torch.allclose(start[name], on[name], atol=1e-6) for name in start)
+    assert not any(torch.allclose(start[name], fresh[name], atol=1e-6) for name in start if name.endswith("qkv.weight"))
+    sha256 = load_student(unbroken).sha256
+    assert json.loads((tmp_path / "on" / "recipe.json").read_text())["init"]["sha256"] == sha256
+
+    with pytest.raises(InputError, match="init"):  # the run that is there started from other weights
+        tiny.tiny_run(source, tmp_path / "on", recipe=recipe)
+    with pytest.raises(InputError, match=r"--init holds a test_vit, and the student is test_resnet"):
+        tiny.tiny_run(source, tmp_path / "other", recipe=recipe, init=unbroken, students=["test_resnet"])
