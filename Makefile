@@ -10,7 +10,7 @@ PYTEST_FLAGS ?= -n 2 --dist loadfile --max-worker-restart 0 -q
 
 export ORT_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test lint types format check test-mobile soak sbom audit clean
+.PHONY: demo test lint types format check test-mobile test-arm64 soak sbom audit clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/robx demo $(DEMO_FLAGS)
@@ -55,6 +55,14 @@ test-mobile: $(MOBILE:%=.venv-%/.mobile)
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
 	  $$(grep -E '^torch(vision)?==' constraints.txt) -e '.[$*]' pytest pytest-timeout hypothesis
 	@touch $@
+
+# An arm64 device under qemu-user, made once (as root: debootstrap, qemu-user-static; 400 MB), behind an sshd.
+ARM64 ?= $(CURDIR)/.venv-arm64
+test-arm64: $(VENV)/.dev $(ARM64)/python
+	OMP_NUM_THREADS=1 ROBX_ARM64_ROOT=$(ARM64) $(VENV)/bin/python -m pytest -q tests/runtime/test_arm64.py
+
+$(ARM64)/python: | $(VENV)/.dev
+	$(VENV)/bin/python tests/runtime/arm64_device.py $(ARM64)
 
 # Hundreds of kills instead of the thirty that the tests do.
 soak: $(VENV)/.dev

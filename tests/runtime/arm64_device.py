@@ -3,8 +3,8 @@
     python tests/runtime/arm64_device.py FOLDER      (as root, once; about 400 MB and five minutes)
     ROBX_ARM64_ROOT=FOLDER pytest tests/runtime/test_arm64.py
 
-It needs debootstrap and qemu-user-static. The device's Python is FOLDER/python. It is emulated: its answers count, its
-times do not.
+``make test-arm64`` does both. It needs debootstrap and qemu-user-static. The device's Python is FOLDER/python. It is
+emulated: its answers count, its times do not.
 """
 
 from __future__ import annotations

@@ -1,15 +1,27 @@
-"""Real bundles around tiny models: one convolution, made with onnx.helper, that ONNX Runtime and OpenVINO both open."""
+"""Real bundles around tiny models (one convolution, that ONNX Runtime and OpenVINO both open), and a real sshd."""
 
+import contextlib
 import dataclasses
+import getpass
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
+from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
-from robx.records import Bundle, Preprocessing, Student, TensorSpec, describe_file, save_bundle
+from robx.cli import main
+from robx.records import Bundle, Preprocessing, Student, TensorSpec, describe_file, from_json, save_bundle
 from robx.runtime.profiles import PROFILES
+from robx.trunk import build_trunk, embedding_width, save_trunk
 
 PREPROCESSING = Preprocessing(size=36, crop=32, interpolation="bilinear")
 WIDTH = 8
@@ -87,6 +99,46 @@ def make_bundle(tmp_path):
 
 
 @pytest.fixture
+def make_student_bundle(tmp_path, make_bundle):
+    """make_student_bundle() -> the folder of a real student's fp32 bundle, the student in the folder above it."""
+
+    def make():
+        torch.manual_seed(0)
+        trunk = build_trunk("test_resnet").eval()
+        record = Student(
+            timm_name="test_resnet",
+            width=embedding_width(trunk),
+            preprocessing=PREPROCESSING,
+            sha256="",
+            teacher=None,
+            data=None,
+            recipe={},
+        )
+        student = save_trunk(tmp_path / "run", trunk, record)
+        folder = make_bundle(
+            student=student, inputs=(TensorSpec(name="images", dtype="float32", shape=(1, 3, 32, 32)),)
+        )
+        names = {"input_names": ["images"], "output_names": ["embedding"]}
+        example = (torch.zeros(1, 3, 32, 32),)
+        torch.onnx.export(trunk, example, str(folder / "model.onnx"), dynamo=False, opset_version=18, **names)
+        manifest = from_json(Bundle, json.loads((folder / "manifest.json").read_text()))
+        save_bundle(dataclasses.replace(manifest, files=(describe_file(folder, "model.onnx", "model"),)), folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def call():
+    """call("bench", ...) -> the command line's result."""
+
+    def invoke(*arguments):
+        return CliRunner().invoke(main, [str(a) for a in arguments])
+
+    return invoke
+
+
+@pytest.fixture
 def images():
     return np.random.default_rng(3).normal(size=(5, 3, 32, 32)).astype(np.float32)
 
@@ -99,3 +151,82 @@ def short_profile(monkeypatch):
     )
     monkeypatch.setitem(PROFILES, "rapid", short)
     return short
+
+
+def script(path: Path, text: str) -> Path:
+    """An executable shell script."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def shims(tmp_path, monkeypatch):
+    """A folder that stands first on PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """Where both this process and a "device" that is this machine put their temporary folders."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    return folder
+
+
+@pytest.fixture
+def ssh_device(start_sshd):
+    """ssh:// address of a real sshd on the loopback: this machine as its own device."""
+    return start_sshd()
+
+
+@pytest.fixture
+def start_sshd(tmp_path, shims):
+    """start_sshd(folder=None, mount=None) -> ssh:// address of a real sshd; key, known host and all are its own.
+
+    The device puts its files in `folder`; `mount` is a shell command that mounts it, in a namespace of the device.
+    """
+    sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
+    if sshd is None:
+        pytest.skip("sshd is not installed (Debian: openssh-server)")
+    home = tmp_path / "sshd"
+    home.mkdir(mode=0o700)
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(home / name)], check=True)
+    shutil.copy(home / "user.pub", home / "authorized")
+    (home / "config").write_text(f"Host *\n IdentityFile {home}/user\n UserKnownHostsFile {home}/known\n")
+    for name in ("ssh", "scp"):
+        script(shims / name, f'exec {shutil.which(name)} -F {home}/config "$@"')
+    Path("/run/sshd").mkdir(exist_ok=True)  # where sshd drops its privileges to
+    servers = []
+
+    def start(folder=None, mount=None):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        (home / "known").write_text(f"[127.0.0.1]:{port} {(home / 'host.pub').read_text()}")
+        (home / "sshd_config").write_text(
+            f"ListenAddress 127.0.0.1\nPort {port}\nHostKey {home}/host\nAuthorizedKeysFile {home}/authorized\n"
+            f"StrictModes no\nPasswordAuthentication no\nUsePAM no\nPidFile {home}/pid\nSubsystem sftp internal-sftp\n"
+            + (f"SetEnv TMPDIR={folder}\n" if folder else "")
+        )
+        command = [sshd, "-D", "-e", "-f", str(home / "sshd_config")]
+        if mount:
+            command = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh", *command]
+        servers.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+        for _ in range(100):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.05)
+        return f"ssh://{getpass.getuser()}@127.0.0.1:{port}"
+
+    yield start
+    for server in servers:
+        server.terminate()
+        server.wait(timeout=10)

@@ -1,36 +1,51 @@
-"""An arm64 device, emulated: the aarch64 wheel gives the same answers, and its times are refused.
+"""An arm64 device behind a real sshd: qemu-user runs Debian's arm64 Python with the aarch64 wheel of ONNX Runtime.
 
-Skipped without ROBX_ARM64_ROOT; tests/runtime/arm64_device.py makes what it names.
+Its answers are this machine's; its times are refused, for an emulated processor has none. ``make test-arm64`` makes the
+device (tests/runtime/arm64_device.py) and runs this; without ROBX_ARM64_ROOT, qemu or an sshd it is skipped.
 """
 
+import json
 import os
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from robx.runtime.bench import BenchOptions, bench
-from robx.runtime.doctor import examine
+from robx.records import load_measurements
 
 ROOT = os.environ.get("ROBX_ARM64_ROOT")
-pytestmark = pytest.mark.skipif(not ROOT, reason="ROBX_ARM64_ROOT is not set (tests/runtime/arm64_device.py makes one)")
+pytestmark = [
+    pytest.mark.skipif(not ROOT, reason="ROBX_ARM64_ROOT is not set (make test-arm64 makes what it names)"),
+    pytest.mark.skipif(not shutil.which("qemu-aarch64-static"), reason="no qemu-aarch64-static (qemu-user-static)"),
+    pytest.mark.timeout(600),
+]
+PYTHON = str(Path(ROOT or "") / "python")
 
 
-@pytest.fixture
-def python():
-    return str(Path(ROOT or "") / "python")
+def test_the_doctor_knows_that_it_is_emulated(call, ssh_device):
+    done = call("doctor", "--device", ssh_device, "--python", PYTHON, "--json")
+    told = json.loads(done.stdout)
+    assert told["facts"]["arch"] == "aarch64" and told["facts"]["emulated"]
+    assert next(f for f in told["findings"] if f["name"] == "onnxruntime")["version"]
 
 
-def test_the_doctor_knows_that_it_is_emulated(python):
-    facts, findings = examine("local", python=python)
-    assert facts["arch"] == "aarch64" and facts["emulated"]
-    assert next(f for f in findings if f.name == "onnxruntime").version
-
-
-def test_its_answers_are_the_hosts_and_its_times_are_refused(python, make_bundle, short_profile):
-    folder = make_bundle()
-    (record,) = bench([folder], BenchOptions(profile="rapid", python=python))
-    assert record.device["arch"] == "aarch64"
-    assert record.verdict == "INVALID" and [r.split(":")[0] for r in record.reasons] == ["emulated"]
+def test_its_answers_are_the_students_and_its_times_are_refused(call, ssh_device, make_student_bundle, tmp_path):
+    folder = make_student_bundle()
+    done = call("bench", folder, "--device", ssh_device, "--python", PYTHON, "--profile", "rapid")
+    assert done.exit_code == 0, done.stderr
+    assert "INVALID, emulated" in done.stdout
+    (record,) = load_measurements(folder / "measurements.jsonl")
+    assert (record.device["kind"], record.device["arch"]) == ("ssh", "aarch64")
+    assert record.settings["reference"] == "the fp32 student in torch"
     assert record.values["output_cosine_min"].value > 0.99999
-    assert "p50" not in record.values and record.samples is None
-    assert not list(folder.glob("samples-*"))
+    assert record.verdict == "INVALID" and [r.split(":")[0] for r in record.reasons] == ["emulated"]
+    assert set(record.values) == {"output_cosine", "output_cosine_min"}, "not one time"
+    assert record.missing["p50"] and record.samples is None and not list(folder.glob("samples-*"))
+
+
+def test_a_broken_model_is_found_on_it(call, ssh_device, make_bundle):
+    make_bundle("onnx-fp32")
+    folder = make_bundle("onnx-int8", precision="int8", kernel=np.zeros((8, 3, 3, 3), np.float32))
+    done = call("bench", folder, "--device", ssh_device, "--python", PYTHON, "--profile", "rapid")
+    assert done.exit_code == 3 and "output_mismatch" in done.stdout

@@ -10,13 +10,12 @@ import pytest
 
 from robx.errors import ArtifactError, DeviceError, InputError
 from robx.files import sha256_file
-from robx.records import Preprocessing, Student, Value, load_measurements, to_json
+from robx.records import Preprocessing, Value, load_measurements, to_json
 from robx.runtime import compare, latency
 from robx.runtime.bench import BenchOptions, bench
 from robx.runtime.inputs import load_inputs
 from robx.runtime.session import open_session
 from robx.sources import open_source
-from robx.trunk import build_trunk, embedding_width, save_trunk
 
 QUIET_CODES = {"steal", "background_load", "drift", "high_cov", "process_spread", "not_steady", "cgroup_throttle"}
 
@@ -77,41 +76,8 @@ def test_a_bench_of_a_broken_model_is_never_valid(make_bundle, short_profile, fa
     assert "output_mismatch" in codes(record)
 
 
-def test_the_reference_is_the_student_in_torch_when_it_is_there(tmp_path, make_bundle, short_profile):
-    import torch
-
-    torch.manual_seed(0)
-    trunk = build_trunk("test_resnet").eval()
-    preprocessing = Preprocessing(size=36, crop=32, interpolation="bilinear")
-    record = Student(
-        timm_name="test_resnet",
-        width=embedding_width(trunk),
-        preprocessing=preprocessing,
-        sha256="",
-        teacher=None,
-        data=None,
-        recipe={},
-    )
-    student = save_trunk(tmp_path / "run", trunk, record)
-    folder = make_bundle(student=student)
-    torch.onnx.export(
-        trunk,
-        (torch.zeros(1, 3, 32, 32),),
-        str(folder / "model.onnx"),
-        input_names=["images"],
-        output_names=["embedding"],
-        dynamo=False,
-        opset_version=18,
-    )
-    from robx.records import Bundle, TensorSpec, describe_file, from_json, save_bundle
-
-    manifest = from_json(Bundle, json.loads((folder / "manifest.json").read_text()))
-    changes = {
-        "files": (describe_file(folder, "model.onnx", "model"),),
-        "inputs": (TensorSpec(name="images", dtype="float32", shape=(1, 3, 32, 32)),),
-    }
-    save_bundle(dataclasses.replace(manifest, **changes), folder)
-    (found,) = bench([folder], BenchOptions(profile="rapid", processes=1))
+def test_the_reference_is_the_student_in_torch_when_it_is_there(make_student_bundle, short_profile):
+    (found,) = bench([make_student_bundle()], BenchOptions(profile="rapid", processes=1))
     assert found.settings["reference"] == "the fp32 student in torch"
     assert found.values["output_cosine_min"].value > 0.999
     assert "output_mismatch" not in codes(found)

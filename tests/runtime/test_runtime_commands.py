@@ -6,9 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
-from robx.cli import main
 from robx.images import decode, preprocess
 from robx.records import load_measurements
 from robx.runtime.infer import top_labels
@@ -24,14 +22,6 @@ sys.meta_path.insert(0, Block())
 from robx.cli import main
 main()
 """
-
-
-@pytest.fixture
-def call():
-    def invoke(*arguments):
-        return CliRunner().invoke(main, [str(a) for a in arguments])
-
-    return invoke
 
 
 def test_bench_prints_a_table_and_writes_records(call, make_bundle, short_profile):

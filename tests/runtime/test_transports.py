@@ -3,12 +3,9 @@
 The adb here is a shell script that speaks adb's command line (shell, push, pull, -s): no Android device was at hand.
 """
 
-import contextlib
 import getpass
+import json
 import os
-import shutil
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,73 +18,16 @@ from robx.runtime.bench import BenchOptions, bench
 from robx.runtime.doctor import examine
 from robx.runtime.transports import open_transport
 
-SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
-needs_sshd = pytest.mark.skipif(SSHD is None, reason="sshd is not installed (Debian: openssh-server)")
 
-
-def script(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def script(path: Path, text: str) -> None:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
-    return path
 
 
-@pytest.fixture
-def shims(tmp_path, monkeypatch):
-    """A folder that stands first on PATH."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    return folder
-
-
-@pytest.fixture
-def temporary(tmp_path, monkeypatch):
-    """Where both this process and the "device" put their temporary folders."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setenv("TMPDIR", str(folder))
-    monkeypatch.setattr("tempfile.tempdir", None)
-    return folder
-
-
-@pytest.fixture
-def device(tmp_path, shims):
-    """ssh:// address of a real sshd on the loopback; key, known host and all are its own."""
-    home = tmp_path / "sshd"
-    home.mkdir(mode=0o700)
-    for name in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(home / name)], check=True)
-    shutil.copy(home / "user.pub", home / "authorized")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    (home / "known").write_text(f"[127.0.0.1]:{port} {(home / 'host.pub').read_text()}")
-    (home / "sshd_config").write_text(
-        f"ListenAddress 127.0.0.1\nPort {port}\nHostKey {home}/host\nAuthorizedKeysFile {home}/authorized\n"
-        f"StrictModes no\nPasswordAuthentication no\nUsePAM no\nPidFile {home}/pid\nSubsystem sftp internal-sftp\n"
-    )
-    (home / "config").write_text(f"Host *\n IdentityFile {home}/user\n UserKnownHostsFile {home}/known\n")
-    for name in ("ssh", "scp"):
-        script(shims / name, f'exec {shutil.which(name)} -F {home}/config "$@"')
-    Path("/run/sshd").mkdir(exist_ok=True)  # where sshd drops its privileges to
-    server = subprocess.Popen([SSHD, "-D", "-e", "-f", str(home / "sshd_config")], stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(100):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-                break
-            time.sleep(0.05)
-        yield f"ssh://{getpass.getuser()}@127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(timeout=10)
-
-
-@needs_sshd
-def test_a_bench_over_ssh(device, make_bundle, short_profile, monkeypatch):
+def test_a_bench_over_ssh(ssh_device, make_bundle, short_profile, monkeypatch):
     folders, trusted = [], transports._folder
     monkeypatch.setattr(transports, "_folder", lambda *a: folders.append(trusted(*a)) or folders[-1])
-    (record,) = bench([make_bundle()], BenchOptions(device=device, profile="rapid", python=sys.executable))
+    (record,) = bench([make_bundle()], BenchOptions(device=ssh_device, profile="rapid", python=sys.executable))
     assert record.device["kind"] == "ssh"
     assert record.values["p50"].value > 0 and record.values["output_cosine"].value > 0.9999
     assert "not the device's" in record.missing["preprocess"]
@@ -95,23 +35,20 @@ def test_a_bench_over_ssh(device, make_bundle, short_profile, monkeypatch):
     assert len(folders) == 1 and not Path(folders[0]).exists(), "cleaned up"
 
 
-@needs_sshd
-def test_the_doctor_over_ssh(device):
-    facts, findings = examine(device, python=sys.executable)
+def test_the_doctor_over_ssh(ssh_device):
+    facts, findings = examine(ssh_device, python=sys.executable)
     assert facts["arch"] == os.uname().machine
     assert next(f for f in findings if f.name == "onnxruntime").version
 
 
-@needs_sshd
-def test_a_key_that_is_not_taken_is_one_line_and_no_prompt(device):
-    refused = device.replace(getpass.getuser(), "nobody")
+def test_a_key_that_is_not_taken_is_one_line_and_no_prompt(ssh_device):
+    refused = ssh_device.replace(getpass.getuser(), "nobody")
     with pytest.raises(DeviceError, match="reaching ssh://nobody@") as caught, open_transport(refused):
         pass
     assert "\n" not in str(caught.value)
 
 
-@needs_sshd
-def test_files_with_hostile_names_arrive(device, tmp_path):
+def test_files_with_hostile_names_arrive(ssh_device, tmp_path):
     names = ["-rf", "a b", "$(touch owned)", "x;y", "quote'\"", "semi:colon", "tab\there", "ünï"]
     files = {}
     for i, name in enumerate(names):
@@ -120,20 +57,17 @@ def test_files_with_hostile_names_arrive(device, tmp_path):
         files[f"deep/{name}"] = tmp_path / "from" / name
     (tmp_path / "back").mkdir()
     code = "import os,json; json.dump({n: open('deep/'+n).read() for n in os.listdir('deep')}, open('out.json','w'))"
-    with open_transport(device, python=sys.executable) as transport:
+    with open_transport(ssh_device, python=sys.executable) as transport:
         transport.push(files, "b0")
         assert transport.run("b0", ["-c", code], timeout=30)[0] == 0
-        import json
-
         got = json.loads(transport.pull("b0", "out.json", tmp_path / "back").read_text())
         status, text = transport.run("b0", ["-c", "import sys; print(sys.argv[1:])", *names], timeout=30)
     assert got == {name: str(i) for i, name in enumerate(names)}
     assert status == 0 and text == str(names)
 
 
-@needs_sshd
-def test_a_run_that_hangs_ends_at_its_time_and_is_cleaned_up(device, tmp_path):
-    with open_transport(device, python=sys.executable) as transport:
+def test_a_run_that_hangs_ends_at_its_time_and_is_cleaned_up(ssh_device, tmp_path):
+    with open_transport(ssh_device, python=sys.executable) as transport:
         (tmp_path / "x").write_text("1")
         transport.push({"x": tmp_path / "x"}, "b0")
         root = Path(transport._root)
