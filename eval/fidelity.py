@@ -2,7 +2,7 @@
 
 The headline is what happens in the field: a linear probe trained on the reference's features, frozen, then applied to
 the candidate's. Beside it: centred cosine (the set's mean taken away first, since embeddings share a large common part
-that flatters plain cosine), relative error, neighbours kept, weighted kNN with the reference's bank, sanity checks.
+that flatters plain cosine) and the other figures of closeness.py, and weighted kNN with the reference's bank.
 
 M judged images   N bank images   D width
 """
@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from robx.errors import InputError
+from robx.eval.closeness import broken, closeness, neighbour_overlap, overlap
 from robx.eval.knn import TEMPERATURE, nearest, vote, weighted_knn
 from robx.eval.probe import Probe, fit_probe
 from robx.eval.verdict import (
@@ -23,9 +24,7 @@ from robx.eval.verdict import (
     accuracy_value,
     discordant,
     drop_value,
-    mean_value,
     non_inferiority,
-    quantile_value,
 )
 from robx.records import Precision, Value, Verdict
 
@@ -66,45 +65,6 @@ def make_bank(features: np.ndarray, labels: np.ndarray, *, classes: int) -> Bank
     return Bank(features=features, labels=labels, classes=classes, probe=fit_probe(features, labels, classes=classes))
 
 
-def centred_cosine(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
-    """Cosine (M,) of each pair of rows after the reference set's mean row is taken from both; (M, D) each.
-
-    A candidate row that is not finite counts as -1. Where both rows are the mean itself the cosine is 1.
-    """
-    _check_pair(reference, candidate)
-    mean = reference.mean(axis=0, dtype=np.float64)
-    first, second = reference - mean, candidate.astype(np.float64) - mean
-    finite = np.isfinite(second).all(axis=1)
-    second[~finite] = 0
-    lengths = np.linalg.norm(first, axis=1), np.linalg.norm(second, axis=1)
-    product = lengths[0] * lengths[1]
-    cosine: np.ndarray = np.einsum("md,md->m", first, second) / np.where(product > 0, product, 1)
-    np.clip(cosine, -1, 1, out=cosine)
-    cosine[(lengths[0] == 0) & (lengths[1] == 0)] = 1
-    cosine[~finite] = -1
-    return cosine
-
-
-def relative_error(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
-    """|candidate - reference| / |reference| of each row (M,); a candidate row that is not finite counts as 1."""
-    _check_pair(reference, candidate)
-    gap = np.linalg.norm(candidate.astype(np.float64) - reference, axis=1)
-    length = np.linalg.norm(reference.astype(np.float64), axis=1)
-    error = gap / np.maximum(length, np.finfo(np.float32).tiny)
-    return np.where(np.isfinite(error), error, 1.0)
-
-
-def broken(reference: np.ndarray, candidate: np.ndarray) -> list[str]:
-    """What makes the candidate useless whatever its accuracy: NaN, infinity, one answer for all; [] if sound."""
-    _check_pair(reference, candidate)
-    finite = np.isfinite(candidate).all(axis=1)
-    if not finite.all():
-        return [f"{np.count_nonzero(~finite)} of {len(candidate)} embeddings hold NaN or infinity"]
-    if len(candidate) > 1 and _spread(candidate) <= 1e-4 * _spread(reference):
-        return [f"the embedding is the same for all {len(candidate)} images: the output is constant"]
-    return []
-
-
 def fidelity(
     reference: np.ndarray,
     candidate: np.ndarray,
@@ -133,8 +93,7 @@ def fidelity(
         InputError: shapes that do not pair.
     """
     faults = broken(reference, candidate)
-    cosine = centred_cosine(reference, candidate)
-    values = _closeness(reference, candidate, cosine)
+    values = closeness(reference, candidate)
     notes = _cosine_shortfalls(values, precision)
     decisions: dict[Literal["probe", "knn"], Decision] = {}
     if bank is not None:
@@ -156,22 +115,6 @@ def fidelity(
     return Comparison(values=values, decisions=decisions, verdict=verdict, reasons=tuple(notes))
 
 
-def neighbour_overlap(reference: np.ndarray, candidate: np.ndarray, *, k: int = KNN_K) -> Value:
-    """The share of each image's k nearest others that the candidate keeps, both sides within their own set (M, D)."""
-    k = min(k, len(reference) - 1)
-    if k < 1:
-        raise InputError("neighbours need at least two images")
-    own = np.arange(len(reference))[:, None]
-    found = []
-    for features in (reference, candidate):
-        rows = nearest(features, features, k + 1)[1]
-        # An image is its own nearest; where a duplicate stands in its place, the last one leaves.
-        stay = rows != own
-        stay[stay.all(axis=1), -1] = False
-        found.append(rows[stay].reshape(-1, k))
-    return _overlap(*found)
-
-
 def _task(
     reference: np.ndarray,
     candidate: np.ndarray,
@@ -191,7 +134,7 @@ def _task(
         answers["knn"].append(np.where(finite, votes, -1))
         answers["probe"].append(bank.probe.predict(features))
         neighbours.append(np.where(finite[:, None], rows, -1))
-    values = {"neighbour_overlap": _overlap(*neighbours)}
+    values = {"neighbour_overlap": overlap(*neighbours)}
     decisions: dict[Literal["probe", "knn"], Decision] = {}
     notes: list[str] = []
     keep = np.zeros(len(reference), bool) if labels is None else labels >= 0
@@ -266,22 +209,6 @@ def _paired_values(
     }
 
 
-def _closeness(reference: np.ndarray, candidate: np.ndarray, cosine: np.ndarray) -> dict[str, Value]:
-    error = relative_error(reference, candidate)
-    varies = reference.std(axis=0) > 0
-    with np.errstate(invalid="ignore"):
-        stuck = varies & ~(np.ptp(candidate, axis=0) > 0)
-    return {
-        "cosine_mean": mean_value(cosine),
-        "cosine_p5": quantile_value(cosine, 0.05),
-        "cosine_p1": quantile_value(cosine, 0.01),
-        "cosine_min": Value(value=float(cosine.min()), n=len(cosine)),
-        "relative_error": mean_value(error),
-        "not_finite": Value(value=float(np.count_nonzero(~np.isfinite(candidate).all(axis=1))), n=len(candidate)),
-        "constant_dimensions": Value(value=float(np.count_nonzero(stuck)), n=reference.shape[1]),
-    }
-
-
 def _cosine_shortfalls(values: dict[str, Value], precision: Precision) -> list[str]:
     limits = dict(zip(("cosine_mean", "cosine_p1"), COSINE_LIMITS[precision], strict=True))
     return [
@@ -289,24 +216,3 @@ def _cosine_shortfalls(values: dict[str, Value], precision: Precision) -> list[s
         for name, limit in limits.items()
         if values[name].value < limit
     ]
-
-
-def _overlap(first: np.ndarray, second: np.ndarray) -> Value:
-    """The mean share of row numbers (M, k) that two searches have in common, in %."""
-    shared = (first[:, :, None] == second[:, None, :]).any(axis=2).sum(axis=1)
-    return mean_value(100 * shared / first.shape[1], unit="%")
-
-
-def _spread(features: np.ndarray) -> float:
-    """The root mean square distance of the rows from their mean."""
-    wide = features.astype(np.float64)
-    return float(np.sqrt(((wide - wide.mean(axis=0)) ** 2).sum(axis=1).mean()))
-
-
-def _check_pair(reference: np.ndarray, candidate: np.ndarray) -> None:
-    if reference.ndim != 2 or reference.shape != candidate.shape or not len(reference):
-        raise InputError(
-            f"reference {reference.shape} and candidate {candidate.shape} do not pair: give both the same images"
-        )
-    if not np.isfinite(reference).all():
-        raise InputError("the reference's own embeddings hold NaN or infinity: distil the student again")

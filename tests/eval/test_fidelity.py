@@ -4,19 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from robx.errors import InputError
-from robx.eval.fidelity import (
-    broken,
-    centred_cosine,
-    fidelity,
-    make_bank,
-    neighbour_overlap,
-    relative_error,
-    worst_class,
-)
+from robx.eval.closeness import broken
+from robx.eval.fidelity import fidelity, make_bank, worst_class
 
 CLASSES, WIDTH = 4, 24
 
@@ -37,43 +28,6 @@ def bank():
 @pytest.fixture(scope="module")
 def judged():
     return images(400, 1)
-
-
-def test_plain_cosine_flatters_where_the_centred_one_tells():
-    reference, _ = images(200, 2)
-    other = np.random.default_rng(3).permutation(reference)  # somebody else's embedding
-    plain = np.sum(reference * other, 1) / np.linalg.norm(reference, axis=1) / np.linalg.norm(other, axis=1)
-    assert plain.mean() > 0.99
-    assert abs(centred_cosine(reference, other).mean()) < 0.2
-
-
-def test_centred_cosine_is_the_definition(judged):
-    reference = judged[0].astype(np.float64)
-    candidate = reference + np.random.default_rng(4).normal(size=reference.shape)
-    mean = reference.mean(0)
-    expected = [
-        (r - mean) @ (c - mean) / np.sqrt(((r - mean) ** 2).sum() * ((c - mean) ** 2).sum())
-        for r, c in zip(reference, candidate, strict=True)
-    ]
-    np.testing.assert_allclose(centred_cosine(reference, candidate), expected, atol=1e-12)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10_000), st.floats(0.01, 100))
-def test_centred_cosine_keeps_to_its_range_and_ignores_size(seed, scale):
-    rng = np.random.default_rng(seed)
-    reference, candidate = rng.normal(size=(2, 12, 5))
-    cosine = centred_cosine(reference, candidate)
-    assert (np.abs(cosine) <= 1).all()
-    mean = reference.mean(0)
-    np.testing.assert_allclose(centred_cosine(reference, mean + scale * (candidate - mean)), cosine, atol=1e-9)
-    np.testing.assert_allclose(centred_cosine(reference, reference), 1)
-
-
-def test_relative_error():
-    reference = np.array([[3.0, 4.0], [0.0, 2.0]])
-    np.testing.assert_allclose(relative_error(reference, reference * 1.1), [0.1, 0.1])
-    assert relative_error(reference, np.array([[np.nan, 0], [0, 2.0]])).tolist() == [1.0, 0.0]
 
 
 def test_the_same_answers_pass(bank, judged):
@@ -167,22 +121,6 @@ def test_worst_class_names_the_class_that_lost_most():
     assert value.value == pytest.approx(15) and note == "worst class dog: drop 15.0 points on 20 images"
     alone, _ = worst_class(right[20:40], candidate[20:40], labels[20:40])
     assert value.low < alone.low and value.high > alone.high  # the worst of three was picked: a wider interval
-
-
-def test_neighbour_overlap_counts_by_hand():
-    rng = np.random.default_rng(10)
-    first, second = rng.normal(size=(2, 30, 6)).astype(np.float32)
-
-    def neighbours(features):
-        unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-        similarity = unit @ unit.T
-        np.fill_diagonal(similarity, -2)
-        return [set(row) for row in np.argsort(-similarity, 1)[:, :5].tolist()]
-
-    expected = np.mean([len(a & b) / 5 for a, b in zip(neighbours(first), neighbours(second), strict=True)])
-    assert neighbour_overlap(first, second, k=5).value == pytest.approx(100 * expected)
-    twins = np.repeat(first[:10], 3, axis=0)  # duplicates may stand before an image itself
-    assert neighbour_overlap(twins, twins, k=5).value == 100
 
 
 def test_what_does_not_pair_is_refused(bank, judged):

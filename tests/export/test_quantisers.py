@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from robx.errors import ArtifactError, InputError
-from robx.eval.fidelity import centred_cosine
+from robx.eval.closeness import centred_cosine
 from robx.export import quantize_nncf, quantize_onnxruntime, quantize_trt, ranges
 from robx.export.bias import correct_biases
 from robx.export.candidate import Candidate
