@@ -5,8 +5,7 @@
     recipe = override(recipe, {"epochs": 10})          # unknown keys are refused
     recipe = override(recipe, read_toml(Path("mine.toml")))
 
-Sources: Duval, Misra, Ballas 2023 (arXiv 2301.09451) and its released configuration for RoB; the releases of DINO,
-iBOT, MSN and SwAV for the base methods.
+The values of the presets are in presets.py.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from robx.distill.presets import BASE, CNN, ROB
 from robx.errors import ArtifactError, InputError
 from robx.records import from_json, to_json
 
@@ -104,8 +104,15 @@ class Recipe:
             first, last = getattr(self, name)
             if not 0 < first <= last <= 1:
                 raise InputError(f"recipe: {name} = [{first}, {last}] is not a range within 0 .. 1")
-        if not all(0 <= p <= 1 for p in (*self.blur_p, *self.solarize_p)):
-            raise InputError(f"recipe: blur_p {self.blur_p} and solarize_p {self.solarize_p} are probabilities, 0 .. 1")
+        for name in ("blur_p", "solarize_p", "ema_momentum"):
+            if not all(0 <= p <= 1 for p in getattr(self, name)):
+                raise InputError(f"recipe: {name} = {list(getattr(self, name))} is outside of 0 .. 1")
+        if not all(0 <= limit <= 2 for limit in self.color):
+            raise InputError(f"recipe: color = {list(self.color)} is outside of 0 .. 2")
+        if not self.mask_ratios or not all(
+            0 <= ratio - spread <= ratio + spread <= 1 for ratio, spread in self.mask_ratios
+        ):
+            raise InputError(f"recipe: mask_ratios = {self.mask_ratios} are not shares (ratio, +/-) within 0 .. 1")
         if self.batch_size % self.accumulate:
             raise InputError(f"recipe: batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}")
         if self.objective == "kd" and self.base:
@@ -133,6 +140,9 @@ class Recipe:
 
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("teacher_temperature", 1e-3, 100),
+    ("teacher_temperature_start", 1e-3, 100),
+    ("teacher_temperature_epochs", 0, 100_000),
+    ("freeze_last_layer_epochs", 0, 100_000),
     ("student_temperature", 1e-3, 100),
     ("prototypes", 2, 1_000_000),
     ("sinkhorn_iterations", 0, 100),
@@ -167,114 +177,6 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("seed", 0, 2**63 - 1),
 )
 
-_DINO: dict[str, Any] = {"objective": "dino", "drop_path": 0.1}
-_IBOT: dict[str, Any] = {
-    "objective": "ibot",
-    "local_crops": 10,
-    "global_scale": (0.25, 1.0),
-    "local_scale": (0.05, 0.25),
-    "warmup_share": 0.1,
-    "weight_decay_end": 0.48,
-    "epochs": 100,
-}
-_MSN: dict[str, Any] = {
-    "objective": "msn",
-    "head": "mlp",
-    "teacher_temperature": 0.025,  # = 0.1, sharpened by T = 0.25
-    "patch_drop": 0.15,
-    "local_crops": 10,
-    "global_scale": (0.3, 1.0),
-    "local_scale": (0.05, 0.3),
-    "color_strength": 1.0,
-    "blur_p": (0.5, 0.5, 0.5),
-    "solarize_p": (0.0, 0.0, 0.0),
-    "lr": 1e-3,
-    "warmup_lr": 2e-4,
-    "warmup_share": 0.1,
-    "clip_grad": 1.0,
-    "epochs": 150,
-}
-_SWAV: dict[str, Any] = {
-    "objective": "swav",
-    "prototypes": 3000,
-    "sinkhorn_iterations": 3,
-    "local_crops": 4,
-    "global_scale": (0.14, 1.0),
-    "local_scale": (0.05, 0.14),
-    "color_strength": 1.0,
-    "blur_p": (0.5, 0.5, 0.5),
-    "solarize_p": (0.0, 0.0, 0.0),
-    "optimizer": "larc",
-    "lr": 4.8,
-    "lr_batch": 4096,
-    "warmup_lr": 0.3,
-    "final_lr": 4.8e-3,
-    "warmup_share": 0.1,
-    "weight_decay": 1e-6,
-    "weight_decay_end": 1e-6,
-    "epochs": 100,
-    "batch_size": 4096,
-}
-_KD: dict[str, Any] = {
-    "objective": "kd",
-    "teacher_temperature": 10.0,
-    "student_temperature": 10.0,
-    "local_crops": 0,
-    "global_scale": (0.08, 1.0),
-    "color_strength": 0.0,
-    "gray_p": 0.0,
-    "blur_p": (0.0, 0.0, 0.0),
-    "solarize_p": (0.0, 0.0, 0.0),
-    "optimizer": "sgd",
-    "nesterov": True,
-    "lr": 0.01,
-    "lr_batch": 256,
-    "final_lr": 0.0,
-    "warmup_share": 0.0,
-    "weight_decay": 5e-4,
-    "weight_decay_end": 5e-4,
-    "epochs": 100,
-    "batch_size": 256,
-}
-_ROB: dict[str, dict[str, Any]] = {"dino": _DINO, "ibot": _IBOT, "msn": _MSN, "swav": _SWAV, "kd": _KD}
-
-# CNN students of DINO, iBOT and MSN teachers; the authors take the best peak of .002, .02 and .2.
-_CNN: dict[str, Any] = {
-    "optimizer": "larc",
-    "lr": 0.2,
-    "final_lr": 1e-5,
-    "warmup_lr": 0.0,
-    "weight_decay": 1e-6,
-    "weight_decay_end": 1e-6,
-    "drop_path": 0.0,
-    "patch_drop": 0.0,
-}
-
-# What the base methods need against collapse, and RoB drops.
-_BASE: dict[str, dict[str, Any]] = {
-    "dino": {
-        "prototypes": 65536,
-        "centering": True,
-        "teacher_temperature_start": 0.04,
-        "teacher_temperature_epochs": 30,
-        "freeze_last_layer_epochs": 1,
-        "clip_grad": 3.0,
-        "ema_momentum": (0.996, 1.0),
-    },
-    "ibot": {
-        "prototypes": 8192,
-        "centering": True,
-        "teacher_temperature_start": 0.04,
-        "teacher_temperature_epochs": 30,
-        "freeze_last_layer_epochs": 1,
-        "clip_grad": 3.0,
-        "ema_momentum": (0.996, 1.0),
-    },
-    "msn": {"head": "native", "me_max": 1.0, "sinkhorn_iterations": 3, "ema_momentum": (0.996, 1.0)},
-    # SwAV's targets come from the student itself.
-    "swav": {"sinkhorn_epsilon": 0.05, "ema_momentum": (0.0, 0.0)},
-}
-
 
 def preset(method: Method, student: StudentKind, *, base: bool = False) -> Recipe:
     """The published recipe of a method for a ViT or a CNN student.
@@ -282,13 +184,13 @@ def preset(method: Method, student: StudentKind, *, base: bool = False) -> Recip
     `base` gives the base method itself (its EMA or itself as the target, swapped pairs, its guards against collapse):
     the baseline that RoB has to beat.
     """
-    if method not in _ROB:
+    if method not in ROB:
         raise InputError(f"unknown objective {method!r}: known are {', '.join(METHODS)}")
-    values = dict(_ROB[method])
+    values = dict(ROB[method])
     if student == "cnn" and method in ("dino", "ibot", "msn"):
-        values |= _CNN
+        values |= CNN
     if base:
-        values |= {"base": True, "pairing": "swapped", **_BASE.get(method, {})}
+        values |= {"base": True, "pairing": "swapped", **BASE.get(method, {})}
     return Recipe(**values)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,13 @@ def test_unknown_keys_are_refused_with_the_known_ones() -> None:
         ({"batch_size": 10, "accumulate": 3}, "accumulate 3"),
         ({"objective": "simclr"}, "'simclr'"),
         ({"student_ema": 1.5}, "student_ema"),
+        ({"ema_momentum": [0.9, 1.1]}, "ema_momentum = [0.9, 1.1]"),
+        ({"teacher_temperature_start": 0.0}, "teacher_temperature_start = 0.0"),
+        ({"freeze_last_layer_epochs": -1}, "freeze_last_layer_epochs = -1"),
+        ({"mask_ratios": [[0.3, 0.4]]}, "mask_ratios"),
+        ({"color": [0.8, -0.1, 0.8, 0.2]}, "color = [0.8, -0.1, 0.8, 0.2]"),
+        ({"lr": float("nan")}, "nan"),
+        ({"epochs": datetime.date(2020, 1, 1)}, "2020"),
     ],
 )
 def test_values_that_cannot_work_are_refused_by_name(values: dict[str, object], named: str) -> None:
