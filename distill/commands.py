@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from robx.console import print_table, progress_bar, say
+from robx.console import print_line, print_table, progress_bar, say
 from robx.errors import InputError
 
 if TYPE_CHECKING:
@@ -356,7 +356,7 @@ def _show_result(folders: list[Path], *, as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps({"folder": str(folder)} | to_json(student)))
         else:
-            click.echo(f"{folder}: {student.timm_name}, {student.width} wide, {student.images_seen} images seen")
+            print_line(f"{folder}: {student.timm_name}, {student.width} wide, {student.images_seen} images seen")
 
 
 def _default_workers() -> int:

@@ -151,8 +151,18 @@ def _claim_folder(out: Path, settings: dict[str, Any], *, force: bool) -> None:
     """Write the run's settings, or compare them with those of the run that is there."""
     path = out / "recipe.json"
     if path.exists() and resume.checkpoints(out) and not force:
-        resume.refuse_changes({k: v for k, v in read_json(path).items() if k != "robx_version"}, settings, run=out)
+        resume.refuse_changes(_comparable(read_json(path)), _comparable(settings), run=out)
     write_json(path, settings | {"robx_version": __version__})
+
+
+def _comparable(settings: Any) -> dict[str, Any]:
+    """What a resumed run has to share: neither which robx wrote it nor what is known of the images' licence counts."""
+    if not isinstance(settings, dict):
+        return {}
+    kept = {key: value for key, value in settings.items() if key != "robx_version"}
+    if isinstance(kept.get("data"), dict):
+        kept["data"] = {key: value for key, value in kept["data"].items() if key != "licence"}
+    return kept
 
 
 def resume_run(run: Run) -> int:

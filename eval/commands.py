@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from robx.console import print_table, progress_bar
+from robx.console import print_line, print_table, progress_bar
 from robx.errors import InputError
 from robx.records import Accuracy, Fidelity, Measurement, Value
 
@@ -114,7 +114,7 @@ def _show(records: list[Measurement]) -> None:
         print_table(headings, [_fidelity_row(r) for r in fidelities], title="Against fp32, paired", right=(2, 3, 4))
         for item in fidelities:
             for reason in item.reasons:
-                click.echo(f"{item.bundle_id}: {reason}")
+                print_line(f"{item.bundle_id}: {reason}")
 
 
 def _accuracy_row(record: Accuracy) -> tuple[str, ...]:
@@ -171,4 +171,4 @@ def report(folders: tuple[Path, ...], out: Path, margin: float, budgets: tuple[f
         (out, pages.html),
     ):
         write_text(path, text)
-    click.echo(f"{pages.title}: {out}")
+    print_line(f"{pages.title}: {out}")

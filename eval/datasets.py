@@ -39,6 +39,8 @@ _SPLITS = {"train": "train", "test": "val"}
 class ListSource:
     """Image files that a list names, with the list's labels."""
 
+    licence = "unknown"
+
     def __init__(self, root: Path, samples: Sequence[tuple[str, int]], *, name: str, classes: Sequence[str]) -> None:
         """Take (path below `root`, label) pairs; nothing is opened before it is read.
 
@@ -82,7 +84,7 @@ class SquareSource:
     def __init__(self, source: ImageSource, side: int) -> None:
         """Squeeze `source`'s images to `side` x `side`, bilinear."""
         self._source, self._side = source, side
-        self.name, self.classes = source.name, source.classes
+        self.name, self.classes, self.licence = source.name, source.classes, source.licence
         self.fingerprint = sha256_bytes(f"{source.fingerprint} squeezed {side}".encode())[:16]
 
     def __len__(self) -> int:

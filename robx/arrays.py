@@ -20,6 +20,8 @@ _MAX_ARRAY_BYTES = 4 * 1024**3
 class ArraySource:
     """Images held in one uint8 array, (N, H, W) or (N, H, W, 3)."""
 
+    licence = "unknown"
+
     def __init__(
         self, name: str, pixels: np.ndarray, labels: np.ndarray | None, classes: tuple[str, ...] | None
     ) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -25,6 +27,21 @@ COMMANDS = {
     "teachers": ("robx.distill.commands", "teachers", "List the teachers: file, licence, published accuracy."),
     "students": ("robx.distill.commands", "students", "List the students that are tested the whole way."),
     "doctor": ("robx.runtime.commands", "doctor", "Say what this machine, or a device, can do and what it lacks."),
+}
+
+
+# What a file system refuses is no defect of robx, wherever it comes up.
+_NOT_OURS = {
+    errno.EACCES: "fix its permissions",
+    errno.EPERM: "fix its permissions",
+    errno.EROFS: "choose another folder",
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some space and run the same command again",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "mount its file system again",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "its links go round in a circle",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
 }
 
 
@@ -64,6 +81,12 @@ class LazyGroup(click.Group):
         except RobxError as error:
             click.echo(f"robx: {one_line(str(error))}", err=True)
             ctx.exit(error.exit_status)
+        except OSError as error:
+            if error.errno not in _NOT_OURS:
+                raise
+            where = f"{os.fsdecode(error.filename)[:200]}: " if isinstance(error.filename, str | bytes) else ""
+            click.echo(f"robx: {one_line(where)} {error.strerror}: {_NOT_OURS[error.errno]}", err=True)
+            ctx.exit(RobxError.exit_status)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -78,7 +101,8 @@ def main() -> None:
     robx bench   runs/r18/openvino-int8
     robx report  runs/r18
 
-    Exit status: 0 done; 2 the input is wrong, and the line says what to do; 3 written, but the gate did not pass.
+    Exit status: 0 done; 2 the input is wrong, and the line says what to do; 3 written, but the gate did not pass;
+    75 interrupted with its state saved, and the same command goes on.
     """
 
 

@@ -16,6 +16,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from robx.errors import visible
 from robx.progress import Progress, silent
 
 # Where no terminal shows a bar (a log, CI), one line now and then.
@@ -42,7 +43,7 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Progress]:
                 if work.begins(done, total, note):
                     bar.reset(task)
                 # One step of one is no measure of anything: the bar only shows that something goes on.
-                bar.update(task, completed=done, total=total if total > 1 else None, description=escape(note))
+                bar.update(task, completed=done, total=total if total > 1 else None, description=escape(visible(note)))
 
             yield show
 
@@ -64,8 +65,13 @@ def print_table(
         right: the columns that are aligned on the right, by number.
         dim: the rows that are not to be relied on, by number.
     """
+    shown = escape(visible(title))
     table = Table(
-        box=box.SIMPLE_HEAD, title=escape(title) or None, title_justify="left", title_style="bold", pad_edge=False
+        box=box.SIMPLE_HEAD,
+        title=shown or None,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
     )
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number in right else "left", overflow="fold")
@@ -84,11 +90,11 @@ def print_line(text: str, *, dim: bool = False) -> None:
 
 def say(text: str) -> None:
     """One line on standard error."""
-    sys.stderr.write(f"{text}\n")  # which a bar, while there is one, lets in above itself
+    sys.stderr.write(f"{visible(text)}\n")  # which a bar, while there is one, lets in above itself
 
 
 def _coloured(words: str) -> Text:
-    text = Text(words)
+    text = Text(visible(words))
     for verdict, colour in _COLOURS.items():
         text.highlight_regex(rf"\b{verdict}\b", colour)
     return text

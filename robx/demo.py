@@ -12,7 +12,7 @@ import click
 
 from robx.cache import cache_folder
 from robx.cli import COMMANDS, main
-from robx.console import print_table, progress_bar, say
+from robx.console import print_line, print_table, progress_bar, say
 from robx.demo_data import DemoData, prepare_demo_data
 from robx.errors import GateFailed, RobxError
 from robx.files import read_json, sha256_bytes, write_json, write_text
@@ -62,7 +62,8 @@ class Ledger:
     @classmethod
     def open(cls, path: Path) -> Ledger:
         """Read the ledger, or start one where there is none."""
-        return cls(path, read_json(path) if path.is_file() else {})
+        found = read_json(path) if path.is_file() else {}
+        return cls(path, found if isinstance(found, dict) else {})
 
     def has(self, step: Step, state: str) -> bool:
         """Whether the step was done in this state and what it made is still there."""
@@ -98,9 +99,10 @@ def demo(data: Path | None, out: Path, teacher: str, student: str, epochs: int, 
         images = _images(data)
         steps = plan(images, out=out, teacher=teacher, student=student, epochs=epochs)
         _run_all(steps, images, out, fresh=fresh)
-    say(f"\n{_minutes(time.monotonic() - started)} in all. {images.caveat}")
+    say("")
+    say(f"{_minutes(time.monotonic() - started)} in all. {images.caveat}")
     _show(out / "report.json")
-    click.echo(f"The report: {out / 'report.html'} (and report.md, report.json beside it)")
+    print_line(f"The report: {out / 'report.html'} (and report.md, report.json beside it)")
 
 
 def plan(images: DemoData, *, out: Path, teacher: str, student: str, epochs: int) -> list[Step]:
@@ -165,7 +167,8 @@ def _run_all(steps: list[Step], images: DemoData, out: Path, *, fresh: bool) -> 
     for number, step in enumerate(steps, start=1):
         state = sha256_bytes((state + shlex.join(step.command)).encode())
         left = spent / planned * sum(s.seconds for s in steps[number - 1 :])
-        say(f"\n[{number}/{len(steps)}] {step.title}  (about {_minutes(left)} left)")
+        say("")
+        say(f"[{number}/{len(steps)}] {step.title}  (about {_minutes(left)} left)")
         if not fresh and ledger.has(step, state):
             say("  done before, reused")
             continue
@@ -180,7 +183,7 @@ def _run(step: Step, *, run: Path, fresh: bool) -> None:
     if BUNDLES in command:
         place = command.index(BUNDLES)
         command[place : place + 1] = [str(folder) for folder in _runnable_bundles(run)]
-    say(f"  $ robx {shlex.join(command)}".replace(str(Path.home()), "~"))
+    say(f"  $ robx {shlex.join(command)}".replace(f" {Path.home()}/", " ~/"))
     try:
         _call(command)
     except GateFailed as error:

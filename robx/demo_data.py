@@ -21,13 +21,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from robx.errors import RobxError
-from robx.files import require_space, sha256_bytes, write_json
+from robx.errors import RobxError, one_line
+from robx.files import require_space, sha256_bytes, write_json, write_text
 from robx.folders import lock_folder, new_folder
 from robx.images import MAX_PIXELS, to_rgb
 from robx.progress import Progress
 from robx.scenes import write_scenes
 from robx.shards import write_shard
+from robx.sources import LICENCE_FILE
 
 CLIP_ART_PACKAGE = "openclipart-png"
 # The folders whose pictures have a meaning that a picture shows; the others are distilled from, but not judged on.
@@ -73,21 +74,26 @@ def prepare_demo_data(cache: Path, *, say: Callable[[str], None], progress: Prog
     with lock_folder(cache / "demo"):
         for data, _ in makers[:2]:
             if (data.folder / "classes.json").is_file():
-                return data
-        require_space(cache, 1_500_000_000)
+                return _with_licence(data)
+        if not (scenes.folder / "classes.json").is_file():
+            require_space(cache, 1_500_000_000)
         for data, make in makers:
             if (data.folder / "classes.json").is_file():
-                return data
+                return _with_licence(data)
             try:
                 make(data.folder, progress)
-                return data
+                return _with_licence(data)
             except (OSError, RobxError, RuntimeError, subprocess.SubprocessError) as error:
-                say(f"{data.name}: not to be had here ({_one_line(error)}); trying the next")
+                say(f"{data.name}: not to be had here ({one_line(str(error))[:160]}); trying the next")
     raise RobxError("no images could be prepared for the demo: give a folder of images with --data")
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160]
+def _with_licence(data: DemoData) -> DemoData:
+    """Write the licence beside the shards, those of an earlier robx too; the images stay as they are."""
+    path = data.folder / LICENCE_FILE
+    if not path.is_file():
+        write_text(path, f"{data.licence}\n")
+    return data
 
 
 def _make_clip_art(folder: Path, progress: Progress) -> None:

@@ -63,4 +63,9 @@ def one_line(text: str) -> str:
 
     Messages have names of files in them, and a name may hold a line break or an escape sequence.
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    return visible(" ".join(text.split()))
+
+
+def visible(text: str) -> str:
+    """`text` with every line break, control code and undecodable byte as an escape: a terminal shows it as it is."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

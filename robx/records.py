@@ -8,23 +8,23 @@ schema, with an unknown key, or with a value of the wrong type is refused with a
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Literal
 
 from robx.errors import ArtifactError, InputError
-from robx.files import MAX_JSON_BYTES, read_json, sha256_bytes, sha256_file, write_json, write_text
+from robx.files import read_bytes, read_json, sha256_bytes, sha256_file, write_bytes, write_json
+from robx.folders import turn
+from robx.plain import SCHEMA as SCHEMA
+from robx.plain import Json as Json
+from robx.plain import from_json as from_json
+from robx.plain import to_json as to_json
 
-SCHEMA = 1
-
-Json = Any  # null, bool, int, float, str, list or dict of these
-Record = TypeVar("Record")
+MAX_SIDE = 8192  # pixels of a model's input: more would only fill the memory
 
 Format = Literal["onnx", "openvino", "trt", "ort", "executorch", "litert", "coreml", "ncnn"]
 Precision = Literal["fp32", "fp16", "int8"]
@@ -41,6 +41,13 @@ class Preprocessing:
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        """Refuse what no image can be made into: a record may come from anywhere."""
+        if not (0 < self.size <= MAX_SIDE and 0 < self.crop <= MAX_SIDE):
+            raise ArtifactError(f"preprocessing to {self.size} and {self.crop} pixels: 1 to {MAX_SIDE} are possible")
+        if 0 in self.std:
+            raise ArtifactError("preprocessing with a standard deviation of 0: it divides by it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,29 +238,6 @@ _KINDS: dict[str, type[Fidelity] | type[Accuracy] | type[Latency]] = {
 }
 
 
-def to_json(record: Any) -> Json:
-    """A record as plain JSON values."""
-    if dataclasses.is_dataclass(record) and not isinstance(record, type):
-        return {f.name: to_json(getattr(record, f.name)) for f in dataclasses.fields(record)}
-    if isinstance(record, dict):
-        return {str(key): to_json(value) for key, value in record.items()}
-    if isinstance(record, list | tuple):
-        return [to_json(value) for value in record]
-    return record
-
-
-def from_json(cls: type[Record], value: Json, *, where: str = "record") -> Record:
-    """A record from plain JSON values.
-
-    Raises:
-        ArtifactError: a newer schema, an unknown or missing key, or a value of another type; the message names it.
-    """
-    schema = value.get("schema") if isinstance(value, dict) else None
-    if isinstance(schema, int) and schema > SCHEMA:
-        raise ArtifactError(f"{where} has schema {schema} and this robx reads up to {SCHEMA}: upgrade robx")
-    return typing.cast(Record, _parse(cls, value, where))
-
-
 def save_student(student: Student, folder: Path) -> None:
     """Write ``student.json`` into `folder`."""
     write_json(folder / "student.json", to_json(student))
@@ -285,7 +269,7 @@ def load_bundle(folder: Path) -> Bundle:
     if not any(file.role == "model" for file in bundle.files):
         raise ArtifactError(f"{folder / 'manifest.json'} lists no model file: export the bundle again")
     for file in bundle.files:
-        _verify(folder, file.path, file.sha256)
+        _verify(folder, file.path, file.sha256, size=file.bytes)
     return bundle
 
 
@@ -301,105 +285,49 @@ def utc_now() -> str:
 
 
 def append_measurements(path: Path, measurements: Iterable[Measurement]) -> None:
-    """Add records to a JSON-lines file, atomically: readers see all of them or none."""
-    old = path.read_text() if path.exists() else ""
+    """Add records to a JSON-lines file, atomically: readers see all of them or none, and two writers lose none."""
     lines = [json.dumps(to_json(m), allow_nan=False) + "\n" for m in measurements]
-    write_text(path, old + "".join(lines))
+    with turn(path.parent):
+        old = read_bytes(path) if path.exists() else b""
+        end = b"" if old.endswith(b"\n") or not old else b"\n"  # of a line that was written by hand
+        write_bytes(path, old + end + "".join(lines).encode())
 
 
 def load_measurements(path: Path) -> list[Measurement]:
     """Every record of a JSON-lines file.
 
     Raises:
-        ArtifactError: a line that is no measurement; the message has its number.
+        InputError: there is no such file.
+        ArtifactError: it cannot be read, or a line is no measurement; the message has its number.
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist: run robx bench or robx eval first")
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ArtifactError(f"{path} is larger than {MAX_JSON_BYTES} bytes: not a file that robx wrote")
-    found: list[Measurement] = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        where = f"{path}, line {number}"
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise ArtifactError(f"{where} is not valid JSON ({error}): remove the line") from error
-        cls = _KINDS.get(value.get("kind", "")) if isinstance(value, dict) else None
-        if cls is None:
-            raise ArtifactError(f"{where} is no measurement: its kind is none of {', '.join(_KINDS)}")
-        found.append(from_json(cls, value, where=where))
-    return found
+    return [_measurement(line, f"{path}, line {n}") for n, line in enumerate(read_bytes(path).splitlines(), start=1)]
 
 
-def _verify(folder: Path, name: str, sha256: str) -> None:
-    path = folder / name
-    if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
-        raise ArtifactError(f"{folder} refers to {name!r}, outside of itself: do not use it")
-    if not path.is_file():
-        raise ArtifactError(f"{path} is missing: the folder is incomplete; make it again")
-    if sha256_file(path) != sha256:
-        raise ArtifactError(f"{path} is not the file that was written (its SHA-256 differs): make it again")
+def _measurement(line: bytes, where: str) -> Measurement:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{where} is not valid JSON ({error}): remove the line") from error
+    kind = value.get("kind") if isinstance(value, dict) else None
+    cls = _KINDS.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        raise ArtifactError(f"{where} is no measurement: its kind is none of {', '.join(_KINDS)}")
+    return from_json(cls, value, where=where)
 
 
-def _parse(kind: Any, value: Json, where: str) -> Any:
-    if kind is Any:
-        return value
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (Union, types.UnionType):
-        return _parse_union(arguments, value, where)
-    if origin is Literal:
-        if value not in arguments:
-            raise ArtifactError(f"{where}: {value!r} is none of {', '.join(map(repr, arguments))}")
-        return value
-    if origin is tuple:
-        return _parse_tuple(arguments, value, where)
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ArtifactError(f"{where}: {value!r} is not an object")
-        return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if dataclasses.is_dataclass(kind):
-        return _parse_record(typing.cast(type, kind), value, where)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise ArtifactError(f"{where}: {value!r} is not of type {kind.__name__}")
-    return value
-
-
-def _parse_union(kinds: tuple[Any, ...], value: Json, where: str) -> Any:
-    if value is None and type(None) in kinds:
-        return None
-    errors = []
-    for kind in kinds:
-        if kind is type(None):
-            continue
-        try:
-            return _parse(kind, value, where)
-        except ArtifactError as error:
-            errors.append(error)
-    raise errors[-1]
-
-
-def _parse_tuple(kinds: tuple[Any, ...], value: Json, where: str) -> tuple[Any, ...]:
-    if not isinstance(value, list):
-        raise ArtifactError(f"{where}: {value!r} is not a list")
-    if len(kinds) == 2 and kinds[1] is Ellipsis:
-        return tuple(_parse(kinds[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if len(kinds) != len(value):
-        raise ArtifactError(f"{where}: {len(kinds)} items were expected, and there are {len(value)}")
-    return tuple(_parse(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
-
-
-def _parse_record(cls: type, value: Json, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{where}: an object was expected, not {type(value).__name__}")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(value) - set(fields)):
-        raise ArtifactError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(fields)}")
-    required = {
-        n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
-    if missing := sorted(required - set(value)):
-        raise ArtifactError(f"{where}: the key {missing[0]!r} is missing")
-    return cls(**{name: _parse(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+def _verify(folder: Path, name: str, sha256: str, *, size: int | None = None) -> None:
+    path, parts = folder / name, Path(name).parts
+    try:
+        links = any(folder.joinpath(*parts[:depth]).is_symlink() for depth in range(1, len(parts) + 1))
+        if Path(name).is_absolute() or ".." in parts or links:
+            raise ArtifactError(f"{folder} refers to {name!r}, outside of itself: do not use it")
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing: the folder is incomplete; make it again")
+        if size is not None and path.stat().st_size != size:
+            raise ArtifactError(f"{path} is not the file that was written (its size differs): make it again")
+        if sha256_file(path) != sha256:
+            raise ArtifactError(f"{path} is not the file that was written (its SHA-256 differs): make it again")
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror}): make it again") from error

@@ -32,6 +32,8 @@ class _Member:
 class ShardSource:
     """Uncompressed tar shards in webdataset's layout: ``key.png`` beside ``key.cls``; classes.json names them."""
 
+    licence = "unknown"
+
     def __init__(self, shards: Sequence[Path], *, name: str) -> None:
         """Index the members of `shards`, in order; nothing is extracted."""
         self.name, self._shards = name, list(shards)

@@ -16,11 +16,14 @@ from PIL import Image
 
 from robx.arrays import open_cifar, open_idx
 from robx.errors import InputError
-from robx.files import fingerprint, size_of
+from robx.files import fingerprint, read_bytes, size_of
 from robx.images import IMAGE_SUFFIXES, decode, read_image_file
 from robx.records import DataInfo
 from robx.shards import ShardSource
 
+# Under which licence the images are, as an SPDX name or in words: it goes into every record that is made from them.
+LICENCE_FILE = "licence.txt"
+_MAX_LICENCE_BYTES = 64 * 1024
 _SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "validation")}
 
 
@@ -30,6 +33,7 @@ class ImageSource(Protocol):
     name: str
     classes: tuple[str, ...] | None
     fingerprint: str  # 16 hex digits; the same images in the same order give the same
+    licence: str  # as licence.txt beside the images says, else "unknown"
 
     def __len__(self) -> int:
         """How many samples there are, the unreadable ones included."""
@@ -66,13 +70,18 @@ def open_source(path: Path, *, split: str | None = None) -> ImageSource:
     if path.is_file():
         if path.suffix != ".tar":
             raise InputError(f"{path} is a file: give a folder of images, a .tar shard, or a folder of shards")
-        return ShardSource([path], name=path.stem)
-    return _open_folder(path, split)
+        source: ImageSource = ShardSource([path], name=path.stem)
+    else:
+        source = _open_folder(path, split)
+    source.licence = _read_licence(path if path.is_dir() else path.parent)
+    return source
 
 
-def data_info(source: ImageSource, *, licence: str = "unknown") -> DataInfo:
+def data_info(source: ImageSource) -> DataInfo:
     """The record of which images these are."""
-    return DataInfo(name=source.name, images=len(source), fingerprint=source.fingerprint, licence=licence)
+    return DataInfo(
+        name=source.name, images=len(source), fingerprint=source.fingerprint, licence=source.licence or "unknown"
+    )
 
 
 def labels_of(source: ImageSource) -> np.ndarray:
@@ -87,7 +96,7 @@ class LabelledSource:
     def __init__(self, source: ImageSource, chosen: np.ndarray) -> None:
         """Keep the samples at the places `chosen`."""
         self.name, self.classes, self._source, self._chosen = source.name, source.classes, source, chosen
-        self.fingerprint = fingerprint([source.fingerprint, "labelled"])
+        self.fingerprint, self.licence = fingerprint([source.fingerprint, "labelled"]), source.licence
 
     def __len__(self) -> int:
         """How many samples have a label."""
@@ -114,6 +123,8 @@ def labelled(source: ImageSource) -> ImageSource:
 
 class FolderSource:
     """Image files below a folder; with ImageFolder's layout (class/.../image) the first level gives the classes."""
+
+    licence = "unknown"
 
     def __init__(self, root: Path) -> None:
         """List the image files below `root`, in the order of their relative paths."""
@@ -143,6 +154,15 @@ class FolderSource:
         """Read and decode one file."""
         path = self.root / self._paths[index]
         return decode(read_image_file(path), name=str(path))
+
+
+def _read_licence(folder: Path) -> str:
+    """The first line of licence.txt."""
+    path = folder / LICENCE_FILE
+    if not path.is_file():
+        return "unknown"
+    lines = read_bytes(path, limit=_MAX_LICENCE_BYTES).decode(errors="replace").splitlines()
+    return lines[0].strip()[:200] if lines else "unknown"
 
 
 def _open_folder(path: Path, split: str | None) -> ImageSource:

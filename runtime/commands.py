@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from robx.console import print_table, progress_bar, say
+from robx.console import print_line, print_table, progress_bar, say
 from robx.errors import GateFailed, InputError
 from robx.files import write_atomically
 from robx.records import Bundle, Latency, Value, load_bundle, to_json
@@ -186,7 +186,7 @@ def _print_ratios(first: Path, ratios: dict[Path, Value], *, as_json: bool) -> N
             continue
         low, high = ratio.low or 0.0, ratio.high or 0.0
         claim = "faster" if high < 1 else "slower" if low > 1 else "no difference shown"
-        click.echo(f"{folder}: {ratio.value:.3f} x the latency of {first} [{low:.3f}, {high:.3f}], {claim}")
+        print_line(f"{folder}: {ratio.value:.3f} x the latency of {first} [{low:.3f}, {high:.3f}], {claim}")
 
 
 def _print_records(folders: Sequence[Path], records: Sequence[Latency]) -> None:
@@ -196,7 +196,7 @@ def _print_records(folders: Sequence[Path], records: Sequence[Latency]) -> None:
     print_table(headings, rows, right=range(2, 9), dim=invalid)
     for folder, record in zip(folders, records, strict=True):
         for reason in record.reasons:
-            click.echo(f"{folder.name}: {record.verdict}, {reason}")
+            print_line(f"{folder.name}: {record.verdict}, {reason}")
     if not PROFILES[records[0].settings["profile"]["name"]].publishable:
         click.echo("A rapid or quick profile is not for publication: use --profile standard.")
 
@@ -249,4 +249,4 @@ def _write_npz(path: Path, answers: list[tuple[str, np.ndarray]]) -> None:
             np.savez(file, keys=keys, embeddings=embeddings)
 
     write_atomically(path, write)
-    click.echo(f"{path}: {len(keys)} images, {embeddings.shape[1]} values each")
+    print_line(f"{path}: {len(keys)} images, {embeddings.shape[1]} values each")

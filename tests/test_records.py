@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -22,6 +26,7 @@ from robx.records import (
     Student,
     Value,
     append_measurements,
+    describe_file,
     from_json,
     load_bundle,
     load_measurements,
@@ -159,3 +164,104 @@ def test_nan_is_never_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         append_measurements(tmp_path / "m.jsonl", [bad])
     assert not (tmp_path / "m.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"value": float("nan")}, "nan is not a finite number"),
+        ({"value": 10**400}, "is not a finite number"),
+        ({"value": 1.0, "unit": ["x"]}, "is not of type str"),
+    ],
+)
+def test_a_number_that_is_none_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        from_json(Value, change)
+
+
+def test_a_wrong_value_is_not_repeated_at_length() -> None:
+    with pytest.raises(ArtifactError) as error:
+        from_json(Value, {"value": "x" * 1_000_000})
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("change", [{"size": 0}, {"crop": -1}, {"size": 10**9}, {"std": (1.0, 0.0, 1.0)}])
+def test_a_preprocessing_that_nothing_survives_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ArtifactError, match="preprocessing"):
+        from_json(Preprocessing, to_json(Preprocessing(size=8, crop=8)) | to_json(change))
+
+
+@given(data=st.data())
+def test_any_change_to_a_manifest_is_read_or_refused(data: st.DataObject) -> None:
+    """One value of a real manifest becomes anything: a record comes out, or one ArtifactError, never a crash."""
+    manifest = json.loads((GOLDEN / "bundle-1" / "manifest.json").read_text())
+    junk = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just([]) | st.just({})
+    at: Any = manifest
+    while True:
+        key = data.draw(st.sampled_from(sorted(at) if isinstance(at, dict) else range(len(at))))
+        if not isinstance(at[key], dict | list) or not at[key] or data.draw(st.booleans()):
+            at[key] = data.draw(junk)
+            break
+        at = at[key]
+    with contextlib.suppress(ArtifactError):
+        assert isinstance(from_json(Bundle, manifest), Bundle)
+
+
+def test_a_size_that_is_not_the_files_is_refused_unread(bundle_folder: Path) -> None:
+    manifest = json.loads((bundle_folder / "manifest.json").read_text())
+    manifest["files"][0]["bytes"] += 1
+    (bundle_folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="its size differs"):
+        load_bundle(bundle_folder)
+
+
+def test_a_link_to_a_folder_in_the_bundle_is_refused(bundle_folder: Path, tmp_path: Path) -> None:
+    bundle = load_bundle(bundle_folder)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "weights").write_bytes(b"x")
+    (bundle_folder / "package").symlink_to(tmp_path / "elsewhere")
+    inside = describe_file(bundle_folder, "package/weights", "weights")
+    save_bundle(dataclasses.replace(bundle, files=(*bundle.files, inside)), bundle_folder)
+    with pytest.raises(ArtifactError, match="outside of itself"):
+        load_bundle(bundle_folder)
+
+
+@pytest.mark.parametrize("name", ["", ".", "a\0b", "x" * 400])
+def test_a_name_that_is_no_files_is_refused(bundle_folder: Path, name: str) -> None:
+    bundle = load_bundle(bundle_folder)
+    odd = BundleFile(path=name, role="weights", bytes=1, sha256="0" * 64)
+    save_bundle(dataclasses.replace(bundle, files=(*bundle.files, odd)), bundle_folder)
+    with pytest.raises(ArtifactError, match=r"is missing|File name too long"):
+        load_bundle(bundle_folder)
+
+
+@pytest.mark.parametrize(
+    "line", [b"\xff\xfe", b"[" * 100_000, b'{"kind": ["latency"]}', b'{"kind": "latency"', b"null", b"\x00"]
+)
+def test_a_line_of_garbage_is_named(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "m.jsonl").write_bytes((GOLDEN / "measurements-1.jsonl").read_bytes() + line + b"\n")
+    with pytest.raises(ArtifactError, match="line 4"):
+        load_measurements(tmp_path / "m.jsonl")
+
+
+def test_two_writers_lose_no_measurement(tmp_path: Path) -> None:
+    """Real processes that append at once, as robx eval and robx bench do."""
+    code = (
+        "import pathlib, sys, robx.records as r\n"
+        "known = r.load_measurements(pathlib.Path(sys.argv[1]))[:1]\n"
+        "for _ in range(15): r.append_measurements(pathlib.Path(sys.argv[2]), known)"
+    )
+    path, golden = tmp_path / "m.jsonl", GOLDEN / "measurements-1.jsonl"
+    command = [sys.executable, "-c", code, str(golden), str(path)]
+    writers = [subprocess.Popen(command) for _ in range(3)]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    assert len(load_measurements(path)) == 45
+    assert [p.name for p in tmp_path.iterdir()] == ["m.jsonl"]
+
+
+def test_a_line_without_its_end_does_not_swallow_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    known = load_measurements(GOLDEN / "measurements-1.jsonl")
+    path.write_bytes((GOLDEN / "measurements-1.jsonl").read_bytes().rstrip(b"\n"))
+    append_measurements(path, known[:1])
+    assert load_measurements(path) == [*known, known[0]]
