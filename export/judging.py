@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from robx.collapse import refuse_constant
 from robx.errors import ArtifactError, DeviceError, InputError
 from robx.export import gate, sensitivity, to_onnx
 from robx.export.candidate import Candidate
@@ -35,7 +36,9 @@ class Judge:
     @cached_property
     def reference(self) -> np.ndarray:
         """The fp32 student's embeddings of the judging images."""
-        return self.workshop.embeddings(self.workshop.images.judging, "the student's own embeddings")
+        found = self.workshop.embeddings(self.workshop.images.judging, "the student's own embeddings")
+        refuse_constant(found, self.workshop.request.student.timm_name)
+        return found
 
     @cached_property
     def bank(self) -> object | None:
@@ -92,6 +95,7 @@ class Judge:
         request = self.workshop.request
         images = self.judging[:16] if self.workshop.splits is not None else _smooth_images(8, request.image_size)
         expected = embed(self.workshop.model.trunk, torch.from_numpy(images)).numpy()
+        refuse_constant(expected, request.student.timm_name)
         what = f"the {request.target.format} model in {candidate.precision}"
         session = gate.open_judge(self.workshop.make(candidate))
         if isinstance(session, str):

@@ -1,0 +1,29 @@
+"""Constant answers are told from small differences between real ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from robx.collapse import is_constant, refuse_constant
+from robx.errors import ArtifactError
+
+
+@given(seed=st.integers(0, 999), size=st.floats(1e-30, 1e30), images=st.integers(2, 9))
+def test_one_answer_is_constant_at_any_scale_and_two_are_not(seed: int, size: float, images: int) -> None:
+    rng = np.random.default_rng(seed)
+    row = (rng.normal(size=7) * size).astype(np.float32)
+    assert is_constant(np.tile(row, (images, 1)))
+    assert is_constant(np.tile(row, (images, 1)) * (1 + 1e-7 * rng.normal(size=(images, 7))))
+    other = np.tile(row, (images, 1)).astype(np.float64)
+    other[0, 0] += 0.01 * np.linalg.norm(row.astype(np.float64))
+    assert not is_constant(other)
+
+
+def test_zeros_are_constant_and_one_image_says_nothing() -> None:
+    assert is_constant(np.zeros((3, 4), np.float32)) and not is_constant(np.ones((1, 4), np.float32))
+    with pytest.raises(ArtifactError, match="runs/x has collapsed: its embedding is the same for all 3 images"):
+        refuse_constant(np.zeros((3, 4), np.float32), "runs/x")
+    refuse_constant(np.eye(4, dtype=np.float32), "runs/x")
