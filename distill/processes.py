@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from robx.distill.loader import Share
+from robx.errors import DeviceError, InputError
 
 
 @dataclass(frozen=True)
@@ -74,23 +75,64 @@ def join_processes(device: str | None = None) -> Iterator[Processes]:
     """Join the processes that torchrun started, or be the only one.
 
     `device` is "cpu", "cuda", "cuda:1" ...; None takes a GPU when there is one.
+
+    Raises:
+        InputError: no such device, or several processes that torchrun did not start.
+        DeviceError: inside the block, another process ended first.
     """
     world, rank, local = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind == "cuda":
-        kind = f"cuda:{local}"
-    place = torch.device(kind)
+    place = pick_device(device, local=local)
     if world == 1:
         yield Processes(0, 1, place)
         return
+    if "MASTER_ADDR" not in os.environ:
+        raise InputError(f"WORLD_SIZE is {world} and MASTER_ADDR is not set: start the processes with torchrun")
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=_store_of_attempt(), rank=rank, world_size=world)
     try:
-        control = dist.new_group(backend="gloo")
-        yield Processes(rank, world, place, control)
+        yield Processes(rank, world, place, control=dist.new_group(backend="gloo"))
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        # Its own message says why it ended; this one's traceback would only hide it.
+        why = str(error).strip().splitlines()[0]
+        raise DeviceError(
+            f"another process of the run ended before this one, {rank} of {world} ({why}): see what it said; "
+            "the same command goes on from the last checkpoint"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def pick_device(name: str | None, *, local: int = 0) -> torch.device:
+    """The device of this process: `name`, or a GPU when there is one; "cuda" alone is the GPU numbered `local`.
+
+    Raises:
+        InputError: torch knows no such device, or this machine has none.
+    """
+    kind = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(f"cuda:{local}" if kind == "cuda" else kind)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"--device {kind} cannot be used ({why}): give cpu, cuda or cuda:N") from error
+    return place
+
+
+def _store_of_attempt() -> Any:
+    """torchrun's store under a name of this attempt; None where torch finds its own.
+
+    A restarted attempt gets the store of the one that died, reads there where the dead listened, and cannot connect
+    (github.com/pytorch/pytorch/issues/135712). Only within one node do all processes count the attempts alike.
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
+    return dist.PrefixStore(f"attempt {env['TORCHELASTIC_RESTART_COUNT']}", store)  # type: ignore[attr-defined]
 
 
 _TORCHRUN = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))

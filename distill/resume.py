@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from robx.errors import ArtifactError, InputError, RobxError
-from robx.files import read_json, require_space, sha256_bytes, sha256_file, write_atomically, write_json
+from robx.files import read_json, require_space, sha256_bytes, sha256_file, unwritable, write_atomically, write_json
 from robx.folders import new_folder
 
 SCHEMA = 1
@@ -38,7 +38,10 @@ def save_checkpoint(run: Path, state: Mapping[str, Any], *, step: int, keep: int
     folder = run / "checkpoints" / f"{_PREFIX}{step:08d}"
     tensors: dict[str, Tensor] = {}
     tree = _flatten(state, tensors, "")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder.parent, error) from error
     require_space(folder.parent, int(1.1 * sum(t.nbytes for t in tensors.values())))
     with new_folder(folder) as temporary:
         weights = temporary / "state.safetensors"
@@ -110,9 +113,11 @@ def clean(run: Path) -> None:
 
 
 def start_over(run: Path) -> None:
-    """Remove a run's checkpoints, metrics and students, and nothing else of its folder."""
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    for name in ("metrics.jsonl", "recipe.json", "student.json", "student.safetensors", "corrupt.txt"):
+    """Remove from the folder of a run, or of one of its students, what distilling put there, and nothing else."""
+    for name in ("checkpoints", "tensorboard"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    files = ("metrics.jsonl", "recipe.json", "student.json", "student.safetensors", "corrupt.txt", "teacher.pth")
+    for name in files:
         (run / name).unlink(missing_ok=True)
 
 

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from robx import __version__
 from robx.distill import resume
-from robx.distill.branches import EmaBranch, TargetBranch
+from robx.distill.branches import EmaBranch, TargetBranch, WritingBranch
 from robx.distill.learner import Learner
 from robx.distill.loader import Skipped, steps_per_epoch
 from robx.distill.networks import Initial, build_networks, open_targets, store_targets
 from robx.distill.processes import Processes
 from robx.distill.publish import published_checkpoint, save_published
 from robx.distill.recipes import Recipe
-from robx.distill.run_folder import Metrics, student_preprocessing, tensorboard_writer
+from robx.distill.run_folder import Metrics, student_folders, student_preprocessing, tensorboard_writer
 from robx.distill.speed import SpeedBound
 from robx.distill.students import unwrapped
 from robx.distill.teachers import Teacher
@@ -77,6 +77,13 @@ class Run:
     bound: SpeedBound | None = None
     warned: set[str] = field(default_factory=set)
 
+    def close(self) -> None:
+        """Let go of the files that are open, however the run ended."""
+        for metrics in self.metrics:
+            metrics.close()
+        if isinstance(self.branch, WritingBranch):
+            self.branch.writer.close()
+
 
 def open_run(
     recipe: Recipe,
@@ -133,7 +140,7 @@ def open_run(
         recipe=recipe,
         options=options,
         out=out,
-        folders=[out] if len(students) == 1 else [out / name for name in students],
+        folders=student_folders(out, students),
         source=source,
         processes=processes,
         learners=networks.learners,
@@ -183,9 +190,15 @@ def resume_run(run: Run) -> int:
         run.best = tuple(state["best"]) if state["best"] else None
         run.skipped.found = {int(index): reason for index, reason in state["skipped"].items()}
         run.say(f"resuming {run.out} after step {done} of {run.steps}")
+    if len(found_by := set(run.processes.gather(done))) > 1:
+        raise InputError(
+            f"the processes found checkpoints of different steps ({sorted(found_by)}): "
+            f"put {run.out} on a disk that all nodes share"
+        )
     if run.processes.first:
-        board = tensorboard_writer if run.options.tensorboard else lambda _: None
-        run.metrics = [Metrics(folder, step=done, tensorboard=board(folder)) for folder in run.folders]
+        for folder in run.folders:
+            board = tensorboard_writer(folder, step=done) if run.options.tensorboard else None
+            run.metrics.append(Metrics(folder, step=done, tensorboard=board))
     return done
 
 

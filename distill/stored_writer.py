@@ -70,19 +70,20 @@ class TargetWriter:
         """Make the open epoch whole: all processes' rows are on disk before it is declared."""
         if self._file is None:
             return
-        try:
-            os.fsync(self._file)
-            os.close(self._file)
-        except OSError as error:
-            raise unwritable(self._table, error) from error
-        finally:
-            self._file = None
+        self.sync()
+        self.close()
         rank = 0
         if dist.is_available() and dist.is_initialized():
             dist.barrier()
             rank = dist.get_rank()
         if rank == 0:
             write_json(self._table.with_suffix(".json"), {"epoch": self._epoch, "bytes": self._table.stat().st_size})
+
+    def close(self) -> None:
+        """Let go of the open table, whole or not; a later run goes on with it."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
     @property
     def _table(self) -> Path:

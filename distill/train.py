@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import multiprocessing
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -25,10 +26,12 @@ from robx.distill.learner import Learner, autocast
 from robx.distill.loader import Batch, CropDataset, PlaceSampler, build_loader, collate
 from robx.distill.monitor import require_finite
 from robx.distill.objectives import Stats
+from robx.distill.probe import Probe
 from robx.distill.processes import Processes, join_processes
 from robx.distill.recipes import Recipe
 from robx.distill.report import log_step, monitor, note, open_probe, probe_references, probe_students, speed_bound
 from robx.distill.run import Options, Run, Say, open_run, publish_teachers, resume_run, save_run
+from robx.distill.run_folder import student_folders
 from robx.distill.speed import Rate, SpeedBound, measure_bound
 from robx.distill.teachers import Teacher
 from robx.distill.views import Targets, Views
@@ -83,11 +86,13 @@ def train(
             if store is not None:
                 resume.clean(store)
             if options.fresh:
-                resume.start_over(out)
+                for folder in {out, *student_folders(out, students)}:
+                    resume.start_over(folder)
         processes.wait()
         stop = stack.enter_context(stop_on_signals())
         speak = say if say is not None and processes.first else _silent
         run = open_run(recipe, students, source, out, teacher, targets, store, options, processes, speak, init)
+        stack.callback(run.close)
         start = resume_run(run)
         if start < run.steps:
             _loop(run, start, stop=stop, progress=progress if progress and processes.first else silent)
@@ -98,13 +103,20 @@ def train(
 
 
 def _loop(run: Run, start: int, *, stop: StopRequest, progress: Progress) -> None:
-    recipe, processes, options = run.recipe, run.processes, run.options
-    probe = open_probe(run) if processes.first else None
+    probe = open_probe(run) if run.processes.first else None
     if probe is not None and start == 0:
         probe_references(run, probe)
-    if options.measure:
+    if run.options.measure:
         run.bound = _measure(run, start)
-    batches, rate, saved = _batches(run, start), Rate(), time.monotonic()
+    with contextlib.closing(_batches(run, start)) as batches:
+        _steps(run, start, batches, probe=probe, stop=stop, progress=progress)
+
+
+def _steps(
+    run: Run, start: int, batches: Iterator[Batch], *, probe: Probe | None, stop: StopRequest, progress: Progress
+) -> None:
+    recipe, processes, options = run.recipe, run.processes, run.options
+    rate, saved = Rate(), time.monotonic()
     for step in range(start, run.steps):
         done = step + 1
 
@@ -161,7 +173,7 @@ def _loop(run: Run, start: int, *, stop: StopRequest, progress: Progress) -> Non
             )
 
 
-def _batches(run: Run, start: int) -> Iterator[Batch]:
+def _batches(run: Run, start: int) -> Generator[Batch, None, None]:
     """Micro-batches from step `start` on. When a worker is killed the loader starts once more from where it was."""
     accumulate, given, lives = run.recipe.accumulate, 0, 2
     while True:
@@ -176,8 +188,10 @@ def _batches(run: Run, start: int) -> Iterator[Batch]:
             corrupt_budget=run.options.corrupt_budget,
             pin_memory=run.processes.device.type == "cuda",
         )
+        before = set(multiprocessing.active_children())
+        iterator = iter(loader)
+        workers = set(multiprocessing.active_children()) - before
         try:
-            iterator = iter(loader)
             with contextlib.suppress(ValueError):
                 # A dead worker is noticed here, when a batch is due, and not by an exception in the midst of a step.
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -188,14 +202,30 @@ def _batches(run: Run, start: int) -> Iterator[Batch]:
                 yield batch
             return
         except (RuntimeError, OSError, EOFError) as error:
-            # A worker that dies is told as such, or, when it dies while it hands a batch over, as a broken pipe.
-            lives -= 1
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            if not _is_death(error, workers=run.options.workers):
                 raise
+            lives -= 1
             if not lives:
                 raise InputError(f"loader workers die ({error}): give fewer --workers, or more memory") from error
             cause = (str(error) or type(error).__name__).splitlines()[0]
             run.say(f"a loader worker died ({cause}); starting the loader once more")
+        finally:
+            # Now, and not when a traceback lets go of the iterator: the interpreter would end its workers with SIGTERM,
+            # which they ignore, and wait for them for ever.
+            del iterator
+            for worker in workers:
+                worker.kill()
+
+
+def _is_death(error: Exception, *, workers: int) -> bool:
+    """Whether a worker died: told as such or, when it dies while it hands a batch over, as a broken pipe.
+
+    What a worker itself raised comes with its traceback, "Caught ...".
+    """
+    text = str(error)
+    if not workers or text.startswith("Caught "):
+        return False
+    return not isinstance(error, RuntimeError) or "DataLoader worker" in text
 
 
 def _targets(run: Run, views: Views) -> list[Targets]:

@@ -155,6 +155,12 @@ def test_too_little_space_is_met_before_writing(tmp_path: Path, monkeypatch: pyt
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
+def test_a_file_in_the_place_of_the_checkpoints_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(InputError, match="checkpoints cannot be written"):
+        resume.save_checkpoint(tmp_path, state(), step=1)
+
+
 def test_a_full_file_system_is_one_clear_line(tmp_path: Path) -> None:
     import resource
     import signal
@@ -184,8 +190,9 @@ def test_changed_settings_are_shown_as_a_diff(tmp_path: Path) -> None:
 
 def test_starting_over_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
     resume.save_checkpoint(tmp_path, state(), step=1)
-    (tmp_path / "metrics.jsonl").write_text("{}\n")
-    (tmp_path / "mine.txt").write_text("keep")
+    for name in ("metrics.jsonl", "teacher.pth", "tensorboard/events", "student.json", "mine.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
     resume.start_over(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
