@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -129,21 +129,14 @@ def _decide(judge: Judge, options: Options, on_rung: Callable[[Rung], None] | No
     if asked == "fp32":
         return _accept(judge, fp32, (), "fp32")
     rungs: list[Rung] = []
-
-    def try_rung(candidate: Candidate) -> Rung:
-        rung = judge.judge(candidate)
-        if on_rung:
-            on_rung(rung)
-        return rung
-
     if asked == "int8":
-        outcome = _climb(judge.workshop, options, try_rung)
+        outcome = _climb(judge, options, on_rung)
         rungs += outcome.rungs
         if outcome.winner is not None:
             return _accept(judge, outcome.winner, tuple(rungs), asked)
         if options.force and outcome.best is not None:
             return _accept(judge, outcome.best, tuple(_kept(rungs, outcome.best.name)), asked, forced=True)
-    half = gate.climb([Candidate(name="fp16", precision="fp16")], try_rung)
+    half = gate.climb([Candidate(name="fp16", precision="fp16")], judge.judge, on_rung=on_rung)
     # Asked for, fp16 is taken for its size; as a fallback it has to be no slower than fp32 as well.
     good = half.winner is not None or (asked == "fp16" and half.rungs[0].accuracy == "PASS")
     rungs += _kept(half.rungs, "fp16") if good else half.rungs
@@ -154,16 +147,17 @@ def _decide(judge: Judge, options: Options, on_rung: Callable[[Rung], None] | No
     return _accept(judge, fp32, tuple(rungs), asked)
 
 
-def _climb(workshop: Workshop, options: Options, try_rung: Callable[[Candidate], Rung]) -> gate.Outcome:
-    fmt = workshop.request.target.format
-    rungs = limit(ladder(fmt, workshop.facts, machine_of(workshop.request.target.device)), options.rungs)
+def _climb(judge: Judge, options: Options, on_rung: Callable[[Rung], None] | None) -> gate.Outcome:
+    workshop = judge.workshop
+    target = workshop.request.target
+    rungs = limit(ladder(target.format, workshop.facts, machine_of(target.device)), options.rungs)
 
-    def more(best: Candidate) -> list[Candidate]:
+    def more(best: Candidate, tried: Sequence[Candidate]) -> list[Candidate]:
         if options.rungs is not None or best.quantiser in ("converter", "none"):
             return []
-        return sensitive_rungs(best, list(workshop.layer_costs))
+        return sensitive_rungs(best, list(workshop.layer_costs), tried)
 
-    return gate.climb(rungs, try_rung, more=more, budget=options.budget)
+    return gate.climb(rungs, judge.judge, more=more, on_rung=on_rung, budget=options.budget)
 
 
 def _accept(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from robx.records import Format
 
 # Published results differ on which alpha serves (.15 for ViT-B, none for Swin-B): it is searched.
 SMOOTH_ALPHAS = (0.5, 0.15, 0.85)
-# Layers given back to float, by measured sensitivity: a share of all, at least one.
-FLOAT_SHARES = (0.1, 0.25)
+# Of all layers, by measured sensitivity, at most this share goes back to float; with more there is little int8 left.
+LARGEST_FLOAT_SHARE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +55,31 @@ def ladder(fmt: Format, facts: GraphFacts, machine: Machine) -> list[Candidate]:
     return [Candidate(name="the converter's own", quantiser="converter")]
 
 
-def sensitive_rungs(best: Candidate, ranking: list[str]) -> list[Candidate]:
-    """Candidates like `best` with the most sensitive layers, the worst first in `ranking`, back in float."""
-    rungs, seen = [], 0
-    for share in FLOAT_SHARES:
-        count = max(1, round(share * len(ranking)))
-        if count <= seen or count >= len(ranking):
-            continue
-        seen = count
-        kept = tuple(dict.fromkeys((*best.float_nodes, *ranking[:count])))
-        rungs.append(dataclasses.replace(best, name=f"{best.name}, {count} worst layers in float", float_nodes=kept))
+def sensitive_rungs(best: Candidate, ranking: Sequence[str], tried: Sequence[Candidate] = ()) -> list[Candidate]:
+    """Candidates like `best` with more and more layers back in float, the worst first in `ranking`: 1, 2, 4, ...
+
+    A set of layers that `tried` holds with the same settings is made one layer larger instead.
+    """
+    left = [name for name in ranking if name not in best.float_nodes]
+    most = round(LARGEST_FLOAT_SHARE * len(ranking))
+    known = {_content(candidate) for candidate in tried}
+    rungs: list[Candidate] = []
+    count = 1
+    while count <= most and count < len(left):
+        said = "worst layer" if count == 1 else f"{count} worst layers"
+        kept = (*best.float_nodes, *left[:count])
+        rung = dataclasses.replace(best, name=f"{best.name}, {said} in float", float_nodes=kept)
+        if _content(rung) in known:
+            count += 1
+        else:
+            rungs.append(rung)
+            count *= 2
     return rungs
+
+
+def _content(candidate: Candidate) -> Candidate:
+    """What a candidate does: its name, and the order of the nodes, are of no matter."""
+    return dataclasses.replace(candidate, name="", float_nodes=tuple(sorted(set(candidate.float_nodes))))
 
 
 def limit(rungs: list[Candidate], count: int | None) -> list[Candidate]:

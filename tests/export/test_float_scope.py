@@ -68,7 +68,7 @@ def test_operators_named_by_type_hold_all_that_they_became(vit_onnx: onnx.ModelP
 def test_openvino_leaves_in_float_what_is_named(cnn_onnx: onnx.ModelProto, scene_pixels: np.ndarray) -> None:
     names, network, images = read_facts(cnn_onnx).weighted, _read(cnn_onnx), scene_pixels[:16]
     plain = Candidate(name="nncf", quantiser="nncf")
-    rungs = [plain, *sensitive_rungs(plain, list(names))]
+    rungs = [plain, *sensitive_rungs(plain, list(names))[:2]]
     assert len({rung.float_nodes for rung in rungs}) == len(rungs) == 3
     answers = []
     for rung in rungs:

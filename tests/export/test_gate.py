@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,30 @@ def test_speed_is_judged_against_fp32_and_fp16(candidate: float, fp32: float, fp
     assert values["speedup_fp16"].value == pytest.approx(fp16 / candidate, rel=0.02)
 
 
+def _noisy(milliseconds: float, seed: int, noise: float) -> list[np.ndarray]:
+    """Blocks whose level wanders by `noise`, as on a machine that is shared."""
+    random = np.random.default_rng(seed)
+    return [block * random.lognormal(0, noise) for block in _blocks(milliseconds, seed)]
+
+
+def test_two_models_of_one_speed_pass_whichever_comes_out_ahead() -> None:
+    for candidate, fp32 in ((5.0, 5.02), (5.02, 5.0)):
+        blocks = {"candidate": _noisy(candidate, 1, 0.005), "fp32": _noisy(fp32, 2, 0.005)}
+        assert judge_speed(blocks, Limits())[0] == "PASS"
+
+
+def test_a_noisy_clock_is_inconclusive_and_says_what_to_do() -> None:
+    verdict, _, reason = judge_speed({"candidate": _noisy(5, 1, 0.3), "fp32": _noisy(5, 2, 0.3)}, Limits())
+    assert verdict == "INCONCLUSIVE"
+    assert "quiet machine" in reason
+
+
+def test_nothing_to_be_timed_against_is_said() -> None:
+    verdict, values, reason = judge_speed({"candidate": _blocks(5, 1)}, Limits())
+    assert verdict == "INCONCLUSIVE" and "speedup_fp32" not in values
+    assert "no float model" in reason
+
+
 def test_the_least_speedup_is_asked_for() -> None:
     blocks = {"candidate": _blocks(5, 1), "fp32": _blocks(9, 2)}
     assert judge_speed(blocks, Limits(min_speedup=1.5))[0] == "PASS"
@@ -154,7 +179,9 @@ def test_a_candidate_that_cannot_be_built_is_a_failed_rung_and_the_climb_goes_on
             raise ArtifactError("cannot")
         return _rung(candidate, "PASS", 2.0)
 
-    outcome = climb(_names("a", "b"), try_rung)
+    told: list[Rung] = []
+    outcome = climb(_names("a", "b"), try_rung, on_rung=told.append)
+    assert [r.name for r in told] == ["a", "b"]
     assert outcome.rungs[0].accuracy == "FAIL" and "cannot" in outcome.rungs[0].reason
     assert outcome.winner is not None and outcome.winner.name == "b"
 
@@ -172,10 +199,42 @@ def test_more_rungs_are_made_from_the_most_accurate_one() -> None:
     outcome = climb(
         _names("a", "b"),
         lambda c: _rung(c, "PASS" if c.name == "b+" else "FAIL", 2.0, cosines[c.name]),
-        more=lambda best: _names(best.name + "+"),
+        more=lambda best, _: _names(best.name + "+"),
     )
     assert [r.name for r in outcome.rungs] == ["a", "b", "b+"]
     assert outcome.winner is not None and outcome.winner.name == "b+"
+
+
+def test_more_rungs_know_what_was_tried_and_start_from_one_that_is_not_too_slow() -> None:
+    cosines = {"slow": 0.99, "fast": 0.9, "fast+": 0.95}
+    seen: list[str] = []
+
+    def more(best: Candidate, tried: Sequence[Candidate]) -> list[Candidate]:
+        seen.extend(c.name for c in tried)
+        return _names(best.name + "+", quantiser=best.quantiser)
+
+    told: list[Rung] = []
+    outcome = climb(
+        [*_names("slow"), *_names("fast", quantiser="onnxruntime")],
+        lambda c: _rung(c, "PASS" if c.name == "fast+" else "FAIL", 0.5 if c.name == "slow" else 2.0, cosines[c.name]),
+        more=more,
+        on_rung=told.append,
+    )
+    assert outcome.winner is not None and outcome.winner.name == "fast+"
+    assert seen == ["slow", "fast"]
+    assert [r.name for r in told] == ["slow", "fast", "fast+"]
+
+
+def test_no_more_rungs_are_made_when_the_budget_is_spent() -> None:
+    ticks = iter(range(0, 1000, 60))
+
+    def never(best: Candidate, tried: Sequence[Candidate]) -> list[Candidate]:
+        raise AssertionError("sensitivity takes minutes, and the budget is spent")
+
+    outcome = climb(
+        _names("a", "b"), lambda c: _rung(c, "FAIL", 2.0), more=never, budget=100, clock=lambda: float(next(ticks))
+    )
+    assert [r.name for r in outcome.rungs] == ["a", "b"]
 
 
 def test_the_budget_ends_the_climb_but_lets_one_rung_be_tried() -> None:

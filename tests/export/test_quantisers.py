@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx
 import pytest
@@ -18,7 +20,7 @@ from robx.export.half import to_half
 from robx.export.ladder import Machine, ladder, limit, sensitive_rungs
 from robx.export.qdq import Graph, check_trt_qdq, linears, quantized_nodes, rescale_to_int8, trt_faults
 from robx.export.ranges import Histogram, choose
-from robx.export.sensitivity import measure, simulate
+from robx.export.sensitivity import _quantise_one, measure, simulate
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +249,40 @@ def test_sensitivity_ranks_the_layer_that_was_made_bad_first(
     assert list(costs.values()) == sorted(costs.values(), reverse=True)
 
 
+def test_sensitivity_tells_the_smallest_costs_apart(
+    cnn_onnx: onnx.ModelProto, cnn_ranges: dict[str, Histogram], scene_pixels: np.ndarray
+) -> None:
+    """Residual branches that do next to nothing, as a short training leaves those that began at zero."""
+    faint = onnx.ModelProto()
+    faint.CopyFrom(cnn_onnx)
+    graph, random = Graph(faint), np.random.default_rng(0)
+    branches = []
+    for node in graph.nodes:
+        tensor = graph.initializers[node.input[1]] if node.op_type == "Conv" else None
+        if tensor is not None and not numpy_helper.to_array(tensor).any():  # timm's, before any training
+            value = 1e-5 * random.normal(size=list(tensor.dims))
+            tensor.CopyFrom(numpy_helper.from_array(value.astype(np.float32), tensor.name))
+            branches.append(node.name)
+    images = scene_pixels[:16]
+    chosen = choose(ranges.collect(faint, [images], input_name="pixels"), "minmax")
+    names = read_facts(faint).weighted
+    costs = measure(faint, chosen, images, names)
+    assert branches and all(0 < costs[name] < 6e-8 for name in branches)  # what 1 minus a float32 cosine calls 0
+    assert len(set(costs.values())) == len(names)
+    worst = next(iter(costs))
+    one = simulate(_quantise_one(faint, worst, chosen), images)
+    assert costs[worst] == pytest.approx(1 - centred_cosine(simulate(faint, images), one).mean(), rel=1e-6)
+
+
+def test_sensitivity_refuses_a_layer_that_it_cannot_quantise(
+    cnn_onnx: onnx.ModelProto, cnn_ranges: dict[str, Histogram], scene_pixels: np.ndarray
+) -> None:
+    chosen = choose(cnn_ranges, "minmax")
+    for names, known in ((["nobody"], chosen), (read_facts(cnn_onnx).weighted[:1], {})):
+        with pytest.raises(ArtifactError, match=f"{names[0]}.* is not in the graph, or no range"):
+            measure(cnn_onnx, known, scene_pixels[:2], names)
+
+
 def test_graph_facts(cnn_onnx: onnx.ModelProto, vit_onnx: onnx.ModelProto) -> None:
     cnn, vit = read_facts(cnn_onnx), read_facts(vit_onnx)
     assert (cnn.kind, vit.kind) == ("cnn", "vit")
@@ -278,8 +314,20 @@ def test_the_cpu_decides_the_form(cnn_onnx: onnx.ModelProto) -> None:
 def test_sensitive_rungs_keep_the_worst_layers_in_float() -> None:
     ranking = [f"layer{i}" for i in range(20)]
     rungs = sensitive_rungs(Candidate(name="best", float_nodes=("stem",)), ranking)
-    assert [len(r.float_nodes) for r in rungs] == [3, 6]
-    assert rungs[0].float_nodes == ("stem", "layer0", "layer1")
+    assert [r.float_nodes[1:] for r in rungs] == [tuple(ranking[:count]) for count in (1, 2, 4)]
+    assert [r.name for r in rungs[:2]] == ["best, worst layer in float", "best, 2 worst layers in float"]
+
+
+def test_sensitive_rungs_try_no_set_of_layers_twice() -> None:
+    plain, ranking = Candidate(name="plain"), [f"layer{i}" for i in range(20)]
+    stem = dataclasses.replace(plain, name="stem in float", float_nodes=("layer0",))
+    pair = dataclasses.replace(plain, name="pair in float", float_nodes=("layer2", "layer1", "layer0"))
+    other = dataclasses.replace(plain, name="other ranges", ranges="mse", float_nodes=("layer0", "layer1"))
+    kept = [set(r.float_nodes) for r in sensitive_rungs(plain, ranking, [plain, stem, pair, other])]
+    assert kept == [set(ranking[:2]), set(ranking[:4])]
+    # What the best keeps in float already is not given back again.
+    assert sensitive_rungs(stem, ranking, [stem])[0].float_nodes == ("layer0", "layer1")
+    assert sensitive_rungs(plain, ["only"]) == []
 
 
 @pytest.mark.parametrize("smooth", [None, 0.5])
