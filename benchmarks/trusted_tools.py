@@ -1,12 +1,12 @@
-"""robx's latency against two trusted tools', on one OpenVINO model, interleaved: run it on a quiet machine.
+"""robx's latency against two trusted tools': run it on a quiet machine.
 
-    python benchmarks/trusted_tools.py runs/r18/openvino-int8 --rounds 5 --seconds 20 --out trusted_tools.json
+    OMP_NUM_THREADS=1 python benchmarks/trusted_tools.py runs/r18/openvino-int8 runs/r18/onnx-fp32
 
-Each round runs, in random order, robx's runner (a fresh process), OpenVINO's benchmark_app (synchronous, one stream,
-the same threads, batch 1; it refuses a latency hint together with threads) and MLCommons' loadgen (SingleStream) that
-drives robx's Session. Printed are p50 and p90 of each and the ratio to robx's, as the median over rounds; within 3 % is
-agreement. benchmark_app leaves the input's copy out of its times, which shows in models of less than a millisecond. The
-runner's time from its start to its first answer is set against a bare script's: at most 1.2 times as long is the aim.
+Each round runs, in random order, robx's runner (a fresh process), MLCommons' loadgen (SingleStream) that drives robx's
+Session in another, and, for OpenVINO, its benchmark_app (synchronous, one stream, the same threads, batch 1; it refuses
+a latency hint together with threads). A tool's p50 and p90 are set against robx's of the same round, so that what slows
+the machine slows both; shown is the median over rounds with its 95 % bootstrap interval. Within 3 % is agreement. The
+runner's time from its start to its first answer is set against that of a bare script: at most 1.2 times is the aim.
 """
 
 from __future__ import annotations
@@ -15,25 +15,41 @@ import argparse
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from robx.files import write_json
-from robx.records import load_bundle
+from robx.records import Value, load_bundle, to_json
 from robx.runtime import packing
-from robx.runtime.bench import BenchOptions, bench
+from robx.runtime.bench import bench
 from robx.runtime.inputs import load_inputs
-from robx.runtime.profiles import PROFILES, Profile
+from robx.runtime.latency import paired_ratio
+from robx.runtime.profiles import PROFILES, BenchOptions, Profile
 from robx.runtime.session import SessionSettings, open_session
 
 Figures = dict[str, float]  # p50 and p90 in ms
+_AGREEMENT, _START = 0.03, 1.2
+_BARE = {
+    "openvino": (
+        "import sys, numpy, openvino as ov\nc = ov.Core()\n"
+        "m = c.compile_model(c.read_model(sys.argv[1]), 'CPU',"
+        " {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_NUM_THREADS': sys.argv[2]})\n"
+        "m.create_infer_request().infer([numpy.load('images.npy')])\n"
+    ),
+    "onnxruntime": (
+        "import sys, numpy, onnxruntime as ort\no = ort.SessionOptions()\no.intra_op_num_threads = int(sys.argv[2])\n"
+        "s = ort.InferenceSession(sys.argv[1], o, ['CPUExecutionProvider'])\n"
+        "s.run(None, {s.get_inputs()[0].name: numpy.load('images.npy')})\n"
+    ),
+}
 
 
 def by_robx(folder: Path, threads: int, seconds: float) -> Figures:
@@ -112,8 +128,8 @@ def drive_loadgen(folder: Path, threads: int, seconds: float) -> Figures:
     }
 
 
-def start_to_first_answer(folder: Path, threads: int) -> tuple[float, float]:
-    """Seconds of a whole process that answers once: robx's runner, and a script that knows only OpenVINO."""
+def start_to_first_answer(folder: Path, threads: int, rounds: int) -> list[tuple[float, float]]:
+    """Seconds of a whole process that answers once, a pair a round: robx's runner, and a script of the engine alone."""
     bundle = load_bundle(folder)
     images = load_inputs(bundle.preprocessing, None).images[:1]
     with tempfile.TemporaryDirectory() as root:
@@ -127,57 +143,112 @@ def start_to_first_answer(folder: Path, threads: int) -> tuple[float, float]:
             ("cool_down_seconds", "queries", "seconds", "max_seconds", "warm_up_seconds", "warm_up_limit"), 0
         )
         (here / "job.json").write_text(json.dumps(job))
-        bare = (
-            "import sys, numpy, openvino as ov\nc = ov.Core()\n"
-            "m = c.compile_model(c.read_model(sys.argv[1]), 'CPU',"
-            " {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_NUM_THREADS': sys.argv[2]})\n"
-            "m.create_infer_request().infer([numpy.load('images.npy')])\n"
-        )
-        (here / "bare.py").write_text(bare)
+        (here / "bare.py").write_text(_BARE[bundle.runtime])
         model = str((folder / bundle.model.path).resolve())
-        ours = _seconds([sys.executable, packing.NAME, "job.json"], here)
-        theirs = _seconds([sys.executable, "bare.py", model, str(threads)], here)
-    return ours, theirs
+        runner = [sys.executable, packing.NAME, "job.json"]
+        bare = [sys.executable, "bare.py", model, str(threads)]
+        for command in (runner, bare):  # once for the caches of the disk
+            _seconds(command, here)
+        pairs = []
+        for number in range(rounds):
+            first, second = (runner, bare) if number % 2 else (bare, runner)
+            times = {id(first): _seconds(first, here), id(second): _seconds(second, here)}
+            pairs.append((times[id(runner)], times[id(bare)]))
+    return pairs
 
 
-def main() -> None:
-    """Interleave the tools and print how they agree."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=20, help="of each tool in each round")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--loadgen", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.loadgen:
-        print(json.dumps(drive_loadgen(options.bundle, options.threads, options.seconds)))
-        return
+def compare(folder: Path, *, threads: int, seconds: float, rounds: int) -> dict[str, Any]:
+    """All rounds of one bundle."""
     tools: dict[str, Callable[[Path, int, float], Figures]] = {"robx": by_robx, "loadgen": by_loadgen}
-    if load_bundle(options.bundle).runtime == "openvino":
+    if load_bundle(folder).runtime == "openvino":
         tools["benchmark_app"] = by_benchmark_app
     found: dict[str, list[Figures]] = {name: [] for name in tools}
     shuffle = random.Random(0)
-    for _ in range(options.rounds):
-        for name in shuffle.sample(sorted(tools), len(tools)):
-            found[name].append(tools[name](options.bundle, options.threads, options.seconds))
-    agreement = {
-        name: {
-            p: float(np.median([f[p] / r[p] for f, r in zip(figures, found["robx"], strict=True)]))
-            for p in ("p50", "p90")
-        }
+    with tempfile.TemporaryDirectory() as root:
+        # Of a copy: the records of a benchmark are none of the bundle's own.
+        copy = Path(root) / folder.resolve().name
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("measurements.jsonl", "samples-*"))
+        for _ in range(rounds):
+            for name in shuffle.sample(sorted(tools), len(tools)):
+                found[name].append(tools[name](copy, threads, seconds))
+        starts = start_to_first_answer(copy, threads, rounds)
+    ratios = {
+        name: {p: _ratio([f[p] for f in figures], [r[p] for r in found["robx"]]) for p in ("p50", "p90")}
         for name, figures in found.items()
+        if name != "robx"
     }
-    starts = np.array([start_to_first_answer(options.bundle, options.threads) for _ in range(options.rounds)])
-    for name, figures in found.items():
-        p50, p90 = (float(np.median([f[p] for f in figures])) for p in ("p50", "p90"))
-        ratio = agreement[name]
-        print(f"{name:14} p50 {p50:8.3f} ms ({ratio['p50']:.3f} x)   p90 {p90:8.3f} ms ({ratio['p90']:.3f} x)")
-    start = float(np.median(starts[:, 0] / starts[:, 1]))
-    ours, theirs = np.median(starts, axis=0)
-    print(f"start to first answer: runner {ours:.2f} s, bare {theirs:.2f} s ({start:.2f} x)")
-    if options.out is not None:
-        write_json(options.out, {"figures": found, "ratio_to_robx": agreement, "start_ratio": start})
+    start = _ratio([ours for ours, _ in starts], [bare for _, bare in starts])
+    return {"bundle": folder.resolve().name, "rounds": found, "to_robx": ratios, "starts": starts, "start_ratio": start}
+
+
+def main() -> None:
+    """Compare on every bundle, and publish."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("bundles", type=Path, nargs="+")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=10, help="of each tool in each round")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--name", default="trusted-tools", help="of the result")
+    parser.add_argument("--loadgen", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.loadgen:
+        print(json.dumps(drive_loadgen(given.bundles[0], given.threads, given.seconds)))
+        return
+    from common import publish, say  # heavier than loadgen's process is to be
+
+    data = []
+    for folder in given.bundles:
+        say(f"{folder}: {given.rounds} rounds")
+        data.append(compare(folder, threads=given.threads, seconds=given.seconds, rounds=given.rounds))
+    publish(
+        given.name,
+        title="robx's latency against trusted tools'",
+        headings=("bundle", "tool", "p50 ms", "p50 to robx's", "p90 ms", "p90 to robx's", "within 3 %"),
+        rows=[row for found in data for row in _rows(found)],
+        data=[to_json(found) for found in data],
+        notes=_notes(data, given),
+        settings={"rounds": given.rounds, "seconds": given.seconds, "threads": given.threads, "batch": 1},
+    )
+
+
+def _rows(found: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, figures in found["rounds"].items():
+        p50, p90 = (f"{np.median([f[p] for f in figures]):.3f}" for p in ("p50", "p90"))
+        ratios = found["to_robx"].get(name)
+        if ratios is None:
+            rows.append([found["bundle"], name, p50, "1", p90, "1", ""])
+            continue
+        agrees = all(abs(ratios[p].value - 1) <= _AGREEMENT for p in ("p50", "p90"))
+        shown = [_shown(ratios[p]) for p in ("p50", "p90")]
+        rows.append([found["bundle"], name, p50, shown[0], p90, shown[1], "yes" if agrees else "no"])
+    return rows
+
+
+def _notes(data: list[dict[str, Any]], given: argparse.Namespace) -> list[str]:
+    notes = [
+        f"Ratios are medians over {given.rounds} rounds of {given.seconds:g} s a tool, in random order; "
+        "in brackets the 95 % bootstrap interval over rounds. benchmark_app is run twice a round, half as long, for it "
+        "prints one percentile a run, and leaves the input's copy out of its times, which shows below a millisecond.",
+        f"loadgen is MLCommons' {version('mlcommons-loadgen')}, SingleStream, over robx's own Session.",
+    ]
+    for found in data:
+        runner, bare = np.median(found["starts"], axis=0)
+        ratio = found["start_ratio"]
+        verdict = "at most" if ratio.value <= _START else "above"
+        notes.append(
+            f"{found['bundle']}: from the start of a process to its first answer the runner takes {runner:.2f} s and a "
+            f"bare script {bare:.2f} s, {_shown(ratio)} times as long: {verdict} {_START:g}."
+        )
+    return notes
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> Value:
+    return paired_ratio([np.array([x]) for x in ours], [np.array([x]) for x in theirs])
+
+
+def _shown(ratio: Value) -> str:
+    return f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
 
 
 def _after(text: str, pattern: str) -> str:
