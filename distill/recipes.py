@@ -21,6 +21,8 @@ from robx.distill.presets import BASE, CNN, ROB
 from robx.errors import ArtifactError, InputError
 from robx.records import from_json, to_json
 
+_MAX_RECIPE_BYTES = 1024 * 1024
+
 Method = Literal["dino", "ibot", "msn", "swav", "kd"]
 StudentKind = Literal["vit", "cnn"]
 Pair = tuple[float, float]
@@ -221,9 +223,10 @@ def read_toml(path: Path) -> dict[str, Any]:
         InputError: no such file, or not TOML.
     """
     try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
+        if path.exists() and (not path.is_file() or path.stat().st_size > _MAX_RECIPE_BYTES):
+            raise InputError(f"{path} is no file of at most {_MAX_RECIPE_BYTES} bytes: give a recipe in TOML")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): give a recipe in TOML") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not valid TOML ({error})") from error

@@ -10,8 +10,8 @@ import onnx
 from robx.errors import ArtifactError, MissingExtra
 from robx.export.candidate import Candidate
 from robx.export.float_scope import kept_nodes, openvino_names
-from robx.export.onnx_safety import check_model
 from robx.export.quiet import quiet
+from robx.onnx_safety import check_model
 
 
 def quantize_onnx(model: onnx.ModelProto, calibration: np.ndarray, candidate: Candidate) -> onnx.ModelProto:

@@ -13,9 +13,9 @@ import onnx
 from robx.errors import ArtifactError
 from robx.export.candidate import Candidate
 from robx.export.float_scope import kept_nodes
-from robx.export.onnx_safety import load_checked
 from robx.export.quiet import quiet
 from robx.export.ranges import Ranges
+from robx.onnx_safety import load_checked
 
 
 def quantize(

@@ -21,16 +21,17 @@ from torch import Tensor, nn
 
 from robx import __version__
 from robx.errors import ArtifactError, InputError
-from robx.export.onnx_safety import check_model
 from robx.export.quiet import quiet
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest
 from robx.files import write_bytes
+from robx.onnx_safety import check_model
 from robx.records import Preprocessing, Student, TensorSpec, Value
 
 IR_VERSION = 10
 PIXELS, EMBEDDING, LOGITS = "pixels", "embedding", "logits"
 # The whole difference between PyTorch's and a runtime's float32 kernels, on real images; measured at 1e-5 and below.
 _FP32_TOLERANCE = 1e-3
+_MAX_HEAD_BYTES = 1024**3
 _MIN_COSINE = {"fp32": 0.9999, "fp16": 0.999}
 
 
@@ -229,8 +230,10 @@ def load_head(path: Path) -> Head:
     """
     from safetensors import SafetensorError, safe_open
 
+    if path.is_file() and path.stat().st_size > _MAX_HEAD_BYTES:
+        raise InputError(f"{path} is larger than {_MAX_HEAD_BYTES} bytes: no linear head")
     if not path.is_file():
-        raise InputError(f"{path} does not exist: give a head that robx eval --linear wrote (head.safetensors)")
+        raise InputError(f"{path} does not exist: give safetensors with weight (C, D) and bias (C,)")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata, names = file.metadata() or {}, set(file.keys())
@@ -238,13 +241,16 @@ def load_head(path: Path) -> Head:
                 raise InputError(f"{path} has the tensors {', '.join(sorted(names))}: expected weight and bias")
             weight, bias = file.get_tensor("weight").astype(np.float32), file.get_tensor("bias").astype(np.float32)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a safetensors file ({error}): give a head that robx wrote") from error
+        raise InputError(f"{path} is not a safetensors file ({error}): save the head again") from error
     if weight.ndim != 2 or bias.shape != weight.shape[:1]:
         raise InputError(f"{path}: weight {weight.shape} and bias {bias.shape} are not (C, D) and (C,)")
-    names_of = json.loads(metadata.get("classes", "null")) or [str(i) for i in range(len(bias))]
-    if len(names_of) != len(bias):
-        raise InputError(f"{path} names {len(names_of)} classes and has {len(bias)} rows")
-    return Head(weight, bias, tuple(names_of))
+    try:
+        names_of = json.loads(metadata.get("classes", "null")) or [str(i) for i in range(len(bias))]
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} names its classes in damaged JSON ({error}): save the head again") from error
+    if not isinstance(names_of, list) or len(names_of) != len(bias):
+        raise InputError(f"{path} does not name the classes of its {len(bias)} rows: save the head again")
+    return Head(weight, bias, tuple(map(str, names_of)))
 
 
 def _replace_pools(module: nn.Module) -> None:

@@ -11,8 +11,8 @@ from torch import nn
 
 from robx.errors import ArtifactError, InputError, MissingExtra
 from robx.export.candidate import Candidate
-from robx.export.onnx_safety import load_checked
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest
+from robx.onnx_safety import load_checked
 
 
 def build(

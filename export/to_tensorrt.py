@@ -20,10 +20,10 @@ import numpy as np
 from torch import nn
 
 from robx.errors import InputError, MissingExtra
-from robx.export.onnx_safety import load_checked
 from robx.export.qdq import check_trt_qdq
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest
 from robx.files import sha256_bytes, sha256_file, write_bytes, write_json
+from robx.onnx_safety import load_checked
 from robx.records import Json, TensorSpec
 
 JETSONS = {"jetson-orin": "SM87"}

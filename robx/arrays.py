@@ -13,8 +13,10 @@ import numpy as np
 from PIL import Image
 
 from robx.errors import InputError
+from robx.files import read_bytes
 
 _MAX_ARRAY_BYTES = 4 * 1024**3
+_MAX_NAMES_BYTES = 1024 * 1024
 
 
 class ArraySource:
@@ -56,6 +58,7 @@ def read_idx(path: Path) -> np.ndarray:
     Raises:
         InputError: not an IDX file of unsigned bytes, or its size is not what its header says.
     """
+    _require_file(path)
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             head = file.read(4)
@@ -78,13 +81,25 @@ def read_cifar_binary(paths: Sequence[Path], *, label_bytes: int) -> tuple[np.nd
     record = label_bytes + 3072
     batches = []
     for path in paths:
-        data = np.fromfile(path, dtype=np.uint8)
+        _require_file(path)
+        try:
+            data = np.fromfile(path, dtype=np.uint8)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}): fetch it again") from error
         if not data.size or data.size % record:
             raise InputError(f"{path} is not a CIFAR binary batch ({data.size} bytes): fetch it again")
         batches.append(data.reshape(-1, record))
     rows = np.concatenate(batches)
     pixels = rows[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(pixels), rows[:, label_bytes - 1].astype(np.int64)
+
+
+def _require_file(path: Path) -> None:
+    """Refuse what is no regular file, for reading it may never end, and what would fill the memory."""
+    if not path.is_file():
+        raise InputError(f"{path} is no file: fetch it again")
+    if path.stat().st_size > _MAX_ARRAY_BYTES:
+        raise InputError(f"{path} is larger than {_MAX_ARRAY_BYTES} bytes: give its images as files or shards")
 
 
 def open_idx(path: Path, split: str) -> ArraySource | None:
@@ -96,7 +111,7 @@ def open_idx(path: Path, split: str) -> ArraySource | None:
     pixels = read_idx(images)
     labels_path = next(iter(sorted(path.glob(f"{prefix}-labels*idx1-ubyte*"))), None)
     labels = read_idx(labels_path).astype(np.int64) if labels_path else None
-    if pixels.ndim != 3 or (labels is not None and labels.shape != pixels.shape[:1]):
+    if pixels.ndim != 3 or not pixels.size or (labels is not None and labels.shape != pixels.shape[:1]):
         raise InputError(f"{path}: {images.name} has shape {pixels.shape} and its labels do not fit: fetch them again")
     classes = tuple(str(i) for i in range(int(labels.max()) + 1)) if labels is not None else None
     return ArraySource(path.name, pixels, labels, classes)
@@ -111,6 +126,8 @@ def open_cifar(path: Path, split: str) -> ArraySource | None:
         files = sorted(path.glob(train if split == "train" else test))
         if (path / names).is_file() and files:
             pixels, labels = read_cifar_binary(files, label_bytes=label_bytes)
-            classes = tuple((path / names).read_text().split())
+            classes = tuple(read_bytes(path / names, limit=_MAX_NAMES_BYTES).decode(errors="replace").split())
+            if (top := int(labels.max())) >= len(classes):
+                raise InputError(f"{path} has the label {top} and {names} names {len(classes)} classes: fetch it again")
             return ArraySource(path.name, pixels, labels, classes)
     return None

@@ -24,6 +24,7 @@ from robx.plain import Json as Json
 from robx.plain import from_json as from_json
 from robx.plain import to_json as to_json
 
+_MAX_FILE_BYTES = 16 * 1024**3
 MAX_SIDE = 8192  # pixels of a model's input: more would only fill the memory
 
 Format = Literal["onnx", "openvino", "trt", "ort", "executorch", "litert", "coreml", "ncnn"]
@@ -138,6 +139,7 @@ class Calibration:
     fingerprint: str
     judged_images: int
     judged_fingerprint: str
+    source: str = ""  # fingerprint of the ImageSource that the calibration images were drawn from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,6 +327,8 @@ def _verify(folder: Path, name: str, sha256: str, *, size: int | None = None) ->
             raise ArtifactError(f"{folder} refers to {name!r}, outside of itself: do not use it")
         if not path.is_file():
             raise ArtifactError(f"{path} is missing: the folder is incomplete; make it again")
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise ArtifactError(f"{path} is larger than {_MAX_FILE_BYTES} bytes: no file of a small model")
         if size is not None and path.stat().st_size != size:
             raise ArtifactError(f"{path} is not the file that was written (its size differs): make it again")
         if sha256_file(path) != sha256:

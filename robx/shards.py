@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import stat
 import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -82,8 +84,11 @@ def _index_shard(shard: Path, number: int) -> Iterable[_Member]:
     labels: dict[str, int] = {}
     wrong: dict[str, str] = {}
     members: list[_Member] = []
-    size = shard.stat().st_size
     try:
+        found = shard.stat()
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe or a device may never end
+            raise OSError(errno.EINVAL, "no regular file")
+        size = found.st_size
         with tarfile.open(shard, "r:") as tar:
             for info in tar:
                 key, suffix = _split(info.name)

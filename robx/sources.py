@@ -192,8 +192,13 @@ def _pick_shards(path: Path, shards: list[Path], split: str | None) -> list[Path
     return by_split[split]
 
 
+def _refuse_folder(error: OSError) -> None:
+    """A folder that is left out silently would be a class that is missing."""
+    raise InputError(f"{error.filename} cannot be read ({error.strerror}): fix its permissions, or move it away")
+
+
 def _image_files(root: Path) -> Iterable[str]:
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_refuse_folder):
         # A link to a folder that is above itself would go on for ever.
         above = {os.path.realpath(p) for p in (Path(folder), *Path(folder).parents) if p.is_relative_to(root)}
         kept = (f for f in folders if not f.startswith("."))

@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from robx.errors import ArtifactError, InputError
@@ -71,9 +71,10 @@ def load_trunk(folder: Path) -> tuple[Student, nn.Module]:
     student = load_student(folder)
     trunk = build_trunk(student.timm_name)
     try:
-        trunk.load_state_dict(load_file(folder / "student.safetensors"))
+        # Its bytes, for safetensors opens no file whose name is not UTF-8.
+        trunk.load_state_dict(load((folder / "student.safetensors").read_bytes()))
     except Exception as error:
-        first = str(error).strip().splitlines()[0]
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ArtifactError(f"{folder}: the weights do not fit {student.timm_name} ({first}): distil again") from error
     return student, trunk.eval()
 

@@ -11,7 +11,8 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 
 from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra, RobxError
-from robx.records import Bundle, Student, load_bundle, load_student, to_json
+from robx.files import read_json
+from robx.records import Bundle, Student, from_json, load_bundle, load_student, to_json
 from robx.runtime.runner import run_in_batches
 
 
@@ -79,7 +80,12 @@ def open_session(path: Path, settings: SessionSettings | None = None) -> Session
     else:
         engine, name = engine_module(record), record.runtime
     try:
+        if isinstance(record, Bundle):
+            check_onnx(path, record)
         model = engine.open_model(str(path), to_json(record), asdict(settings))
+        if _read_record(path) != record:  # an export may put another bundle there at any moment
+            model.close()
+            raise ArtifactError(f"{path} was written anew while it was opened: run the same command again")
     except RobxError:
         raise
     except ImportError as error:
@@ -104,6 +110,24 @@ def load_record(path: Path) -> Bundle | Student:
     raise InputError(
         f"{path} is neither a bundle (manifest.json) nor a student (student.json): give one that robx wrote"
     )
+
+
+def check_onnx(path: Path, bundle: Bundle) -> None:
+    """Refuse ONNX that reaches outside of the bundle in `path`, before a runtime follows it; hashes do not tell.
+
+    Raises:
+        ArtifactError: a tensor that is stored elsewhere, or no valid ONNX.
+    """
+    if bundle.model.path.endswith(".onnx"):
+        importlib.import_module("robx.onnx_safety").load_checked(path / bundle.model.path)
+
+
+def _read_record(path: Path) -> Bundle | Student:
+    """The record as it stands there now; the files are not verified again."""
+    bundle, student = path / "manifest.json", path / "student.json"
+    if bundle.is_file():
+        return from_json(Bundle, read_json(bundle), where=str(bundle))
+    return from_json(Student, read_json(student), where=str(student))
 
 
 def engine_module(bundle: Bundle) -> ModuleType:

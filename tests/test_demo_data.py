@@ -12,7 +12,7 @@ from PIL import Image
 
 from robx import demo_data
 from robx.demo_data import pack_pictures, prepare_demo_data
-from robx.sources import labels_of, open_source
+from robx.sources import data_info, labels_of, open_source
 
 
 def _quiet(done: int, total: int, note: str) -> None:
@@ -74,6 +74,16 @@ def test_without_any_source_scenes_are_rendered_and_it_is_said(tmp_path: Path, m
     assert [line.split(":")[0] for line in said] == ["clip art", "CIFAR-10"]
     assert "apt-get and dpkg-deb are missing" in said[0]
     assert len(open_source(data.folder, split="test")) == 2
+    assert data_info(open_source(data.folder, split="train")).licence == "made by robx"
+
+
+def test_shards_of_an_earlier_robx_get_their_licence_and_stay_as_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "demo" / "clip-art-1"
+    _write_scenes(folder, train=4, test=2, size=32)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    data = prepare_demo_data(tmp_path, say=pytest.fail, progress=_quiet)
+    assert data.folder == folder and data_info(open_source(folder)).licence == "public domain"
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before | {"licence.txt": b"public domain\n"}
 
 
 def test_a_failed_download_falls_through_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

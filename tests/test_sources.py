@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from robx.arrays import read_idx
-from robx.errors import CorruptImage, InputError
+from robx.errors import ArtifactError, CorruptImage, InputError
 from robx.files import write_json
 from robx.shards import write_shard
-from robx.sources import labelled, labels_of, open_source
+from robx.sources import data_info, labelled, labels_of, open_source
 
 
 def _png(value: int) -> bytes:
@@ -186,3 +186,67 @@ def test_the_labelled_view_leaves_the_others_out(tmp_path: Path) -> None:
     assert view.read(0).getpixel((0, 0)) == (2, 0, 0)
     assert view.fingerprint != source.fingerprint
     assert labelled(view) is view
+
+
+def test_a_folder_that_cannot_be_read_is_not_a_class_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(_png(1))
+    real = os.scandir
+
+    def refuse(path: str) -> object:
+        if Path(path).name == "b":
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match=r"b cannot be read \(Permission denied\)"):
+        open_source(tmp_path)
+
+
+def test_shards_that_are_links_to_nowhere_or_pipes_are_damaged_ones(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", [("x.png", _png(1), None)])
+    (tmp_path / "b.tar").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "c.tar")
+    source = open_source(tmp_path)
+    assert len(source) == 3 and source.read(0).size == (4, 4)
+    for index, said in ((1, "No such file"), (2, "no regular file")):
+        with pytest.raises(CorruptImage, match=said):
+            source.read(index)
+
+
+def test_arrays_without_images_with_wild_labels_or_in_pipes_are_refused(tmp_path: Path) -> None:
+    for name, shape in (("train-images-idx3-ubyte", (0, 4, 4)), ("train-labels-idx1-ubyte", (0,))):
+        (tmp_path / name).write_bytes(_idx(np.zeros(shape, np.uint8)))
+    with pytest.raises(InputError, match="do not fit"):
+        open_source(tmp_path)
+    cifar = tmp_path / "cifar"
+    cifar.mkdir()
+    np.full((1, 3073), 9, np.uint8).tofile(cifar / "data_batch_1.bin")
+    (cifar / "batches.meta.txt").write_text("plane car")
+    with pytest.raises(InputError, match=r"the label 9 and batches\.meta\.txt names 2 classes"):
+        open_source(cifar)
+    pipe = tmp_path / "pipe"
+    pipe.mkdir()
+    os.mkfifo(pipe / "train-images-idx3-ubyte")
+    with pytest.raises(InputError, match="is no file"):
+        open_source(pipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "licence"),
+    [("CC0-1.0\n", "CC0-1.0"), ("  public domain  \nby many\n", "public domain"), ("", "unknown"), (None, "unknown")],
+)
+def test_the_licence_beside_the_images_goes_into_their_record(tmp_path: Path, text: str | None, licence: str) -> None:
+    write_shard(tmp_path / "train-0.tar", [("x.png", _png(1), 0), ("y.png", _png(2), None)])
+    before = open_source(tmp_path).fingerprint
+    if text is not None:
+        (tmp_path / "licence.txt").write_text(text)
+    for source in (open_source(tmp_path), open_source(tmp_path / "train-0.tar"), labelled(open_source(tmp_path))):
+        assert data_info(source).licence == licence
+    assert open_source(tmp_path).fingerprint == before  # the images are the same
+    (tmp_path / "licence.txt").write_bytes(b"x" * 100_000)
+    with pytest.raises(ArtifactError, match="is larger than"):
+        open_source(tmp_path)
