@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from robx.distill.cross_entropy import crops_cross_entropy
 from robx.distill.objectives import Stats, loss_stats
 from robx.distill.pairs import crop_pairs
+from robx.distill.sinkhorn import assignments
 from robx.distill.views import Scores, Targets, Views
 
 
@@ -41,8 +42,7 @@ class SupervisedKd(nn.Module):
 
     def target_probs(self, scores: Tensor, *, temperature: float | None = None) -> Tensor:
         """Logits (Q, B, K) -> probabilities (Q, B, K)."""
-        wide = scores if scores.dtype == torch.float64 else scores.float()
-        return (wide / (temperature or self.temperature)).softmax(dim=-1).detach()
+        return assignments(scores, temperature=self.temperature if temperature is None else temperature, iterations=0)
 
     def forward(self, scores: Scores, targets: Targets, views: Views) -> tuple[Tensor, Stats]:
         """The loss and its statistics."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,37 +38,20 @@ def build_objective(recipe: Recipe) -> Objective:
     from robx.distill.rob_swav import RobSwav
 
     r = recipe
+    of_all: dict[str, Any] = {
+        "student_temperature": r.student_temperature,
+        "pairing": r.pairing,
+        "sinkhorn_iterations": r.sinkhorn_iterations,
+    }
     match r.objective:
         case "dino":
-            return RobDino(
-                teacher_temperature=r.teacher_temperature,
-                student_temperature=r.student_temperature,
-                pairing=r.pairing,
-                sinkhorn_iterations=r.sinkhorn_iterations,
-            )
+            return RobDino(teacher_temperature=r.teacher_temperature, **of_all)
         case "ibot":
-            return RobIbot(
-                teacher_temperature=r.teacher_temperature,
-                student_temperature=r.student_temperature,
-                pairing=r.pairing,
-                sinkhorn_iterations=r.sinkhorn_iterations,
-                patch_weight=r.patch_weight,
-            )
+            return RobIbot(teacher_temperature=r.teacher_temperature, patch_weight=r.patch_weight, **of_all)
         case "msn":
-            return RobMsn(
-                teacher_temperature=r.teacher_temperature,
-                student_temperature=r.student_temperature,
-                pairing=r.pairing,
-                sinkhorn_iterations=r.sinkhorn_iterations,
-                me_max=r.me_max,
-            )
+            return RobMsn(teacher_temperature=r.teacher_temperature, me_max=r.me_max, **of_all)
         case "swav":
-            return RobSwav(
-                epsilon=r.sinkhorn_epsilon,
-                student_temperature=r.student_temperature,
-                pairing=r.pairing,
-                sinkhorn_iterations=r.sinkhorn_iterations,
-            )
+            return RobSwav(epsilon=r.sinkhorn_epsilon, **of_all)
         case "kd":
             return SupervisedKd(temperature=r.teacher_temperature)
 

@@ -9,26 +9,21 @@ Q target crops   V student crops   B batch   K head outputs
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from robx.distill.cross_entropy import crops_cross_entropy
 from robx.distill.objectives import Stats, loss_stats
 from robx.distill.pairs import Pairing, crop_pairs
-from robx.distill.sinkhorn import sinkhorn
+from robx.distill.sinkhorn import assignments
 from robx.distill.views import Scores, Targets, Views
 
 
-@torch.no_grad()
 def dino_targets(scores: Tensor, *, temperature: float, sinkhorn_iterations: int = 0) -> Tensor:
     """softmax(scores / temperature) of (Q, B, K), in float32 (DINO, arXiv 2104.14294, eq. 1).
 
     With iterations, Sinkhorn over each crop's batch instead of the softmax, as DINO's ablation has it (its table 7).
     """
-    logits = _wide(scores) / temperature
-    if sinkhorn_iterations:
-        return torch.stack([sinkhorn(crop, iterations=sinkhorn_iterations) for crop in logits])
-    return logits.softmax(dim=-1)
+    return assignments(scores, temperature=temperature, iterations=sinkhorn_iterations)
 
 
 def dino_loss(scores: Tensor, targets: Targets, *, pairing: Pairing, temperature: float) -> Tensor:
@@ -61,7 +56,3 @@ class RobDino(nn.Module):
         """The loss and its statistics."""
         loss = dino_loss(scores.crops, targets, pairing=self.pairing, temperature=self.student_temperature)
         return loss, loss_stats(scores.crops, targets, temperature=self.student_temperature)
-
-
-def _wide(scores: Tensor) -> Tensor:
-    return scores if scores.dtype == torch.float64 else scores.float()

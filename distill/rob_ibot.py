@@ -10,13 +10,14 @@ B batch   P patches   M masked patches of both global crops   K head outputs
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robx.distill.cross_entropy import rows_cross_entropy
-from robx.distill.objectives import Stats, loss_stats
-from robx.distill.pairs import Pairing
-from robx.distill.rob_dino import dino_loss, dino_targets
+from robx.distill.objectives import Stats
+from robx.distill.rob_dino import RobDino, dino_targets
 from robx.distill.views import Scores, Targets, Views
 from robx.errors import InputError
 
@@ -42,26 +43,13 @@ def masked_rows(patches: Tensor, masks: Tensor) -> Tensor:
     return patches if patches.ndim == 2 else patches[masks]
 
 
-class RobIbot(nn.Module):
-    """The objective of RoB-iBOT, and of iBOT with an EMA branch and swapped pairs."""
+class RobIbot(RobDino):
+    """The objective of RoB-iBOT, and of iBOT with an EMA branch and swapped pairs: RobDino's, and patches."""
 
-    def __init__(
-        self,
-        *,
-        teacher_temperature: float = 0.07,
-        student_temperature: float = 0.1,
-        pairing: Pairing = "same",
-        sinkhorn_iterations: int = 0,
-        patch_weight: float = 1.0,
-    ) -> None:
-        super().__init__()
-        self.teacher_temperature, self.student_temperature = teacher_temperature, student_temperature
-        self.pairing, self.sinkhorn_iterations, self.patch_weight = pairing, sinkhorn_iterations, patch_weight
-
-    def target_probs(self, scores: Tensor, *, temperature: float | None = None) -> Tensor:
-        """Scores (Q, B, K) of the CLS token -> probabilities (Q, B, K)."""
-        tau = self.teacher_temperature if temperature is None else temperature
-        return dino_targets(scores, temperature=tau, sinkhorn_iterations=self.sinkhorn_iterations)
+    def __init__(self, *, patch_weight: float = 1.0, **cls: Any) -> None:
+        """`patch_weight` stands before the patch part; the rest is as in RobDino."""
+        super().__init__(**cls)
+        self.patch_weight = patch_weight
 
     def patch_probs(self, scores: Tensor, *, temperature: float | None = None) -> Tensor:
         """Scores (..., K) of patch tokens -> probabilities of the same shape; always a softmax."""
@@ -73,8 +61,7 @@ class RobIbot(nn.Module):
         Raises:
             InputError: the student answers with patches and the masks or the patches' targets are missing.
         """
-        cls = dino_loss(scores.crops, targets, pairing=self.pairing, temperature=self.student_temperature)
-        stats = loss_stats(scores.crops, targets, temperature=self.student_temperature)
+        cls, stats = super().forward(scores, targets, views)
         if scores.patches is None or not self.patch_weight:
             return cls, stats
         if views.masks is None or targets.patch_probs is None:

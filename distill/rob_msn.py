@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from robx.distill.cross_entropy import crops_cross_entropy
 from robx.distill.objectives import Stats, loss_stats
 from robx.distill.pairs import Pairing, crop_pairs
-from robx.distill.sinkhorn import sinkhorn
+from robx.distill.sinkhorn import assignments, wide
 from robx.distill.views import Scores, Targets, Views
 
 
@@ -27,11 +27,10 @@ def msn_targets(cosines: Tensor, *, temperature: float, sinkhorn_iterations: int
     Sharpening a softmax of temperature tau by p^(1/T) / sum p^(1/T) is the softmax of temperature tau T. With
     iterations, Sinkhorn is applied to those probabilities, crop by crop.
     """
-    wide = cosines if cosines.dtype == torch.float64 else cosines.float()
-    if sinkhorn_iterations:
-        logs = (wide / temperature).log_softmax(dim=-1)
-        return torch.stack([sinkhorn(crop, iterations=sinkhorn_iterations) for crop in logs])
-    return (wide / temperature).softmax(dim=-1)
+    if not sinkhorn_iterations:
+        return assignments(cosines, temperature=temperature, iterations=0)
+    logs = (wide(cosines) / temperature).log_softmax(dim=-1)
+    return assignments(logs, temperature=1.0, iterations=sinkhorn_iterations)
 
 
 def mean_entropy(scores: Tensor, *, temperature: float) -> Tensor:
@@ -77,7 +76,6 @@ class RobMsn(nn.Module):
         loss = crops_cross_entropy(student, targets, pairs=pairs, temperature=self.student_temperature)
         stats = loss_stats(student, targets, temperature=self.student_temperature)
         if self.me_max:
-            wide = student if student.dtype == torch.float64 else student.float()
-            entropy = mean_entropy(wide, temperature=self.student_temperature)
+            entropy = mean_entropy(wide(student), temperature=self.student_temperature)
             loss, stats = loss - self.me_max * entropy, stats | {"mean_entropy": entropy.detach()}
         return loss, stats

@@ -10,23 +10,18 @@ Q target crops   V student crops   B batch   K prototypes
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from robx.distill.cross_entropy import crops_cross_entropy
 from robx.distill.objectives import Stats, loss_stats
 from robx.distill.pairs import Pairing, crop_pairs
-from robx.distill.sinkhorn import sinkhorn
+from robx.distill.sinkhorn import assignments
 from robx.distill.views import Scores, Targets, Views
 
 
-@torch.no_grad()
 def swav_targets(scores: Tensor, *, epsilon: float, sinkhorn_iterations: int) -> Tensor:
     """Each crop's codes (Q, B, K), in float32 (SwAV, arXiv 2006.09882, eq. 3 and 4)."""
-    wide = (scores if scores.dtype == torch.float64 else scores.float()) / epsilon
-    if not sinkhorn_iterations:
-        return wide.softmax(dim=-1)
-    return torch.stack([sinkhorn(crop, iterations=sinkhorn_iterations) for crop in wide])
+    return assignments(scores, temperature=epsilon, iterations=sinkhorn_iterations)
 
 
 class RobSwav(nn.Module):

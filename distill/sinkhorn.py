@@ -1,4 +1,9 @@
-"""Sinkhorn-Knopp: scores to assignments that use every prototype equally (SwAV, arXiv 2006.09882, section 3.1)."""
+"""From scores to assignments: a softmax, or Sinkhorn-Knopp, by which a batch uses every prototype equally.
+
+SwAV, arXiv 2006.09882, section 3.1.
+
+Q crops   B batch   K prototypes
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,18 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+@torch.no_grad()
+def assignments(scores: Tensor, *, temperature: float, iterations: int) -> Tensor:
+    """softmax(scores / temperature) of (Q, B, K); with iterations, Sinkhorn over each crop's batch instead.
+
+    In float32, or float64 if that came in.
+    """
+    logits = wide(scores) / temperature
+    if not iterations:
+        return logits.softmax(dim=-1)
+    return torch.stack([sinkhorn(crop, iterations=iterations) for crop in logits])
 
 
 @torch.no_grad()
@@ -24,7 +41,7 @@ def sinkhorn(log_scores: Tensor, *, iterations: int) -> Tensor:
     Returns:
         Probabilities (B, K) in float32, or float64 if that came in.
     """
-    scores = log_scores if log_scores.dtype == torch.float64 else log_scores.float()
+    scores = wide(log_scores)
     log_share = math.log(scores.shape[0] * _processes() / scores.shape[1])
     rows = scores.new_zeros(scores.shape[0], 1)
     columns = scores.new_zeros(1, scores.shape[1])
@@ -32,6 +49,11 @@ def sinkhorn(log_scores: Tensor, *, iterations: int) -> Tensor:
         columns = log_share - _logsumexp_over_batch(scores + rows)
         rows = -torch.logsumexp(scores + columns, dim=1, keepdim=True)
     return (scores + columns + rows).exp_()
+
+
+def wide(scores: Tensor) -> Tensor:
+    """float64 as it is, all else in float32: what half precision has for logits is too coarse to divide by 0.03."""
+    return scores if scores.dtype == torch.float64 else scores.float()
 
 
 def _processes() -> int:
