@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from robx.distill.recipes import Recipe
 
 _OBJECTIVES = click.Choice(["dino", "ibot", "msn", "swav", "kd"])
+_POSITIVE = click.FloatRange(0, min_open=True)
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 
@@ -32,7 +32,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--recipe", "recipe_file", type=_FILE, help="TOML file with any of the recipe's keys.")
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the images.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images a step, of all processes and micro-batches.")
-@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Peak rate at this batch size, as it is.")
+@click.option("--lr", type=_POSITIVE, help="Peak rate at this batch size, as it is.")
 @click.option("--crop-size", type=click.IntRange(16), help="Pixels of the two global crops.")
 @click.option("--local-crop-size", type=click.IntRange(16), help="Pixels of the local crops.")
 @click.option("--local-crops", type=click.IntRange(0), help="How many local crops an image.")
@@ -45,18 +45,36 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile teacher and student.")
 @click.option("--resume/--fresh", default=True, help="Go on with the run in --out (default), or start over.")
 @click.option("--force", is_flag=True, help="Resume although settings changed.")
-@click.option("--probe-every", default=0, metavar="EPOCHS", help="A kNN score on labelled images, every so often.")
-@click.option("--checkpoint-minutes", default=10.0, show_default=True, help="Time between checkpoints.")
-@click.option("--checkpoint-steps", default=0, help="Steps between checkpoints, beside the time.")
+@click.option(
+    "--probe-every",
+    type=click.IntRange(0),
+    default=0,
+    metavar="EPOCHS",
+    help="A kNN score on labelled images, every so often.",
+)
+@click.option("--checkpoint-minutes", type=_POSITIVE, default=10.0, show_default=True, help="Time between checkpoints.")
+@click.option(
+    "--checkpoint-steps", type=click.IntRange(0), default=0, help="Steps between checkpoints, beside the time."
+)
 @click.option("--store-targets", "store", type=_FOLDER, help="Write the teacher's targets there, for later runs.")
-@click.option("--store-k", default=256, show_default=True, help="Most probable prototypes of each stored target.")
+@click.option(
+    "--store-k", type=click.IntRange(1), default=256, show_default=True, help="Prototypes kept of each stored target."
+)
 @click.option("--targets", type=_FOLDER, help="Stored targets in the teacher's place.")
 @click.option("--cache", type=_FOLDER, help="Downloads and fitted prototypes; default $ROBX_CACHE or ~/.cache/robx.")
-@click.option("--corrupt-budget", default=0.001, show_default=True, help="Share of images that may fail to decode.")
+@click.option(
+    "--corrupt-budget",
+    type=click.FloatRange(0, 1),
+    default=0.001,
+    show_default=True,
+    help="Share of images that may fail.",
+)
 @click.option("--tensorboard", is_flag=True, help="Write RUN/tensorboard beside metrics.jsonl.")
-@click.option("--log-every", default=10, show_default=True, help="Steps between lines of metrics.jsonl.")
+@click.option(
+    "--log-every", type=click.IntRange(1), default=10, show_default=True, help="Steps between lines of metrics.jsonl."
+)
 @click.option("--dry-run", "dry", is_flag=True, help="Check the settings, say what the run will cost, write nothing.")
-@click.option("--gpu-memory", type=float, metavar="GB", help="With --dry-run: the batch that such a GPU takes.")
+@click.option("--gpu-memory", type=_POSITIVE, metavar="GB", help="With --dry-run: the batch that such a GPU takes.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def distill(
     teacher: str | None,
@@ -113,6 +131,7 @@ def distill(
     metrics to RUN/metrics.jsonl. SIGTERM, SIGUSR1 and Ctrl-C end the run after its step, with a checkpoint and exit
     status 75; a second Ctrl-C ends it at once.
     """
+    from robx.distill.resolve import default_workers, resolve_recipe
     from robx.sources import open_source
 
     students = _required(students, "--student NAME")
@@ -122,7 +141,10 @@ def distill(
         raise InputError("--teacher ema is the base method: it goes with neither --teacher-weights nor --targets")
     if (teacher is None) == (targets is None):
         raise InputError("give one of --teacher NAME (see robx teachers; ema is the base method) and --targets DIR")
-    recipe = _resolve(objective, settings, recipe_file, teacher=teacher, targets=targets, student=students[0])
+    recipe = resolve_recipe(
+        student=students[0], teacher=teacher, targets=targets, objective=objective, file=recipe_file, options=settings
+    )
+    workers = default_workers() if workers is None else workers
 
     from robx.distill.processes import join_processes
     from robx.distill.run import Options
@@ -130,8 +152,7 @@ def distill(
     from robx.distill.train import train
 
     if dry:
-        cost = _dry_run(recipe, students, source, teacher, teacher_weights, targets, device, workers, gpu_memory)
-        click.echo(json.dumps(cost, indent=2)) if as_json else _show_cost(cost)
+        _dry_run(recipe, students, source, teacher, teacher_weights, targets, device, workers, gpu_memory, as_json)
         return
     run: Path = _required(out, "--out DIR")
     with join_processes(device) as processes, progress_bar(quiet=not processes.first) as progress:
@@ -162,7 +183,7 @@ def distill(
             init=init,
             options=Options(
                 device=device,
-                workers=_default_workers() if workers is None else workers,
+                workers=workers,
                 compile=compiled,
                 fresh=not resume,
                 force=force,
@@ -238,47 +259,6 @@ def students(as_json: bool) -> None:
     print_table(("student", "params", "width", "kind"), shown, right=(1, 2))
 
 
-def _resolve(
-    objective: str | None,
-    settings: dict[str, Any],
-    recipe_file: Path | None,
-    *,
-    teacher: str | None,
-    targets: Path | None,
-    student: str,
-) -> Recipe:
-    """The preset of the objective and the student's kind, then the recipe file, then the options."""
-    from robx.distill.networks import student_kind
-    from robx.distill.recipes import override, preset, read_toml
-    from robx.distill.stored import read_info
-
-    values = read_toml(recipe_file) if recipe_file else {}
-    base = teacher == "ema" or bool(values.get("base", False))
-    if base != (teacher == "ema"):
-        raise InputError(f"{recipe_file}: base = true goes with --teacher ema")
-    method: Any = objective or values.get("objective")
-    if method is None and targets is not None:
-        method = read_info(targets).decided_by["objective"]
-    recipe: Recipe = preset(method or _default_objective(teacher), student_kind(student), base=base)
-    recipe = override(recipe, values | {"objective": recipe.objective}, where=str(recipe_file or "recipe"))
-    given = {name: value for name, value in settings.items() if value is not None}
-    if "lr" in given:
-        given |= {"lr_batch": None, "warmup_lr": 0.0, "final_lr": min(recipe.final_lr, given["lr"])}
-    return override(recipe, given, where="options")
-
-
-def _default_objective(teacher: str | None) -> Any:
-    """The method that the teacher was pretrained with; msn for one whose prototypes are fitted; dino for ema."""
-    from robx.distill.zoo import find_teacher
-
-    if teacher is None or teacher == "ema":
-        return "dino"
-    if teacher in ("dino", "ibot", "msn", "swav"):
-        return teacher
-    method = find_teacher(teacher).method
-    return "msn" if method == "headless" else method
-
-
 def _dry_run(
     recipe: Recipe,
     students: tuple[str, ...],
@@ -287,13 +267,13 @@ def _dry_run(
     weights: Path | None,
     targets: Path | None,
     device: str | None,
-    workers: int | None,
+    workers: int,
     gpu_memory: float | None,
-) -> dict[str, Any]:
-    import torch
-
+    as_json: bool,
+) -> None:
     from robx.distill.dryrun import dry_run
     from robx.distill.networks import open_targets
+    from robx.distill.processes import pick_device
     from robx.distill.teachers import build_teacher_skeleton
     from robx.records import to_json
 
@@ -312,36 +292,26 @@ def _dry_run(
         source=source,
         teacher=skeleton,
         stored=None if targets is None else open_targets(targets, recipe, source),
-        device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
-        workers=_default_workers() if workers is None else workers,
+        device=pick_device(device),
+        workers=workers,
         gpu_memory=gpu_memory,
     )
-    return {"recipe": to_json(recipe), "cost": to_json(cost) | {"batch_bytes": cost.batch_bytes}}
+    if as_json:
+        both = {"recipe": to_json(recipe), "cost": to_json(cost) | {"batch_bytes": cost.batch_bytes}}
+        click.echo(json.dumps(both, indent=2))
+    else:
+        _show_cost(recipe, cost)
 
 
-def _show_cost(result: dict[str, Any]) -> None:
-    cost, recipe = result["cost"], result["recipe"]
-    networks = [("teacher", cost["teacher"])] if cost["teacher"] else []
-    networks += [("student", student) for student in cost["students"]]
+def _show_cost(recipe: Recipe, cost: RunCost) -> None:
+    networks = [("teacher", cost.teacher)] if cost.teacher else []
+    networks += [("student", student) for student in cost.students]
     rows = [
-        (f"{role} {network['name']}", f"{network['params'] / 1e6:.1f} M", f"{network['flops_per_image'] / 1e9:.2f}")
+        (f"{role} {network.name}", f"{network.params / 1e6:.1f} M", f"{network.flops_per_image / 1e9:.2f}")
         for role, network in networks
     ]
     print_table(("network", "params", "GFLOPs an image"), rows, right=(1, 2))
-    per_image = cost["image_bytes"] / 1e6
-    lines = [
-        f"{cost['images']} images x {cost['epochs']} epochs, batch {recipe['batch_size']}: {cost['steps']} steps",
-        f"memory: {cost['fixed_bytes'] / 1e9:.2f} GB fixed + {per_image:.1f} MB an image = "
-        f"{cost['batch_bytes'] / 1e9:.2f} GB at a micro-batch of {cost['batch_size']}",
-        f"measured on {cost['device']}: bound {cost['bound_images_per_s']:.1f} images/s "
-        f"(teacher alone {cost['teacher_images_per_s']:.1f}, students alone {cost['student_images_per_s']:.1f}); "
-        f"one loader worker {cost['loader_images_per_s']:.1f} images/s",
-        f"at that rate the run takes {cost['hours']:.2f} hours",
-    ]
-    if cost["gpu_batch"] is not None:
-        fits = f"a micro-batch of about {cost['gpu_batch']}" if cost["gpu_batch"] else "no batch at all"
-        lines.append(f"a GPU of {cost['gpu_memory_gb']:g} GB takes {fits} (estimated)")
-    click.echo("\n".join(lines))
+    click.echo("\n".join(cost.lines(recipe.batch_size)))
 
 
 def _figure(value: float | None) -> str:
@@ -357,11 +327,6 @@ def _show_result(folders: list[Path], *, as_json: bool) -> None:
             click.echo(json.dumps({"folder": str(folder)} | to_json(student)))
         else:
             print_line(f"{folder}: {student.timm_name}, {student.width} wide, {student.images_seen} images seen")
-
-
-def _default_workers() -> int:
-    """Half of the processors, at least one, at most eight: the other half computes."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) // 2))
 
 
 def _required(value: Any, option: str) -> Any:

@@ -65,6 +65,23 @@ class RunCost:
         """What a micro-batch of the recipe's size takes, in all."""
         return self.fixed_bytes + self.image_bytes * self.batch_size
 
+    def lines(self, batch_size: int) -> list[str]:
+        """It in words, but for the networks; `batch_size` is the recipe's, of all micro-batches."""
+        per_image = f"{self.image_bytes / 1e6:.1f} MB an image"
+        found = [
+            f"{self.images} images x {self.epochs} epochs, batch {batch_size}: {self.steps} steps",
+            f"memory: {self.fixed_bytes / 1e9:.2f} GB fixed + {per_image} = {self.batch_bytes / 1e9:.2f} GB "
+            f"at a micro-batch of {self.batch_size}",
+            f"measured on {self.device}: bound {self.bound_images_per_s:.1f} images/s "
+            f"(teacher alone {self.teacher_images_per_s:.1f}, students alone {self.student_images_per_s:.1f}); "
+            f"one loader worker {self.loader_images_per_s:.1f} images/s",
+            f"at that rate the run takes {self.hours:.2f} hours",
+        ]
+        if self.gpu_batch is not None:
+            fits = f"a micro-batch of about {self.gpu_batch}" if self.gpu_batch else "no batch at all"
+            found.append(f"a GPU of {self.gpu_memory_gb:g} GB takes {fits} (estimated)")
+        return found
+
 
 def dry_run(
     recipe: Recipe,

@@ -225,15 +225,34 @@ def _patch_size(trunk: nn.Module) -> int:
     return int(cast(Any, trunk).patch_embed.patch_size[0])
 
 
+@torch.no_grad()
+def refusal(trunk: nn.Module, size: int) -> str:
+    """What a network says to an image of `size` pixels that it cannot take; empty when it takes it."""
+    training = trunk.training
+    device = next(trunk.parameters()).device
+    try:
+        trunk.eval()(torch.zeros(1, 3, size, size, device=device))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    finally:
+        trunk.train(training)
+    return ""
+
+
 def _require_sizes(name: str, trunk: nn.Module, recipe: Recipe) -> None:
-    """Refuse a trunk of one fixed image size when the crops have another."""
+    """Refuse crops that the trunk does not take: it has one fixed size, or patches that do not divide them."""
     patch_embed = getattr(trunk, "patch_embed", None)
     fixed = getattr(patch_embed, "img_size", None)
-    if fixed is None or not getattr(patch_embed, "strict_img_size", False) or getattr(trunk, "dynamic_img_size", False):
-        return
+    if not getattr(patch_embed, "strict_img_size", False) or getattr(trunk, "dynamic_img_size", False):
+        fixed = None
     for size in (recipe.crop_size, recipe.local_crop_size if recipe.local_crops else recipe.crop_size):
-        if (size, size) != tuple(fixed):
+        if fixed is not None and (size, size) != tuple(fixed):
             raise InputError(
                 f"{name} takes images of {fixed[0]} pixels alone, and a crop has {size}: "
                 f"set crop_size = {fixed[0]} and local_crops = 0, or choose another student"
+            )
+        if why := refusal(trunk, size):
+            raise InputError(
+                f"{name} takes no crops of {size} pixels ({why}): set crop_size and local_crop_size to what it takes, "
+                "or choose another student"
             )

@@ -27,6 +27,7 @@ from robx.distill.published_trunks import (
     load_trunk_state,
     trunk_width,
 )
+from robx.distill.students import refusal
 from robx.distill.timm_teachers import build_timm_teacher, load_timm_teacher
 from robx.distill.zoo import ZOO, ZooEntry, find_teacher
 from robx.errors import ArtifactError, InputError
@@ -82,12 +83,13 @@ def load_teacher(
         trunk, sha256 = load_timm_teacher(
             entry, classifier=method == "classifier", weights=weights, folder=folder, progress=progress
         )
-        teacher = _timm_teacher(entry, trunk, method=method, sha256=sha256, image_size=image_size).to(device)
+        teacher = _timm_teacher(entry, trunk, method=method, sha256=sha256, image_size=image_size)
+        teacher = _sized(teacher, image_size).to(device)
         if method == "headless" and source is not None:
             _fit(teacher, source, prototypes, seed=seed, streaming=streaming, folder=folder, progress=progress)
         return teacher
     path = weights if weights is not None else _download(entry, folder, progress)
-    return _published(entry, path, image_size=image_size).to(device)
+    return _sized(_published(entry, path, image_size=image_size), image_size).to(device)
 
 
 def build_teacher_skeleton(
@@ -108,17 +110,18 @@ def build_teacher_skeleton(
     entry = _entry(name, weights)
     method = _method(entry, objective)
     if entry.name not in ZOO and method not in ("headless", "classifier") and weights is not None:
-        return _published(entry, weights, image_size=image_size)
+        return _sized(_published(entry, weights, image_size=image_size), image_size)
     if method in ("headless", "classifier"):
         trunk = build_timm_teacher(entry, classifier=method == "classifier")
         teacher = _timm_teacher(entry, trunk, method=method, sha256="", image_size=image_size)
         if method == "headless":
             head = fitted_head(torch.zeros(teacher.width), torch.randn(prototypes, teacher.width))
             teacher.head, teacher.num_prototypes = head, prototypes
-        return teacher
+        return _sized(teacher, image_size)
     trunk = build_published_trunk(entry.trunk)
     shapes = dataclasses.asdict(entry.head) if entry.head is not None else {}
-    return _assemble(entry, trunk, random_head(trunk_width(trunk), **shapes), sha256="", image_size=image_size)
+    head = random_head(trunk_width(trunk), **shapes)
+    return _sized(_assemble(entry, trunk, head, sha256="", image_size=image_size), image_size)
 
 
 def _entry(name: str, weights: Path | None) -> ZooEntry:
@@ -255,6 +258,15 @@ def _fit(
     teacher.num_prototypes = prototypes
     how = f"{prototypes} fitted by spherical k-means to {found.images} images of {source.name} ({source.fingerprint})"
     teacher.info = dataclasses.replace(teacher.info, prototypes=f"{how}, seed {seed}")
+
+
+def _sized(teacher: Teacher, image_size: int) -> Teacher:
+    """The teacher, once it is certain that it takes crops of this size."""
+    if why := refusal(teacher.trunk, image_size):
+        raise InputError(
+            f"teacher {teacher.name} takes no crops of {image_size} pixels ({why}): choose another --crop-size"
+        )
+    return teacher
 
 
 def _preprocessing(image_size: int) -> Preprocessing:

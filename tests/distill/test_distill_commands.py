@@ -87,6 +87,30 @@ def test_a_dry_run_counts_and_writes_nothing(scenes: Path, tmp_path: Path) -> No
             ("--student", "resnet18", "--data", "DATA", "--teacher", "ema", "--teacher-weights", "f.pth"),
             "--teacher ema is the base method",
         ),
+        (("--student", "resnet18", "--data", "DATA", "--teacher", "ema", "--device", "abacus"), "--device abacus"),
+        (("--student", "resnet18", "--data", "DATA", "--teacher", "ema", "--device", "cuda:99"), "--device cuda:99"),
+        (
+            ("--student", "resnet18", "--data", "DATA", "--teacher", "timm:resnet18", "--objective", "dino"),
+            "published without a head",
+        ),
+        (
+            ("--student", "test_vit", "--data", "DATA", "--teacher", "ema", "--batch-size", "8", "--crop-size", "100"),
+            "test_vit takes no crops of 100 pixels",
+        ),
+        (
+            (
+                "--student",
+                "resnet18",
+                "--data",
+                "DATA",
+                "--teacher",
+                "timm:test_vit",
+                "--crop-size",
+                "100",
+                "--dry-run",
+            ),
+            "teacher timm:test_vit takes no crops of 100 pixels",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line_and_status_2(
@@ -99,6 +123,34 @@ def test_what_is_wrong_is_one_line_and_status_2(
     assert found.exit_code == 2 and said in found.stderr, found.output
     assert found.stderr.startswith("robx: ") and found.stderr.count("\n") == 1
     assert not (tmp_path / "run" / "student.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--log-every", "0"), ("--store-k", "0"), ("--probe-every", "-1"), ("--checkpoint-minutes", "0")),
+        *(("--checkpoint-steps", "-1"), ("--corrupt-budget", "2"), ("--gpu-memory", "0"), ("--lr", "0")),
+    ],
+)
+def test_a_number_that_cannot_work_is_refused_before_anything_is_read(option: str, value: str) -> None:
+    found = robx("distill", option, value)
+    assert found.exit_code == 2 and f"Invalid value for '{option}'" in found.stderr, found.output
+
+
+def test_processes_that_torchrun_did_not_start_are_refused(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    found = robx("distill", "--teacher", "ema", *TINY, "--data", scenes, "--out", tmp_path / "run")
+    assert found.exit_code == 2 and "start the processes with torchrun" in found.stderr
+
+
+def test_a_recipe_that_contradicts_the_teacher_is_refused(scenes: Path, recipe: Path) -> None:
+    recipe.write_text("base = true\n")
+    command = ("distill", *TINY, "--data", scenes, "--recipe", recipe, "--dry-run")
+    found = robx(*command, "--teacher", "timm:test_resnet")
+    assert found.exit_code == 2 and "base = true contradicts --teacher timm:test_resnet" in found.stderr
 
 
 def test_the_lists() -> None:
