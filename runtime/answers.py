@@ -39,11 +39,13 @@ REPORT: Form = {
     "cool_down": {"reached": bool},
 }
 _READING: Form = {"joules": (float, None), "range": (float, None), "reason": (str, None)}
+_GPU: Form = {**_READING, "memory": (int, None), "throttled": [str]}
 TIMED: Form = {
     "warm_up": {"steady": bool},
     "window": [float],
     "wall_seconds": float,
     "energy": {"before": _READING, "after": _READING},
+    "gpu": ({"before": _GPU, "after": _GPU}, None),
 }
 SNAPSHOT: Form = {
     "t": float,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,12 +17,11 @@ from robx.errors import GateFailed, InputError
 from robx.files import write_atomically
 from robx.records import Bundle, Latency, Value, load_bundle, to_json
 from robx.runtime import compare, latency
-from robx.runtime.bench import BenchOptions
 from robx.runtime.bench import bench as run_bench
 from robx.runtime.doctor import examine
 from robx.runtime.infer import find_images, infer, top_labels
 from robx.runtime.inputs import load_inputs
-from robx.runtime.profiles import PROFILES
+from robx.runtime.profiles import PROFILES, BenchOptions
 from robx.runtime.session import SessionSettings, open_session
 from robx.sources import open_source
 
@@ -73,8 +74,14 @@ def bench(
     settings = SessionSettings(threads=threads, provider=provider, precision_hint=precision_hint)  # type: ignore[arg-type]
     source = open_source(data) if data is not None else None
     if ab:
-        if device != "local":
-            raise InputError(f"--ab alternates within one process and --device is {device}: leave one of them out")
+        _refuse_with_ab(
+            device=device != "local",
+            affinity=affinity,
+            processes=processes,
+            batch=batch > 1,
+            python=device_python,
+            emulated=emulated,
+        )
         ratios = _compare(bundles, settings, data, PROFILES[profile].seconds, seed)
         _print_ratios(bundles[0], ratios, as_json=as_json)
         return
@@ -89,7 +96,7 @@ def bench(
         emulated=emulated,
         seed=seed,
     )
-    with progress_bar(quiet=as_json) as progress:
+    with _ended_by_signals(), progress_bar(quiet=as_json) as progress:
         records = run_bench(bundles, options, source=source, progress=progress)
     if as_json:
         for record in records:
@@ -143,7 +150,8 @@ def doctor(device: str, device_python: str | None, as_json: bool) -> None:
     robx doctor
     robx doctor --device ssh://pi@raspberrypi
     """
-    facts, findings = examine(device, python=device_python)
+    with _ended_by_signals():
+        facts, findings = examine(device, python=device_python)
     if as_json:
         click.echo(json.dumps({"facts": facts, "findings": [asdict(finding) for finding in findings]}, indent=2))
         return
@@ -160,6 +168,30 @@ def doctor(device: str, device_python: str | None, as_json: bool) -> None:
     print_table(("for", "what", "state"), rows)
 
 
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a command as Ctrl-C does: by way of its clean-up, so that nothing stays on the device."""
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+
+    def end(number: int, _: object) -> None:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)  # a second one must not end the clean-up
+        raise SystemExit(128 + number)
+
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _refuse_with_ab(**given: object) -> None:
+    if names := [f"--{name}" for name, value in given.items() if value]:
+        raise InputError(f"--ab alternates within one process of this machine: leave out {', '.join(names)}")
+
+
 def _compare(
     bundles: Sequence[Path], settings: SessionSettings, data: Path | None, seconds: float, seed: int
 ) -> dict[Path, Value]:
@@ -169,12 +201,9 @@ def _compare(
     if len(shapes) > 1:
         raise InputError("--ab needs bundles of one preprocessing: they are to run the same images")
     images = load_inputs(shapes.pop(), open_source(data) if data is not None else None).images
-    sessions = {str(folder): open_session(folder, settings) for folder in bundles}
-    try:
+    with contextlib.ExitStack() as stack:
+        sessions = {str(folder): stack.enter_context(open_session(folder, settings)) for folder in bundles}
         blocks = compare.interleave(sessions, images, blocks=20, seconds=seconds / 20, seed=seed)
-    finally:
-        for session in sessions.values():
-            session.close()
     first = blocks[str(bundles[0])]
     return {folder: latency.paired_ratio(blocks[str(folder)], first) for folder in bundles[1:]}
 
@@ -190,13 +219,15 @@ def _print_ratios(first: Path, ratios: dict[Path, Value], *, as_json: bool) -> N
 
 
 def _print_records(folders: Sequence[Path], records: Sequence[Latency]) -> None:
-    headings = ("bundle", "verdict", "p50 ms", "95 %", "p90 ms", "p90 bound", "first ms", "peak MB", "cosine")
+    figures = ("p50 ms", "95 %", "p90 ms", "p90 bound", "drift %", "first ms", "peak MB", "cosine")
     rows = [(folder.name, *_record_row(record)) for folder, record in zip(folders, records, strict=True)]
     invalid = [number for number, record in enumerate(records) if record.verdict != "VALID"]
-    print_table(headings, rows, right=range(2, 9), dim=invalid)
+    print_table(("bundle", "verdict", *figures), rows, right=range(2, 10), dim=invalid)
     for folder, record in zip(folders, records, strict=True):
         for reason in record.reasons:
             print_line(f"{folder.name}: {record.verdict}, {reason}")
+        if "sustained" in record.values:
+            print_line(f"{folder.name}: {_heat(record.values)}")
     if not PROFILES[records[0].settings["profile"]["name"]].publishable:
         click.echo("A rapid or quick profile is not for publication: use --profile standard.")
 
@@ -209,10 +240,16 @@ def _record_row(record: Latency) -> tuple[str, ...]:
         f"{_number(v['p50'].low)}-{_number(v['p50'].high)}" if "p50" in v else "",
         _cell(v.get("p90")),
         _number(v["p90"].high) if "p90" in v else "",
+        f"{v['drift'].value:+.1f}" if "drift" in v else "",
         _cell(v.get("first")),
         _cell(v.get("peak_memory")),
         f"{v['output_cosine'].value:.4f}" if "output_cosine" in v else "",
     )
+
+
+def _heat(values: Mapping[str, Value]) -> str:
+    burst, late, slower = (values[name].value for name in ("burst", "sustained", "slowdown"))
+    return f"p50 {burst:.3g} ms in the first 10 s, {late:.3g} ms in the last 60 s ({slower:+.1f} %)"
 
 
 def _cell(value: Value | None) -> str:

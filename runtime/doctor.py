@@ -34,6 +34,7 @@ _PARTS = (
         "use the board's JetPack, or pip install tensorrt",
     ),
     ("trt bundles for RTX", ("tensorrt_rtx",), "pip install 'robx[trt-rtx]'", "pip install tensorrt_rtx"),
+    ("a GPU's memory and energy", ("nvidia-ml-py",), "pip install nvidia-ml-py", "pip install nvidia-ml-py"),
     ("executorch bundles", ("executorch",), "pip install 'robx[executorch]'", "pip install executorch"),
     ("litert bundles", ("ai-edge-litert",), "pip install 'robx[litert]'", "pip install ai-edge-litert"),
     ("ncnn bundles", ("ncnn",), "pip install 'robx[ncnn]'", "pip install ncnn"),

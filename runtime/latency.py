@@ -13,6 +13,8 @@ import numpy as np
 
 from robx.records import Value
 
+# Heat shows late: a figure is sustained when it is the last minute of five or more.
+BURST_SECONDS, SUSTAINED_SECONDS, LONG_SECONDS = 10, 60, 300
 # Upper 2.5 % points of Student's t with 1, 2, ... 30 degrees of freedom.
 _T975 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
@@ -92,7 +94,7 @@ def process_interval(processes: Sequence[np.ndarray], confidence: float = 0.95) 
         return low, high
     medians = np.array([np.median(samples) for samples in processes], dtype=np.float64)
     degrees = len(medians) - 1
-    t = _T975[degrees - 1] if degrees <= len(_T975) else 1.96
+    t = _T975[min(degrees, len(_T975)) - 1]
     half = t * float(medians.std(ddof=1)) / math.sqrt(len(medians))
     centre = float(np.median(pooled))
     return max(0.0, min(low, centre - half)), max(high, centre + half)
@@ -112,6 +114,33 @@ def drift(processes: Sequence[np.ndarray]) -> float:
     return max(ratios)
 
 
+def sustained(processes: Sequence[np.ndarray]) -> dict[str, Value]:
+    """What heat does: the first 10 s of queries against the last 60 s, of the processes that were busy for 300 s.
+
+    ``burst`` and ``sustained`` are medians in ms, ``sustained_p90`` has the early-stopping bound as `high`, and
+    ``slowdown`` is the sustained median over the burst's in %, of all processes the greatest. Empty when no process was
+    busy for so long.
+    """
+    ends = [(samples, np.cumsum(samples) / 1e9) for samples in processes]
+    long = [(samples, end) for samples, end in ends if end[-1] >= LONG_SECONDS]
+    if not long:
+        return {}
+    first = [samples[: max(1, np.searchsorted(end, BURST_SECONDS))] for samples, end in long]
+    last = [samples[np.searchsorted(end, end[-1] - SUSTAINED_SECONDS) :] for samples, end in long]
+    burst, late = np.concatenate(first), np.concatenate(last)
+    slowdown = max(float(np.median(b) / np.median(a)) for a, b in zip(first, last, strict=True))
+    values = {
+        "burst": Value(value=_ms(np.median(burst)), n=len(burst), unit="ms"),
+        "sustained": Value(value=_ms(np.median(late)), n=len(late), unit="ms"),
+        "slowdown": Value(value=100 * (slowdown - 1), n=len(late), unit="%"),
+    }
+    bound = early_stopping_bound(late, 0.90)
+    if bound is not None:
+        observed = np.quantile(late, 0.90, method="inverted_cdf")
+        values["sustained_p90"] = Value(value=_ms(observed), high=_ms(bound), n=len(late), unit="ms")
+    return values
+
+
 def spread(processes: Sequence[np.ndarray]) -> float:
     """The largest of the processes' medians over the smallest."""
     medians = [float(np.median(samples)) for samples in processes]
@@ -124,7 +153,7 @@ def paired_ratio(
     """Latency of A over that of B: ratio of medians, with a 95 % bootstrap interval over pairs of blocks.
 
     `blocks_a[i]` and `blocks_b[i]` (int64 ns) were measured one after the other, so what slows the machine slows both.
-    A is faster than B only when `high` is below 1.
+    A is faster than B only when `high` is below 1. With fewer than six pairs no interval of a median reaches 95 %.
 
     Raises:
         ValueError: another number of blocks in A than in B, or none.

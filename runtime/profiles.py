@@ -1,10 +1,14 @@
-"""How long a bench runs: MLPerf Mobile's rapid, quick and normal lengths, and MLPerf Inference's ten minutes."""
+"""What a bench is asked for, and how long it runs.
+
+The lengths are MLPerf Mobile's rapid, quick and normal ones, and MLPerf Inference's ten minutes.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from robx.errors import InputError
+from robx.runtime.session import SessionSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,3 +86,25 @@ def find_profile(name: str) -> Profile:
     if name not in PROFILES:
         raise InputError(f"unknown profile {name!r}: one of {', '.join(PROFILES)}")
     return PROFILES[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """What is measured, and how; every field stands in the record."""
+
+    device: str = "local"  # local, ssh://[user@]host[:port] or adb://serial
+    profile: str = "quick"  # of PROFILES
+    settings: SessionSettings = field(default_factory=SessionSettings)
+    processes: int | None = None  # None: the profile's
+    affinity: tuple[int, ...] | None = None  # cores that the measured process may use; None: any
+    batch: int = 1  # more than one is offline throughput
+    python: str | None = None  # the device's Python command
+    emulated: bool = False  # an emulated processor: refuse latency, keep the answers
+    seed: int = 0  # of the order
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        find_profile(self.profile)
+        for name, number in (("processes", self.processes), ("batch", self.batch)):
+            if number is not None and number < 1:
+                raise InputError(f"{name} is {number}: give 1 or more")

@@ -1,4 +1,4 @@
-"""What a runner sent back: read with distrust, then made into one Latency record with its raw samples beside it."""
+"""What a runner sent back: read with distrust, then made into a record's figures."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def read_result(path: Path, *, images: int) -> ProcessResult:
             timed = bool(report["timed"])
             outputs, seen = _outputs(archive, images)
             samples = _array(archive, "samples.npy") if timed else np.empty(0, dtype=np.int64)
-            text = _part(archive, "telemetry.jsonl", _MAX_JSON_BYTES * 16).decode(errors="replace")
+            # Where no process could be started to watch there is none; validity says so.
+            watched = "telemetry.jsonl" in archive.namelist()
+            text = _part(archive, "telemetry.jsonl", _MAX_JSON_BYTES * 16).decode(errors="replace") if watched else ""
     except DeviceError:
         raise
     except Exception as error:  # zipfile, zlib and numpy raise whatever their parsers meet
@@ -68,16 +70,15 @@ def figures(results: Sequence[ProcessResult], *, batch: int) -> tuple[dict[str, 
     }
     values["load"] = _over([r.report["load_ns"] / 1e6 for r in results], "ms")
     values["first"] = _over([r.report["first_ns"] / 1e6 for r in results], "ms")
-    peaks = [r.report["memory"]["peak"] / 1e6 for r in results if r.report["memory"]]
-    if peaks:
-        values["peak_memory"] = _over(peaks, "MB")
-        grown = [
-            (r.report["memory"]["peak"] - r.report["memory_before"]["now"]) / 1e6 for r in results if r.report["memory"]
-        ]
-        values["model_memory"] = _over(grown, "MB")
+    told = [(r.report["memory_before"], r.report["memory"]) for r in results]
+    if all(before and after for before, after in told):
+        values["peak_memory"] = _over([after["peak"] / 1e6 for _, after in told], "MB")
+        values["model_memory"] = _over([(after["peak"] - before["now"]) / 1e6 for before, after in told], "MB")
     else:
         missing["peak_memory"] = "the kernel does not say (no VmHWM)"
     _energy(results, batch, values, missing)
+    if all(r.report["gpu"] for r in results):
+        _gpu(results, batch, values, missing)
     return values, missing
 
 
@@ -98,6 +99,21 @@ def _energy(results: Sequence[ProcessResult], batch: int, values: dict[str, Valu
         missing["energy"] = next(reason for used, reason in counted if used is None)
         return
     values["energy"] = Value(value=total / images, n=images, unit="J")
+
+
+def _gpu(results: Sequence[ProcessResult], batch: int, values: dict[str, Value], missing: dict[str, str]) -> None:
+    """What the GPU's driver counts: bytes that the process holds after its last query, and gross joules an image."""
+    after = [r.report["gpu"]["after"] for r in results]
+    if all(reading["memory"] is not None for reading in after):
+        values["gpu_memory"] = _over([reading["memory"] / 1e6 for reading in after], "MB")
+    else:
+        missing["gpu_memory"] = next((r["reason"] for r in after if r["reason"]), "the driver does not say")
+    counted = [telemetry.joules(r.report["gpu"]) for r in results]
+    if all(used is not None for used, _ in counted):
+        images = sum(len(r.samples) for r in results) * batch
+        values["gpu_energy"] = Value(value=sum(used or 0.0 for used, _ in counted) / images, n=images, unit="J")
+    else:
+        missing["gpu_energy"] = next(reason for used, reason in counted if used is None)
 
 
 def _over(numbers: Sequence[float], unit: str) -> Value:

@@ -2,8 +2,9 @@
 
     python robx_runner.pyz JOB.json
 
-robx packs this file (as ``__main__``), device.py and one engine into ``robx_runner.pyz`` and pushes it with the bundle,
-the images and the job. The same file measures this machine. It reads and writes in the job's folder alone:
+robx packs this file (as ``__main__``), what describes and watches the device, and one engine into ``robx_runner.pyz``
+and pushes it with the bundle, the images and the job. The same file measures this machine. It reads and writes in the
+job's folder alone, where only one may be at work:
 
     job.json      what to do; the keys are _KEYS
     images.npy    preprocessed, float32 (N, 3, H, W)
@@ -16,7 +17,7 @@ the images and the job. The same file measures this machine. It reads and writes
 
 from __future__ import annotations
 
-import gc
+import fcntl
 import hashlib
 import importlib
 import json
@@ -33,11 +34,11 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 if sys.version_info < (3, 8):
     raise SystemExit("the device's Python is %s: robx needs 3.8 or later there" % sys.version.split()[0])
 
+from robx.runtime import device, nvidia, timing, watch  # packed beside this file
+
 SCHEMA = 1
 RESULT = "result.zip"
 _PARTS = ("outputs.npz", "samples.npy", "telemetry.jsonl", "result.json")
-_WINDOW_QUERIES = 10  # the fewest queries of a warm-up window
-_AGREEMENT = 0.02  # three windows' medians within this are a steady state
 _KEYS = {
     *("engine", "folder", "manifest", "settings", "files", "affinity", "batch", "latency", "cool_down_seconds"),
     *("queries", "seconds", "max_seconds", "warm_up_seconds", "warm_up_limit", "time_limit"),
@@ -47,7 +48,6 @@ _KEYS = {
 def main(arguments: list[str]) -> int:
     """Do one job, or print what the device is; returns the exit status."""
     if arguments[:1] == ["--doctor"]:
-        device = _sibling("device")
         sys.stdout.write(json.dumps({"facts": device.describe(), "packages": device.packages()}) + "\n")
         return 0
     if len(arguments) != 1:
@@ -57,6 +57,23 @@ def main(arguments: list[str]) -> int:
     with open(path) as file:
         job = json.load(file)
     os.chdir(os.path.dirname(path))
+    # CUDA's first GPU is then NVML's first too, whose memory and energy are read.
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    try:
+        with open("lock", "w") as lock:
+            return _alone(job, lock)
+    except OSError as error:  # a full or read-only disk: no result can be written that says so
+        sys.stderr.write("the folder of the job cannot be written: %s\n" % (error.strerror or error))
+        return 1
+
+
+def _alone(job: dict[str, Any], lock: Any) -> int:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        # One that was cut off from its host may still be at work, and would write the same files.
+        sys.stderr.write("another runner is still at work in this folder\n")
+        return 1
     for stale in (*_PARTS, RESULT):
         if os.path.exists(stale):
             os.remove(stale)
@@ -78,23 +95,23 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     # A hung engine is ended by the kernel, whatever became of the host.
     signal.alarm(int(job["time_limit"]))
     verify(job["files"])
-    device = _sibling("device")
-    affinity = pin(job["affinity"])
     facts = device.describe()
+    affinity = pin(job["affinity"])
     # Times of an emulated processor are not taken at all, so that none can be mistaken for a figure.
     timed = bool(job["latency"]) and not facts["emulated"]
-    cooled = cool_down(device, job["cool_down_seconds"])
-    telemetry = device.start_telemetry("telemetry.jsonl", affinity)
+    cooled = cool_down(job["cool_down_seconds"])
+    flags = watch.throttle_flags() or ()
+    telemetry = watch.start_telemetry("telemetry.jsonl", affinity)
     try:
-        result = measure(job, device, timed=timed)
+        result = measure(job, timed=timed)
     finally:
-        device.stop_telemetry(telemetry)
+        watch.stop_telemetry(telemetry)
     result.update(affinity=affinity, telemetry_process=telemetry is not None, cool_down=cooled)
-    result.update(timed=timed, device=facts, throttled=device.throttle_flags())
+    result.update(timed=timed, device=facts, throttled=_new_flags(flags, watch.throttle_flags()))
     return result
 
 
-def measure(job: dict[str, Any], device: Any, *, timed: bool) -> dict[str, Any]:
+def measure(job: dict[str, Any], *, timed: bool) -> dict[str, Any]:
     """Load, first inference, then either timed queries or all images once; what was answered is kept."""
     import numpy as np
 
@@ -102,10 +119,9 @@ def measure(job: dict[str, Any], device: Any, *, timed: bool) -> dict[str, Any]:
     images = np.array(np.load("images.npy", mmap_mode="r"))
     batch = int(job["batch"])
     queries = [images[i : i + batch] for i in range(0, len(images) - batch + 1, batch)]
-    engine = _sibling("on_" + job["engine"].replace("tensorrt_rtx", "tensorrt"))
-    before = device.memory(reset=True)
+    before = watch.memory(reset=True)
     start = clock()
-    model = engine.open_model(job["folder"], job["manifest"], job["settings"])
+    model = _engine(job["engine"]).open_model(job["folder"], job["manifest"], job["settings"])
     try:
         loaded = clock()
         first = run_in_batches(model, queries[0], fixed_batch(job["manifest"]))
@@ -113,26 +129,28 @@ def measure(job: dict[str, Any], device: Any, *, timed: bool) -> dict[str, Any]:
         outputs = np.full((len(images), *first.shape[1:]), np.nan, dtype=np.float32)
         seen = np.zeros(len(images), dtype=bool)
         if timed:
-            result.update(_timed(job, device, model, queries, (outputs, seen)))
+            result.update(_timed(job, model, queries, (outputs, seen)))
         else:
-            outputs[:] = run_in_batches(model, images, fixed_batch(job["manifest"]))
-            seen[:] = True
-        result["memory"], result["memory_before"] = device.memory(), before
+            for index, query in enumerate(queries):
+                timing.keep_answer(model.run(query), index * batch, (outputs, seen))
+        result["memory"], result["memory_before"] = watch.memory(), before
     finally:
         model.close()
     np.savez("outputs.npz", outputs=outputs, seen=seen)
     return result
 
 
-def _timed(job: dict[str, Any], device: Any, model: Any, queries: list[Any], kept: tuple[Any, Any]) -> dict[str, Any]:
+def _timed(job: dict[str, Any], model: Any, queries: list[Any], kept: tuple[Any, Any]) -> dict[str, Any]:
     import numpy as np
 
-    warm = warm_up(model, queries, job["warm_up_seconds"], job["warm_up_limit"])
-    before = device.energy()
+    warm = timing.warm_up(model, queries, job["warm_up_seconds"], job["warm_up_limit"])
+    provider = str(model.facts().get("provider")).lower()
+    gpu = "cuda" in provider or "tensorrt" in provider
+    gpu_before, before = nvidia.reading() if gpu else None, watch.energy()
     began, wall = time.monotonic(), time.time()
-    samples, complete = time_queries(model, queries, job, kept)
+    samples, complete = timing.time_queries(model, queries, job, kept)
     ended, wall = time.monotonic(), time.time() - wall
-    after = device.energy()
+    after, gpu_after = watch.energy(), nvidia.reading() if gpu else None
     np.save("samples.npy", samples)
     return {
         "warm_up": warm,
@@ -140,58 +158,8 @@ def _timed(job: dict[str, Any], device: Any, model: Any, queries: list[Any], kep
         "wall_seconds": wall,
         "complete": complete,
         "energy": {"before": before, "after": after},
+        "gpu": {"before": gpu_before, "after": gpu_after} if gpu else None,
     }
-
-
-def warm_up(model: Any, queries: list[Any], least: float, limit: float) -> dict[str, Any]:
-    """Run windows of queries until the medians of three in a row agree within 2 %, or `limit` seconds are over."""
-    clock = time.perf_counter
-    start, number = clock(), 0
-    medians: list[float] = []
-    while True:
-        window = clock()
-        times: list[float] = []
-        while len(times) < _WINDOW_QUERIES or clock() - window < least / 3:
-            before = clock()
-            model.run(queries[number % len(queries)])
-            times.append(clock() - before)
-            number += 1
-            if clock() - start > limit:
-                break
-        medians.append(sorted(times)[len(times) // 2])
-        last = medians[-3:]
-        if len(last) == 3 and max(last) - min(last) <= _AGREEMENT * min(last):
-            return {"steady": True, "queries": number, "seconds": clock() - start}
-        if clock() - start > limit:
-            return {"steady": False, "queries": number, "seconds": clock() - start}
-
-
-def time_queries(model: Any, queries: list[Any], job: dict[str, Any], kept: tuple[Any, Any]) -> tuple[Any, bool]:
-    """Issue one query after the other until both the queries and the seconds of the job are reached.
-
-    Returns int64 (n,) nanoseconds and whether both were reached before ``max_seconds``. Keeping an answer is not timed.
-    """
-    import numpy as np
-
-    clock = time.perf_counter_ns
-    outputs, seen = kept
-    batch = len(queries[0])
-    samples: list[int] = []
-    gc.collect()
-    gc.disable()
-    start = clock()
-    least, most = start + int(job["seconds"] * 1e9), start + int(job["max_seconds"] * 1e9)
-    now = start
-    while (len(samples) < job["queries"] or now < least) and now < most:
-        index = len(samples) % len(queries)
-        before = clock()
-        answer = model.run(queries[index])
-        now = clock()
-        samples.append(now - before)
-        outputs[index * batch : index * batch + batch] = answer
-        seen[index * batch : index * batch + batch] = True
-    gc.enable()
-    return np.array(samples, dtype=np.int64), len(samples) >= job["queries"] and now >= least
 
 
 def run_in_batches(model: Any, images: Any, batch: int | None) -> Any:
@@ -216,12 +184,12 @@ def fixed_batch(manifest: dict[str, Any]) -> int | None:
     return batch
 
 
-def cool_down(device: Any, limit: float) -> dict[str, Any]:
+def cool_down(limit: float) -> dict[str, Any]:
     """Wait until no sensor is more than 3 degrees above what the first process of this bench found, or `limit` seconds.
 
     The first process leaves its reading in the folder above the job's, which all bundles of one bench share.
     """
-    reading = max(device.snapshot()["celsius"], default=None)
+    reading = max(watch.snapshot()["celsius"], default=None)
     shared = os.path.join("..", "celsius.json")
     if reading is None or not os.path.exists(shared):
         if reading is not None:
@@ -232,7 +200,7 @@ def cool_down(device: Any, limit: float) -> dict[str, Any]:
     start = time.monotonic()
     while reading > wanted and time.monotonic() - start < limit:
         time.sleep(1.0)
-        reading = max(device.snapshot()["celsius"])
+        reading = max(watch.snapshot()["celsius"], default=reading)
     return {"seconds": time.monotonic() - start, "celsius": reading, "reached": reading <= wanted}
 
 
@@ -280,9 +248,13 @@ def write_json(value: Any, path: str) -> None:
     os.replace(path + ".tmp", path)
 
 
-def _sibling(name: str) -> Any:
-    """A module that is packed beside this one; within robx's own package it is robx.runtime's."""
-    return importlib.import_module(name if __name__ == "__main__" else "robx.runtime." + name)
+def _new_flags(before: Any, after: Any) -> Any:
+    """The throttling flags of now, and those "since boot" that were not there before; None where none can be had."""
+    return after and [flag for flag in after if not (flag.endswith("since boot") and flag in before)]
+
+
+def _engine(name: str) -> Any:
+    return importlib.import_module("robx.runtime.on_" + name.replace("tensorrt_rtx", "tensorrt"))
 
 
 if __name__ == "__main__":

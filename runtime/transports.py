@@ -9,25 +9,21 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import resource
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO, Protocol, Self
+from typing import Protocol, Self
 from urllib.parse import urlsplit
 
 from robx.errors import DeviceError, InputError
+from robx.runtime.calls import call
 
 _CONNECT_SECONDS = 15
 _COPY_SECONDS = 600
-_MOST_BYTES = 2_000_000_000  # that a command may print, or copy back
-_TAIL_BYTES = 65536  # of what it printed, that is read
 _SSH_OPTIONS = (
     *("-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_SECONDS}"),
     *("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"),
@@ -64,9 +60,13 @@ def open_transport(device: str, *, python: str | None = None) -> Transport:
     elsewhere.
 
     Raises:
-        InputError: another form of address, or a part of it that no host, user or serial number has.
+        InputError: another form of address, or a part of it that no host, user or serial number has; a Python command
+            that no shell would take.
     """
-    command = shlex.split(python) if python else []
+    try:
+        command = shlex.split(python or "")
+    except ValueError as error:
+        raise InputError(f"python {python!r} is no command ({error}): close its quotes") from error
     if device == "local":
         return LocalTransport(command or [sys.executable])
     try:
@@ -104,7 +104,7 @@ class LocalTransport:
 
     def run(self, folder: str, arguments: Sequence[str], *, timeout: float) -> tuple[int, str]:
         """Run Python there."""
-        return _call([*self._python, *arguments], timeout=timeout, what="the runner", cwd=self._root / folder)
+        return call([*self._python, *arguments], timeout=timeout, what="the runner", cwd=self._root / folder)
 
     def pull(self, folder: str, name: str, into: Path) -> Path:
         """Copy one file back."""
@@ -137,21 +137,20 @@ class SshTransport:
         """One scp of a staged folder."""
         with _staged(files, folder) as staged:
             command = [*self._scp, "--", str(staged), f"{self._target}:{self._root}/"]
-            status, text = _call(command, timeout=_COPY_SECONDS, what=f"copying to {self.address}")
+            status, text = call(command, timeout=_COPY_SECONDS, what=f"copying to {self.address}")
             _check(status, text, f"copying to {self.address}")
 
     def run(self, folder: str, arguments: Sequence[str], *, timeout: float) -> tuple[int, str]:
         """Run Python there; ssh's own failure is a DeviceError, the runner's is its status."""
-        script = f"cd {shlex.quote(f'{self._root}/{folder}')} && exec {shlex.join([*self._python, *arguments])}"
-        status, text = self._shell(script, timeout)
+        status, text = self._shell(_script(self._root, folder, [*self._python, *arguments]), timeout)
         if status == 255:
-            raise DeviceError(f"the connection to {self.address} was lost: {text or 'ssh said nothing'}")
+            raise DeviceError(f"the connection to {self.address} was lost: {_last_line(text) or 'ssh said nothing'}")
         return status, text
 
     def pull(self, folder: str, name: str, into: Path) -> Path:
         """Copy one file back."""
         source = f"{self._target}:{self._root}/{folder}/{name}"
-        status, text = _call([*self._scp, "--", source, str(into)], timeout=_COPY_SECONDS, what=f"copying {name} back")
+        status, text = call([*self._scp, "--", source, str(into)], timeout=_COPY_SECONDS, what=f"copying {name} back")
         _check(status, text, f"copying {name} from {self.address}")
         if not (into / name).is_file():
             raise DeviceError(f"{self.address} sent no {name}")
@@ -159,18 +158,21 @@ class SshTransport:
 
     def __enter__(self) -> Self:
         status, text = self._shell('mktemp -d "${TMPDIR:-/tmp}/robx-XXXXXXXXXX"', 2 * _CONNECT_SECONDS)
-        _check(status, text, f"reaching {self.address}")
+        doing = "reaching" if status == 255 else "making a folder (in TMPDIR, else /tmp) on"
+        _check(status, text, f"{doing} {self.address}")
         self._root = _folder(text, self.address)
         return self
 
     def __exit__(self, *_: object) -> None:
+        # A runner whose connection has just been cut may put a file there once more before it ends.
+        remove = f"rm -rf -- {shlex.quote(self._root)}"
         with contextlib.suppress(DeviceError):
-            self._shell(f"rm -rf -- {shlex.quote(self._root)}", 2 * _CONNECT_SECONDS)
+            self._shell(f"{remove} || {{ sleep 1; {remove}; }}", 2 * _CONNECT_SECONDS)
 
     def _shell(self, script: str, timeout: float) -> tuple[int, str]:
         # The login shell over there may be any; the script is for sh.
         command = [*self._ssh, "--", self._destination, f"sh -c {shlex.quote(script)}"]
-        return _call(command, timeout=timeout, what=self.address)
+        return call(command, timeout=timeout, what=self.address)
 
 
 class AdbTransport:
@@ -186,20 +188,20 @@ class AdbTransport:
         """One adb push of a staged folder."""
         with _staged(files, folder) as staged:
             command = [*self._adb, "push", str(staged), f"{self._root}/"]
-            _check(*_call(command, timeout=_COPY_SECONDS, what="adb push"), f"copying to {self.address}")
+            _check(*call(command, timeout=_COPY_SECONDS, what="adb push"), f"copying to {self.address}")
 
     def run(self, folder: str, arguments: Sequence[str], *, timeout: float) -> tuple[int, str]:
         """Run Python there; adb's own failure is a DeviceError, the runner's is its status."""
-        script = f"cd {shlex.quote(f'{self._root}/{folder}')} && exec {shlex.join([*self._python, *arguments])}"
-        status, text = _call([*self._adb, "shell", script], timeout=timeout, what=self.address)
+        script = _script(self._root, folder, [*self._python, *arguments])
+        status, text = call([*self._adb, "shell", script], timeout=timeout, what=self.address)
         if status and re.match(r"(adb: |error: )", text):
-            raise DeviceError(f"the connection to {self.address} was lost: {text}")
+            raise DeviceError(f"the connection to {self.address} was lost: {_last_line(text)}")
         return status, text
 
     def pull(self, folder: str, name: str, into: Path) -> Path:
         """Copy one file back."""
         command = [*self._adb, "pull", f"{self._root}/{folder}/{name}", str(into / name)]
-        _check(*_call(command, timeout=_COPY_SECONDS, what="adb pull"), f"copying {name} from {self.address}")
+        _check(*call(command, timeout=_COPY_SECONDS, what="adb pull"), f"copying {name} from {self.address}")
         if not (into / name).is_file():
             raise DeviceError(f"{self.address} sent no {name}")
         return into / name
@@ -207,19 +209,24 @@ class AdbTransport:
     def __enter__(self) -> Self:
         root = f"/data/local/tmp/robx-{uuid.uuid4().hex}"
         command = [*self._adb, "shell", f"mkdir -p {root} && echo {root}"]
-        status, text = _call(command, timeout=2 * _CONNECT_SECONDS, what=self.address)
+        status, text = call(command, timeout=2 * _CONNECT_SECONDS, what=self.address)
         _check(status, text, f"reaching {self.address}")
         self._root = _folder(text, self.address)
         return self
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(DeviceError):
-            _call([*self._adb, "shell", f"rm -rf {self._root}"], timeout=2 * _CONNECT_SECONDS, what=self.address)
+            call([*self._adb, "shell", f"rm -rf {self._root}"], timeout=2 * _CONNECT_SECONDS, what=self.address)
+
+
+def _script(root: str, folder: str, command: list[str]) -> str:
+    """For the device's sh. It waits for the command: of one that a signal ended, ssh itself would tell nothing."""
+    return f"cd {shlex.quote(f'{root}/{folder}')} && {shlex.join(command)}; exit $?"
 
 
 def _folder(text: str, address: str) -> str:
     """The folder's name in what the device printed, or nothing of it is trusted."""
-    last = text.splitlines()[-1].strip() if text else ""
+    last = _last_line(text)
     if not _FOLDER.match(last) or ".." in PurePosixPath(last).parts:
         raise DeviceError(f"{address} answered {last[:80]!r} where a folder's name was expected: check its login shell")
     return last
@@ -243,43 +250,10 @@ def _lay(files: Mapping[str, Path], folder: Path) -> None:
             shutil.copy(path, target)
 
 
-def _call(command: list[str], *, timeout: float, what: str, cwd: Path | None = None) -> tuple[int, str]:
-    """Run a command without a terminal; its status and the tail of what it said, output before errors.
-
-    What it says goes to files that the kernel keeps from growing without end, and the files that it copies back too.
-    """
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=errors,
-                timeout=timeout,
-                cwd=cwd,
-                preexec_fn=None if cwd else _bound_files,
-            )
-        except FileNotFoundError:
-            raise DeviceError(f"{what} needs the command {command[0]!r}: install it, or put it on PATH") from None
-        except subprocess.TimeoutExpired:
-            raise DeviceError(f"{what} did not answer within {timeout:.0f} s") from None
-        text = "\n".join(part for part in map(_tail, (errors, output)) if part)
-        if done.returncode == -signal.SIGXFSZ:
-            raise DeviceError(f"{what} sent more than {_MOST_BYTES / 1e9:.0f} GB, and no runner does: it was stopped")
-        return done.returncode, text
-
-
-def _bound_files() -> None:
-    """In the child, before it becomes the command."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (_MOST_BYTES, _MOST_BYTES))
-
-
-def _tail(file: IO[bytes]) -> str:
-    file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-    return file.read().decode(errors="replace").strip()
-
-
 def _check(status: int, text: str, doing: str) -> None:
     if status:
-        last = text.splitlines()[-1].strip() if text else f"exit status {status}"
-        raise DeviceError(f"{doing} failed: {last[:300]}")
+        raise DeviceError(f"{doing} failed: {_last_line(text) or f'exit status {status}'}")
+
+
+def _last_line(text: str) -> str:
+    return text.splitlines()[-1].strip()[:300] if text else ""

@@ -17,12 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from robx.errors import DeviceError
-from robx.runtime import doctor, transports, validity
+from robx.runtime import calls, doctor, transports, validity
 from robx.runtime.profiles import PROFILES
 from robx.runtime.results import figures, read_result
 
 CPU = {"model": "x", "cores": 4, "usable_cores": 4, "flags": []}
 READING = {"source": None, "joules": None, "range": None, "reason": "none"}
+GPU = {**READING, "memory": 7, "throttled": ["x"]}
 REPORT: dict[str, Any] = {
     "schema": 1, "timed": True, "load_ns": 5, "first_ns": 6, "facts": {"engine": "x", "threads": 1, "provider": "cpu"},
     "memory": {"now": 2, "peak": 3, "reset_refused": 0}, "memory_before": {"now": 1, "peak": 1, "reset_refused": 0},
@@ -30,6 +31,7 @@ REPORT: dict[str, Any] = {
                "python": "3", "board": None, "accelerator": None, "energy_counter": None},
     "throttled": None, "cool_down": {"reached": True}, "warm_up": {"steady": True, "queries": 9, "seconds": 1.0},
     "window": [1.0, 3.0], "wall_seconds": 2.0, "complete": True, "energy": {"before": READING, "after": READING},
+    "gpu": {"before": GPU, "after": GPU},
 }  # fmt: skip
 SNAPSHOT = {
     "t": 1.5, "jiffies": {"busy": 1, "steal": 0, "total": 9}, "khz": [9], "celsius": [40.0], "cooling": [0],
@@ -78,6 +80,16 @@ def use(path: Path) -> None:
 
 def test_a_runners_result_is_taken(tmp_path: Path) -> None:
     use(result(tmp_path / "r.zip"))
+
+
+def test_a_result_that_nothing_watched_is_unstable(tmp_path: Path) -> None:
+    path = tmp_path / "r.zip"
+    with zipfile.ZipFile(result(tmp_path / "whole.zip")) as whole, zipfile.ZipFile(path, "w") as archive:
+        for name in set(whole.namelist()) - {"telemetry.jsonl"}:
+            archive.writestr(name, whole.read(name))
+    found = read_result(path, images=4)
+    reasons = validity.judge([found.report], [found.samples], [found.digest()], profile=PROFILES["rapid"], processes=1)
+    assert any(reason.startswith("no_telemetry") for reason in reasons)
 
 
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
@@ -165,14 +177,14 @@ def shims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_device_that_never_stops_talking(shims: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transports, "_MOST_BYTES", 10_000_000)
+    monkeypatch.setattr(calls, "_MOST_BYTES", 10_000_000)
     script(shims / "ssh", "exec yes")
     with pytest.raises(DeviceError, match="it was stopped"), transports.open_transport("ssh://box"):
         pass
 
 
 def test_a_file_without_end_is_not_copied_back(shims: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transports, "_MOST_BYTES", 10_000_000)
+    monkeypatch.setattr(calls, "_MOST_BYTES", 10_000_000)
     script(shims / "ssh", "echo /tmp/robx-aaaaaaaaaa")
     script(shims / "scp", 'for to; do :; done; exec cat /dev/zero > "$to/result.zip"')
     with transports.open_transport("ssh://box") as transport, pytest.raises(DeviceError, match="it was stopped"):

@@ -67,6 +67,12 @@ def test_process_interval_is_students_t_over_the_medians(processes):
     assert high == pytest.approx(max(centre + half, pooled[1]), rel=1e-3)
 
 
+def test_many_processes_are_never_taken_for_fewer_degrees_of_freedom_than_they_have():
+    medians = np.random.default_rng(0).integers(1_000_000, 2_000_000, size=60)
+    low, high = latency.process_interval([np.full(3, m) for m in medians])
+    assert high - low >= 2 * scipy.stats.t.ppf(0.975, 59) * scipy.stats.sem(medians)
+
+
 def test_more_noise_between_processes_widens_the_interval():
     noise = np.random.default_rng(0).integers(-1000, 1000, size=(3, 200))
     alike = latency.process_interval([1_000_000 + row for row in noise])
@@ -101,6 +107,21 @@ def test_drift_and_noise_and_spread():
     normal = np.random.default_rng(0).normal(1000, 50, size=20_000)
     assert latency.robust_cov([normal]) == pytest.approx(0.05, rel=0.05)
     assert latency.spread([np.full(9, 10), np.full(9, 12)]) == pytest.approx(1.2)
+
+
+def test_burst_and_sustained():
+    # 10 ms a query for 200 s, then throttled to 12 ms for another 200 s.
+    heated = np.concatenate([np.full(20_000, 10_000_000), np.full(16_667, 12_000_000)])
+    values = latency.sustained([heated])
+    assert (values["burst"].value, values["sustained"].value) == (10, 12)
+    assert values["slowdown"].value == pytest.approx(20)
+    assert abs(values["burst"].n - 1000) <= 1 and abs(values["sustained"].n - 5000) <= 1
+    assert values["sustained_p90"].high == 12
+    slower = latency.sustained([heated, np.full(40_000, 10_000_000), heated[:100]])
+    assert slower["slowdown"].value == pytest.approx(20), "of all processes the greatest; the short one is left out"
+    assert latency.sustained([heated[:20_000]]) == {}, "200 s prove nothing"
+    few = latency.sustained([np.full(10, 40_000_000_000)])
+    assert few["burst"].n == 1 and "sustained_p90" not in few, "a query of 40 s"
 
 
 def test_paired_ratio_finds_a_difference_that_drift_would_hide():

@@ -1,9 +1,12 @@
 """The one file that a device runs: what it may import, that it is the same every time, and that it trusts nothing."""
 
 import ast
+import itertools
 import json
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -11,13 +14,14 @@ import numpy as np
 import pytest
 
 from robx.records import load_bundle
-from robx.runtime import packing, runner
+from robx.runtime import packing, runner, timing
 
 RUNTIME = Path(runner.__file__).resolve().parent
-ON_DEVICE = [RUNTIME / "runner.py", RUNTIME / "device.py", *sorted(RUNTIME.glob("on_*.py"))]
+HELPERS = [RUNTIME / name for name in packing.HELPERS]
+ON_DEVICE = [RUNTIME / "runner.py", *HELPERS, *sorted(RUNTIME.glob("on_*.py"))]
 ENGINES = {
     *("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "executorch", "ai_edge_litert", "tflite_runtime"),
-    *("ncnn", "torch", "cuda"),
+    *("ncnn", "torch", "cuda", "pynvml"),
 }
 
 
@@ -47,15 +51,19 @@ def test_it_is_python_3_8(path):
 @pytest.mark.parametrize("path", [p for p in ON_DEVICE if p.name != "on_torch.py"], ids=lambda p: p.name)
 def test_it_imports_the_standard_library_numpy_and_its_engine(path):
     tree = ast.parse(path.read_text())
-    top = {name.split(".")[0] for node in tree.body for name in _imported(node)}
-    assert top <= set(sys.stdlib_module_names) | {"numpy"}, "an engine is imported only when a model is opened"
+    packed = {f"robx.runtime.{helper.stem}" for helper in HELPERS}
+    top = {name if name.startswith("robx") else name.split(".")[0] for node in tree.body for name in _imported(node)}
+    assert top <= set(sys.stdlib_module_names) | {"numpy"} | packed, "an engine is imported when a model is opened"
     anywhere = {name.split(".")[0] for node in ast.walk(tree) for name in _imported(node)}
-    assert anywhere <= set(sys.stdlib_module_names) | {"numpy"} | ENGINES
+    assert anywhere <= set(sys.stdlib_module_names) | {"numpy", "robx"} | ENGINES
 
 
-def test_the_runner_and_the_device_need_numpy_only_to_measure():
-    code = "import sys; sys.modules['numpy'] = None; import runner, device; assert device.describe()['arch']"
-    subprocess.run([sys.executable, "-S", "-c", code], cwd=RUNTIME, check=True)
+def test_the_doctor_needs_neither_numpy_nor_robx(tmp_path):
+    (tmp_path / packing.NAME).write_bytes(packing.pack_runner(None))
+    # -S: none of this environment's packages is to be found, as on a fresh device.
+    command = [sys.executable, "-S", packing.NAME, "--doctor"]
+    told = json.loads(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout)
+    assert told["facts"]["arch"] and told["packages"] == {}
 
 
 def test_packing_is_deterministic_and_holds_one_engine(make_bundle):
@@ -66,7 +74,10 @@ def test_packing_is_deterministic_and_holds_one_engine(make_bundle):
     path = make_bundle("x").parent / "r.pyz"
     path.write_bytes(data)
     with zipfile.ZipFile(path) as archive:
-        assert archive.namelist() == ["__main__.py", "device.py", "on_onnxruntime.py"]
+        names = archive.namelist()
+        assert names[:3] == ["__main__.py", "robx/__init__.py", "robx/runtime/__init__.py"]
+        engines = {Path(name).name for name in names[3:]} - set(packing.HELPERS)
+        assert engines == {"on_onnxruntime.py"} and len(names) == 4 + len(packing.HELPERS)
         assert archive.read("__main__.py") == (RUNTIME / "runner.py").read_bytes()
 
 
@@ -160,19 +171,64 @@ def test_an_old_result_is_never_taken_for_a_new_one(job):
     assert status == 1 and not (folder / "samples.npy").exists()
 
 
-def test_a_hung_engine_is_ended(job):
+@pytest.fixture
+def hung(job):
+    """The folder of a job whose engine never comes back, to be run by hand."""
     _, _, folder = job()
     (folder / "result.zip").unlink()
-    (folder / packing.NAME).unlink()
+    with zipfile.ZipFile(folder / packing.NAME) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    files["robx/runtime/on_onnxruntime.py"] = (
+        b"import time\ndef open_model(*_):\n    open('opened', 'w').close()\n    time.sleep(60)\n"
+    )
     with zipfile.ZipFile(folder / packing.NAME, "w") as archive:
-        for name in ("runner.py", "device.py"):
-            archive.write(RUNTIME / name, "__main__.py" if name == "runner.py" else name)
-        archive.writestr("on_onnxruntime.py", "import time\ndef open_model(*_): time.sleep(60)\n")
-    content = json.loads((folder / "job.json").read_text())
-    (folder / "job.json").write_text(json.dumps({**content, "time_limit": 1}))
-    done = subprocess.run([sys.executable, packing.NAME, "job.json"], cwd=folder, timeout=20)
-    assert done.returncode == -14, "SIGALRM ends it"
-    assert not (folder / "result.zip").exists()
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return folder
+
+
+def start(folder, **streams):
+    runner = subprocess.Popen([sys.executable, packing.NAME, "job.json"], cwd=folder, **streams)
+    for _ in range(200):
+        if (folder / "opened").exists():
+            return runner
+        time.sleep(0.05)
+    raise AssertionError("the engine was never opened")
+
+
+def test_a_hung_engine_is_ended(hung):
+    content = json.loads((hung / "job.json").read_text())
+    (hung / "job.json").write_text(json.dumps({**content, "time_limit": 1}))
+    done = subprocess.run([sys.executable, packing.NAME, "job.json"], cwd=hung, timeout=20)
+    assert done.returncode == -signal.SIGALRM
+    assert not (hung / "result.zip").exists()
+
+
+def test_it_ends_when_its_host_is_gone(hung):
+    with start(hung, stdout=subprocess.PIPE) as runner:
+        time.sleep(0.5)
+        assert runner.poll() is None, "somebody still waits for it"
+        runner.stdout.close()
+        assert runner.wait(timeout=10) == -signal.SIGTERM
+
+
+def test_two_are_never_at_work_in_one_folder(hung):
+    with start(hung) as first:
+        try:
+            (hung / "samples.npy").write_text("the first one's")
+            command = [sys.executable, packing.NAME, "job.json"]
+            second = subprocess.run(command, cwd=hung, capture_output=True, text=True, timeout=20)
+            assert second.returncode == 1 and "another runner is still at work" in second.stderr
+            assert (hung / "samples.npy").read_text() == "the first one's"
+        finally:
+            first.kill()
+
+
+def test_throttling_since_the_boot_counts_only_when_it_is_new():
+    old = ["under-voltage since boot"]
+    assert runner._new_flags(old, ["throttled", *old]) == ["throttled"]
+    assert runner._new_flags([], old) == old
+    assert runner._new_flags((), None) is None
 
 
 def test_warm_up_stops_when_steady_and_gives_up_at_its_limit():
@@ -181,15 +237,11 @@ def test_warm_up_stops_when_steady_and_gives_up_at_its_limit():
             self.durations = durations
 
         def run(self, _):
-            import time
-
             time.sleep(next(self.durations))
 
-    import itertools
-
-    steady = runner.warm_up(Model(itertools.repeat(0.004)), [None], 0.05, 5)
+    steady = timing.warm_up(Model(itertools.repeat(0.004)), [None], 0.05, 5)
     assert steady["steady"] and steady["queries"] >= 30
-    slowing = runner.warm_up(Model(0.001 * 1.03**i for i in itertools.count()), [None], 0.05, 0.6)
+    slowing = timing.warm_up(Model(0.001 * 1.03**i for i in itertools.count()), [None], 0.05, 0.6)
     assert not slowing["steady"] and 0.6 <= slowing["seconds"] < 1.5
 
 
@@ -203,4 +255,6 @@ def _plain(images):
 def _imported(node):
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.module == "robx.runtime":
+        return [f"robx.runtime.{alias.name}" for alias in node.names]
     return [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -1,6 +1,7 @@
 """`robx bench`, `robx run` and `robx doctor` as a user calls them."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -34,10 +35,12 @@ def test_bench_prints_a_table_and_writes_records(call, make_bundle, short_profil
 
 
 def test_bench_prints_json_lines(call, make_bundle, short_profile):
-    result = call("bench", make_bundle(), "--profile", "rapid", "--json", "--threads", 2, "--affinity", "0-1")
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    affinity = ",".join(map(str, cores))
+    result = call("bench", make_bundle(), "--profile", "rapid", "--json", "--threads", 2, "--affinity", affinity)
     record = json.loads(result.stdout.strip().splitlines()[-1])
     assert record["kind"] == "latency" and record["settings"]["threads"] == 2
-    assert record["settings"]["affinity"] == [0, 1]
+    assert record["settings"]["affinity"] == cores
 
 
 def test_bench_of_a_broken_model_has_its_exit_status(call, make_bundle, short_profile):
@@ -57,7 +60,9 @@ def test_bench_ab(call, make_bundle, short_profile):
     result = call("bench", small, large, "--ab", "--profile", "rapid")
     assert "x the latency of" in result.output
     assert call("bench", small, "--ab").exit_code == 2
-    assert call("bench", small, large, "--ab", "--device", "ssh://x").exit_code == 2
+    for option in (("--device", "ssh://x"), ("--affinity", "0"), ("--batch", "2"), ("--emulated",)):
+        refused = call("bench", small, large, "--ab", *option)
+        assert refused.exit_code == 2 and f"leave out {option[0]}" in refused.output
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ The adb here is a shell script that speaks adb's command line (shell, push, pull
 import getpass
 import json
 import os
+import resource
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -176,6 +178,26 @@ def test_a_device_without_a_runtime_or_a_python(loopback, temporary, make_bundle
     with pytest.raises(DeviceError, match="nopython"):
         bench([make_bundle("b")], BenchOptions(device="ssh://box", profile="rapid", python="nopython3"))
     assert left_over(temporary) == []
+
+
+def test_a_python_command_that_is_none(tmp_path):
+    with pytest.raises(InputError, match="close its quotes"):
+        open_transport("local", python="python3 'x")
+    (tmp_path / "python").write_text("no program")
+    with (
+        open_transport("local", python=str(tmp_path / "python")) as transport,
+        pytest.raises(DeviceError, match="Permission denied"),
+    ):
+        transport.push({"x": tmp_path / "python"}, "b0")
+        transport.run("b0", ["-c", "1"], timeout=5)
+
+
+def test_a_limit_of_the_users_own_on_files_is_kept(shims):
+    script(shims / "ssh", 'echo "$(ulimit -Hf)" >&2; exit 1')
+    code = "import robx.runtime.transports as t; t.open_transport('ssh://box').__enter__()"
+    lower = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # noqa: E731
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=lower)
+    assert done.stderr.strip().endswith("failed: 1953"), "in blocks of 512 bytes"
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from robx.runtime import validity
 from robx.runtime.profiles import PROFILES, find_profile
 
 RAPID = PROFILES["rapid"]
-QUIET = {"samples": 10, "steal": 0.0, "background": 0.01, "khz_first": 1000, "khz_min": 990, "cooling": False}
+QUIET = {"samples": 10, "steal": 0.0, "background": 0.09, "khz_first": 1000, "khz_min": 990, "cooling": False}
 
 
 def result(**changes):
@@ -22,6 +22,7 @@ def result(**changes):
         "facts": {"provider": "CPUExecutionProvider", "fallback": False, "threads": 1},
         "device": {"emulated": None, "cpu": {"cores": 4}},
         "throttled": None,
+        "gpu": None,
     }
     return base | changes
 
@@ -48,6 +49,7 @@ def test_a_quiet_run_is_valid():
         ({"device": {"emulated": "qemu", "cpu": {"cores": 4}}}, "emulated"),
         ({"facts": {"provider": "CPUExecutionProvider", "fallback": True, "threads": 1}}, "cpu_fallback"),
         ({"facts": {"provider": "CPUExecutionProvider", "fallback": False, "threads": 0}}, "auto_threads"),
+        ({"facts": {"provider": "xnnpack", "fallback": False, "threads": None}}, "auto_threads"),
         ({"wall_seconds": 9.0}, "clock_changed"),
         ({"window": [0.0, 1.0], "wall_seconds": 1.0}, "min_duration"),
     ],
@@ -66,7 +68,7 @@ def test_too_few_queries_or_processes():
     ("change", "code"),
     [
         ({"steal": 0.02}, "steal"),
-        ({"background": 0.3}, "background_load"),
+        ({"background": 0.12}, "background_load"),
         ({"khz_min": 900}, "freq_drop"),
         ({"cooling": True}, "platform_throttle"),
         ({"cgroup_throttled": 2}, "cgroup_throttle"),
@@ -90,13 +92,17 @@ def test_a_gpu_is_held_to_less_noise():
     noise = np.random.default_rng(0).normal(1_000_000, 70_000, size=2000).astype(np.int64)
     runs = [noise, noise]
     assert judge(runs=runs)[1] == []
-    gpu = result(facts={"provider": "CUDAExecutionProvider", "fallback": False, "threads": 1})
+    gpu = result(facts={"provider": "CUDAExecutionProvider", "fallback": False, "threads": None})
     assert judge([gpu, gpu], runs=runs)[1] == ["high_cov"]
+    xnnpack = result(facts={"provider": "xnnpack", "fallback": False, "threads": 1})
+    assert judge([xnnpack, xnnpack], runs=runs)[1] == [], "XNNPACK is the processor"
 
 
 def test_throttling_that_the_firmware_tells():
     assert judge([result(), result(throttled=["under-voltage"])])[1] == ["platform_throttle"]
-    assert judge([result(), result(throttled=["under-voltage since boot"])])[1] == []
+    held = {"before": {"throttled": []}, "after": {"throttled": ["power brake"]}}
+    assert judge([result(), result(gpu=held)]) == ("UNSTABLE", ["platform_throttle"])
+    assert judge([result(gpu={**held, "after": {"throttled": []}})] * 2)[1] == []
 
 
 def test_cooling_down_counts_only_where_a_profile_waits():

@@ -1,0 +1,66 @@
+"""The timed loop and its warm-up. It runs on the device too: Python 3.8, the standard library and numpy only."""
+
+from __future__ import annotations
+
+import gc
+import time
+from typing import Any
+
+_WINDOW_QUERIES = 10  # the fewest queries of a warm-up window
+_AGREEMENT = 0.02  # three windows' medians within this are a steady state
+
+
+def warm_up(model: Any, queries: list[Any], least: float, limit: float) -> dict[str, Any]:
+    """Run windows of queries until the medians of three in a row agree within 2 %, or `limit` seconds are over."""
+    clock = time.perf_counter
+    start, number = clock(), 0
+    medians: list[float] = []
+    while True:
+        window = clock()
+        times: list[float] = []
+        while len(times) < _WINDOW_QUERIES or clock() - window < least / 3:
+            before = clock()
+            model.run(queries[number % len(queries)])
+            times.append(clock() - before)
+            number += 1
+            if clock() - start > limit:
+                break
+        medians.append(sorted(times)[len(times) // 2])
+        last = medians[-3:]
+        if len(last) == 3 and max(last) - min(last) <= _AGREEMENT * min(last):
+            return {"steady": True, "queries": number, "seconds": clock() - start}
+        if clock() - start > limit:
+            return {"steady": False, "queries": number, "seconds": clock() - start}
+
+
+def time_queries(model: Any, queries: list[Any], job: dict[str, Any], kept: tuple[Any, Any]) -> tuple[Any, bool]:
+    """Issue one query after the other until both the queries and the seconds of the job are reached.
+
+    Returns int64 (n,) nanoseconds and whether both were reached before ``max_seconds``. Keeping an answer is not timed.
+    """
+    import numpy as np
+
+    clock = time.perf_counter_ns
+    batch = len(queries[0])
+    samples: list[int] = []
+    gc.collect()
+    gc.disable()
+    start = clock()
+    least, most = start + int(job["seconds"] * 1e9), start + int(job["max_seconds"] * 1e9)
+    now = start
+    while (len(samples) < job["queries"] or now < least) and now < most:
+        index = len(samples) % len(queries)
+        before = clock()
+        answer = model.run(queries[index])
+        now = clock()
+        samples.append(now - before)
+        keep_answer(answer, index * batch, kept)
+    gc.enable()
+    return np.array(samples, dtype=np.int64), len(samples) >= job["queries"] and now >= least
+
+
+def keep_answer(answer: Any, start: int, kept: tuple[Any, Any]) -> None:
+    """Put the answer (B, D) to images `start` and on into the outputs (N, D), and mark these as seen (N,)."""
+    outputs, seen = kept
+    outputs[start : start + len(answer)] = answer
+    seen[start : start + len(answer)] = True

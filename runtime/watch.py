@@ -1,0 +1,189 @@
+"""What a device does while a model is timed: memory, energy, clocks, heat, other load. It runs on the device too:
+Python 3.8 and the standard library only.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import select
+import shutil
+import signal
+import time
+from typing import Any
+
+from robx.runtime.sysfs import ask, numbers, read
+
+_INTERVAL = 0.2  # seconds between two samples of the telemetry
+# Throttled flags of the Raspberry Pi's firmware: bits 0-3 now, 16-19 since boot (vcgencmd get_throttled).
+_PI_NOW = {0: "under-voltage", 1: "frequency capped", 2: "throttled", 3: "soft temperature limit"}
+
+
+def memory(reset: bool = False) -> dict[str, int] | None:
+    """Resident bytes now and at their peak (VmRSS, VmHWM) of this process; `reset` first sets the peak to now.
+
+    None where the kernel does not say; ``reset_refused`` is 1 where it does not let the peak be set.
+    """
+    refused = False
+    if reset:
+        try:
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")
+        except OSError:
+            refused = True
+    status = read("/", "proc/self/status") or ""
+    found = {}
+    for line in status.splitlines():
+        name, _, rest = line.partition(":")
+        if name in ("VmRSS", "VmHWM"):
+            found[name] = int(rest.split()[0]) * 1024
+    if len(found) != 2:
+        return None
+    return {"now": found["VmRSS"], "peak": found["VmHWM"], "reset_refused": int(refused)}
+
+
+def energy(root: str = "/") -> dict[str, Any]:
+    """Joules counted so far by the processor packages (RAPL), or `joules` None and the reason.
+
+    The counters wrap at ``range`` joules; the difference of two readings is to be taken modulo that.
+    """
+    folders = sorted(glob.glob(os.path.join(root, "sys/class/powercap/intel-rapl:[0-9]")))
+    if not folders:
+        return {"source": None, "joules": None, "range": None, "reason": "the device has no energy counter (RAPL)"}
+    total, span = 0.0, 0.0
+    for folder in folders:
+        count = read(folder, "energy_uj")
+        if count is None:
+            reason = "the energy counter %s/energy_uj can be read by root only" % folder
+            return {"source": None, "joules": None, "range": None, "reason": reason}
+        total += int(count) / 1e6
+        span += int(read(folder, "max_energy_range_uj") or 0) / 1e6
+    return {"source": "rapl", "joules": total, "range": span or None, "reason": None}
+
+
+def snapshot(root: str = "/") -> dict[str, Any]:
+    """One sample: seconds, jiffies of each kind, current frequencies (kHz), temperatures (°C), throttling counters."""
+    return {
+        "t": time.monotonic(),
+        "jiffies": _jiffies(root),
+        "khz": numbers(root, "sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq"),
+        "celsius": [n / 1000 for n in numbers(root, "sys/class/thermal/thermal_zone[0-9]*/temp")],
+        "cooling": numbers(root, "sys/class/thermal/cooling_device[0-9]*/cur_state"),
+        "cgroup_throttled": _cgroup_throttled(root),
+        "milliwatt": _milliwatts(root),
+    }
+
+
+def process_jiffies(pid: int) -> int | None:
+    """User and system time of a process, in jiffies."""
+    text = read("/", "proc/%d/stat" % pid)
+    if text is None:
+        return None
+    # The command, in parentheses, may have spaces in it.
+    fields = text.rsplit(")", 1)[1].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def throttle_flags() -> list[str] | None:
+    """What the platform says holds the clock down; None when it does not say (only a Pi's firmware is asked)."""
+    tool = shutil.which("vcgencmd")
+    return parse_throttled(ask([tool, "get_throttled"]) or "") if tool else None
+
+
+def parse_throttled(text: str) -> list[str] | None:
+    """The flags in ``throttled=0x50005``, of this moment and, marked so, since boot."""
+    try:
+        bits = int(text.strip().split("=")[1], 16)
+    except (IndexError, ValueError):
+        return None
+    now = [name for bit, name in _PI_NOW.items() if bits >> bit & 1]
+    return now + [name + " since boot" for bit, name in _PI_NOW.items() if bits >> (bit + 16) & 1]
+
+
+def start_telemetry(path: str, cores: list[int] | None = None) -> tuple[int, int] | None:
+    """Fork a process that writes a snapshot line to `path` five times a second until its pipe closes.
+
+    It runs on the cores that `cores` (those of the measured process) leaves, when there are any, and ends the measured
+    process when the host that waits for it is gone. Returns its process id and the pipe's end to close, or None where a
+    process cannot be forked. Call it before any thread is started.
+    """
+    reader, writer = os.pipe()
+    measured = os.getpid()
+    try:
+        child = os.fork()
+    except OSError:
+        os.close(reader)
+        os.close(writer)
+        return None
+    if child:
+        os.close(reader)
+        return child, writer
+    try:
+        os.close(writer)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        _record(path, reader, measured, cores)
+    finally:
+        os._exit(0)
+
+
+def stop_telemetry(handle: tuple[int, int] | None) -> None:
+    """End the process and wait for it."""
+    if handle is not None:
+        os.close(handle[1])
+        os.waitpid(handle[0], 0)
+
+
+def _record(path: str, reader: int, measured: int, cores: list[int] | None) -> None:
+    if hasattr(os, "sched_setaffinity") and cores:
+        others = os.sched_getaffinity(0) - set(cores)
+        if others:
+            os.sched_setaffinity(0, others)
+    with open(path, "w") as file:
+        while True:
+            sample = snapshot()
+            sample["own"] = (process_jiffies(measured) or 0) + (process_jiffies(os.getpid()) or 0)
+            file.write(json.dumps(sample) + "\n")
+            file.flush()
+            # The pipe becomes readable, at its end, when the measured process closes it or dies.
+            if select.select([reader], [], [], _INTERVAL)[0]:
+                return
+            if _hung_up():
+                os.kill(measured, signal.SIGTERM)
+                return
+
+
+def _hung_up() -> bool:
+    """Whether nobody is left to read what this process prints: the connection over which it was started has ended."""
+    poll = select.poll()
+    poll.register(1, 0)  # a pipe or socket whose other end is closed is reported unasked; a file or terminal never is
+    return any(event & (select.POLLHUP | select.POLLERR) for _, event in poll.poll(0))
+
+
+def _jiffies(root: str) -> dict[str, int] | None:
+    """Busy, stolen and total time of all cores. Guest time is in user time already."""
+    for line in (read(root, "proc/stat") or "").splitlines():
+        if line.startswith("cpu "):
+            n = [int(x) for x in line.split()[1:9]]
+            if len(n) == 8:
+                return {"busy": n[0] + n[1] + n[2] + n[5] + n[6], "steal": n[7], "total": sum(n)}
+    return None
+
+
+def _cgroup_throttled(root: str) -> int | None:
+    for line in (read(root, "sys/fs/cgroup/cpu.stat") or "").splitlines():
+        if line.startswith("nr_throttled"):
+            return int(line.split()[1])
+    return None
+
+
+def _milliwatts(root: str) -> float | None:
+    """Power on all rails of a Jetson's INA3221 monitors: mV x mA."""
+    total, seen = 0.0, False
+    for current in glob.glob(os.path.join(root, "sys/class/hwmon/hwmon*/curr[1-3]_input")):
+        folder, number = os.path.dirname(current), os.path.basename(current)[4]
+        label = read(folder, "in%s_label" % number) or ""
+        volts, amps = read(folder, "in%s_input" % number), read(folder, os.path.basename(current))
+        if label.startswith("VDD_IN") and volts and amps:
+            total, seen = total + int(volts) * int(amps) / 1000, True
+    return total if seen else None
