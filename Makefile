@@ -68,10 +68,24 @@ $(ARM64)/python: | $(VENV)/.dev
 soak: $(VENV)/.dev
 	OMP_NUM_THREADS=1 ROBX_SOAK=300 $(VENV)/bin/python -m pytest -q --timeout 14400 tests/faults/test_kill.py
 
-# What is installed, as CycloneDX, and what is known against it; both ask the package index.
-sbom audit: $(VENV)/.dev
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check pip-audit
-	$(if $(filter sbom,$@),$(VENV)/bin/pip-audit --local --format cyclonedx-json --output sbom.json,$(VENV)/bin/pip-audit --local)
+# What is installed, as CycloneDX; it asks nobody.
+sbom: $(VENV)/.dev .venv-audit/.tools
+	.venv-audit/bin/cyclonedx-py environment --output-format JSON --output-file sbom.json $(VENV)/bin/python
+
+# What is known against it; it asks the package index's database of vulnerabilities. robx itself is not on the index.
+audit: $(VENV)/.dev .venv-audit/.tools
+	@$(VENV)/bin/pip --disable-pip-version-check freeze --exclude-editable > .venv-audit/installed.txt
+	@.venv-audit/bin/pip-audit --no-deps --disable-pip --progress-spinner off -r .venv-audit/installed.txt \
+	  > .venv-audit/found.txt 2> .venv-audit/said.txt; status=$$?; cat .venv-audit/found.txt; \
+	if [ $$status -eq 0 ]; then echo "audit: nothing is known against what is installed"; \
+	elif [ -s .venv-audit/found.txt ]; then echo "audit: upgrade what is listed above"; exit 1; \
+	else echo "audit: no database of vulnerabilities can be asked from here ($$(tail -n 1 .venv-audit/said.txt | cut -c1-200))"; exit 2; fi
+
+# Tools of their own, so that they change nothing of what they look at.
+.venv-audit/.tools:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) cyclonedx-bom pip-audit
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,6 +23,7 @@ from robx.runtime.recording import Run, make_record
 from robx.runtime.reference import find_reference
 from robx.runtime.results import read_result
 from robx.runtime.runner import RESULT
+from robx.runtime.session import check_onnx
 from robx.runtime.transports import Transport, open_transport
 from robx.sources import ImageSource
 
@@ -82,6 +83,7 @@ def _prepare(folders: Sequence[Path], options: BenchOptions, source: ImageSource
     runs = []
     for number, folder in enumerate(folders):
         bundle = load_bundle(folder)
+        check_onnx(folder, bundle)
         fixed = bundle.inputs[0].shape[0]
         if options.batch > 1 and fixed not in (None, options.batch):
             raise InputError(f"{folder} has a fixed batch of {fixed}: it cannot run batches of {options.batch}")

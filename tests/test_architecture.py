@@ -90,6 +90,14 @@ def test_help_loads_nothing_heavy() -> None:
     assert not loaded & (HEAVY | {"rich", "jinja2", "PIL"})
 
 
+def test_the_help_of_every_command_loads_no_network_and_no_engine() -> None:
+    loaded = _modules_after(
+        "from robx.cli import COMMANDS, main\nfor command in COMMANDS:\n"
+        "  try: main([command, '--help'])\n  except SystemExit: pass"
+    )
+    assert "click" in loaded and not loaded & (HEAVY - {"numpy"} | {"jinja2", "safetensors", "pandas"})
+
+
 def test_the_records_need_the_standard_library_alone() -> None:
     assert not _modules_after("import robx.records") & (HEAVY | {"rich", "jinja2", "PIL", "click"})
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,31 @@ def test_a_misspelt_command_offers_the_nearest() -> None:
     result = CliRunner().invoke(main, ["exprot"])
     assert result.exit_code == 2
     assert "did you mean 'export'?" in result.output
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.ENAMETOOLONG, "give a shorter name"), (errno.ESTALE, "mount its file system again"), (errno.EIO, "disk")],
+)
+def test_what_a_file_system_refuses_anywhere_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, number: int, said: str
+) -> None:
+    def refuse(path: object) -> None:
+        raise OSError(number, os.strerror(number), "odd\n\x1b[31mname")
+
+    monkeypatch.setattr("robx.records.load_bundle", refuse)
+    result = CliRunner().invoke(main, ["inspect", "x"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("robx: odd \\x1b[31mname: ") and said in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_an_operating_systems_error_that_is_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: object) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr("robx.records.load_bundle", refuse)
+    assert isinstance(CliRunner().invoke(main, ["inspect", "x"]).exception, OSError)
 
 
 DISTIL = ["distill", "--out", "{out}", "--data"]

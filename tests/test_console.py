@@ -54,6 +54,19 @@ def test_a_table_prints_what_it_is_given(capsys):
     assert "[odd] title" in printed and "[odd] name" * 12 in printed and "PASS" in printed
 
 
+@pytest.mark.parametrize("name", ["two\nlines", "\x1b[31mred", "bell\x07", "\u202eleft", "caf\udce9"])
+def test_no_name_reaches_the_terminal_raw(capsys, name):
+    console.say(f"skipped {name}")
+    console.print_line(name)
+    console.print_table((name,), [(name,)], title=name)
+    with console.progress_bar() as progress:
+        progress(0, 1, name)
+    out, errors = capsys.readouterr()
+    shown = name.encode("unicode_escape").decode()
+    assert out.count(shown) == 4 and errors == f"skipped {shown}\n{shown}\n"
+    assert name not in out + errors
+
+
 def test_a_line_stays_one_line(capsys):
     console.print_line("[odd name]: FAIL, " + "x" * 300)
     assert capsys.readouterr().out == "[odd name]: FAIL, " + "x" * 300 + "\n"
