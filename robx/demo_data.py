@@ -112,9 +112,8 @@ def _unpack_debian(package: str, scratch: Path) -> Path:
         raise RobxError("this is no Debian or Ubuntu: apt-get and dpkg-deb are missing")
     if os.geteuid() == 0 and not _apt(["apt-cache", "show", package], scratch):
         _apt(["apt-get", "update"], scratch)
-    # As root, apt drops to its own user for the download, which may not write here: the folder has to let it.
-    scratch.chmod(0o777)
-    if not _apt(["apt-get", "download", package], scratch):
+    # As root, apt would drop to its own user for the download, which may not write here.
+    if not _apt(["apt-get", "-o", "APT::Sandbox::User=root", "download", package], scratch):
         raise RobxError(f"apt-get download {package} failed")
     archive = next(scratch.glob(f"{package}_*.deb"))
     subprocess.run(["dpkg-deb", "-x", archive, scratch / "tree"], check=True, capture_output=True, timeout=300)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from robx.errors import CorruptImage, InputError
 from robx.files import fingerprint, read_json
-from robx.images import IMAGE_SUFFIXES, decode
+from robx.images import IMAGE_SUFFIXES, MAX_FILE_BYTES, decode
 
 _MAX_LABEL_BYTES = 16
 _MAX_CLASSES = 10_000_000
@@ -69,6 +69,8 @@ class ShardSource:
         member = self._members[index]
         if member.fault:
             raise CorruptImage(member.fault)
+        if member.size > MAX_FILE_BYTES:
+            raise CorruptImage(f"{member.key}: {member.size} bytes is more than an image should have")
         shard = self._shards[member.shard]
         try:
             with shard.open("rb", buffering=0) as file:

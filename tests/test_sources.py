@@ -250,3 +250,14 @@ def test_the_licence_beside_the_images_goes_into_their_record(tmp_path: Path, te
     (tmp_path / "licence.txt").write_bytes(b"x" * 100_000)
     with pytest.raises(ArtifactError, match="is larger than"):
         open_source(tmp_path)
+
+
+def test_a_member_that_would_fill_the_memory_is_not_read(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("x.png")
+    info.size = 4 * 1024**3
+    with (tmp_path / "a.tar").open("wb") as file:
+        file.write(info.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(info.size + 2048)  # a hole: it takes no space
+    source = open_source(tmp_path / "a.tar")
+    with pytest.raises(CorruptImage, match="is more than an image should have"):
+        source.read(0)
