@@ -53,10 +53,14 @@ def test_the_wheel_has_every_module_once(wheel: Path) -> None:
     assert not [n for n in names if n.startswith(("tests/", "distill/", "eval/", "benchmarks/"))]
 
 
-def test_the_sdist_has_no_link(wheel: Path) -> None:
+def test_the_sdist_has_no_link_and_no_part_of_the_tests(wheel: Path) -> None:
     sdist = next(wheel.parent.glob("*.tar.gz"))
     with tarfile.open(sdist) as tar:
-        assert not [m.name for m in tar if m.issym() or m.islnk()]
+        members = tar.getmembers()
+    assert not [m.name for m in members if m.issym() or m.islnk()]
+    below = {m.name.split("/", 1)[1] for m in members if "/" in m.name}
+    assert not [name for name in below if name.startswith(("tests", "benchmarks", "runs"))]
+    assert {"LICENSE", "CHANGELOG.md", "SECURITY.md", "pyproject.toml", "robx/cli.py", "eval/report.html.j2"} <= below
 
 
 def test_the_installed_wheel_runs_from_the_root_folder(wheel: Path, tmp_path: Path) -> None:
