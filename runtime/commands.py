@@ -31,7 +31,13 @@ _BUNDLE = click.Path(path_type=Path)
 @click.command()
 @click.argument("bundles", nargs=-1, required=True, type=_BUNDLE)
 @click.option("--device", default="local", show_default=True, help="local, ssh://[user@]host[:port] or adb://serial.")
-@click.option("--profile", type=click.Choice(list(PROFILES)), default="quick", show_default=True, help="How long.")
+@click.option(
+    "--profile",
+    type=click.Choice(list(PROFILES)),
+    default="quick",
+    show_default=True,
+    help="How long; mlperf, ten minutes, also tells what heat does.",
+)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of one inference.")
 @click.option("--affinity", help="Cores that the model may use, as 0,1 or 4-7.")
 @click.option("--processes", type=click.IntRange(1), help="Fresh processes of each bundle; the profile's otherwise.")

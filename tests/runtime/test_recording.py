@@ -1,0 +1,44 @@
+"""A record says the worst of its processes, and nothing of itself that the device made up."""
+
+import numpy as np
+import pytest
+
+from robx.records import load_bundle
+from robx.runtime.inputs import load_inputs
+from robx.runtime.profiles import PROFILES, BenchOptions
+from robx.runtime.recording import Run, make_record
+from robx.runtime.reference import Reference
+from robx.runtime.results import ProcessResult
+
+
+@pytest.fixture
+def record(make_bundle):
+    """record(outputs of each process...) -> the record of an emulated ssh device that says it is this machine."""
+    folder = make_bundle()
+    inputs = load_inputs(load_bundle(folder).preprocessing, None, count=4)
+    expected = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+
+    def make(*noises):
+        device = {"emulated": "qemu", "kind": "local", "address": "here", "cpu": {"cores": 1}}
+        report = {"timed": False, "device": device, "facts": {}}
+        nothing = np.empty(0, dtype=np.int64)
+        results = [ProcessResult(report, nothing, expected + noise, np.ones(4, bool), []) for noise in noises]
+        run = Run(folder, load_bundle(folder), inputs, "b0", 1, results)
+        told = {"profile": PROFILES["rapid"], "processes": len(noises), "kind": "ssh", "started": "2026-01-01T00:00:00"}
+        return make_record(run, BenchOptions(device="ssh://box"), reference=Reference(expected, "x", False), **told)
+
+    return make
+
+
+def test_the_cosines_are_those_of_the_worst_process(record):
+    noise = np.float32(0.02) * np.arange(32, dtype=np.float32).reshape(4, 8) % 1
+    alone = record(noise).values
+    for order in ((noise, 0 * noise), (0 * noise, noise), (0 * noise, noise, 0 * noise)):
+        assert record(*order).values == alone
+    assert alone["output_cosine_min"].value < 0.999 < record(0 * noise).values["output_cosine_min"].value
+
+
+def test_a_device_does_not_say_how_it_was_reached(record):
+    device = record(np.float32(0)).device
+    assert (device["kind"], device["address"]) == ("ssh", "ssh://box")
+    assert device["emulated"] == "qemu"
