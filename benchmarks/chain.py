@@ -4,7 +4,8 @@
     python benchmarks/chain.py --only lite0-resnet10t --epochs 3 --seeds 3   # minutes
 
 dino, msn, swav, ibot   a teacher is pretrained by the base method (``--teacher ema``), left in that method's published
-                        layout as teacher.pth, read back by the zoo, and distilled with its own head
+                        layout as teacher.pth, read back by the zoo, and distilled with its own head. A CNN starts from
+                        EfficientNet-Lite0's real weights (``--init``), the ViT from random ones
 lite2-*, lite0-*        EfficientNet-Lite with its real ImageNet-supervised weights and prototypes fitted to the images
 
 Each student (RoB) is set against the same network trained by the base method alone (EMA) with the same crops, optimiser
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from common import CLIP_ART, demo_images, publish, say, shown
 
+from robx.distill.crops import STD
 from robx.distill.networks import student_kind
 from robx.distill.recipes import Method, Recipe, override, preset, read_toml
 from robx.distill.run import Options
@@ -55,7 +57,8 @@ class Chain:
     objective: Method
     student: str
     zoo: str | None = None  # a teacher with real weights, or ...
-    trunk: str | None = None  # ... the network that the base method pretrains into one
+    trunk: str | None = None  # ... the network that the base method pretrains into one, ...
+    real: str | None = None  # ... from the real weights of this one of the zoo
 
 
 CHAINS = {
@@ -64,9 +67,9 @@ CHAINS = {
     "lite2-mobilenetv3_small": Chain("msn", "mobilenetv3_small_100", zoo="efficientnet_lite2"),
     "lite0-resnet18": Chain("msn", "resnet18", zoo="efficientnet_lite0"),
     "lite2-resnet18": Chain("msn", "resnet18", zoo="efficientnet_lite2"),
-    "dino": Chain("dino", "mobilenetv3_small_100", trunk="resnet50"),
-    "msn": Chain("msn", "mobilenetv3_small_100", trunk="vit_small_patch16_224"),
-    "swav": Chain("swav", "mobilenetv3_small_100", trunk="resnet50"),
+    "dino": Chain("dino", "resnet10t", trunk="tf_efficientnet_lite0", real="efficientnet_lite0"),
+    "msn": Chain("msn", "resnet10t", trunk="tf_efficientnet_lite0", real="efficientnet_lite0"),
+    "swav": Chain("swav", "resnet10t", trunk="tf_efficientnet_lite0", real="efficientnet_lite0"),
     "ibot": Chain("ibot", "vit_tiny_patch16_224", trunk="vit_small_patch16_224"),
 }
 
@@ -167,7 +170,12 @@ def make_teacher(chain: Chain, images: ImageSource, folder: Path, given: argpars
     weights = None
     if chain.trunk is not None:
         epochs = given.teacher_epochs or 3 * given.epochs
-        fit(recipe_of(chain, chain.trunk, given, base=True, epochs=epochs, seed=0), chain.trunk, folder, images, given)
+        recipe = recipe_of(chain, chain.trunk, given, base=True, epochs=epochs, seed=0)
+        init = None
+        if chain.real is not None:
+            recipe = override(recipe, {"lr": given.lr / 10})  # the trunk has learnt already; the head is to follow it
+            init = save_real(chain.real, chain.trunk, folder.with_name("real"), given.size)
+        fit(recipe, chain.trunk, folder, images, given, init=init)
         weights = folder / "teacher.pth"
     return load_teacher(
         chain.zoo or chain.objective,
@@ -186,20 +194,36 @@ def fit(
     images: ImageSource,
     given: argparse.Namespace,
     teacher: Teacher | None = None,
+    init: Path | None = None,
 ) -> None:
     """One run of ``robx distill``; resumed where it stands."""
     options = Options(device="cpu", workers=given.workers, measure=False, checkpoint_minutes=5)
-    train(recipe, students=[network], source=images, out=out, teacher=teacher, options=options, say=say)
+    train(recipe, students=[network], source=images, out=out, teacher=teacher, init=init, options=options, say=say)
 
 
 def save_random(network: str, out: Path, seed: int, size: int) -> None:
     """A Student with the weights that training would start from."""
     torch.manual_seed(seed)
-    trunk = build_trunk(network)
+    save_student(build_trunk(network), network, out, size)
+
+
+def save_real(zoo: str, network: str, out: Path, size: int) -> Path:
+    """A Student with the trunk of a supervised EfficientNet-Lite, for pixels with ImageNet's mean and std."""
+    trunk: Any = load_teacher(zoo, objective="kd", image_size=size).trunk
+    trunk.reset_classifier(0)
+    with torch.no_grad():  # its own pixels are (x - 127) / 128; the means differ by less than .2, which BatchNorm takes
+        trunk.conv_stem.weight *= torch.tensor(STD)[:, None, None] * 255 / 128
+    save_student(trunk, network, out, size)
+    return out
+
+
+def save_student(trunk: torch.nn.Module, network: str, out: Path, size: int) -> None:
+    """A Student's folder with these weights."""
     record = Student(
         timm_name=network, width=embedding_width(trunk), preprocessing=student_preprocessing(size), sha256="",
         teacher=None, data=None, recipe={},
     )  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
     save_trunk(out, trunk, record)
 
 

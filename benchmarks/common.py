@@ -50,7 +50,8 @@ class Chosen:
     """A source of some places of another, in the order given; a place may come more than once."""
 
     def __init__(self, source: ImageSource, places: Sequence[int]) -> None:
-        self.name, self.classes, self._source, self._places = source.name, source.classes, source, places
+        self.name, self.classes, self.licence = source.name, source.classes, source.licence
+        self._source, self._places = source, places
         self.fingerprint = sha256_bytes(f"{source.fingerprint} {list(places)}".encode())[:16]
 
     def __len__(self) -> int:
@@ -75,14 +76,23 @@ def first_images(source: ImageSource, count: int) -> ImageSource:
 
 
 def step_seconds(
-    recipe: Recipe, students: Sequence[str], source: ImageSource, out: Path, *, workers: int, **branch: Any
+    recipe: Recipe,
+    students: Sequence[str],
+    source: ImageSource,
+    out: Path,
+    *,
+    workers: int,
+    log_every: int = 10,
+    **branch: Any,
 ) -> list[float]:
     """Seconds of each step of a whole run of ``robx.distill.train``, loader, optimiser, checks and log included.
 
     The first step is left out: it waits for the loader to start. `branch` has teacher, targets or store.
     """
     moments: list[float] = []
-    options = Options(device="cpu", workers=workers, fresh=True, measure=False, checkpoint_minutes=1e6)
+    options = Options(
+        device="cpu", workers=workers, fresh=True, measure=False, checkpoint_minutes=1e6, log_every=log_every
+    )
     train(
         recipe,
         students=students,
