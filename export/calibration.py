@@ -21,6 +21,7 @@ from robx.records import Calibration, Preprocessing
 from robx.sources import ImageSource, open_source
 
 MIN_IMAGES = 300  # fewer leave the tails of the activations to chance
+JUDGING_IMAGES = 3000  # prove a drop below one point where some 5 % of the answers change
 MIN_JUDGING = 16  # to compare at all; the gate says INCONCLUSIVE long before
 _SEED = 20260
 
@@ -45,10 +46,7 @@ class Images:
 
     def normalised(self, preprocessing: Preprocessing, rows: slice | None = None) -> np.ndarray:
         """float32 (n, 3, H, W), exactly as ``robx.images.preprocess`` gives them."""
-        mean = np.asarray(preprocessing.mean, dtype=np.float32).reshape(1, 3, 1, 1)
-        std = np.asarray(preprocessing.std, dtype=np.float32).reshape(1, 3, 1, 1)
-        pixels = self.pixels if rows is None else self.pixels[rows]
-        return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+        return normalise(self.pixels if rows is None else self.pixels[rows], preprocessing)
 
     def batches(self, preprocessing: Preprocessing, size: int) -> Iterator[np.ndarray]:
         """Normalised pieces of at most `size` images, in order."""
@@ -63,6 +61,7 @@ class Splits:
     calibration: Images
     bank: Images  # the first of them are the calibration images
     judging: Images
+    source: str  # fingerprint of the ImageSource of the first two
 
     def record(self) -> Calibration:
         """What goes into the manifest."""
@@ -71,7 +70,22 @@ class Splits:
             fingerprint=self.calibration.fingerprint,
             judged_images=len(self.judging),
             judged_fingerprint=self.judging.fingerprint,
+            source=self.source,
         )
+
+
+def normalise(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """uint8 pixels (n, 3, H, W) as a model takes them, float32."""
+    mean = np.asarray(preprocessing.mean, dtype=np.float32).reshape(1, 3, 1, 1)
+    std = np.asarray(preprocessing.std, dtype=np.float32).reshape(1, 3, 1, 1)
+    return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+
+
+def whole_batches(images: np.ndarray, batch: int) -> list[np.ndarray]:
+    """Pieces of exactly `batch` images (N, ...); the last one is filled with the first images."""
+    missing = -len(images) % batch
+    full = np.concatenate([images, images[np.arange(missing) % len(images)]]) if missing else images
+    return [full[i : i + batch] for i in range(0, len(full), batch)]
 
 
 def open_data(data: Path, judge: Path | None = None) -> tuple[ImageSource, ImageSource | None]:
@@ -88,7 +102,7 @@ def read_splits(
     *,
     calibration_images: int = MIN_IMAGES,
     bank_images: int = 1000,
-    judging_images: int = 1000,
+    judging_images: int = JUDGING_IMAGES,
     least: int = MIN_IMAGES,
     progress: Progress | None = None,
 ) -> Splits:
@@ -116,7 +130,7 @@ def read_splits(
             f"{held_out.name} leaves {len(judging)} images to judge with and {MIN_JUDGING} are needed: add images"
         )
     require_disjoint(bank, judging, where=held_out.name)
-    return Splits(_head(bank, calibration_images), bank, judging)
+    return Splits(_head(bank, calibration_images), bank, judging, train.fingerprint)
 
 
 def _labelled_first(source: ImageSource, order: np.ndarray) -> np.ndarray:
