@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from robx.console import print_line, print_table, progress_bar
+from robx.console import print_line, print_table, progress_bar, say
 from robx.errors import InputError
 from robx.records import Accuracy, Fidelity, Measurement, Value
 
@@ -57,7 +57,8 @@ def evaluate(
 ) -> None:
     """Measure the accuracy of students and bundles.
 
-    Every figure has a 95 % interval. Records are appended to measurements.jsonl in each folder.
+    Every figure has a 95 % interval. Records are appended to measurements.jsonl in each folder. Test images that
+    look like a training image are counted and warned of.
 
     \b
     robx eval runs/r18 --data images/
@@ -68,6 +69,7 @@ def evaluate(
     from robx.cache import cache_folder
     from robx.eval.evaluate import evaluate as run
     from robx.eval.features import decode_workers
+    from robx.eval.look_alikes import warning_in
     from robx.eval.lowshot import parse_shots
     from robx.eval.plan import Plan, parse_transfers
     from robx.records import append_measurements, to_json
@@ -96,6 +98,9 @@ def evaluate(
         for result in run(list(dict.fromkeys(folders)), plan, progress=progress):
             append_measurements(result.folder / "measurements.jsonl", [result.record])
             found.append(result.record)
+    for warning in dict.fromkeys(warning_in(record.settings) for record in found):
+        if warning:
+            say(f"warning: {warning}")
     if as_json:
         for record in found:
             click.echo(json.dumps(to_json(record)))

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
+from robx.collapse import refuse_constant
 from robx.errors import InputError
 from robx.eval.features import Features, extract_each, model_id
 from robx.eval.fidelity import Comparison, fidelity, make_bank
 from robx.eval.knn import HEADLINE_K, TEMPERATURE, knn_accuracy
-from robx.eval.plan import Plan, Result, accuracy_record, device_facts
+from robx.eval.look_alikes import look_alikes
+from robx.eval.lowshot import check_splits
+from robx.eval.plan import Plan, Result, accuracy_record, data_facts, device_facts
+from robx.eval.repeat import repeat_difference
 from robx.eval.splits import Split, open_split
-from robx.eval.verdict import holm
+from robx.eval.verdict import check_margin, holm
 from robx.progress import Progress
-from robx.records import Accuracy, Bundle, Fidelity, Json, Student, Value, to_json, utc_now
+from robx.records import Bundle, Fidelity, Json, Student, Value, to_json, utc_now
 from robx.runtime.session import Session, SessionSettings, load_record, open_session
 from robx.sources import ImageSource, data_info
 
@@ -30,9 +37,13 @@ def evaluate(folders: Sequence[Path], plan: Plan, *, progress: Progress | None =
     split = open_split(plan.data, plan.test) if plan.data else None
     if split is None and (plan.knn or plan.linear or plan.lowshot or plan.fidelity):
         raise InputError("no images to judge on: give --data with a folder that has train/ and test/, or add --test")
+    if plan.fidelity:
+        check_margin(plan.margin)
+    for shot in plan.lowshot if split is not None else ():
+        check_splits(split.bank, shot, plan.lowshot_splits)
     references = _references(records, plan) if plan.fidelity else {}
-    for folder in references:
-        _check_calibration(folder, records[folder], split)
+    for folder, record in records.items():
+        _check_calibration(folder, record, split)
     with contextlib.ExitStack() as stack:
         settings = SessionSettings(threads=plan.threads)
         wanted = dict.fromkeys([*folders, *references.values()])
@@ -82,11 +93,19 @@ def _on_the_data(
 ) -> Iterator[Result]:
     """Every protocol that is judged on --data."""
     bank = _extract_all(sessions, split.bank, plan, progress)
+    for folder, found in bank.items():
+        if folder not in references:  # of those that are compared, the verdict says it
+            refuse_constant(found.features, folder)
     test = {f: split.aligned(found) for f, found in _extract_all(sessions, split.test, plan, progress).items()}
+    split = replace(split, shared=look_alikes(bank[folders[0]].looks, test[folders[0]].looks))
+    bundles = [folder for folder, session in sessions.items() if isinstance(session.bundle, Bundle)]
+    repeats = {folder: repeat_difference(sessions[folder], split.test) for folder in bundles}
     if plan.knn:
         for folder in folders:
-            yield Result(folder=folder, record=_knn(sessions[folder], split, bank[folder], test[folder]))
-    yield from _fidelity(sessions, references, split, bank, test, plan)
+            values = _knn(split, bank[folder], test[folder], progress)
+            settings = _knn_settings(bank[folder], test[folder], repeats.get(folder))
+            yield Result(folder=folder, record=accuracy_record(sessions[folder], "knn", split, values, settings))
+    yield from _fidelity(sessions, references, split, bank, test, repeats, plan)
     if plan.lowshot or plan.linear:
         from robx.eval.protocols import trained_protocols
 
@@ -111,10 +130,19 @@ def _extract_all(
     return found
 
 
-def _knn(session: Session, split: Split, bank: Features, test: Features) -> Accuracy:
-    values = knn_accuracy(bank.features, bank.labels, test.features, test.labels, classes=split.classes)
-    settings: dict[str, Json] = {"k": HEADLINE_K, "temperature": TEMPERATURE, "skipped": bank.skipped + test.skipped}
-    return accuracy_record(session, "knn", split, values, settings)
+def _knn(split: Split, bank: Features, test: Features, progress: Progress | None) -> dict[str, Value]:
+    return knn_accuracy(
+        bank.features, bank.labels, test.features, test.labels, classes=split.classes, progress=progress
+    )  # fmt: skip
+
+
+def _knn_settings(bank: Features, test: Features, repeat: Value | None) -> dict[str, Json]:
+    return {
+        "k": min(HEADLINE_K, int(np.count_nonzero(bank.labels >= 0))),
+        "temperature": TEMPERATURE,
+        "skipped": bank.skipped + test.skipped,
+        **({} if repeat is None else {"repeat_max_abs": repeat.value}),
+    }
 
 
 def _fidelity(
@@ -123,6 +151,7 @@ def _fidelity(
     split: Split,
     bank: dict[Path, Features],
     test: dict[Path, Features],
+    repeats: Mapping[Path, Value | None],
     plan: Plan,
 ) -> Iterator[Result]:
     compared: list[tuple[Path, Comparison]] = []
@@ -146,7 +175,18 @@ def _fidelity(
     # Several bundles are one family of tests: each one's p-value is raised for the company it keeps.
     adjusted = holm([c.decisions["probe"].p_value if "probe" in c.decisions else 1.0 for _, c in compared])
     for (folder, comparison), p_value in zip(compared, adjusted, strict=True):
+        comparison = _with_repeat(comparison, repeats.get(folder))
         yield Result(folder=folder, record=_fidelity_record(sessions[folder], comparison, p_value, split, plan))
+
+
+def _with_repeat(comparison: Comparison, repeat: Value | None) -> Comparison:
+    if repeat is None:
+        return comparison
+    values = comparison.values | {"repeat_max_abs": repeat}
+    if repeat.value == 0:
+        return replace(comparison, values=values)
+    note = f"not deterministic: two runs of the same {repeat.n} images differ by up to {repeat.value:.2g}"
+    return replace(comparison, values=values, reasons=(*comparison.reasons, note))
 
 
 def _fidelity_record(session: Session, comparison: Comparison, p_value: float, split: Split, plan: Plan) -> Fidelity:
@@ -156,10 +196,12 @@ def _fidelity_record(session: Session, comparison: Comparison, p_value: float, s
         "images": len(split.test),
         "images_needed": decision.needed if decision else None,
         "k": HEADLINE_K,
-        "bank": to_json(data_info(split.bank)),
         "data": to_json(data_info(split.test)),
+        **data_facts(split),
     }
-    values = comparison.values | {"probe_mcnemar_p_holm": Value(value=p_value, n=len(split.test))}
+    values = comparison.values
+    if decision:
+        values = values | {"probe_mcnemar_p_holm": Value(value=p_value, n=decision.n)}
     return Fidelity(
         bundle_id=model_id(session.bundle),
         device=device_facts(session),
@@ -173,5 +215,5 @@ def _fidelity_record(session: Session, comparison: Comparison, p_value: float, s
 
 def _check_calibration(folder: Path, record: Bundle | Student, split: Split | None) -> None:
     calibration = record.calibration if isinstance(record, Bundle) else None
-    if calibration is not None and split is not None and calibration.fingerprint == split.test.fingerprint:
+    if calibration is not None and split is not None and calibration.source == split.test_source:
         raise InputError(f"{folder} was calibrated on the images of {split.test.name}: judge it on others, with --test")

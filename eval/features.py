@@ -8,15 +8,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
+import PIL
 
 from robx.errors import CorruptImage, DeviceError, InputError
+from robx.eval.look_alikes import LOOK, look
 from robx.files import sha256_bytes, write_atomically
 from robx.images import preprocess
 from robx.progress import Progress
@@ -30,6 +33,8 @@ BATCH = 64
 # A set with more unreadable images than this is not the set that was meant.
 MOST_SKIPPED = 0.1
 _ALWAYS_ALLOWED = 10
+# Counts up when decoding, preprocessing or what is stored changes: older features are then made again.
+_CACHE_FORMAT = 2
 _AHEAD = 2  # batches that are decoded before the model asks for them
 
 
@@ -41,6 +46,7 @@ class Features:
     labels: np.ndarray  # int64 (N,), -1 where there is none
     indices: np.ndarray  # int64 (N,), places in the source
     skipped: int  # images that could not be read
+    looks: np.ndarray = field(default_factory=lambda: np.zeros((0, LOOK), np.uint8))  # (N, LOOK), see look_alikes.py
 
 
 def model_id(record: Bundle | Student) -> str:
@@ -142,11 +148,15 @@ def _run(
     batch_size: int,
     progress: Progress | None,
 ) -> list[Features]:
+    looks = np.zeros((len(source), LOOK), np.uint8)
+
     def read(index: int) -> np.ndarray | None:
         try:
-            return preprocess(source.read(index), preprocessing)
+            pixels = preprocess(source.read(index), preprocessing)
         except CorruptImage:
             return None
+        looks[index] = look(pixels)  # each thread writes rows of its own
+        return pixels
 
     kept: list[np.ndarray] = []
     answers: list[list[np.ndarray]] = [[] for _ in sessions]
@@ -164,9 +174,11 @@ def _run(
         raise InputError(
             f"{skipped} of the {len(source)} images of {source.name} cannot be read: mend or remove them first"
         )
-    labels = labels_of(source)[indices]
+    labels, looks = labels_of(source)[indices], looks[indices]
     return [
-        Features(features=np.concatenate(answer), labels=labels, indices=indices, skipped=skipped)
+        Features(
+            features=np.concatenate(answer), labels=labels, indices=indices, skipped=skipped, looks=looks
+        )
         for answer in answers
     ]  # fmt: skip
 
@@ -180,12 +192,13 @@ def _embed(session: Session, pixels: np.ndarray) -> np.ndarray:
 
 
 def _cache_file(cache: Path | None, session: Session, source: ImageSource, pre: Preprocessing) -> Path | None:
-    """Named after all that the features depend on: weights, engine, images, preprocessing."""
+    """Named after all that the features depend on: weights, engine, processor, images, preprocessing, decoder."""
     if cache is None:
         return None
     facts = session.facts()
-    engine = {name: str(facts.get(name)) for name in ("engine", "version", "provider", "output")}
-    key = [model_id(session.bundle), engine, source.fingerprint, len(source), to_json(pre)]
+    engine = {name: str(facts.get(name)) for name in ("engine", "version", "provider", "precision_hint", "output")}
+    made_by = [_CACHE_FORMAT, PIL.__version__, platform.machine()]
+    key = [model_id(session.bundle), engine, source.fingerprint, len(source), to_json(pre), made_by]
     return cache / f"{sha256_bytes(json.dumps(key, sort_keys=True).encode())[:32]}.npz"
 
 
@@ -195,7 +208,7 @@ def _load(file: Path | None) -> Features | None:
         return None
     try:
         with file.open("rb") as data, np.load(data, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in ("features", "labels", "indices")}
+            arrays = {name: stored[name] for name in ("features", "labels", "indices", "looks")}
             skipped = int(stored["skipped"])
     except Exception:  # a zip cut by a power failure raises whatever its parser meets
         return None

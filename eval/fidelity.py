@@ -148,7 +148,7 @@ def _task(
         if name == "probe":
             value, note = worst_class(*right, labels[keep], class_names=class_names)
             values["worst_class_drop"] = value
-            notes.append(note)
+            notes += [note] if note else []
     return values, decisions, notes
 
 
@@ -182,7 +182,7 @@ def worst_class(
     *,
     class_names: Sequence[str] | None = None,
 ) -> tuple[Value, str]:
-    """The largest drop of any class in points, and a line that names it.
+    """The largest drop of any class in points, and a line that names it; an empty line where no class drops.
 
     Its interval is Bonferroni's over the classes, as the worst was picked after looking.
     """
@@ -195,7 +195,7 @@ def worst_class(
     _, b, c, n, label = max(drops)
     value = drop_value(b, c, n, confidence=1 - 0.05 / len(classes))
     name = class_names[label] if class_names and label < len(class_names) else str(label)
-    return value, f"worst class {name}: drop {value.value:.1f} points on {n} images"
+    return value, f"worst class {name}: drop {value.value:.1f} points on {n} images" if b > c else ""
 
 
 def _paired_values(

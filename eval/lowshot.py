@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -23,7 +24,7 @@ from robx.eval.features import Features
 from robx.eval.verdict import accuracy_value
 from robx.files import MAX_JSON_BYTES
 from robx.records import Value
-from robx.sources import ImageSource
+from robx.sources import ImageSource, labels_of
 
 LAMBDA = 0.0025
 SPLITS = 3
@@ -67,6 +68,14 @@ def draw_splits(labels: np.ndarray, shot: str, *, seed: int = 0) -> list[np.ndar
     return splits
 
 
+def check_splits(source: ImageSource, shot: str, folder: Path | None) -> None:
+    """Refuse a size that `source` cannot serve, before anything is embedded: see `read_splits` and `draw_splits`."""
+    if folder is None:
+        draw_splits(labels_of(source), shot)
+    else:
+        read_splits(folder, shot, source)
+
+
 def read_splits(folder: Path, shot: str, source: ImageSource) -> list[np.ndarray]:
     """Places in `source` that the published split files name.
 
@@ -75,11 +84,8 @@ def read_splits(folder: Path, shot: str, source: ImageSource) -> list[np.ndarray
     Raises:
         InputError: a file is missing, or names images that `source` has not.
     """
-    places: dict[str, int] = {}
-    for index in range(len(source)):
-        key = PurePosixPath(source.key(index))
-        places[str(key)] = places[key.name] = places[key.stem] = index
-    return [_read_split(path, places) for path in split_files(folder, shot)]
+    files, places = split_files(folder, shot), _places(source)
+    return [_read_split(path, places) for path in files]
 
 
 def split_files(folder: Path, shot: str) -> list[Path]:
@@ -171,10 +177,20 @@ def _over_splits(each: list[Value]) -> Value:
     return Value(value=mean, low=max(0.0, mean - half), high=min(100.0, mean + half), n=each[0].n, unit="%")
 
 
+def _places(source: ImageSource) -> dict[str, int]:
+    """Each image's place under its key, file name and stem; a short form that two images share stands for none."""
+    keys = [PurePosixPath(source.key(index)) for index in range(len(source))]
+    places: dict[str, int] = {}
+    for form in (lambda key: key.stem, lambda key: key.name, str):
+        counts = Counter(map(form, keys))
+        places |= {form(key): index for index, key in enumerate(keys) if counts[form(key)] == 1}
+    return places
+
+
 def _read_split(path: Path, places: dict[str, int]) -> np.ndarray:
     if path.stat().st_size > MAX_JSON_BYTES:
         raise InputError(f"{path} is larger than {MAX_JSON_BYTES} bytes: not a list of image names")
-    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    names = [line.strip() for line in path.read_text(errors="surrogateescape").splitlines() if line.strip()]
     found = [_place(PurePosixPath(name), places) for name in names]
     missing = [name for name, place in zip(names, found, strict=True) if place is None]
     if missing or not names:

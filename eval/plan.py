@@ -70,11 +70,16 @@ def accuracy_record(
         model_name=model_name(session.bundle),
         protocol=protocol,
         device=device_facts(session),
-        settings=settings | {"classes": split.classes, "bank": to_json(data_info(split.bank))},
+        settings=settings | {"classes": split.classes} | data_facts(split),
         data=data_info(split.test),
         values=values,
         started=utc_now(),
     )
+
+
+def data_facts(split: Split) -> dict[str, Json]:
+    """The training images of a figure, and how many of its test images they repeat."""
+    return {"bank": to_json(data_info(split.bank)), "look_alikes": to_json(split.shared)}
 
 
 def device_facts(session: Session) -> dict[str, Json]:

@@ -9,7 +9,8 @@ import numpy as np
 
 from robx.errors import InputError
 from robx.eval.features import Features
-from robx.sources import ImageSource, labelled, open_source
+from robx.eval.look_alikes import LookAlikes
+from robx.sources import ImageSource, labelled, labels_of, open_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,8 @@ class Split:
     classes: int
     names: tuple[str, ...] | None
     renumber: np.ndarray | None  # test label -> bank label, where the two number their classes differently
+    test_source: str  # fingerprint of the test images as given, the unlabelled ones included
+    shared: LookAlikes | None = None  # test images that the bank repeats; None where nobody looked
 
     def aligned(self, found: Features) -> Features:
         """Test features with the bank's class numbers."""
@@ -48,6 +51,7 @@ def open_split(data: Path, test: Path | None) -> Split:
 
 def make_split(bank: ImageSource, test: ImageSource) -> Split:
     """Pair the labelled images of two sources, with the bank's numbering of the classes; see `open_split`."""
+    given = test.fingerprint
     bank, test = labelled(bank), labelled(test)
     if bank.fingerprint == test.fingerprint:
         raise InputError(f"{bank.name} would be judged on the images it is trained on: give other images with --test")
@@ -55,14 +59,19 @@ def make_split(bank: ImageSource, test: ImageSource) -> Split:
         bare = bank if bank.classes is None else test
         raise InputError(f"{bare.name} has no labels: give images with one folder a class, or shards with .cls members")
     if bank.classes[: len(test.classes)] == test.classes:
-        return Split(bank=bank, test=test, classes=len(bank.classes), names=bank.classes, renumber=None)
+        return Split(
+            bank=bank, test=test, classes=len(bank.classes), names=bank.classes, renumber=None, test_source=given
+        )
     numbers = {name: n for n, name in enumerate(bank.classes)}
-    if unknown := [name for name in test.classes if name not in numbers]:
+    used = [test.classes[label] for label in np.unique(labels_of(test))]
+    if unknown := [name for name in used if name not in numbers]:
         raise InputError(
             f"{test.name} has the class {unknown[0]!r} and {bank.name} has not: give both the same classes"
         )
-    renumber = np.array([numbers[name] for name in test.classes], dtype=np.int64)
-    return Split(bank=bank, test=test, classes=len(bank.classes), names=bank.classes, renumber=renumber)
+    renumber = np.array([numbers.get(name, -1) for name in test.classes], dtype=np.int64)
+    return Split(
+        bank=bank, test=test, classes=len(bank.classes), names=bank.classes, renumber=renumber, test_source=given
+    )
 
 
 def _test_part(path: Path) -> ImageSource:

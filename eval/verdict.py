@@ -135,7 +135,7 @@ def non_inferiority(right_reference: np.ndarray, right_candidate: np.ndarray, ma
     Raises:
         InputError: shapes that do not pair, no images, or a margin that is not positive.
     """
-    _require(0 < margin < 100, f"a margin of {margin} points cannot be tested: give one between 0 and 100")
+    check_margin(margin)
     _require(len(right_reference) > 0, "no labelled images to compare: a verdict needs some")
     (b, c), n = discordant(right_reference, right_candidate), len(right_reference)
     drop = drop_value(b, c, n)
@@ -152,6 +152,11 @@ def non_inferiority(right_reference: np.ndarray, right_candidate: np.ndarray, ma
         p_value=mcnemar_exact(b, c),
         reasons=(_explain(verdict, drop, (optimistic, pessimistic), margin=margin, needed=needed),),
     )
+
+
+def check_margin(margin: float) -> None:
+    """Refuse a margin that is not between 0 and 100 percentage points."""
+    _require(0 < margin < 100, f"a margin of {margin} points cannot be tested: give one between 0 and 100")
 
 
 def least_images(margin: float) -> int:

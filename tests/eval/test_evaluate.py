@@ -1,6 +1,7 @@
 """`robx eval` on real folders, through the command line; bundles are played by a Session over the student's trunk."""
 
 import contextlib
+import io
 import json
 import re
 import shutil
@@ -11,17 +12,18 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from robx.arrays import ArraySource
 from robx.cli import main
 from robx.errors import InputError
 from robx.eval import evaluate, linear, protocols
 from robx.eval.features import Features
-from robx.eval.splits import open_split
+from robx.eval.splits import make_split, open_split
+from robx.export.calibration import read_splits
 from robx.files import sha256_file
 from robx.records import (
     Accuracy,
     Bundle,
     BundleFile,
-    Calibration,
     Fidelity,
     Preprocessing,
     Student,
@@ -31,6 +33,7 @@ from robx.records import (
     save_bundle,
 )
 from robx.runtime.session import load_record, open_session
+from robx.shards import write_shard
 from robx.sources import labels_of, open_source
 from robx.trunk import build_trunk, embedding_width, save_trunk
 
@@ -98,8 +101,9 @@ def bundle(run, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _few_steps(monkeypatch):
+def _few_steps(monkeypatch, tmp_path):
     monkeypatch.setattr(linear, "LEAST_STEPS", 150)
+    monkeypatch.setenv("ROBX_CACHE", str(tmp_path / "own-cache"))  # what another run left must not answer
 
 
 def robx(*arguments):
@@ -159,6 +163,37 @@ def test_bundles_are_judged_against_their_student(run, bundle, scene_shards):
     assert adjusted == pytest.approx(min(1, 2 * raw))  # the smaller of two is doubled
     assert "retrained_probe_drop" in kept.values and not (run / "measurements.jsonl").exists()
     assert "PASS" in result.stdout
+    assert kept.values["cka"].value == pytest.approx(1) and ruined.values["similarity_spearman"].value < 0.9
+    assert kept.values["repeat_max_abs"].value == 0 and kept.values["repeat_max_abs"].n == 8
+
+
+def test_a_bundle_that_answers_differently_each_time_is_told_of(bundle, scene_shards, monkeypatch):
+    folder, rng = bundle("moody", 0.0), np.random.default_rng(1)
+    plain = Noisy.run
+    monkeypatch.setattr(Noisy, "run", lambda self, images: plain(self, images) + rng.normal() * np.float32(1e-3))
+    assert robx(folder, "--data", scene_shards, "--fidelity", "--knn", "--no-cache").exit_code == 0
+    knn, compared = load_measurements(folder / "measurements.jsonl")
+    assert 0 < compared.values["repeat_max_abs"].value < 0.01
+    assert compared.values["repeat_max_abs"].value == knn.settings["repeat_max_abs"]
+    assert "not deterministic" in compared.reasons[-1]
+
+
+def test_test_images_that_training_holds_too_are_counted_and_warned_of(run, scenes, tmp_path):
+    data = shutil.copytree(scenes, tmp_path / "data")
+    assert robx(run, "--data", data, "--no-cache").output.count("warning") == 0
+    taken = sorted((data / "train").rglob("*.png"))[:3]
+    for number, path in enumerate(taken):
+        place = data / "test" / path.parent.name / f"copy{number}.png"
+        if number == 2:
+            Image.open(path).resize((60, 60), Image.Resampling.BICUBIC).save(place)
+        else:
+            shutil.copy(path, place)
+    result = robx(run, "--data", data, "--no-cache", "--lowshot", "1", "--knn")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("warning: 3 of 35 test images look like a training image (2 with the same pixels)") == 1
+    first, *later = load_measurements(run / "measurements.jsonl")
+    assert first.settings["look_alikes"] == {"images": 32, "identical": 0, "near": 0}
+    assert [r.settings["look_alikes"] for r in later] == [{"images": 35, "identical": 2, "near": 1}] * 2
 
 
 def test_the_default_margin_is_more_than_48_images_can_show(bundle, scene_shards):
@@ -168,12 +203,38 @@ def test_the_default_margin_is_more_than_48_images_can_show(bundle, scene_shards
     assert record.verdict == "INCONCLUSIVE" and record.settings["images_needed"] == 268
 
 
-def test_a_bundle_calibrated_on_the_judged_images_is_refused(bundle, scene_shards):
-    seen = open_source(scene_shards, split="test").fingerprint
-    cheat = bundle("cheat", 0.0, Calibration(images=48, fingerprint=seen, judged_images=1, judged_fingerprint="x"))
-    result = robx(cheat, "--data", scene_shards, "--fidelity", "--no-cache")
-    assert result.exit_code == 2 and "calibrated on the images" in result.output
+def calibrated_on(folder, **splits):
+    """The record that export writes of a calibration on images of `folder`."""
+    pre = Preprocessing(size=36, crop=32)
+    train = open_source(folder, **splits)
+    return read_splits(train, None, pre, calibration_images=20, bank_images=20, judging_images=20, least=4).record()
+
+
+@pytest.mark.parametrize("protocol", ["--fidelity", "--knn"])
+def test_a_bundle_calibrated_on_the_judged_images_is_refused(bundle, scenes, protocol):
+    cheat = bundle("cheat", 0.0, calibrated_on(scenes / "test"))
+    result = robx(cheat, "--data", scenes, protocol, "--no-cache")
+    assert result.exit_code == 2 and "calibrated on the images of test" in result.output
     assert not (cheat / "measurements.jsonl").exists()
+    honest = bundle("honest", 0.0, calibrated_on(scenes, split="train"))
+    assert robx(honest, "--data", scenes, protocol, "--no-cache").exit_code == 0
+
+
+def test_unlabelled_test_images_do_not_hide_a_calibration(bundle, scenes, tmp_path):
+    images, shards = open_source(scenes, split="test"), tmp_path / "judged"
+    shards.mkdir()
+    names = open_source(scenes, split="train").classes
+    samples = []
+    for index in range(len(images)):
+        buffer = io.BytesIO()
+        images.read(index).save(buffer, "PNG")
+        label = names.index(images.classes[images.label(index)])
+        samples.append((f"{index:04d}.png", buffer.getvalue(), label if index else None))
+    write_shard(shards / "test-00000.tar", samples)
+    (shards / "classes.json").write_text(json.dumps(names))
+    cheat = bundle("cheat", 0.0, calibrated_on(shards))
+    result = robx(cheat, "--data", scenes / "train", "--test", shards, "--no-cache")
+    assert result.exit_code == 2 and "calibrated on the images of judged" in result.output, result.output
 
 
 def test_a_bundle_away_from_its_student_needs_the_reference(run, bundle, scene_shards, tmp_path):
@@ -209,6 +270,17 @@ def test_test_classes_are_numbered_as_the_banks(scenes, tmp_path):
     assert [split.names[label] for label in split.aligned(found).labels] == own
 
 
+def test_a_class_without_a_test_image_may_have_another_name(tmp_path):
+    """As in a cut-down list of Places205, where a class is named after the folder of its images."""
+    pixels = np.zeros((3, 4, 4, 3), np.uint8)
+    bank = ArraySource("bank", pixels, np.array([0, 1, 2]), ("abbey", "airport", "alley"))
+    test = ArraySource("test", pixels, np.array([0, 2, 2]), ("abbey", "1", "alley"))
+    assert make_split(bank, test).renumber.tolist() == [0, -1, 2]
+    strange = ArraySource("strange", pixels + 1, np.array([0, 1, 2]), ("abbey", "1", "alley"))
+    with pytest.raises(InputError, match="strange has the class '1' and bank has not"):
+        make_split(bank, strange)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -229,6 +301,13 @@ def test_what_is_wrong_is_said_in_one_line(run, scenes, arguments, message):
     assert result.exit_code == 2 and message in result.output, result.output
     assert len(result.output.strip().splitlines()) == 1
     assert not (run / "measurements.jsonl").exists()
+
+
+@pytest.mark.parametrize("margin", ["0", "-1", "100", "nan"])
+def test_a_margin_that_cannot_be_tested_is_refused_before_anything_is_embedded(bundle, scenes, margin, monkeypatch):
+    monkeypatch.setattr(evaluate, "open_session", None)
+    result = robx(bundle("x", 0.0), "--data", scenes, "--fidelity", "--margin", margin)
+    assert result.exit_code == 2 and "a margin of" in result.output and result.output.count("\n") == 1
 
 
 def test_a_folder_that_robx_did_not_write_is_refused(tmp_path, scenes):

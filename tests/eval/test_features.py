@@ -8,7 +8,9 @@ from PIL import Image
 
 from robx.arrays import ArraySource
 from robx.errors import CorruptImage, DeviceError, InputError
+from robx.eval import features
 from robx.eval.features import decoded_batches, extract, extract_each, model_id
+from robx.eval.look_alikes import look
 from robx.images import preprocess
 from robx.records import Preprocessing, Student
 from robx.sources import FolderSource
@@ -95,6 +97,25 @@ def test_the_cache_answers_in_the_models_place(tmp_path):
     assert again.sizes == []
     np.testing.assert_array_equal(first.features, second.features)
     np.testing.assert_array_equal(first.indices, second.indices)
+    np.testing.assert_array_equal(first.looks, second.looks)
+
+
+@pytest.mark.parametrize(("of", "name", "other"), [("PIL", "__version__", "0"), ("features", "_CACHE_FORMAT", 0)])
+def test_a_newer_decoder_or_format_makes_features_again(tmp_path, monkeypatch, of, name, other):
+    source, again = arrays(20), MeanColour()
+    with monkeypatch.context() as patch:
+        patch.setattr(features.PIL if of == "PIL" else features, name, other)
+        extract(MeanColour(), source, cache=tmp_path)
+    extract(again, source, cache=tmp_path)
+    assert sum(again.sizes) == 20
+
+
+def test_every_image_leaves_its_own_look(folder):
+    (folder / "class0" / "004.png").write_bytes(b"no image")
+    source = FolderSource(folder)
+    found = extract(MeanColour(), source, batch_size=7)
+    expected = np.stack([look(preprocess(source.read(i), PRE)) for i in found.indices])
+    np.testing.assert_array_equal(found.looks, expected)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +125,7 @@ def test_the_cache_answers_in_the_models_place(tmp_path):
         (MeanColour(version="2"), arrays(), PRE),
         (MeanColour(provider="cuda"), arrays(), PRE),
         (MeanColour(output="before_norm"), arrays(), PRE),
+        (MeanColour(precision_hint="bf16"), arrays(), PRE),
         (MeanColour(), arrays(seed=1), PRE),
         (MeanColour(), arrays(), Preprocessing(size=20, crop=16)),
         (MeanColour(), arrays(), Preprocessing(size=18, crop=16, interpolation="bilinear")),

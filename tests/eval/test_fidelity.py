@@ -119,6 +119,7 @@ def test_worst_class_names_the_class_that_lost_most():
     candidate[[20, 21, 22, 40]] = False
     value, note = worst_class(right, candidate, labels, class_names=["cat", "dog", "cow"])
     assert value.value == pytest.approx(15) and note == "worst class dog: drop 15.0 points on 20 images"
+    assert worst_class(right, right, labels)[1] == ""
     alone, _ = worst_class(right[20:40], candidate[20:40], labels[20:40])
     assert value.low < alone.low and value.high > alone.high  # the worst of three was picked: a wider interval
 

@@ -114,6 +114,20 @@ def test_published_splits_are_read(published):
     assert [source.label(int(i)) for i in share] == [0, 1]
 
 
+def test_a_name_that_two_images_share_stands_for_none(published):
+    train, splits = published
+    for synset in ("n01440764", "n01443537"):
+        (train / synset / "same.JPEG").write_bytes((train / "n01440764" / "n01440764_0.JPEG").read_bytes())
+    source = FolderSource(train)
+    share = splits / "imagenet_subsets1" / "1percent.txt"
+    share.write_text("same.JPEG\nn01440764_0.JPEG\n")
+    with pytest.raises(InputError, match=r"lacks 1 of them, such as same\.JPEG"):
+        lowshot.read_splits(splits, "1%", source)
+    share.write_text("n01443537/same.JPEG\nn01440764_0.JPEG\n")
+    (found,) = lowshot.read_splits(splits, "1%", source)
+    assert sorted(source.key(int(i)) for i in found) == ["n01440764/n01440764_0.JPEG", "n01443537/same.JPEG"]
+
+
 def test_splits_of_other_data_are_refused(published):
     source = FolderSource(published[0])
     with pytest.raises(InputError, match=r"2imgs_class.txt does not exist"):
