@@ -168,7 +168,10 @@ def _remove_abandoned(parent: Path, name: str) -> None:
     for path in parent.iterdir():
         if not unfinished.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
             continue
-        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # its owner has just ended
+            continue
         try:
             if _try_lock(descriptor):
                 shutil.rmtree(path, ignore_errors=True)

@@ -152,6 +152,22 @@ def test_what_a_killed_process_left_goes_and_what_a_live_one_has_stays(tmp_path:
     assert [p.name for p in tmp_path.iterdir()] == [".work.notes"]
 
 
+def test_a_scratch_folder_that_goes_while_it_is_looked_at_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".work.abcdefgh.tmp").mkdir()
+    real = os.open
+
+    def gone(path: object, *more: int, **options: object) -> int:
+        if str(path).endswith(".work.abcdefgh.tmp"):
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return real(path, *more, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", gone)
+    with scratch_folder(tmp_path, "work") as folder:
+        assert folder.is_dir()
+
+
 def test_a_folder_has_one_owner_and_a_dead_one_does_not_count(tmp_path: Path) -> None:
     holder = start(
         "with f.lock_folder(pathlib.Path(sys.argv[1])):\n print('held', flush=True); sys.stdin.read()", tmp_path
