@@ -99,6 +99,28 @@ def make_bundle(tmp_path):
 
 
 @pytest.fixture
+def make_unopenable_bundle(make_bundle):
+    """As make_bundle, but of an operator that no engine has: the file is sound, and cannot be opened."""
+
+    def make(*names, **changes):
+        folder = make_bundle(*names, **changes)
+        model = onnx.load(str(folder / "model.onnx"))
+        model.graph.node[1].op_type, model.graph.node[1].domain = "Nowhere", "nowhere"
+        model.opset_import.append(helper.make_opsetid("nowhere", 1))
+        onnx.save(model, str(folder / "model.onnx"))
+        seal(folder)
+        return folder
+
+    return make
+
+
+def seal(folder: Path) -> None:
+    """Write the hash of the model that is now in `folder` into its manifest."""
+    bundle = from_json(Bundle, json.loads((folder / "manifest.json").read_text()))
+    save_bundle(dataclasses.replace(bundle, files=(describe_file(folder, "model.onnx", "model"),)), folder)
+
+
+@pytest.fixture
 def make_student_bundle(tmp_path, make_bundle):
     """make_student_bundle() -> the folder of a real student's fp32 bundle, the student in the folder above it."""
 
@@ -121,8 +143,9 @@ def make_student_bundle(tmp_path, make_bundle):
         names = {"input_names": ["images"], "output_names": ["embedding"]}
         example = (torch.zeros(1, 3, 32, 32),)
         torch.onnx.export(trunk, example, str(folder / "model.onnx"), dynamo=False, opset_version=18, **names)
-        manifest = from_json(Bundle, json.loads((folder / "manifest.json").read_text()))
-        save_bundle(dataclasses.replace(manifest, files=(describe_file(folder, "model.onnx", "model"),)), folder)
+        save_bundle(
+            dataclasses.replace(load_bundle_of(folder), files=(describe_file(folder, "model.onnx", "model"),)), folder
+        )
         return folder
 
     return make

@@ -131,13 +131,8 @@ def test_affinity_is_kept_to_and_recorded(make_bundle, short_profile):
         bench([make_bundle("b")], BenchOptions(profile="rapid", processes=1, affinity=(4000,)))
 
 
-def test_one_bundle_that_fails_does_not_take_the_others_down(make_bundle, short_profile):
-    from robx.records import describe_file, load_bundle, save_bundle
-
-    good, bad = make_bundle("good"), make_bundle("bad")
-    bundle = load_bundle(bad)
-    (bad / "model.onnx").write_bytes(b"nonsense")
-    save_bundle(dataclasses.replace(bundle, files=(describe_file(bad, "model.onnx", "model"),)), bad)
+def test_one_bundle_that_fails_does_not_take_the_others_down(make_bundle, make_unopenable_bundle, short_profile):
+    good, bad = make_bundle("good"), make_unopenable_bundle("bad")
     first, second = bench([good, bad], BenchOptions(profile="rapid"))
     assert "failed" not in codes(first)
     assert second.verdict == "INVALID" and "failed" in codes(second) and second.missing["p50"]

@@ -108,7 +108,7 @@ def wait_until(condition, seconds=240):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_bench_that_is_ended_midway_leaves_nothing_on_the_device(start_sshd, disk, make_bundle, number):
     address, folder = start_sshd(disk), make_bundle()
     command = [sys.executable, "-m", "robx.cli", "bench", folder, "--device", address, "--python", sys.executable]
