@@ -143,9 +143,7 @@ def make_student_bundle(tmp_path, make_bundle):
         names = {"input_names": ["images"], "output_names": ["embedding"]}
         example = (torch.zeros(1, 3, 32, 32),)
         torch.onnx.export(trunk, example, str(folder / "model.onnx"), dynamo=False, opset_version=18, **names)
-        save_bundle(
-            dataclasses.replace(load_bundle_of(folder), files=(describe_file(folder, "model.onnx", "model"),)), folder
-        )
+        seal(folder)
         return folder
 
     return make
