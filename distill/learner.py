@@ -51,6 +51,8 @@ class Learner:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
         self.average = None if recipe.student_ema is None else copy.deepcopy(net.trunk).requires_grad_(False)
         self._parallel = processes.parallel(net)
+        if branch is not None:
+            processes.synchronised(branch.network)
         self._forward: Any = torch.compile(self._parallel) if compile else self._parallel
         self._parameters = [p for p in net.parameters() if p.requires_grad]
 

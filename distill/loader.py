@@ -51,6 +51,21 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
     return count // batch_size
 
 
+def micro_batch(recipe: Recipe, *, processes: int) -> int:
+    """Images of one process's micro-batch.
+
+    Raises:
+        InputError: the batch does not divide by processes and micro-batches.
+    """
+    parts = processes * recipe.accumulate
+    if recipe.batch_size % parts:
+        raise InputError(
+            f"batch size {recipe.batch_size} does not divide by {processes} processes x {recipe.accumulate} "
+            f"micro-batches: give --batch-size {max(1, round(recipe.batch_size / parts)) * parts}"
+        )
+    return recipe.batch_size // parts
+
+
 @dataclass(frozen=True)
 class Share:
     """This process's part of every global batch."""
@@ -163,8 +178,8 @@ class PlaceSampler(Sampler[list[Place]]):
         """Places, one list a micro-batch; a global batch is the same whatever the number of processes."""
         recipe, share = self.recipe, self.share
         per_epoch = steps_per_epoch(self.count, recipe.batch_size)
-        mine = recipe.batch_size // share.world
-        micro = mine // recipe.accumulate
+        micro = micro_batch(recipe, processes=share.world)
+        mine = micro * recipe.accumulate
         known, order = -1, np.empty(0, dtype=np.int64)
         for step in range(self.start, self.end):
             epoch, batch = divmod(step, per_epoch)
@@ -198,11 +213,7 @@ def build_loader(
     """
     share = share or Share()
     steps_per_epoch(len(source), recipe.batch_size)
-    if recipe.batch_size % (share.world * recipe.accumulate):
-        raise InputError(
-            f"batch size {recipe.batch_size} does not divide by {share.world} processes x {recipe.accumulate} "
-            "micro-batches: choose another"
-        )
+    micro_batch(recipe, processes=share.world)
     return DataLoader(
         CropDataset(source, recipe, mask_grid=mask_grid, corrupt_budget=corrupt_budget),
         batch_sampler=PlaceSampler(len(source), recipe, share=share, start=start, end=end),

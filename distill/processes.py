@@ -64,10 +64,15 @@ class Processes:
         """The net whose gradients are averaged over processes; its BatchNorm is synchronised on GPUs."""
         if self.world == 1:
             return net
-        if self.device.type == "cuda":
-            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
-            return DistributedDataParallel(net, device_ids=[self.device.index])
-        return DistributedDataParallel(net)
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(self.synchronised(net), device_ids=ids)
+
+    def synchronised(self, net: nn.Module) -> nn.Module:
+        """The net, whose BatchNorm takes the statistics of all processes' batches: on GPUs, for torch can on no CPU."""
+        if self.world == 1 or self.device.type != "cuda":
+            return net
+        found: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
+        return found
 
 
 @contextlib.contextmanager

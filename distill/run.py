@@ -12,14 +12,15 @@ from torch import Tensor
 
 from robx import __version__
 from robx.distill import resume
-from robx.distill.branches import EmaBranch, TargetBranch, WritingBranch
+from robx.distill.branches import EmaBranch, TargetBranch, TeacherBranch, WritingBranch
 from robx.distill.learner import Learner
-from robx.distill.loader import Skipped, steps_per_epoch
+from robx.distill.loader import Skipped, micro_batch, steps_per_epoch
 from robx.distill.networks import Initial, build_networks, open_targets, store_targets
 from robx.distill.processes import Processes
 from robx.distill.publish import published_checkpoint, save_published
 from robx.distill.recipes import Recipe
 from robx.distill.run_folder import Metrics, student_folders, student_preprocessing, tensorboard_writer
+from robx.distill.shaping import Shaping
 from robx.distill.speed import SpeedBound
 from robx.distill.students import unwrapped
 from robx.distill.teachers import Teacher
@@ -104,6 +105,7 @@ def open_run(
     if len(set(students)) != len(students) or not students:
         raise InputError("give each --student once")
     per_epoch = steps_per_epoch(len(source), recipe.batch_size)
+    micro_batch(recipe, processes=processes.world)  # says so when it is none
     steps = recipe.epochs * per_epoch
     stored = None if targets is None else open_targets(targets, recipe, source)
     info = teacher.info if teacher is not None else stored.info if stored is not None else None
@@ -117,8 +119,8 @@ def open_run(
     }
     if initial is not None:
         settings["init"] = {"timm_name": initial.timm_name, "sha256": initial.sha256}
-    if processes.first:
-        _claim_folder(out, settings, force=options.force)
+    if processes.first and not (options.force or options.fresh):
+        _refuse_changes(out, settings)
     networks = build_networks(
         recipe,
         students,
@@ -136,11 +138,17 @@ def open_run(
     branch = networks.branch
     if store is not None:
         branch = store_targets(branch, store, recipe=recipe, teacher=teacher, source=source, k=options.stored_k)
+    folders = student_folders(out, students)
+    if processes.first:  # only now that nothing was refused
+        if options.fresh:
+            for folder in {out, *folders}:
+                resume.start_over(folder)
+        write_json(out / "recipe.json", settings | {"robx_version": __version__})
     return Run(
         recipe=recipe,
         options=options,
         out=out,
-        folders=student_folders(out, students),
+        folders=folders,
         source=source,
         processes=processes,
         learners=networks.learners,
@@ -154,12 +162,11 @@ def open_run(
     )
 
 
-def _claim_folder(out: Path, settings: dict[str, Any], *, force: bool) -> None:
-    """Write the run's settings, or compare them with those of the run that is there."""
+def _refuse_changes(out: Path, settings: dict[str, Any]) -> None:
+    """Compare the settings with those of the run that is there, if there is one to resume."""
     path = out / "recipe.json"
-    if path.exists() and resume.checkpoints(out) and not force:
+    if path.exists() and resume.checkpoints(out):
         resume.refuse_changes(_comparable(read_json(path)), _comparable(settings), run=out)
-    write_json(path, settings | {"robx_version": __version__})
 
 
 def _comparable(settings: Any) -> dict[str, Any]:
@@ -184,6 +191,9 @@ def resume_run(run: Run) -> int:
                 learner.load(state["learners"][learner.name])
             if run.branch is not None:
                 run.branch.load_state_dict(state["branch"])
+            if len(queues := state.get("queues", [])) == run.processes.world:
+                for shaping, queue in zip(_shapings(run), queues[run.processes.rank], strict=True):
+                    shaping.queue = queue
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise InputError(f"{run.out}'s state does not fit these networks ({first}): give --fresh") from error
@@ -206,6 +216,7 @@ def save_run(run: Run, done: int) -> None:
     """Every process says what it skipped; the first one writes the students and the checkpoint."""
     for found in run.processes.gather(run.skipped.found):
         run.skipped.add(found)
+    queues = run.processes.gather([None if s.queue is None else s.queue.cpu() for s in _shapings(run)])
     if not run.processes.first:
         return
     state = {
@@ -213,6 +224,7 @@ def save_run(run: Run, done: int) -> None:
         "branch": None if run.branch is None else run.branch.state_dict(),
         "best": run.best,
         "skipped": {str(index): reason for index, reason in run.skipped.found.items()},
+        "queues": queues,  # of every process; all else is the same in all of them
     }
     for learner, folder in zip(run.learners, run.folders, strict=True):
         save_trunk(folder, learner.trunk, _record(run, learner, done))
@@ -220,6 +232,13 @@ def save_run(run: Run, done: int) -> None:
         write_text(run.out / "corrupt.txt", "".join(f"{one_line(reason)}\n" for reason in run.skipped.found.values()))
     # The checkpoint is last: a run that is killed before it does this once more, and one killed after it lacks nothing.
     resume.save_checkpoint(run.out, state, step=done, keep=run.options.keep, best=run.best[0] if run.best else None)
+
+
+def _shapings(run: Run) -> list[Shaping]:
+    """What keeps a queue in this process."""
+    shared = run.branch.branch if isinstance(run.branch, WritingBranch) else run.branch
+    branches = (shared, *(learner.branch for learner in run.learners))
+    return [branch.shaping for branch in branches if isinstance(branch, TeacherBranch | EmaBranch)]
 
 
 def publish_teachers(run: Run) -> None:

@@ -15,6 +15,7 @@ import signal
 import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,6 @@ from robx.distill.processes import Processes, join_processes
 from robx.distill.recipes import Recipe
 from robx.distill.report import log_step, monitor, note, open_probe, probe_references, probe_students, speed_bound
 from robx.distill.run import Options, Run, Say, open_run, publish_teachers, resume_run, save_run
-from robx.distill.run_folder import student_folders
 from robx.distill.speed import Rate, SpeedBound, measure_bound
 from robx.distill.teachers import Teacher
 from robx.distill.views import Targets, Views
@@ -85,14 +85,12 @@ def train(
             resume.clean(out)
             if store is not None:
                 resume.clean(store)
-            if options.fresh:
-                for folder in {out, *student_folders(out, students)}:
-                    resume.start_over(folder)
         processes.wait()
         stop = stack.enter_context(stop_on_signals())
         speak = say if say is not None and processes.first else _silent
         run = open_run(recipe, students, source, out, teacher, targets, store, options, processes, speak, init)
         stack.callback(run.close)
+        processes.wait()
         start = resume_run(run)
         if start < run.steps:
             _loop(run, start, stop=stop, progress=progress if progress and processes.first else silent)
@@ -188,10 +186,11 @@ def _batches(run: Run, start: int) -> Generator[Batch, None, None]:
             corrupt_budget=run.options.corrupt_budget,
             pin_memory=run.processes.device.type == "cuda",
         )
-        before = set(multiprocessing.active_children())
-        iterator = iter(loader)
-        workers = set(multiprocessing.active_children()) - before
+        before = multiprocessing.active_children()
+        iterator, mine = None, list[Any]()
         try:
+            iterator = iter(loader)
+            mine = [child for child in multiprocessing.active_children() if child not in before]
             with contextlib.suppress(ValueError):
                 # A dead worker is noticed here, when a batch is due, and not by an exception in the midst of a step.
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -213,7 +212,7 @@ def _batches(run: Run, start: int) -> Generator[Batch, None, None]:
             # Now, and not when a traceback lets go of the iterator: the interpreter would end its workers with SIGTERM,
             # which they ignore, and wait for them for ever.
             del iterator
-            for worker in workers:
+            for worker in mine:
                 worker.kill()
 
 
@@ -257,7 +256,9 @@ def _measure(run: Run, start: int) -> SpeedBound:
         iter(PlaceSampler(len(run.source), run.recipe, share=run.processes.share, start=start, end=run.steps))
     )
     dataset = CropDataset(run.source, run.recipe, mask_grid=run.mask_grid, corrupt_budget=run.options.corrupt_budget)
+    began = time.perf_counter()
     batch = collate([dataset[place] for place in places])
+    loader = len(places) / (time.perf_counter() - began)
     _count_skipped(run, batch.skipped)
     branches = [b for b in (run.branch, *(learner.branch for learner in run.learners)) if b is not None]
     before = [copy.deepcopy(branch.state_dict()) for branch in branches]
@@ -268,7 +269,8 @@ def _measure(run: Run, start: int) -> SpeedBound:
     run.bound = bound
     run.say(
         f"bound {speed_bound(run):.1f} images/s: the target branch alone makes {bound.teacher:.1f}, "
-        f"the students alone {bound.student:.1f}, each of {run.processes.world} process(es)"
+        f"the students alone {bound.student:.1f}, one loader worker {loader:.1f}, "
+        f"each of {run.processes.world} process(es)"
     )
     return bound
 

@@ -37,8 +37,8 @@ def build_trunk(timm_name: str, *, drop_path: float = 0.0) -> nn.Module:
 
 
 def is_vit(timm_name: str) -> bool:
-    """Whether timm builds this name as a plain VisionTransformer."""
-    return timm.model_entrypoint(timm_name).__module__.endswith("vision_transformer")
+    """Whether timm builds this name as a plain VisionTransformer; what it does not know is none."""
+    return timm.is_model(timm_name) and timm.model_entrypoint(timm_name).__module__.endswith("vision_transformer")
 
 
 def embedding_width(trunk: nn.Module) -> int:

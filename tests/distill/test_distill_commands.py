@@ -79,6 +79,10 @@ def test_a_dry_run_counts_and_writes_nothing(scenes: Path, tmp_path: Path) -> No
         (("--student", "resnet18"), "--data DIR is missing"),
         (("--student", "resnet18", "--data", "DATA"), "give one of --teacher NAME"),
         (("--student", "resnet81", "--data", "DATA", "--teacher", "ema"), "unknown student 'resnet81': did you mean"),
+        (
+            (*TINY, "--student", "test_resnte", "--data", "DATA", "--teacher", "ema"),
+            "unknown student 'test_resnte': did you mean",
+        ),
         (("--student", "resnet18", "--data", "DATA", "--teacher", "dino_vits61"), "did you mean dino_vits16"),
         (("--student", "resnet18", "--data", "DATA", "--teacher", "ema"), "fewer than one batch of 1024"),
         (("--student", "resnet18", "--data", "nowhere", "--teacher", "ema"), "nowhere does not exist"),

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from robx.distill import resume
+from robx.distill.processes import Processes
 from robx.sources import open_source
 
 SCRIPT = Path(__file__).with_name("tiny.py")
@@ -138,3 +139,12 @@ def test_two_processes_learn_what_one_does(tiny: ModuleType, scenes: Path, tmp_p
     one, two = (load_file(tmp_path / name / "student.safetensors") for name in ("one", "two"))
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("world", "device", "synchronised"), [(2, "cuda", True), (2, "cpu", False), (1, "cuda", False)]
+)
+def test_batch_norm_is_synchronised_between_gpus(world: int, device: str, synchronised: bool) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    found = Processes(0, world, torch.device(device)).synchronised(net)
+    assert found is net and isinstance(net[1], torch.nn.SyncBatchNorm) is synchronised

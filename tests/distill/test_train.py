@@ -18,6 +18,8 @@ from torch import Tensor
 
 from robx.distill import resume
 from robx.distill.monitor import NotFinite
+from robx.distill.processes import Processes
+from robx.distill.run import Options, open_run
 from robx.distill.teachers import load_teacher
 from robx.errors import InputError
 from robx.records import load_student
@@ -171,6 +173,11 @@ def test_a_finished_run_is_left_alone_and_fresh_starts_over(
     assert any("holds the whole run already" in text for text in said)
     tiny.tiny_run(source, tmp_path, recipe=tiny.tiny_recipe(seed=5))
     first = weights(tmp_path)
+    with pytest.raises(InputError, match="--student once"):
+        tiny.tiny_run(source, tmp_path, students=["test_vit"] * 2, options={"fresh": True})
+    with pytest.raises(InputError, match="unknown student"):
+        tiny.tiny_run(source, tmp_path, students=["test_vti"], options={"fresh": True})
+    assert weights(tmp_path) == first  # what is refused takes nothing with it
     tiny.tiny_run(source, tmp_path, options={"fresh": True})
     assert weights(tmp_path) == weights(unbroken) != first
 
@@ -245,6 +252,14 @@ def test_a_folder_in_use_and_settings_that_contradict_are_refused(
         tiny.tiny_run(source, tmp_path, recipe=tiny.tiny_recipe(), teacher=None)
     with pytest.raises(InputError, match="--student once"):
         tiny.tiny_run(source, tmp_path, students=["test_vit", "test_vit"])
+    with pytest.raises(InputError, match="unknown student"):
+        tiny.tiny_run(source, tmp_path, students=["test_vti"])
+    three = Processes(0, 3, torch.device("cpu"), control=None)
+    with pytest.raises(InputError, match="does not divide by 3 processes"):
+        open_run(
+            tiny.tiny_recipe(), ["test_vit"], source, tmp_path, tiny.tiny_teacher(), None, None, Options(), three, print
+        )
+    assert not (tmp_path / "recipe.json").exists()  # nothing half-written
 
 
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
