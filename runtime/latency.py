@@ -153,7 +153,8 @@ def paired_ratio(
     """Latency of A over that of B: ratio of medians, with a 95 % bootstrap interval over pairs of blocks.
 
     `blocks_a[i]` and `blocks_b[i]` (int64 ns) were measured one after the other, so what slows the machine slows both.
-    A is faster than B only when `high` is below 1. With fewer than six pairs no interval of a median reaches 95 %.
+    A is faster than B only when `high` is below 1. Of independent pairs such an interval covers the truth in 92 to 95 %
+    of cases with 10 to 20 of them (by simulation), and in fewer with less than six.
 
     Raises:
         ValueError: another number of blocks in A than in B, or none.
