@@ -21,7 +21,7 @@ from torch import Tensor
 
 from robx.errors import ArtifactError, InputError, RobxError
 from robx.files import read_json, require_space, sha256_bytes, sha256_file, unwritable, write_atomically, write_json
-from robx.folders import new_folder
+from robx.folders import new_folder, remove_abandoned
 
 SCHEMA = 1
 _PREFIX = "step-"
@@ -109,7 +109,7 @@ def clean(run: Path) -> None:
     """Remove what a killed process left half-written; call it under the run's lock."""
     for pattern in ("*/.*.tmp", "*/.*.old", ".*.tmp"):  # of checkpoints, of several students, of the run itself
         for path in run.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            remove_abandoned(path)
 
 
 def start_over(run: Path) -> None:

@@ -61,7 +61,10 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with turn(parent):
-            _remove_abandoned(parent, name)
+            unfinished = re.compile(rf"\.{re.escape(name)}\.[a-z0-9_]{{8}}\.tmp")
+            for path in parent.iterdir():
+                if unfinished.fullmatch(path.name):
+                    remove_abandoned(path)
             temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=parent))
             temporary.chmod(0o755)
             held = os.open(temporary, os.O_RDONLY)
@@ -126,6 +129,24 @@ def wait_for(path: Path) -> Iterator[None]:
         yield
 
 
+def remove_abandoned(path: Path) -> None:
+    """Remove a half-written file or scratch folder, if the process that wrote it is gone."""
+    if path.is_symlink() or not path.is_dir():
+        writer = re.search(r"\.(\d+)\.tmp$", path.name)
+        if writer is None or writer[1] == str(os.getpid()) or not _is_alive(writer[1]):
+            path.unlink(missing_ok=True)
+        return
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:  # its owner has just ended
+        return
+    try:
+        if _try_lock(descriptor):
+            shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
 def _lock_or_refuse(descriptor: int, folder: Path) -> None:
     """Lock an opened ``.lock`` for as long as it stays open."""
     patience = time.monotonic() + _ORPHAN_SECONDS
@@ -160,23 +181,6 @@ def _try_lock(descriptor: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _remove_abandoned(parent: Path, name: str) -> None:
-    """Remove the scratch folders of `name` whose processes are gone; call it in the turn of `parent`."""
-    unfinished = re.compile(rf"\.{re.escape(name)}\.[a-z0-9_]{{8}}\.tmp")
-    for path in parent.iterdir():
-        if not unfinished.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
-            continue
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:  # its owner has just ended
-            continue
-        try:
-            if _try_lock(descriptor):
-                shutil.rmtree(path, ignore_errors=True)
-        finally:
-            os.close(descriptor)
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:

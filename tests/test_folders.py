@@ -15,7 +15,7 @@ import pytest
 
 from robx import folders
 from robx.errors import InputError
-from robx.folders import lock_folder, new_folder, scratch_folder, turn, wait_for
+from robx.folders import lock_folder, new_folder, remove_abandoned, scratch_folder, turn, wait_for
 
 NAMES = ("bundle", "odd name.5", "x*[a]", "-rf\n'$(id)'", "é" * 60)
 
@@ -150,6 +150,21 @@ def test_what_a_killed_process_left_goes_and_what_a_live_one_has_stays(tmp_path:
     assert left != kept
     live.communicate("")
     assert [p.name for p in tmp_path.iterdir()] == [".work.notes"]
+
+
+def test_what_a_live_process_writes_is_not_removed(tmp_path: Path) -> None:
+    live, dead = start("sys.stdin.read()"), start("pass")
+    dead.communicate()
+    for process in (live.pid, dead.pid, os.getpid()):
+        (tmp_path / f".state.json.{process}.tmp").write_text("half")
+    (tmp_path / "real").mkdir()
+    (tmp_path / ".link.abcdefgh.tmp").symlink_to("real")
+    with scratch_folder(tmp_path, "work") as folder:
+        for path in list(tmp_path.iterdir()):
+            if path.name.endswith(".tmp"):
+                remove_abandoned(path)
+        assert {p.name for p in tmp_path.iterdir()} == {f".state.json.{live.pid}.tmp", "real", folder.name}
+    live.communicate("")
 
 
 def test_a_scratch_folder_that_goes_while_it_is_looked_at_is_no_error(
