@@ -71,7 +71,7 @@ def detect_layout(content: Any) -> Layout | None:
     if "target_encoder" in keys:
         return "msn"
     if isinstance(content.get("teacher"), Mapping):
-        has_patches = any("last_layer2" in key or "masked_embed" in key for key in content["teacher"])
+        has_patches = any("last_layer2" in str(key) or "masked_embed" in str(key) for key in content["teacher"])
         return "ibot" if "ibot_loss" in keys or has_patches else "dino"
     flat = _flat(content)
     if flat is None:
@@ -130,8 +130,7 @@ def read_trunk(path: Path) -> dict[str, Tensor]:
         case "dino" | "ibot":
             return _read_dino(content, where=str(path)).trunk
         case "msn":
-            trunk, _ = _split(_strip(content["target_encoder"]), "fc.")
-            return trunk
+            return _split(_strip(_tensors(content["target_encoder"], where=str(path))), "fc.")[0]
         case "swav":
             return _read_swav(content).trunk
         case "backbone":
@@ -177,9 +176,13 @@ def _arch(content: Mapping[str, Any]) -> str | None:
 def _flat(content: Mapping[str, Any]) -> dict[str, Tensor] | None:
     """A state dict without prefixes, also one level down under ``state_dict`` or ``model``; None when it is none."""
     for inner in (content.get("state_dict"), content.get("model"), content):
-        if isinstance(inner, Mapping) and inner and all(isinstance(value, Tensor) for value in inner.values()):
+        if _is_state(inner) and inner:
             return _strip(dict(inner))
     return None
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
 
 
 def _strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -199,7 +202,7 @@ def _split(state: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor],
 def _tensors(state: Any, *, where: str) -> dict[str, Tensor]:
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not _is_state(state):
         raise ArtifactError(f"{where}: the teacher's part is no state dict: it is another kind of file")
     return dict(state)
 
@@ -209,8 +212,11 @@ def _check_size(path: Path) -> None:
         raise InputError(f"{path} does not exist: give the teacher's file to --teacher-weights")
     size = path.stat().st_size
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:  # a small archive may unpack to anything
-            size = max(size, sum(member.file_size for member in archive.infolist()))
+        try:
+            with zipfile.ZipFile(path) as archive:  # a small archive may unpack to anything
+                size = max(size, sum(member.file_size for member in archive.infolist()))
+        except Exception as error:  # BadZipFile, and whatever else a damaged directory leads to
+            raise ArtifactError(_refusal(path, error)) from error
     if size > MAX_CHECKPOINT_BYTES:
         raise ArtifactError(f"{path} unpacks to {size / 1e9:.0f} GB: larger than any teacher's checkpoint")
 

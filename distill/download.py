@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import os
 import re
+import shutil
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -68,7 +69,7 @@ def fetch(
 def _download(url: str, part: Path, *, name: str, progress: Progress | None) -> None:
     """Fill `part`, from where it ends if the server's file is still the one that it began with."""
     tag_file = part.with_name(f"{part.name}.tag")
-    tag = tag_file.read_text() if tag_file.is_file() else ""
+    tag = tag_file.read_text(errors="replace") if tag_file.is_file() else ""
     have = part.stat().st_size if part.is_file() and tag else 0
     headers = {"User-Agent": "robx", "Accept-Encoding": "identity"}
     if have:
@@ -121,16 +122,23 @@ def _finish(part: Path, path: Path, sha256: str, *, url: str) -> Path:
             "it was changed on its way or at its host; do not use it"
         )
     write_text(path.with_name(f"{path.name}.sha256"), found)
-    # A second name for the same bytes: what took an hour to fetch is not copied.
-    write_atomically(path, lambda temporary: os.link(part, temporary))
+    write_atomically(path, lambda temporary: _same(part, temporary))
     for leftover in (part, part.with_name(f"{part.name}.tag")):
         leftover.unlink(missing_ok=True)
     return path
 
 
+def _same(part: Path, path: Path) -> None:
+    """Give the bytes a second name: what took an hour to fetch is copied only where a file has one name alone."""
+    try:
+        os.link(part, path)
+    except OSError:
+        shutil.copyfile(part, path)
+
+
 def _verified(path: Path, sha256: str) -> Path:
     recorded = path.with_name(f"{path.name}.sha256")
-    expected = sha256 or (recorded.read_text().strip() if recorded.is_file() else "")
+    expected = sha256 or (recorded.read_text(errors="replace").strip() if recorded.is_file() else "")
     if expected and sha256_file(path) != expected:
         raise ArtifactError(f"{path} is not the file that was downloaded (its SHA-256 differs): delete it, run again")
     return path

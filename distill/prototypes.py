@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from robx.distill.kmeans import StreamingKMeans, spherical_kmeans
 from robx.errors import CorruptImage, InputError
-from robx.files import sha256_bytes, write_atomically
+from robx.files import sha256_bytes, write_bytes
 from robx.folders import wait_for
 from robx.images import preprocess
 from robx.progress import Progress
@@ -131,7 +131,7 @@ def save_prototypes(path: Path, prototypes: Prototypes, settings: FitSettings) -
         "objective": repr(prototypes.objective),
     }
     tensors = {"mean": prototypes.mean.contiguous(), "vectors": prototypes.vectors.contiguous()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=facts))
+    write_bytes(path, save(tensors, metadata=facts))  # save_file has errors of its own for a full disk
 
 
 def load_prototypes(path: Path, settings: FitSettings) -> Prototypes | None:
@@ -165,7 +165,7 @@ class _Features:
 
     def batches(self, order: np.ndarray) -> Iterator[Tensor]:
         """Features (B, D) on the CPU, in the order of `order`."""
-        budget = max(10, len(order) // 100)
+        budget = min(max(10, len(order) // 100), len(order) - 1)
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             for start in range(0, len(order), _BATCH):
                 images = list(pool.map(self._pixels, order[start : start + _BATCH].tolist()))

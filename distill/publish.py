@@ -11,6 +11,7 @@ The teacher is the average of the student; SwAV has one network alone.
 from __future__ import annotations
 
 import argparse
+import io
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from robx.distill.branches import EmaBranch
 from robx.distill.recipes import Recipe
 from robx.distill.students import StudentNet
 from robx.errors import InputError
-from robx.files import write_atomically
+from robx.files import write_bytes
 
 
 def published_checkpoint(
@@ -68,8 +69,15 @@ def published_checkpoint(
 
 
 def save_published(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write the checkpoint as a ``.pth`` file, atomically; it loads with ``weights_only`` and argparse.Namespace."""
-    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+    """Write the checkpoint as a ``.pth`` file, atomically; it loads with ``weights_only`` and argparse.Namespace.
+
+    Raises:
+        RobxError: no space or no permission.
+    """
+    # Through memory: torch's own writer tells a full disk by an assertion, and puts the file's name into the file.
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_bytes(path, buffer.getvalue())
 
 
 def _backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:

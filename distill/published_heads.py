@@ -70,6 +70,8 @@ def dino_head(state: State, *, where: str) -> PrototypeHead:
     last = _last_layer(state, "last_layer", where=where)
     has_patches = any(key.startswith("last_layer2.") for key in state)
     patches = _last_layer(state, "last_layer2", where=where) if has_patches else None
+    for prototypes in (last,) if patches is None else (last, patches):
+        _require_width(prototypes, state[f"{names[-1]}.weight"], where=where)
     if patches is not None and patches.shape == last.shape and torch.equal(patches, last):
         patches = None  # shared: keep one copy
     return PrototypeHead(projection, last, patch_prototypes=patches)
@@ -172,12 +174,16 @@ def _last_layer(state: State, name: str, *, where: str) -> Tensor:
 
 
 def _matching(prototypes: Tensor, state: State, names: Sequence[str], *, where: str) -> Tensor:
-    width = state[f"{names[-1]}.weight"].shape[0]
-    if prototypes.ndim != 2 or prototypes.shape[1] != width:
-        raise ArtifactError(
-            f"{where}: the prototypes are {tuple(prototypes.shape)} and the head answers {width} numbers"
-        )
+    _require_width(prototypes, state[f"{names[-1]}.weight"], where=where)
     return F.normalize(prototypes.detach().float(), dim=1)
+
+
+def _require_width(prototypes: Tensor, projection: Tensor, *, where: str) -> None:
+    """Refuse prototypes (K, E) that are not as long as what the projection's last layer (E, ...) answers."""
+    if prototypes.ndim != 2 or prototypes.shape[1] != projection.shape[0]:
+        raise ArtifactError(
+            f"{where}: the prototypes are {tuple(prototypes.shape)} and the head answers {projection.shape[0]} numbers"
+        )
 
 
 def _number(name: str) -> int:

@@ -94,6 +94,13 @@ def infer_trunk(state: State, *, arch: str | None, where: str) -> TrunkSpec:
     """
     if arch is not None and timm.is_model(arch):
         return TimmTrunk(arch)
+    try:
+        return _infer(state, where=where)
+    except (KeyError, IndexError) as error:  # a tensor that is not there, or has fewer axes
+        raise ArtifactError(f"{where} holds a trunk that is cut or damaged ({error}): get it again") from error
+
+
+def _infer(state: State, *, where: str) -> TrunkSpec:
     if "pos_embed" in state and "blocks.0.mlp.fc1.weight" in state:
         return _infer_vit(state, where)
     if "layer1.0.conv3.weight" in state:
@@ -214,6 +221,11 @@ def _infer_vit(state: State, where: str) -> VitTrunk:
     grid = math.isqrt(places)
     if grid * grid != places:
         raise ArtifactError(f"{where} has {places} position embeddings, which make no square: check the file")
+    if width > 64 and width % 64:
+        raise ArtifactError(
+            f"{where} holds a ViT {width} wide, which is no whole number of heads of 64: its heads "
+            "cannot be told from the file"
+        )
     return VitTrunk(width, depth, patch, grid, state["blocks.0.mlp.fc1.weight"].shape[0])
 
 

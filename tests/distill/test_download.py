@@ -101,6 +101,17 @@ def test_a_broken_connection_goes_on_where_it_broke(server: Server, tmp_path: Pa
     assert 0 < starts[0] <= 1_500_000 < starts[1] <= 2_500_000
 
 
+def test_on_a_disk_where_a_file_has_one_name_it_is_copied(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    assert fetch(server.url, tmp_path, sha256=SHA).read_bytes() == DATA
+    assert files(tmp_path) == {"weights.pth", "weights.pth.sha256"}
+
+
 def test_a_later_run_goes_on(server: Server, tmp_path: Path) -> None:
     server.break_after = [1_000_000, 1_000_000, 1_000_000]
     with pytest.raises(InputError, match="run the same command again"):

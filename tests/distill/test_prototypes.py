@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,12 @@ def test_unreadable_images_are_skipped_up_to_a_budget(tmp_path: Path) -> None:
         (tmp_path / f"bad{i}.png").write_bytes(b"no image")
     with pytest.raises(InputError, match="cannot be read"):
         fit_prototypes(mean_colour, FolderSource(tmp_path), PREPROCESSING, SETTINGS)
+    for path in tmp_path.glob("[012]*.png"):
+        path.unlink()
+    for path in sorted(tmp_path.glob("bad*.png"))[8:]:
+        path.unlink()
+    with pytest.raises(InputError, match="8 images cannot be read"):  # nothing else is left
+        fit_prototypes(mean_colour, FolderSource(tmp_path), PREPROCESSING, replace(SETTINGS, prototypes=4))
 
 
 def test_too_few_images_say_what_to_lower() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -75,3 +78,29 @@ def test_only_native_heads_have_a_layout() -> None:
     recipe, student, branch = trained("dino", "test_vit")
     with pytest.raises(InputError, match="no published layout"):
         published_checkpoint(branch, student, recipe=override(recipe, {"head": "mlp"}), timm_name="test_vit", epoch=1)
+
+
+@pytest.mark.parametrize("what", ["teacher", "prototypes"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, what: str) -> None:
+    """A process of its own that may write no more than 64 KiB to any file."""
+    code = """
+    import resource, signal, sys, torch
+    from pathlib import Path
+    from robx.distill.prototypes import FitSettings, Prototypes, save_prototypes
+    from robx.distill.publish import save_published
+    from robx.errors import InputError
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+    path, big = Path(sys.argv[1]) / "file", torch.ones(300, 300)
+    try:
+        if sys.argv[2] == "teacher":
+            save_published(path, {"teacher": big})
+        else:
+            save_prototypes(path, Prototypes(big[0].clone(), big, 1, 0, 0.5), FitSettings("t", "d", 300, 32, 32))
+    except InputError as error:
+        print(error)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path), what]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "no space left to write" in done.stdout, done.stderr
+    assert list(tmp_path.iterdir()) == []
