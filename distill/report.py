@@ -53,7 +53,7 @@ def open_probe(run: Run) -> Probe | None:
     preprocessing = student_preprocessing(run.recipe.crop_size)
     probe = build_probe(run.source, preprocessing, images=run.options.probe_images, seed=run.recipe.seed)
     if probe is None:
-        run.say("no kNN probe: the images have no labels (expected folder/class/image, or key.cls in shards)")
+        run.say("no kNN probe: it needs ten labelled images of two classes (folder/class/image, or key.cls in shards)")
     return probe
 
 

@@ -39,6 +39,7 @@ _DECIDING = (
     *("objective", "seed", "crop_size", "global_scale", "color", "color_strength", "color_p", "gray_p", "flip_p"),
     *("teacher_temperature", "sinkhorn_iterations", "sinkhorn_epsilon", "queue", "centering"),
 )
+_WARM_UP = ("teacher_temperature_start", "teacher_temperature_epochs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,10 @@ class TargetsInfo:
         decided_by = {name: values[name] for name in _DECIDING}
         # Blur and solarize of the global crops alone.
         decided_by |= {name: values[name][:2] for name in ("blur_p", "solarize_p")}
+        if recipe.centering:
+            decided_by["center_momentum"] = values["center_momentum"]
+        if recipe.teacher_temperature_start is not None:
+            decided_by |= {name: values[name] for name in _WARM_UP}
         return cls(
             prototypes=prototypes,
             images=images,
@@ -201,8 +206,8 @@ def require_same(have: TargetsInfo, want: TargetsInfo, *, folder: Path, every: b
         if field.name in ignored or to_json(ours) == to_json(theirs):
             continue
         if field.name == "decided_by":
-            differ = [key for key in theirs if ours.get(key) != theirs[key]]
-            what = ", ".join(f"{key} = {ours.get(key)} and not {theirs[key]}" for key in differ)
+            differ = [key for key in theirs | ours if ours.get(key) != theirs.get(key)]
+            what = ", ".join(f"{key} = {ours.get(key)} and not {theirs.get(key)}" for key in differ)
         else:
             what = f"{field.name} = {ours} and not {theirs}"
         raise InputError(

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from robx.distill.recipes import override, preset
+from robx.distill.recipes import Recipe, override, preset
 from robx.distill.rob_dino import RobDino
 from robx.distill.stored import StoredBranch, TargetsInfo, pack, unpack
 from robx.distill.stored_writer import TargetWriter, WritingBranch
@@ -26,6 +26,10 @@ RECIPE = preset("dino", "vit")
 def info(**values: object) -> TargetsInfo:
     settings = {"prototypes": 32, "images": 20, "data_fingerprint": "d", "teacher_sha256": "t", "k": 8} | values
     return TargetsInfo.of(RECIPE, **settings)  # type: ignore[arg-type]
+
+
+def decided_by(recipe: Recipe) -> dict[str, object]:
+    return TargetsInfo.of(recipe, prototypes=32, images=20, data_fingerprint="d", teacher_sha256="t").decided_by
 
 
 def views(index: list[int], *, epoch: int = 0) -> Views:
@@ -187,12 +191,15 @@ def test_targets_of_other_crops_images_or_teacher_are_refused(tmp_path: Path) ->
         with pytest.raises(InputError, match=next(iter(change))):
             StoredBranch(tmp_path, expect=info(**change))
     other = override(RECIPE, {"seed": 1, "global_scale": [0.5, 1.0]})
-    expect = dataclasses.replace(
-        info(),
-        decided_by=TargetsInfo.of(other, prototypes=32, images=20, data_fingerprint="d", teacher_sha256="t").decided_by,
-    )
+    expect = dataclasses.replace(info(), decided_by=decided_by(other))
     with pytest.raises(InputError, match=r"seed = 0 and not 1, global_scale = \[0.4, 1.0\] and not \[0.5, 1.0\]"):
         StoredBranch(tmp_path, expect=expect)
+    warmed = override(RECIPE, {"teacher_temperature_start": 0.04, "teacher_temperature_epochs": 3})
+    with pytest.raises(InputError, match=r"teacher_temperature_start = None and not 0\.04"):
+        StoredBranch(tmp_path, expect=dataclasses.replace(info(), decided_by=decided_by(warmed)))
+    TargetWriter(tmp_path / "warmed", dataclasses.replace(info(), decided_by=decided_by(warmed)))
+    with pytest.raises(InputError, match=r"teacher_temperature_start = 0\.04 and not None"):
+        StoredBranch(tmp_path / "warmed", expect=info())
     local = override(RECIPE, {"local_crops": 2, "local_crop_size": 64, "lr": 1.0, "epochs": 3})
     TargetWriter(
         tmp_path, TargetsInfo.of(local, prototypes=32, images=20, data_fingerprint="d", teacher_sha256="t", k=8)
