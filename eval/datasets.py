@@ -32,6 +32,7 @@ from robx.sources import ImageSource, open_source
 # Upper edges of the distance bins, closed on the right: (.., 8], (8, 8.5], ... (VTAB's closest-object-distance).
 CLEVR_EDGES = (8.0, 8.5, 9.0, 9.5, 10.0, 100.0)
 CLEVR_LEAST_OBJECTS = 3
+INAT18_CLASSES, PLACES205_CLASSES = 8142, 205
 _MAX_LIST_BYTES = 1024**3
 _SPLITS = {"train": "train", "test": "val"}
 
@@ -168,8 +169,8 @@ def _inat18(root: Path, split: str) -> ImageSource:
                 raise InputError(f"{file}: {path!r} is annotated {given[item['id']]}: its folder says {label}")
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise InputError(f"{file} is not iNaturalist 2018's list ({error!r}): fetch it again") from error
-    classes = max([len(listed.get("categories", ())), *(label + 1 for _, label in samples)])
-    return ListSource(root, samples, name=f"inat18 {split}", classes=[str(n) for n in range(classes)])
+    classes = [str(n) for n in range(INAT18_CLASSES)]
+    return ListSource(root, samples, name=f"inat18 {split}", classes=classes)
 
 
 def _places205(root: Path, split: str) -> ImageSource:
@@ -184,7 +185,7 @@ def _places205(root: Path, split: str) -> ImageSource:
             raise InputError(f"{file}, line {number}: {line!r} is no 'path label': fetch the list again")
         samples.append((path.strip() if below == "." else f"{below}/{path.strip()}", int(label)))
         names[int(label)] = PurePosixPath(path.strip().lstrip("/")).parent.as_posix()
-    classes = [names.get(n, str(n)) for n in range(max(205, max(names, default=0) + 1))]
+    classes = [names.get(n, str(n)) for n in range(PLACES205_CLASSES)]
     return ListSource(root, samples, name=f"places205 {split}", classes=classes)
 
 
@@ -236,6 +237,8 @@ class _ArrayUnpickler(pickle.Unpickler):
 def _unpickle(path: Path) -> dict[Any, Any]:
     if not path.is_file():
         raise InputError(f"{path} does not exist: fetch the Python batches again")
+    if path.stat().st_size > _MAX_LIST_BYTES:
+        raise InputError(f"{path} is larger than {_MAX_LIST_BYTES} bytes: not a CIFAR batch")
     try:
         found = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
     except ArtifactError:
@@ -278,4 +281,6 @@ def _read_list(path: Path) -> Any:
 
 
 def _lines(path: Path) -> Iterable[str]:
-    return (line.strip() for line in path.read_text().splitlines() if line.strip())
+    if path.stat().st_size > _MAX_LIST_BYTES:
+        raise InputError(f"{path} is larger than {_MAX_LIST_BYTES} bytes: not the published list")
+    return (line.strip() for line in path.read_text(errors="surrogateescape").splitlines() if line.strip())

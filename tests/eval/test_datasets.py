@@ -70,6 +70,18 @@ def test_cifar_binary_is_the_same(tmp_path):
     np.testing.assert_array_equal(np.asarray(train.read(0)), cifar_pixels(1, 3).reshape(3, 32, 32).transpose(1, 2, 0))
 
 
+def test_cifar100_binary_takes_the_fine_labels(tmp_path):
+    folder = tmp_path / "cifar-100-binary"
+    folder.mkdir()
+    (folder / "coarse_label_names.txt").write_text("\n".join(f"g{i}" for i in range(20)) + "\n")
+    (folder / "fine_label_names.txt").write_text("\n".join(f"f{i}" for i in range(100)) + "\n")
+    for name, coarse, fine in (("train.bin", 3, 95), ("test.bin", 19, 7)):
+        (folder / name).write_bytes(bytes([coarse, fine]) + cifar_pixels(1, fine).tobytes())
+    train, test = datasets.open_dataset("cifar100", tmp_path)
+    assert (train.label(0), test.label(0), train.classes[95], len(test.classes)) == (95, 7, "f95", 100)
+    np.testing.assert_array_equal(np.asarray(test.read(0)), cifar_pixels(1, 7).reshape(3, 32, 32).transpose(1, 2, 0))
+
+
 class Exploit:
     """Runs a command when it is unpickled by pickle.load."""
 
@@ -155,6 +167,18 @@ def test_places205(tmp_path, below):
     train, test = datasets.open_dataset("places205", tmp_path)
     assert labels_of(train).tolist() == [0, 70] and test.label(0) == 204 and len(test.classes) == 205
     assert train.classes[70] == "f/field/wild" and test.read(0).size == (8, 6)
+
+
+@pytest.mark.parametrize("label", [205, 10**12])
+def test_a_label_beyond_the_published_classes_is_refused_whatever_its_size(tmp_path, label):
+    for split in ("train", "val"):
+        (tmp_path / f"{split}_places205.csv").write_text(f"a/abbey/1.jpg 0\na/abbey/2.jpg {label}\n")
+        listed = {"images": [{"id": 1, "file_name": f"train_val2018/Aves/{label + 8000}/1.jpg"}]}
+        (tmp_path / f"{split}2018.json").write_text(json.dumps(listed))
+    with pytest.raises(InputError, match=f"the label {label} and has 205 classes"):
+        datasets.open_dataset("places205", tmp_path)
+    with pytest.raises(InputError, match=f"the label {label + 8000} and has 8142 classes"):
+        datasets.open_dataset("inat18", tmp_path)
 
 
 def scene(name, distances):
