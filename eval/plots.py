@@ -48,14 +48,15 @@ def pareto(
         if len(front) > 1:
             xs, ys = zip(*front, strict=True)
             axes.step(xs, ys, where="post", color=RULE, lw=1.6, zorder=1.5)
-        for p in points:
-            _point(axes, p, area=40 + 560 * (p["bytes"] or 0) / largest)
+        areas = [40 + 560 * (p["bytes"] or 0) / largest for p in points]
+        for p, area in zip(points, areas, strict=True):
+            _point(axes, p, area=area)
         _ms_axis(axes, [p["x"] for p in points], margin=0.16)
         axes.set_xlabel("p90 latency, upper bound (ms)")
         axes.set_ylabel(axis)
         axes.grid(axis="y")
         axes.margins(y=0.15)
-        _place_labels(axes, points)
+        _place_labels(axes, points, areas, mark)
 
     return paint
 
@@ -166,13 +167,21 @@ def _point(axes: Any, p: Mapping[str, Any], *, area: float) -> None:
         )
 
 
-def _place_labels(axes: Any, points: Sequence[Mapping[str, Any]]) -> None:
-    """Put each label where it covers least of the points and of the labels before it; the picked one comes first."""
+def _place_labels(axes: Any, points: Sequence[Mapping[str, Any]], areas: Sequence[float], mark: float | None) -> None:
+    """Put each label where it covers least of points, lines and earlier labels; the picked one comes first."""
     renderer = axes.figure.canvas.get_renderer()
     axes.figure.canvas.draw()
     inside = axes.get_window_extent(renderer)
     centres = axes.transData.transform([(p["x"], p["y"]) for p in points])
-    taken = [Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in centres]
+    reach = [np.sqrt(area / np.pi) * axes.figure.dpi / 72 for area in areas]
+    taken = [Bbox.from_bounds(x - r, y - r, 2 * r, 2 * r) for (x, y), r in zip(centres, reach, strict=True)]
+    for p, (x, _) in zip(points, centres, strict=True):
+        if p["low"] is not None and p["high"] is not None:
+            low, high = axes.transData.transform([(p["x"], p["low"]), (p["x"], p["high"])])[:, 1]
+            taken.append(Bbox.from_bounds(x - 2, low, 4, high - low))
+    if mark is not None:
+        _, level = axes.transData.transform((points[0]["x"], mark))
+        taken.append(Bbox.from_bounds(inside.x0, level - 2, inside.width, 4))
     for p in sorted(points, key=lambda p: (not p["picked"], p["x"], p["y"], p["label"])):
         text = axes.annotate(
             p["label"],
@@ -189,7 +198,8 @@ def _place_labels(axes: Any, points: Sequence[Mapping[str, Any]]) -> None:
             box = text.get_window_extent(renderer)
             outside = max(0.0, inside.x0 - box.x0) + max(0.0, box.x1 - inside.x1)
             outside += max(0.0, inside.y0 - box.y0) + max(0.0, box.y1 - inside.y1)
-            boxes.append((sum(_overlap(box, other) for other in taken) + 40 * outside, box))
+            far = 90 if abs(place[1]) > 20 else 0  # a label that stands off may be read as another point's
+            boxes.append((sum(_overlap(box, other) for other in taken) + 40 * outside + far, box))
         best = min(range(len(_PLACES)), key=lambda i: (boxes[i][0], i))
         _move(text, _PLACES[best])
         taken.append(boxes[best][1])

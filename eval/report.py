@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,12 +17,13 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from robx.eval import report_accuracy as accuracy
 from robx.eval import report_provenance as provenance
 from robx.eval import report_tables as tables
 from robx.eval.recommend import MARGIN, Advice, Step, advise
 from robx.eval.report_data import ReportData, collect
 from robx.eval.report_figures import curve_figures, latency_figures, pair_figure, pareto_figure
-from robx.eval.report_rows import Row, build_rows, headline_data
+from robx.eval.report_rows import Row, build_rows, headline_data, model_labels
 from robx.eval.report_words import at_most, clean, hundredths, megabytes, percent
 from robx.records import Accuracy, Latency, to_json
 
@@ -64,11 +66,11 @@ def _view(
     data: ReportData, rows: Sequence[Row], advice: Sequence[Advice], protocol: str | None, margin: float
 ) -> dict[str, Any]:
     """What the templates show: text, tables and figures, and no record."""
-    labels = tables.model_labels(data, rows)
+    labels = model_labels(data, rows)
     pairs = tables.pair_rows(rows)
     measured = [row for row in rows if row.device]
     return {
-        "title": _title(advice),
+        "title": _title(advice, rows),
         "margin": f"{margin:g}",
         "axis": _axis(data, protocol),
         "devices": [_device(i, one, rows, protocol, margin, _axis(data, protocol)) for i, one in enumerate(advice)],
@@ -81,7 +83,9 @@ def _view(
         "pair_figure": pair_figure(pairs, margin=margin),
         "rungs": [tables.rung_table(p, labels.get(p.bundle.id, p.folder)) for p in data.bundles if p.bundle.rungs],
         "curves": curve_figures(data),
-        "accuracy_table": tables.accuracy_table(data, labels),
+        "protocol_table": accuracy.protocol_table(data, labels),
+        "fidelity_table": accuracy.fidelity_table(data, labels),
+        "figure_table": accuracy.figure_table(data, labels),
         "provenance": provenance.provenance(data, labels),
         "doubts": provenance.doubts(data, rows, advice, labels),
         "source_table": provenance.source_table(data, labels) if data.measurements else None,
@@ -90,10 +94,12 @@ def _view(
     }
 
 
-def _title(advice: Sequence[Advice]) -> str:
+def _title(advice: Sequence[Advice], rows: Sequence[Row]) -> str:
     best = {one.best.label for one in advice if one.best}
     if not advice:
         return "Nothing to recommend: no latency was measured"
+    if not any(row.validity == "VALID" for row in rows):
+        return "Nothing to recommend yet: no latency is VALID"
     if not best:
         return "Nothing to recommend: no candidate passed"
     if len(best) == 1 and all(one.best for one in advice):
@@ -125,6 +131,7 @@ def _device(
         "name": advice.device,
         "best": _pick(best, protocol) if best else None,
         "why_none": None if best else _why_none(advice, here),
+        "again": _again(here),
         "steps": [_step(step) for step in advice.steps],
         "asked": [{"budget": f"{b:g} ms", "pick": row.label if row else "nothing fits"} for b, row in advice.asked],
         "provisional": [_step(step) for step in advice.provisional if step.row],
@@ -163,14 +170,23 @@ def _step(step: Step) -> dict[str, str]:
 
 
 def _why_none(advice: Advice, here: Sequence[Row]) -> str:
-    verdicts = {row.validity for row in here}
-    if "VALID" not in verdicts:
-        worst = "INVALID" if verdicts == {"INVALID"} else "UNSTABLE"
-        return (
-            f"No latency on this device is VALID: all are {worst} or worse, so none of them decides anything. "
-            "They are shown, marked. Measure again with nothing else running, clocks fixed and cooling settled."
-        )
-    return f"No model here is both fast for certain and right for certain: {len(advice.left_out)} were left out."
+    if any(row.validity == "VALID" for row in here):
+        return f"No model here is both fast for certain and right for certain: {len(advice.left_out)} were left out."
+    likely = advice.provisional[-1].row if advice.provisional else None
+    if likely is None or likely.bound is None:
+        return "No latency on this device is VALID, and no model here would be a candidate if one were."
+    return (
+        "No latency on this device is VALID, so none decides. If the UNSTABLE figures held, "
+        f"{likely.label} would be chosen (p90 at most {at_most(likely.bound.value.value)} ms)."
+    )
+
+
+def _again(here: Sequence[Row]) -> str:
+    """The command that measures the device's bundles as figures that decide are measured; none where some are."""
+    folders = list(dict.fromkeys(row.folder for row in here if row.format != "torch"))
+    if any(row.validity == "VALID" for row in here):
+        return ""
+    return shlex.join(["robx", "bench", *folders, "--profile", "standard"])
 
 
 def _unmeasured(rows: Sequence[Row]) -> tables.Table | None:

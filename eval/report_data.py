@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from robx.errors import ArtifactError, InputError
+from robx.errors import ArtifactError, InputError, RobxError
 from robx.files import MAX_JSON_BYTES, sha256_file
 from robx.records import (
     Accuracy,
@@ -28,6 +27,7 @@ from robx.records import (
 )
 
 MAX_SAMPLES_BYTES = 256 * 1024 * 1024
+_LARGEST = 1e300  # NaN and infinity are not below it, nor an integer that no float holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +104,14 @@ def collect(folders: Sequence[Path]) -> ReportData:
     measurements: list[Sourced] = []
     samples: dict[str, tuple[np.ndarray, ...]] = {}
     problems: list[Problem] = []
-    for folder, files in _walk(folders):
+    for folder, files in _walk(folders, problems):
         where = str(folder)
         try:
             if "student.json" in files:
                 runs.append(_read_run(folder, problems))
             if "manifest.json" in files:
                 bundles.append(Packed(folder=where, bundle=load_bundle(folder)))
-        except ArtifactError as error:
+        except (RobxError, OSError) as error:
             problems.append(Problem(where=where, what=str(error)))
         if "measurements.jsonl" in files:
             found = _read_measurements(folder / "measurements.jsonl", problems)
@@ -131,13 +131,17 @@ def collect(folders: Sequence[Path]) -> ReportData:
     )
 
 
-def _walk(folders: Sequence[Path]) -> Iterator[tuple[Path, set[str]]]:
+def _walk(folders: Sequence[Path], problems: list[Problem]) -> Iterator[tuple[Path, set[str]]]:
     """Each folder once, in order of name; hidden ones (half-written, caches) and links are left out."""
+
+    def unreadable(error: OSError) -> None:
+        problems.append(Problem(where=str(error.filename), what=f"cannot be read ({error.strerror})"))
+
     seen: set[Path] = set()
     for top in folders:
         if not top.is_dir():
             raise InputError(f"{top} is not a folder: give a folder that robx distill or robx export wrote")
-        for root, names, files in os.walk(top):
+        for root, names, files in os.walk(top, onerror=unreadable):
             names[:] = sorted(name for name in names if not name.startswith("."))
             folder = Path(root)
             if folder.resolve() not in seen:
@@ -159,7 +163,7 @@ def _read_run(folder: Path, problems: list[Problem]) -> Run:
 def _read_measurements(path: Path, problems: list[Problem]) -> list[Sourced]:
     try:
         records = load_measurements(path)
-    except (ArtifactError, UnicodeDecodeError) as error:
+    except (RobxError, OSError, UnicodeDecodeError) as error:
         problems.append(Problem(where=str(path), what=str(error)))
         return []
     return [Sourced(record=record, file=str(path), line=line) for line, record in enumerate(records, start=1)]
@@ -189,7 +193,7 @@ def _numbers(value: Json, prefix: str = "") -> dict[str, float]:
     for key, item in value.items():
         if isinstance(item, dict) and not prefix:
             found |= _numbers(item, f"{key}.")
-        elif isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item):
+        elif isinstance(item, int | float) and not isinstance(item, bool) and abs(item) < _LARGEST:
             found[prefix + str(key)] = float(item)
     return found
 

@@ -11,7 +11,8 @@ from markupsafe import Markup
 
 from robx.eval import plots
 from robx.eval.report_data import ReportData
-from robx.eval.report_rows import Figure, Row, student_names
+from robx.eval.report_names import student_names
+from robx.eval.report_rows import Figure, Row
 from robx.eval.report_words import clean, hundredths, number, percent
 from robx.eval.svg import draw
 

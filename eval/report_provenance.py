@@ -6,9 +6,11 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from robx.eval.look_alikes import warning_in
 from robx.eval.recommend import Advice
 from robx.eval.report_data import Packed, ReportData
-from robx.eval.report_rows import Row, device_label, student_names
+from robx.eval.report_names import device_label, student_names
+from robx.eval.report_rows import Row
 from robx.eval.report_tables import Cell, Table
 from robx.eval.report_words import DASH, brief, spell
 from robx.records import Accuracy, Bundle, DataInfo, Latency
@@ -49,22 +51,26 @@ def licence_warnings(data: ReportData) -> list[str]:
 
 
 def data_notes(data: ReportData) -> list[str]:
-    """One sentence for each set of images that figures come from: what it is not."""
+    """For each set of images that figures come from: what it is not, and how many doubles it has in training."""
     infos = [student.data for student in data.students.values() if student.data]
-    infos += [m.record.data for m in data.of_kind(Accuracy) if isinstance(m.record, Accuracy)]
-    return list(dict.fromkeys(_data_note(info) for info in infos))
+    judged = [m.record for m in data.of_kind(Accuracy) if isinstance(m.record, Accuracy)]
+    infos += [record.data for record in judged]
+    doubles = [(record.data.name, warning_in(record.settings)) for record in judged]
+    named: dict[str, dict[DataInfo, None]] = {}
+    for info in infos:
+        named.setdefault(info.name, {})[info] = None
+    notes = [_data_note(name, list(found)) for name, found in named.items()]
+    return notes + [f"{name}: {warning}." for name, warning in dict.fromkeys(doubles) if warning]
 
 
-def _data_note(info: DataInfo) -> str:
-    kind = next((text for pattern, text in _KINDS_OF_DATA if re.search(pattern, info.name, re.IGNORECASE)), None)
+def _data_note(name: str, infos: Sequence[DataInfo]) -> str:
+    kind = next((text for pattern, text in _KINDS_OF_DATA if re.search(pattern, name, re.IGNORECASE)), None)
+    alone = "figures compare only with figures on the same images"
     if kind:
-        return (
-            f"{info.name} ({info.images} images) is {kind}. Its figures compare only with figures on the same images."
-        )
-    return (
-        f"{info.name} ({info.images} images, fingerprint {info.fingerprint[:12]}): its figures compare only with "
-        "figures on the same images."
-    )
+        counts = " and ".join(str(info.images) for info in infos)
+        return f"{name} ({counts} images) is {kind}. Its {alone}."
+    prints = "; ".join(f"{info.images} images, fingerprint {info.fingerprint[:12]}" for info in infos)
+    return f"{name} ({prints}): its {alone}."
 
 
 def provenance(data: ReportData, labels: dict[str, str]) -> list[Table]:
@@ -127,17 +133,24 @@ def _student_table(data: ReportData) -> Table:
                 Cell(f"{info.name}, {info.images} images", info.fingerprint) if info else Cell("not recorded"),
                 Cell(info.licence) if info else Cell(DASH),
                 Cell(str(student.images_seen), f"robx {student.robx_version or '?'}"),
-                Cell(brief(student.recipe)),
             )
         )
-    heads = ("Student", "SHA-256", "Teacher", "Its licence", "Data", "Its licence ", "Images seen", "Recipe")
-    return Table(caption="Students", heads=heads, rows=tuple(body))
+    heads = ("Student", "SHA-256", "Teacher", "Its licence", "Data", "Its licence ", "Images seen")
+    lines = tuple(Cell("Recipe", brief(student.recipe)) for student in data.students.values())
+    return Table(caption="Students", heads=heads, rows=tuple(body), lines=lines)
 
 
 def _bundle_table(bundles: Sequence[Packed], labels: dict[str, str]) -> Table:
-    heads = ("Bundle", "Id", "Files", "Versions", "Calibration", "Parity with torch", "Export gate")
+    heads = ("Bundle", "Id", "Calibration", "Parity with torch", "Export gate")
     rows = tuple(_bundle_cells(packed.bundle, packed.folder, labels) for packed in bundles)
-    return Table(caption="Bundles", heads=heads, rows=rows)
+    return Table(caption="Bundles", heads=heads, rows=rows, lines=tuple(_bundle_line(p.bundle) for p in bundles))
+
+
+def _bundle_line(bundle: Bundle) -> Cell:
+    """What is shipped, byte for byte, and what made it."""
+    files = "; ".join(f"{f.path} {f.bytes} B {f.sha256}" for f in bundle.files)
+    versions = ", ".join(f"{k} {v}" for k, v in sorted(bundle.versions.items()))
+    return Cell("Files", f"{files}. Made with {versions}, robx {bundle.robx_version or '?'}.")
 
 
 def _bundle_cells(bundle: Bundle, folder: str, labels: dict[str, str]) -> tuple[Cell, ...]:
@@ -149,8 +162,6 @@ def _bundle_cells(bundle: Bundle, folder: str, labels: dict[str, str]) -> tuple[
     return (
         Cell(labels.get(bundle.id, bundle.id), folder),
         Cell(bundle.id, f"target {bundle.target}, {bundle.runtime}, opset {bundle.opset}"),
-        Cell("; ".join(f"{f.path} {f.bytes} B {f.sha256}" for f in bundle.files)),
-        Cell(", ".join(f"{k} {v}" for k, v in sorted(bundle.versions.items())), f"robx {bundle.robx_version or '?'}"),
         calibration,
         Cell(", ".join(f"{key} {spell(value)}" for key, value in bundle.parity.items()) or DASH),
         Cell(bundle.verdict, bundle.reason, mark=bundle.verdict.lower()),
@@ -158,25 +169,28 @@ def _bundle_cells(bundle: Bundle, folder: str, labels: dict[str, str]) -> tuple[
 
 
 def _device_table(devices: dict[str, tuple[Latency, str]]) -> Table:
-    rows = []
-    for name, (record, place) in sorted(devices.items()):
-        rows.append((Cell(name, place), Cell(brief(record.device)), Cell(brief(record.settings))))
-    heads = ("Device", "Description", "Settings")
-    return Table(caption="Devices, as they described themselves", heads=heads, rows=tuple(rows))
+    found = sorted(devices.items())
+    return Table(
+        caption="Devices, as they described themselves",
+        heads=("Device", "Description"),
+        rows=tuple((Cell(name, place), Cell(brief(record.device))) for name, (record, place) in found),
+        lines=tuple(Cell("Settings", brief(record.settings)) for _, (record, _) in found),
+    )
 
 
 def source_table(data: ReportData, labels: dict[str, str]) -> Table:
     """Which line of which file each measurement is, and the raw samples behind it."""
-    body = []
+    rows, lines = [], []
     for measurement in sorted(data.measurements, key=lambda m: (m.file, m.line)):
         record = measurement.record
         who = record.model_id if isinstance(record, Accuracy) else record.bundle_id
         what = f"{record.kind} {record.protocol}" if isinstance(record, Accuracy) else record.kind
+        raw = Cell(DASH)
         if isinstance(record, Latency):
             what += f" on {device_label(record.device, record.settings)}"
-        raw = (record.samples or "", record.samples_sha256 or "") if isinstance(record, Latency) else ("", "")
+            raw = Cell(record.samples or DASH, record.samples_sha256 or "")
+        rows.append((Cell(measurement.place), Cell(what, labels.get(who, who)), Cell(record.started), raw))
         plain = brief({key: item for key, item in record.settings.items() if not isinstance(item, dict | list)})
-        where = (Cell(measurement.place), Cell(what, labels.get(who, who)), Cell(record.started), Cell(plain))
-        body.append((*where, Cell(raw[0] or DASH, raw[1])))
-    heads = ("File and line", "Measurement", "Started (UTC)", "Settings", "Raw samples")
-    return Table(caption="Where each figure comes from", heads=heads, rows=tuple(body))
+        lines.append(Cell("Settings", plain))
+    heads = ("File and line", "Measurement", "Started (UTC)", "Raw samples")
+    return Table(caption="Where each figure comes from", heads=heads, rows=tuple(rows), lines=tuple(lines))

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import PurePath
 
 from robx.eval.report_data import Packed, ReportData, Sourced
-from robx.records import Accuracy, Bundle, Fidelity, Json, Latency, Rung, Validity, Value
+from robx.eval.report_names import device_label, student_names, text_of
+from robx.records import Accuracy, Bundle, Fidelity, Latency, Rung, Validity, Value
 
 # The headline drop first: the customer's head is already trained on fp32 features.
 DROPS = ("probe_drop", "knn_drop", "drop")
 PRECISIONS = ("fp32", "fp16", "int8")
-# What names a device; the rest of a description (load, temperature, clocks) changes by the minute.
-_DEVICE_NAMES = ("name", "board", "cpu", "model", "soc", "host", "id")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,40 +74,10 @@ def build_rows(data: ReportData) -> tuple[Row, ...]:
     return tuple(sorted(rows, key=_order))
 
 
-def student_names(data: ReportData) -> dict[str, str]:
-    """A short name for each student, by SHA-256: timm's, with the run's folder when two share one."""
-    students = data.students
-    folders = {run.student.sha256: PurePath(run.folder).name for run in reversed(data.runs)}
-    counts = Counter(student.timm_name for student in students.values())
-    return {
-        sha256: student.timm_name
-        if counts[student.timm_name] == 1
-        else f"{student.timm_name} ({folders.get(sha256, sha256[:8])})"
-        for sha256, student in students.items()
-    }
-
-
-def device_label(device: Mapping[str, Json], settings: Mapping[str, Json]) -> str:
-    """What a reader calls the device and the way it was used, e.g. ``Raspberry Pi 5, 4 threads``."""
-    # A PC's board is an order number, or a cloud's name: its processor says more.
-    pc = str(device.get("arch", "")).lower() in ("x86_64", "amd64", "i686")
-    names = ("name", "cpu", "board") if pc else _DEVICE_NAMES
-    parts = [next((text for key in names if (text := _text(device.get(key)))), "unnamed device")]
-    facts = settings.get("runtime")
-    provider = _text(facts.get("provider")) if isinstance(facts, dict) else ""
-    if provider and "cpu" not in provider.lower():
-        parts.append(" ".join(filter(None, (provider, _text(device.get("accelerator"))))))
-    if isinstance(threads := settings.get("threads"), int):
-        parts.append("1 thread" if threads == 1 else f"{threads} threads")
-    if (batch := settings.get("batch", 1)) != 1:
-        parts.append(f"batch {_text(batch)}")
-    if isinstance(cores := settings.get("affinity"), list):
-        parts.append(f"cores {' '.join(map(str, cores))}")
-    if (hint := settings.get("precision_hint", "f32")) != "f32":
-        parts.append(f"computing in {_text(hint)}")
-    if device.get("emulated"):
-        parts.append("emulated")
-    return ", ".join(parts)
+def model_labels(data: ReportData, rows: Iterable[Row]) -> dict[str, str]:
+    """model id -> label."""
+    names = {sha256[:16]: f"{name} · torch fp32" for sha256, name in student_names(data).items()}
+    return names | {row.model_id: row.label for row in rows}
 
 
 def kept_rung(bundle: Bundle) -> tuple[int, Rung] | None:
@@ -252,15 +218,13 @@ def _measured(row: Row, device: str, measurement: Sourced) -> Row:
         reasons=record.reasons,
         missing=record.missing,
         samples=record.samples_sha256 or "",
-        profile=_text(record.settings.get("profile")),
+        profile=text_of(record.settings.get("profile")),
     )
 
 
 def _bound(latency: Mapping[str, Figure]) -> Figure | None:
-    """The upper confidence bound of p90: its own figure, or p90's upper end. A bare p90 is no bound."""
-    if "p90_upper" in latency:
-        return latency["p90_upper"]
-    p90 = latency.get("p90")
+    """The upper confidence bound of p90, sustained where that was measured. A bare p90 is no bound."""
+    p90 = latency.get("sustained_p90", latency.get("p90"))
     if p90 is None or p90.value.high is None:
         return None
     return Figure(value=Value(value=p90.value.high, n=p90.value.n, unit=p90.value.unit), source=f"{p90.source}.high")
@@ -293,10 +257,3 @@ def _same_place(a: Row, b: Row) -> bool:
 def _order(row: Row) -> tuple[bool, str, str, bool, str, int, str]:
     rank = PRECISIONS.index(row.precision)
     return (not row.device, row.device, row.name, row.format != "torch", row.format, rank, row.model_id)
-
-
-def _text(value: Json) -> str:
-    """A short text for a JSON value of a device's description."""
-    if isinstance(value, dict):
-        return next((text for key in ("name", "model") if (text := _text(value.get(key)))), "")
-    return value if isinstance(value, str) else "" if value is None else json.dumps(value)

@@ -5,21 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from robx.eval.report_data import Packed, ReportData, Sourced
-from robx.eval.report_rows import Figure, Row, ratio, student_names
+from robx.eval.report_data import Packed, Sourced
+from robx.eval.report_rows import Figure, Row, ratio
 from robx.eval.report_words import DASH, at_most, brief, hundredths, interval, megabytes, number, percent, spell
-from robx.records import Accuracy, Fidelity, Rung, Value
+from robx.records import Rung, Value
 
 # What the page shows of a record, in this order; the JSON beside it holds every other figure as well.
 _LATENCIES = {
     "p50": ("p50", "ms"),
     "p90": ("p90", "ms"),
     "p99": ("p99", "ms"),
+    "sustained": ("Sustained p50", "ms"),
+    "sustained_p90": ("Sustained p90", "ms"),
+    "slowdown": ("Slow-down", "%"),
     "first": ("First call", "ms"),
     "load": ("Load", "ms"),
     "preprocess": ("Preprocess", "ms"),
     "end_to_end": ("End to end", "ms"),
     "peak_memory": ("Peak memory", "MB"),
+    "gpu_memory": ("GPU memory", "MB"),
+    "energy": ("Energy", "J"),
+    "gpu_energy": ("GPU energy", "J"),
     "throughput": ("Throughput", "images/s"),
 }
 _RUNG_FIGURES = {
@@ -49,6 +55,7 @@ class Table:
     """A caption, column heads (those in `numeric` are right-aligned), and rows whose first cell is their head.
 
     `lines` is empty or holds one cell a row: what is too long for a column, shown below its row at full width.
+    `notes` are what several rows have in common: cells refer to them by number, from 1.
     """
 
     caption: str
@@ -56,6 +63,7 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     numeric: frozenset[str] = frozenset()
     lines: tuple[Cell, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def model_table(rows: Sequence[Row], *, caption: str, picked: Row | None) -> Table:
@@ -146,43 +154,6 @@ def rung_table(packed: Packed, label: str) -> Table:
         numeric=frozenset(heads),
         lines=tuple(Cell(brief(rung.settings), rung.reason) for rung in bundle.rungs),
     )
-
-
-def accuracy_table(data: ReportData, labels: dict[str, str]) -> Table:
-    """Every accuracy and fidelity figure, on whatever data."""
-    body = []
-    for measurement in [*data.of_kind(Accuracy), *data.of_kind(Fidelity)]:
-        record = measurement.record
-        if isinstance(record, Accuracy):
-            who, what, on = record.model_id, record.protocol, f"{record.data.name}, {record.data.images} images"
-        elif isinstance(record, Fidelity):
-            who, what, on = record.bundle_id, f"against fp32: {record.verdict}", "; ".join(record.reasons)
-        else:
-            continue
-        for key, value in record.values.items():
-            body.append(
-                (
-                    Cell(labels.get(who, who), what),
-                    Cell(key),
-                    Cell(spell(value), source=f"{measurement.place} values.{key}"),
-                    Cell(interval(value, lambda x: f"{x:.4g}") or DASH),
-                    Cell(DASH if value.n is None else str(value.n)),
-                    Cell(on),
-                )
-            )
-    heads = ("Model and protocol", "Figure", "Value", "95 % interval", "n", "On")
-    return Table(
-        caption="Every accuracy figure",
-        heads=heads,
-        rows=tuple(body),
-        numeric=frozenset({"Value", "95 % interval", "n"}),
-    )
-
-
-def model_labels(data: ReportData, rows: Iterable[Row]) -> dict[str, str]:
-    """model id -> label."""
-    names = {sha256[:16]: f"{name} · torch fp32" for sha256, name in student_names(data).items()}
-    return names | {row.model_id: row.label for row in rows}
 
 
 def validity(row: Row) -> Cell:

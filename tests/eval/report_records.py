@@ -154,6 +154,9 @@ def fidelity(bundle_id: str, drop: float, verdict: str = "PASS") -> Fidelity:
         settings={"margin": 1.0},
         values={
             "cosine_mean": Value(value=0.9931, low=0.9928, high=0.9934, n=905),
+            "cka": Value(value=0.9874, n=905),
+            "similarity_spearman": Value(value=0.9752, n=905),
+            "repeat_max_abs": Value(value=0.0, n=8),
             "probe_drop": Value(value=drop, low=drop - 0.41, high=drop + 0.52, n=905, unit="%"),
             "knn_drop": Value(value=drop - 0.1, low=drop - 0.6, high=drop + 0.5, n=905, unit="%"),
         },

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from robx.cli import main
 from robx.errors import InputError
+from robx.eval import report_data
 from robx.eval.report import collect, render
 from robx.eval.report_data import ReportData, Run
 from robx.eval.report_rows import build_rows
@@ -183,14 +184,71 @@ def test_a_rung_shows_what_decides_and_its_reason_below_its_row(pages):
     assert "- **plain per-channel**: images 300, preset performance; loses more than 1 point" in pages.markdown
 
 
-def test_a_full_width_line_spans_its_table_and_belongs_to_its_row(pages):
+def test_a_full_width_line_spans_its_table_and_belongs_to_its_row(data, pages):
     heads = {a["id"] for a in Page(pages.html).tags("th") if "id" in a}
     lines = [a for a in Page(pages.html).tags("td") if "colspan" in a]
-    assert len(lines) == 9 + 2 * 2  # each latency, and two rungs of two bundles
+    # Each latency, two rungs of two bundles, four comparisons; two students, six bundles, two devices, every record.
+    assert len(lines) == 9 + 2 * 2 + 4 + 2 + 6 + 2 + len(data.measurements)
     assert {a["headers"] for a in lines} == heads and len(heads) == len(lines)
     for table in re.findall(r"<table.*?</table>", pages.html, re.DOTALL):
         width = len(re.findall('scope="col"', table))
         assert all(int(n) == width for n in re.findall(r'colspan="(\d+)"', table))
+
+
+def test_each_protocol_is_one_row_and_each_comparison_one_with_its_reasons_below(data, pages):
+    heads, rows = _markdown_table(pages.markdown, "Accuracy by protocol")
+    assert heads == ["Model and protocol", "Top-1", "Top-5", "Judged", "On"]
+    assert len(rows) == sum(m.record.kind == "accuracy" for m in data.measurements)
+    assert ["resnet18 · torch fp32 (knn)", "61.3 % (58.1 to 64.4)", "81.3 % (79.0 to 83.4)", "905"] in [
+        row[:4] for row in rows
+    ]
+    heads, rows = _markdown_table(pages.markdown, "Bundles against their fp32 student, on the same images")
+    shown = ["Probe drop", "kNN drop", "Cosine mean", "CKA", "Rank correlation", "Repeat differs by"]
+    assert heads == ["Bundle", *shown] and len(rows) == 4
+    (int8,) = [row for row in rows if row[0] == "resnet18 · openvino int8"]
+    assert int8[1] == "0.22 pt (−0.19 to 0.74)" and int8[4:] == ["0.9874", "0.9752", "0"]
+    assert "**vit\\_tiny\\_patch16\\_224 · openvino int8**: INCONCLUSIVE; frozen probe: drop 1.9" in pages.markdown
+
+
+def test_equal_reasons_are_one_note_below_the_table_of_all_figures(data, pages):
+    heads, rows = _markdown_table(pages.markdown, "Every accuracy figure")
+    assert len(rows) == sum(len(m.record.values) for m in data.measurements if m.record.kind != "latency")
+    below = pages.markdown[pages.markdown.index("**Every accuracy figure**") : pages.markdown.index("## Provenance")]
+    notes = re.findall(r"^(\d+)\. (.*)$", below, re.MULTILINE)
+    assert [int(n) for n, _ in notes] == list(range(1, len(notes) + 1)) and len({text for _, text in notes}) == len(
+        notes
+    )
+    said = {n: text.replace("\\", "") for n, text in notes}
+    by_record = {}
+    for row in rows:
+        by_record.setdefault(row[0], set()).add(row[heads.index("Note")])
+    (number,) = by_record["vit_tiny_patch16_224 · openvino int8 (against fp32)"]
+    assert said[number] == "INCONCLUSIVE; frozen probe: drop 1.9 of at most 1 point"
+    (number,) = by_record["resnet18 · torch fp32 (knn)"]
+    assert said[number] == "openclipart-png test, 905 images"
+    assert pages.html.count("frozen probe: drop 1.9 of at most 1 point") <= 5  # two tables, the first screen, doubts
+    folded = pages.html[pages.html.index("<details>") : pages.html.index("</details>")]
+    assert f"Every accuracy figure ({len(rows)})" in folded and '<ol class="footnotes">' in folded
+
+
+def test_doubles_between_training_and_test_are_told_before_anybody_relies_on_it(records, tmp_path):
+    student = records.write_run(tmp_path / "r")
+    found = {"images": 905, "identical": 2, "near": 5}
+    late = records.accuracy(student.sha256[:16], "knn", 60.0, settings={"look_alikes": found})
+    append_measurements(tmp_path / "r" / "measurements.jsonl", [late, late])
+    text = Page(render(collect([tmp_path])).html).text
+    assert text.count("7 of 905 test images look like a training image (2 with the same pixels)") == 1
+
+
+def test_the_same_images_are_told_of_once_with_their_counts(pages):
+    assert Page(pages.html).text.count("openclipart-png (2110 images) is clip art") == 1
+
+
+def test_students_of_one_name_are_told_apart_wherever_they_lie(records, tmp_path):
+    for seed, place in enumerate(("a/student", "b/student", "c/other")):
+        records.write_run(tmp_path / place, seed=seed)
+    names = [row.name for row in build_rows(collect([tmp_path]))]
+    assert len(set(names)) == 3 and "resnet18 (other)" in names
 
 
 def test_a_column_of_linear_accuracy_is_there_only_when_a_model_has_one(records, tmp_path):
@@ -266,7 +324,12 @@ def test_a_device_of_unstable_figures_gets_a_page_that_says_so_and_shows_them_ma
     )
     pages = render(collect([tmp_path]))
     page = Page(pages.html)
-    assert "Nothing to recommend" in page.text and "No latency on this device is VALID" in page.text
+    bound = at_most(latency.values["p90"].high)
+    assert page.text.startswith("Nothing to recommend yet: no latency is VALID")
+    would = f"If the UNSTABLE figures held, resnet18 · openvino fp32 would be chosen (p90 at most {bound} ms)."
+    command = f"robx bench {tmp_path / 'r' / 'openvino-fp32'} --profile standard"
+    for form in (page.text, " ".join(pages.markdown.replace("\\", "").split())):
+        assert would in form and command in form and "governor" in form
     assert "Not a recommendation" in page.text and reasons[0] in page.text
     assert re.search(rf'class="n shaky"[^>]*>\s*<span class="v">{latency.values["p50"].value:.2f} ms', pages.html)
     assert json.loads(pages.json)["devices"][0]["recommended"] is None
@@ -282,6 +345,7 @@ def test_an_invalid_latency_is_struck_and_in_no_figure(records, tmp_path):
     assert 'class="n void"' in pages.html and "output_mismatch: cosine 0.2" in pages.html
     assert 'id="pareto-0' not in pages.html and 'id="latency-0' not in pages.html
     assert json.loads(pages.json)["devices"][0]["provisional"] == []
+    assert "no model here would be a candidate if one were" in pages.html and "would be chosen" not in pages.html
 
 
 def test_the_latest_latency_counts_even_when_it_is_worse(records, tmp_path):
@@ -331,6 +395,25 @@ def test_what_is_damaged_or_missing_is_named_and_the_rest_is_shown(records, tmp_
     text = Page(render(data).html).text
     assert "its SHA-256 differs" in text and "its distribution cannot be checked" in text
     assert "Deploy resnet18 · openvino fp32" in text
+
+
+def test_what_cannot_be_opened_is_a_problem_and_no_end(records, tmp_path, monkeypatch):
+    records.write_run(tmp_path / "r")
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "lost" / "measurements.jsonl").symlink_to(tmp_path / "nowhere")
+    lines = ['{"step": 1, "loss": 2.5}', '{"step": 2, "loss": NaN}', '{"step": 3, "loss": 1%s}' % ("0" * 400)]
+    (tmp_path / "r" / "metrics.jsonl").write_text("\n".join(lines))
+    data = collect([tmp_path])
+    assert [Path(p.where).parent.name for p in data.problems] == ["lost"]
+    assert data.runs[0].curves == ({"step": 1, "loss": 2.5}, {"step": 2}, {"step": 3})
+
+    def refused(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(report_data, "load_student", refused)
+    data = collect([tmp_path])
+    assert data.runs == () and any("Permission denied" in problem.what for problem in data.problems)
+    assert "Permission denied" in render(data).html
 
 
 def test_samples_outside_of_the_folder_or_pickled_are_not_read(records, tmp_path):

@@ -62,7 +62,7 @@ def test_no_width_makes_the_page_itself_scroll_sideways(browser, width):
 def test_latencies_and_rungs_need_no_scroll_bar_and_no_tall_rows_at_1280(browser):
     browser.call("Emulation.setDeviceMetricsOverride", width=1280, height=900, deviceScaleFactor=1, mobile=False)
     tables = "[...document.querySelectorAll('table.dense')]"
-    assert browser.value(f"{tables}.length") == 3
+    assert browser.value(f"{tables}.length") == 4
     assert browser.value(f"{tables}.every(t => t.parentElement.scrollWidth <= t.parentElement.clientWidth)")
     assert browser.value(f"Math.max(...{tables}.flatMap(t => [...t.rows]).map(r => r.offsetHeight))") <= 90
     browser.call("Emulation.clearDeviceMetricsOverride")
@@ -103,9 +103,21 @@ def test_a_screen_reader_is_told_every_figure_table_and_heading(browser):
 
     pictures = names("image", "img", "graphics-document")
     assert len(pictures) == 7 and all(pictures)
-    assert len(names("table")) == browser.value("document.querySelectorAll('table').length") and all(names("table"))
+    shown = "[...document.querySelectorAll('table')].filter(t => t.checkVisibility()).length"
+    assert len(names("table")) == browser.value(shown) and all(names("table"))
     assert all(names("heading")) and all(names("region"))
     assert names("main") and names("navigation") == ["Contents"]
+
+
+def test_every_figure_is_folded_away_and_opens(browser):
+    folded = "document.querySelector('details')"
+    assert not browser.value(f"{folded}.open") and not browser.value(
+        f"{folded}.querySelector('table').checkVisibility()"
+    )
+    browser.value(f"{folded}.querySelector('summary').click()")
+    assert browser.value(f"{folded}.querySelector('table').checkVisibility()")
+    assert browser.value("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    browser.value(f"{folded}.querySelector('summary').click()")
 
 
 def test_the_keyboard_reaches_the_decision_first(browser):
