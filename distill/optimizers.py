@@ -14,8 +14,8 @@ from robx.distill.recipes import Recipe
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Two groups of the trainable parameters: matrices and kernels, which decay, and all else, which does not.
 
-    All else is biases, norm parameters, tokens and position embeddings: by shape (at most one axis longer than 1) or by
-    the name that timm's ``no_weight_decay`` gives.
+    All else is biases, norm parameters, tokens and position embeddings: by shape (one axis) or by the name that timm's
+    ``no_weight_decay`` gives.
     """
     listed = {
         f"{prefix}.{name}" if prefix else name

@@ -32,9 +32,8 @@ class Targets:
     probs: Tensor  # (2, B, K), rows sum to 1; or (2, B, k)
     columns: Tensor | None = None  # (2, B, k) int64
     tail: Tensor | None = None  # (2, B)
-    patch_probs: Tensor | None = (
-        None  # (2, B, P, K_patch), or (M, K_patch): the masked ones, as masks.nonzero() has them
-    )
+    # (2, B, P, K_patch), or (M, K_patch): the masked ones, as masks.nonzero() has them
+    patch_probs: Tensor | None = None
 
 
 @dataclass(frozen=True)
