@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,6 +39,45 @@ def make_bundle(runtime_models: ModuleType, tmp_path: Path) -> Callable[..., Pat
     """As that of tests/runtime."""
     make: Callable[..., Path] = runtime_models.make_bundle.__wrapped__(tmp_path)
     return make
+
+
+class Shell:
+    """shell.py: robx commands as processes of their own."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "shell.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | ENVIRONMENT,
+        )
+
+    def __call__(self, folder: Path, *arguments: object) -> tuple[int, str, str]:
+        """Run one command in `folder`: (exit status, standard output, standard error)."""
+        return self.together(folder, arguments)[0]
+
+    def together(self, folder: Path, *commands: Sequence[object], **more: Any) -> list[tuple[int, str, str]]:
+        """Run several at once; kill=PATTERN kills the first when such a path appears below `folder`."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        request = {"commands": [[str(a) for a in command] for command in commands], "folder": str(folder)} | more
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return [tuple(answer) for answer in json.loads(self._process.stdout.readline())]
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def shell() -> Iterator[Shell]:
+    """The one Shell."""
+    shell = Shell()
+    yield shell
+    shell.close()
 
 
 class Server:
