@@ -1,0 +1,35 @@
+"""Whatever a name holds, a message is one line that a terminal shows and does not obey."""
+
+from __future__ import annotations
+
+import ast
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from robx.errors import MissingExtra, one_line, visible
+
+# Lone surrogates too: they stand for the bytes of a name that is not UTF-8.
+ANY = st.text(st.characters() | st.characters(categories=("Cs", "Cc", "Cf", "Zl", "Zp")))
+
+
+@given(ANY)
+def test_what_is_shown_is_printable_and_can_be_told_apart(text: str) -> None:
+    shown = visible(text)
+    shown.encode()  # no byte as it is
+    assert shown.isprintable()
+    if "\\" not in text and "'" not in text:
+        assert ast.literal_eval(f"'{shown}'") == text  # the escapes are Python's
+
+
+@given(ANY)
+def test_a_message_is_one_line(text: str) -> None:
+    line = one_line(f"robx: {text}")
+    assert line.isprintable() and line.startswith("robx:") and one_line(line) == line
+    assert one_line("plain words, é and 漢字: say so") == "plain words, é and 漢字: say so"
+
+
+def test_a_missing_package_is_named_with_its_extra_and_its_cause() -> None:
+    error = MissingExtra("openvino", "openvino", purpose="the export", cause=ImportError("no module"))
+    assert str(error) == "the export needs the package openvino (no module): pip install 'robx[openvino]'"
+    assert error.exit_status == 2
