@@ -3,7 +3,7 @@
     DINO   {student, teacher, optimizer, epoch, args, dino_loss}      teacher: [module.]backbone.*, [module.]head.*
     iBOT   the same with ibot_loss; the backbone has masked_embed, the head last_layer2
     MSN    {target_encoder, prototypes, ...}                          target_encoder: module.*, module.fc.*
-    SwAV   a flat state dict: module.*, module.projection_head.*, module.prototypes.weight
+    SwAV   a state dict, flat or under state_dict: module.*, module.projection_head.*, module.prototypes.weight
 
 Pickles are read with ``weights_only`` and one class allowed beside tensors, argparse.Namespace, which DINO and iBOT
 store their options in. There is no other way in.

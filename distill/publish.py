@@ -3,7 +3,7 @@
     DINO   {student, teacher, epoch, args, dino_loss}     backbone.*, head.*; `module.` before all of the student
     iBOT   the same with ibot_loss; backbone.masked_embed, head.last_layer2
     MSN    {encoder, target_encoder, prototypes, epoch, args}     module.*, module.fc.*
-    SwAV   flat: module.*, module.projection_head.*, module.prototypes.weight
+    SwAV   {epoch, state_dict, args}, as its training saves it: module.*, module.projection_head.*, module.prototypes.*
 
 The teacher is the average of the student; SwAV has one network alone.
 """
@@ -64,8 +64,9 @@ def published_checkpoint(
                 "args": args,
             }
         case _:
-            names = {key: key.removeprefix("trunk.").removeprefix("head.") for key in mine}
-            return {f"module.{names[key]}": _cpu(value) for key, value in mine.items()}
+            # One prefix of each: a trunk may have a part that is called head.
+            state = {f"module.{key.partition('.')[2]}": _cpu(value) for key, value in mine.items()}
+            return {"epoch": epoch, "state_dict": state, "args": args}
 
 
 def save_published(path: Path, checkpoint: dict[str, Any]) -> None:

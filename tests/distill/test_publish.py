@@ -45,6 +45,7 @@ def trained(method: Method, name: str) -> tuple[Recipe, StudentNet, EmaBranch]:
         ("ibot", "vit_tiny_patch16_224"),
         ("msn", "vit_tiny_patch16_224"),
         ("swav", "resnet50"),
+        ("swav", "test_convnext"),
     ],
 )
 def test_the_zoo_reads_it_back(method: Method, name: str, tmp_path: Path) -> None:
