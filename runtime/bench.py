@@ -71,12 +71,9 @@ def bench(
     for run in runs:
         cache = known.setdefault(run.bundle.preprocessing, {})
         reference = find_reference(run.folder, run.bundle, run.inputs.images, cache)
-        found.append(
-            make_record(
-                run, options, profile=profile, processes=processes, kind=kind, started=started, reference=reference
-            )
-        )
-        append_measurements(run.folder / "measurements.jsonl", [found[-1]])
+        record = make_record(run, options, processes=processes, kind=kind, started=started, reference=reference)
+        append_measurements(run.folder / "measurements.jsonl", [record])
+        found.append(record)
     return found
 
 

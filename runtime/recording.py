@@ -15,7 +15,7 @@ from robx.files import sha256_bytes, write_bytes
 from robx.records import Bundle, Latency, Value, to_json
 from robx.runtime import latency, packing, validity
 from robx.runtime.inputs import Inputs
-from robx.runtime.profiles import BenchOptions, Profile
+from robx.runtime.profiles import BenchOptions, Profile, find_profile
 from robx.runtime.reference import Reference, check_outputs
 from robx.runtime.results import ProcessResult, figures
 
@@ -37,7 +37,6 @@ def make_record(
     run: Run,
     options: BenchOptions,
     *,
-    profile: Profile,
     processes: int,
     kind: str,
     started: str,
@@ -47,6 +46,7 @@ def make_record(
 
     The raw samples are written into the bundle's folder; the record is not.
     """
+    profile = find_profile(options.profile)
     reports, refused = [r.report for r in run.results], [r for r in run.results if not r.report["timed"]]
     reasons = [f"failed: {failure}" for failure in dict.fromkeys(run.failures)]
     values: dict[str, Value] = {}

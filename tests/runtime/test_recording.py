@@ -5,7 +5,7 @@ import pytest
 
 from robx.records import load_bundle
 from robx.runtime.inputs import load_inputs
-from robx.runtime.profiles import PROFILES, BenchOptions
+from robx.runtime.profiles import BenchOptions
 from robx.runtime.recording import Run, make_record
 from robx.runtime.reference import Reference
 from robx.runtime.results import ProcessResult
@@ -24,7 +24,7 @@ def record(make_bundle):
         nothing = np.empty(0, dtype=np.int64)
         results = [ProcessResult(report, nothing, expected + noise, np.ones(4, bool), []) for noise in noises]
         run = Run(folder, load_bundle(folder), inputs, "b0", 1, results)
-        told = {"profile": PROFILES["rapid"], "processes": len(noises), "kind": "ssh", "started": "2026-01-01T00:00:00"}
+        told = {"processes": len(noises), "kind": "ssh", "started": "2026-01-01T00:00:00"}
         return make_record(run, BenchOptions(device="ssh://box"), reference=Reference(expected, "x", False), **told)
 
     return make

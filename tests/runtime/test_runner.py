@@ -171,19 +171,54 @@ def test_an_old_result_is_never_taken_for_a_new_one(job):
     assert status == 1 and not (folder / "samples.npy").exists()
 
 
+def repack(folder, changes):
+    """Put other files into the packed runner."""
+    with zipfile.ZipFile(folder / packing.NAME) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(folder / packing.NAME, "w") as archive:
+        for name, data in (files | {name: text.encode() for name, text in changes.items()}).items():
+            archive.writestr(name, data)
+
+
+ENGINE = "robx/runtime/on_onnxruntime.py"
+GPU_ENGINE = """
+import numpy as np
+class Model:
+    run = lambda self, images: np.ones((len(images), 8), np.float32)
+    facts = lambda self: {"provider": "CUDAExecutionProvider"}
+    close = lambda self: None
+open_model = lambda *_: Model()
+"""
+NVML = """
+import os, types
+class NVMLError(Exception): pass
+nvmlInit = nvmlShutdown = lambda: None
+nvmlDeviceGetHandleByIndex = lambda index: index
+nvmlDeviceGetComputeRunningProcesses = lambda _: [types.SimpleNamespace(pid=os.getpid(), usedGpuMemory=7)]
+energy = iter((1000, 5000))
+nvmlDeviceGetTotalEnergyConsumption = lambda _: next(energy)
+nvmlDeviceGetCurrentClocksThrottleReasons = lambda _: 0x20
+"""
+
+
+def test_a_gpu_is_read_before_and_after_the_timed_queries(job):
+    """A stand-in for both the engine and NVML: no NVIDIA GPU was at hand."""
+    _, plain, folder = job()
+    assert plain["gpu"] is None
+    repack(folder, {ENGINE: GPU_ENGINE, "pynvml.py": NVML})
+    status, result, _ = job()
+    assert status == 0, result
+    assert (result["gpu"]["before"]["joules"], result["gpu"]["after"]["joules"]) == (1.0, 5.0)
+    assert result["gpu"]["after"]["memory"] == 7
+    assert result["gpu"]["after"]["throttled"] == ["software thermal slow-down"]
+
+
 @pytest.fixture
 def hung(job):
     """The folder of a job whose engine never comes back, to be run by hand."""
     _, _, folder = job()
     (folder / "result.zip").unlink()
-    with zipfile.ZipFile(folder / packing.NAME) as archive:
-        files = {name: archive.read(name) for name in archive.namelist()}
-    files["robx/runtime/on_onnxruntime.py"] = (
-        b"import time\ndef open_model(*_):\n    open('opened', 'w').close()\n    time.sleep(60)\n"
-    )
-    with zipfile.ZipFile(folder / packing.NAME, "w") as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
+    repack(folder, {ENGINE: "import time\ndef open_model(*_):\n    open('opened', 'w').close()\n    time.sleep(60)\n"})
     return folder
 
 
