@@ -131,7 +131,7 @@ def run(bundle: Path, images: tuple[Path, ...], out: Path | None, threads: int, 
     One JSON line an image, or with --out an .npz of keys (N,) and embeddings (N, D). Images that cannot be decoded are
     named on standard error and skipped.
     """
-    with open_session(bundle, SessionSettings(threads=threads, provider=provider)) as session:
+    with open_session(bundle, SessionSettings(threads=threads, provider=provider), labels=out is None) as session:
         labels = session.bundle.labels if isinstance(session.bundle, Bundle) else None
         answers = infer(session, find_images(images), on_skip=lambda error: say(f"skipped {error}"))
         if out is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from robx.errors import CorruptImage, InputError
+from robx.errors import CorruptImage, DeviceError, InputError
 from robx.images import decode, preprocess, read_image_file
 from robx.runtime.session import Session
 from robx.sources import open_source
@@ -67,7 +67,16 @@ def infer(
 
 
 def top_labels(scores: np.ndarray, labels: Sequence[str], *, count: int = 5) -> list[tuple[str, float]]:
-    """The most probable labels of one image's scores (C,), with their softmax probabilities."""
+    """The most probable labels of one image's scores (C,), with their softmax probabilities.
+
+    Raises:
+        DeviceError: there are other than C labels: the engine gives no logits.
+    """
+    if len(scores) != len(labels):
+        raise DeviceError(
+            f"the engine gives {len(scores)} values for {len(labels)} labels, the embedding instead of the logits: "
+            "label with an onnx or openvino bundle, or take the embedding with --out"
+        )
     shifted = np.exp(scores.astype(np.float64) - float(scores.max()))
     probabilities = shifted / shifted.sum()
     best = np.argsort(-probabilities, kind="stable")[:count]

@@ -55,7 +55,7 @@ class OpenVinoModel:
         self._facts.update(_properties(self._compiled))
         if self._facts["provider"] != [device]:
             raise RuntimeError(f"openvino runs on {self._facts['provider']} and {device} was asked for")
-        self._prepare = _as_input(manifest)
+        self._prepare, self._output = _as_input(manifest), _place(self._compiled, manifest["outputs"][0]["name"])
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """Embeddings, float32 (N, D), of preprocessed images, float32 (N, 3, H, W)."""
@@ -63,7 +63,7 @@ class OpenVinoModel:
         # Half the cost of infer([array]), which packs and unpacks dictionaries: 60 microseconds a call.
         self._request.set_input_tensor(self._tensor(array, shared_memory=True))
         self._request.infer()
-        return np.array(self._request.get_output_tensor(0).data, dtype=np.float32)
+        return np.array(self._request.get_output_tensor(self._output).data, dtype=np.float32)
 
     def facts(self) -> dict[str, Any]:
         """What really runs."""
@@ -73,6 +73,11 @@ class OpenVinoModel:
         """Free the request, then the compiled model."""
         self._request = None
         self._compiled = None
+
+
+def _place(compiled: Any, name: str) -> int:
+    """Which of the outputs has this name; the first where none has, for a converter may have renamed the only one."""
+    return next((i for i, output in enumerate(compiled.outputs) if name in output.get_names()), 0)
 
 
 def _properties(compiled: Any) -> dict[str, Any]:

@@ -64,8 +64,10 @@ class Session(Protocol):
     ) -> None: ...
 
 
-def open_session(path: Path, settings: SessionSettings | None = None) -> Session:
+def open_session(path: Path, settings: SessionSettings | None = None, *, labels: bool = False) -> Session:
     """Open a Bundle's folder in its engine, or a Student's folder in torch.
+
+    With `labels`, a bundle that has a head answers with its logits (N, C) in the embedding's place.
 
     Raises:
         InputError: `path` is neither.
@@ -82,7 +84,10 @@ def open_session(path: Path, settings: SessionSettings | None = None) -> Session
     try:
         if isinstance(record, Bundle):
             check_onnx(path, record)
-        model = engine.open_model(str(path), to_json(record), asdict(settings))
+        manifest = to_json(record)
+        if labels and isinstance(record, Bundle):
+            manifest["outputs"].sort(key=lambda output: output["name"] != "logits")  # engines give the first
+        model = engine.open_model(str(path), manifest, asdict(settings))
         if _read_record(path) != record:  # an export may put another bundle there at any moment
             model.close()
             raise ArtifactError(f"{path} was written anew while it was opened: run the same command again")

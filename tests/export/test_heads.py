@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
 
 from robx.errors import InputError
+from robx.export.build import build
+from robx.export.request import ExportTarget
 from robx.export.to_onnx import load_head
+from robx.records import load_student
+from robx.runtime.session import open_session
 
 TENSORS = {"weight": np.ones((2, 3), np.float32), "bias": np.zeros(2, np.float32)}
 
@@ -47,3 +52,22 @@ def test_other_tensors_other_shapes_and_other_files_are_refused(tmp_path: Path) 
         file.truncate(2 * 1024**3)
     with pytest.raises(InputError, match="is larger than"):
         load_head(path)
+
+
+@pytest.mark.parametrize("fmt", ["onnx", "openvino"])
+def test_a_bundle_with_a_head_gives_its_logits_to_who_asks_for_labels(
+    cnn_run: Path, scene_pixels: np.ndarray, tmp_path: Path, fmt: Literal["onnx", "openvino"]
+) -> None:
+    random, width = np.random.default_rng(0), load_student(cnn_run).width
+    head = {
+        "weight": random.normal(size=(3, width)).astype(np.float32),
+        "bias": random.normal(size=3).astype(np.float32),
+    }
+    (tmp_path / "head").write_bytes(save(head, metadata={"classes": '["x", "y", "z"]'}))
+    build(cnn_run, ExportTarget(format=fmt), out=tmp_path / "bundle", head=tmp_path / "head")
+    with open_session(tmp_path / "bundle") as session:
+        embedding = session.run(scene_pixels[:4])
+    with open_session(tmp_path / "bundle", labels=True) as session:
+        logits = session.run(scene_pixels[:4])
+    assert embedding.shape == (4, width)
+    np.testing.assert_allclose(logits, embedding @ head["weight"].T + head["bias"], atol=1e-3)
