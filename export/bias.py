@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from robx.export.calibration import whole_batches
+from robx.export.graph_facts import input_batch
 from robx.export.qdq import Graph
 from robx.progress import Progress
 
@@ -59,15 +61,13 @@ def _channel_means(model: onnx.ModelProto, names: Sequence[str], images: np.ndar
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(wide.SerializeToString(), options, ["CPUExecutionProvider"])
-    entry = session.get_inputs()[0]
-    step = entry.shape[0] if isinstance(entry.shape[0], int) else 16
     totals: list[np.ndarray] = []
-    whole = len(images) - len(images) % step or step
-    for start in range(0, whole, step):
-        outputs = session.run(list(names), {entry.name: images[start : start + step]})
+    batches = whole_batches(images, input_batch(model) or min(16, len(images)))
+    for batch in batches:
+        outputs = session.run(list(names), {session.get_inputs()[0].name: batch})
         sums = [np.asarray(o, np.float64).mean(axis=(0, 2, 3)) for o in outputs]
         totals = [t + s for t, s in zip(totals, sums, strict=True)] if totals else sums
-    return [total / (whole // step) for total in totals]
+    return [total / len(batches) for total in totals]
 
 
 def _add_to_bias(graph: Graph, node: onnx.NodeProto, shift: np.ndarray) -> None:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from robx.errors import GateFailed, InputError
+from robx.errors import InputError
 from robx.export import gate, to_onnx
-from robx.export.calibration import MIN_IMAGES, Splits, read_splits
+from robx.export.calibration import JUDGING_IMAGES, MIN_IMAGES, Splits, read_splits
 from robx.export.candidate import Candidate
 from robx.export.folders import CACHE, cached_onnx, require_bundle_place, ship
 from robx.export.judging import Judge
@@ -28,6 +28,7 @@ from robx.progress import Progress, silent
 from robx.records import (
     Bundle,
     Precision,
+    Preprocessing,
     Rung,
     Value,
     Verdict,
@@ -47,7 +48,7 @@ class Options:
     budget: float | None = None  # seconds after which no further rung begins
     force: bool = False  # ship the best int8 although it failed
     calibration_images: int = MIN_IMAGES
-    judging_images: int = 1000
+    judging_images: int = JUDGING_IMAGES
 
 
 def build(
@@ -110,16 +111,6 @@ def build(
             bundle, folder = _decide(judging, options, on_rung)
         out = out or student_folder / f"{target.format}-{bundle.precision}"
         return ship(bundle, folder, out, layer_costs=workshop.__dict__.get("layer_costs"))
-
-
-def gate_error(bundle: Bundle, folder: Path) -> GateFailed | None:
-    """The error to end with when a bundle is not what was asked for; None when it is, or was forced."""
-    if bundle.precision == bundle.requested or bundle.verdict == "FORCED":
-        return None
-    return GateFailed(
-        f"no {bundle.requested} candidate passed the gate, and {folder} was written in {bundle.precision}: its rungs "
-        f"say why; --max-drop, --min-speedup and --judging-images decide, --force ships {bundle.requested} all the same"
-    )
 
 
 def _decide(judge: Judge, options: Options, on_rung: Callable[[Rung], None] | None) -> tuple[Bundle, Path]:
@@ -196,8 +187,10 @@ def _verdict(
         return "NOT_JUDGED", "no candidate passed: fp32 ships instead" if rungs else ""
     if forced:
         return "FORCED", f"FAILED the gate and was forced: {kept.reason}"
+    tried = sum(rung.precision == kept.precision for rung in rungs)
+    reason = kept.reason if tried == 1 else f"{kept.reason}; the first to pass of {tried} tried on the same images"
     # An accuracy that passed and a speed that was not measured is no whole PASS.
-    return ("PASS" if "speedup_fp32" in kept.values else "INCONCLUSIVE"), kept.reason
+    return ("PASS" if "speedup_fp32" in kept.values else "INCONCLUSIVE"), reason
 
 
 def _fp32_reason(reason: str, parity: dict[str, Value], *, real: bool) -> str:
@@ -215,7 +208,7 @@ def _kept(rungs: list[Rung] | tuple[Rung, ...], name: str) -> list[Rung]:
 def _read(
     source: ImageSource | None,
     judge: ImageSource | None,
-    preprocessing: object,
+    preprocessing: Preprocessing,
     target: ExportTarget,
     options: Options,
     progress: Progress,
@@ -226,7 +219,7 @@ def _read(
     return read_splits(
         source,
         judge,
-        preprocessing,  # type: ignore[arg-type]
+        preprocessing,
         calibration_images=16 if quick else options.calibration_images,
         bank_images=16 if quick else 1000,
         judging_images=64 if quick else options.judging_images,

@@ -31,12 +31,26 @@ _FORMATS = ("onnx", "openvino", "trt", "ort", "executorch", "litert", "coreml", 
 @click.option("--min-speedup", default=1.0, show_default=True, help="Against fp32 and fp16 in the same runtime.")
 @click.option("--opset", default=20, show_default=True, help="Of ONNX.")
 @click.option("--batch", default="dynamic", show_default=True, help="A number, or dynamic.")
-@click.option("--target", default="local", show_default=True, help="local, arm64, rtx:sm89, jetson-orin, ...")
+@click.option(
+    "--target", default="local", show_default=True, help="local or arm64; for trt also rtx:sm86+sm89 or jetson-orin."
+)
 @click.option("--uint8-input", is_flag=True, help="Take uint8 pixels; the normalisation becomes a part of the model.")
 @click.option("--rungs", type=click.IntRange(1), help="Int8 candidates to try at most.")
 @click.option("--budget", type=click.FloatRange(min=0), help="Seconds after which no further candidate is begun.")
-@click.option("--calibration-images", default=300, show_default=True, help="Fewer than 300 only for a demonstration.")
-@click.option("--judging-images", default=1000, show_default=True, help="More of them decide smaller drops.")
+@click.option(
+    "--calibration-images",
+    type=click.IntRange(1),
+    default=300,
+    show_default=True,
+    help="Fewer than 300 only for a demonstration.",
+)
+@click.option(
+    "--judging-images",
+    type=click.IntRange(16),
+    default=3000,
+    show_default=True,
+    help="At most; more of them decide smaller drops.",
+)
 @click.option("--force", is_flag=True, help="Ship the best int8 even if it failed, marked FORCED.")
 def export(
     run: Path,
@@ -70,7 +84,8 @@ def export(
     """
     if fp16 and int8:
         raise InputError("--fp16 and --int8 are two exports: give one of them")
-    from robx.export.build import Options, build, gate_error
+    from robx.export.advice import gate_error
+    from robx.export.build import Options, build
     from robx.export.calibration import open_data
     from robx.export.gate import Limits
     from robx.export.request import ExportTarget
@@ -139,7 +154,7 @@ def inspect(bundle: Path, layers: bool) -> None:
         print_line(f"outside of the target's set: {line}")
     if layers and found.layers:
         shown = [
-            (o.name, o.operator, o.precision, _size(o.bytes), "" if o.cost is None else f"{o.cost:.5f}")
+            (o.name, o.operator, o.precision, _size(o.bytes), "" if o.cost is None else f"{o.cost:.1e}")
             for o in found.layers
         ]
         headings = ("layer", "operator", "precision", "weights", "cost in int8")
@@ -193,10 +208,10 @@ def _show_result(bundle: Bundle, folder: Path) -> None:
 
 def _show_sensitivity(costs: dict[str, float]) -> None:
     """A bar for each layer, the worst first: 1 - centred cosine of the embedding with that layer alone in int8."""
-    print_line("Sensitivity: 1 - centred cosine with that layer alone in int8")
+    print_line("Sensitivity: 1 - centred cosine with that layer alone in int8; the worst go back to float first")
     top = max(max(costs.values()), 1e-12)
     for name, cost in sorted(costs.items(), key=lambda item: -item[1])[:20]:
-        print_line(f"  {name:<32} {cost:.5f} {'█' * round(32 * cost / top)}")
+        print_line(f"  {name:<32} {cost:.1e} {'█' * round(32 * cost / top)}")
     if len(costs) > 20:
         print_line(f"  ... and {len(costs) - 20} less sensitive layers")
 

@@ -9,11 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from robx import __version__
-from robx.errors import InputError
+from robx.errors import ArtifactError, InputError
 from robx.export import to_onnx
 from robx.export.request import ExportRequest
 from robx.files import sha256_bytes, write_json
 from robx.folders import new_folder
+from robx.onnx_safety import load_checked
 from robx.records import Bundle, BundleFile, describe_file, save_bundle, to_json
 
 CACHE = "export-cache"
@@ -26,9 +27,18 @@ def cached_onnx(student_folder: Path, model: to_onnx.ExportModel, request: Expor
     key += [version(name) for name in ("torch", "onnxscript", "onnx")]
     key.append(to_json(request.student.preprocessing))
     path = student_folder / CACHE / f"{sha256_bytes(repr(key).encode())[:24]}.onnx"
-    if not path.is_file():
+    if not _is_sound(path):
         to_onnx.export_onnx(model, path, student=request.student, batch=target.batch, opset=target.opset)
     return path
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether a cached model is there and can be read: a damaged one is made again."""
+    try:
+        load_checked(path)
+    except (ArtifactError, InputError):
+        return False
+    return True
 
 
 def require_bundle_place(out: Path) -> None:

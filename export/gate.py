@@ -84,11 +84,13 @@ def make_bank(features: np.ndarray, labels: np.ndarray, *, classes: int) -> obje
     return make(features, labels, classes=classes)
 
 
-def time_interleaved(sessions: Mapping[str, Session], images: np.ndarray) -> dict[str, list[np.ndarray]]:
-    """Blocks of latencies in ns of each session, in random order; for `judge_speed`."""
+def time_interleaved(
+    sessions: Mapping[str, Session], images: np.ndarray, *, times: int = 1
+) -> dict[str, list[np.ndarray]]:
+    """Blocks of latencies in ns of each session, in random order, `times` as many as usual; for `judge_speed`."""
     from robx.runtime.compare import interleave
 
-    return interleave(sessions, images, blocks=_BLOCKS, seconds=_BLOCK_SECONDS)
+    return interleave(sessions, images, blocks=times * _BLOCKS, seconds=_BLOCK_SECONDS, seed=times)
 
 
 def judge_accuracy(
@@ -197,8 +199,6 @@ def climb(
     pending = list(candidates)
     while pending:
         candidate = pending.pop(0)
-        if candidate.quantiser in slow:
-            continue
         rung = _attempt(candidate, try_rung)
         won = ships(rung)
         tried.append((candidate, replace(rung, kept=won)))

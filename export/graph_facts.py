@@ -23,14 +23,18 @@ class GraphFacts:
     kind: Literal["cnn", "vit"]
     weighted: tuple[str, ...]  # convolutions and matrix products with constant weights, in order
     first: tuple[str, ...]  # the stem or patch embedding
-    last: tuple[str, ...]  # what makes the embedding, when a product does
+    last: tuple[str, ...]  # the products nearest to the embedding; both, where a block adds two
     squeeze_excite: tuple[str, ...]  # the products of the squeeze-excite branches
+    head: tuple[str, ...]  # the products that the logits alone need
 
 
 def read_facts(model: onnx.ModelProto) -> GraphFacts:
-    """Walk a float32 graph once."""
+    """Walk a float32 graph whose first output is the embedding."""
     graph = Graph(model)
-    weighted = [n for n in graph.nodes if n.op_type in WEIGHTED and graph.is_weight(n.input[1])]
+    levels = _upstream(graph, model.graph.output[0].name)
+    needed = {node.output[0] for level in levels for node in level}
+    products = [n for n in graph.nodes if _is_product(graph, n)]
+    weighted = [n for n in products if n.output[0] in needed]
     squeezed = {n.name for n in graph.nodes for n in _gate_of(graph, n)}
     attention = any(n.op_type == "Softmax" for n in graph.nodes)
     names = [n.name for n in weighted]
@@ -38,9 +42,38 @@ def read_facts(model: onnx.ModelProto) -> GraphFacts:
         kind="vit" if attention else "cnn",
         weighted=tuple(names),
         first=tuple(names[:1]),
-        last=tuple(names[-1:]) if len(names) > 1 else (),
+        last=_nearest(graph, levels) if len(names) > 1 else (),
         squeeze_excite=tuple(n for n in names if n in squeezed),
+        head=tuple(n.name for n in products if n.output[0] not in needed),
     )
+
+
+def input_batch(model: onnx.ModelProto) -> int | None:
+    """The batch of the model's first input; None where it is dynamic."""
+    axis = model.graph.input[0].type.tensor_type.shape.dim[0]
+    return int(axis.dim_value) if axis.HasField("dim_value") else None
+
+
+def _is_product(graph: Graph, node: onnx.NodeProto) -> bool:
+    return node.op_type in WEIGHTED and graph.is_weight(node.input[1])
+
+
+def _upstream(graph: Graph, output: str) -> list[list[onnx.NodeProto]]:
+    """The nodes that make the tensor `output`, by their distance from it."""
+    levels, seen = [], set[str]()
+    names = [output]
+    while names:
+        makers = [graph.producers[name] for name in names if name in graph.producers]
+        nodes = {node.output[0]: node for node in makers if node.output[0] not in seen}
+        seen.update(nodes)
+        levels.append(list(nodes.values()))
+        names = [name for node in nodes.values() for name in node.input]
+    return levels
+
+
+def _nearest(graph: Graph, levels: list[list[onnx.NodeProto]]) -> tuple[str, ...]:
+    found = ([n.name for n in level if _is_product(graph, n)] for level in levels)
+    return tuple(next((names for names in found if names), []))
 
 
 def _gate_of(graph: Graph, pool: onnx.NodeProto) -> list[onnx.NodeProto]:

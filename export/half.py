@@ -9,6 +9,8 @@ from onnx import TensorProto, helper, numpy_helper
 from robx.errors import ArtifactError
 
 _F16_MAX = 65504.0
+# Below 2^-17 a half keeps seven bits and fewer of a scale, and below 2^-25 it is 0, by which nothing can be divided.
+_LEAST_SCALE = 2.0**-17
 _RANDOM = ("RandomNormal", "RandomUniform")
 
 
@@ -23,6 +25,7 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
     graph = half.graph
     if any(a.HasField("g") or a.graphs for node in graph.node for a in node.attribute):
         raise ArtifactError("a model with control flow cannot be turned to fp16: export it as fp32")
+    _raise_scales(graph)
     for tensor in graph.initializer:
         _halve(tensor)
     for node in graph.node:
@@ -32,6 +35,35 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
             value.type.tensor_type.elem_type = TensorProto.FLOAT16
     _cast_ends(graph)
     return half
+
+
+def _raise_scales(graph: onnx.GraphProto) -> None:
+    """Give Q/DQ pairs with a scale too small for a half, those of channels that training left dead, the least one.
+
+    What is quantised already is rounded to the new steps, which are finer than what a half tells apart beside 0.01.
+    """
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    pairs = [n for n in graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear") and n.input[1] in constants]
+    for name in dict.fromkeys(node.input[1] for node in pairs):
+        old = numpy_helper.to_array(constants[name])
+        new = np.maximum(old, np.float32(_LEAST_SCALE))
+        if old.dtype != np.float32 or np.array_equal(old, new):
+            continue
+        constants[name].CopyFrom(numpy_helper.from_array(new, name))
+        for node in pairs:
+            if node.input[1] == name and node.op_type == "DequantizeLinear" and node.input[0] in constants:
+                _requantise(constants[node.input[0]], old / new, node)
+
+
+def _requantise(tensor: TensorProto, ratio: np.ndarray, node: onnx.NodeProto) -> None:
+    """Multiply integers with zero point 0 by `ratio`: a number, or one for each place of the node's axis."""
+    value = numpy_helper.to_array(tensor)
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+    shape = [1] * value.ndim
+    if ratio.size > 1:
+        shape[axis] = -1
+    moved = np.round(value * ratio.reshape(shape)).astype(value.dtype)
+    tensor.CopyFrom(numpy_helper.from_array(moved, tensor.name))
 
 
 def _halve(tensor: TensorProto) -> None:

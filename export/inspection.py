@@ -96,18 +96,18 @@ def _of_onnx(model: onnx.ModelProto, bundle: Bundle, costs: dict[str, float]) ->
     operators = tuple(
         Operators(name=name, count=count, int8=int8[name], bytes=sizes[name]) for name, count in counts.most_common()
     )
-    lines = sorted(foreign)
+    lines, advice = sorted(foreign), list[str]()
     if bundle.format == "trt":
         lines += sorted({n.op_type for n in graph.nodes if n.op_type in _FOREIGN_TO_TRT})
         if bundle.precision == "int8":
-            lines += trt_faults(model) + trt_advice(model)
+            lines, advice = lines + trt_faults(model), trt_advice(model)
     opset = next((o.version for o in model.opset_import if o.domain in _STANDARD_DOMAINS), None)
     return Inspection(
         operators=operators,
         layers=tuple(layers),
         foreign=tuple(lines),
         sensitivity=costs,
-        notes=(f"opset {opset}, IR {model.ir_version}, {len(graph.nodes)} nodes",),
+        notes=(f"opset {opset}, IR {model.ir_version}, {len(graph.nodes)} nodes", *advice),
     )
 
 
@@ -126,7 +126,7 @@ def _of_openvino(path: Path, costs: dict[str, float]) -> Inspection:
     inputs: dict[str, list[str]] = {}
     for (to, _), source in sorted(sources.items(), key=lambda item: str(item[0])):
         inputs.setdefault(str(to), []).append(source)
-    counts, int8, layers = Counter[str](), Counter[str](), []
+    counts, int8, sizes, layers = Counter[str](), Counter[str](), Counter[str](), []
     for key, layer in nodes.items():
         kind = layer.get("type", "")
         if kind in _NOT_LAYERS:
@@ -134,12 +134,13 @@ def _of_openvino(path: Path, costs: dict[str, float]) -> Inspection:
         counts[kind] += 1
         if kind not in ("Convolution", "GroupConvolution", "MatMul"):
             continue
-        types = {t for name in inputs.get(key, []) for t in _openvino_types(nodes, inputs, name)}
-        precision = "int8" if types & {"i8", "u8"} else "fp16" if "f16" in types else "fp32"
+        precision, weights = _openvino_product([_openvino_input(nodes, inputs, name) for name in inputs.get(key, [])])
         int8[kind] += precision == "int8"
+        sizes[kind] += weights
         name = layer.get("name", "")
-        layers.append(Layer(name=name, operator=kind, precision=precision, bytes=0, cost=costs.get(name.split("/")[0])))
-    operators = tuple(Operators(name=n, count=c, int8=int8[n], bytes=0) for n, c in counts.most_common())
+        cost = costs.get(name.split("/")[0])
+        layers.append(Layer(name=name, operator=kind, precision=precision, bytes=weights, cost=cost))
+    operators = tuple(Operators(name=n, count=c, int8=int8[n], bytes=sizes[n]) for n, c in counts.most_common())
     version = root.get("version", "?")
     return Inspection(
         operators=operators,
@@ -149,21 +150,36 @@ def _of_openvino(path: Path, costs: dict[str, float]) -> Inspection:
     )
 
 
-def _openvino_types(nodes: dict[str, ElementTree.Element], inputs: dict[str, list[str]], start: str) -> set[str]:
-    """Element types of the constants behind an input, through what only converts, scales or reshapes them."""
-    found, pending = set(), [start]
-    while pending:
-        key = pending.pop()
-        node = nodes.get(key)
-        if node is None:
-            continue
-        kind = node.get("type")
-        data = node.find("data")
+def _openvino_input(
+    nodes: dict[str, ElementTree.Element], inputs: dict[str, list[str]], start: str
+) -> tuple[set[str], int]:
+    """Element types and bytes of the constants behind an input, through what only converts, scales or reshapes them;
+    a FakeQuantize counts as "i8".
+    """
+    types, size, seen, key = set(), 0, set(), start
+    while (node := nodes.get(key)) is not None and key not in seen:  # a hostile file goes in circles
+        seen.add(key)
+        kind, data = node.get("type"), node.find("data")
         if kind == "Const" and data is not None:
-            found.add(data.get("element_type", ""))
-        elif kind in ("Convert", "Multiply", "Subtract", "Reshape", "FakeQuantize"):
-            pending += inputs.get(key, [])[:1]
-    return found
+            types.add(data.get("element_type", ""))
+            stored = data.get("size", "")
+            size = int(stored) if stored.isdigit() else 0
+        if kind == "FakeQuantize":
+            types.add("i8")
+        elif kind not in ("Convert", "Multiply", "Subtract", "Reshape"):
+            break
+        key = next(iter(inputs.get(key, [])), "")
+    return types, size
+
+
+def _openvino_product(sides: list[tuple[set[str], int]]) -> tuple[str, int]:
+    """A product's precision, and the bytes of its weights: int8 weights, or two quantised activations, make int8."""
+    types = set().union(*(side for side, _ in sides))
+    weights = max((size for _, size in sides), default=0)
+    quantised = [bool(side & {"i8", "u8"}) for side, _ in sides]
+    if all(quantised) if not weights else any(q for q, (_, size) in zip(quantised, sides, strict=True) if size):
+        return "int8", weights
+    return ("fp16" if "f16" in types else "fp32"), weights
 
 
 def _of_ort(folder: Path, bundle: Bundle, costs: dict[str, float]) -> Inspection:

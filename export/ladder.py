@@ -1,6 +1,6 @@
 """The INT8 rungs, from plain to careful; pure. The gate stops at the first that is accurate and not slower.
 
-plain static -> other ranges -> stem, last product, squeeze-excite, softmax, norms and gates in float -> CNN:
+plain static -> other ranges -> stem, last products, squeeze-excite, softmax, norms and gates in float -> CNN:
 cross-layer equalisation, full bias correction; ViT: SmoothQuant alphas, off included -> the worst layers by measured
 sensitivity back to float -> fp16 -> fp32.
 """
@@ -109,31 +109,32 @@ def _onnx_ladder(facts: GraphFacts, machine: Machine) -> list[Candidate]:
         plain,
         dataclasses.replace(plain, name="static, percentile 99.99", ranges="percentile"),
         dataclasses.replace(plain, name="static, least squared error", ranges="mse"),
+        dataclasses.replace(plain, name="static, entropy", ranges="entropy"),
         careful,
-        dataclasses.replace(careful, name="equalised, stem and gates in float", equalize=True),
-        dataclasses.replace(careful, name="full bias correction, stem and gates in float", full_bias=True),
+        dataclasses.replace(careful, name="equalised, stem, last and gates in float", equalize=True),
+        dataclasses.replace(careful, name="full bias correction, stem, last and gates in float", full_bias=True),
     ]
 
 
 def _nncf_ladder(facts: GraphFacts, *, transformer: bool) -> list[Candidate]:
-    plain = Candidate(name="nncf", quantiser="nncf", transformer=transformer)
+    plain, kept = Candidate(name="nncf", quantiser="nncf", transformer=transformer), _careful_nodes(facts)
     if transformer:
         smooth = [
             dataclasses.replace(plain, name=f"nncf, SmoothQuant {alpha}", smooth_alpha=alpha) for alpha in SMOOTH_ALPHAS
         ]
-        return [*smooth[:1], dataclasses.replace(plain, name="nncf, no SmoothQuant"), *smooth[1:]]
-    kept = (*facts.first, *facts.squeeze_excite)
+        careful = dataclasses.replace(smooth[0], name=f"{smooth[0].name}, stem and last in float", float_nodes=kept)
+        return [smooth[0], dataclasses.replace(plain, name="nncf, no SmoothQuant"), careful, *smooth[1:]]
     return [
         plain,
         dataclasses.replace(plain, name="nncf, quantile ranges", ranges="percentile"),
-        dataclasses.replace(plain, name="nncf, stem and gates in float", float_nodes=kept),
+        dataclasses.replace(plain, name="nncf, stem, last and gates in float", float_nodes=kept),
         dataclasses.replace(plain, name="nncf, equalised, full bias correction", equalize=True, full_bias=True),
     ]
 
 
 def _trt_ladder(facts: GraphFacts, machine: Machine) -> list[Candidate]:
     plain = Candidate(name="symmetric, min-max", quantiser="tensorrt", signed=True)
-    kept = tuple(dict.fromkeys((*facts.first, *facts.last, *facts.squeeze_excite)))
+    kept = _careful_nodes(facts)
     rungs = [
         plain,
         dataclasses.replace(plain, name="symmetric, entropy", ranges="entropy"),
@@ -141,19 +142,23 @@ def _trt_ladder(facts: GraphFacts, machine: Machine) -> list[Candidate]:
         dataclasses.replace(plain, name="symmetric, stem, last and gates in float", ranges="mse", float_nodes=kept),
     ]
     if facts.kind == "cnn":
-        careful = rungs[-1]
-        rungs.append(dataclasses.replace(careful, name="equalised, stem, last and gates in float", equalize=True))
-        rungs.append(dataclasses.replace(careful, name="full bias correction, stem and last in float", full_bias=True))
+        careful, scope = rungs[-1], "stem, last and gates in float"
+        rungs.append(dataclasses.replace(careful, name=f"equalised, {scope}", equalize=True))
+        rungs.append(dataclasses.replace(careful, name=f"full bias correction, {scope}", full_bias=True))
     elif machine.nncf:
         rungs += [dataclasses.replace(c, signed=True) for c in _nncf_ladder(facts, transformer=True)]
     return rungs
 
 
+def _careful_nodes(facts: GraphFacts) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*facts.first, *facts.last, *facts.squeeze_excite)))
+
+
 def _careful(plain: Candidate, facts: GraphFacts) -> Candidate:
     return dataclasses.replace(
         plain,
-        name="static, stem and gates in float",
-        float_nodes=(*facts.first, *facts.squeeze_excite),
+        name="static, stem, last and gates in float",
+        float_nodes=_careful_nodes(facts),
         float_ops=FLOAT_OPS if facts.squeeze_excite or facts.kind == "vit" else (),
     )
 

@@ -6,6 +6,7 @@ warning, which halves every range: EfficientNet-Lite0's embeddings fall to a cos
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,20 +181,27 @@ def _placement_faults(graph: Graph) -> list[str]:
         if node.op_type in WEIGHTED and len(node.input) > 1 and graph.is_weight(node.input[1]):
             weight = graph.dequantized(node.input[1])
             scale = graph.constant(weight.input[1]) if weight is not None else None
-            if scale is not None and scale.size == 1 and _output_channels(graph, node) > 1:
+            axis, channels = _output_channels(graph, node)
+            if weight is None or scale is None or channels == 1:
+                continue
+            if scale.size == 1:
                 faults.append(f"{node.name} ({node.op_type}) has one scale for all channels: weights are per channel")
+            elif next((a.i for a in weight.attribute if a.name == "axis"), 1) not in axis:
+                faults.append(f"{node.name} ({node.op_type}) has its scales along another axis than its channels")
     return faults
 
 
-def _output_channels(graph: Graph, node: onnx.NodeProto) -> int:
+def _output_channels(graph: Graph, node: onnx.NodeProto) -> tuple[tuple[int, int], int]:
+    """The weight's axis of output channels, counted from both ends, and how many there are; 1 where it is unknown."""
     name = node.input[1]
     while (producer := graph.producers.get(name)) is not None and producer.op_type != "Constant":
         name = producer.input[0]
     value = graph.constant(name)
     if value is None:
-        return 1
+        return (0, 0), 1
     transposed = any(a.name == "transB" and a.i for a in node.attribute)
-    return int(value.shape[0] if node.op_type == "Conv" or transposed else value.shape[-1])
+    axis = 0 if node.op_type == "Conv" or transposed else 1 if node.op_type == "ConvTranspose" else value.ndim - 1
+    return (axis, axis - value.ndim), int(value.shape[axis])
 
 
 def _dtype_of(graph: Graph, node: onnx.NodeProto, zero: np.ndarray | None) -> str:
@@ -230,7 +238,7 @@ def _float_biases(graph: Graph) -> None:
 
 
 def _fresh(graph: Graph, value: np.ndarray, dtype: np.dtype | type) -> str:
-    name = f"robx_{len(graph.initializers)}"
+    name = next(name for i in itertools.count() if (name := f"robx_{i}") not in graph.initializers)
     tensor = numpy_helper.from_array(np.asarray(value).astype(dtype), name)
     graph.model.graph.initializer.append(tensor)
     graph.initializers[name] = tensor

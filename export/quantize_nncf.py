@@ -8,8 +8,10 @@ import numpy as np
 import onnx
 
 from robx.errors import ArtifactError, MissingExtra
+from robx.export.calibration import whole_batches
 from robx.export.candidate import Candidate
 from robx.export.float_scope import kept_nodes, openvino_names
+from robx.export.graph_facts import input_batch
 from robx.export.quiet import quiet
 from robx.onnx_safety import check_model
 
@@ -30,7 +32,8 @@ def quantize_onnx(model: onnx.ModelProto, calibration: np.ndarray, candidate: Ca
     name = model.graph.input[0].name
     source = onnx.ModelProto()
     source.CopyFrom(model)
-    quantised: onnx.ModelProto = _quantize(source, [{name: image[None]} for image in calibration], candidate, kept)
+    items = [{name: batch} for batch in whole_batches(calibration, input_batch(model) or 1)]
+    quantised: onnx.ModelProto = _quantize(source, items, candidate, kept)
     check_model(quantised, where=f"NNCF's answer ({candidate.name})")
     return quantised
 
@@ -45,14 +48,14 @@ def quantize_openvino(network: Any, source: onnx.ModelProto, calibration: np.nda
         candidate: see `quantize_onnx`.
     """
     kept = openvino_names(network, source, candidate)
-    return _quantize(network.clone(), [image[None] for image in calibration], candidate, kept)
+    return _quantize(network.clone(), whole_batches(calibration, input_batch(source) or 1), candidate, kept)
 
 
 def _quantize(model: Any, items: list[Any], candidate: Candidate, kept: list[str]) -> Any:
     try:
         with quiet():
             import nncf
-    except ImportError as error:
+    except Exception as error:  # missing, or made for another version of what it builds on
         raise MissingExtra("nncf", "openvino", purpose="this rung of the INT8 ladder", cause=error) from error
     try:
         with quiet():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ from robx.export.candidate import Candidate
 from robx.export.float_scope import kept_nodes
 from robx.export.quiet import quiet
 from robx.export.ranges import Ranges
-from robx.onnx_safety import load_checked
+from robx.onnx_safety import check_model
 
 
 def quantize(
@@ -41,14 +39,8 @@ def quantize(
         ArtifactError: the quantiser failed, or a node that is to stay in float is not there.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    from onnxruntime.quantization import (
-        CalibrationMethod,
-        QuantType,
-        TensorData,
-        TensorsData,
-        quantize_static,
-        save_tensors_data,  # type: ignore[attr-defined, unused-ignore]
-    )
+    from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType
+    from onnxruntime.quantization.calibrate import TensorData, TensorsData
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
     kept = [node.name for node in kept_nodes(model, candidate)]
@@ -57,26 +49,26 @@ def quantize(
         name: TensorData(lowest=np.array(low, np.float32), highest=np.array(high, np.float32))
         for name, (low, high) in ranges.items()
     }
-    with tempfile.TemporaryDirectory(prefix="robx-") as folder, quiet():
-        source, cache, target = (Path(folder) / name for name in ("float.onnx", "ranges.json", "int8.onnx"))
-        source.write_bytes(model.SerializeToString())
-        save_tensors_data(TensorsData(CalibrationMethod.MinMax, data), cache, smooth_quant=False)
-        try:
-            quantize_static(
-                source,
-                target,
-                None,
-                op_types_to_quantize=[op for op in known if op not in candidate.float_ops],
+    # What quantize_static ends in; it would measure ranges of its own first.
+    try:
+        with quiet():
+            quantiser = QDQQuantizer(
+                onnx.shape_inference.infer_shapes(model),
                 per_channel=True,
                 reduce_range=candidate.reduce_range,
-                activation_type=QuantType.QInt8 if candidate.signed else QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                nodes_to_quantize=nodes,
+                weight_qType=QuantType.QInt8,
+                activation_qType=QuantType.QInt8 if candidate.signed else QuantType.QUInt8,
+                tensors_range=TensorsData(CalibrationMethod.MinMax, data),
+                nodes_to_quantize=nodes or [],
                 nodes_to_exclude=kept,
-                calibration_cache_path=cache,
+                op_types_to_quantize=[op for op in known if op not in candidate.float_ops],
                 extra_options={"ActivationSymmetric": candidate.signed, "WeightSymmetric": True, **(options or {})},
             )
-        except Exception as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ArtifactError(f"ONNX Runtime cannot quantise this model ({candidate.name}): {first}") from error
-        return load_checked(target)
+            quantiser.quantize_model()
+            quantiser.model.topological_sort()
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"ONNX Runtime cannot quantise this model ({candidate.name}): {first}") from error
+    quantised: onnx.ModelProto = quantiser.model.model
+    check_model(quantised, where=f"ONNX Runtime's answer ({candidate.name})")
+    return quantised

@@ -7,6 +7,7 @@ levels, which is a common default, entropy changes nothing).
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -63,12 +64,21 @@ def collect(model: onnx.ModelProto, batches: Iterable[np.ndarray], *, input_name
     return found
 
 
-def choose(histograms: dict[str, Histogram], method: RangeMethod, *, percentile: float = 99.99) -> Ranges:
-    """The range (low, high) of every tensor by one rule; each contains 0, as zero must be exact."""
-    return {name: _choose_one(histogram, method, percentile) for name, histogram in histograms.items()}
+def choose(
+    histograms: dict[str, Histogram], method: RangeMethod, *, percentile: float = 99.99, symmetric: bool = False
+) -> Ranges:
+    """The range (low, high) of every tensor by one rule; each contains 0, as zero must be exact.
+
+    Args:
+        histograms: what `collect` saw.
+        method: the rule.
+        percentile: of the rule of that name; what lies outside of it is clipped.
+        symmetric: the quantiser spends its 255 steps on [-m, m] whatever the range is.
+    """
+    return {name: _choose_one(histogram, method, percentile, symmetric) for name, histogram in histograms.items()}
 
 
-def _choose_one(histogram: Histogram, method: RangeMethod, percentile: float) -> tuple[float, float]:
+def _choose_one(histogram: Histogram, method: RangeMethod, percentile: float, symmetric: bool) -> tuple[float, float]:
     low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
     if high - low <= 0 or method == "minmax":
         return low, high
@@ -79,10 +89,11 @@ def _choose_one(histogram: Histogram, method: RangeMethod, percentile: float) ->
         lower = edges[int(np.searchsorted(share, tail))] if low < 0 else 0.0
         upper = edges[min(BINS, int(np.searchsorted(share, 1 - tail)) + 1)] if high > 0 else 0.0
         return min(float(lower), 0.0), max(float(upper), 0.0)
-    factor = _least_mse(histogram, low, high) if method == "mse" else _least_divergence(histogram)
-    if method == "mse":
+    reach = max(-low, high)
+    if method == "mse" and not symmetric:
+        factor = _least_mse(histogram, low, high)
         return low * factor, high * factor
-    reach = factor * max(-low, high)
+    reach *= _least_mse(histogram, -reach, reach) if method == "mse" else _least_divergence(histogram)
     return max(low, -reach), min(high, reach)
 
 
@@ -124,7 +135,7 @@ def _add(found: dict[str, Histogram], name: str, value: np.ndarray) -> None:
     low, high = float(flat.min()), float(flat.max())
     if not np.isfinite(low) or not np.isfinite(high):
         return
-    sample = flat[:: max(1, flat.size // _SAMPLE)]
+    sample = flat[:: _stride(flat.size)]
     old = found.get(name)
     if old is None:
         counts = np.histogram(sample, BINS, (low, high))[0].astype(np.float64) if high > low else _spike()
@@ -137,6 +148,14 @@ def _add(found: dict[str, Histogram], name: str, value: np.ndarray) -> None:
         old.low, old.high = wide
     if old.high > old.low:
         old.counts += np.histogram(sample, BINS, (old.low, old.high))[0]
+
+
+def _stride(size: int) -> int:
+    """The step of a sample of a tensor; one that shares a factor with an axis would see some channels alone."""
+    step = max(1, size // _SAMPLE)
+    while math.gcd(step, size) > 1:
+        step += 1
+    return step
 
 
 def _spike() -> np.ndarray:

@@ -7,14 +7,15 @@ Each builder is one function in one file, called lazily from build.py:
 
 `model` is the float32 trunk (with its head) in eval mode, rewritten for export: pixels in, embedding (and logits)
 out. A builder that converts from PyTorch uses it; one that converts from ONNX uses `onnx_path`, which is self-contained
-and checked, already in ``request.precision`` for TensorRT (fp16 tensors, or explicit int8 Q/DQ) and float32 for every
-other format. `calibration` is float32 (N, 3, H, W), preprocessed as in deployment, present whenever
+and checked, already in ``request.precision`` for onnx, ort and trt (fp16 tensors, or explicit int8 Q/DQ) and float32
+for every other format. `calibration` is (N, 3, H, W), as the model takes it in deployment, present whenever
 ``request.precision`` is "int8". The builder writes its files into `folder`, which exists and is empty, and raises a
 RobxError child in one line when it cannot.
 """
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,6 +25,8 @@ from robx.records import Format, Precision, Student, TensorSpec
 FORMATS: tuple[Format, ...] = ("onnx", "openvino", "trt", "ort", "executorch", "litert", "coreml", "ncnn")
 # TensorRT-RTX has no kernel for opset 23's Attention, and below 20 Gelu is taken apart.
 DEFAULT_OPSET = 20
+
+DEVICES = ("local", "arm64")  # of all formats but trt, which has its own
 
 Role = Literal["model", "weights", "recipe", "engine", "operators", "labels", "notes"]
 
@@ -39,9 +42,20 @@ class ExportTarget:
     opset: int = DEFAULT_OPSET
     uint8_input: bool = False  # pixels are uint8 0..255 and the normalisation is part of the model
 
+    @property
+    def is_local(self) -> bool:
+        """Whether this machine is what will run the model."""
+        here = platform.machine() in ("aarch64", "arm64")
+        return self.device == "local" or (self.device == "arm64" and here)
+
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise InputError(f"unknown format {self.format!r}: choose one of {', '.join(FORMATS)}")
+        if self.format != "trt" and self.device not in DEVICES:
+            raise InputError(
+                f"--target {self.device!r} is not for {self.format}: give {' or '.join(DEVICES)} (jetson-orin and "
+                "rtx:... are for --format trt)"
+            )
         if self.precision not in ("fp32", "fp16", "int8"):
             raise InputError(f"unknown precision {self.precision!r}: choose one of fp32, fp16, int8")
         if self.batch is not None and self.batch < 1:

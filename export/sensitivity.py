@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx
@@ -50,12 +50,19 @@ def measure(
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def simulate(model: onnx.ModelProto, images: np.ndarray, *, batch: int = 16, literal: bool = True) -> np.ndarray:
+def simulate(
+    model: onnx.ModelProto,
+    images: np.ndarray,
+    *,
+    batch: int = 16,
+    literal: bool = True,
+    prepare: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> np.ndarray:
     """The first output (N, D) of `model`, with Q/DQ computed literally, as the standard says.
 
     Without optimisation no Q/DQ is fused into an int8 kernel, so that what comes out is the model's own error and not
     the saturation of this CPU's instructions (int8 times int8 on AVX2 saturates; on a GPU it does not). A float model
-    is run faster with `literal` off.
+    is run faster with `literal` off. `prepare` turns a piece of `images` into the model's input, where it is not that.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime as ort
@@ -70,7 +77,7 @@ def simulate(model: onnx.ModelProto, images: np.ndarray, *, batch: int = 16, lit
     step = fixed if isinstance(fixed, int) else batch
     pieces = []
     for start in range(0, len(images), step):
-        piece = images[start : start + step]
+        piece = images[start : start + step] if prepare is None else prepare(images[start : start + step])
         missing = step - len(piece) if isinstance(fixed, int) else 0
         full = np.concatenate([piece, np.repeat(piece[-1:], missing, axis=0)]) if missing else piece
         pieces.append(session.run([output], {name: full})[0][: len(piece)])

@@ -169,13 +169,13 @@ def _find_package(target: TensorRtTarget) -> Any | None:
     if target.capabilities:
         try:
             return importlib.import_module("tensorrt_rtx")
-        except ImportError as error:
+        except (ImportError, OSError) as error:
             purpose = "building for " + "+".join(target.capabilities)
             raise MissingExtra("tensorrt_rtx", "trt-rtx", purpose=purpose, cause=error) from error
     for name in ("tensorrt", "tensorrt_rtx"):
         try:
             return importlib.import_module(name)
-        except ImportError:
+        except (ImportError, OSError):  # not here, or without the libraries that it loads
             continue
     return None
 

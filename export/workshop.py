@@ -20,7 +20,7 @@ from robx.errors import ArtifactError, InputError
 from robx.export import quantize_nncf, quantize_onnxruntime, quantize_trt, ranges, sensitivity, to_onnx
 from robx.export.bias import correct_biases
 from robx.export.builders import draft, write_model
-from robx.export.calibration import Images, Splits
+from robx.export.calibration import Images, Splits, normalise, whole_batches
 from robx.export.candidate import Candidate
 from robx.export.equalize import equalize
 from robx.export.graph_facts import GraphFacts, read_facts
@@ -33,6 +33,7 @@ from robx.records import save_bundle
 from robx.trunk import embed
 
 _BATCH = 32
+_RANGE_BATCH = 4  # every activation of these images is in memory at once
 _SENSITIVITY_IMAGES = 64
 _BIAS_IMAGES = 64
 
@@ -55,6 +56,7 @@ class Workshop:
         self.splits, self.progress = splits, progress
         self.scratch, self.cache = scratch, cache
         self.folders: dict[str, Path] = {}  # candidate name -> the folder of its bundle
+        self.sources: dict[str, Path] = {}  # candidate name -> the ONNX that its builder started from
 
     # What is read or computed once -----------------------------------------------------------------------------------
 
@@ -82,19 +84,12 @@ class Workshop:
     @cached_property
     def calibration(self) -> np.ndarray:
         """The calibration images as the model takes them."""
-        images = self.images.calibration
-        if self.request.target.uint8_input:
-            return images.pixels
-        return images.normalised(self.request.student.preprocessing)
+        return self.as_input(self.images.calibration.pixels)
 
     @cached_property
     def histograms(self) -> dict[str, ranges.Histogram]:
         """Of every activation of the float32 model, over the calibration images."""
-        pieces = [self.calibration[i : i + 16] for i in range(0, len(self.calibration), 16)]
-        if self.request.target.batch is not None:
-            pieces = _whole(self.calibration, self.request.target.batch)
-        self.progress(0, 1, "measuring activation ranges")
-        return ranges.collect(self.proto, pieces, input_name=to_onnx.PIXELS)
+        return self._ranges_of(self.proto)
 
     @cached_property
     def layer_costs(self) -> dict[str, float]:
@@ -116,14 +111,14 @@ class Workshop:
         key = sha256_bytes(f"{student.sha256} {images.fingerprint} {self.float_onnx.stem}".encode())[:24]
         path = self.cache / f"{key}.npy"
         if path.is_file():
-            with contextlib.suppress(ValueError, OSError):
+            with contextlib.suppress(ValueError, OSError, EOFError):
                 stored: np.ndarray = np.load(path, allow_pickle=False)
                 if stored.shape == (len(images), student.width):
                     return stored
         self.progress(0, 1, note)
-        pixels = images.normalised(student.preprocessing)
-        features = sensitivity.simulate(self.proto, self.as_model_input(pixels), batch=_BATCH, literal=False)
-        expected = embed(self.model.trunk, torch.from_numpy(pixels[:16])).numpy()
+        features = self.simulate(self.proto, images, literal=False)
+        first = images.normalised(student.preprocessing, slice(16))
+        expected = embed(self.model.trunk, torch.from_numpy(first)).numpy()
         to_onnx.parity(expected, features[:16], precision="fp32", what="the float32 ONNX model")
         buffer = io.BytesIO()
         np.save(buffer, features)
@@ -145,21 +140,28 @@ class Workshop:
             except Exception:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-            self.folders[candidate.name] = folder
+            self.folders[candidate.name], self.sources[candidate.name] = folder, _source_of(folder)
         return self.folders[candidate.name]
 
     def _write(self, candidate: Candidate, folder: Path) -> None:
         target = dataclasses.replace(self.request.target, precision=candidate.precision)
         request = dataclasses.replace(self.request, target=target)
-        source = self.scratch / f"{folder.name}.onnx"
+        if candidate.precision == "int8":
+            # The head is a small part of the time, and its logits are what nobody judges: they follow the embedding.
+            candidate = dataclasses.replace(candidate, float_nodes=(*candidate.float_nodes, *self.facts.head))
+        source = _source_of(folder)
         write_bytes(source, self.onnx_for(candidate).SerializeToString())
         images = self.calibration if request.precision == "int8" else None
         built = write_model(self.model, source, request, folder, images=images, candidate=candidate)
-        source.unlink()
         versions = {"robx": __version__, **built.versions}
         if candidate.quantiser == "nncf":
             versions["nncf"] = importlib.metadata.version("nncf")
         save_bundle(draft(request, built, folder, versions=versions), folder)
+
+    def graph_of(self, candidate: Candidate) -> onnx.ModelProto:
+        """The ONNX that a candidate's builder was given, which is what ships as ``.onnx`` or ``.ort``."""
+        self.make(candidate)
+        return load_checked(self.sources[candidate.name])
 
     def onnx_for(self, candidate: Candidate) -> onnx.ModelProto:
         """The ONNX that the candidate's builder starts from, in the candidate's precision where the format reads it."""
@@ -176,10 +178,11 @@ class Workshop:
             source, changed = equalize(self.proto)
             if not changed:
                 raise ArtifactError("no two convolutions of this network can be equalised")
-            pieces = [self.calibration[i : i + 16] for i in range(0, len(self.calibration), 16)]
             if candidate.quantiser != "nncf":
-                histograms = ranges.collect(source, pieces, input_name=to_onnx.PIXELS)
-        chosen = ranges.choose(histograms, candidate.ranges, percentile=candidate.percentile)
+                histograms = self._ranges_of(source)
+        chosen = ranges.choose(
+            histograms, candidate.ranges, percentile=candidate.percentile, symmetric=candidate.signed
+        )
         is_trt = self.request.target.format == "trt"
         if candidate.quantiser == "nncf":
             quantised = quantize_nncf.quantize_onnx(source, self.calibration, candidate)
@@ -194,17 +197,21 @@ class Workshop:
         # What is not int8 runs in fp16 on a GPU: types are fixed in the file, and float32 would make it the slowest.
         return to_half(quantised) if is_trt else quantised
 
-    def as_model_input(self, images: np.ndarray) -> np.ndarray:
-        """Normalised images (N, 3, H, W) as the model takes them: themselves, or the uint8 pixels again."""
-        if not self.request.target.uint8_input:
-            return images
-        pre = self.request.student.preprocessing
-        mean, std = (np.asarray(v, np.float32).reshape(1, 3, 1, 1) for v in (pre.mean, pre.std))
-        return np.clip(np.round((images * std + mean) * 255), 0, 255).astype(np.uint8)
+    def _ranges_of(self, model: onnx.ModelProto) -> dict[str, ranges.Histogram]:
+        self.progress(0, 1, "measuring activation ranges")
+        batch = self.request.target.batch or _RANGE_BATCH
+        return ranges.collect(model, whole_batches(self.calibration, batch), input_name=to_onnx.PIXELS)
+
+    def as_input(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 pixels (n, 3, H, W) as the model takes them: normalised, or themselves."""
+        if self.request.target.uint8_input:
+            return pixels
+        return normalise(pixels, self.request.student.preprocessing)
+
+    def simulate(self, model: onnx.ModelProto, images: Images, *, literal: bool = True) -> np.ndarray:
+        """The embeddings (N, D) of `images` by an ONNX model on this CPU; see `sensitivity.simulate`."""
+        return sensitivity.simulate(model, images.pixels, batch=_BATCH, literal=literal, prepare=self.as_input)
 
 
-def _whole(images: np.ndarray, batch: int) -> list[np.ndarray]:
-    """Pieces of exactly `batch` images; the last one is filled with the first images."""
-    missing = -len(images) % batch
-    full = np.concatenate([images, images[np.arange(missing) % len(images)]]) if missing else images
-    return [full[i : i + batch] for i in range(0, len(full), batch)]
+def _source_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.onnx")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,15 +17,18 @@ from click.testing import CliRunner
 from safetensors.numpy import save_file
 
 from robx.cli import main
-from robx.errors import ArtifactError, GateFailed, InputError
+from robx.errors import ArtifactError, DeviceError, GateFailed, InputError
 from robx.export import to_onnx
-from robx.export.build import Options, build, gate_error
+from robx.export.advice import gate_error
+from robx.export.build import Options, build
 from robx.export.calibration import open_data
+from robx.export.candidate import Candidate
 from robx.export.folders import CACHE
 from robx.export.gate import Limits
+from robx.export.inspection import inspect_bundle
 from robx.export.qdq import check_trt_qdq
 from robx.export.request import ExportTarget
-from robx.records import Bundle, load_bundle
+from robx.records import Bundle, Rung, Value, load_bundle
 from robx.runtime.session import open_session
 from robx.trunk import embed, load_trunk
 
@@ -90,9 +96,133 @@ def test_none_passing_ships_the_fallback_under_its_true_precision(cnn_run: Path,
     assert load_bundle(tmp_path / "b").precision == bundle.precision
     error = gate_error(bundle, tmp_path / "b")
     assert isinstance(error, GateFailed) and error.exit_status == 3
-    assert bundle.precision in str(error)
+    assert bundle.precision in str(error) and "--min-speedup" in str(error) and "--force" in str(error)
     model = onnx.load(tmp_path / "b" / "model.onnx")
     assert not any(n.op_type == "QuantizeLinear" for n in model.graph.node)
+
+
+def test_an_unproven_drop_does_not_ship_and_says_what_would_prove_it(
+    cnn_run: Path, scenes: Path, tmp_path: Path
+) -> None:
+    """32 judging images cannot prove a drop below one point, however good the model is."""
+    options = Options(limits=Limits(max_drop=1, min_speedup=0.01), calibration_images=32, rungs=1)
+    bundle = _export(cnn_run, scenes, tmp_path / "b", options, format="onnx", precision="int8")
+    (int8,) = [rung for rung in bundle.rungs if rung.precision == "int8"]
+    assert int8.accuracy == "INCONCLUSIVE" and not int8.kept
+    assert bundle.precision != "int8"
+    message = str(gate_error(bundle, tmp_path / "b"))
+    assert "neither proven nor refuted by 32 images" in message
+    assert all(option in message for option in ("--test", "--judging-images", "--max-drop", "--force"))
+
+
+def _rung(accuracy: str, speed: str, *, measured: bool = True) -> Rung:
+    values = {"probe_drop": Value(value=1.0, n=500)} if measured else {}
+    return Rung(
+        name="x", settings={}, precision="int8", accuracy=accuracy, speed=speed, values=values, reason="",  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rungs", "words"),
+    [
+        ([_rung("FAIL", "PASS")], "lose more .* --max-drop"),
+        ([_rung("FAIL", "PASS"), _rung("INCONCLUSIVE", "PASS")], "of 1 of them .* 500 images.* --judging-images"),
+        ([_rung("INCONCLUSIVE", "PASS"), _rung("PASS", "FAIL")], "slower .* --min-speedup"),
+        ([_rung("PASS", "FAIL"), _rung("PASS", "INCONCLUSIVE")], "quiet machine"),
+        ([_rung("FAIL", "INCONCLUSIVE", measured=False)], "none could be made or run"),
+    ],
+)
+def test_what_to_do_follows_from_the_rung_that_came_nearest(
+    rungs: list[Rung], words: str, cnn_run: Path, tmp_path: Path
+) -> None:
+    plain = build(cnn_run, ExportTarget(format="onnx"), out=tmp_path / "b")
+    refused = dataclasses.replace(plain, requested="int8", rungs=tuple(rungs))
+    assert re.search(words, str(gate_error(refused, tmp_path / "b")))
+
+
+@pytest.mark.parametrize(("fmt", "options"), [
+    ("onnx", {"batch": 3}), ("openvino", {"batch": 3}), ("onnx", {"uint8_input": True}),
+    ("openvino", {"uint8_input": True}),
+])  # fmt: skip
+def test_int8_of_a_fixed_batch_and_of_uint8_pixels(
+    fmt: str, options: dict[str, Any], cnn_run: Path, scenes: Path, scene_pixels: np.ndarray, tmp_path: Path
+) -> None:
+    bundle = _export(cnn_run, scenes, tmp_path / "b", format=fmt, precision="int8", **options)
+    assert (bundle.precision, bundle.verdict) == ("int8", "PASS"), bundle.rungs
+    with open_session(tmp_path / "b") as session:
+        answer = session.run(scene_pixels[:7])
+    assert np.corrcoef(answer.ravel(), _torch(cnn_run, scene_pixels[:7]).ravel())[0, 1] > 0.9
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        Candidate(name="a", quantiser="onnxruntime", equalize=True),
+        Candidate(name="b", quantiser="onnxruntime", full_bias=True),
+        Candidate(name="c", quantiser="nncf"),
+    ],
+)
+def test_every_quantiser_takes_a_fixed_batch(
+    candidate: Candidate, cnn_run: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("robx.export.build.ladder", lambda *_: [candidate])
+    bundle = _export(cnn_run, scenes, tmp_path / "b", format="onnx", precision="int8", batch=3)
+    assert bundle.precision == "int8", bundle.rungs
+
+
+@pytest.mark.parametrize("fmt", ["onnx", "openvino"])
+def test_a_head_stays_in_float_where_the_trunk_is_int8(fmt: str, cnn_run: Path, scenes: Path, tmp_path: Path) -> None:
+    head = _save_head(tmp_path, load_trunk(cnn_run)[0].width)
+    source, judge = open_data(scenes)
+    target = ExportTarget(format=fmt, precision="int8")  # type: ignore[arg-type]
+    bundle = build(cnn_run, target, source=source, judge=judge, out=tmp_path / "b", head=head, options=LENIENT)
+    assert bundle.precision == "int8" and bundle.labels == ("x", "y", "z")
+    layers = inspect_bundle(tmp_path / "b", bundle).layers
+    assert {layer.precision for layer in layers if layer.operator in ("Gemm", "MatMul")} == {"fp32"}
+    assert "int8" in {layer.precision for layer in layers}
+    assert all(layer.bytes > 0 for layer in layers)
+
+
+def test_another_cpu_is_judged_by_what_its_graph_computes_and_not_timed_here(
+    cnn_run: Path, scenes: Path, tmp_path: Path
+) -> None:
+    bundle = _export(cnn_run, scenes, tmp_path / "b", format="onnx", precision="int8", device="arm64")
+    if ExportTarget(format="onnx", device="arm64").is_local:
+        pytest.skip("this machine is an ARM: it is timed")
+    (kept,) = [rung for rung in bundle.rungs if rung.kept]
+    assert (bundle.precision, bundle.verdict, bundle.target) == ("int8", "INCONCLUSIVE", "arm64")
+    assert kept.settings["signed"] is True and "speedup_fp32" not in kept.values
+    assert "computed literally" in kept.reason and "robx bench" in kept.reason
+
+
+def test_a_damaged_cache_is_made_again(cnn_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(cnn_run, run, ignore=shutil.ignore_patterns(CACHE))
+    _export(run, None, tmp_path / "a", format="onnx")
+    (cached,) = (run / CACHE).glob("*.onnx")
+    cached.write_bytes(cached.read_bytes()[:1000])
+    _export(run, None, tmp_path / "b", format="onnx")
+    assert (tmp_path / "a" / "model.onnx").read_bytes() == (tmp_path / "b" / "model.onnx").read_bytes()
+
+
+def test_a_session_is_closed_when_its_judgement_fails(
+    cnn_run: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Any] = []
+
+    def open_broken(folder: Path) -> Any:
+        session = open_session(folder)
+        opened.append(session)
+        if len(opened) == 1:
+            monkeypatch.setattr(session, "run", lambda images: np.full((len(images), 1), np.nan, np.float32))
+        return session
+
+    monkeypatch.setattr("robx.export.gate.open_judge", open_broken)
+    bundle = _export(cnn_run, scenes, tmp_path / "b", format="onnx", precision="fp16")
+    assert bundle.precision == "fp32" and "do not pair" in bundle.rungs[0].reason
+    for session in opened:
+        with pytest.raises(DeviceError, match="closed"):
+            session.facts()
 
 
 def test_force_ships_int8_marked(cnn_run: Path, scenes: Path, tmp_path: Path) -> None:
@@ -146,19 +276,24 @@ def test_uint8_input_holds_the_normalisation(
         np.testing.assert_allclose(session.run(scene_pixels[:3]), _torch(cnn_run, scene_pixels[:3]), atol=1e-3)
 
 
+def _save_head(folder: Path, width: int) -> Path:
+    random = np.random.default_rng(0)
+    weight, bias = random.normal(size=(3, width)).astype(np.float32), random.normal(size=3).astype(np.float32)
+    save_file({"weight": weight, "bias": bias}, folder / "head.safetensors", {"classes": json.dumps(["x", "y", "z"])})
+    return folder / "head.safetensors"
+
+
 def test_a_head_adds_logits(cnn_run: Path, scene_pixels: np.ndarray, tmp_path: Path) -> None:
     import onnxruntime
 
-    width = load_trunk(cnn_run)[0].width
-    random = np.random.default_rng(0)
-    weight, bias = random.normal(size=(3, width)).astype(np.float32), random.normal(size=3).astype(np.float32)
-    save_file({"weight": weight, "bias": bias}, tmp_path / "head.safetensors", {"classes": json.dumps(["x", "y", "z"])})
-    bundle = build(cnn_run, ExportTarget(format="onnx"), out=tmp_path / "b", head=tmp_path / "head.safetensors")
+    path = _save_head(tmp_path, load_trunk(cnn_run)[0].width)
+    head = to_onnx.load_head(path)
+    bundle = build(cnn_run, ExportTarget(format="onnx"), out=tmp_path / "b", head=path)
     assert bundle.labels == ("x", "y", "z") and [o.name for o in bundle.outputs] == ["embedding", "logits"]
     session = onnxruntime.InferenceSession(tmp_path / "b" / "model.onnx")
     embedding, logits = session.run(None, {"pixels": scene_pixels[:4]})
-    np.testing.assert_allclose(logits, embedding @ weight.T + bias, atol=1e-3)
-    save_file({"weight": weight[:, :5].copy(), "bias": bias}, tmp_path / "narrow.safetensors")
+    np.testing.assert_allclose(logits, embedding @ head.weight.T + head.bias, atol=1e-3)
+    save_file({"weight": head.weight[:, :5].copy(), "bias": head.bias}, tmp_path / "narrow.safetensors")
     with pytest.raises(InputError, match="the head takes 5 features"):
         build(cnn_run, ExportTarget(format="onnx"), out=tmp_path / "c", head=tmp_path / "narrow.safetensors")
 
@@ -196,6 +331,8 @@ def test_what_cannot_be_judged_or_is_not_whole_writes_nothing(cnn_run: Path, sce
         ({"format": "onnx", "opset": 13}, "opset 13"),
         ({"format": "onnx", "batch": 0}, "batch 0"),
         ({"format": "trt", "uint8_input": True}, "--uint8-input"),
+        ({"format": "onnx", "device": "rtx:sm89"}, "--target 'rtx:sm89' is not for onnx: give local or arm64"),
+        ({"format": "openvino", "device": "banana"}, "--target 'banana'"),
     ],
 )
 def test_senseless_targets_are_refused(wanted: dict[str, object], words: str) -> None:

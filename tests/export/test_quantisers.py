@@ -61,6 +61,30 @@ def test_range_rules_on_a_known_distribution() -> None:
     assert error(chosen) < error(40.0)
 
 
+def test_least_squared_error_counts_the_steps_that_a_symmetric_quantiser_has() -> None:
+    """Behind a ReLU half of a signed quantiser's steps are idle: it pays to clip more."""
+    values = np.abs(np.random.default_rng(0).normal(size=200_000)) ** 3
+    counts, _ = np.histogram(values, ranges.BINS, (0, values.max()))
+    seen = {"x": Histogram(0.0, float(values.max()), counts.astype(np.float64))}
+
+    def error(high: float) -> float:
+        step = high / 127
+        return float(np.mean((np.clip(np.round(values / step), -127, 127) * step - values) ** 2))
+
+    low, high = choose(seen, "mse", symmetric=True)["x"]
+    assert low == 0.0
+    assert error(high) <= 1.02 * min(error(share * values.max()) for share in np.linspace(0.3, 1, 71))
+    assert error(high) < error(choose(seen, "mse")["x"][1])
+
+
+@pytest.mark.parametrize("shape", [(16, 197, 192), (16, 64, 112, 112), (3, 7)])
+def test_a_sampled_histogram_sees_every_channel(shape: tuple[int, ...]) -> None:
+    places = np.arange(np.prod(shape)).reshape(shape).reshape(-1)[:: ranges._stride(int(np.prod(shape)))]
+    for axis, count in enumerate(shape):
+        seen = np.unravel_index(places, shape)[axis]
+        assert len(np.unique(seen)) == count
+
+
 def test_a_histogram_that_widens_keeps_its_mass() -> None:
     found: dict[str, Histogram] = {}
     for scale in (1.0, 3.0, 2.0):
@@ -201,6 +225,47 @@ def test_half_precision_computes_the_same(which: str, scene_pixels: np.ndarray, 
     assert centred_cosine(simulate(model, scene_pixels), simulate(half, scene_pixels)).min() > 0.999
 
 
+@pytest.mark.parametrize("dead", [1e-12, 1e-7, 1e-4])
+def test_a_dead_channel_does_not_cost_tensorrt_its_int8(
+    dead: float, cnn_onnx: onnx.ModelProto, cnn_ranges: dict[str, Histogram], scene_pixels: np.ndarray
+) -> None:
+    """Its weights' scale is nothing in float16: a zero scale is refused, and a rounded one changes the weights."""
+    model = onnx.ModelProto()
+    model.CopyFrom(cnn_onnx)
+    stem = next(n for n in model.graph.node if n.op_type == "Conv")
+    tensor = next(i for i in model.graph.initializer if i.name == stem.input[1])
+    weight = numpy_helper.to_array(tensor).copy()
+    weight[0] *= dead / np.abs(weight[0]).max()
+    tensor.CopyFrom(numpy_helper.from_array(weight, tensor.name))
+    quantised = quantize_trt.quantize(model, choose(cnn_ranges, "minmax"), Candidate(name="x", signed=True))
+    half = to_half(quantised)
+    check_trt_qdq(half)
+    graph = Graph(half)
+    pair = graph.dequantized(next(n for n in graph.nodes if n.name == stem.name).input[1])
+    assert pair is not None
+    stored, scale = graph.constant(pair.input[0]), graph.constant(pair.input[1])
+    assert stored is not None and scale is not None and scale.dtype == np.float16
+    restored = stored.astype(np.float64) * scale.astype(np.float64).reshape(-1, 1, 1, 1)
+    step = np.maximum(np.abs(weight).reshape(len(weight), -1).max(axis=1) / 127, 2.0**-17).reshape(-1, 1, 1, 1)
+    assert (np.abs(restored - weight) <= 0.51 * step + 1e-3 * np.abs(weight)).all()
+    assert centred_cosine(simulate(quantised, scene_pixels), simulate(half, scene_pixels)).mean() > 0.98
+
+
+def test_scales_along_another_axis_are_a_fault(trt_model: onnx.ModelProto) -> None:
+    turned = onnx.ModelProto()
+    turned.CopyFrom(trt_model)
+    graph = Graph(turned)
+    weight = next(
+        pair
+        for n in graph.nodes
+        if n.op_type == "Conv" and (pair := graph.dequantized(n.input[1])) and len(graph.constant(pair.input[1])) > 1
+    )
+    next(a for a in weight.attribute if a.name == "axis").i = -4  # the same axis, from the other end
+    assert trt_faults(turned) == []
+    next(a for a in weight.attribute if a.name == "axis").i = 1
+    assert any("another axis" in fault for fault in trt_faults(turned))
+
+
 def test_a_weight_beyond_half_precision_is_refused(cnn_onnx: onnx.ModelProto) -> None:
     huge = onnx.ModelProto()
     huge.CopyFrom(cnn_onnx)
@@ -288,6 +353,33 @@ def test_graph_facts(cnn_onnx: onnx.ModelProto, vit_onnx: onnx.ModelProto) -> No
     assert (cnn.kind, vit.kind) == ("cnn", "vit")
     assert len(cnn.weighted) == sum(n.op_type == "Conv" for n in cnn_onnx.graph.node)
     assert vit.first == (next(n.name for n in vit_onnx.graph.node if n.op_type == "Conv"),)
+
+
+def test_the_last_layers_are_those_nearest_to_the_embedding(
+    cnn_onnx: onnx.ModelProto, vit_onnx: onnx.ModelProto
+) -> None:
+    graph = Graph(cnn_onnx)
+    mean = graph.producers[cnn_onnx.graph.output[0].name]
+    while mean.op_type != "Add":  # the last block's addition: its products are those of the branch and the shortcut
+        mean = graph.producers[mean.input[0]]
+    sides = {graph.producers[name].name for name in mean.input if graph.producers[name].op_type == "Conv"}
+    assert sides and set(read_facts(cnn_onnx).last) == sides
+    vit = read_facts(vit_onnx)
+    assert vit.last == vit.weighted[-1:]  # the last block's second product
+    assert vit.head == ()
+
+
+@pytest.mark.parametrize("fmt", ["onnx", "openvino", "trt"])
+def test_the_ladder_holds_every_rung_that_it_promises(fmt: str, cnn_onnx: onnx.ModelProto) -> None:
+    facts = read_facts(cnn_onnx)
+    rungs = ladder(fmt, facts, Machine())  # type: ignore[arg-type]
+    assert rungs[0].ranges == "minmax"
+    assert {r.ranges for r in rungs} >= (
+        {"minmax", "percentile"} if fmt == "openvino" else {"minmax", "mse", "entropy"}
+    )
+    careful = next(r for r in rungs if r.float_nodes)
+    assert set(careful.float_nodes) == {*facts.first, *facts.last, *facts.squeeze_excite}
+    assert any(r.equalize for r in rungs) and any(r.full_bias for r in rungs)
 
 
 @pytest.mark.parametrize("kind", ["cnn_onnx", "vit_onnx"])
