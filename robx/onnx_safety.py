@@ -41,7 +41,7 @@ def load_checked(path: Path, *, full_check: bool = False) -> onnx.ModelProto:
 
 
 def check_model(model: onnx.ModelProto, *, where: str, full_check: bool = False) -> None:
-    """Refuse a model with external tensors, too many nodes, or that the ONNX checker rejects.
+    """Refuse a model with external tensors, too many nodes, written out or not, or that the ONNX checker rejects.
 
     Raises:
         ArtifactError: the message has `where` and the offending tensor.
@@ -58,6 +58,7 @@ def check_model(model: onnx.ModelProto, *, where: str, full_check: bool = False)
                 f"{where}: the tensor {tensor.name!r} is stored in {location!r}, outside of the file: robx only opens "
                 "self-contained ONNX; save it with its weights inside"
             )
+    _require_flat_functions(model, where)
     try:
         onnx.checker.check_model(model, full_check=full_check)
     except Exception as error:
@@ -66,9 +67,12 @@ def check_model(model: onnx.ModelProto, *, where: str, full_check: bool = False)
 
 def walk_graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
     """Every graph of a model: the main one, functions, training graphs, and the subgraphs of all their nodes."""
-    pending: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
-    for training in model.training_info:
-        pending += [training.initialization, training.algorithm]
+    training = [graph for info in model.training_info for graph in (info.initialization, info.algorithm)]
+    yield from _walk([model.graph, *model.functions, *training])
+
+
+def _walk(pending: list[onnx.GraphProto | onnx.FunctionProto]) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
+    """Graphs and functions, and the subgraphs of all their nodes."""
     while pending:  # a stack, not recursion: a hostile file nests deeply
         graph = pending.pop()
         yield graph
@@ -81,6 +85,15 @@ def walk_graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.Funct
             if default.HasField("g"):
                 pending.append(default.g)
             pending.extend(default.graphs)
+
+
+def _require_flat_functions(model: onnx.ModelProto, where: str) -> None:
+    """A runtime writes out every call of a function: thirty that call each other twice are a billion nodes."""
+    sizes = {(function.domain, function.name): len(function.node) for function in model.functions}
+    if any((n.domain, n.op_type) in sizes for graph in _walk(list(model.functions)) for n in graph.node):
+        raise ArtifactError(f"{where} has a function that calls another: robx only opens models without")
+    if sum(sizes.get((n.domain, n.op_type), 1) for graph in _walk([model.graph]) for n in graph.node) > MAX_NODES:
+        raise ArtifactError(f"{where} has more than {MAX_NODES} nodes when its functions are written out")
 
 
 def walk_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

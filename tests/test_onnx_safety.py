@@ -10,7 +10,7 @@ import pytest
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from robx.errors import ArtifactError, InputError
-from robx.onnx_safety import load_checked, walk_tensors
+from robx.onnx_safety import check_model, load_checked, walk_tensors
 
 
 def _tensor(name: str, location: str | None) -> TensorProto:
@@ -92,6 +92,35 @@ def test_a_self_contained_model_is_read_and_every_tensor_is_walked(tmp_path: Pat
     path = tmp_path / "model.onnx"
     path.write_bytes(model.SerializeToString())
     assert [t.name for t in walk_tensors(load_checked(path, full_check=True))] == ["w"]
+
+
+def _function(name: str, body: list[onnx.NodeProto]) -> onnx.FunctionProto:
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("own", 1)]
+    return helper.make_function("own", name, ["a"], ["b"], body, opsets)
+
+
+def _calling(names: list[str], functions: list[onnx.FunctionProto]) -> onnx.ModelProto:
+    tensors = ["x", *(f"t{i}" for i in range(len(names) - 1)), "y"]
+    nodes = [
+        helper.make_node(name, [tensors[i]], [tensors[i + 1]], name=f"call{i}", domain="own")
+        for i, name in enumerate(names)
+    ]
+    model = _model(nodes, [])
+    model.opset_import.append(helper.make_opsetid("own", 1))
+    model.functions.extend(functions)
+    return model
+
+
+def test_functions_that_would_grow_without_end_are_refused() -> None:
+    leaf = _function("F0", [helper.make_node("Relu", ["a"], ["b"])])
+    check_model(_calling(["F0", "F0"], [leaf]), where="flat")
+    twice = [helper.make_node("F0", ["a"], ["c"], domain="own"), helper.make_node("F0", ["c"], ["b"], domain="own")]
+    with pytest.raises(ArtifactError, match="calls another"):
+        check_model(_calling(["F1"], [leaf, _function("F1", twice)]), where="doubling")
+    names = ["a", *(f"c{i}" for i in range(499)), "b"]
+    long = _function("F0", [helper.make_node("Relu", [names[i]], [names[i + 1]]) for i in range(500)])
+    with pytest.raises(ArtifactError, match="more than 200000 nodes when"):
+        check_model(_calling(["F0"] * 401, [long]), where="long")
 
 
 def test_deeply_nested_subgraphs_do_not_overflow_the_stack() -> None:
