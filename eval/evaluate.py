@@ -39,8 +39,9 @@ def evaluate(folders: Sequence[Path], plan: Plan, *, progress: Progress | None =
         raise InputError("no images to judge on: give --data with a folder that has train/ and test/, or add --test")
     if plan.fidelity:
         check_margin(plan.margin)
-    for shot in plan.lowshot if split is not None else ():
-        check_splits(split.bank, shot, plan.lowshot_splits)
+    if split is not None:
+        for shot in plan.lowshot:
+            check_splits(split.bank, shot, plan.lowshot_splits)
     references = _references(records, plan) if plan.fidelity else {}
     for folder, record in records.items():
         _check_calibration(folder, record, split)

@@ -79,10 +79,12 @@ def look_alikes(bank: np.ndarray, test: np.ndarray) -> LookAlikes:
 
 
 def _digests(looks: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(looks[:, :_DIGEST]).view(np.uint64)[:, 0]
+    digests: np.ndarray = np.ascontiguousarray(looks[:, :_DIGEST]).view(np.uint64)[:, 0]
+    return digests
 
 
 def _thumbnails(looks: np.ndarray) -> np.ndarray:
     """float32 (N, side^2), each minus its own mean; a flat one is 0 and correlates with none."""
-    rows = looks[:, _DIGEST:].astype(np.float32)
-    return rows - rows.mean(axis=1, keepdims=True)
+    rows: np.ndarray = looks[:, _DIGEST:].astype(np.float32)
+    rows -= rows.mean(axis=1, keepdims=True)
+    return rows
