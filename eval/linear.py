@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -64,6 +65,7 @@ def linear_cached(
     an_epoch = max(1, len(rows) // batch)
     epochs = max(recipe.epochs, math.ceil(LEAST_STEPS / an_epoch))
     steps = epochs * an_epoch
+    recipe = replace(recipe, batch=batch)
     heads = Heads(widths, classes=classes, recipe=recipe, rates=_rates(recipe, rates), steps=steps, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
@@ -115,6 +117,7 @@ def linear_streamed(
     widths = {name: columns.stop - columns.start for name, columns in session.kinds.items()}
     batch = min(recipe.batch, len(usable))
     steps = recipe.epochs * math.ceil(len(usable) / batch)
+    recipe = replace(recipe, batch=batch)
     heads = Heads(
         widths, classes=classes, recipe=recipe, rates=_rates(recipe, rates), steps=steps, seed=seed,
         device=session.device,

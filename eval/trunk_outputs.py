@@ -46,23 +46,25 @@ class TrunkSession:
     @torch.inference_mode()
     def features(self, pixels: Tensor) -> Tensor:
         """The output's rows (N, D or 4 D), float32, on the trunk's device."""
-        pixels = pixels.to(self.device, non_blocking=True)
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            return self._rows(pixels.to(self.device, non_blocking=True)).float()
+        finally:
+            torch.set_num_threads(before)
+
+    def _rows(self, pixels: Tensor) -> Tensor:
         if self.output == "last4":
             layers = self._trunk.get_intermediate_layers(  # type: ignore[operator]
                 pixels, n=LAST, return_prefix_tokens=True, norm=True
             )
-            return torch.cat([prefix[:, 0] for _, prefix in layers], dim=1).float()
+            return torch.cat([prefix[:, 0] for _, prefix in layers], dim=1)
         features: Tensor = self._trunk(pixels)
-        return features.float()
+        return features
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """The output's rows of preprocessed images, float32 (N, 3, H, W)."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(self._threads)
-        try:
-            answer: np.ndarray = self.features(torch.from_numpy(images)).cpu().numpy()
-        finally:
-            torch.set_num_threads(before)
+        answer: np.ndarray = self.features(torch.from_numpy(images)).cpu().numpy()
         return answer
 
     def facts(self) -> dict[str, Any]:

@@ -92,6 +92,15 @@ def test_cached_heads_learn_and_the_headline_is_the_recipes_own():
     assert linear.linear_cached(wrong, features(128, seed=1), classes=3, recipe=RECIPE)["top1"].value < 60
 
 
+def test_the_rate_follows_the_batch_that_a_small_set_can_fill():
+    bank, test = features(64), features(64, seed=1)
+    whole, filled = (
+        linear.linear_cached(bank, test, classes=3, recipe=heads.HeadRecipe(epochs=2, batch=batch), rates=())
+        for batch in (256, 64)
+    )
+    assert whole == filled
+
+
 def test_cached_heads_leave_the_unlabelled_out():
     bank = features()
     hidden = np.concatenate([bank.features, np.full((9, 6), 1e6, np.float32)])
@@ -151,6 +160,16 @@ def test_before_the_norm_the_norm_is_all_that_is_missing(vit):
         rows = session.features(pixels)
     assert not torch.allclose(rows, embed(trunk, pixels))
     torch.testing.assert_close(trunk.norm(rows.clone()), embed(trunk, pixels), atol=1e-5, rtol=1e-4)
+
+
+def test_every_answer_of_the_trunk_keeps_to_its_threads(vit, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    with TrunkSession(vit, output="last4", threads=3) as session:
+        session.features(torch.zeros(1, 3, 32, 32))
+        session.run(np.zeros((1, 3, 32, 32), np.float32))
+    assert asked == [3, 7, 3, 7]
 
 
 def test_a_cnn_answers_with_its_embedding(tmp_path):
