@@ -21,6 +21,8 @@ from robx.errors import ArtifactError, InputError, RobxError
 
 # A manifest, record or recipe larger than this is not one.
 MAX_JSON_BYTES = 64 * 1024 * 1024
+# Of a model: protobuf stops at 2 GiB, and a small model is far below.
+MAX_FILE_BYTES = 16 * 1024**3
 
 
 def sha256_file(path: Path) -> str:
@@ -117,6 +119,29 @@ def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
         return json.loads(read_bytes(path, limit=limit))
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not valid JSON ({error}): it is damaged; write it again") from error
+
+
+def verify_file(folder: Path, name: str, sha256: str, *, size: int | None = None) -> None:
+    """Check that `name`, relative to `folder`, is there, inside of it and no link, with this hash (and size).
+
+    Raises:
+        ArtifactError: it is not; the message names the file.
+    """
+    path, parts = folder / name, Path(name).parts
+    try:
+        links = any(folder.joinpath(*parts[:depth]).is_symlink() for depth in range(1, len(parts) + 1))
+        if Path(name).is_absolute() or ".." in parts or links:
+            raise ArtifactError(f"{folder} refers to {name!r}, outside of itself: do not use it")
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing: the folder is incomplete; make it again")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ArtifactError(f"{path} is larger than {MAX_FILE_BYTES} bytes: no file of a small model")
+        if size is not None and path.stat().st_size != size:
+            raise ArtifactError(f"{path} is not the file that was written (its size differs): make it again")
+        if sha256_file(path) != sha256:
+            raise ArtifactError(f"{path} is not the file that was written (its SHA-256 differs): make it again")
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror}): make it again") from error
 
 
 def require_space(folder: Path, needed: int) -> None:

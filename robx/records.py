@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Literal
 
 from robx.errors import ArtifactError, InputError
-from robx.files import read_bytes, read_json, sha256_bytes, sha256_file, write_bytes, write_json
+from robx.files import read_bytes, read_json, sha256_bytes, sha256_file, verify_file, write_bytes, write_json
 from robx.folders import turn
 from robx.plain import SCHEMA as SCHEMA
 from robx.plain import Json as Json
 from robx.plain import from_json as from_json
 from robx.plain import to_json as to_json
 
-_MAX_FILE_BYTES = 16 * 1024**3
 MAX_SIDE = 8192  # pixels of a model's input: more would only fill the memory
 
 Format = Literal["onnx", "openvino", "trt", "ort", "executorch", "litert", "coreml", "ncnn"]
@@ -252,7 +251,7 @@ def load_student(folder: Path) -> Student:
         ArtifactError: no student there, a newer schema, or weights whose hash is another.
     """
     student = from_json(Student, read_json(folder / "student.json"), where=str(folder / "student.json"))
-    _verify(folder, "student.safetensors", student.sha256)
+    verify_file(folder, "student.safetensors", student.sha256)
     return student
 
 
@@ -271,7 +270,7 @@ def load_bundle(folder: Path) -> Bundle:
     if not any(file.role == "model" for file in bundle.files):
         raise ArtifactError(f"{folder / 'manifest.json'} lists no model file: export the bundle again")
     for file in bundle.files:
-        _verify(folder, file.path, file.sha256, size=file.bytes)
+        verify_file(folder, file.path, file.sha256, size=file.bytes)
     return bundle
 
 
@@ -317,21 +316,3 @@ def _measurement(line: bytes, where: str) -> Measurement:
     if cls is None:
         raise ArtifactError(f"{where} is no measurement: its kind is none of {', '.join(_KINDS)}")
     return from_json(cls, value, where=where)
-
-
-def _verify(folder: Path, name: str, sha256: str, *, size: int | None = None) -> None:
-    path, parts = folder / name, Path(name).parts
-    try:
-        links = any(folder.joinpath(*parts[:depth]).is_symlink() for depth in range(1, len(parts) + 1))
-        if Path(name).is_absolute() or ".." in parts or links:
-            raise ArtifactError(f"{folder} refers to {name!r}, outside of itself: do not use it")
-        if not path.is_file():
-            raise ArtifactError(f"{path} is missing: the folder is incomplete; make it again")
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise ArtifactError(f"{path} is larger than {_MAX_FILE_BYTES} bytes: no file of a small model")
-        if size is not None and path.stat().st_size != size:
-            raise ArtifactError(f"{path} is not the file that was written (its size differs): make it again")
-        if sha256_file(path) != sha256:
-            raise ArtifactError(f"{path} is not the file that was written (its SHA-256 differs): make it again")
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read ({error.strerror}): make it again") from error
