@@ -74,7 +74,7 @@ def print_table(
         pad_edge=False,
     )
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number in right else "left", overflow="fold")
+        table.add_column(escape(visible(heading)), justify="right" if number in right else "left", overflow="fold")
     for number, row in enumerate(rows):
         table.add_row(*(_coloured(cell) for cell in row), style="dim" if number in dim else None)
     console = Console()

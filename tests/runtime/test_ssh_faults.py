@@ -112,7 +112,11 @@ def wait_until(condition, seconds=240):
 def test_a_bench_that_is_ended_midway_leaves_nothing_on_the_device(start_sshd, disk, make_bundle, number):
     address, folder = start_sshd(disk), make_bundle()
     command = [sys.executable, "-m", "robx.cli", "bench", folder, "--device", address, "--python", sys.executable]
-    with subprocess.Popen([*map(str, command), "--profile", "standard"], stderr=subprocess.PIPE, text=True) as bench:
+    # A shell's background job ignores SIGINT, and so would its children.
+    deaf = signal.signal(signal.SIGINT, signal.default_int_handler)
+    started = subprocess.Popen([*map(str, command), "--profile", "standard"], stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, deaf)
+    with started as bench:
         try:
             wait_until(lambda: list(disk.glob("robx-*/b0/telemetry.jsonl")))
             assert runners(disk)
