@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import CLIP_ART, demo_images, publish, say, shown
+from common import CLIP_ART, demo_images, publish, save_student, say, shown
 
 from robx.distill.crops import STD
 from robx.distill.networks import student_kind
@@ -41,10 +41,10 @@ from robx.eval.linear import linear_cached
 from robx.eval.splits import Split, open_split
 from robx.eval.verdict import mean_value
 from robx.files import read_json, write_json
-from robx.records import Student, Value, to_json
+from robx.records import Value, to_json
 from robx.runtime.session import SessionSettings, open_session
 from robx.sources import ImageSource, open_source
-from robx.trunk import build_trunk, embedding_width, save_trunk
+from robx.trunk import build_trunk
 
 PROTOCOLS = ("knn", "linear")
 Scores = dict[str, float]
@@ -215,16 +215,6 @@ def save_real(zoo: str, network: str, out: Path, size: int) -> Path:
         trunk.conv_stem.weight *= torch.tensor(STD)[:, None, None] * 255 / 128
     save_student(trunk, network, out, size)
     return out
-
-
-def save_student(trunk: torch.nn.Module, network: str, out: Path, size: int) -> None:
-    """A Student's folder with these weights."""
-    record = Student(
-        timm_name=network, width=embedding_width(trunk), preprocessing=student_preprocessing(size), sha256="",
-        teacher=None, data=None, recipe={},
-    )  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    save_trunk(out, trunk, record)
 
 
 class TeacherSession:

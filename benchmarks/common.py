@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import platform
@@ -15,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import nn
 
 from robx.cache import cache_folder
 from robx.console import print_table
 from robx.demo_data import prepare_demo_data
 from robx.distill.recipes import Recipe
 from robx.distill.run import Options
+from robx.distill.run_folder import student_preprocessing
 from robx.distill.train import train
 from robx.files import sha256_bytes, write_json, write_text
-from robx.records import Value
+from robx.records import Student, TeacherInfo, Value
 from robx.runtime.device import describe
 from robx.sources import ImageSource
+from robx.trunk import embedding_width, save_trunk
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("robx", "torch", "torchvision", "timm", "numpy", "pillow", "onnx", "onnxruntime", "openvino", "nncf")
@@ -103,6 +107,23 @@ def step_seconds(
         **branch,
     )
     return [after - before for before, after in itertools.pairwise(moments)]
+
+
+def save_student(
+    trunk: nn.Module, timm_name: str, folder: Path, size: int, *, teacher: TeacherInfo | None = None, **pixels: Any
+) -> None:
+    """A Student's folder with this trunk, for images of `size`; `pixels` changes fields of its preprocessing."""
+    record = Student(
+        timm_name=timm_name,
+        width=embedding_width(trunk),
+        preprocessing=dataclasses.replace(student_preprocessing(size), **pixels),
+        sha256="",
+        teacher=teacher,
+        data=None,
+        recipe={},
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    save_trunk(folder, trunk, record)
 
 
 def shown(value: Value | None, digits: int = 2) -> str:

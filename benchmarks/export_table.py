@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,14 +25,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Chosen, demo_images, say
+from common import Chosen, demo_images, save_student, say
 from export_page import Row, row_from_json, write_down
 from vendors import vendor_bundle
 
 from robx import __version__
 from robx.distill.recipes import override, preset
 from robx.distill.run import Options
-from robx.distill.run_folder import student_preprocessing
 from robx.distill.teachers import load_teacher
 from robx.distill.train import train
 from robx.errors import RobxError
@@ -49,7 +47,6 @@ from robx.runtime.compare import interleave
 from robx.runtime.latency import paired_ratio
 from robx.runtime.session import SessionSettings, open_session
 from robx.sources import open_source
-from robx.trunk import embedding_width, save_trunk
 
 VARIANTS = {
     "onnx": ("fp32", "fp16", "vendor int8", "robx int8"),
@@ -127,13 +124,8 @@ def save_lite0(folder: Path, size: int) -> Path:
     teacher = load_teacher("efficientnet_lite0", objective="kd", image_size=size)
     trunk: Any = teacher.trunk
     trunk.reset_classifier(0)
-    preprocessing = dataclasses.replace(student_preprocessing(size), mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
-    record = Student(
-        timm_name="tf_efficientnet_lite0", width=embedding_width(trunk), preprocessing=preprocessing, sha256="",
-        teacher=teacher.info, data=None, recipe={},
-    )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    save_trunk(folder, trunk, record)
+    pixels = {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}
+    save_student(trunk, "tf_efficientnet_lite0", folder, size, teacher=teacher.info, **pixels)
     return folder
 
 

@@ -19,17 +19,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import CLIP_ART, demo_images, first_images, publish, say, shown
+from common import CLIP_ART, demo_images, first_images, publish, save_student, say, shown
 
 from robx.distill.run_folder import student_preprocessing
 from robx.eval.features import extract
 from robx.eval.knn import nearest
 from robx.images import preprocess
-from robx.records import Student, Value, to_json
+from robx.records import Value, to_json
 from robx.runtime.latency import paired_ratio
 from robx.runtime.session import SessionSettings, open_session
 from robx.sources import ImageSource, open_source
-from robx.trunk import build_trunk, embedding_width, save_trunk
+from robx.trunk import build_trunk
 
 QUERIES, BANK, WIDTH = 50_000, 1_280_000, 192
 BATCH = 64
@@ -74,7 +74,8 @@ def extraction(name: str, source: ImageSource, given: argparse.Namespace) -> Row
     preprocessing = student_preprocessing(given.size)
     pixels = np.stack([preprocess(source.read(i), preprocessing) for i in range(len(source))])
     with tempfile.TemporaryDirectory() as folder:
-        save_student(name, Path(folder), given.size)
+        torch.manual_seed(0)
+        save_student(build_trunk(name), name, Path(folder), given.size)
         with open_session(Path(folder), SessionSettings(threads=given.threads)) as session:
             blocks = alternate(
                 {
@@ -133,17 +134,6 @@ def median(blocks: list[np.ndarray]) -> float:
 def share(blocks: dict[str, list[np.ndarray]]) -> Value:
     """The bare time as a share of robx's."""
     return paired_ratio(blocks["bare"], blocks["robx"])
-
-
-def save_student(name: str, folder: Path, size: int) -> None:
-    """A Student with random weights."""
-    torch.manual_seed(0)
-    trunk = build_trunk(name)
-    record = Student(
-        timm_name=name, width=embedding_width(trunk), preprocessing=student_preprocessing(size), sha256="",
-        teacher=None, data=None, recipe={},
-    )  # fmt: skip
-    save_trunk(folder, trunk, record)
 
 
 if __name__ == "__main__":

@@ -161,9 +161,8 @@ def picture(rows: list[Point], students: list[str], path: Path) -> None:
                 axis.set_ylim(bottom=0)
                 axis.grid(alpha=0.3)
         axes[1, column].set_xlabel(TITLES[name])
-    if len(SWEEPS["prototypes"]) > 1:
-        for axis in axes[:, list(SWEEPS).index("prototypes")]:
-            axis.set_xscale("log", base=2)
+    for axis in axes[:, list(SWEEPS).index("prototypes")]:
+        axis.set_xscale("log", base=2)
     axes[0, 0].set_ylabel("ms a step")
     axes[1, 0].set_ylabel("peak memory, MB")
     axes[0, 0].legend(fontsize="small")

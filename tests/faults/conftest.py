@@ -41,17 +41,34 @@ def make_bundle(runtime_models: ModuleType, tmp_path: Path) -> Callable[..., Pat
     return make
 
 
-class Shell:
-    """shell.py: robx commands as processes of their own."""
+class Answering:
+    """A script of this folder as one process, with everything imported, that answers requests: JSON, a line each."""
 
-    def __init__(self) -> None:
+    def __init__(self, script: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "shell.py")],
+            [sys.executable, str(HERE / script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | ENVIRONMENT,
         )
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        """The answer to one request."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+
+
+class Shell(Answering):
+    """shell.py: robx commands as processes of their own."""
 
     def __call__(self, folder: Path, *arguments: object) -> tuple[int, str, str]:
         """Run one command in `folder`: (exit status, standard output, standard error)."""
@@ -59,59 +76,31 @@ class Shell:
 
     def together(self, folder: Path, *commands: Sequence[object], **more: Any) -> list[tuple[int, str, str]]:
         """Run several at once; kill=PATTERN kills the first when such a path appears below `folder`."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        request = {"commands": [[str(a) for a in command] for command in commands], "folder": str(folder)} | more
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return [tuple(answer) for answer in json.loads(self._process.stdout.readline())]
-
-    def close(self) -> None:
-        """End it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=30)
+        plain = [[str(a) for a in command] for command in commands]
+        return [tuple(answer) for answer in self.ask({"commands": plain, "folder": str(folder)} | more)]
 
 
 @pytest.fixture(scope="session")
 def shell() -> Iterator[Shell]:
     """The one Shell."""
-    shell = Shell()
+    shell = Shell("shell.py")
     yield shell
     shell.close()
 
 
-class Server:
-    """killer.py: one process with everything imported, that forks a run for every request."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "killer.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | ENVIRONMENT,
-        )
+class Server(Answering):
+    """killer.py: it forks a run for every request."""
 
     def run(self, data: Path, out: Path, *, die: dict[str, Any] | None = None, **more: Any) -> tuple[int, str]:
         """(exit status, what the run said); a negative status is the signal that ended it."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        request = {"data": str(data), "out": str(out), "die": die or {}} | more
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
+        answer = self.ask({"data": str(data), "out": str(out), "die": die or {}} | more)
         return answer["status"], answer["said"]
-
-    def close(self) -> None:
-        """End it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=30)
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """The one Server."""
-    server = Server()
+    server = Server("killer.py")
     yield server
     server.close()
 
