@@ -1,8 +1,8 @@
 """Cross-entropy between many target crops and many student crops without keeping a (pairs, B, K) tensor.
 
-H(t, z) = logsumexp(z / tau) - t . z / tau is linear in the target t whose mass is 1, so the targets of one student crop
-are summed first, and each crop's scores are read once. Forward keeps one number a row; backward computes the softmax
-again, in blocks of rows that fit the cache. At K = 65536 the autograd of log_softmax would keep 2 + 2L such tensors.
+H(t, z) = -t . log_softmax(z / tau) is linear in the target t, so the targets of one student crop are summed first, and
+each crop's scores are read once. Forward keeps nothing but its inputs; backward computes the softmax again. Both work
+in blocks of rows that fit the cache. At K = 65536 the autograd of log_softmax would keep 2 + 2L such tensors.
 
 V student crops   Q target crops   B batch   K prototypes   k stored columns   M rows
 """
@@ -18,7 +18,7 @@ from robx.distill.pairs import Pairs
 from robx.distill.views import Targets
 
 # Elements that are worked on at a time: a block of float32 in a core's cache, or enough to fill a GPU.
-CPU_BLOCK, GPU_BLOCK = 1 << 18, 1 << 25
+CPU_BLOCK, GPU_BLOCK = 1 << 17, 1 << 25
 
 
 def crops_cross_entropy(
@@ -66,31 +66,30 @@ class _CrossEntropy(torch.autograd.Function):
         block: int | None,
     ) -> Tensor:
         dtype = torch.promote_types(scores.dtype, torch.float32)
-        lse = torch.zeros(scores.shape[:2], dtype=dtype, device=scores.device)
         per_row = torch.zeros(scores.shape[1], dtype=dtype, device=scores.device)
         for rows in _blocks(scores, block):
             mix = _Mix(probs, columns, tail, rows, width=scores.shape[2], dtype=dtype)
             for v, teachers in enumerate(taught_by):
                 if teachers:
-                    logits = scores[v, rows].to(dtype) / temperature
-                    lse[v, rows] = torch.logsumexp(logits, dim=-1)
-                    per_row[rows] += len(teachers) * lse[v, rows] - mix.dot(teachers, logits)
-        ctx.save_for_backward(scores, probs, columns, tail, weights, lse)
+                    logs = (scores[v, rows].to(dtype) / temperature).log_softmax(dim=-1)
+                    per_row[rows] -= mix.dot(teachers, logs)
+        ctx.save_for_backward(scores, probs, columns, tail, weights)
         ctx.taught_by, ctx.temperature, ctx.block = taught_by, temperature, block
         return (per_row * weights.to(dtype)).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scores, probs, columns, tail, weights, lse = ctx.saved_tensors
-        scale = (weights * (grads[0] / ctx.temperature)).to(lse.dtype)[:, None]
+        scores, probs, columns, tail, weights = ctx.saved_tensors
+        dtype = torch.promote_types(scores.dtype, torch.float32)
+        scale = (weights * (grads[0] / ctx.temperature)).to(dtype)[:, None]
         result = torch.empty_like(scores)
         for rows in _blocks(scores, ctx.block):
-            mix = _Mix(probs, columns, tail, rows, width=scores.shape[2], dtype=lse.dtype)
+            mix = _Mix(probs, columns, tail, rows, width=scores.shape[2], dtype=dtype)
             for v, teachers in enumerate(ctx.taught_by):
                 if not teachers:
                     result[v, rows] = 0
                     continue
-                softmax = torch.sub(scores[v, rows].to(lse.dtype) / ctx.temperature, lse[v, rows, None]).exp_()
+                softmax = (scores[v, rows].to(dtype) / ctx.temperature).softmax(dim=-1)
                 if len(teachers) > 1:
                     softmax.mul_(len(teachers))
                 mix.subtract(teachers, softmax)
@@ -112,13 +111,14 @@ class _Mix:
             self.even = (mass.to(dtype) / max(1, width - probs.shape[2]))[..., None]
         self._sums: dict[tuple[int, ...], Tensor] = {}
 
-    def dot(self, teachers: tuple[int, ...], logits: Tensor) -> Tensor:
-        """The sum over `teachers` of t . logits, a number a row."""
+    def dot(self, teachers: tuple[int, ...], logs: Tensor) -> Tensor:
+        """The sum over `teachers` of t . logs, a number a row."""
         if self.columns is None or self.even is None:
-            return (self._sum(teachers) * logits).sum(dim=-1)
-        total = logits.sum(dim=-1) * self.even[list(teachers)].sum(dim=(0, 2))
+            found: Tensor = torch.linalg.vecdot(self._sum(teachers), logs)
+            return found
+        total = logs.sum(dim=-1) * self.even[list(teachers)].sum(dim=(0, 2))
         for q in teachers:
-            total += ((self.probs[q].to(self.dtype) - self.even[q]) * logits.gather(1, self.columns[q])).sum(dim=-1)
+            total += ((self.probs[q].to(self.dtype) - self.even[q]) * logs.gather(1, self.columns[q])).sum(dim=-1)
         return total
 
     def subtract(self, teachers: tuple[int, ...], softmax: Tensor) -> None:

@@ -44,7 +44,7 @@ class SupervisedKd(nn.Module):
         """Logits (Q, B, K) -> probabilities (Q, B, K)."""
         return assignments(scores, temperature=self.temperature if temperature is None else temperature, iterations=0)
 
-    def forward(self, scores: Scores, targets: Targets, views: Views) -> tuple[Tensor, Stats]:
-        """The loss and its statistics."""
+    def forward(self, scores: Scores, targets: Targets, views: Views, *, observe: bool = True) -> tuple[Tensor, Stats]:
+        """The loss and, with `observe`, its statistics."""
         loss = self.temperature**2 * divergence(scores.crops, targets, temperature=self.temperature)
-        return loss, loss_stats(scores.crops, targets, temperature=self.temperature)
+        return loss, loss_stats(scores.crops, targets, temperature=self.temperature) if observe else {}

@@ -61,7 +61,9 @@ class Learner:
         """The trunk that is evaluated and saved: the raw one, or its average when the recipe asks for one."""
         return self.net.trunk if self.average is None else self.average
 
-    def learn(self, views: Views, targets: Targets, *, draw: int, last: bool = True) -> tuple[Tensor, Stats]:
+    def learn(
+        self, views: Views, targets: Targets, *, draw: int, last: bool = True, observe: bool = True
+    ) -> tuple[Tensor, Stats]:
         """Forward and backward of one micro-batch; gradients add up until ``update``.
 
         Args:
@@ -69,13 +71,14 @@ class Learner:
             targets: what the target branch says of it.
             draw: the micro-batch's number in the run, which drop path's random numbers hang on.
             last: whether ``update`` comes next, so that processes exchange gradients now.
+            observe: whether the loss's statistics are wanted.
         """
         random_state(self.recipe.seed, step=draw, rank=self.rank)
         waits = isinstance(self._parallel, DistributedDataParallel) and not last
         with self._parallel.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
             with autocast(self.recipe, self.device):
                 scores = self._forward(views)
-            loss, stats = self.objective(scores, targets, views)
+            loss, stats = self.objective(scores, targets, views, observe=observe)
             self.scaler.scale(loss / self.recipe.accumulate).backward()  # type: ignore[no-untyped-call]
         return loss.detach(), stats
 

@@ -12,7 +12,7 @@ from robx.distill.views import Scores, Targets, Views
 
 Stats = dict[str, Tensor]
 
-# Rows that the statistics look at: enough for a curve, and free at K = 65536.
+# Rows that the statistics look at: enough for a curve.
 SAMPLE = 64
 
 
@@ -25,8 +25,11 @@ class Objective(Protocol):
         `temperature` stands in for the objective's own while it is warmed up.
         """
 
-    def __call__(self, scores: Scores, targets: Targets, views: Views) -> tuple[Tensor, Stats]:
-        """The loss, a scalar in the graph, and detached scalars: ``loss_stats`` and the loss's parts."""
+    def __call__(self, scores: Scores, targets: Targets, views: Views, *, observe: bool = True) -> tuple[Tensor, Stats]:
+        """The loss, a scalar in the graph, and detached scalars: ``loss_stats`` and the loss's parts.
+
+        Without `observe` there are no ``loss_stats``, which read their rows of K scores many times over.
+        """
 
 
 def build_objective(recipe: Recipe) -> Objective:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from robx.allocator import keep_freed_memory
 from robx.distill.loader import Share
 from robx.errors import DeviceError, InputError
 
@@ -87,6 +88,8 @@ def join_processes(device: str | None = None) -> Iterator[Processes]:
     """
     world, rank, local = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
     place = pick_device(device, local=local)
+    if place.type == "cpu":
+        keep_freed_memory()
     if world == 1:
         yield Processes(0, 1, place)
         return

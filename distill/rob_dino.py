@@ -52,7 +52,7 @@ class RobDino(nn.Module):
         tau = self.teacher_temperature if temperature is None else temperature
         return dino_targets(scores, temperature=tau, sinkhorn_iterations=self.sinkhorn_iterations)
 
-    def forward(self, scores: Scores, targets: Targets, views: Views) -> tuple[Tensor, Stats]:
-        """The loss and its statistics."""
+    def forward(self, scores: Scores, targets: Targets, views: Views, *, observe: bool = True) -> tuple[Tensor, Stats]:
+        """The loss and, with `observe`, its statistics."""
         loss = dino_loss(scores.crops, targets, pairing=self.pairing, temperature=self.student_temperature)
-        return loss, loss_stats(scores.crops, targets, temperature=self.student_temperature)
+        return loss, loss_stats(scores.crops, targets, temperature=self.student_temperature) if observe else {}

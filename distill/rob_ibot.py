@@ -55,13 +55,13 @@ class RobIbot(RobDino):
         """Scores (..., K) of patch tokens -> probabilities of the same shape; always a softmax."""
         return dino_targets(scores, temperature=self.teacher_temperature if temperature is None else temperature)
 
-    def forward(self, scores: Scores, targets: Targets, views: Views) -> tuple[Tensor, Stats]:
-        """The sum of both parts, and their statistics.
+    def forward(self, scores: Scores, targets: Targets, views: Views, *, observe: bool = True) -> tuple[Tensor, Stats]:
+        """The sum of both parts and, with `observe`, their statistics.
 
         Raises:
             InputError: the student answers with patches and the masks or the patches' targets are missing.
         """
-        cls, stats = super().forward(scores, targets, views)
+        cls, stats = super().forward(scores, targets, views, observe=observe)
         if scores.patches is None or not self.patch_weight:
             return cls, stats
         if views.masks is None or targets.patch_probs is None:

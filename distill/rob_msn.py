@@ -69,12 +69,12 @@ class RobMsn(nn.Module):
         tau = self.teacher_temperature if temperature is None else temperature
         return msn_targets(scores, temperature=tau, sinkhorn_iterations=self.sinkhorn_iterations)
 
-    def forward(self, scores: Scores, targets: Targets, views: Views) -> tuple[Tensor, Stats]:
-        """The loss and its statistics."""
+    def forward(self, scores: Scores, targets: Targets, views: Views, *, observe: bool = True) -> tuple[Tensor, Stats]:
+        """The loss and, with `observe`, its statistics."""
         student = scores.crops
         pairs = crop_pairs(self.pairing, student_crops=student.shape[0], teacher_crops=targets.probs.shape[0])
         loss = crops_cross_entropy(student, targets, pairs=pairs, temperature=self.student_temperature)
-        stats = loss_stats(student, targets, temperature=self.student_temperature)
+        stats = loss_stats(student, targets, temperature=self.student_temperature) if observe else {}
         if self.me_max:
             entropy = mean_entropy(wide(student), temperature=self.student_temperature)
             loss, stats = loss - self.me_max * entropy, stats | {"mean_entropy": entropy.detach()}

@@ -44,9 +44,9 @@ class RobSwav(nn.Module):
         epsilon = self.epsilon if temperature is None else temperature
         return swav_targets(scores, epsilon=epsilon, sinkhorn_iterations=self.sinkhorn_iterations)
 
-    def forward(self, scores: Scores, targets: Targets, views: Views) -> tuple[Tensor, Stats]:
-        """The loss and its statistics."""
+    def forward(self, scores: Scores, targets: Targets, views: Views, *, observe: bool = True) -> tuple[Tensor, Stats]:
+        """The loss and, with `observe`, its statistics."""
         student = scores.crops
         pairs = crop_pairs(self.pairing, student_crops=student.shape[0], teacher_crops=targets.probs.shape[0])
         loss = crops_cross_entropy(student, targets, pairs=pairs, temperature=self.student_temperature)
-        return loss, loss_stats(student, targets, temperature=self.student_temperature)
+        return loss, loss_stats(student, targets, temperature=self.student_temperature) if observe else {}

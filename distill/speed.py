@@ -52,7 +52,7 @@ def measure_bound(
         between = _now(device)
         for learner, target in zip(learners, targets, strict=True):
             buffers = {name: buffer.clone() for name, buffer in learner.net.named_buffers()}
-            learner.learn(views, target, draw=0)
+            learner.learn(views, target, draw=0, observe=False)
             learner.optimizer.zero_grad(set_to_none=True)
             for name, buffer in learner.net.named_buffers():
                 buffer.copy_(buffers[name])

@@ -117,6 +117,8 @@ def _steps(
     rate, saved = Rate(), time.monotonic()
     for step in range(start, run.steps):
         done = step + 1
+        logs = done % options.log_every == 0 or done == run.steps
+        looks = done % options.monitor_every == 0 or done == run.steps
 
         # Crops, what the target branch says of them, and the students' gradients.
         losses = [torch.zeros((), device=processes.device) for _ in run.learners]
@@ -129,7 +131,7 @@ def _steps(
             names += [run.source.key(int(index)) for index in batch.index]
             draw, last = step * recipe.accumulate + micro, micro == recipe.accumulate - 1
             for i, (learner, targets) in enumerate(zip(run.learners, _targets(run, views), strict=True)):
-                loss, stats[i] = learner.learn(views, targets, draw=draw, last=last)
+                loss, stats[i] = learner.learn(views, targets, draw=draw, last=last, observe=last and (logs or looks))
                 losses[i] += loss / recipe.accumulate
 
         # The update, once it is certain that loss and gradients are numbers.
@@ -140,9 +142,9 @@ def _steps(
         # What it says of itself.
         rate.tick()
         speed = rate.steps_per_s() * recipe.batch_size
-        if done % options.log_every == 0 or done == run.steps:
+        if logs:
             log_step(run, done, losses=losses, norms=norms, stats=stats, speed=speed)
-        if processes.first and (done % options.monitor_every == 0 or done == run.steps):
+        if processes.first and looks:
             monitor(run, done, views.globals[0], stats)
         progress(done, run.steps, note(run, float(losses[0]), speed))
 
