@@ -58,6 +58,7 @@ class Recipe:
     teacher_temperature_start: float | None = None  # linear warm-up from here, over ...
     teacher_temperature_epochs: int = 0
     freeze_last_layer_epochs: int = 0
+    freeze_trunk: bool = False  # the head alone learns, on a trunk that is given (--init): how a teacher gets its head
 
     # The student.
     drop_path: float = 0.0  # ViT only
@@ -119,6 +120,10 @@ class Recipe:
             raise InputError(f"recipe: batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}")
         if self.objective == "kd" and self.base:
             raise InputError("recipe: supervised distillation (kd) has no base method: give a classifier teacher")
+        if self.freeze_trunk and not self.base:
+            raise InputError(
+                "recipe: freeze_trunk is a base method's (--teacher ema): a teacher's student has to learn"
+            )
 
     @property
     def peak_lr(self) -> float:

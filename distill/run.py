@@ -102,6 +102,8 @@ def open_run(
     """Check the settings against each other and the folder, and build the networks."""
     if (teacher is not None) + (targets is not None) + recipe.base != 1:
         raise InputError("give one of --teacher NAME, --teacher ema (the base method) and --targets DIR")
+    if recipe.freeze_trunk and init is None:
+        raise InputError("freeze_trunk leaves the trunk as it is given: give --init RUN")
     if len(set(students)) != len(students) or not students:
         raise InputError("give each --student once")
     per_epoch = steps_per_epoch(len(source), recipe.batch_size)

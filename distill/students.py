@@ -36,7 +36,14 @@ class StudentNet(nn.Module):
     """
 
     def __init__(
-        self, trunk: nn.Module, head: nn.Module, *, mask_token: bool = False, patch_drop: float = 0.0, note: str = ""
+        self,
+        trunk: nn.Module,
+        head: nn.Module,
+        *,
+        mask_token: bool = False,
+        patch_drop: float = 0.0,
+        frozen: bool = False,
+        note: str = "",
     ) -> None:
         """Join them.
 
@@ -45,6 +52,7 @@ class StudentNet(nn.Module):
             head: features (N, D) -> scores (N, K); with a mask token, ``head.patches`` too.
             mask_token: the global crops' masked patches are hidden behind a learnable token and scored (RoB-iBOT).
             patch_drop: share of a global crop's patches that is left out in training (RoB-MSN).
+            frozen: the trunk does not learn, and stays in eval mode: BatchNorm keeps its running statistics.
             note: for the user.
         """
         super().__init__()
@@ -53,6 +61,16 @@ class StudentNet(nn.Module):
         self.trunk, self.head, self.patch_drop, self.note = trunk, head, patch_drop, note
         # iBOT's name, shape and start (its `masked_embed`).
         self.masked_embed = nn.Parameter(torch.zeros(1, embedding_width(trunk))) if mask_token else None
+        self.frozen = frozen
+        if frozen:
+            trunk.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> StudentNet:
+        """As torch has it, but that a frozen trunk stays in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            self.trunk.eval()
+        return self
 
     def forward(self, views: Views) -> Scores:
         """Scores of the 2 global crops, then of the local ones; and of the masked patches."""
@@ -141,7 +159,7 @@ def build_student(name: str, recipe: Recipe, teacher: TeacherSpec | None) -> Stu
     if drop and not takes_patches(trunk):
         drop, note = 0.0, f"{name} has no patches to drop: it sees its global crops whole"
     head = _head(trunk, recipe, outputs=outputs, patch_outputs=patch_outputs, teacher=teacher)
-    return StudentNet(trunk, head, mask_token=patches, patch_drop=drop, note=note)
+    return StudentNet(trunk, head, mask_token=patches, patch_drop=drop, frozen=recipe.freeze_trunk, note=note)
 
 
 def takes_patches(trunk: nn.Module) -> bool:

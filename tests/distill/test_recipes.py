@@ -54,6 +54,7 @@ def test_unknown_keys_are_refused_with_the_known_ones() -> None:
         ({"teacher_temperature_start": 0.0}, "teacher_temperature_start = 0.0"),
         ({"freeze_last_layer_epochs": -1}, "freeze_last_layer_epochs = -1"),
         ({"mask_ratios": [[0.3, 0.4]]}, "mask_ratios"),
+        ({"freeze_trunk": True}, "freeze_trunk is a base method's"),
         ({"color": [0.8, -0.1, 0.8, 0.2]}, "color = [0.8, -0.1, 0.8, 0.2]"),
         ({"lr": float("nan")}, "nan"),
         ({"epochs": datetime.date(2020, 1, 1)}, "2020"),

@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from robx.distill import resume
+from robx.distill.checkpoints import read_checkpoint
 from robx.distill.monitor import NotFinite
 from robx.distill.processes import Processes
+from robx.distill.recipes import override
 from robx.distill.run import Options, open_run
 from robx.distill.teachers import load_teacher
 from robx.errors import InputError
@@ -306,6 +308,24 @@ def test_a_base_methods_run_leaves_a_teacher_for_the_next(
     tiny.tiny_run(source, tmp_path / "rob", students=("test_resnet",), recipe=recipe, teacher=teacher, options=options)
     lines = [json.loads(line) for line in (tmp_path / "rob" / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["step"] == 0 and {"probe_knn", "teacher_probe_knn"} <= set(lines[0])
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_a_frozen_trunk_gets_a_head(tiny: ModuleType, source: ImageSource, tmp_path: Path, name: str) -> None:
+    """Nothing of the trunk moves, not its BatchNorm's statistics either, and the head learns."""
+    recipe = tiny.tiny_recipe(objective="dino", base=True, head="native", prototypes=32, epochs=2, warmup_share=0.0)
+    tiny.tiny_run(source, tmp_path / "real", students=(name,), recipe=tiny.tiny_recipe(kind="cnn"))
+    frozen = override(recipe, {"freeze_trunk": True, "freeze_last_layer_epochs": 0})
+    tiny.tiny_run(source, tmp_path / "head", students=(name,), recipe=frozen, init=tmp_path / "real")
+    start, end = (load_file(tmp_path / folder / "student.safetensors") for folder in ("real", "head"))
+    assert all(torch.equal(start[key], end[key]) for key in start)
+    teacher = load_teacher("dino", weights=tmp_path / "head" / "teacher.pth", image_size=32)
+    assert all(torch.equal(value, start[key]) for key, value in teacher.trunk.state_dict().items())
+    content = read_checkpoint(tmp_path / "head" / "teacher.pth")
+    for layer in ("head.mlp.0.weight", "head.mlp.4.bias", "head.last_layer.weight_v"):  # its average lags behind
+        assert not torch.equal(content["student"][f"module.{layer}"], content["teacher"][layer])
+    with pytest.raises(InputError, match="give --init RUN"):
+        tiny.tiny_run(source, tmp_path / "none", students=(name,), recipe=frozen)
 
 
 def test_a_run_starts_from_the_weights_that_it_is_given(
