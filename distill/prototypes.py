@@ -33,6 +33,8 @@ from robx.sources import ImageSource
 
 # Beyond this many points a centre, more of them no longer move it (the rule of thumb of FAISS).
 _POINTS_PER_CENTRE = 256
+# Of the features that are kept; k-means holds three such tensors.
+_FEATURE_BYTES = 2 * 1024**3
 _BATCH = 64
 _VERSION = 1
 
@@ -50,6 +52,7 @@ class FitSettings:
     crop: int  # pixels of the square that the teacher sees
     seed: int = 0
     streaming: bool = False
+    normalisation: tuple[float, ...] = ()  # mean and std of the teacher's pixels: one file may serve two names
     version: int = _VERSION
 
     @property
@@ -67,6 +70,11 @@ class Prototypes:
     images: int  # that were read
     skipped: int  # that could not be
     objective: float  # mean cosine between an image's centred feature and its nearest prototype; nan when streaming
+
+
+def has_to_stream(*, images: int, prototypes: int, width: int) -> bool:
+    """Whether the features (N, D) that a fit would keep are more than fit in memory."""
+    return min(images, _POINTS_PER_CENTRE * prototypes) * width * 4 > _FEATURE_BYTES
 
 
 def fit_or_load(

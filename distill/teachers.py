@@ -18,7 +18,7 @@ from robx.cache import cache_folder
 from robx.distill.checkpoints import NAMES, PublishedTeacher, read_teacher
 from robx.distill.download import fetch
 from robx.distill.frozen_teacher import Method, Teacher, TeacherScores
-from robx.distill.prototypes import FitSettings, fit_or_load
+from robx.distill.prototypes import FitSettings, fit_or_load, has_to_stream
 from robx.distill.published_heads import PrototypeHead, dino_head, fitted_head, msn_head, random_head, swav_head
 from robx.distill.published_trunks import (
     TimmTrunk,
@@ -29,7 +29,7 @@ from robx.distill.published_trunks import (
 )
 from robx.distill.students import refusal
 from robx.distill.timm_teachers import build_timm_teacher, load_timm_teacher
-from robx.distill.zoo import ZOO, ZooEntry, find_teacher
+from robx.distill.zoo import ZOO, ZooEntry, find_teacher, with_head
 from robx.errors import ArtifactError, InputError
 from robx.files import sha256_file
 from robx.progress import Progress
@@ -49,7 +49,7 @@ def load_teacher(
     objective: str | None = None,
     image_size: int = 224,
     seed: int = 0,
-    streaming: bool = False,
+    streaming: bool | None = None,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> Teacher:
@@ -66,7 +66,7 @@ def load_teacher(
             ``kd`` keep the classifier. None takes what the teacher has.
         image_size: pixels of the square that the teacher will see; prototypes are fitted at this size.
         seed: of the fitting.
-        streaming: fit in one pass that keeps no feature, over all images, for data that do not fit in memory.
+        streaming: fit in one pass that keeps no feature, over all images; None: where they are too many to keep.
         device: where the fitting runs and where the teacher is left.
         progress: called with (done, total, note), for the download and the fitting.
 
@@ -86,7 +86,7 @@ def load_teacher(
         teacher = _timm_teacher(entry, trunk, method=method, sha256=sha256, image_size=image_size)
         teacher = _sized(teacher, image_size).to(device)
         if method == "headless" and source is not None:
-            _fit(teacher, source, prototypes, seed=seed, streaming=streaming, folder=folder, progress=progress)
+            _fit(teacher, entry, source, prototypes, seed=seed, streaming=streaming, folder=folder, progress=progress)
         return teacher
     path = weights if weights is not None else _download(entry, folder, progress)
     return _sized(_published(entry, path, image_size=image_size), image_size).to(device)
@@ -141,6 +141,11 @@ def _method(entry: ZooEntry, objective: str | None) -> Method:
         raise InputError(f"unknown objective {objective!r}: choose one of {', '.join(known)}")
     if entry.method == "headless":
         if objective in ("dino", "ibot"):
+            if full := with_head(entry):
+                raise InputError(
+                    f"teacher {entry.name} is the backbone alone, and {NAMES[objective]}'s loss needs the head that "
+                    f"it was pretrained with: take --teacher {full.name} --objective {full.method} ({full.file})"
+                )
             raise InputError(
                 f"teacher {entry.name} was published without a head, and {NAMES[objective]}'s loss needs the one that "
                 "it was pretrained with: use --objective msn or swav, whose prototypes can be fitted"
@@ -227,15 +232,18 @@ def _timm_teacher(entry: ZooEntry, trunk: nn.Module, *, method: Method, sha256: 
 
 def _fit(
     teacher: Teacher,
+    entry: ZooEntry,
     source: ImageSource,
     prototypes: int,
     *,
     seed: int,
-    streaming: bool,
+    streaming: bool | None,
     folder: Path,
     progress: Progress | None,
 ) -> None:
     """Give a headless teacher its prototypes."""
+    if streaming is None:
+        streaming = has_to_stream(images=len(source), prototypes=prototypes, width=teacher.width)
     settings = FitSettings(
         teacher=teacher.info.sha256,
         data=source.fingerprint,
@@ -244,6 +252,7 @@ def _fit(
         crop=teacher.preprocessing.crop,
         seed=seed,
         streaming=streaming,
+        normalisation=(*entry.mean, *entry.std),
     )
     found = fit_or_load(
         teacher.features,
@@ -256,7 +265,8 @@ def _fit(
     )
     teacher.head = fitted_head(found.mean, found.vectors).to(teacher.scale.device).eval()
     teacher.num_prototypes = prototypes
-    how = f"{prototypes} fitted by spherical k-means to {found.images} images of {source.name} ({source.fingerprint})"
+    way = "streaming spherical k-means" if streaming else "spherical k-means"
+    how = f"{prototypes} fitted by {way} to {found.images} images of {source.name} ({source.fingerprint})"
     teacher.info = dataclasses.replace(teacher.info, prototypes=f"{how}, seed {seed}")
 
 

@@ -171,6 +171,9 @@ _ENTRIES = (
 ZOO: dict[str, ZooEntry] = {entry.name: entry for entry in _ENTRIES}
 _ALIASES = {"msn_vitl16": "msn_vitl", "dino_resnet50": "dino_rn50", "swav_resnet50": "swav_rn50"}
 
+# timm has the backbones alone of these; the full checkpoints have the heads.
+_FULL = {f"vit_{size}_patch{p}_224.dino": f"dino_vit{size[0]}{p}" for size in ("small", "base") for p in (8, 16)}
+
 # Students that are tested the whole way, from distilling to the exported engines; any other timm name may do.
 _STUDENTS = (
     "resnet18",
@@ -200,6 +203,12 @@ def find_teacher(name: str) -> ZooEntry:
         raise InputError(f"unknown teacher {name!r}: did you mean timm:{name}?")
     hint = did_you_mean(name, ZOO, otherwise="robx teachers lists them; timm:NAME takes any of timm's")
     raise InputError(f"unknown teacher {name!r}: {hint}")
+
+
+def with_head(entry: ZooEntry) -> ZooEntry | None:
+    """The published teacher, head and all, whose backbone alone `entry` is; None where there is none."""
+    name = entry.trunk.name if isinstance(entry.trunk, TimmTrunk) else ""
+    return ZOO[_FULL[name]] if name in _FULL else None
 
 
 def teacher_rows() -> list[dict[str, Any]]:

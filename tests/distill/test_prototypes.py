@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from robx.arrays import ArraySource
 from robx.distill.kmeans import StreamingKMeans, nearest, spherical_kmeans
-from robx.distill.prototypes import FitSettings, fit_or_load, fit_prototypes, load_prototypes
+from robx.distill.prototypes import FitSettings, fit_or_load, fit_prototypes, has_to_stream, load_prototypes
 from robx.distill.teachers import load_teacher
 from robx.errors import InputError
 from robx.images import preprocess
@@ -122,6 +123,38 @@ def test_a_stream_that_is_too_short() -> None:
         clusters.centres()
 
 
+def test_one_file_under_two_names_is_fitted_under_each(tmp_path: Path) -> None:
+    """EfficientNet-Lite's pixels are (x - 127) / 128 under its own name, and what timm says under timm's."""
+    import timm
+
+    torch.manual_seed(0)
+    path = tmp_path / "weights.pth"
+    torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), path)
+    options: dict[str, Any] = {"weights": path, "cache": tmp_path, "source": pictures(), "prototypes": 5}
+    first = load_teacher("efficientnet_lite0", objective="msn", image_size=32, **options)
+    other = load_teacher("timm:tf_efficientnet_lite0", objective="msn", image_size=32, **options)
+    assert len(list((tmp_path / "prototypes").glob("*.safetensors"))) == 2
+    assert first.info.sha256 == other.info.sha256 and first.head is not None and other.head is not None
+    assert not torch.equal(first.head.prototypes, other.head.prototypes)
+
+
+def test_features_that_are_too_many_to_keep_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ImageNet under SwAV's 3000 prototypes and a ViT-L takes 3 GB, under MSN's 1024 a third of it."""
+    assert has_to_stream(images=1_281_167, prototypes=3000, width=1024)
+    assert not has_to_stream(images=1_281_167, prototypes=1024, width=1024)
+    assert not has_to_stream(images=5000, prototypes=65_536, width=1024)
+    import timm
+
+    path = tmp_path / "weights.pth"
+    torch.save(timm.create_model("resnet18").state_dict(), path)
+    monkeypatch.setattr("robx.distill.prototypes._FEATURE_BYTES", 60 * 512 * 4 - 1)
+    options: dict[str, Any] = {"weights": path, "cache": tmp_path, "source": pictures(), "image_size": 32}
+    teacher = load_teacher("timm:resnet18", objective="msn", prototypes=3, **options)
+    assert "3 fitted by streaming spherical k-means to 60 images" in teacher.info.prototypes
+    kept = load_teacher("timm:resnet18", objective="msn", prototypes=3, streaming=False, **options)
+    assert "3 fitted by spherical k-means to 60 images" in kept.info.prototypes
+
+
 def pictures(count: int = 60) -> ArraySource:
     """Three kinds of plain pictures in equal shares, with a little noise."""
     rng = np.random.default_rng(0)
@@ -160,7 +193,10 @@ def test_fitted_once_and_kept_by_what_decides_them(tmp_path: Path) -> None:
     first = fit_or_load(embed, pictures(), PREPROCESSING, SETTINGS, folder=tmp_path)
     again = fit_or_load(embed, pictures(), PREPROCESSING, SETTINGS, folder=tmp_path)
     assert sum(calls) == 60 and torch.equal(first.vectors, again.vectors) and torch.equal(first.mean, again.mean)
-    for change in ({"teacher": "u"}, {"data": "0"}, {"prototypes": 4}, {"crop": 8}, {"seed": 1}, {"streaming": True}):
+    pixels = {"normalisation": (0.5, 0.5, 0.5, 0.5, 0.5, 0.5)}
+    for change in (
+        {"teacher": "u"}, {"data": "0"}, {"prototypes": 4}, {"crop": 8}, {"seed": 1}, {"streaming": True}, pixels
+    ):  # fmt: skip
         other = dataclasses.replace(SETTINGS, **change)
         assert other.id != SETTINGS.id
         assert load_prototypes(tmp_path / f"prototypes-{SETTINGS.id}.safetensors", other) is None
@@ -222,7 +258,14 @@ def test_a_headless_teacher_end_to_end(tmp_path: Path) -> None:
     with torch.no_grad():
         features = trunk.forward_head(trunk.forward_features(pixels), pre_logits=True)
     (kept,) = (tmp_path / "prototypes").glob("*.safetensors")
-    settings = FitSettings(teacher=teacher.info.sha256, data=pictures().fingerprint, prototypes=5, size=37, crop=32)
+    settings = FitSettings(
+        teacher=teacher.info.sha256,
+        data=pictures().fingerprint,
+        prototypes=5,
+        size=37,
+        crop=32,
+        normalisation=(0.485, 0.456, 0.406, 0.229, 0.224, 0.225),
+    )
     stored = load_prototypes(kept, settings)
     assert stored is not None
     want = F.cosine_similarity((features - stored.mean)[:, None], stored.vectors[None], dim=-1)

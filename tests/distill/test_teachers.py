@@ -18,7 +18,16 @@ from robx.distill.published_trunks import TimmTrunk, build_published_trunk, trun
 from robx.distill.teachers import Teacher, build_teacher_skeleton, load_teacher
 from robx.distill.timm_teachers import build_timm_teacher, hash_state
 from robx.distill.wide_resnet import WideResNet
-from robx.distill.zoo import IMAGENET_MEAN, IMAGENET_STD, ZOO, ZooEntry, find_teacher, student_rows, teacher_rows
+from robx.distill.zoo import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ZOO,
+    ZooEntry,
+    find_teacher,
+    student_rows,
+    teacher_rows,
+    with_head,
+)
 from robx.errors import ArtifactError, InputError
 from robx.records import Preprocessing, TeacherInfo
 
@@ -138,6 +147,12 @@ def test_an_unknown_teacher_offers_the_nearest(name: str, words: str) -> None:
     [
         ("dinov2_vits14", "dino", "published without a head"),
         ("efficientnet_lite0", "ibot", "use --objective msn or swav"),
+        (
+            "timm:vit_small_patch8_224.dino",
+            "dino",
+            r"take --teacher dino_vits8 --objective dino \(dino_de",
+        ),
+        ("timm:vit_base_patch16_224.dino", "ibot", "take --teacher dino_vitb16 --objective dino"),
         ("dino_vits16", "kd", "has no classifier"),
         ("dino_vits16", "msn", "use --objective dino"),
         ("dinov2_vits14", "kd", "has no classifier"),
@@ -221,6 +236,18 @@ def test_the_download_of_a_zoo_teacher_names_its_url(tmp_path: Path, monkeypatch
     with pytest.raises(InputError, match="--teacher-weights FILE") as error:
         load_teacher("msn_vitl", cache=tmp_path)
     assert "https://dl.fbaipublicfiles.com/msn/vitl16_600ep.pth.tar" in str(error.value)
+
+
+def test_the_backbones_of_timm_are_those_of_the_files_that_are_named_instead() -> None:
+    import timm
+
+    for name in timm.list_pretrained("vit_*.dino"):
+        full = with_head(find_teacher(f"timm:{name}"))
+        assert full is not None and full.url.endswith("_full_checkpoint.pth")
+        with torch.device("meta"):
+            trunk = timm.create_model(name, num_classes=0)
+        assert sum(parameter.numel() for parameter in trunk.parameters()) == full.params
+    assert with_head(find_teacher("timm:resnet50")) is None and with_head(find_teacher("dinov2_vits14")) is None
 
 
 def test_aliases() -> None:
