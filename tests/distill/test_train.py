@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from robx.distill import resume
+from robx.distill import resume, rob_msn
 from robx.distill.checkpoints import read_checkpoint
 from robx.distill.monitor import NotFinite
 from robx.distill.processes import Processes
@@ -120,6 +120,27 @@ def test_neither_probe_nor_monitor_nor_measurement_changes_the_run(
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     keys = {key for line in lines for key in line}
     assert {"probe_knn", "embedding_std", "embedding_rank", "target_entropy", "grad_norm", "share_of_bound"} <= keys
+
+
+def test_statistics_are_those_of_their_step_and_made_for_no_other(
+    tiny: ModuleType, source: ImageSource, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[float] = []
+    real = rob_msn.loss_stats
+
+    def counted(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        made.append(kwargs["temperature"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(rob_msn, "loss_stats", counted)
+    tiny.tiny_run(source, tmp_path, options={"log_every": 3, "monitor_every": 100})
+
+    def logged(run: Path) -> dict[int, float]:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return {line["step"]: line["target_entropy"] for line in lines if "loss" in line}
+
+    every, some = logged(unbroken), logged(tmp_path)
+    assert some == {step: every[step] for step in (3, 6, 8)} and len(made) == 3
 
 
 def test_several_students_are_those_of_separate_runs(
