@@ -9,8 +9,9 @@ M judged images   N bank images   D width
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from robx.eval.closeness import broken, closeness, neighbour_overlap, overlap
 from robx.eval.knn import TEMPERATURE, nearest, vote, weighted_knn
 from robx.eval.probe import Probe, fit_probe
 from robx.eval.verdict import (
+    LEVEL,
     Decision,
     accuracy_value,
     discordant,
@@ -73,6 +75,7 @@ def fidelity(
     bank: Bank | None = None,
     candidate_bank: np.ndarray | None = None,
     margin: float = 1.0,
+    level: float = LEVEL,
     precision: Precision = "int8",
     class_names: Sequence[str] | None = None,
 ) -> Comparison:
@@ -86,6 +89,7 @@ def fidelity(
         candidate_bank: the candidate's features (N, D) of the bank's images, for what can be had by training the probe
             again and by embedding the bank again; None leaves these two out.
         margin: the drop of accuracy that is tolerated, in percentage points.
+        level: of the tests of accuracy; smaller where the candidate is one of several.
         precision: picks the cosine limits, which decide where there are no labels and are only noted where there are.
         class_names: names for the reasons.
 
@@ -97,7 +101,8 @@ def fidelity(
     notes = _cosine_shortfalls(values, precision)
     decisions: dict[Literal["probe", "knn"], Decision] = {}
     if bank is not None:
-        task, decisions, remarks = _task(reference, candidate, labels, bank, margin, class_names)
+        decide = partial(non_inferiority, margin=margin, level=level)
+        task, decisions, remarks = _task(reference, candidate, labels, bank, decide, class_names)
         values |= task
         notes += remarks
         if candidate_bank is not None and labels is not None and np.isfinite(candidate_bank).all():
@@ -120,7 +125,7 @@ def _task(
     candidate: np.ndarray,
     labels: np.ndarray | None,
     bank: Bank,
-    margin: float,
+    decide: Callable[[np.ndarray, np.ndarray], Decision],
     class_names: Sequence[str] | None,
 ) -> tuple[dict[str, Value], dict[Literal["probe", "knn"], Decision], list[str]]:
     """The figures that a user feels, those with labels only where there are labels."""
@@ -143,7 +148,7 @@ def _task(
         if labels is None or not keep.any():
             continue
         right = (first == labels)[keep], (second == labels)[keep]
-        decisions[name] = non_inferiority(*right, margin)
+        decisions[name] = decide(*right)
         values |= _paired_values(name, *right, decisions[name])
         if name == "probe":
             value, note = worst_class(*right, labels[keep], class_names=class_names)

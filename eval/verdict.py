@@ -18,6 +18,8 @@ from scipy import optimize, stats
 from robx.errors import InputError
 from robx.records import Value, Verdict
 
+LEVEL = 0.05  # one-sided; of every verdict on a single candidate
+
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
@@ -25,8 +27,9 @@ class Decision:
 
     verdict: Verdict
     drop: Value  # reference minus candidate, with its two-sided 95 % interval
-    bound: float  # one-sided 95 % upper bound of the drop: the PASS rests on it
+    bound: float  # one-sided upper bound of the drop at `level`: the PASS rests on it
     margin: float
+    level: float  # how often a candidate at the margin may PASS by chance
     n: int
     needed: int | None  # images for 80 % power at this discordance and drop; None: the drop exceeds the margin
     p_value: float  # exact McNemar, two-sided
@@ -124,33 +127,39 @@ def drop_value(b: int, c: int, n: int, *, confidence: float = 0.95) -> Value:
     return Value(value=100 * (b - c) / n, low=100 * low, high=100 * high, n=n, unit="%")
 
 
-def non_inferiority(right_reference: np.ndarray, right_candidate: np.ndarray, margin: float) -> Decision:
+def non_inferiority(
+    right_reference: np.ndarray, right_candidate: np.ndarray, margin: float, *, level: float = LEVEL
+) -> Decision:
     """Whether the candidate's accuracy is within `margin` percentage points of the reference's, on paired images.
 
     Args:
         right_reference: bool (N,), whether the reference is right on each image.
         right_candidate: bool (N,), the same images in the same order.
         margin: the drop that is tolerated, in percentage points; more than 0.
+        level: how often a candidate whose drop is the margin may PASS; less than .05 where it is one of several.
 
     Raises:
-        InputError: shapes that do not pair, no images, or a margin that is not positive.
+        InputError: shapes that do not pair, no images, or a margin or level that makes no test.
     """
     check_margin(margin)
+    _require(0 < level < 0.5, f"a level of {level} makes no test: give one between 0 and .5")
     _require(len(right_reference) > 0, "no labelled images to compare: a verdict needs some")
     (b, c), n = discordant(right_reference, right_candidate), len(right_reference)
     drop = drop_value(b, c, n)
-    optimistic, pessimistic = (100 * end for end in paired_interval(b, c, n, confidence=0.90))  # one-sided 95 % each
+    confidence = 1 - 2 * level  # two-sided: each end is one-sided at `level`
+    optimistic, pessimistic = (100 * end for end in paired_interval(b, c, n, confidence=confidence))
     verdict: Verdict = "PASS" if pessimistic <= margin else "FAIL" if optimistic > margin else "INCONCLUSIVE"
-    needed = images_needed(margin, discordance=(b + c) / n, drop=drop.value)
+    needed = images_needed(margin, discordance=(b + c) / n, drop=drop.value, level=level)
     return Decision(
         verdict=verdict,
         drop=drop,
         bound=pessimistic,
         margin=margin,
+        level=level,
         n=n,
         needed=needed,
         p_value=mcnemar_exact(b, c),
-        reasons=(_explain(verdict, drop, (optimistic, pessimistic), margin=margin, needed=needed),),
+        reasons=(_explain(verdict, drop, (optimistic, pessimistic), margin=margin, level=level, needed=needed),),
     )
 
 
@@ -159,25 +168,27 @@ def check_margin(margin: float) -> None:
     _require(0 < margin < 100, f"a margin of {margin} points cannot be tested: give one between 0 and 100")
 
 
-def least_images(margin: float) -> int:
+def least_images(margin: float, *, level: float = LEVEL) -> int:
     """The fewest images with which a PASS within `margin` points is possible at all: no image may differ."""
     share = margin / 100
-    z = _z(0.90)
+    z = _z(1 - 2 * level)
     return math.ceil(z * z * (1 - share) / share)
 
 
-def images_needed(margin: float, *, discordance: float, drop: float = 0.0, power: float = 0.8) -> int | None:
+def images_needed(
+    margin: float, *, discordance: float, drop: float = 0.0, power: float = 0.8, level: float = LEVEL
+) -> int | None:
     """Images for a PASS with `power` when the true drop is `drop` points and a share `discordance` of images differs.
 
-    n = (z_0.95 + z_power)^2 (discordance - drop^2) / (margin - drop)^2, never below `least_images`. A gain counts as no
-    drop. None when the drop reaches the margin: no number of images would do.
+    n = (z_(1 - level) + z_power)^2 (discordance - drop^2) / (margin - drop)^2, never below `least_images`. A gain
+    counts as no drop. None when the drop reaches the margin: no number of images would do.
     """
     true_drop = max(0.0, drop) / 100
     if true_drop >= margin / 100:
         return None
-    z = _z(0.90) + float(stats.norm.ppf(power))
+    z = _z(1 - 2 * level) + float(stats.norm.ppf(power))
     n = z * z * (max(discordance, true_drop) - true_drop**2) / (margin / 100 - true_drop) ** 2
-    return max(math.ceil(n), least_images(margin))
+    return max(math.ceil(n), least_images(margin, level=level))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -206,12 +217,14 @@ def _tango_statistic(b: int, c: int, n: int, delta: float) -> float:
     return numerator / math.sqrt(variance)
 
 
-def _explain(verdict: Verdict, drop: Value, ends: tuple[float, float], *, margin: float, needed: int | None) -> str:
-    seen = f"drop {drop.value:.2f} points on {drop.n} images"
+def _explain(
+    verdict: Verdict, drop: Value, ends: tuple[float, float], *, margin: float, level: float, needed: int | None
+) -> str:
+    seen, sure = f"drop {drop.value:.2f} points on {drop.n} images", f"one-sided {100 * (1 - level):.3g} %"
     if verdict == "PASS":
-        return f"{seen}; at most {ends[1]:.2f} (one-sided 95 %), within the margin of {margin:g}"
+        return f"{seen}; at most {ends[1]:.2f} ({sure}), within the margin of {margin:g}"
     if verdict == "FAIL":
-        return f"{seen}; at least {ends[0]:.2f} (one-sided 95 %), beyond the margin of {margin:g}"
+        return f"{seen}; at least {ends[0]:.2f} ({sure}), beyond the margin of {margin:g}"
     more = f"about {needed} images would decide" if needed else "the drop seen is beyond the margin, but not surely"
     return f"{seen}; anything from {ends[0]:.2f} to {ends[1]:.2f} fits, the margin is {margin:g}: {more}"
 

@@ -111,6 +111,29 @@ def test_the_least_number_of_images_is_exactly_where_a_pass_becomes_possible(mar
     assert verdict.non_inferiority(*paired(0, 0, n - 1, 0), margin=margin).verdict == "INCONCLUSIVE"
 
 
+@pytest.mark.parametrize("level", [0.025, 0.05, 0.2])
+def test_a_candidate_at_the_margin_passes_as_often_as_the_level_says(level):
+    rng = np.random.default_rng(2)
+    draws = rng.multinomial(2000, [0.05, 0.03, 0.92], size=1500)
+    passed = [
+        verdict.non_inferiority(*paired(b, c, same, 0), margin=2.0, level=level).verdict == "PASS"
+        for b, c, same in draws
+    ]
+    assert np.mean(passed) == pytest.approx(level, abs=4 * np.sqrt(level / 1500))
+
+
+def test_a_stricter_level_needs_more_images_and_says_its_name():
+    answers = paired(12, 8, 1480, 0)
+    usual, strict = (verdict.non_inferiority(*answers, margin=1.0, level=level) for level in (0.05, 0.004))
+    assert (usual.verdict, strict.verdict) == ("PASS", "INCONCLUSIVE")
+    assert strict.bound > usual.bound and strict.needed > usual.needed
+    assert "one-sided 95 %" in usual.reasons[0]
+    assert "one-sided 99.2 %" in verdict.non_inferiority(*paired(1, 1, 3000, 0), 1.0, level=0.008).reasons[0]
+    assert verdict.least_images(1.0, level=0.01) > verdict.least_images(1.0)
+    with pytest.raises(InputError, match="level"):
+        verdict.non_inferiority(*answers, margin=1.0, level=0.5)
+
+
 def test_images_needed_gives_the_power_it_promises():
     n = verdict.images_needed(2.0, discordance=0.05, drop=0.5)
     rng = np.random.default_rng(1)
