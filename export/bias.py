@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from robx.errors import ArtifactError
 from robx.export.calibration import whole_batches
 from robx.export.graph_facts import input_batch
 from robx.export.qdq import Graph
@@ -33,12 +34,17 @@ def correct_biases(
         model: float32 ONNX.
         images: the model's input, (N, 3, H, W).
         progress: told after every layer.
+
+    Raises:
+        ArtifactError: no convolution has a bias.
     """
     corrected = onnx.ModelProto()
     corrected.CopyFrom(quantised)
     graph = Graph(corrected)
     float_outputs = {n.name: n.output[0] for n in model.graph.node if n.op_type == "Conv"}
     layers = [n for n in graph.nodes if n.op_type == "Conv" and n.name in float_outputs and len(n.input) > 2]
+    if not layers:
+        raise ArtifactError("no convolution of this network has a bias that could be corrected")
     wanted = _channel_means(model, [float_outputs[n.name] for n in layers], images)
     for done, (node, want) in enumerate(zip(layers, wanted, strict=True), start=1):
         have = _channel_means(corrected, [node.output[0]], images)[0]

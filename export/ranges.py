@@ -21,6 +21,8 @@ from robx.export.candidate import RangeMethod
 
 BINS = 2048
 _LEVELS = 128
+# Where a lone value is all that is left inside, both distributions are one spike and diverge by nothing.
+_MOST_CLIPPED = 0.01
 # A histogram needs no more than this of one tensor in one batch; the extremes are taken over all of it.
 _SAMPLE = 100_000
 
@@ -115,7 +117,10 @@ def _least_divergence(histogram: Histogram) -> float:
     counts, _ = np.histogram(np.abs((edges[:-1] + edges[1:]) / 2), BINS, (0, reach), weights=histogram.counts)
     counts[0] = counts[1]  # zeros of a ReLU are exact in int8; as a spike they would hide the rest
     best, best_width = np.inf, BINS
+    inside = np.cumsum(counts) / max(counts.sum(), 1e-30)
     for width in range(_LEVELS, BINS + 1, 16):
+        if inside[width - 1] < 1 - _MOST_CLIPPED:
+            continue
         reference = counts[:width].copy()
         reference[-1] += counts[width:].sum()
         level = np.arange(width) * _LEVELS // width

@@ -61,6 +61,17 @@ def test_range_rules_on_a_known_distribution() -> None:
     assert error(chosen) < error(40.0)
 
 
+@pytest.mark.parametrize("centre", [1.0, -1.0])
+def test_entropy_does_not_clip_what_nearly_all_values_are(centre: float) -> None:
+    """A gate's output lies in a narrow band far from 0: cut below it, a lone value is left and nothing diverges."""
+    values = centre * np.abs(1 + 0.1 * np.random.default_rng(0).normal(size=400_000))
+    low, high = float(values.min()), float(values.max())
+    counts, _ = np.histogram(values, ranges.BINS, (low, high))
+    bounds = choose({"x": Histogram(low, high, counts.astype(np.float64))}, "entropy")["x"]
+    assert np.mean((values < bounds[0]) | (values > bounds[1])) < 0.011
+    assert min(bounds) <= 0 <= max(bounds)
+
+
 def test_least_squared_error_counts_the_steps_that_a_symmetric_quantiser_has() -> None:
     """Behind a ReLU half of a signed quantiser's steps are idle: it pays to clip more."""
     values = np.abs(np.random.default_rng(0).normal(size=200_000)) ** 3
@@ -299,6 +310,18 @@ def test_bias_correction_restores_a_shifted_mean(
     corrected = correct_biases(shifted, cnn_onnx, scene_pixels[:32])
     after = centred_cosine(reference, simulate(corrected, scene_pixels)).mean()
     assert after > before and after > 0.95
+
+
+def test_a_network_without_biases_has_none_to_correct(
+    cnn_onnx: onnx.ModelProto, trt_model: onnx.ModelProto, scene_pixels: np.ndarray
+) -> None:
+    bare = onnx.ModelProto()
+    bare.CopyFrom(trt_model)
+    for node in bare.graph.node:
+        if node.op_type == "Conv":
+            del node.input[2:]
+    with pytest.raises(ArtifactError, match="no convolution of this network has a bias"):
+        correct_biases(bare, cnn_onnx, scene_pixels[:8])
 
 
 def test_sensitivity_ranks_the_layer_that_was_made_bad_first(
