@@ -15,8 +15,9 @@ from typing import Literal
 
 from robx.errors import InputError
 from robx.export import gate, to_onnx
-from robx.export.calibration import JUDGING_IMAGES, MIN_IMAGES, Splits, read_splits
+from robx.export.calibration import JUDGING_IMAGES, MIN_IMAGES, SCREENING_IMAGES, Splits, read_splits
 from robx.export.candidate import Candidate
+from robx.export.climb import Outcome, climb, ships, was_held
 from robx.export.folders import CACHE, cached_onnx, require_bundle_place, ship
 from robx.export.judging import Judge
 from robx.export.ladder import ladder, limit, machine_of, sensitive_rungs
@@ -47,6 +48,7 @@ class Options:
     rungs: int | None = None  # int8 candidates to try; None: all
     budget: float | None = None  # seconds after which no further rung begins
     force: bool = False  # ship the best int8 although it failed
+    sensitivity: bool = False  # measure each layer's cost in int8 even where no rung needs it, for `robx inspect`
     calibration_images: int = MIN_IMAGES
     judging_images: int = JUDGING_IMAGES
 
@@ -85,6 +87,8 @@ def build(
     options, progress = options or Options(), progress or silent
     if target.precision != "fp32" and source is None:
         raise InputError(f"an {target.precision} export is judged on real images: give --data, or drop the precision")
+    if options.sensitivity and source is None:
+        raise InputError("--sensitivity is measured on real images: give --data")
     if out is not None:
         require_bundle_place(out)
     record = load_student(student_folder)
@@ -109,6 +113,8 @@ def build(
         )
         with contextlib.closing(Judge(workshop, options.limits)) as judging:
             bundle, folder = _decide(judging, options, on_rung)
+        if options.sensitivity:
+            _ = workshop.layer_costs
         out = out or student_folder / f"{target.format}-{bundle.precision}"
         return ship(bundle, folder, out, layer_costs=workshop.__dict__.get("layer_costs"))
 
@@ -124,21 +130,24 @@ def _decide(judge: Judge, options: Options, on_rung: Callable[[Rung], None] | No
         outcome = _climb(judge, options, on_rung)
         rungs += outcome.rungs
         if outcome.winner is not None:
-            return _accept(judge, outcome.winner, tuple(rungs), asked)
+            return _accept(judge, outcome.winner, tuple(rungs), asked, note=_how_chosen(outcome))
         if options.force and outcome.best is not None:
-            return _accept(judge, outcome.best, tuple(_kept(rungs, outcome.best.name)), asked, forced=True)
-    half = gate.climb([Candidate(name="fp16", precision="fp16")], judge.judge, on_rung=on_rung)
+            return _force(judge, outcome.best, rungs, asked)
+    fp16 = Candidate(name="fp16", precision="fp16")
+    half = judge.judge(fp16)
+    if on_rung:
+        on_rung(half)
     # Asked for, fp16 is taken for its size; as a fallback it has to be no slower than fp32 as well.
-    good = half.winner is not None or (asked == "fp16" and half.rungs[0].accuracy == "PASS")
-    rungs += _kept(half.rungs, "fp16") if good else half.rungs
+    good = ships(half) or (asked == "fp16" and half.accuracy == "PASS")
+    rungs.append(dataclasses.replace(half, kept=good))
     if good:
-        return _accept(judge, Candidate(name="fp16", precision="fp16"), tuple(rungs), asked)
-    if asked == "fp16" and options.force and "cosine_mean" in half.rungs[0].values:
-        return _accept(judge, Candidate(name="fp16", precision="fp16"), tuple(_kept(rungs, "fp16")), asked, forced=True)
+        return _accept(judge, fp16, tuple(rungs), asked)
+    if asked == "fp16" and options.force and "cosine_mean" in half.values:
+        return _force(judge, fp16, rungs, asked)
     return _accept(judge, fp32, tuple(rungs), asked)
 
 
-def _climb(judge: Judge, options: Options, on_rung: Callable[[Rung], None] | None) -> gate.Outcome:
+def _climb(judge: Judge, options: Options, on_rung: Callable[[Rung], None] | None) -> Outcome:
     workshop = judge.workshop
     target = workshop.request.target
     rungs = limit(ladder(target.format, workshop.facts, machine_of(target.device)), options.rungs)
@@ -148,16 +157,38 @@ def _climb(judge: Judge, options: Options, on_rung: Callable[[Rung], None] | Non
             return []
         return sensitive_rungs(best, list(workshop.layer_costs), tried)
 
-    return gate.climb(rungs, judge.judge, more=more, on_rung=on_rung, budget=options.budget)
+    return climb(rungs, judge.look, judge.hold, more=more, on_rung=on_rung, budget=options.budget)
+
+
+def _how_chosen(outcome: Outcome) -> str:
+    """How the winner came to be the one, for the reader who knows that the best of many flatters itself."""
+    if len(outcome.rungs) == 1:
+        return ""
+    held = "the only one held" if outcome.held == 1 else f"number {outcome.held} held"
+    return f"chosen from {len(outcome.rungs)} by speed and by other images, and {held} to the judging images"
+
+
+def _force(judge: Judge, candidate: Candidate, rungs: Sequence[Rung], asked: Precision) -> tuple[Bundle, Path]:
+    """A candidate that did not pass, with its figures on the judging images, marked."""
+    judged = [judge.judge(candidate) if r.name == candidate.name and not was_held(r) else r for r in rungs]
+    kept = tuple(dataclasses.replace(rung, kept=rung.name == candidate.name) for rung in judged)
+    return _accept(judge, candidate, kept, asked, forced=True)
 
 
 def _accept(
-    judge: Judge, candidate: Candidate, rungs: tuple[Rung, ...], asked: Precision, *, forced: bool = False
+    judge: Judge,
+    candidate: Candidate,
+    rungs: tuple[Rung, ...],
+    asked: Precision,
+    *,
+    forced: bool = False,
+    note: str = "",
 ) -> tuple[Bundle, Path]:
     workshop = judge.workshop
     folder = workshop.make(candidate)
     bundle = load_bundle(folder)
-    verdict, reason = _verdict(candidate, rungs, forced=forced)
+    verdict, reason = _verdict(rungs, forced=forced)
+    reason = f"{reason}; {note}" if note else reason
     parity: dict[str, Value] = {}
     if candidate.precision != "int8":
         parity, unseen = judge.parity(candidate)
@@ -178,19 +209,15 @@ def _accept(
     return bundle, folder
 
 
-def _verdict(
-    candidate: Candidate, rungs: tuple[Rung, ...], *, forced: bool
-) -> tuple[Verdict | Literal["FORCED", "NOT_JUDGED"], str]:
+def _verdict(rungs: tuple[Rung, ...], *, forced: bool) -> tuple[Verdict | Literal["FORCED", "NOT_JUDGED"], str]:
     """The bundle's verdict and reason from the rung that was kept."""
     kept = next((rung for rung in rungs if rung.kept), None)
     if kept is None:
         return "NOT_JUDGED", "no candidate passed: fp32 ships instead" if rungs else ""
     if forced:
         return "FORCED", f"FAILED the gate and was forced: {kept.reason}"
-    tried = sum(rung.precision == kept.precision for rung in rungs)
-    reason = kept.reason if tried == 1 else f"{kept.reason}; the first to pass of {tried} tried on the same images"
     # An accuracy that passed and a speed that was not measured is no whole PASS.
-    return ("PASS" if "speedup_fp32" in kept.values else "INCONCLUSIVE"), reason
+    return ("PASS" if "speedup_fp32" in kept.values else "INCONCLUSIVE"), kept.reason
 
 
 def _fp32_reason(reason: str, parity: dict[str, Value], *, real: bool) -> str:
@@ -199,10 +226,6 @@ def _fp32_reason(reason: str, parity: dict[str, Value], *, real: bool) -> str:
     images = "held-out images" if real else "drawn images (give --data to check on real ones)"
     same = f"as PyTorch within {parity['max_abs'].value:.1e} on {images}"
     return f"{reason}; {same}" if reason else same
-
-
-def _kept(rungs: list[Rung] | tuple[Rung, ...], name: str) -> list[Rung]:
-    return [dataclasses.replace(rung, kept=rung.name == name) for rung in rungs]
 
 
 def _read(
@@ -215,13 +238,14 @@ def _read(
 ) -> Splits | None:
     if source is None:
         return None
-    quick = target.precision == "fp32"  # parity takes sixteen images and no bank
+    quick = target.precision == "fp32" and not options.sensitivity  # parity takes sixteen images and no bank
     return read_splits(
         source,
         judge,
         preprocessing,
         calibration_images=16 if quick else options.calibration_images,
         bank_images=16 if quick else 1000,
+        screening_images=0 if quick else SCREENING_IMAGES,
         judging_images=64 if quick else options.judging_images,
         least=16 if quick else options.calibration_images,
         progress=progress,

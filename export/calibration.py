@@ -1,7 +1,8 @@
 """The images that quantisers see and those that judge them: real, deterministic, fingerprinted, disjoint.
 
-Calibration images come from the training data, the judging images from its test split, or from the rest of the same
-data where it has none. Both pass through the deployment's preprocessing. Two images with the same pixels count as one.
+Calibration, bank and screening images come from the training data, the judging images from its test split, or from the
+rest of the same data where it has none. All pass through the deployment's preprocessing. Two images with the same
+pixels count as one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from robx.sources import ImageSource, open_source
 
 MIN_IMAGES = 300  # fewer leave the tails of the activations to chance
 JUDGING_IMAGES = 3000  # prove a drop below one point where some 5 % of the answers change
+SCREENING_IMAGES = 400  # at most, and at most a third of what the training data hold beside the calibration images
 MIN_JUDGING = 16  # to compare at all; the gate says INCONCLUSIVE long before
 _SEED = 20260
 
@@ -44,6 +46,11 @@ class Images:
         """Sixteen hex digits that change with any image or their order."""
         return sha256_bytes(b"".join(self.digests))[:16]
 
+    def part(self, places: np.ndarray) -> Images:
+        """Those at `places`, int (n,)."""
+        digests = tuple(self.digests[place] for place in places)
+        return Images(self.pixels[places], self.labels[places], digests, self.classes)
+
     def normalised(self, preprocessing: Preprocessing, rows: slice | None = None) -> np.ndarray:
         """float32 (n, 3, H, W), exactly as ``robx.images.preprocess`` gives them."""
         return normalise(self.pixels if rows is None else self.pixels[rows], preprocessing)
@@ -56,12 +63,13 @@ class Images:
 
 @dataclass(frozen=True)
 class Splits:
-    """What one export reads: `calibration` and `bank` to fit, `judging` to judge; no image is on both sides."""
+    """What one export reads: to fit, to choose by, and to judge; no image is in two of the three."""
 
     calibration: Images
     bank: Images  # the first of them are the calibration images
+    screening: Images  # which of several candidates is held to `judging`; may be few or none
     judging: Images
-    source: str  # fingerprint of the ImageSource of the first two
+    source: str  # fingerprint of the ImageSource of all but `judging`
 
     def record(self) -> Calibration:
         """What goes into the manifest."""
@@ -102,6 +110,7 @@ def read_splits(
     *,
     calibration_images: int = MIN_IMAGES,
     bank_images: int = 1000,
+    screening_images: int = SCREENING_IMAGES,
     judging_images: int = JUDGING_IMAGES,
     least: int = MIN_IMAGES,
     progress: Progress | None = None,
@@ -111,26 +120,35 @@ def read_splits(
     Raises:
         InputError: fewer than `least` calibration images, too few to judge with, or images on both sides.
     """
-    wanted = max(calibration_images, bank_images)
+    wanted = max(calibration_images, bank_images) + screening_images
     order = _order(train)
     if held_out is None:
         spare = min(judging_images, max(0, len(order) - least), len(order) // 2)
         mine = _labelled_first(train, order[: len(order) - spare])
-        bank = _read(train, mine, wanted, preprocessing, (), progress, "reading training images")
+        own = _read(train, mine, wanted, preprocessing, (), progress, "reading training images")
         rest, held_out = order[len(order) - spare :], train
-        seen = set(bank.digests)  # a duplicate within one data set is left out, not refused
+        seen = set(own.digests)  # a duplicate within one data set is left out, not refused
     else:
         mine = _labelled_first(train, order)
-        bank = _read(train, mine, wanted, preprocessing, (), progress, "reading training images")
+        own = _read(train, mine, wanted, preprocessing, (), progress, "reading training images")
         rest, seen = _order(held_out), set()
-    require_enough(min(len(bank), calibration_images), least=least, where=train.name)
+    require_enough(min(len(own), calibration_images), least=least, where=train.name)
     judging = _read(held_out, rest, judging_images, preprocessing, seen, progress, "reading held-out images")
     if len(judging) < MIN_JUDGING:
         raise InputError(
             f"{held_out.name} leaves {len(judging)} images to judge with and {MIN_JUDGING} are needed: add images"
         )
-    require_disjoint(bank, judging, where=held_out.name)
-    return Splits(_head(bank, calibration_images), bank, judging, train.fingerprint)
+    require_disjoint(own, judging, where=held_out.name)
+    spared = min(screening_images, max(0, len(own) - calibration_images) // 3)
+    # Evenly from what follows the calibration images, so that labelled ones, which come first, go to both.
+    places = np.linspace(calibration_images, len(own) - 1, spared).astype(int) if spared else np.zeros(0, int)
+    return Splits(
+        calibration=own.part(np.arange(min(calibration_images, len(own)))),
+        bank=own.part(np.setdiff1d(np.arange(len(own)), places)),
+        screening=own.part(places),
+        judging=judging,
+        source=train.fingerprint,
+    )
 
 
 def _labelled_first(source: ImageSource, order: np.ndarray) -> np.ndarray:
@@ -167,10 +185,6 @@ def _test_split(data: Path) -> ImageSource | None:
 def _order(source: ImageSource) -> np.ndarray:
     """A fixed shuffle: any prefix of it is a fair sample of the classes."""
     return np.random.default_rng(_SEED).permutation(len(source))
-
-
-def _head(images: Images, count: int) -> Images:
-    return Images(images.pixels[:count], images.labels[:count], images.digests[:count], images.classes)
 
 
 def _read(

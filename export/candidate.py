@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from robx.records import Json, Precision
@@ -28,6 +28,25 @@ class Candidate:
     full_bias: bool = False  # full bias correction instead of the fast one
     transformer: bool = False
     smooth_alpha: float | None = None  # SmoothQuant; None: off
+
+    @property
+    def careful(self) -> bool:
+        """Whether it trades speed, or minutes of work, for accuracy: no use where a plain one is accurate."""
+        return bool(self.float_ops or self.float_nodes or self.full_bias)
+
+    def leaves_no_less_than(self, other: Candidate) -> bool:
+        """Whether it leaves all in float that `other` does: then it is not faster."""
+        return {*other.float_ops} <= {*self.float_ops} and {*other.float_nodes} <= {*self.float_nodes}
+
+    @property
+    def form(self) -> Candidate:
+        """What decides its speed: candidates whose numbers alone differ have one graph and run as fast."""
+        return replace(self, name="", ranges="minmax", percentile=99.99, equalize=False, full_bias=False)
+
+    @property
+    def family(self) -> Candidate:
+        """What it shares with those that leave more in float: where it is slow, they are slower."""
+        return replace(self.form, float_ops=(), float_nodes=())
 
     def settings(self) -> dict[str, Json]:
         """What differs from the defaults, for the manifest."""

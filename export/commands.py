@@ -51,6 +51,7 @@ _FORMATS = ("onnx", "openvino", "trt", "ort", "executorch", "litert", "coreml", 
     show_default=True,
     help="At most; more of them decide smaller drops.",
 )
+@click.option("--sensitivity", is_flag=True, help="Measure what each layer costs in int8, for robx inspect.")
 @click.option("--force", is_flag=True, help="Ship the best int8 even if it failed, marked FORCED.")
 def export(
     run: Path,
@@ -71,6 +72,7 @@ def export(
     budget: float | None,
     calibration_images: int,
     judging_images: int,
+    sensitivity: bool,
     force: bool,
 ) -> None:
     """Turn a student into ONNX, OpenVINO, TensorRT or a mobile format.
@@ -103,6 +105,7 @@ def export(
         rungs=rungs,
         budget=budget,
         force=force,
+        sensitivity=sensitivity,
         calibration_images=calibration_images,
         judging_images=judging_images,
     )
@@ -117,7 +120,7 @@ def export(
             head=head,
             options=options,
             progress=progress,
-            on_rung=lambda rung: say(f"{rung.name}: accuracy {rung.accuracy}, speed {rung.speed}"),
+            on_rung=lambda rung: say(_rung_line(rung)),
         )
     folder = out or run / f"{fmt}-{bundle.precision}"
     _show_rungs(bundle)
@@ -161,6 +164,8 @@ def inspect(bundle: Path, layers: bool) -> None:
         print_table(headings, shown, title="Layers", right=(3, 4))
     if found.sensitivity:
         _show_sensitivity(found.sensitivity)
+    elif record.requested == "int8":
+        print_line("The layers' sensitivity was not measured, as no rung needed it: robx export --sensitivity does")
     for note in found.notes:
         print_line(note)
 
@@ -183,12 +188,21 @@ def _show_rungs(bundle: Bundle) -> None:
             print_line(f"{rung.name}: {rung.reason}", dim=True)
 
 
+def _rung_line(rung: Rung) -> str:
+    from robx.export.climb import was_held
+
+    where = "judged" if was_held(rung) else "screened"
+    return f"{rung.name}, {where}: accuracy {rung.accuracy}, speed {rung.speed}"
+
+
 def _rung_row(rung: Rung) -> tuple[str, ...]:
+    from robx.export.climb import was_held
+
     values = rung.values
     return (
         "*" if rung.kept else "",
         rung.name,
-        rung.accuracy,
+        rung.accuracy if was_held(rung) else f"screened: {rung.accuracy}",
         _interval(values["probe_drop"]) if "probe_drop" in values else "",
         f"{values['cosine_mean'].value:.4f}" if "cosine_mean" in values else "",
         _speedup(values.get("speedup_fp32")),

@@ -2,30 +2,26 @@
 
 Accuracy is eval's fidelity: a probe trained on fp32 features and frozen, kNN with an fp32 bank, centred cosine, NaN and
 constant outputs; PASS, FAIL or INCONCLUSIVE by non-inferiority. Speed is a paired ratio to fp32 and to fp16 of the same
-runtime, measured in interleaved blocks. `climb` goes up the ladder; it is pure but for what `try_rung` does.
+runtime, measured in interleaved blocks. Which of several candidates ships is decided in climb.py.
 """
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra, RobxError
-from robx.export.candidate import Candidate
-from robx.records import Precision, Rung, Value, Verdict
+from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra
+from robx.records import Precision, Value, Verdict
 
 # Broken, whatever the labels say: easy classes can survive embeddings that nothing else would.
 COSINE_FLOOR = 0.80
 # A share of the speed asked for: what the clock cannot tell apart on a quiet machine.
 SPEED_TOLERANCE = 0.03
-# A rung this slow will not be saved by giving more of it back to float.
-HOPELESS = 0.8
 _BLOCKS = 10
 _BLOCK_SECONDS = 0.05
 
@@ -47,15 +43,6 @@ class Limits:
             raise InputError(f"--max-drop {self.max_drop:g} is not between 0 and 100 points")
         if not self.min_speedup > 0:
             raise InputError(f"--min-speedup {self.min_speedup:g} is not positive")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What the climb found."""
-
-    rungs: tuple[Rung, ...]
-    winner: Candidate | None  # the first that is accurate and not slower
-    best: Candidate | None  # the one that came nearest, for --force; None when none could be built
 
 
 def open_judge(folder: Path) -> Session | str:
@@ -100,10 +87,14 @@ def judge_accuracy(
     labels: np.ndarray | None,
     bank: object | None,
     limits: Limits,
+    level: float,
     precision: Precision,
     class_names: Sequence[str] | None = None,
 ) -> Figures:
-    """Compare a candidate's embeddings (M, D) with the fp32 student's; the bank is eval's (``make_bank``)."""
+    """Compare a candidate's embeddings (M, D) with the fp32 student's; the bank is eval's (``make_bank``).
+
+    `level` is how often a drop as large as the limit may pass by chance.
+    """
     from robx.eval.fidelity import Bank, fidelity
 
     compared = fidelity(
@@ -112,6 +103,7 @@ def judge_accuracy(
         labels=labels,
         bank=bank if isinstance(bank, Bank) else None,
         margin=limits.max_drop,
+        level=level,
         precision=precision,
         class_names=class_names,
     )
@@ -154,90 +146,6 @@ def worst(verdicts: Sequence[Verdict]) -> Verdict:
     if "FAIL" in verdicts:
         return "FAIL"
     return "PASS" if verdicts and all(v == "PASS" for v in verdicts) else "INCONCLUSIVE"
-
-
-def ships(rung: Rung) -> bool:
-    """Accurate, and not slower where that can be measured (``speedup_fp32`` is absent where it cannot)."""
-    return rung.accuracy == "PASS" and (rung.speed == "PASS" or "speedup_fp32" not in rung.values)
-
-
-def failed_rung(candidate: Candidate, error: RobxError) -> Rung:
-    """The rung of a candidate that could not be built or run."""
-    return Rung(
-        name=candidate.name,
-        settings=candidate.settings(),
-        precision=candidate.precision,
-        accuracy="FAIL",
-        speed="INCONCLUSIVE",
-        values={},
-        reason=f"could not be made or run: {error}",
-    )
-
-
-def climb(
-    candidates: Sequence[Candidate],
-    try_rung: Callable[[Candidate], Rung],
-    *,
-    more: Callable[[Candidate, Sequence[Candidate]], Sequence[Candidate]] | None = None,
-    on_rung: Callable[[Rung], None] | None = None,
-    budget: float | None = None,
-    clock: Callable[[], float] = time.monotonic,
-) -> Outcome:
-    """Try candidates in order until one ships.
-
-    Args:
-        candidates: from plain to careful.
-        try_rung: builds and judges one; a RobxError from it (but a missing package) is that rung's failure.
-        more: further candidates made from the best one that is not too slow, and all that were tried, when none of
-            `candidates` ships.
-        on_rung: told of every rung, those that could not be made included.
-        budget: seconds after which no further rung is begun.
-        clock: seconds, monotonic.
-    """
-    start, tried = clock(), list[tuple[Candidate, Rung]]()
-    slow: set[str] = set()
-    pending = list(candidates)
-    while pending:
-        candidate = pending.pop(0)
-        rung = _attempt(candidate, try_rung)
-        won = ships(rung)
-        tried.append((candidate, replace(rung, kept=won)))
-        if on_rung:
-            on_rung(rung)
-        if won:
-            return Outcome(rungs=tuple(r for _, r in tried), winner=candidate, best=candidate)
-        if _is_hopeless(rung) or (rung.accuracy == "PASS" and rung.speed != "PASS"):
-            slow.add(candidate.quantiser)  # its careful rungs leave more in float: slower still
-        if budget is not None and clock() - start > budget:
-            break
-        pending = [c for c in pending if c.quantiser not in slow]
-        if not pending and more is not None:
-            best = _best([(c, r) for c, r in tried if c.quantiser not in slow])
-            pending = list(more(best, [c for c, _ in tried])) if best is not None else []
-            more = None
-    return Outcome(rungs=tuple(r for _, r in tried), winner=None, best=_best(tried))
-
-
-def _attempt(candidate: Candidate, try_rung: Callable[[Candidate], Rung]) -> Rung:
-    try:
-        return try_rung(candidate)
-    except MissingExtra:
-        raise
-    except RobxError as error:
-        return failed_rung(candidate, error)
-
-
-def _best(tried: Sequence[tuple[Candidate, Rung]]) -> Candidate | None:
-    """The candidate with the most accurate rung; None when none ran."""
-    ran = [
-        (rung.values["cosine_mean"].value, -i, c) for i, (c, rung) in enumerate(tried) if "cosine_mean" in rung.values
-    ]
-    return max(ran, key=lambda item: item[:2])[2] if ran else None
-
-
-def _is_hopeless(rung: Rung) -> bool:
-    highs = [v.high for name, v in rung.values.items() if name.startswith("speedup_") and v.high is not None]
-    return rung.speed == "FAIL" and bool(highs) and min(highs) < HOPELESS
 
 
 def _speed_verdict(speedup: Value, least: float) -> Verdict:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,20 @@ import numpy as np
 import torch
 
 from robx.collapse import refuse_constant
-from robx.errors import ArtifactError, DeviceError, InputError
+from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra, RobxError
 from robx.export import gate, sensitivity, to_onnx
+from robx.export.calibration import MIN_JUDGING, Images
 from robx.export.candidate import Candidate
+from robx.export.climb import failed_rung, level_of
 from robx.export.workshop import Workshop
 from robx.records import Precision, Rung, Value, Verdict
 from robx.trunk import embed
 
+# One in four sound candidates may be screened out; to let all through would spend the judging images on hopeless ones.
+SCREEN_LEVEL = 0.25
 _BATCH = 32
 _TIMED_IMAGES = 16
+_KEPT = ("latency", "bytes", "screen_cosine")  # of a look, beside the speed-ups
 
 
 class Judge:
@@ -28,6 +35,7 @@ class Judge:
     def __init__(self, workshop: Workshop, limits: gate.Limits) -> None:
         self.workshop, self.limits = workshop, limits
         self._sessions: dict[str, Any] = {}
+        self._said: dict[str, str] = {}  # candidate name -> what its timing showed
 
     def first_images(self, count: int) -> np.ndarray:
         """The first `count` judging images, float32 (count, 3, H, W), as a Session takes them."""
@@ -49,37 +57,37 @@ class Judge:
         features = self.workshop.embeddings(bank, "the bank's embeddings")
         return gate.make_bank(features, bank.labels, classes=len(bank.classes))
 
-    def judge(self, candidate: Candidate) -> Rung:
-        """Build a candidate, run it on the judging images, time it against fp32 and fp16, and say how it did.
+    @cached_property
+    def screening(self) -> Images:
+        """The images that say which candidate is held to the judging images.
+
+        The calibration images for want of enough, or of labels where there is a probe: they flatter every candidate
+        alike, which is good enough for a choice.
+        """
+        images = self.workshop.images
+        labelled = self.bank is None or (images.screening.labels >= 0).any()
+        return images.screening if labelled and len(images.screening) >= MIN_JUDGING else images.calibration
+
+    def look(self, candidate: Candidate) -> Rung:
+        """Build a candidate, time it against fp32 and fp16, and screen it; its answers for the judging images wait.
 
         Raises:
             RobxError: it cannot be built, or its runtime fails on it.
         """
         folder = self.workshop.make(candidate)
-        self.workshop.progress(0, 1, f"judging {candidate.name}")
-        with contextlib.ExitStack() as stack:
-            session = self._open(folder)
-            if session is not None:
-                stack.callback(session.close)
-                embeddings, judge = self._run(candidate, session), str(session.facts().get("engine", "the runtime"))
-            else:
-                embeddings = self.workshop.simulate(self.workshop.graph_of(candidate), self.workshop.images.judging)
-                judge = "the same ONNX graph, computed literally on the CPU"
-            accuracy, values, reason = gate.judge_accuracy(
-                self.reference,
-                embeddings,
-                labels=self.workshop.images.judging.labels if self.bank is not None else None,
-                bank=self.bank,
-                limits=self.limits,
-                precision=candidate.precision,
-                class_names=self.workshop.images.judging.classes,
-            )
-            values["bytes"] = Value(value=float(_model_bytes(folder)), unit="B")
+        expected = self.workshop.embeddings(self.screening, "the student's own embeddings")
+        with self._opened(candidate) as session:
+            answers, judge = self._answers(candidate, session, self.screening)
+            accuracy, values, reason = self._compare(candidate, expected, answers, self.screening, level=SCREEN_LEVEL)
             speed: Verdict = "INCONCLUSIVE"
             said = "speed is measured on the device: robx bench"
             if session is not None and self.workshop.request.target.is_local:
                 speed, figures, said = self._time(candidate, session)
                 values |= figures
+        values["screened"] = Value(value=float(len(self.screening)))
+        values["screen_cosine"] = values["cosine_mean"]
+        values["bytes"] = Value(value=float(_model_bytes(folder)), unit="B")
+        self._said[candidate.name] = said
         return Rung(
             name=candidate.name,
             settings=candidate.settings(),
@@ -87,8 +95,34 @@ class Judge:
             accuracy=accuracy,
             speed=speed,
             values=values,
-            reason=f"{reason} (judged by {judge}); {said}",
+            reason=f"screened on {len(self.screening)} training images alone: {reason} (by {judge}); {said}",
         )
+
+    def hold(self, candidate: Candidate, rung: Rung, level: float) -> Rung:
+        """The rung with its accuracy on the judging images, tested at `level`.
+
+        Raises:
+            RobxError: its runtime fails on them.
+        """
+        images = self.workshop.images.judging
+        with self._opened(candidate) as session:
+            answers, judge = self._answers(candidate, session, images)
+        accuracy, values, reason = self._compare(candidate, self.reference, answers, images, level=level)
+        kept = {k: v for k, v in rung.values.items() if k.startswith("speedup_") or k in _KEPT}
+        reason = f"{reason} (judged by {judge}); {self._said.get(candidate.name, '')}"
+        return dataclasses.replace(rung, accuracy=accuracy, values=values | kept, reason=reason)
+
+    def judge(self, candidate: Candidate) -> Rung:
+        """Look at a candidate and hold it to the judging images whatever came out: it is the only one there is.
+
+        A RobxError (but a missing package) is the rung's failure.
+        """
+        try:
+            return self.hold(candidate, self.look(candidate), level_of(1))
+        except MissingExtra:
+            raise
+        except RobxError as error:
+            return failed_rung(candidate, error)
 
     def parity(self, candidate: Candidate) -> tuple[dict[str, Value], str | None]:
         """The built candidate against PyTorch on real images, in its shipped shape mode; or why it cannot be run here.
@@ -118,7 +152,8 @@ class Judge:
         for session in self._sessions.values():
             session.close()
 
-    def _open(self, folder: Path) -> Any | None:
+    @contextlib.contextmanager
+    def _opened(self, candidate: Candidate) -> Iterator[Any | None]:
         """The candidate's session; None where its ONNX graph is to be computed literally in its place.
 
         That is on TensorRT without a GPU, and for another CPU than this: the signed int8 that an ARM multiplies
@@ -129,26 +164,51 @@ class Judge:
         """
         target = self.workshop.request.target
         if target.format in ("onnx", "ort") and not target.is_local:
-            return None
-        session = gate.open_judge(folder)
-        if not isinstance(session, str):
-            return session
-        if target.format != "trt":
-            raise DeviceError(session)
-        return None
+            yield None
+            return
+        session = gate.open_judge(self.workshop.make(candidate))
+        if isinstance(session, str):
+            if target.format != "trt":
+                raise DeviceError(session)
+            yield None
+            return
+        with contextlib.closing(session):
+            yield session
 
-    def _run(self, candidate: Candidate, session: Any) -> np.ndarray:
-        """Embeddings of the judging images.
+    def _answers(self, candidate: Candidate, session: Any | None, images: Images) -> tuple[np.ndarray, str]:
+        """The candidate's embeddings of `images`, and who computed them."""
+        if session is not None:
+            return self._run(candidate, session, images), str(session.facts().get("engine", "the runtime"))
+        self.workshop.progress(0, 1, f"judging {candidate.name}")
+        graph = self.workshop.graph_of(candidate)
+        return self.workshop.simulate(graph, images), "the same ONNX graph, computed literally on the CPU"
+
+    def _compare(
+        self, candidate: Candidate, expected: np.ndarray, answers: np.ndarray, images: Images, *, level: float
+    ) -> gate.Figures:
+        return gate.judge_accuracy(
+            expected,
+            answers,
+            labels=images.labels if self.bank is not None else None,
+            bank=self.bank,
+            limits=self.limits,
+            level=level,
+            precision=candidate.precision,
+            class_names=images.classes,
+        )
+
+    def _run(self, candidate: Candidate, session: Any, images: Images) -> np.ndarray:
+        """Embeddings of `images`.
 
         Raises:
             ArtifactError: an image alone is answered otherwise than in a batch.
         """
-        images, pieces = self.workshop.images.judging, []
+        pieces = []
         for piece in images.batches(self.workshop.request.student.preprocessing, _BATCH):
             pieces.append(session.run(piece))
             self.workshop.progress(min(len(pieces) * _BATCH, len(images)), len(images), f"judging {candidate.name}")
         embeddings = np.concatenate(pieces)
-        first = self.first_images(8)
+        first = images.normalised(self.workshop.request.student.preprocessing, slice(8))
         alone = np.concatenate([session.run(first[i : i + 1]) for i in range(len(first))])
         check_batches(embeddings[: len(first)], alone, what=candidate.name)
         return embeddings

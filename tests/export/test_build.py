@@ -23,6 +23,7 @@ from robx.export.advice import gate_error
 from robx.export.build import Options, build
 from robx.export.calibration import open_data
 from robx.export.candidate import Candidate
+from robx.export.climb import was_held
 from robx.export.folders import CACHE
 from robx.export.gate import Limits
 from robx.export.inspection import inspect_bundle
@@ -71,7 +72,7 @@ def test_int8_that_passes_ships_with_its_rungs(
     fmt: str, cnn_run: Path, scenes: Path, scene_pixels: np.ndarray, tmp_path: Path
 ) -> None:
     bundle = _export(cnn_run, scenes, tmp_path / "b", format=fmt, precision="int8")
-    assert (bundle.precision, bundle.requested, bundle.verdict) == ("int8", "int8", "PASS")
+    assert (bundle.precision, bundle.requested, bundle.verdict) == ("int8", "int8", "PASS"), bundle.rungs
     assert gate_error(bundle, tmp_path) is None
     kept = [rung for rung in bundle.rungs if rung.kept]
     assert len(kept) == 1
@@ -87,6 +88,25 @@ def test_int8_that_passes_ships_with_its_rungs(
     np.testing.assert_allclose(together, alone, atol=1e-3 * np.abs(together).max())
     reference = _torch(cnn_run, scene_pixels[:5])
     assert np.corrcoef(together.ravel(), reference.ravel())[0, 1] > 0.9
+
+
+def test_of_several_candidates_the_chosen_one_alone_meets_the_judging_images(
+    cnn_run: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Candidate(name="min-max", quantiser="onnxruntime")
+    wide = dataclasses.replace(plain, name="broken", percentile=50.0, ranges="percentile")
+    close = dataclasses.replace(plain, name="percentile", ranges="percentile")
+    monkeypatch.setattr("robx.export.build.ladder", lambda *_: [wide, plain, close])
+    options = dataclasses.replace(LENIENT, rungs=None, calibration_images=16)
+    bundle = _export(cnn_run, scenes, tmp_path / "b", options, format="onnx", precision="int8")
+    assert bundle.precision == "int8" and bundle.verdict == "PASS"
+    judged = [rung.name for rung in bundle.rungs if was_held(rung)]
+    assert len(judged) == 1 and judged != ["broken"] and [rung.kept for rung in bundle.rungs].count(True) == 1
+    cosines = {rung.name: rung.values["screen_cosine"].value for rung in bundle.rungs}
+    assert cosines[judged[0]] == max(cosines.values())
+    assert {rung.values["probe_drop"].n for rung in bundle.rungs if not was_held(rung)} == {16}  # a third of 64 - 16
+    assert {rung.values["probe_drop"].n for rung in bundle.rungs if was_held(rung)} == {32}
+    assert "chosen from 3" in bundle.reason and "screened on" in bundle.rungs[0].reason
 
 
 def test_none_passing_ships_the_fallback_under_its_true_precision(cnn_run: Path, scenes: Path, tmp_path: Path) -> None:
@@ -364,8 +384,15 @@ def test_the_commands(cnn_run: Path, scenes: Path, tmp_path: Path) -> None:
     assert "Rungs tried" in refused.output and "static, min-max" in refused.output
     shipped = run.invoke(main, [*base, "--min-speedup", "0.01"])
     assert shipped.exit_code == 0, shipped.output
+    plain = run.invoke(main, ["inspect", str(tmp_path / "b")])
+    assert "robx export --sensitivity" in plain.output
+    again = run.invoke(main, [*base, "--min-speedup", "0.01", "--sensitivity"])
+    assert again.exit_code == 0, again.output
     shown = run.invoke(main, ["inspect", str(tmp_path / "b"), "--layers"])
     assert shown.exit_code == 0, shown.output
     assert "model.onnx" in shown.output and "int8" in shown.output and "Conv" in shown.output
+    assert "Sensitivity" in shown.output and "█" in shown.output
+    unseen = run.invoke(main, ["export", str(cnn_run), "--format", "onnx", "--sensitivity"])
+    assert unseen.exit_code == 2 and "--data" in unseen.output
     both = run.invoke(main, ["export", str(cnn_run), "--format", "onnx", "--int8", "--fp16"])
     assert both.exit_code == 2 and "two exports" in both.output

@@ -81,7 +81,20 @@ def test_unreadable_images_are_left_out(scenes: Path, tmp_path: Path) -> None:
     broken.write_bytes(b"not a picture")
     train, test = open_data(folder)
     splits = read_splits(train, test, PRE, calibration_images=20, bank_images=1000, least=20)
-    assert len(splits.bank) == len(train) - 1
+    assert len(splits.bank) + len(splits.screening) == len(train) - 1
+
+
+def test_screening_images_are_no_ones_else() -> None:
+    splits = read_splits(_source("train", 0, 400), _source("test", 1, 40), PRE, bank_images=350, screening_images=50)
+    assert (len(splits.calibration), len(splits.bank), len(splits.screening)) == (300, 367, 33)  # a third of 100
+    assert not set(splits.screening.digests) & {*splits.bank.digests, *splits.judging.digests}
+    assert not len(read_splits(_source("train", 0, 300), _source("test", 1, 40), PRE).screening)
+    assert splits.calibration.digests == splits.bank.digests[:300]
+    partly = _PartlyLabelled("partly", splits.bank.pixels.transpose(0, 2, 3, 1), splits.bank.labels, tuple("abcd"))
+    shared = read_splits(partly, _source("test", 1, 40), PRE, calibration_images=20, bank_images=300, least=20)
+    assert 10 < (shared.screening.labels >= 0).sum() < (shared.bank.labels >= 0).sum()
+    roomy = read_splits(_source("train", 0, 400), None, PRE, calibration_images=20, bank_images=30, least=20)
+    assert len(roomy.screening) > 16 and not set(roomy.screening.digests) & set(roomy.judging.digests)
 
 
 def test_the_fingerprint_follows_pixels() -> None:
@@ -101,5 +114,7 @@ def test_labelled_images_are_read_first() -> None:
     """A probe fitted to the few labelled ones of many images would judge by less than it could."""
     whole = _source("partly", 3, 100)
     source = _PartlyLabelled("partly", whole._pixels, whole._labels, whole.classes)
-    splits = read_splits(source, _source("test", 1, 40), PRE, calibration_images=12, bank_images=30, least=4)
+    splits = read_splits(
+        source, _source("test", 1, 40), PRE, calibration_images=12, bank_images=30, screening_images=0, least=4
+    )
     assert (splits.bank.labels[:20] >= 0).all() and (splits.bank.labels[20:] == -1).all()
