@@ -25,7 +25,8 @@ DEVICE: Form = {
     "accelerator": (str, None),
     "emulated": (str, None),
     "energy_counter": (str, None),
-    "cpu": {"model": (str, None), "cores": (int, None), "usable_cores": (int, None)},
+    "cpu": {"model": (str, None), "cores": (int, None), "usable_cores": (int, None), "governor": (str, None)},
+    "watched": {"clocks": bool, "temperatures": bool, "throttling": bool, "load": bool, "energy": str},
 }
 REPORT: Form = {
     "timed": bool,
@@ -36,6 +37,8 @@ REPORT: Form = {
     "memory": ({"now": int, "peak": int}, None),
     "memory_before": ({"now": int, "peak": int}, None),
     "throttled": ([str], None),
+    "cores": ([int], None),
+    "environment": {},
     "cool_down": {"reached": bool},
 }
 _READING: Form = {"joules": (float, None), "range": (float, None), "reason": (str, None)}

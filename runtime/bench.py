@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import signal
@@ -115,7 +116,7 @@ def _job(run: Run, options: BenchOptions, profile: Profile, processes: int, hash
         "engine": run.bundle.runtime,
         "folder": "bundle",
         "manifest": to_json(run.bundle),
-        "settings": to_json(options.settings),
+        "settings": to_json(dataclasses.replace(options.settings, batch=run.batch)),
         "files": hashes,
         "affinity": list(options.affinity) if options.affinity else None,
         "batch": run.batch,

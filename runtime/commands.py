@@ -15,12 +15,11 @@ import numpy as np
 from robx.console import print_line, print_table, progress_bar, say
 from robx.errors import GateFailed, InputError
 from robx.files import write_atomically
-from robx.records import Bundle, Latency, Value, load_bundle, to_json
-from robx.runtime import compare, latency
+from robx.records import Bundle, Latency, Value, to_json
+from robx.runtime.ab import Comparison, compare
 from robx.runtime.bench import bench as run_bench
 from robx.runtime.doctor import examine
 from robx.runtime.infer import find_images, infer, top_labels
-from robx.runtime.inputs import load_inputs
 from robx.runtime.profiles import PROFILES, BenchOptions
 from robx.runtime.session import SessionSettings, open_session
 from robx.sources import open_source
@@ -74,8 +73,9 @@ def bench(
     robx bench runs/r18/onnx-int8 --device ssh://pi@raspberrypi --profile standard
     robx bench runs/r18/onnx-fp32 runs/r18/onnx-int8 --ab
 
-    Each record is appended to the bundle's measurements.jsonl. Figures of a run that is not VALID are marked; exit
-    status 3 says that one was INVALID: the answers were wrong, or it was too short, or it fell back to the CPU.
+    Each record is appended to the bundle's measurements.jsonl, the raw samples beside it; of --ab the samples are kept
+    alone. Figures of a run that is not VALID are marked; exit status 3 says that one was INVALID: the answers were
+    wrong, or it was too short, or it fell back to the CPU.
     """
     settings = SessionSettings(threads=threads, provider=provider, precision_hint=precision_hint)  # type: ignore[arg-type]
     source = open_source(data) if data is not None else None
@@ -88,8 +88,9 @@ def bench(
             python=device_python,
             emulated=emulated,
         )
-        ratios = _compare(bundles, settings, data, PROFILES[profile].seconds, seed)
-        _print_ratios(bundles[0], ratios, as_json=as_json)
+        found = compare(bundles, settings, seconds=PROFILES[profile].seconds, source=source, seed=seed)
+        _print_comparisons(found, as_json=as_json)
+        _refuse_invalid(found)
         return
     options = BenchOptions(
         device=device,
@@ -109,9 +110,7 @@ def bench(
             click.echo(json.dumps(to_json(record)))
     else:
         _print_records(bundles, records)
-    wrong = [r.split(":")[0] for record in records for r in record.reasons if record.verdict == "INVALID"]
-    if set(wrong) - {"emulated"}:
-        raise GateFailed(f"not every measurement is valid ({', '.join(dict.fromkeys(wrong))}): the records are written")
+    _refuse_invalid(records)
 
 
 @click.command()
@@ -165,13 +164,22 @@ def doctor(device: str, device_python: str | None, as_json: bool) -> None:
     memory = f"{facts['memory_bytes'] / 1e9:.1f} GB" if facts["memory_bytes"] else "memory unknown"
     click.echo(f"{facts['board'] or facts['host']}: {facts['os']}, {facts['arch']}, Python {facts['python']}")
     click.echo(f"{cpu['model'] or 'processor unknown'}, {cpu['usable_cores']} cores, {memory}")
-    click.echo(
-        f"accelerator: {facts['accelerator'] or 'none seen'}; energy counter: {facts['energy_counter'] or 'none'}"
-    )
+    lacking = facts["watched"]["energy"]
+    energy = facts["energy_counter"] or (f"not measured, {lacking}" if lacking else "power rails")
+    click.echo(f"accelerator: {facts['accelerator'] or 'none seen'}; energy: {energy}")
+    click.echo(_watched(facts["watched"]))
     if facts["emulated"]:
         click.echo(f"emulated ({facts['emulated']}): answers count here, times do not")
     rows = [(f.purpose, f.name, f.version or f"missing: {f.remedy}") for f in findings]
     print_table(("for", "what", "state"), rows)
+
+
+def _watched(told: Mapping[str, bool]) -> str:
+    """What of a machine's moods a bench will see, and what it will not."""
+    names = ("clocks", "temperatures", "throttling", "load")
+    unseen = [name for name in names if not told[name]]
+    seen = f"watched during a bench: {', '.join(name for name in names if told[name]) or 'nothing'}"
+    return seen + (f"; not told here: {', '.join(unseen)}" if unseen else "")
 
 
 @contextlib.contextmanager
@@ -193,35 +201,28 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+def _refuse_invalid(found: Sequence[Latency | Comparison]) -> None:
+    """Exit status 3 where one is INVALID; but that a processor is emulated is what was expected of it."""
+    codes = [reason.split(":")[0] for one in found if one.verdict == "INVALID" for reason in one.reasons]
+    if set(codes) - {"emulated"}:
+        raise GateFailed(f"not every measurement is valid ({', '.join(dict.fromkeys(codes))}): they are written")
+
+
 def _refuse_with_ab(**given: object) -> None:
     if names := [f"--{name}" for name, value in given.items() if value]:
         raise InputError(f"--ab alternates within one process of this machine: leave out {', '.join(names)}")
 
 
-def _compare(
-    bundles: Sequence[Path], settings: SessionSettings, data: Path | None, seconds: float, seed: int
-) -> dict[Path, Value]:
-    if len(bundles) < 2:
-        raise InputError("--ab compares the others with the first: give two bundles or more")
-    shapes = {load_bundle(folder).preprocessing for folder in bundles}
-    if len(shapes) > 1:
-        raise InputError("--ab needs bundles of one preprocessing: they are to run the same images")
-    images = load_inputs(shapes.pop(), open_source(data) if data is not None else None).images
-    with contextlib.ExitStack() as stack:
-        sessions = {str(folder): stack.enter_context(open_session(folder, settings)) for folder in bundles}
-        blocks = compare.interleave(sessions, images, blocks=20, seconds=seconds / 20, seed=seed)
-    first = blocks[str(bundles[0])]
-    return {folder: latency.paired_ratio(blocks[str(folder)], first) for folder in bundles[1:]}
-
-
-def _print_ratios(first: Path, ratios: dict[Path, Value], *, as_json: bool) -> None:
-    for folder, ratio in ratios.items():
+def _print_comparisons(found: Sequence[Comparison], *, as_json: bool) -> None:
+    for one in found:
         if as_json:
-            click.echo(json.dumps({"bundle": str(folder), "against": str(first), "ratio": to_json(ratio)}))
+            click.echo(json.dumps({**to_json(one), "claim": one.claim}))
             continue
-        low, high = ratio.low or 0.0, ratio.high or 0.0
-        claim = "faster" if high < 1 else "slower" if low > 1 else "no difference shown"
-        print_line(f"{folder}: {ratio.value:.3f} x the latency of {first} [{low:.3f}, {high:.3f}], {claim}")
+        low, high = one.ratio.low or 0.0, one.ratio.high or 0.0
+        ratio = f"{one.ratio.value:.3f} x the latency of {one.against} [{low:.3f}, {high:.3f}]"
+        print_line(f"{one.bundle}: {ratio}, {one.claim}")
+        for reason in one.reasons:
+            print_line(reason)
 
 
 def _print_records(folders: Sequence[Path], records: Sequence[Latency]) -> None:

@@ -6,12 +6,11 @@ import glob
 import json
 import os
 import platform
-import shutil
 import sys
 from typing import Any
 
 from robx.runtime.sysfs import ask, numbers, read
-from robx.runtime.watch import energy
+from robx.runtime.watch import energy, snapshot, throttle_flags
 
 _PACKAGES = (
     *("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt_rtx", "executorch"),
@@ -38,6 +37,7 @@ def describe(root: str = "/") -> dict[str, Any]:
         "jetson": _jetson(root),
         "emulated": emulation(root, platform.machine(), cpuinfo),
         "energy_counter": energy(root)["source"],
+        "watched": _watched(root),
     }
 
 
@@ -110,34 +110,28 @@ def _os_name(root: str) -> str:
     for line in (read(root, "etc/os-release") or "").splitlines():
         if line.startswith("PRETTY_NAME="):
             return line.split("=", 1)[1].strip('"')
-    tool = shutil.which("getprop")
-    if tool:
-        return "Android " + (ask([tool, "ro.build.version.release"]) or "")
-    return platform.system()
+    release = ask(["getprop", "ro.build.version.release"])
+    return "Android " + release if release else platform.system()
 
 
 def _board(root: str) -> str | None:
     model = read(root, "proc/device-tree/model")
     if model:
         return model.strip("\0")
-    tool = shutil.which("getprop")
-    if tool:
-        names = [ask([tool, key]) or "" for key in ("ro.product.manufacturer", "ro.product.model", "ro.soc.model")]
-        return " ".join(name for name in names if name) or None
-    return read(root, "sys/class/dmi/id/product_name")
+    keys = ("ro.product.manufacturer", "ro.product.model", "ro.soc.model")
+    phone = " ".join(name for name in (ask(["getprop", key]) for key in keys) if name)
+    return phone or read(root, "sys/class/dmi/id/product_name")
 
 
 def _jetson(root: str) -> dict[str, Any] | None:
     release = read(root, "etc/nv_tegra_release")
     if release is None:
         return None
-    tool = shutil.which("nvpmodel")
-    return {"release": release.splitlines()[0], "power_mode": ask([tool, "-q"]) if tool else None}
+    return {"release": release.splitlines()[0], "power_mode": ask(["nvpmodel", "-q"])}
 
 
 def _accelerator() -> str | None:
-    tool = shutil.which("nvidia-smi")
-    return ask([tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]) if tool else None
+    return ask(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
 
 
 def _memory(root: str) -> int | None:
@@ -153,6 +147,18 @@ def _container(root: str) -> str | None:
     if os.path.exists(os.path.join(root, "run/.containerenv")):
         return "podman"
     return None
+
+
+def _watched(root: str) -> dict[str, Any]:
+    """What can be seen while a model is timed; where energy cannot, why."""
+    sample = snapshot(root)
+    return {
+        "clocks": bool(sample["khz"]),
+        "temperatures": bool(sample["celsius"]),
+        "throttling": bool(sample["cooling"]) or throttle_flags() is not None,
+        "load": sample["jiffies"] is not None,
+        "energy": "" if sample["milliwatt"] is not None else energy(root)["reason"] or "",
+    }
 
 
 def _power_source(root: str) -> str:

@@ -66,6 +66,7 @@ def examine(device: str = "local", *, python: str | None = None) -> tuple[dict[s
     told = _ask(device, python)
     local = device == "local"
     findings = [_finding(part, told["packages"], local) for part in _PARTS]
+    findings.append(_governor(told["facts"]["cpu"]))
     if local:
         findings += [_tool(*tool) for tool in _TOOLS]
         findings.append(_cuda())
@@ -93,6 +94,15 @@ def _finding(part: tuple[str, tuple[str, ...], str, str], packages: Mapping[str,
     if have is None:
         return Finding(purpose, names[0], None, here if local else there)
     return Finding(purpose, have, str(packages[have]), "")
+
+
+def _governor(cpu: Mapping[str, Any]) -> Finding:
+    """A clock that follows the load moves every figure; a machine without one (a virtual one) cannot be told."""
+    found, purpose = cpu["governor"], "a clock that stays"
+    if found in ("performance", None):
+        return Finding(purpose, "governor", found or "none to be set", "")
+    remedy = f"{found} follows the load: sudo cpupower frequency-set -g performance"
+    return Finding(purpose, "governor", None, remedy)
 
 
 def _tool(purpose: str, command: str, remedy: str) -> Finding:

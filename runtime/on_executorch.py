@@ -22,10 +22,13 @@ def open_model(folder: str, manifest: dict[str, Any], settings: dict[str, Any]) 
 
     Raises:
         ImportError: executorch is not installed.
-        RuntimeError: the file is no program, or needs kernels that this build lacks.
+        RuntimeError: the file is no program, needs kernels that this build lacks, or has no part for XNNPACK, and that
+            was asked for.
     """
     if (settings.get("provider") or "cpu") not in ("cpu", "xnnpack"):
         raise RuntimeError(f"ExecuTorch runs on the CPU here and {settings['provider']!r} was asked for")
+    if (hint := settings.get("precision_hint") or "f32") != "f32":
+        raise RuntimeError(f"ExecuTorch computes in the types of the file, and {hint} was asked for")
     return ExecuTorchModel(folder, manifest, settings)
 
 
@@ -38,6 +41,10 @@ class ExecuTorchModel:
 
         self._torch, self._threads = torch, _set_threads(int(settings.get("threads") or 1))
         path = Path(folder, next(f["path"] for f in manifest["files"] if f["role"] == "model"))
+        # The program names the backend of each part that it delegates; what it does not delegate runs on plain kernels.
+        self._provider = "xnnpack" if b"XnnpackBackend" in path.read_bytes() else "cpu"
+        if settings.get("provider") == "xnnpack" and self._provider != "xnnpack":
+            raise RuntimeError("no part of the program is for XNNPACK: ExecuTorch would run it on its plain kernels")
         try:
             self._program = Runtime.get().load_program(path)
             self._method = self._program.load_method("forward")
@@ -56,8 +63,9 @@ class ExecuTorchModel:
         return {
             "engine": "executorch",
             "version": metadata.version("executorch"),
-            "provider": "xnnpack",
+            "provider": self._provider,
             "threads": self._threads,
+            "precision": "the file's",
             "fallback": False,
         }
 

@@ -20,10 +20,12 @@ def open_model(folder: str, manifest: dict[str, Any], settings: dict[str, Any]) 
 
     Raises:
         ImportError: neither ai-edge-litert nor tflite-runtime is installed.
-        RuntimeError: the file is no model.
+        RuntimeError: the file is no model, or XNNPACK was asked for and takes no part of it.
     """
     if (settings.get("provider") or "cpu") not in ("cpu", "xnnpack"):
         raise RuntimeError(f"LiteRT runs on the CPU here and {settings['provider']!r} was asked for")
+    if (hint := settings.get("precision_hint") or "f32") != "f32":
+        raise RuntimeError(f"LiteRT computes in the types of the file, and {hint} was asked for")
     return LiteRtModel(folder, manifest, settings)
 
 
@@ -40,6 +42,9 @@ class LiteRtModel:
             self._interpreter.allocate_tensors()
         except Exception as error:
             raise RuntimeError(f"LiteRT cannot open {path.name}: {str(error).splitlines()[0]}") from error
+        self._delegates = _delegates(self._interpreter)
+        if settings.get("provider") == "xnnpack" and not self._delegates:
+            raise RuntimeError("XNNPACK takes no part of the model: LiteRT would fall back to its plain kernels")
         self._input = self._interpreter.get_input_details()[0]
         width = manifest["outputs"][0]["shape"][-1]
         outputs = self._interpreter.get_output_details()
@@ -57,10 +62,12 @@ class LiteRtModel:
         return {
             "engine": "litert",
             "version": self._version,
-            "provider": "xnnpack",
+            "provider": "xnnpack" if self._delegates else "cpu",
+            "delegated_parts": self._delegates,
             "threads": self._threads,
             "input_dtype": np.dtype(self._input["dtype"]).name,
             "output_dtype": np.dtype(self._output["dtype"]).name,
+            "precision": "the file's",
             "fallback": False,
         }
 
@@ -87,6 +94,13 @@ def dequantize(values: np.ndarray, details: dict[str, Any]) -> np.ndarray:
     scale, zero = details["quantization"]
     real: np.ndarray = ((values.astype(np.float32) - zero) * scale).astype(np.float32)
     return real
+
+
+def _delegates(interpreter: Any) -> int | None:
+    """How many parts of the graph XNNPACK has taken; None where this version does not say."""
+    if not hasattr(interpreter, "_get_ops_details"):
+        return None
+    return [operator["op_name"] for operator in interpreter._get_ops_details()].count("DELEGATE")
 
 
 def _find_package() -> Any:

@@ -45,6 +45,8 @@ class OnnxRuntimeModel:
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         import onnxruntime as ort
 
+        if (hint := settings.get("precision_hint") or "f32") != "f32":
+            raise RuntimeError(f"ONNX Runtime computes in the types of the file, and {hint} was asked for")
         provider = str(settings.get("provider") or "cpu")
         if provider not in _PROVIDERS:
             raise RuntimeError(f"unknown provider {provider!r}: one of {', '.join(_PROVIDERS)}")
@@ -79,6 +81,7 @@ class OnnxRuntimeModel:
             "threads": self._threads,
             "inter_op_threads": 1,
             "graph_optimization": "all",
+            "precision": "the file's",
             "allow_spinning": True,
             "fallback": False,
         }

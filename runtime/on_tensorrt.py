@@ -32,6 +32,8 @@ def open_model(folder: str, manifest: dict[str, Any], settings: dict[str, Any]) 
     """
     if (settings.get("provider") or "cuda") != "cuda":
         raise RuntimeError(f"TensorRT runs on cuda and {settings['provider']!r} was asked for")
+    if (hint := settings.get("precision_hint") or "f32") != "f32":
+        raise RuntimeError(f"TensorRT computes in the types of the file, and {hint} was asked for")
     return TensorRtModel(importlib.import_module(manifest["runtime"]), open_cuda(), folder, manifest)
 
 

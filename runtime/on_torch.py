@@ -20,6 +20,8 @@ def open_model(folder: str, manifest: dict[str, Any], settings: dict[str, Any]) 
         ImportError: torch or timm is not installed.
         RuntimeError: there is no CUDA device and one was asked for.
     """
+    if (hint := settings.get("precision_hint") or "f32") != "f32":
+        raise RuntimeError(f"the reference computes in float32, and {hint} was asked for")
     return TorchModel(folder, settings)
 
 

@@ -60,7 +60,9 @@ def make_record(
         values, missing = figures(run.results, batch=run.batch)
         samples, digests = [r.samples for r in run.results], [r.digest() for r in run.results]
         values |= latency.sustained(samples)
-        reasons += validity.judge(reports, samples, digests, profile=profile, processes=processes)
+        reasons += validity.judge(
+            reports, samples, digests, profile=profile, processes=processes, threads=options.settings.threads
+        )
         _preprocessing(run, kind, values, missing)
     for result in run.results:
         cosines, against = check_outputs(result.outputs, result.seen, reference, run.bundle)
@@ -93,6 +95,8 @@ def _settings(
         "processes": processes,
         "threads": options.settings.threads,
         "affinity": list(options.affinity) if options.affinity else None,
+        "cores": reports[0]["cores"] if reports else None,
+        "environment": dict(reports[0]["environment"]) if reports else {},
         "precision_hint": options.settings.precision_hint,
         "includes": "the call of the runtime, with its copies",
         "images": run.inputs.name,

@@ -18,15 +18,14 @@ job's folder alone, where only one may be at work:
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import importlib
 import json
 import os
 import signal
 import sys
+import threading
 import time
-import zipfile
-from typing import Any
+from typing import Any, Callable
 
 # Before any engine is imported: importing ONNX Runtime's wheel otherwise writes a device id, and may send events.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -43,6 +42,13 @@ _KEYS = {
     *("engine", "folder", "manifest", "settings", "files", "affinity", "batch", "latency", "cool_down_seconds"),
     *("queries", "seconds", "max_seconds", "warm_up_seconds", "warm_up_limit", "time_limit"),
 }
+
+
+# What an engine's threads or memory may follow beside its settings.
+_ENVIRONMENT = (
+    *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "KMP_BLOCKTIME"),
+    *("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_ARENA_MAX"),
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -94,27 +100,32 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("the job has not the keys that this runner takes: %s" % ", ".join(unknown))
     # A hung engine is ended by the kernel, whatever became of the host.
     signal.alarm(int(job["time_limit"]))
-    verify(job["files"])
     facts = device.describe()
-    affinity = pin(job["affinity"])
+    cores = pin(job["affinity"])
+    threads = int(job["settings"]["threads"])
+    if cores and threads > len(cores):
+        raise ValueError("%d threads on the cores %s: give at most %d threads" % (threads, cores, len(cores)))
     # Times of an emulated processor are not taken at all, so that none can be mistaken for a figure.
     timed = bool(job["latency"]) and not facts["emulated"]
     cooled = cool_down(job["cool_down_seconds"])
     flags = watch.throttle_flags() or ()
-    telemetry = watch.start_telemetry("telemetry.jsonl", affinity)
+    telemetry = watch.start_telemetry("telemetry.jsonl", cores)
     try:
         result = measure(job, timed=timed)
     finally:
         watch.stop_telemetry(telemetry)
-    result.update(affinity=affinity, telemetry_process=telemetry is not None, cool_down=cooled)
+    result.update(cores=cores, environment={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ})
+    result.update(telemetry_process=telemetry is not None, cool_down=cooled)
     result.update(timed=timed, device=facts, throttled=_new_flags(flags, watch.throttle_flags()))
     return result
 
 
 def measure(job: dict[str, Any], *, timed: bool) -> dict[str, Any]:
     """Load, first inference, then either timed queries or all images once; what was answered is kept."""
-    import numpy as np
+    verified = beside(lambda: verify(job["files"]))
+    import numpy as np  # takes as long as to verify does
 
+    verified()
     clock = time.perf_counter_ns
     images = np.array(np.load("images.npy", mmap_mode="r"))
     batch = int(job["batch"])
@@ -126,6 +137,7 @@ def measure(job: dict[str, Any], *, timed: bool) -> dict[str, Any]:
         loaded = clock()
         first = run_in_batches(model, queries[0], fixed_batch(job["manifest"]))
         result = {"schema": SCHEMA, "load_ns": loaded - start, "first_ns": clock() - loaded, "facts": model.facts()}
+        result["answered"] = time.monotonic()
         outputs = np.full((len(images), *first.shape[1:]), np.nan, dtype=np.float32)
         seen = np.zeros(len(images), dtype=bool)
         if timed:
@@ -204,26 +216,50 @@ def cool_down(limit: float) -> dict[str, Any]:
     return {"seconds": time.monotonic() - start, "celsius": reading, "reached": reading <= wanted}
 
 
+def beside(work: Callable[[], None]) -> Callable[[], None]:
+    """Start `work` in a thread; what is returned waits for its end, and raises what it raised."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+
+    def wait() -> None:
+        thread.join()
+        if raised:
+            raise raised[0]
+
+    return wait
+
+
 def verify(files: dict[str, str]) -> None:
     """Every file arrived as it was sent (SHA-256)."""
+    import hashlib
+
     for name, expected in sorted(files.items()):
         digest = hashlib.sha256()
         with open(name, "rb") as file:
-            for block in iter(lambda: file.read(1 << 20), b""):
+            # In large blocks: between two of them this thread waits for the one that imports.
+            for block in iter(lambda: file.read(1 << 24), b""):
                 digest.update(block)
         if digest.hexdigest() != expected:
             raise ValueError("%s arrived damaged: its SHA-256 differs" % name)
 
 
 def pin(cores: list[int] | None) -> list[int] | None:
-    """Keep this process, and the threads it will start, on `cores`; returns the cores that it may use."""
+    """Keep this process, and the threads it will start, on `cores`; returns those that it may use, None if unknown."""
     if not hasattr(os, "sched_setaffinity"):
         if cores:
             raise ValueError("this system cannot pin a process to cores: leave --affinity out")
         return None
-    if not cores:
-        return None
     have = os.sched_getaffinity(0)
+    if not cores:
+        return sorted(have)
     # The kernel takes a set of which any core exists, and says nothing of the others.
     if not set(cores) <= have:
         raise ValueError("cores %s are not to be had: this process may use %s" % (cores, sorted(have)))
@@ -233,6 +269,8 @@ def pin(cores: list[int] | None) -> list[int] | None:
 
 def keep(result: dict[str, Any]) -> None:
     """Pack what was measured into one file; it appears by a rename, so that it is whole."""
+    import zipfile  # what is not needed for the first answer waits until after it
+
     write_json(result, "result.json")
     with zipfile.ZipFile(RESULT + ".tmp", "w", zipfile.ZIP_STORED) as archive:
         for name in _PARTS:

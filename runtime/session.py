@@ -23,11 +23,14 @@ class SessionSettings:
     threads: int = 1  # within one operator; between operators there is always one
     provider: str | None = None  # the engine's device: cpu, cuda, gpu, npu, ...; None is the engine's plainest
     precision_hint: Literal["f32", "f16", "bf16"] = "f32"  # what floats compute in, where an engine may choose
+    batch: int | None = None  # images of every call, where that is always the same: an engine may plan for it
 
     def __post_init__(self) -> None:
         """Refuse "automatic" threads: a figure without them says nothing."""
         if self.threads < 1:
             raise InputError(f"threads is {self.threads}: give the number of threads, 1 or more")
+        if self.batch is not None and self.batch < 1:
+            raise InputError(f"batch is {self.batch}: give 1 or more")
 
 
 class Model(Protocol):
@@ -98,7 +101,7 @@ def open_session(path: Path, settings: SessionSettings | None = None, *, labels:
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DeviceError(f"{path} cannot be run here: {first}") from error
-    return OpenModel(record, model)
+    return OpenModel(record, model, settings.batch)
 
 
 def load_record(path: Path) -> Bundle | Student:
@@ -173,14 +176,14 @@ def extra_for(runtime: str) -> str:
 
 
 class OpenModel:
-    """The Session of any engine: checks the input once, and splits it where the bundle's batch is fixed."""
+    """The Session of any engine: checks the input once, and splits it where the batch is fixed."""
 
-    def __init__(self, record: Bundle | Student, model: Model) -> None:
+    def __init__(self, record: Bundle | Student, model: Model, batch: int | None = None) -> None:
         self.bundle = record
         self._model: Model | None = model
         crop = record.preprocessing.crop
         shape = record.inputs[0].shape if isinstance(record, Bundle) else (None, 3, crop, crop)
-        self._batch, self._image_shape = shape[0], shape[1:]
+        self._batch, self._image_shape = shape[0] or batch, shape[1:]
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """Embeddings, float32 (N, D), of preprocessed images, float32 (N, 3, H, W).

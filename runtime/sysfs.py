@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import glob
 import os
-import subprocess
 
 
 def read(root: str, path: str) -> str | None:
@@ -31,7 +30,12 @@ def numbers(root: str, pattern: str) -> list[int]:
 
 
 def ask(arguments: list[str]) -> str | None:
-    """What a tool prints, or None when it cannot be run, fails to end, or prints nothing."""
+    """What a tool prints, or None when it is not on PATH, cannot be run, fails to end, or prints nothing."""
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    if not any(os.access(os.path.join(folder, arguments[0]), os.X_OK) for folder in folders):
+        return None
+    import subprocess  # most devices have none of the tools, and to import it takes a hundredth of a runner's start
+
     try:
         done = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10)
     except (OSError, subprocess.SubprocessError):

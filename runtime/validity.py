@@ -47,6 +47,7 @@ def judge(
     *,
     profile: Profile,
     processes: int,
+    threads: int,
 ) -> list[str]:
     """Every reason against a bench's figures, from what each of its processes reported.
 
@@ -56,11 +57,12 @@ def judge(
         digests: telemetry.digest of each of them.
         profile: what was asked for.
         processes: how many were to run.
+        threads: how many the engine was to use.
     """
     reasons = _enough(results, samples, profile, processes)
     if not samples:
         return reasons
-    reasons += _engine(results)
+    reasons += _engine(results, threads)
     reasons += _steadiness(results, samples)
     if profile.cool_down_seconds and any(not r["cool_down"]["reached"] for r in results):
         reasons.append("not_cooled: the device stayed more than 3 degrees above where it started")
@@ -90,7 +92,7 @@ def _enough(
     return reasons
 
 
-def _engine(results: Sequence[Mapping[str, Any]]) -> list[str]:
+def _engine(results: Sequence[Mapping[str, Any]], threads: int) -> list[str]:
     reasons = []
     for result in results:
         facts = result["facts"]
@@ -98,8 +100,9 @@ def _engine(results: Sequence[Mapping[str, Any]]) -> list[str]:
             reasons.append(f"emulated: {result['device']['emulated']}")
         if facts.get("fallback"):
             reasons.append(f"cpu_fallback: {facts['fallback']}")
-        if facts.get("threads") == 0 or (facts.get("threads") is None and _on_cpu(facts)):
-            reasons.append("auto_threads: the engine chose the threads itself")
+        if facts.get("threads") not in (threads, None) or (facts.get("threads") is None and _on_cpu(facts)):
+            told = str(facts.get("threads") or "a number of its own")[:40]
+            reasons.append(f"auto_threads: the engine was to use {threads} and uses {told}")
         monotonic = result["window"][1] - result["window"][0]
         if abs(result["wall_seconds"] - monotonic) > 0.01 * monotonic + 0.05:
             reasons.append(f"clock_changed: {result['wall_seconds']:.2f} s by the calendar, {monotonic:.2f} s in truth")

@@ -8,7 +8,6 @@ import glob
 import json
 import os
 import select
-import shutil
 import signal
 import time
 from typing import Any
@@ -87,8 +86,7 @@ def process_jiffies(pid: int) -> int | None:
 
 def throttle_flags() -> list[str] | None:
     """What the platform says holds the clock down; None when it does not say (only a Pi's firmware is asked)."""
-    tool = shutil.which("vcgencmd")
-    return parse_throttled(ask([tool, "get_throttled"]) or "") if tool else None
+    return parse_throttled(ask(["vcgencmd", "get_throttled"]) or "")
 
 
 def parse_throttled(text: str) -> list[str] | None:

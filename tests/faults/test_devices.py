@@ -21,15 +21,17 @@ from robx.runtime import calls, doctor, transports, validity
 from robx.runtime.profiles import PROFILES
 from robx.runtime.results import figures, read_result
 
-CPU = {"model": "x", "cores": 4, "usable_cores": 4, "flags": []}
+CPU = {"model": "x", "cores": 4, "usable_cores": 4, "governor": None, "flags": []}
+WATCHED = {"clocks": True, "temperatures": True, "throttling": False, "load": True, "energy": "none"}
 READING = {"source": None, "joules": None, "range": None, "reason": "none"}
 GPU = {**READING, "memory": 7, "throttled": ["x"]}
 REPORT: dict[str, Any] = {
     "schema": 1, "timed": True, "load_ns": 5, "first_ns": 6, "facts": {"engine": "x", "threads": 1, "provider": "cpu"},
     "memory": {"now": 2, "peak": 3, "reset_refused": 0}, "memory_before": {"now": 1, "peak": 1, "reset_refused": 0},
     "device": {"host": "h", "arch": "aarch64", "emulated": None, "memory_bytes": 9, "cpu": CPU, "os": "o",
-               "python": "3", "board": None, "accelerator": None, "energy_counter": None},
+               "python": "3", "board": None, "accelerator": None, "energy_counter": None, "watched": WATCHED},
     "throttled": None, "cool_down": {"reached": True}, "warm_up": {"steady": True, "queries": 9, "seconds": 1.0},
+    "cores": [0, 1], "environment": {},
     "window": [1.0, 3.0], "wall_seconds": 2.0, "complete": True, "energy": {"before": READING, "after": READING},
     "gpu": {"before": GPU, "after": GPU},
 }  # fmt: skip
@@ -74,7 +76,9 @@ def use(path: Path) -> None:
     found = read_result(path, images=4)
     if found.report["timed"]:
         figures([found], batch=1)
-        validity.judge([found.report], [found.samples], [found.digest()], profile=PROFILES["rapid"], processes=1)
+        validity.judge(
+            [found.report], [found.samples], [found.digest()], profile=PROFILES["rapid"], processes=1, threads=1
+        )
     json.dumps(found.report, allow_nan=False)
 
 
@@ -88,7 +92,9 @@ def test_a_result_that_nothing_watched_is_unstable(tmp_path: Path) -> None:
         for name in set(whole.namelist()) - {"telemetry.jsonl"}:
             archive.writestr(name, whole.read(name))
     found = read_result(path, images=4)
-    reasons = validity.judge([found.report], [found.samples], [found.digest()], profile=PROFILES["rapid"], processes=1)
+    reasons = validity.judge(
+        [found.report], [found.samples], [found.digest()], profile=PROFILES["rapid"], processes=1, threads=1
+    )
     assert any(reason.startswith("no_telemetry") for reason in reasons)
 
 

@@ -14,7 +14,7 @@ from robx.records import Preprocessing, Value, load_measurements, to_json
 from robx.runtime import compare, latency
 from robx.runtime.bench import BenchOptions, bench
 from robx.runtime.inputs import load_inputs
-from robx.runtime.session import open_session
+from robx.runtime.session import SessionSettings, open_session
 from robx.sources import open_source
 
 QUIET_CODES = {"steal", "background_load", "drift", "high_cov", "process_spread", "not_steady", "cgroup_throttle"}
@@ -37,6 +37,8 @@ def test_two_engines_side_by_side(make_bundle, short_profile):
         assert sha256_file(folder / record.samples) == record.samples_sha256
     assert [r.settings["runtime"]["engine"] for r in records] == ["onnxruntime", "openvino"]
     assert all(r.settings["runtime"]["threads"] == 1 for r in records)
+    assert all(r.settings["cores"] == sorted(os.sched_getaffinity(0)) for r in records), "not left unsaid"
+    assert records[1].settings["runtime"]["input_shape"] == "[1,3,32,32]", "planned for what is timed"
 
 
 def test_every_figure_can_be_computed_again_from_the_samples(make_bundle, short_profile):
@@ -126,7 +128,10 @@ def test_said_to_be_emulated(make_bundle, short_profile):
 def test_affinity_is_kept_to_and_recorded(make_bundle, short_profile):
     core = min(os.sched_getaffinity(0))
     (record,) = bench([make_bundle()], BenchOptions(profile="rapid", processes=1, affinity=(core,)))
-    assert record.settings["affinity"] == [core]
+    assert record.settings["affinity"] == record.settings["cores"] == [core]
+    with pytest.raises(DeviceError, match="2 threads on the cores"):
+        options = BenchOptions(profile="rapid", processes=1, affinity=(core,), settings=SessionSettings(threads=2))
+        bench([make_bundle("a")], options)
     with pytest.raises(DeviceError, match="4000"):
         bench([make_bundle("b")], BenchOptions(profile="rapid", processes=1, affinity=(4000,)))
 

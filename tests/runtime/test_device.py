@@ -65,6 +65,28 @@ def test_a_raspberry_pi(tmp_path):
     assert facts["cpu"]["flags"] == ["asimd", "asimddp"]
     assert facts["memory_bytes"] == 3884368 * 1024
     assert facts["os"].startswith("Debian")
+    told = facts["watched"]
+    assert not told["clocks"] and "no energy counter" in told["energy"]
+    write(
+        root,
+        {
+            "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "600000\n",
+            "sys/class/thermal/thermal_zone0/temp": "48312\n",
+            "sys/class/thermal/cooling_device0/cur_state": "0\n",
+            "proc/stat": "cpu  1 2 3 4 5 6 7 8 9 10\n",
+        },
+    )
+    told = device.describe(root)["watched"]
+    assert told["clocks"] and told["temperatures"] and told["throttling"] and told["load"]
+
+
+def test_a_phone(shims, tmp_path):
+    (shims / "getprop").write_text(
+        '#!/bin/sh\ncase $1 in ro.build.version.release) echo 16;; ro.product.model) echo "Pixel 9";; esac\n'
+    )
+    (shims / "getprop").chmod(0o755)
+    facts = device.describe(str(tmp_path))
+    assert (facts["os"], facts["board"]) == ("Android 16", "Pixel 9")
 
 
 def test_a_jetson(tmp_path):

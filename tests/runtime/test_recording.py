@@ -20,7 +20,7 @@ def record(make_bundle):
 
     def make(*noises):
         device = {"emulated": "qemu", "kind": "local", "address": "here", "cpu": {"cores": 1}}
-        report = {"timed": False, "device": device, "facts": {}}
+        report = {"timed": False, "device": device, "facts": {}, "cores": [0], "environment": {}}
         nothing = np.empty(0, dtype=np.int64)
         results = [ProcessResult(report, nothing, expected + noise, np.ones(4, bool), []) for noise in noises]
         run = Run(folder, load_bundle(folder), inputs, "b0", 1, results)

@@ -157,6 +157,8 @@ def test_answers_without_times(job, images):
         ({"surprise": 1}, "surprise"),
         ({"affinity": [0, 4000]}, "are not to be had"),
         ({"settings": {"threads": 1, "provider": "cuda"}}, "CUDAExecutionProvider"),
+        ({"settings": {"threads": 4000}}, "4000 threads on the cores"),
+        ({"settings": {"threads": 1, "precision_hint": "bf16"}}, "bf16 was asked for"),
     ],
 )
 def test_what_is_wrong_comes_back_as_one_line(job, changes, line):
@@ -245,6 +247,18 @@ def test_it_ends_when_its_host_is_gone(hung):
         assert runner.poll() is None, "somebody still waits for it"
         runner.stdout.close()
         assert runner.wait(timeout=10) == -signal.SIGTERM
+
+
+def test_the_first_answer_waits_for_nothing_that_comes_after_it(job):
+    """What is imported to write the result down, or to ask tools that are not there, is no part of the start."""
+    _, _, folder = job()
+    future = "from __future__ import annotations\n"
+    engine = (RUNTIME / "on_onnxruntime.py").read_text().replace(future, "")
+    repack(folder, {ENGINE: f"{future}import sys\nopen('early', 'w').write(' '.join(sys.modules))\n{engine}"})
+    status, result, _ = job()
+    assert status == 0, result
+    assert not {"zipfile", "subprocess", "shutil"} & set((folder / "early").read_text().split())
+    assert result["answered"] < result["window"][0]
 
 
 def test_two_are_never_at_work_in_one_folder(hung):

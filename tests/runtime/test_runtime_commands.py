@@ -8,9 +8,12 @@ import sys
 import numpy as np
 import pytest
 
+from robx.files import sha256_file
 from robx.images import decode, preprocess
-from robx.records import load_measurements
+from robx.records import load_measurements, to_json
+from robx.runtime import doctor
 from robx.runtime.infer import top_labels
+from robx.runtime.latency import paired_ratio
 from robx.runtime.session import open_session
 
 WITHOUT_TORCH = """
@@ -51,6 +54,25 @@ def test_bench_of_a_broken_model_has_its_exit_status(call, make_bundle, short_pr
     assert "output_mismatch" in result.output
 
 
+def test_bench_ab_of_a_broken_model_claims_nothing(call, make_bundle, short_profile):
+    plain = make_bundle("onnx-fp32")
+    broken = make_bundle("onnx-int8", precision="int8", kernel=np.zeros((8, 3, 3, 3), np.float32))
+    for pair in ((plain, broken), (broken, plain)):
+        result = call("bench", *pair, "--ab", "--profile", "rapid")
+        assert result.exit_code == 3 and "INVALID" in result.output and "same answer (onnx-int8)" in result.output
+        assert "faster" not in result.output and "slower" not in result.output
+
+
+def test_the_ratio_of_an_ab_can_be_computed_again(call, make_bundle, short_profile):
+    first, other = make_bundle("onnx-fp32"), make_bundle("openvino-fp32", runtime="openvino")
+    told = json.loads(call("bench", first, other, "--ab", "--profile", "rapid", "--json").output)
+    assert sha256_file(other / told["samples"]) == told["samples_sha256"]
+    with np.load(other / told["samples"]) as arrays:
+        sides = [[arrays[f"{side}_{i}"] for i in range(20)] for side in ("bundle", "against")]
+    assert told["ratio"] == to_json(paired_ratio(*sides))
+    assert [facts["engine"] for facts in told["runtime"]] == ["openvino", "onnxruntime"]
+
+
 def test_bench_ab(call, make_bundle, short_profile):
     small, large = make_bundle("small"), make_bundle("large", kernel=np.ones((8, 3, 3, 3), np.float32))
     slow = make_bundle("slow", runtime="openvino")
@@ -59,6 +81,7 @@ def test_bench_ab(call, make_bundle, short_profile):
     assert ratio["low"] > 1, "OpenVINO's overhead on a model this small is several times ONNX Runtime's"
     result = call("bench", small, large, "--ab", "--profile", "rapid")
     assert "x the latency of" in result.output
+    assert "same bundle twice" in call("bench", small, small, "--ab").output
     assert call("bench", small, "--ab").exit_code == 2
     for option in (("--device", "ssh://x"), ("--affinity", "0"), ("--batch", "2"), ("--emulated",)):
         refused = call("bench", small, large, "--ab", *option)
@@ -124,12 +147,19 @@ def test_doctor(call):
     result = call("doctor")
     assert result.exit_code == 0
     assert "onnxruntime" in result.output and "pip install" in result.output
+    assert "watched during a bench: " in result.output and "energy: " in result.output
     told = json.loads(call("doctor", "--json").output)
     assert told["facts"]["arch"]
     states = {finding["name"]: finding for finding in told["findings"]}
     assert states["torch"]["version"] and not states["torch"]["remedy"]
     if states["adb"]["version"] is None:
         assert states["adb"]["remedy"]
+
+
+@pytest.mark.parametrize(("governor", "line"), [("ondemand", "cpupower"), ("performance", ""), (None, "")])
+def test_the_doctor_warns_of_a_clock_that_follows_the_load(governor, line):
+    finding = doctor._governor({"governor": governor})
+    assert (finding.version is None) == bool(line) and line in finding.remedy
 
 
 def test_without_torch_and_timm(make_bundle, scenes, tmp_path):

@@ -83,6 +83,42 @@ def test_wrong_inputs_are_refused(make_bundle, images):
 def test_automatic_threads_are_refused():
     with pytest.raises(InputError, match="threads is 0"):
         SessionSettings(threads=0)
+    with pytest.raises(InputError, match="batch is 0"):
+        SessionSettings(batch=0)
+
+
+def test_openvino_plans_for_the_batch_that_is_said(make_bundle, images):
+    for batch, said, shape in ((None, None, "[?,3,32,32]"), (None, 2, "[2,3,32,32]"), (1, 2, "[1,3,32,32]")):
+        folder = make_bundle(f"ov-{batch}-{said}", runtime="openvino", batch=batch)
+        with open_session(folder, SessionSettings(batch=said)) as session:
+            assert session.facts()["input_shape"] == shape
+            np.testing.assert_allclose(session.run(images), plain_answers(images), rtol=1e-4, atol=1e-5)
+
+
+class OtherPrecision:
+    """A compiled model that computes in another precision than it was asked for, as a CPU without f16 does."""
+
+    def __init__(self, compiled):
+        self._compiled = compiled
+
+    def __getattr__(self, name):
+        return getattr(self._compiled, name)
+
+    def get_property(self, name):
+        import openvino as ov
+
+        return ov.Type.bf16 if name == "INFERENCE_PRECISION_HINT" else self._compiled.get_property(name)
+
+
+def test_a_precision_that_is_not_had_is_an_error_not_another(make_bundle, monkeypatch):
+    with pytest.raises(DeviceError, match="types of the file, and bf16"):
+        open_session(make_bundle(), SessionSettings(precision_hint="bf16"))
+    import openvino as ov
+
+    plain = ov.Core.compile_model
+    monkeypatch.setattr(ov.Core, "compile_model", lambda *a: OtherPrecision(plain(*a)))
+    with pytest.raises(DeviceError, match="computes in bf16 here and f32 was asked for"):
+        open_session(make_bundle("ov", runtime="openvino"))
 
 
 def test_a_provider_that_is_not_there_is_an_error_not_the_cpu(make_bundle):

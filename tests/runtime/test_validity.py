@@ -35,7 +35,7 @@ def judge(results=None, runs=None, digests=None, profile=RAPID):
     results = results or [result(), result()]
     runs = runs or [samples(i) for i in range(len(results))]
     digests = digests or [QUIET] * len(results)
-    reasons = validity.judge(results, runs, digests, profile=profile, processes=2)
+    reasons = validity.judge(results, runs, digests, profile=profile, processes=2, threads=1)
     return validity.verdict(reasons), [reason.split(":")[0] for reason in reasons]
 
 
@@ -50,6 +50,7 @@ def test_a_quiet_run_is_valid():
         ({"facts": {"provider": "CPUExecutionProvider", "fallback": True, "threads": 1}}, "cpu_fallback"),
         ({"facts": {"provider": "CPUExecutionProvider", "fallback": False, "threads": 0}}, "auto_threads"),
         ({"facts": {"provider": "xnnpack", "fallback": False, "threads": None}}, "auto_threads"),
+        ({"facts": {"provider": "CPUExecutionProvider", "fallback": False, "threads": 2}}, "auto_threads"),
         ({"wall_seconds": 9.0}, "clock_changed"),
         ({"window": [0.0, 1.0], "wall_seconds": 1.0}, "min_duration"),
     ],
@@ -61,7 +62,7 @@ def test_what_makes_it_invalid(change, code):
 def test_too_few_queries_or_processes():
     assert judge(runs=[samples(n=20), samples(n=20)])[1] == ["min_queries"]
     assert judge([result(window=[0, 6], wall_seconds=6.0)]) == ("INVALID", ["incomplete"])
-    assert validity.judge([], [], [], profile=RAPID, processes=2)[0].startswith("incomplete: 0 of 2")
+    assert validity.judge([], [], [], profile=RAPID, processes=2, threads=1)[0].startswith("incomplete: 0 of 2")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from robx.runtime import watch
+from robx.runtime import sysfs, watch
 
 
 def write(root, files):
@@ -35,6 +35,14 @@ def test_clocks_and_temperatures_in_the_order_of_the_cores(tmp_path):
 )
 def test_the_pis_firmware_flags(text, flags):
     assert watch.parse_throttled(text) == flags
+
+
+def test_a_tool_is_asked_only_where_it_is(shims):
+    assert watch.throttle_flags() is None and sysfs.ask(["no-such-tool"]) is None
+    (shims / "vcgencmd").write_text('#!/bin/sh\n[ "$1" = get_throttled ] && echo throttled=0x4\n')
+    assert watch.throttle_flags() is None, "it cannot be executed"
+    (shims / "vcgencmd").chmod(0o755)
+    assert watch.throttle_flags() == ["throttled"]
 
 
 def test_the_power_of_a_jetson(tmp_path):
