@@ -84,6 +84,8 @@ def _prepare(folders: Sequence[Path], options: BenchOptions, source: ImageSource
     inputs: dict[Preprocessing, Inputs] = {}
     runs = []
     for number, folder in enumerate(folders):
+        if (folder / "student.json").is_file():
+            raise InputError(f"{folder} is a student: export it with robx export, and give the bundle")
         bundle = load_bundle(folder)
         check_onnx(folder, bundle)
         fixed = bundle.inputs[0].shape[0]

@@ -108,6 +108,11 @@ def test_what_is_wrong_is_one_line(call, make_bundle, arguments, line):
     assert len(result.output.strip().splitlines()) == 1
 
 
+def test_a_student_is_no_bundle(call, make_student_bundle):
+    result = call("bench", make_student_bundle().parent)
+    assert result.exit_code == 2 and "is a student: export it" in result.output
+
+
 def test_run_prints_one_line_an_image(call, make_bundle, scenes):
     bundle = make_bundle()
     paths = sorted((scenes / "test").rglob("*.png"))
