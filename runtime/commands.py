@@ -233,6 +233,9 @@ def _print_records(folders: Sequence[Path], records: Sequence[Latency]) -> None:
     for folder, record in zip(folders, records, strict=True):
         for reason in record.reasons:
             print_line(f"{folder.name}: {record.verdict}, {reason}")
+        if record.settings["batch"] != 1 and "throughput" in record.values:
+            throughput = record.values["throughput"].value
+            print_line(f"{folder.name}: {throughput:.0f} images/s in batches of {record.settings['batch']}")
         if "sustained" in record.values:
             print_line(f"{folder.name}: {_heat(record.values)}")
     if not PROFILES[records[0].settings["profile"]["name"]].publishable:

@@ -108,6 +108,14 @@ def test_what_is_wrong_is_one_line(call, make_bundle, arguments, line):
     assert len(result.output.strip().splitlines()) == 1
 
 
+def test_bench_of_a_batch_tells_images_a_second(call, make_bundle, short_profile):
+    folder = make_bundle()
+    result = call("bench", folder, "--profile", "rapid", "--processes", 1, "--batch", 4)
+    (record,) = load_measurements(folder / "measurements.jsonl")
+    assert f"{record.values['throughput'].value:.0f} images/s in batches of 4" in result.output
+    assert "images/s" not in call("bench", folder, "--profile", "rapid", "--processes", 1).output
+
+
 def test_a_student_is_no_bundle(call, make_student_bundle):
     result = call("bench", make_student_bundle().parent)
     assert result.exit_code == 2 and "is a student: export it" in result.output
