@@ -160,7 +160,7 @@ def recipe_of(chain: Chain, network: str, given: argparse.Namespace, *, base: bo
     ones and a free one. --recipe changes all sides.
     """
     values: dict[str, Any] = {
-        "optimizer": "adamw", "lr": given.lr, "lr_batch": None, "warmup_lr": 0.0, "warmup_share": 0.1,
+        "optimizer": "adamw", "lr": given.lr, "lr_batch": None, "warmup_lr": 0.0, "final_lr": 1e-5, "warmup_share": 0.1,
         "weight_decay": 0.04, "weight_decay_end": 0.04, "epochs": epochs, "batch_size": given.batch, "seed": seed,
         "crop_size": given.size, "local_crop_size": given.size // 2, "local_crops": given.local_crops,
         "prototypes": given.prototypes, "clip_grad": 3.0, "color_strength": 0.4, "precision": given.precision,
