@@ -9,8 +9,9 @@ manual shows, on the same calibration images that robx gets: onnxruntime's quant
 nncf.quantize (with ModelType.TRANSFORMER for a ViT). robx's int8 is what ``robx export --int8`` ships: where no int8 is
 accurate and not slower, that is fp16 or fp32, and the table says so.
 
-The table is written after each student's engine. Stop it at any time: the same command goes on, with the bundles and
-rows that are there.
+The table is written after each student's engine. Stop it at any time: the same command goes on with what is there.
+--stage does it in parts: students, then bundles, then times, which measures all latencies anew and wants some minutes
+of a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Chosen, demo_images, save_student, say
+from common import Chosen, demo_images, save_student, say, shown
 from export_page import Row, row_from_json, write_down
 from vendors import vendor_bundle
 
@@ -35,18 +36,21 @@ from robx.distill.run import Options
 from robx.distill.teachers import load_teacher
 from robx.distill.train import train
 from robx.errors import RobxError
-from robx.eval.fidelity import Bank, fidelity, make_bank
+from robx.eval.fidelity import KNN_K, Bank, fidelity, make_bank
+from robx.eval.knn import weighted_knn
+from robx.eval.verdict import accuracy_value
 from robx.export.build import Options as ExportOptions
 from robx.export.build import build
 from robx.export.calibration import MIN_IMAGES, Splits, open_data, read_splits
 from robx.export.gate import Limits
 from robx.export.request import ExportTarget
 from robx.files import read_json, write_json
-from robx.records import Bundle, Student, Value, load_bundle, load_student, to_json
+from robx.records import Bundle, Student, Value, from_json, load_bundle, load_student, to_json
 from robx.runtime.compare import interleave
 from robx.runtime.latency import paired_ratio
 from robx.runtime.session import SessionSettings, open_session
 from robx.sources import open_source
+from robx.trunk import build_trunk
 
 VARIANTS = {
     "onnx": ("fp32", "fp16", "vendor int8", "robx int8"),
@@ -62,24 +66,32 @@ def main() -> None:
     data = given.data or demo_images()
     rows: list[Row] = []
     missing: list[str] = []
+    learnt: list[str] = []
     for folder in students(given, data):
         work = Work(folder, data, given)
-        for engine in ("onnx", "openvino", *(["trt"] if given.trt else [])):
+        learnt.append(work.learnt())
+        for engine in ("onnx", "openvino", *(["trt"] if given.trt else [])) if given.stage != "students" else ():
             more, faults = work.rows(engine)
+            if engine != "trt" and given.stage != "bundles":
+                work.time(engine, more)
             rows += more
             missing += faults
-            write_down(rows, missing, given)
+            write_down(rows, missing, learnt, given)
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="students' folders")
-    parser.add_argument("--distil", nargs="*", default=[], metavar="NAME", help="timm names to distil first")
+    parser.add_argument("--distil", nargs="*", default=[], metavar="NAME[:EPOCHS]", help="timm names to distil first")
+    parser.add_argument(
+        "--warm", nargs="*", default=[], metavar="NAME", help="of --distil: starts from Lite0's weights where they fit"
+    )
     parser.add_argument("--lite0", action="store_true", help="EfficientNet-Lite0's real weights as a student")
     parser.add_argument("--epochs", type=int, default=5, help="of --distil")
     parser.add_argument("--images", type=int, help="of --distil, drawn at random; default: all")
     parser.add_argument("--size", type=int, default=96, help="of --distil and --lite0, in pixels")
+    parser.add_argument("--stage", choices=("all", "students", "bundles", "times"), default="all", help="do a part")
     parser.add_argument("--trt", metavar="TARGET", help="add the form for TensorRT, e.g. rtx:sm86+sm89 or jetson-orin")
     parser.add_argument("--max-drop", type=float, default=3.0, help="of robx's gate; 867 images cannot prove 1 point")
     parser.add_argument("--budget", type=float, help="seconds of an int8 search after which it tries no further rung")
@@ -97,26 +109,50 @@ def students(given: argparse.Namespace, data: Path) -> Iterator[Path]:
     yield from given.runs
     if given.lite0:
         yield save_lite0(given.out / "efficientnet_lite0", given.size)
-    for name in given.distil:
-        yield distil(name, given, data)
+    for text in given.distil:
+        name, _, epochs = text.partition(":")
+        yield distil(name, int(epochs or given.epochs), given, data)
 
 
-def distil(name: str, given: argparse.Namespace, data: Path) -> Path:
+def distil(name: str, epochs: int, given: argparse.Namespace, data: Path) -> Path:
     """A student of EfficientNet-Lite0 with fitted prototypes; resumed, and reused when done."""
     source = open_source(data, split="train")
-    teacher = load_teacher("efficientnet_lite0", source=source, prototypes=256, objective="msn", image_size=given.size)
     if given.images is not None:
         places = np.random.default_rng(0).permutation(len(source))[: given.images]
         source = Chosen(source, [int(place) for place in places])
-    recipe = override(
-        preset("msn", "cnn"),
-        {"optimizer": "adamw", "lr": 0.002, "lr_batch": None, "epochs": given.epochs,
-         "batch_size": min(64, len(source)), "crop_size": given.size, "local_crops": 0, "weight_decay": 0.04,
-         "weight_decay_end": 0.04, "clip_grad": 3.0},
-    )  # fmt: skip
-    options = Options(device="cpu", workers=1, measure=False, checkpoint_minutes=2)
+    # robx's demo learns with these from the first hundred steps on; the published rates and head want hours.
+    changes = {
+        "optimizer": "adamw", "lr": 0.001, "lr_batch": 32, "epochs": epochs, "batch_size": 32, "head": "native",
+        "teacher_temperature": 0.05, "color_strength": 0.4, "crop_size": given.size, "local_crops": 0,
+        "weight_decay": 0.04, "weight_decay_end": 0.04, "clip_grad": 3.0,
+    }  # fmt: skip
     out = given.out / name
-    return train(recipe, students=[name], source=source, out=out, teacher=teacher, options=options, say=say)[0]
+    if (out / "student.json").is_file():
+        made, whole = read_json(out / "recipe.json"), epochs * (len(source) // 32) * 32
+        same = made["data"]["fingerprint"] == source.fingerprint and changes.items() <= made["recipe"].items()
+        if same and load_student(out).images_seen == whole:  # a run that was stopped leaves a student too
+            return out
+    teacher = load_teacher("efficientnet_lite0", source=source, prototypes=256, objective="msn", image_size=given.size)
+    recipe = override(preset("msn", "cnn"), changes)
+    options = Options(device="cpu", workers=1, measure=False, checkpoint_minutes=2)
+    init = warm_start(name, given) if name in given.warm else None
+    return train(recipe, students=[name], source=source, out=out, teacher=teacher, init=init, options=options, say=say)[
+        0
+    ]
+
+
+def warm_start(name: str, given: argparse.Namespace) -> Path:
+    """A student's folder with EfficientNet-Lite0's weights in every tensor that `name` has alike, by name and shape."""
+    torch.manual_seed(0)
+    trunk = build_trunk(name)
+    real = load_teacher("efficientnet_lite0", objective="kd", image_size=given.size).trunk.state_dict()
+    own = trunk.state_dict()
+    shared = {key: value for key, value in real.items() if key in own and own[key].shape == value.shape}
+    trunk.load_state_dict(own | shared)
+    say(f"{name} starts from EfficientNet-Lite0 in {len(shared)} of its {len(own)} tensors")
+    folder = given.out / f"{name}-start"
+    save_student(trunk, name, folder, given.size)
+    return folder
 
 
 def save_lite0(folder: Path, size: int) -> Path:
@@ -137,6 +173,26 @@ class Work:
     data: Path
     given: argparse.Namespace
 
+    def learnt(self) -> str:
+        """The kNN top-1 of the student in fp32 and of the same network before training, in words; measured once."""
+        path = self.folder / "table" / "knn.json"
+        stored = read_json(path) if path.is_file() else {}
+        if stored.get("student") != self.student.sha256:
+            found = {"student": self.student.sha256, "trained": to_json(self._knn(self.folder))}
+            if self.student.images_seen:
+                torch.manual_seed(0)
+                bare = self.folder / "table" / "untrained"
+                name, size = self.student.timm_name, self.student.preprocessing.crop
+                save_student(build_trunk(name), name, bare, size)
+                found["untrained"] = to_json(self._knn(bare))
+            write_json(path, stored := found)
+        text = f"{self.student.timm_name} {shown(from_json(Value, stored['trained']), 1)}"
+        if "untrained" in stored:
+            bare_value = from_json(Value, stored["untrained"])
+            text += f" (untrained {shown(bare_value, 1)}; {self.student.images_seen:,} images seen)"
+        say(f"kNN top-1 {text}")
+        return text
+
     def rows(self, engine: str) -> tuple[list[Row], list[str]]:
         """The rows of an engine and what could not be made; read back when the same command made them already."""
         path = self.folder / "table" / f"{engine}.json"
@@ -146,6 +202,19 @@ class Work:
             stored = {"settings": self._settings(engine), "rows": to_json(made), "faults": faults}
             write_json(path, stored)
         return [row_from_json(row) for row in stored["rows"]], stored["faults"]
+
+    def time(self, engine: str, rows: list[Row]) -> None:
+        """Put the latencies of one interleaved run into the rows; --stage all takes those that are there."""
+        path = self.folder / "table" / f"{engine}-times.json"
+        bundles = {row["variant"]: load_bundle(self.folder / "table" / row["folder"]).id for row in rows}
+        settings = {"bundles": bundles, "blocks": self.given.blocks, "seconds": self.given.seconds}
+        stored = read_json(path) if path.is_file() and self.given.stage != "times" else {}
+        if stored.get("settings") != settings:
+            stored = {"settings": settings, "times": to_json(self._time(engine, rows))}
+            write_json(path, stored)
+        for row in rows:
+            milliseconds, ratio = stored["times"][row["variant"]]
+            row["latency_ms"], row["latency_ratio"] = milliseconds, from_json(Value, ratio)
 
     @cached_property
     def student(self) -> Student:
@@ -171,7 +240,7 @@ class Work:
 
     def _settings(self, engine: str) -> dict[str, Any]:
         """What the rows of an engine depend on."""
-        names = ("max_drop", "budget", "calibration_images", "blocks", "seconds")
+        names = ("max_drop", "budget", "calibration_images")
         kept = {name: getattr(self.given, name) for name in names}
         kept["trt"] = self.given.trt if engine == "trt" else None
         train_source, test_source = open_data(self.data)
@@ -190,7 +259,7 @@ class Work:
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
                 faults.append(f"{self.student.timm_name}, {engine}: no {variant}: {first}.")
         if engine != "trt":
-            self._judge_and_time(engine, rows)
+            self._judge(rows)
         return rows, faults
 
     def _make(self, engine: str, variant: str) -> Row:
@@ -235,26 +304,39 @@ class Work:
             on_rung=lambda r: say(f"  {r.name}: {r.accuracy} / {r.speed}: {r.reason[:90]}"),
         )  # fmt: skip
 
-    def _judge_and_time(self, engine: str, rows: list[Row]) -> None:
-        """Put the fidelity to the student in PyTorch, and the latencies of one interleaved run, into the rows."""
+    def _judge(self, rows: list[Row]) -> None:
+        """Put the fidelity to the student in PyTorch into the rows."""
         wanted, bank = self.reference
         labels = self.splits.judging.labels
+        for row in rows:
+            with open_session(self.folder / "table" / row["folder"], SessionSettings(threads=1)) as session:
+                values = fidelity(wanted, self._answers(session, self.splits.judging), labels=labels, bank=bank).values
+            row["values"] = {key: values[key] for key in FIGURES if key in values}
+
+    def _time(self, engine: str, rows: list[Row]) -> dict[str, tuple[float, Value]]:
+        """Variant -> median latency in ms, and its ratio to fp32, all interleaved."""
         with contextlib.ExitStack() as stack:
             sessions = {}
             for row in rows:
-                session = stack.enter_context(
-                    open_session(self.folder / "table" / row["folder"], SessionSettings(threads=1))
-                )
-                values = fidelity(wanted, self._answers(session, self.splits.judging), labels=labels, bank=bank).values
-                row["values"] = {key: values[key] for key in FIGURES if key in values}
-                sessions[row["variant"]] = session
+                path = self.folder / "table" / row["folder"]
+                sessions[row["variant"]] = stack.enter_context(open_session(path, SessionSettings(threads=1)))
             say(f"{self.student.timm_name}: timing {len(sessions)} models of {engine}, interleaved")
             images = self.splits.judging.normalised(self.student.preprocessing, slice(0, 16))
             blocks = interleave(sessions, images, blocks=self.given.blocks, seconds=self.given.seconds)
-        for row in rows:
-            mine = blocks[row["variant"]]
-            row["latency_ms"] = float(np.median(np.concatenate(mine))) / 1e6
-            row["latency_ratio"] = paired_ratio(mine, blocks["fp32"])
+        return {
+            name: (float(np.median(np.concatenate(mine))) / 1e6, paired_ratio(mine, blocks["fp32"]))
+            for name, mine in blocks.items()
+        }
+
+    def _knn(self, folder: Path) -> Value:
+        """Top-1 of weighted kNN of a student's own embeddings in PyTorch."""
+        bank, judging = self.splits.bank, self.splits.judging
+        with open_session(folder, SessionSettings(threads=torch.get_num_threads())) as session:
+            known, asked = self._answers(session, bank), self._answers(session, judging)
+        keep, wanted = bank.labels >= 0, judging.labels >= 0
+        classes = len(bank.classes or ())
+        votes = weighted_knn(known[keep], bank.labels[keep], asked[wanted], k=KNN_K, classes=classes)[:, 0]
+        return accuracy_value(votes == judging.labels[wanted])
 
     def _answers(self, session: Any, images: Any) -> np.ndarray:
         """Embeddings (N, D)."""
