@@ -1,13 +1,14 @@
 """Sizes and parity of the mobile formats, each converted and run in its own environment.
 
-    .venv-executorch/bin/python benchmarks/mobile.py executorch
+    .venv-executorch/bin/python benchmarks/mobile.py executorch --runs runs/export-table/resnet18
     .venv-litert/bin/python benchmarks/mobile.py litert
     .venv-ncnn/bin/python benchmarks/mobile.py ncnn
     .venv-coreml/bin/python benchmarks/mobile.py coreml
 
-Each adds its rows to benchmarks/results/mobile.json. The weights are random, with batch statistics fitted on rendered
-scenes: the figures say whether a conversion is right, not how accurate a trained student is; int8 of random weights is
-a harsh case. `centred` is the cosine after the fp32 set's mean is removed. No latencies: this is no phone.
+Each puts its rows into benchmarks/results/mobile.json and .md, in the place of those of the same format and weights.
+--runs takes students that were distilled, on the demo's images or those of --data. Without it the weights are random,
+with batch statistics fitted on rendered scenes: that says whether a conversion is right; int8 of random weights is a
+harsh case. `centred` is the cosine after the fp32 set's mean is removed. No latencies: this is no phone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import json
 import platform
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +30,12 @@ from torch import nn
 
 from robx.export.request import ExportRequest, ExportTarget
 from robx.export.to_onnx import export_model, tensor_specs
-from robx.files import write_json
+from robx.files import write_json, write_text
 from robx.images import preprocess
 from robx.records import Preprocessing, Student, describe_file, to_json
 from robx.scenes import make_scene, render
-from robx.trunk import build_trunk, embed, embedding_width
+from robx.sources import open_source
+from robx.trunk import build_trunk, embed, embedding_width, load_trunk
 
 RESULTS = Path(__file__).parent / "results" / "mobile.json"
 MODELS = ("resnet18", "vit_tiny_patch16_224")
@@ -44,22 +48,87 @@ PRECISIONS = {
 SIZE, FITTED, CALIBRATION, JUDGED = 96, 64, 64, 64
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A network and the images that it is converted and compared with, preprocessed, float32 (N, 3, H, W)."""
+
+    weights: str  # random, or distilled
+    trunk: nn.Module
+    student: Student
+    calibration: np.ndarray
+    judging: np.ndarray
+
+
 def main() -> None:
     """Convert and compare every model in one format."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("format", choices=sorted(PRECISIONS))
-    format_ = parser.parse_args().format
+    parser.add_argument("--runs", type=Path, nargs="+", help="students' folders; default: random weights")
+    parser.add_argument("--data", type=Path, help="images for --runs, with train and test; default: the demo's")
+    given = parser.parse_args()
     rows = []
-    for name in MODELS:
-        trunk, student = fitted(name)
-        for precision in PRECISIONS[format_]:
-            rows.append(measure(format_, precision, trunk, student))
+    for subject in distilled(given.runs, given.data) if given.runs else random_ones():
+        for precision in PRECISIONS[given.format]:
+            rows.append(measure(given.format, precision, subject))
             print(json.dumps(rows[-1]))
     old = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
-    kept = [row for row in old if row["format"] != format_]
-    settings = {"size": SIZE, "calibration": CALIBRATION, "judged": JUDGED, "weights": "random", "batch": 1}
+    mine = {(row["format"], row["weights"]) for row in rows}
+    write_down([row for row in old if (row["format"], row.get("weights", "random")) not in mine] + rows)
+
+
+def write_down(rows: list[dict[str, Any]]) -> None:
+    """The rows as JSON and as a table, sorted."""
+    rows = sorted(rows, key=lambda row: (row["weights"], row["format"], row["model"]))
+    settings = {"calibration": CALIBRATION, "judged": JUDGED, "batch": 1}
     RESULTS.parent.mkdir(exist_ok=True)
-    write_json(RESULTS, {"command": "python benchmarks/mobile.py FORMAT", "settings": settings, "rows": kept + rows})
+    write_json(RESULTS, {"command": "python benchmarks/mobile.py FORMAT", "settings": settings, "rows": rows})
+    lines = ["# Mobile formats: size, and answers against PyTorch's", "", *_table(rows), ""]
+    lines += [
+        f"- {JUDGED} judged images and, for int8, {CALIBRATION} others to calibrate on. Distilled: the students of "
+        "export_table.py on the demo's clip art; random: random weights on rendered scenes.",
+        "- Centred cosine after the fp32 set's mean is removed. Core ML runs on Apple's systems alone.",
+        "",
+    ]
+    write_text(RESULTS.with_suffix(".md"), "\n".join(lines))
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    headings = ["weights", "format", "model", "px", "precision", "MB", "centred cosine", "5 %", "least", "max abs"]
+    lines = [headings, ["---"] * len(headings)]
+    for row in rows:
+        found = row["parity"]
+        figures = ["not verifiable here", "", "", ""]
+        if isinstance(found, dict):
+            figures = [f"{found[name]:.4f}" for name in ("centred_mean", "centred_p5", "centred_min")]
+            figures.append(f"{found['max_abs']:.1e}")
+        facts = (row["weights"], row["format"], row["model"], str(row["size"]), row["precision"])
+        lines.append([*facts, f"{row['bytes'] / 1e6:.1f}", *figures])
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def distilled(folders: list[Path], data: Path | None) -> Iterator[Subject]:
+    """Students with images of their own kind."""
+    from robx.cache import cache_folder
+    from robx.demo_data import prepare_demo_data
+
+    if data is None:
+        data = prepare_demo_data(cache_folder(), say=print, progress=lambda *_: None).folder
+    for folder in folders:
+        student, trunk = load_trunk(folder)
+        sets = []
+        for split, count in (("train", CALIBRATION), ("test", JUDGED)):
+            source = open_source(data, split=split)
+            places = np.random.default_rng(0).permutation(len(source))[:count]
+            sets.append(np.stack([preprocess(source.read(int(place)), student.preprocessing) for place in places]))
+        yield Subject("distilled", trunk.eval(), student, sets[0], sets[1])
+
+
+def random_ones() -> Iterator[Subject]:
+    """Networks with random weights."""
+    for name in MODELS:
+        trunk, student = fitted(name)
+        sets = (scenes(first, count, student.preprocessing) for first, count in ((1000, CALIBRATION), (5000, JUDGED)))
+        yield Subject("random", trunk, student, *sets)
 
 
 def scenes(first: int, count: int, preprocessing: Preprocessing) -> np.ndarray:
@@ -88,13 +157,14 @@ def fitted(name: str) -> tuple[nn.Module, Student]:
     return trunk.eval(), record
 
 
-def measure(format_: Any, precision: Any, trunk: nn.Module, student: Student) -> dict[str, Any]:
+def measure(format_: Any, precision: Any, subject: Subject) -> dict[str, Any]:
     """One row: the conversion, its size and, where the format runs here, its answers against PyTorch's."""
+    trunk, student = subject.trunk, subject.student
     model = export_model(trunk, student)
     inputs, outputs = tensor_specs(student, batch=None, uint8_input=False, labels=None)
     target = ExportTarget(format=format_, precision=precision)
     request = ExportRequest(target=target, student=student, inputs=inputs, outputs=outputs)
-    calibration = scenes(1000, CALIBRATION, student.preprocessing) if precision == "int8" else None
+    calibration = subject.calibration if precision == "int8" else None
     builder = importlib.import_module(f"robx.export.to_{format_}")
     with tempfile.TemporaryDirectory() as name:
         folder, started = Path(name), time.monotonic()
@@ -102,6 +172,8 @@ def measure(format_: Any, precision: Any, trunk: nn.Module, student: Student) ->
         files = [describe_file(folder, file.path, file.role) for file in built.files]
         row: dict[str, Any] = {
             "format": format_,
+            "weights": subject.weights,
+            "size": student.preprocessing.crop,
             "model": student.timm_name,
             "precision": precision,
             "bytes": sum(file.bytes for file in files),
@@ -115,8 +187,8 @@ def measure(format_: Any, precision: Any, trunk: nn.Module, student: Student) ->
         manifest["outputs"] = to_json(built.outputs)
         engine = importlib.import_module(f"robx.runtime.on_{built.runtime}")
         model_there = engine.open_model(str(folder), manifest, {"threads": 1})
-        pixels = scenes(5000, JUDGED, student.preprocessing)
-        answers = np.concatenate([model_there.run(pixels[i : i + 1]) for i in range(JUDGED)])
+        pixels = subject.judging
+        answers = np.concatenate([model_there.run(pixels[i : i + 1]) for i in range(len(pixels))])
         model_there.close()
     return {**row, "parity": compare(embed(trunk, torch.from_numpy(pixels)).numpy(), answers)}
 
