@@ -157,7 +157,8 @@ def _climb(judge: Judge, options: Options, on_rung: Callable[[Rung], None] | Non
             return []
         return sensitive_rungs(best, list(workshop.layer_costs), tried)
 
-    return climb(rungs, judge.look, judge.hold, more=more, on_rung=on_rung, budget=options.budget)
+    margin = options.limits.max_drop
+    return climb(rungs, judge.look, judge.hold, margin=margin, more=more, on_rung=on_rung, budget=options.budget)
 
 
 def _how_chosen(outcome: Outcome) -> str:

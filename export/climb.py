@@ -58,6 +58,7 @@ def climb(
     look: Callable[[Candidate], Rung],
     hold: Callable[[Candidate, Rung, float], Rung],
     *,
+    margin: float = 100.0,
     more: Callable[[Candidate, Sequence[Candidate]], Sequence[Candidate]] | None = None,
     on_rung: Callable[[Rung], None] | None = None,
     budget: float | None = None,
@@ -73,12 +74,14 @@ def climb(
         look: builds and times a candidate and screens it; ``values["screened"]`` says on how many images. A RobxError
             (but a missing package) is that rung's failure.
         hold: the same rung, judged on the judging images at a level; a RobxError is its failure too.
+        margin: points that may be lost; see `preference`.
         more: further candidates made from the closest one that is not too slow, and all that were tried.
         on_rung: told of every rung as it is looked at and as it is held.
         budget: seconds after which no further candidate is looked at.
         clock: seconds, monotonic.
     """
-    search = _Search(look, hold, on_rung, deadline=None if budget is None else clock() + budget, clock=clock)
+    deadline = None if budget is None else clock() + budget
+    search = _Search(look, hold, on_rung, margin=margin, deadline=deadline, clock=clock)
     pending = list(candidates)
     while pending:
         pending = search.look_at(pending)
@@ -94,16 +97,18 @@ def climb(
     return Outcome(rungs=search.rungs, winner=None, best=search.closest(), held=search.held)
 
 
-def preference(sound: Sequence[tuple[Candidate, Rung]]) -> list[tuple[Candidate, Rung]]:
+def preference(sound: Sequence[tuple[Candidate, Rung]], *, margin: float = 100.0) -> list[tuple[Candidate, Rung]]:
     """The order in which sound candidates are held: of the fastest, as far as a clock can tell, the closest first.
 
     Candidates of one form are as fast as their median: what the clock says beyond that is noise. Where no speed was
-    measured all are as fast. Of equals the first, which is the plainest.
+    measured all are as fast. Of equals the first, which is the plainest. Those that lost more than `margin` points in
+    screening come after all others: each one that is held makes the next test stricter.
     """
     left, order = [(_speedup(candidate, sound), candidate, rung) for candidate, rung in sound], []
     while left:
-        fastest = max(speedup for speedup, _, _ in left)
-        as_fast = [each for each in left if each[0] >= fastest * (1 - SPEED_TOLERANCE)]
+        likely = [each for each in left if _screened_drop(each[2]) <= margin] or left
+        fastest = max(speedup for speedup, _, _ in likely)
+        as_fast = [each for each in likely if each[0] >= fastest * (1 - SPEED_TOLERANCE)]
         best = max(as_fast, key=lambda each: _closeness(each[2]))
         left.remove(best)
         order.append(best[1:])
@@ -130,6 +135,7 @@ class _Search:
     look: Callable[[Candidate], Rung]
     hold: Callable[[Candidate, Rung, float], Rung]
     on_rung: Callable[[Rung], None] | None
+    margin: float
     deadline: float | None
     clock: Callable[[], float]
     tried: list[tuple[Candidate, Rung]] = field(default_factory=list)
@@ -164,7 +170,7 @@ class _Search:
 
     def hold_best(self) -> Candidate | None:
         """Hold the sound candidates to the judging images, the best first, until one passes; that one."""
-        for candidate, rung in preference([pair for pair in self.tried if _is_sound(pair[1])]):
+        for candidate, rung in preference([p for p in self.tried if _is_sound(p[1])], margin=self.margin):
             self.held += 1
             judged = self._try(candidate, partial(self.hold, candidate, rung, level_of(self.held)))
             judged = replace(judged, kept=ships(judged))
@@ -208,6 +214,11 @@ def _speedup(candidate: Candidate, among: Sequence[tuple[Candidate, Rung]]) -> f
     """Against fp32, the median of its form; 1 where it was not measured."""
     rungs = [rung for other, rung in among if other.form == candidate.form]
     return median(r.values["speedup_fp32"].value if "speedup_fp32" in r.values else 1.0 for r in rungs)
+
+
+def _screened_drop(rung: Rung) -> float:
+    """Points of the frozen probe on the screening images; 0 where they have no labels."""
+    return rung.values["probe_drop"].value if "probe_drop" in rung.values else 0.0
 
 
 def _closeness(rung: Rung) -> float:

@@ -120,7 +120,7 @@ def export(
             head=head,
             options=options,
             progress=progress,
-            on_rung=lambda rung: say(_rung_line(rung)),
+            on_rung=lambda rung: say(f"{rung.name}: accuracy {_accuracy(rung)}, speed {rung.speed}"),
         )
     folder = out or run / f"{fmt}-{bundle.precision}"
     _show_rungs(bundle)
@@ -188,26 +188,26 @@ def _show_rungs(bundle: Bundle) -> None:
             print_line(f"{rung.name}: {rung.reason}", dim=True)
 
 
-def _rung_line(rung: Rung) -> str:
+def _accuracy(rung: Rung) -> str:
+    """The verdict on the judging images, or how far the rung came without them."""
     from robx.export.climb import was_held
 
-    where = "judged" if was_held(rung) else "screened"
-    return f"{rung.name}, {where}: accuracy {rung.accuracy}, speed {rung.speed}"
+    if was_held(rung):
+        return rung.accuracy
+    return "screened out" if rung.accuracy == "FAIL" else "not judged"
 
 
 def _rung_row(rung: Rung) -> tuple[str, ...]:
-    from robx.export.climb import was_held
-
     values = rung.values
     return (
         "*" if rung.kept else "",
         rung.name,
-        rung.accuracy if was_held(rung) else f"screened: {rung.accuracy}",
+        _accuracy(rung),
         _interval(values["probe_drop"]) if "probe_drop" in values else "",
         f"{values['cosine_mean'].value:.4f}" if "cosine_mean" in values else "",
         _speedup(values.get("speedup_fp32")),
         _speedup(values.get("speedup_fp16")),
-        rung.speed if "speedup_fp32" in values else "on device",
+        rung.speed if "speedup_fp32" in values else "on device" if values else "",
         _size(int(values["bytes"].value)) if "bytes" in values else "",
     )
 

@@ -92,7 +92,8 @@ class Judge:
             name=candidate.name,
             settings=candidate.settings(),
             precision=candidate.precision,
-            accuracy=accuracy,
+            # A PASS is one on the judging images.
+            accuracy="FAIL" if accuracy == "FAIL" else "INCONCLUSIVE",
             speed=speed,
             values=values,
             reason=f"screened on {len(self.screening)} training images alone: {reason} (by {judge}); {said}",
@@ -204,9 +205,10 @@ class Judge:
             ArtifactError: an image alone is answered otherwise than in a batch.
         """
         pieces = []
+        note = f"{'judging' if images is self.workshop.images.judging else 'screening'} {candidate.name}"
         for piece in images.batches(self.workshop.request.student.preprocessing, _BATCH):
             pieces.append(session.run(piece))
-            self.workshop.progress(min(len(pieces) * _BATCH, len(images)), len(images), f"judging {candidate.name}")
+            self.workshop.progress(min(len(pieces) * _BATCH, len(images)), len(images), note)
         embeddings = np.concatenate(pieces)
         first = images.normalised(self.workshop.request.student.preprocessing, slice(8))
         alone = np.concatenate([session.run(first[i : i + 1]) for i in range(len(first))])

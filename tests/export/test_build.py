@@ -136,7 +136,7 @@ def test_an_unproven_drop_does_not_ship_and_says_what_would_prove_it(
 
 
 def _rung(accuracy: str, speed: str, *, measured: bool = True) -> Rung:
-    values = {"probe_drop": Value(value=1.0, n=500)} if measured else {}
+    values = {"probe_drop": Value(value=1.0, n=500), "speedup_fp32": Value(value=1.0)} if measured else {}
     return Rung(
         name="x", settings={}, precision="int8", accuracy=accuracy, speed=speed, values=values, reason="",  # type: ignore[arg-type]
     )  # fmt: skip

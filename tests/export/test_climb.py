@@ -88,6 +88,17 @@ def test_the_clock_does_not_choose_among_candidates_of_one_graph() -> None:
     assert outcome.winner is not None and outcome.winner.name == "c"
 
 
+def test_what_lost_too_much_in_screening_is_held_last() -> None:
+    def screened(candidate: Candidate, drop: float, cosine: float) -> tuple[Candidate, Rung]:
+        rung = _rung(candidate, "INCONCLUSIVE", 2.0, cosine)
+        return candidate, replace(rung, values=rung.values | {"probe_drop": Value(value=drop)})
+
+    a, b, c = _names("a", "b", "c")
+    pairs = [screened(a, 4.1, 0.99), screened(b, 0.3, 0.95), screened(c, 2.2, 0.97)]
+    assert [candidate.name for candidate, _ in preference(pairs, margin=3)] == ["c", "b", "a"]
+    assert [candidate.name for candidate, _ in preference(pairs, margin=5)] == ["a", "c", "b"]
+
+
 def test_one_candidate_alone_is_held_to_the_judging_images_when_it_passes() -> None:
     outcome = _climb(_names("a", "b", "c"), cosines={"b": 0.95})
     assert outcome.held == 1
