@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from common import CLIP_ART, RESULTS, demo_images, first_images, publish, say, step_seconds
 from matplotlib.figure import Figure
 
@@ -112,6 +113,7 @@ def measure_here(point: Point, given: argparse.Namespace) -> None:
     """Run the steps in this process and leave what they took in ``rank-N.json``."""
     recipe = recipe_of(point, given)
     source = first_images(open_source(demo_images(), split="train"), recipe.batch_size * given.steps)
+    torch.manual_seed(0)  # the same random teacher in every process
     teacher = build_teacher_skeleton(
         given.teacher, objective="msn", prototypes=recipe.prototypes, image_size=given.size
     )
