@@ -151,7 +151,7 @@ def cells(row: Point) -> list[str]:
 def picture(rows: list[Point], students: list[str], path: Path) -> None:
     """Time above, memory below, a column a setting, a line a student."""
     canvas = Figure(figsize=(9, 5), layout="constrained")
-    axes = canvas.subplots(2, len(SWEEPS), sharey="row")
+    axes = canvas.subplots(2, len(SWEEPS))
     styles = [("o", "-"), ("s", "--"), ("D", ":")]
     for column, name in enumerate(SWEEPS):
         for student, (marker, line) in zip(students, styles, strict=False):
@@ -160,11 +160,12 @@ def picture(rows: list[Point], students: list[str], path: Path) -> None:
             for axis, y in zip(axes[:, column], ("ms", "MB"), strict=True):
                 values = [row["ms"] if y == "ms" else row["peak_bytes"] / 1e6 for row in mine]
                 axis.plot(x, values, marker=marker, ls=line, label=student)
-                axis.set_ylim(bottom=0)
-                axis.grid(alpha=0.3)
         axes[1, column].set_xlabel(TITLES[name])
     for axis in axes[:, list(SWEEPS).index("prototypes")]:
         axis.set_xscale("log", base=2)
+    for axis in axes.flat:  # only now: a limit that is set ends the search for the other
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("ms a step")
     axes[1, 0].set_ylabel("peak memory, MB")
     axes[0, 0].legend(fontsize="small")
