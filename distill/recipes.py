@@ -83,7 +83,7 @@ class Recipe:
     lr: float = 2e-3  # peak, for a global batch of `lr_batch`, scaled linearly to `batch_size`
     lr_batch: int | None = 1024  # None: lr is taken as it is
     warmup_lr: float = 0.0  # scaled alike
-    final_lr: float = 1e-5
+    final_lr: float = 1e-5  # scaled alike: the cosine ends at the same share of its peak at any batch size
     warmup_share: float = 0.033  # of all steps
     weight_decay: float = 0.04
     weight_decay_end: float = 0.4
@@ -137,8 +137,8 @@ class Recipe:
 
     @property
     def last_lr(self) -> float:
-        """Where the cosine ends; never above the peak."""
-        return min(self.final_lr, self.peak_lr)
+        """Where the cosine ends, at this batch size; never above the peak."""
+        return min(self.final_lr, self.lr) * self._scale
 
     @property
     def _scale(self) -> float:

@@ -48,7 +48,8 @@ def resolve_recipe(
     recipe = override(recipe, values | {"objective": recipe.objective}, where=str(file or "recipe"))
     given = {name: value for name, value in options.items() if value is not None}
     if "lr" in given:
-        given |= {"lr_batch": None, "warmup_lr": 0.0, "final_lr": min(recipe.final_lr, given["lr"])}
+        share = min(1.0, recipe.final_lr / recipe.lr) if recipe.lr else 0.0  # of its peak, where the recipe's rate ends
+        given |= {"lr_batch": None, "warmup_lr": 0.0, "final_lr": share * given["lr"]}
     return override(recipe, given, where="options")
 
 

@@ -53,6 +53,7 @@ def test_options_win_over_the_file_and_the_file_over_the_preset(scenes: Path, tm
     )
     resolved = json.loads(given.stdout)["recipe"]
     assert resolved["lr"] == 0.25 and resolved["lr_batch"] is None
+    assert resolved["final_lr"] == pytest.approx(0.25 * 4.8e-3 / 0.5)  # the share of the peak that the recipe ends at
 
 
 def test_a_dry_run_counts_and_writes_nothing(scenes: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_learning_rate_warms_up_from_its_start_peaks_and_ends() -> None:
     rates = [learning_rate(step, steps=1000, recipe=recipe) for step in range(1000)]
     assert rates[0] == pytest.approx(0.3 / 2) and rates[100] == max(rates) == pytest.approx(4.8 / 2)
     assert rates[50] == pytest.approx((0.15 + 2.4) / 2)
-    assert rates[-1] == pytest.approx(4.8e-3)
+    assert rates[-1] == pytest.approx(4.8e-3 / 2)
     assert all(a < b for a, b in itertools.pairwise(rates[:101]))
     assert all(a >= b for a, b in itertools.pairwise(rates[100:]))
 
@@ -49,6 +49,16 @@ def test_linear_scaling_by_the_batch() -> None:
     assert recipe.peak_lr == pytest.approx(2e-3)
     assert override(recipe, {"batch_size": 256}).peak_lr == pytest.approx(5e-4)
     assert override(recipe, {"batch_size": 256, "lr_batch": None}).peak_lr == pytest.approx(2e-3)
+
+
+@pytest.mark.parametrize("batch", [4096, 256, 32, 1])
+def test_the_rate_falls_to_the_same_share_of_its_peak_at_any_batch(batch: int) -> None:
+    """SwAV's own small recipe says so too: peak 0.6 and end 0.0006 at a batch of 256 against 4.8 and 0.0048."""
+    recipe = override(preset("swav", "cnn"), {"batch_size": batch})
+    rates = [learning_rate(step, steps=50, recipe=recipe) for step in range(50)]
+    assert rates[-1] / max(rates) == pytest.approx(1e-3)
+    flat = override(recipe, {"final_lr": 9.0})
+    assert learning_rate(49, steps=50, recipe=flat) == pytest.approx(flat.peak_lr)  # it never rises
 
 
 def test_weight_decay_follows_its_cosine() -> None:
