@@ -117,6 +117,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--labelled-only", action="store_true", help="train on the labelled images alone: fewer")
     parser.add_argument("--data", type=Path, help="labelled images with train and test; default: the demo's")
     parser.add_argument("--out", type=Path, default=Path("runs/chain"))
+    parser.add_argument("--name", help="of the result; default: after --only")
     parser.add_argument("--workers", type=int, default=1)
     return parser.parse_args()
 
@@ -274,7 +275,7 @@ def write_down(
     ends = {name: {kind: end_of(given.out / name / kind) for kind in ("teacher", "ema-0", "rob-0")} for name in found}
     seen = given.epochs * (len(images) // given.batch) * given.batch
     publish(
-        "chain" if set(given.only) == set(CHAINS) else "chain-" + "-".join(given.only),
+        given.name or ("chain" if set(given.only) == set(CHAINS) else "chain-" + "-".join(given.only)),
         title="RoB against the base method alone, top-1 in %",
         headings=["chain", "student", "protocol", "teacher", "random", "EMA alone", "RoB", "RoB - EMA"],
         rows=rows,
@@ -293,7 +294,7 @@ def write_down(
             *(sentence(name, kind, end, given) for name, of in ends.items() for kind, end in of.items() if end),
             CLIP_ART if given.data is None else f"Images: {split.bank.name}.",
         ],
-        settings={key: str(value) for key, value in vars(given).items() if key not in ("data", "out")},
+        settings={key: str(value) for key, value in vars(given).items() if key not in ("data", "out", "name")},
     )
 
 
