@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from robx.errors import CorruptImage
 
@@ -62,6 +62,8 @@ def decode(data: bytes, *, name: str) -> Image.Image:
             return to_rgb(ImageOps.exif_transpose(image))
     except CorruptImage:
         raise
+    except UnidentifiedImageError as error:  # its own message names an object in memory
+        raise CorruptImage(f"{name}: cannot be decoded (no image format that is known)") from error
     except (
         Exception
     ) as error:  # Pillow's plugins raise whatever their parser meets: OSError, ValueError, struct.error …
