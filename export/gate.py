@@ -45,16 +45,18 @@ class Limits:
             raise InputError(f"--min-speedup {self.min_speedup:g} is not positive")
 
 
-def open_judge(folder: Path) -> Session | str:
+def open_judge(folder: Path, *, batch: int | None = None) -> Session | str:
     """A bundle in the runtime that will run it, or the reason why this machine cannot.
+
+    `batch` is that of every call, where it is always the same, as `robx bench` has it: an engine may plan for it.
 
     Raises:
         ArtifactError: the bundle itself is damaged.
     """
-    from robx.runtime.session import open_session
+    from robx.runtime.session import SessionSettings, open_session
 
     try:
-        return open_session(folder)
+        return open_session(folder, SessionSettings(batch=batch))
     except (DeviceError, MissingExtra) as error:
         # The folder is gone when the reason is read.
         return str(error).replace(f"{folder}{os.sep}", "").replace(str(folder), "the model")
