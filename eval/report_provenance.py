@@ -157,8 +157,9 @@ def _bundle_cells(bundle: Bundle, folder: str, labels: dict[str, str]) -> tuple[
     seen = bundle.calibration
     calibration = Cell("none")
     if seen:
-        prints = f"{seen.fingerprint} {seen.judged_fingerprint}"
-        calibration = Cell(f"{seen.images} images, judged on {seen.judged_images} others", prints)
+        prints = " ".join(filter(None, (seen.fingerprint, seen.screened_fingerprint, seen.judged_fingerprint)))
+        chosen = f", chosen by {seen.screened_images}" if seen.screened_images else ""
+        calibration = Cell(f"{seen.images} images{chosen}, judged on {seen.judged_images} others", prints)
     return (
         Cell(labels.get(bundle.id, bundle.id), folder),
         Cell(bundle.id, f"target {bundle.target}, {bundle.runtime}, opset {bundle.opset}"),

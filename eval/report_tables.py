@@ -179,7 +179,8 @@ def _rung(rung: Rung, index: int, packed: Packed, keys: Sequence[str]) -> tuple[
     name = rung.name + (" (shipped)" if rung.kept else "")
     return (
         Cell(name, source=place, mark="picked" if rung.kept else ""),
-        *(Cell(verdict, mark=verdict.lower()) for verdict in (rung.accuracy, rung.speed)),
+        Cell(rung.accuracy_said, mark=rung.accuracy.lower() if rung.was_judged else "missing"),
+        Cell(rung.speed, mark=rung.speed.lower()),
         *(_rung_figure(key, rung.values.get(key), place) for key in keys),
     )
 

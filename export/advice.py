@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from robx.errors import GateFailed
-from robx.export.climb import was_held
 from robx.records import Bundle
 
 
@@ -22,12 +21,12 @@ def gate_error(bundle: Bundle, folder: Path) -> GateFailed | None:
 def _advice(bundle: Bundle) -> str:
     """Why no rung of the precision that was asked for shipped, by the one that came nearest, and what to do."""
     tried = [rung for rung in bundle.rungs if rung.precision == bundle.requested]
-    accurate = [rung for rung in tried if rung.accuracy == "PASS" or (rung.accuracy != "FAIL" and not was_held(rung))]
+    accurate = [rung for rung in tried if rung.accuracy == "PASS" or (rung.accuracy != "FAIL" and not rung.was_judged)]
     if any(rung.speed == "INCONCLUSIVE" and "speedup_fp32" in rung.values for rung in accurate):
         return "an accurate one could not be timed well enough; run it again on a quiet machine"
     if accurate:
         return "the accurate ones are slower than asked for; allow it with a lower --min-speedup"
-    open_ones = [rung for rung in tried if rung.accuracy == "INCONCLUSIVE" and was_held(rung)]
+    open_ones = [rung for rung in tried if rung.accuracy == "INCONCLUSIVE" and rung.was_judged]
     if open_ones:
         judged = (rung.values.get("probe_drop", rung.values.get("cosine_mean")) for rung in open_ones)
         images = max((value.n or 0 for value in judged if value is not None), default=0)

@@ -17,7 +17,7 @@ from robx.errors import InputError
 from robx.export import gate, to_onnx
 from robx.export.calibration import JUDGING_IMAGES, MIN_IMAGES, SCREENING_IMAGES, Splits, read_splits
 from robx.export.candidate import Candidate
-from robx.export.climb import Outcome, climb, ships, was_held
+from robx.export.climb import Outcome, climb, ships
 from robx.export.folders import CACHE, cached_onnx, require_bundle_place, ship
 from robx.export.judging import Judge
 from robx.export.ladder import ladder, limit, machine_of, sensitive_rungs
@@ -171,7 +171,7 @@ def _how_chosen(outcome: Outcome) -> str:
 
 def _force(judge: Judge, candidate: Candidate, rungs: Sequence[Rung], asked: Precision) -> tuple[Bundle, Path]:
     """A candidate that did not pass, with its figures on the judging images, marked."""
-    judged = [judge.judge(candidate) if r.name == candidate.name and not was_held(r) else r for r in rungs]
+    judged = [judge.judge(candidate) if r.name == candidate.name and not r.was_judged else r for r in rungs]
     kept = tuple(dataclasses.replace(rung, kept=rung.name == candidate.name) for rung in judged)
     return _accept(judge, candidate, kept, asked, forced=True)
 
@@ -198,6 +198,7 @@ def _accept(
         if candidate.precision == "fp32":
             verdict = "PASS" if parity and workshop.splits is not None else "NOT_JUDGED"
             reason = _fp32_reason(reason, parity, real=workshop.splits is not None)
+    screening = judge.screening if rungs else None
     bundle = dataclasses.replace(
         bundle,
         requested=asked,
@@ -205,7 +206,7 @@ def _accept(
         reason="; ".join(part for part in (reason, bundle.reason) if part),
         rungs=rungs,
         parity=parity,
-        calibration=workshop.splits.record() if workshop.splits is not None else None,
+        calibration=workshop.splits.record(screening) if workshop.splits is not None else None,
     )
     return bundle, folder
 

@@ -71,14 +71,16 @@ class Splits:
     judging: Images
     source: str  # fingerprint of the ImageSource of all but `judging`
 
-    def record(self) -> Calibration:
-        """What goes into the manifest."""
+    def record(self, screening: Images | None = None) -> Calibration:
+        """What goes into the manifest; `screening` are the images that a candidate was chosen by, if any was."""
         return Calibration(
             images=len(self.calibration),
             fingerprint=self.calibration.fingerprint,
             judged_images=len(self.judging),
             judged_fingerprint=self.judging.fingerprint,
             source=self.source,
+            screened_images=len(screening) if screening is not None else 0,
+            screened_fingerprint=screening.fingerprint if screening is not None else "",
         )
 
 

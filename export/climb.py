@@ -45,12 +45,7 @@ def level_of(count: int) -> float:
 
 def ships(rung: Rung) -> bool:
     """Accurate on the judging images, and not slower where that can be measured."""
-    return was_held(rung) and rung.accuracy == "PASS" and _is_fast(rung)
-
-
-def was_held(rung: Rung) -> bool:
-    """Whether the rung's accuracy is that of the judging images; else it is that of the screening images."""
-    return "screened" not in rung.values
+    return rung.was_judged and rung.accuracy == "PASS" and _is_fast(rung)
 
 
 def climb(
@@ -198,7 +193,7 @@ class _Search:
 
 def _is_sound(rung: Rung) -> bool:
     """Looked at and good enough to be held to the judging images."""
-    return not was_held(rung) and rung.accuracy != "FAIL" and _is_fast(rung)
+    return not rung.was_judged and rung.accuracy != "FAIL" and _is_fast(rung)
 
 
 def _is_fast(rung: Rung) -> bool:

@@ -120,7 +120,7 @@ def export(
             head=head,
             options=options,
             progress=progress,
-            on_rung=lambda rung: say(f"{rung.name}: accuracy {_accuracy(rung)}, speed {rung.speed}"),
+            on_rung=lambda rung: say(f"{rung.name}: accuracy {rung.accuracy_said}, speed {rung.speed}"),
         )
     folder = out or run / f"{fmt}-{bundle.precision}"
     _show_rungs(bundle)
@@ -188,21 +188,12 @@ def _show_rungs(bundle: Bundle) -> None:
             print_line(f"{rung.name}: {rung.reason}", dim=True)
 
 
-def _accuracy(rung: Rung) -> str:
-    """The verdict on the judging images, or how far the rung came without them."""
-    from robx.export.climb import was_held
-
-    if was_held(rung):
-        return rung.accuracy
-    return "screened out" if rung.accuracy == "FAIL" else "not judged"
-
-
 def _rung_row(rung: Rung) -> tuple[str, ...]:
     values = rung.values
     return (
         "*" if rung.kept else "",
         rung.name,
-        _accuracy(rung),
+        rung.accuracy_said,
         _interval(values["probe_drop"]) if "probe_drop" in values else "",
         f"{values['cosine_mean'].value:.4f}" if "cosine_mean" in values else "",
         _speedup(values.get("speedup_fp32")),

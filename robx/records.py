@@ -129,6 +129,18 @@ class Rung:
     reason: str
     kept: bool = False
 
+    @property
+    def was_judged(self) -> bool:
+        """Whether its accuracy is that of the judging images; else it is that of the screening images."""
+        return "screened" not in self.values
+
+    @property
+    def accuracy_said(self) -> str:
+        """The verdict on the judging images, or how far it came without them."""
+        if self.was_judged:
+            return self.accuracy
+        return "screened out" if self.accuracy == "FAIL" else "not judged"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
@@ -139,6 +151,8 @@ class Calibration:
     judged_images: int
     judged_fingerprint: str
     source: str = ""  # fingerprint of the ImageSource that the calibration images were drawn from
+    screened_images: int = 0  # those by which a candidate was chosen to be judged
+    screened_fingerprint: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

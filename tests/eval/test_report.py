@@ -184,6 +184,20 @@ def test_a_rung_shows_what_decides_and_its_reason_below_its_row(pages):
     assert "- **plain per-channel**: images 300, preset performance; loses more than 1 point" in pages.markdown
 
 
+def test_a_rung_without_a_verdict_on_the_judged_images_says_so(records, tmp_path):
+    student = records.write_run(tmp_path / "r")
+    judged, other = records.rungs_of(0.2, kept=True)
+    look = {"screened": Value(value=400.0)}
+    rungs = (replace(judged, accuracy="FAIL", values=judged.values | look), replace(other, accuracy="INCONCLUSIVE"))
+    rungs = (*rungs, replace(rungs[1], name="third", kept=False, values=other.values | look))
+    records.write_bundle(tmp_path / "r" / "openvino-int8", student, "int8", 900, rungs=rungs)
+    markdown = render(collect([tmp_path])).markdown
+    heading = re.search(r"^.*: asked for int8, shipped int8.*$", markdown, re.MULTILINE)
+    assert heading is not None
+    _, rows = _markdown_table(markdown, heading[0].strip("*"))
+    assert [row[1] for row in rows] == ["screened out", "INCONCLUSIVE", "not judged"]
+
+
 def test_a_full_width_line_spans_its_table_and_belongs_to_its_row(data, pages):
     heads = {a["id"] for a in Page(pages.html).tags("th") if "id" in a}
     lines = [a for a in Page(pages.html).tags("td") if "colspan" in a]

@@ -23,13 +23,13 @@ from robx.export.advice import gate_error
 from robx.export.build import Options, build
 from robx.export.calibration import open_data
 from robx.export.candidate import Candidate
-from robx.export.climb import was_held
 from robx.export.folders import CACHE
 from robx.export.gate import Limits
 from robx.export.inspection import inspect_bundle
 from robx.export.qdq import check_trt_qdq
 from robx.export.request import ExportTarget
 from robx.records import Bundle, Rung, Value, load_bundle
+from robx.runtime.compare import interleave
 from robx.runtime.session import open_session
 from robx.trunk import embed, load_trunk
 
@@ -100,13 +100,17 @@ def test_of_several_candidates_the_chosen_one_alone_meets_the_judging_images(
     options = dataclasses.replace(LENIENT, rungs=None, calibration_images=16)
     bundle = _export(cnn_run, scenes, tmp_path / "b", options, format="onnx", precision="int8")
     assert bundle.precision == "int8" and bundle.verdict == "PASS"
-    judged = [rung.name for rung in bundle.rungs if was_held(rung)]
+    judged = [rung.name for rung in bundle.rungs if rung.was_judged]
     assert len(judged) == 1 and judged != ["broken"] and [rung.kept for rung in bundle.rungs].count(True) == 1
     cosines = {rung.name: rung.values["screen_cosine"].value for rung in bundle.rungs}
     assert cosines[judged[0]] == max(cosines.values())
-    assert {rung.values["probe_drop"].n for rung in bundle.rungs if not was_held(rung)} == {16}  # a third of 64 - 16
-    assert {rung.values["probe_drop"].n for rung in bundle.rungs if was_held(rung)} == {32}
+    assert {rung.values["probe_drop"].n for rung in bundle.rungs if not rung.was_judged} == {16}  # a third of 64 - 16
+    assert {rung.values["probe_drop"].n for rung in bundle.rungs if rung.was_judged} == {32}
     assert "chosen from 3" in bundle.reason and "screened on" in bundle.rungs[0].reason
+    seen = bundle.calibration
+    assert seen is not None and (seen.images, seen.screened_images, seen.judged_images) == (16, 16, 32)
+    assert len({seen.fingerprint, seen.screened_fingerprint, seen.judged_fingerprint}) == 3
+    assert _export(cnn_run, scenes, tmp_path / "f", format="onnx").calibration.screened_images == 0  # type: ignore[union-attr]
 
 
 def test_none_passing_ships_the_fallback_under_its_true_precision(cnn_run: Path, scenes: Path, tmp_path: Path) -> None:
@@ -230,7 +234,7 @@ def test_a_session_is_closed_when_its_judgement_fails(
 ) -> None:
     opened: list[Any] = []
 
-    def open_broken(folder: Path) -> Any:
+    def open_broken(folder: Path, **_: Any) -> Any:
         session = open_session(folder)
         opened.append(session)
         if len(opened) == 1:
@@ -243,6 +247,24 @@ def test_a_session_is_closed_when_its_judgement_fails(
     for session in opened:
         with pytest.raises(DeviceError, match="closed"):
             session.facts()
+
+
+def test_the_gate_times_what_was_planned_for_one_image(
+    cnn_run: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: dict[str, set[str]] = {}
+
+    def watch(sessions: dict[str, Any], images: np.ndarray, **more: Any) -> Any:
+        for name, session in sessions.items():
+            timed.setdefault(name, set()).add(session.facts()["input_shape"])
+        return interleave(sessions, images, blocks=10, seconds=0.01, seed=more.get("times", 1))
+
+    monkeypatch.setattr("robx.export.gate.time_interleaved", watch)
+    _export(cnn_run, scenes, tmp_path / "b", format="openvino", precision="int8")
+    assert timed.keys() == {"candidate", "fp32", "fp16"}
+    assert {shape[:3] for shapes in timed.values() for shape in shapes} == {"[1,"}
+    with open_session(tmp_path / "b") as session:  # what ships still takes any number
+        assert session.facts()["input_shape"].startswith("[?,")
 
 
 def test_force_ships_int8_marked(cnn_run: Path, scenes: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from robx.errors import ArtifactError, MissingExtra
 from robx.eval.verdict import non_inferiority
 from robx.export.candidate import Candidate
-from robx.export.climb import Outcome, climb, level_of, preference, ships, was_held
+from robx.export.climb import Outcome, climb, level_of, preference, ships
 from robx.records import Rung, Value, Verdict
 
 Verdicts = dict[str, Verdict]
@@ -102,7 +102,7 @@ def test_what_lost_too_much_in_screening_is_held_last() -> None:
 def test_one_candidate_alone_is_held_to_the_judging_images_when_it_passes() -> None:
     outcome = _climb(_names("a", "b", "c"), cosines={"b": 0.95})
     assert outcome.held == 1
-    assert [was_held(rung) for rung in outcome.rungs] == [False, True, False]
+    assert [rung.was_judged for rung in outcome.rungs] == [False, True, False]
 
 
 def test_when_the_best_does_not_pass_the_next_best_is_held_at_a_stricter_level() -> None:
