@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from common import Chosen, demo_images, save_student, say, shown
 from export_page import Row, row_from_json, write_down
+from more_judged import hold_out
 from vendors import vendor_bundle
 
 from robx import __version__
@@ -64,6 +65,8 @@ def main() -> None:
     """Measure every student's engines, one after the other, and write the table after each."""
     given = arguments()
     data = given.data or demo_images()
+    if given.hold_out:
+        data = hold_out(data, given.hold_out, given.out / f"images-{given.hold_out}")
     rows: list[Row] = []
     missing: list[str] = []
     learnt: list[str] = []
@@ -99,6 +102,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=20, help="of each model in the interleaved timing")
     parser.add_argument("--seconds", type=float, default=0.1, help="of a block")
     parser.add_argument("--data", type=Path, help="labelled images with train and test; default: the demo's")
+    parser.add_argument("--hold-out", type=int, default=0, help="so many labelled training images are judged instead")
     parser.add_argument("--out", type=Path, default=Path("runs/export-table"))
     parser.add_argument("--name", default="export-table", help="of the result's files")
     return parser.parse_args()
@@ -319,7 +323,7 @@ class Work:
             sessions = {}
             for row in rows:
                 path = self.folder / "table" / row["folder"]
-                sessions[row["variant"]] = stack.enter_context(open_session(path, SessionSettings(threads=1)))
+                sessions[row["variant"]] = stack.enter_context(open_session(path, SessionSettings(threads=1, batch=1)))
             say(f"{self.student.timm_name}: timing {len(sessions)} models of {engine}, interleaved")
             images = self.splits.judging.normalised(self.student.preprocessing, slice(0, 16))
             blocks = interleave(sessions, images, blocks=self.given.blocks, seconds=self.given.seconds)

@@ -1,0 +1,47 @@
+"""The demo's images with more of them held out: a drop of 3 points shows in 1,767 judged images, hardly in 867."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from robx.files import read_json, write_json, write_text
+from robx.folders import new_folder
+from robx.shards import write_shard
+from robx.sources import LICENCE_FILE, ImageSource, labels_of, open_source
+
+
+def hold_out(data: Path, count: int, folder: Path) -> Path:
+    """Shards of `data`, `count` of whose labelled training images are judged instead; `folder`, made on first use.
+
+    Raises:
+        SystemExit: fewer than `count` labelled training images.
+    """
+    train, test = open_source(data, split="train"), open_source(data, split="test")
+    made, wanted = folder / "made-from.json", {"train": train.fingerprint, "test": test.fingerprint, "count": count}
+    if made.is_file() and read_json(made) == wanted:
+        return folder
+    labelled = np.flatnonzero(labels_of(train) >= 0)
+    if count > len(labelled):
+        raise SystemExit(f"--hold-out {count}: the training images have {len(labelled)} with a label")
+    moved = np.random.default_rng(0).permutation(labelled)[:count]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(folder) as temporary:
+        write_shard(temporary / "train-00000.tar", _samples(train, np.setdiff1d(np.arange(len(train)), moved)))
+        write_shard(temporary / "test-00000.tar", _samples(test, np.arange(len(test))))
+        write_shard(temporary / "test-00001.tar", _samples(train, np.sort(moved)))
+        write_json(temporary / "classes.json", list(train.classes or ()))
+        write_text(temporary / LICENCE_FILE, train.licence)
+        write_json(temporary / made.name, wanted)
+    return folder
+
+
+def _samples(source: ImageSource, places: np.ndarray) -> Iterator[tuple[str, bytes, int | None]]:
+    """What `write_shard` takes."""
+    for place in map(int, places):
+        buffer = io.BytesIO()
+        source.read(place).save(buffer, format="PNG")
+        yield f"{Path(source.key(place)).stem}.png", buffer.getvalue(), source.label(place)
