@@ -170,6 +170,8 @@ def recipe_of(chain: Chain, network: str, given: argparse.Namespace, *, base: bo
         values["ema_momentum"] = [given.momentum, 1.0]
     if chain.objective == "msn" and not base:
         values |= {"teacher_temperature": 0.05, "head": "native"}
+    if chain.objective == "ibot":  # where its warm-up over 30 epochs begins; from .07 on the targets stay uniform
+        values["teacher_temperature"] = 0.04
     if base:  # the warm-ups of hundreds of epochs keep their share of the run
         values |= {"teacher_temperature_epochs": round(0.1 * epochs), "freeze_last_layer_epochs": int(epochs >= 30)}
     values |= read_toml(given.recipe) if given.recipe else {}
