@@ -56,6 +56,7 @@ def write_down(rows: list[Row], missing: list[str], learnt: list[str], given: ar
             *dict.fromkeys(f"{r['student']}, {ENGINES[r['engine']]}: {r['note']}." for r in rows if r["note"]),
             *_warm_note(given.warm),
             *([CLIP_ART] if given.data is None else []),
+            *_held_out_note(given.hold_out),
             "Where robx ships fp32 its row is the fp32 file once more: how far its ratio is from 1 is this run's "
             "noise, whatever the interval says.",
         ],
@@ -108,6 +109,15 @@ def _warm_note(names: list[str]) -> list[str]:
     return [
         f"{', '.join(names)} began from EfficientNet-Lite0's ImageNet weights in every tensor that both have alike, "
         "the other students from random ones."
+    ]
+
+
+def _held_out_note(count: int) -> list[str]:
+    if not count:
+        return []
+    return [
+        f"Here {count:,} of the labelled images to train on are judged instead, and no student was distilled from "
+        "them: the more are judged, the smaller the drops that show."
     ]
 
 

@@ -96,7 +96,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=96, help="of --distil and --lite0, in pixels")
     parser.add_argument("--stage", choices=("all", "students", "bundles", "times"), default="all", help="do a part")
     parser.add_argument("--trt", metavar="TARGET", help="add the form for TensorRT, e.g. rtx:sm86+sm89 or jetson-orin")
-    parser.add_argument("--max-drop", type=float, default=3.0, help="of robx's gate; 867 images cannot prove 1 point")
+    parser.add_argument("--max-drop", type=float, default=3.0, help="of robx's gate; few images cannot prove 1 point")
     parser.add_argument("--budget", type=float, help="seconds of an int8 search after which it tries no further rung")
     parser.add_argument("--calibration-images", type=int, default=MIN_IMAGES, help="of robx and the vendors alike")
     parser.add_argument("--blocks", type=int, default=20, help="of each model in the interleaved timing")

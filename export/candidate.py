@@ -21,6 +21,7 @@ class Candidate:
     ranges: RangeMethod = "minmax"
     percentile: float = 99.99
     signed: bool = False  # int8 activations; else uint8
+    asymmetric: bool = False  # NNCF: activations with a zero point where they go below zero, as after a swish
     reduce_range: bool = False  # 7-bit weights: AVX2 without VNNI saturates on 8-bit products
     float_ops: tuple[str, ...] = ()  # operator types that stay in float
     float_nodes: tuple[str, ...] = ()  # nodes that stay in float

@@ -124,11 +124,14 @@ def _nncf_ladder(facts: GraphFacts, *, transformer: bool) -> list[Candidate]:
         ]
         careful = dataclasses.replace(smooth[0], name=f"{smooth[0].name}, stem and last in float", float_nodes=kept)
         return [smooth[0], dataclasses.replace(plain, name="nncf, no SmoothQuant"), careful, *smooth[1:]]
+    asymmetric = dataclasses.replace(plain, name="nncf, asymmetric", asymmetric=True)
     return [
         plain,
+        asymmetric,
         dataclasses.replace(plain, name="nncf, quantile ranges", ranges="percentile"),
-        dataclasses.replace(plain, name="nncf, stem, last and gates in float", float_nodes=kept),
+        dataclasses.replace(asymmetric, name="nncf, asymmetric, full bias correction", full_bias=True),
         dataclasses.replace(plain, name="nncf, equalised, full bias correction", equalize=True, full_bias=True),
+        dataclasses.replace(asymmetric, name="nncf, asymmetric, stem, last and gates in float", float_nodes=kept),
     ]
 
 

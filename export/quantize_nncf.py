@@ -63,6 +63,7 @@ def _quantize(model: Any, items: list[Any], candidate: Candidate, kept: list[str
                 model,
                 nncf.Dataset(items),
                 subset_size=len(items),
+                preset=nncf.QuantizationPreset.MIXED if candidate.asymmetric else None,
                 fast_bias_correction=not candidate.full_bias,
                 model_type=nncf.ModelType.TRANSFORMER if candidate.transformer else None,
                 ignored_scope=nncf.IgnoredScope(names=kept, validate=True),

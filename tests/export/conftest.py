@@ -49,13 +49,13 @@ def vit_run(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> Path:
 @pytest.fixture(scope="session")
 def cnn_onnx(cnn_run: Path, tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
     """The CNN as float32 ONNX with dynamic batch."""
-    return _export(cnn_run, tmp_path_factory.mktemp("onnx") / "cnn.onnx")
+    return export_onnx(cnn_run, tmp_path_factory.mktemp("onnx") / "cnn.onnx")
 
 
 @pytest.fixture(scope="session")
 def vit_onnx(vit_run: Path, tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
     """The ViT as float32 ONNX with dynamic batch."""
-    return _export(vit_run, tmp_path_factory.mktemp("onnx") / "vit.onnx")
+    return export_onnx(vit_run, tmp_path_factory.mktemp("onnx") / "vit.onnx")
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +65,6 @@ def scene_pixels(scenes: Path) -> np.ndarray:
     return np.stack([preprocess(source.read(i), pre) for i in range(48)])
 
 
-def _export(run: Path, path: Path) -> onnx.ModelProto:
+def export_onnx(run: Path, path: Path) -> onnx.ModelProto:
     student, trunk = load_trunk(run)
     return to_onnx.export_onnx(to_onnx.export_model(trunk, student), path, student=student, batch=None, opset=20)

@@ -16,12 +16,13 @@ from robx.export.graph_facts import read_facts
 from robx.export.ladder import sensitive_rungs
 from robx.export.qdq import quantized_nodes
 from robx.export.sensitivity import simulate
+from robx.export.to_openvino import read_onnx
 
 ov = pytest.importorskip("openvino")
 
 
 def _read(model: onnx.ModelProto) -> Any:
-    return ov.Core().read_model(model.SerializeToString())
+    return read_onnx(model.SerializeToString(), where="the test's model")
 
 
 def _run(network: Any, images: np.ndarray) -> np.ndarray:
