@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,6 +146,7 @@ def distill(
         student=students[0], teacher=teacher, targets=targets, objective=objective, file=recipe_file, options=settings
     )
     workers = default_workers() if workers is None else workers
+    _warn_of_kinds(students, recipe)
 
     from robx.distill.processes import join_processes
     from robx.distill.run import Options
@@ -257,6 +259,19 @@ def students(as_json: bool) -> None:
         (row["name"], f"{row['params'] / 1e6:.1f} M", str(row["width"]), "ViT" if row["vit"] else "CNN") for row in rows
     ]
     print_table(("student", "params", "width", "kind"), shown, right=(1, 2))
+
+
+def _warn_of_kinds(students: Sequence[str], recipe: Recipe) -> None:
+    """Say so when students that take different recipes train by one."""
+    from robx.distill.networks import student_kind
+
+    kinds = {name: student_kind(name) for name in students}
+    other = next((name for name in students if kinds[name] != kinds[students[0]]), None)
+    if other is not None:
+        say(
+            f"{other} takes another recipe than {students[0]} and trains by its: {recipe.optimizer}, lr {recipe.lr:g}, "
+            f"weight decay {recipe.weight_decay:g}; give them runs of their own, or --recipe FILE for both"
+        )
 
 
 def _dry_run(

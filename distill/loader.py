@@ -94,7 +94,7 @@ class Skipped:
             first = "; ".join(list(self.found.values())[:3])
             raise InputError(
                 f"{len(self.found)} of {self.images} images cannot be decoded, more than --corrupt-budget "
-                f"{self.budget:g} allows: {first}"
+                f"{self.budget:g} allows; corrupt.txt beside the run lists them: {first}"
             )
         return new
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from robx.distill.branches import EmaBranch, StoredBranch, TargetBranch, TargetWriter, WritingBranch, build_branch
 from robx.distill.learner import Learner
@@ -22,7 +22,7 @@ from robx.errors import InputError
 from robx.files import read_json, write_json
 from robx.records import TeacherInfo, from_json, to_json
 from robx.sources import ImageSource
-from robx.trunk import build_trunk, is_vit, load_trunk
+from robx.trunk import build_trunk, load_trunk
 
 
 @dataclass(frozen=True)
@@ -122,14 +122,14 @@ def build_networks(
 
 
 def student_kind(name: str) -> StudentKind:
-    """Which recipe a timm name takes.
+    """Which recipe a timm name takes: the CNNs' was made for networks with BatchNorm, the ViTs' for those without.
 
     Raises:
         InputError: timm has no model of that name.
     """
-    if not timm.is_model(name):
-        build_trunk(name)  # says so, and offers the nearest
-    return "vit" if is_vit(name) else "cnn"
+    with torch.device("meta"):
+        trunk = build_trunk(name)
+    return "cnn" if any(isinstance(module, _BatchNorm) for module in trunk.modules()) else "vit"
 
 
 @dataclass

@@ -18,6 +18,7 @@ _IBOT: dict[str, Any] = {
     "weight_decay_end": 0.48,
     "epochs": 100,
 }
+TINY_PATCH_DROP = 0.1  # RoB-MSN's for ViT-Tiny students
 _MSN: dict[str, Any] = {
     "objective": "msn",
     "head": "mlp",

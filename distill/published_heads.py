@@ -44,19 +44,25 @@ class PrototypeHead(nn.Module):
         self.register_buffer("patch_prototypes", patch_prototypes)
 
     def project(self, x: Tensor) -> Tensor:
-        """Unit vectors (N, E) of features (N, D)."""
+        """Unit vectors (N, E) of features (N, D), in float32."""
         centred = x if self.mean is None else x - self.mean
-        return F.normalize(self.projection(centred), dim=-1)
+        return F.normalize(self.projection(centred).float(), dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores (N, K) of features (N, D)."""
-        return F.linear(self.project(x), self.prototypes)
+        """Scores (N, K) of features (N, D), in float32."""
+        return self._score(self.project(x), self.prototypes)
 
     def patches(self, x: Tensor) -> Tensor:
         """Scores (N, P, Kp) of patch tokens (N, P, D); the CLS prototypes serve where the head is shared."""
         prototypes = self.prototypes if self.patch_prototypes is None else self.patch_prototypes
-        scores = F.linear(self.project(x.flatten(0, 1)), prototypes)
+        scores = self._score(self.project(x.flatten(0, 1)), prototypes)
         return scores.reshape(x.shape[0], x.shape[1], -1)
+
+    @staticmethod
+    def _score(projected: Tensor, prototypes: Tensor) -> Tensor:
+        """In float32 under autocast too: bf16 rounds a cosine by some .004, and a temperature of .03 makes that .13."""
+        with torch.autocast(projected.device.type, enabled=False):
+            return F.linear(projected, prototypes)
 
 
 def dino_head(state: State, *, where: str) -> PrototypeHead:

@@ -217,7 +217,7 @@ def resume_run(run: Run) -> int:
 def save_run(run: Run, done: int) -> None:
     """Every process says what it skipped; the first one writes the students and the checkpoint."""
     for found in run.processes.gather(run.skipped.found):
-        run.skipped.add(found)
+        count_skipped(run, found)
     queues = run.processes.gather([None if s.queue is None else s.queue.cpu() for s in _shapings(run)])
     if not run.processes.first:
         return
@@ -230,10 +230,27 @@ def save_run(run: Run, done: int) -> None:
     }
     for learner, folder in zip(run.learners, run.folders, strict=True):
         save_trunk(folder, learner.trunk, _record(run, learner, done))
-    if run.skipped.found:
-        write_text(run.out / "corrupt.txt", "".join(f"{one_line(reason)}\n" for reason in run.skipped.found.values()))
+    _list_corrupt(run)
     # The checkpoint is last: a run that is killed before it does this once more, and one killed after it lacks nothing.
     resume.save_checkpoint(run.out, state, step=done, keep=run.options.keep, best=run.best[0] if run.best else None)
+
+
+def count_skipped(run: Run, found: dict[int, str]) -> list[str]:
+    """Count images that could not be decoded, by their index; returns the reasons that are new.
+
+    Raises:
+        InputError: more than the budget; corrupt.txt lists them all.
+    """
+    try:
+        return run.skipped.add(found)
+    except InputError:
+        _list_corrupt(run)
+        raise
+
+
+def _list_corrupt(run: Run) -> None:
+    if run.skipped.found:
+        write_text(run.out / "corrupt.txt", "".join(f"{one_line(reason)}\n" for reason in run.skipped.found.values()))
 
 
 def _shapings(run: Run) -> list[Shaping]:

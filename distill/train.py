@@ -31,7 +31,7 @@ from robx.distill.probe import Probe
 from robx.distill.processes import Processes, join_processes
 from robx.distill.recipes import Recipe
 from robx.distill.report import log_step, monitor, note, open_probe, probe_references, probe_students, speed_bound
-from robx.distill.run import Options, Run, Say, open_run, publish_teachers, resume_run, save_run
+from robx.distill.run import Options, Run, Say, count_skipped, open_run, publish_teachers, resume_run, save_run
 from robx.distill.speed import Rate, SpeedBound, measure_bound
 from robx.distill.teachers import Teacher
 from robx.distill.views import Targets, Views
@@ -248,7 +248,7 @@ def _update(run: Run, learner: Learner, loss: Tensor, step: int, images: Sequenc
 
 
 def _count_skipped(run: Run, found: dict[int, str]) -> None:
-    for reason in run.skipped.add(found):
+    for reason in count_skipped(run, found):
         run.say(f"skipped {reason}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from robx.records import Student, load_student, save_student
 def build_trunk(timm_name: str, *, drop_path: float = 0.0) -> nn.Module:
     """A timm model without its classifier and without weights; its output is the embedding, (N, D).
 
-    A ViT answers with its CLS token and takes any image size that its patches divide (96-px local crops).
+    A plain ViT answers with its CLS token, where it has one, and takes any image size that its patches divide (96-px
+    local crops).
 
     Raises:
         InputError: timm has no model of that name; the nearest names are offered.
@@ -31,14 +33,23 @@ def build_trunk(timm_name: str, *, drop_path: float = 0.0) -> nn.Module:
         raise InputError(f"unknown student {timm_name!r}: {hint}")
     options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
     if is_vit(timm_name):
-        options |= {"global_pool": "token", "dynamic_img_size": True}
+        options["dynamic_img_size"] = True
+        # timm refuses the CLS token's pooling, and tells in no other way, where there is none (SigLIP).
+        with contextlib.suppress(AssertionError):
+            return _create(timm_name, **options, global_pool="token")
+    return _create(timm_name, **options)
+
+
+def _create(timm_name: str, **options: Any) -> nn.Module:
     model: nn.Module = timm.create_model(timm_name, pretrained=False, num_classes=0, **options)
     return model
 
 
 def is_vit(timm_name: str) -> bool:
-    """Whether timm builds this name as a plain VisionTransformer; what it does not know is none."""
-    return timm.is_model(timm_name) and timm.model_entrypoint(timm_name).__module__.endswith("vision_transformer")
+    """Whether timm builds this name as a plain ViT (ViT, DeiT, DINOv2, SigLIP); what it does not know is none."""
+    if not timm.is_model(timm_name):
+        return False
+    return timm.model_entrypoint(timm_name).__module__.rpartition(".")[2] in ("vision_transformer", "deit")
 
 
 def embedding_width(trunk: nn.Module) -> int:

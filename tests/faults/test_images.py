@@ -97,6 +97,7 @@ def test_a_whole_run_on_odd_images(odd: Path, tmp_path: Path, robx: Callable[...
     refused = robx(*command)
     assert refused.exit_code == 2 and "cannot be decoded, more than --corrupt-budget" in refused.stderr
     assert not (tmp_path / "run" / "student.json").exists()
+    assert "corrupt.txt" in refused.stderr and "cannot be decoded" in (tmp_path / "run" / "corrupt.txt").read_text()
     # 13 good, 5 bad, a pipe and two dead links in each class.
     learned = robx(*command, "--corrupt-budget", 0.5, "--fresh", "--json")
     assert learned.exit_code == 0, learned.output
