@@ -175,7 +175,7 @@ _ALIASES = {"msn_vitl16": "msn_vitl", "dino_resnet50": "dino_rn50", "swav_resnet
 _FULL = {f"vit_{size}_patch{p}_224.dino": f"dino_vit{size[0]}{p}" for size in ("small", "base") for p in (8, 16)}
 
 # Students that are tested the whole way, from distilling to the exported engines; any other timm name may do.
-_STUDENTS = (
+STUDENTS = (
     "resnet18",
     "resnet34",
     "resnet50",
@@ -233,7 +233,7 @@ def teacher_rows() -> list[dict[str, Any]]:
 def student_rows() -> list[dict[str, Any]]:
     """What ``robx students`` lists: those that are tested the whole way, with their parameters and embedding width."""
     rows = []
-    for name in _STUDENTS:
+    for name in STUDENTS:
         with torch.device("meta"):
             trunk = build_trunk(name)
         params = sum(parameter.numel() for parameter in trunk.parameters())

@@ -1,0 +1,62 @@
+"""Each student that robx names, the whole way: distilled, exported, and its answers the same in both engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
+
+from robx.cli import main
+from robx.distill.zoo import STUDENTS
+from robx.images import preprocess
+from robx.records import load_bundle, load_student
+from robx.runtime.session import open_session
+from robx.sources import open_source
+
+RECIPE = """
+optimizer = "adamw"
+lr = 0.001
+lr_batch = 16
+crop_size = 32
+local_crops = 0
+prototypes = 8
+patch_drop = 0.0
+"""
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_named_student_goes_the_whole_way(name: str, scene_shards: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "teacher.safetensors")
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    run = tmp_path / "run"
+    _robx(
+        *("distill", "--teacher", "timm:test_resnet", "--teacher-weights", tmp_path / "teacher.safetensors"),
+        *("--student", name, "--data", scene_shards, "--out", run, "--cache", tmp_path, "--objective", "msn"),
+        *("--recipe", tmp_path / "recipe.toml", "--epochs", "1", "--batch-size", "48", "--workers", "0"),
+    )
+    student = load_student(run)
+    assert (student.timm_name, student.images_seen) == (name, 96)
+    source = open_source(scene_shards, split="test")
+    pixels = np.stack([preprocess(source.read(i), student.preprocessing) for i in range(5)])
+    wanted = _answers(run, pixels)
+    assert wanted.shape == (5, student.width) and np.ptp(wanted, axis=0).max() > 0
+    for form in ("onnx", "openvino"):
+        _robx("export", run, "--format", form, "--data", scene_shards)
+        assert load_bundle(run / f"{form}-fp32").verdict == "PASS"
+        np.testing.assert_allclose(_answers(run / f"{form}-fp32", pixels), wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+def _robx(*arguments: object) -> None:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+
+
+def _answers(folder: Path, pixels: np.ndarray) -> np.ndarray:
+    with open_session(folder) as session:
+        return session.run(pixels)
