@@ -31,6 +31,11 @@ from robx.records import Accuracy, Fidelity, Measurement, Value
 @click.option("--reference", type=click.Path(path_type=Path), help="The student's folder, when not above the bundle.")
 @click.option("--margin", default=1.0, show_default=True, help="Accuracy drop that --fidelity tolerates, in points.")
 @click.option("--cached", is_flag=True, help="Train heads on features extracted once: quick, and another protocol.")
+@click.option(
+    "--save-head",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Train a linear head on the embedding and keep it for robx export --head.",
+)
 @click.option("--threads", type=click.IntRange(1), help="Threads of the model; default: all processors.")
 @click.option("--batch", default=64, show_default=True, type=click.IntRange(1), help="Images in one run of the model.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder for extracted features.")
@@ -49,6 +54,7 @@ def evaluate(
     reference: Path | None,
     margin: float,
     cached: bool,
+    save_head: Path | None,
     threads: int | None,
     batch: int,
     cache: Path | None,
@@ -80,7 +86,7 @@ def evaluate(
     plan = Plan(
         data=data,
         test=test,
-        knn=knn or not (linear or lowshot or transfers or fidelity),
+        knn=knn or not (linear or lowshot or transfers or fidelity or save_head),
         linear=linear,
         lowshot=parse_shots(lowshot) if lowshot else (),
         lowshot_splits=lowshot_splits,
@@ -89,6 +95,7 @@ def evaluate(
         reference=reference,
         margin=margin,
         cached=cached,
+        save_head=save_head,
         threads=threads or decode_workers(),
         batch=batch,
         cache=None if no_cache else cache or cache_folder() / "features",

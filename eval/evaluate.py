@@ -35,10 +35,12 @@ def evaluate(folders: Sequence[Path], plan: Plan, *, progress: Progress | None =
     """
     records = {folder: load_record(folder) for folder in folders}
     split = open_split(plan.data, plan.test) if plan.data else None
-    if split is None and (plan.knn or plan.linear or plan.lowshot or plan.fidelity):
+    if split is None and plan.needs_data:
         raise InputError("no images to judge on: give --data with a folder that has train/ and test/, or add --test")
     if plan.fidelity:
         check_margin(plan.margin)
+    if plan.save_head and len(folders) > 1:
+        raise InputError(f"--save-head keeps the head of one model and {len(folders)} were given: name one")
     if split is not None:
         for shot in plan.lowshot:
             check_splits(split.bank, shot, plan.lowshot_splits)
@@ -49,7 +51,7 @@ def evaluate(folders: Sequence[Path], plan: Plan, *, progress: Progress | None =
         settings = SessionSettings(threads=plan.threads)
         wanted = dict.fromkeys([*folders, *references.values()])
         sessions = {folder: stack.enter_context(open_session(folder, settings)) for folder in wanted}
-        if split is not None and (plan.knn or plan.lowshot or plan.fidelity or plan.linear):
+        if split is not None and plan.needs_data:
             yield from _on_the_data(folders, sessions, references, split, plan, progress)
         if plan.transfers:
             from robx.eval.protocols import transfers
@@ -107,7 +109,7 @@ def _on_the_data(
             settings = _knn_settings(bank[folder], test[folder], repeats.get(folder))
             yield Result(folder=folder, record=accuracy_record(sessions[folder], "knn", split, values, settings))
     yield from _fidelity(sessions, references, split, bank, test, repeats, plan)
-    if plan.lowshot or plan.linear:
+    if plan.lowshot or plan.linear or plan.save_head:
         from robx.eval.protocols import trained_protocols
 
         for folder in folders:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,6 +94,16 @@ class Heads(nn.Module):
                 "the heads' loss is not finite: the features hold NaN, or a learning rate is far too large"
             )
         return loss
+
+    @torch.inference_mode()
+    def folded(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Weight (C, D_kind) and bias (C,), float32, of one head as a single linear map: its BatchNorm folded in."""
+        head: Any = self._heads[list(self.names).index(name)]
+        norm, linear = head
+        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        bias = linear.bias + linear.weight @ (norm.bias - scale * norm.running_mean)
+        weight: np.ndarray = (linear.weight * scale).cpu().numpy()
+        return weight, bias.cpu().numpy()
 
     @torch.inference_mode()
     def top(self, features: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

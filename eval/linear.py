@@ -57,9 +57,26 @@ def linear_cached(
     Raises:
         InputError: no labelled images, or features that are not finite.
     """
-    rows, labels = _labelled_tensors(bank)
     test_rows, test_labels = _labelled_tensors(test)
-    kinds = kinds or {"embedding": slice(0, rows.shape[1])}
+    kinds = kinds or {"embedding": slice(0, bank.features.shape[1])}
+    heads, best = train_cached(
+        bank, classes=classes, kinds=kinds, recipe=recipe, rates=rates, seed=seed, progress=progress
+    )
+    return _judge(heads, test_rows, test_labels.numpy(), kinds, classes=classes, headline=best)
+
+
+def train_cached(
+    bank: Features,
+    *,
+    classes: int,
+    kinds: Mapping[str, slice],
+    recipe: HeadRecipe = VISSL,
+    rates: Sequence[float] = (),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Heads, str]:
+    """The heads of `linear_cached`, trained, and the name of the headline's; same arguments and errors."""
+    rows, labels = _labelled_tensors(bank)
     widths = {name: rows[:1, columns].shape[1] for name, columns in kinds.items()}
     batch = min(recipe.batch, len(rows))
     an_epoch = max(1, len(rows) // batch)
@@ -76,7 +93,7 @@ def linear_cached(
             heads.fit_batch({name: features[:, columns] for name, columns in kinds.items()}, labels[chosen])
         if progress:
             progress((epoch + 1) * an_epoch, steps, "training heads")
-    return _judge(heads, test_rows, test_labels.numpy(), kinds, classes=classes, headline=headline(widths, recipe))
+    return heads, headline(widths, recipe)
 
 
 def linear_streamed(

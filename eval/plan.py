@@ -30,9 +30,15 @@ class Plan:
     reference: Path | None = None
     margin: float = 1.0  # points
     cached: bool = False  # heads on features extracted once, for a Student too
+    save_head: Path | None = None  # where a linear head on the embedding goes
     threads: int = 1
     batch: int = BATCH
     cache: Path | None = None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether anything is judged on `data`; else only transfers are."""
+        return bool(self.knn or self.linear or self.lowshot or self.fidelity or self.save_head)
 
 
 @dataclass(frozen=True, kw_only=True)

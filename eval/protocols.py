@@ -11,12 +11,14 @@ import numpy as np
 
 from robx.eval.datasets import SquareSource, open_dataset
 from robx.eval.features import Features, extract
-from robx.eval.linear import LEAST_STEPS, linear_cached, linear_streamed
+from robx.eval.heads import TOP, head_values
+from robx.eval.linear import LEAST_STEPS, VISSL, linear_cached, linear_streamed, train_cached
 from robx.eval.lowshot import LAMBDA, draw_splits, low_shot, read_splits
 from robx.eval.plan import Plan, Result, accuracy_record
 from robx.eval.splits import Split, make_split
 from robx.eval.transfer import TRANSFERS, Transfer, transfer
 from robx.eval.trunk_outputs import TrunkSession
+from robx.heads import Head, save_head
 from robx.progress import Progress
 from robx.records import Accuracy, Json, Student, to_json
 from robx.runtime.session import Session
@@ -27,13 +29,34 @@ def trained_protocols(
     folder: Path, session: Session, split: Split, features: tuple[Features, Features], plan: Plan,
     progress: Progress | None,
 ) -> Iterator[Result]:  # fmt: skip
-    """Low-shot and linear of one model, given its embeddings of the bank's and the test's images."""
+    """Low-shot, linear and a head to keep of one model, given its embeddings of the bank's and the test's images."""
     if plan.lowshot:
         yield from _lowshot(folder, session, split, *features, plan, progress)
     if plan.linear:
         yield Result(
             folder=folder, record=_linear(folder, session, split, plan, "linear", TRANSFERS["folder"], progress)
         )
+
+    if plan.save_head is not None:
+        yield Result(folder=folder, record=_keep_head(plan.save_head, session, split, *features, progress))
+
+
+def _keep_head(
+    path: Path, session: Session, split: Split, bank: Features, test: Features, progress: Progress | None
+) -> Accuracy:
+    """A linear head on the embedding itself, which an exported model can carry; its BatchNorm is folded in."""
+    columns = {"embedding": slice(0, bank.features.shape[1])}
+    heads, name = train_cached(bank, classes=split.classes, kinds=columns, progress=progress)
+    names = split.names or tuple(map(str, range(split.classes)))
+    head = Head(*heads.folded(name), names)
+    save_head(head, path)
+    keep = test.labels >= 0
+    scores = test.features[keep] @ head.weight.T + head.bias
+    tops = np.argsort(-scores, axis=1, kind="stable")[:, :TOP]
+    values = head_values({name: tops}, test.labels[keep], classes=split.classes, headline=name)
+    settings: dict[str, Json] = {"recipe": to_json(VISSL), "features": "embedding, extracted once"}
+    settings |= {"least_steps": LEAST_STEPS, "kept": path.name}
+    return accuracy_record(session, "linear-cached", split, values, settings)
 
 
 def _lowshot(

@@ -25,6 +25,7 @@ from robx.export.request import ExportRequest, ExportTarget
 from robx.export.workshop import Workshop
 from robx.files import sha256_file
 from robx.folders import scratch_folder
+from robx.heads import load_head
 from robx.progress import Progress, silent
 from robx.records import (
     Bundle,
@@ -94,7 +95,7 @@ def build(
     record = load_student(student_folder)
     splits = _read(source, judge, record.preprocessing, target, options, progress)
     student, trunk = load_trunk(student_folder)
-    linear = to_onnx.load_head(head) if head else None
+    linear = load_head(head) if head else None
     model = to_onnx.export_model(trunk, student, head=linear, uint8_input=target.uint8_input)
     inputs, outputs = to_onnx.tensor_specs(
         student,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from robx.errors import ArtifactError, InputError
 from robx.export.quiet import quiet
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest
 from robx.files import write_bytes
+from robx.heads import Head
 from robx.onnx_safety import check_model
 from robx.records import Preprocessing, Student, TensorSpec, Value
 
@@ -31,17 +31,7 @@ IR_VERSION = 10
 PIXELS, EMBEDDING, LOGITS = "pixels", "embedding", "logits"
 # The whole difference between PyTorch's and a runtime's float32 kernels, on real images; measured at 1e-5 and below.
 _FP32_TOLERANCE = 1e-3
-_MAX_HEAD_BYTES = 1024**3
 _MIN_COSINE = {"fp32": 0.9999, "fp16": 0.999}
-
-
-@dataclass(frozen=True)
-class Head:
-    """A linear classifier on the embedding."""
-
-    weight: np.ndarray  # (C, D) float32
-    bias: np.ndarray  # (C,) float32
-    labels: tuple[str, ...]
 
 
 class ExportModel(nn.Module):
@@ -220,37 +210,6 @@ def parity(reference: np.ndarray, candidate: np.ndarray, *, precision: str, what
     if precision == "fp32" and worst > _FP32_TOLERANCE * max(spread, 1e-6):
         raise ArtifactError(f"{what} differs from PyTorch by {worst:.2e} (values up to {spread:.2e}); not shipped")
     return {"max_abs": Value(value=worst, n=len(a)), "cosine_min": Value(value=float(cosine.min()), n=len(a))}
-
-
-def load_head(path: Path) -> Head:
-    """Read a linear head: safetensors with ``weight`` (C, D), ``bias`` (C,) and the class names in the metadata.
-
-    Raises:
-        InputError: no such file, or other tensors; the message says which are expected.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if path.is_file() and path.stat().st_size > _MAX_HEAD_BYTES:
-        raise InputError(f"{path} is larger than {_MAX_HEAD_BYTES} bytes: no linear head")
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: give safetensors with weight (C, D) and bias (C,)")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata, names = file.metadata() or {}, set(file.keys())
-            if not {"weight", "bias"} <= names:
-                raise InputError(f"{path} has the tensors {', '.join(sorted(names))}: expected weight and bias")
-            weight, bias = file.get_tensor("weight").astype(np.float32), file.get_tensor("bias").astype(np.float32)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a safetensors file ({error}): save the head again") from error
-    if weight.ndim != 2 or bias.shape != weight.shape[:1]:
-        raise InputError(f"{path}: weight {weight.shape} and bias {bias.shape} are not (C, D) and (C,)")
-    try:
-        names_of = json.loads(metadata.get("classes", "null")) or [str(i) for i in range(len(bias))]
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} names its classes in damaged JSON ({error}): save the head again") from error
-    if not isinstance(names_of, list) or len(names_of) != len(bias):
-        raise InputError(f"{path} does not name the classes of its {len(bias)} rows: save the head again")
-    return Head(weight, bias, tuple(map(str, names_of)))
 
 
 def _replace_pools(module: nn.Module) -> None:

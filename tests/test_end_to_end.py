@@ -13,7 +13,10 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from robx.cli import main
+from robx.images import preprocess
 from robx.records import Accuracy, Fidelity, Latency, load_bundle, load_measurements, load_student
+from robx.runtime.session import open_session
+from robx.sources import open_source
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,23 @@ def test_the_whole_way(run: Path, scene_shards: Path) -> None:
         ("onnx", "fp32"),
         ("openvino", "fp32"),
     }
+
+
+def test_a_head_from_eval_is_what_an_export_carries(run: Path, scene_shards: Path, tmp_path: Path) -> None:
+    data, head, bundle = ("--data", str(scene_shards)), tmp_path / "head.safetensors", tmp_path / "onnx"
+    said = _robx("eval", str(run), *data, "--save-head", str(head), "--no-cache", "--json")
+    (record,) = [json.loads(line) for line in said.splitlines()]
+    assert record["protocol"] == "linear-cached"
+    _robx("export", str(run), "--format", "onnx", *data, "--head", str(head), "--out", str(bundle))
+    source = open_source(scene_shards, split="test")
+    pre, names = load_student(run).preprocessing, source.classes
+    pixels = np.stack([preprocess(source.read(i), pre) for i in range(len(source))])
+    with open_session(bundle, labels=True) as session:
+        logits = session.run(pixels)
+    assert names is not None and load_bundle(bundle).labels == names and logits.shape == (48, len(names))
+    right = np.mean([source.label(i) == found for i, found in enumerate(logits.argmax(axis=1))])
+    assert 100 * right == pytest.approx(record["values"]["top1"]["value"], abs=2.1)  # one image may lie on a border
+    assert right > 1 / len(names)
 
 
 def _of(folder: Path, kind: type) -> list:  # type: ignore[type-arg]

@@ -53,6 +53,16 @@ def test_heads_in_one_pass_are_the_heads_alone():
     assert len(seen) == 2
 
 
+def test_a_folded_head_answers_as_its_norm_and_its_map_do():
+    made, rows = train((0.01, 0.1)), 5 * features(64, seed=2).features + 3
+    for index, name in enumerate(made.names):
+        weight, bias = made.folded(name)
+        with torch.no_grad():
+            wanted = made._heads[index].eval()(torch.from_numpy(rows)).numpy()
+        np.testing.assert_allclose(rows @ weight.T + bias, wanted, atol=1e-4)
+        assert np.ptp(wanted, axis=0).min() > 0.1
+
+
 def test_a_head_is_plain_sgd_with_nesterov():
     data = features(32)
     made = heads.Heads({"a": 6}, classes=3, recipe=RECIPE, rates=(0.08,), steps=3)

@@ -28,6 +28,7 @@ from robx.export.gate import Limits
 from robx.export.inspection import inspect_bundle
 from robx.export.qdq import check_trt_qdq
 from robx.export.request import ExportTarget
+from robx.heads import load_head
 from robx.records import Bundle, Rung, Value, load_bundle
 from robx.runtime.compare import interleave
 from robx.runtime.session import open_session
@@ -329,7 +330,7 @@ def test_a_head_adds_logits(cnn_run: Path, scene_pixels: np.ndarray, tmp_path: P
     import onnxruntime
 
     path = _save_head(tmp_path, load_trunk(cnn_run)[0].width)
-    head = to_onnx.load_head(path)
+    head = load_head(path)
     bundle = build(cnn_run, ExportTarget(format="onnx"), out=tmp_path / "b", head=path)
     assert bundle.labels == ("x", "y", "z") and [o.name for o in bundle.outputs] == ["embedding", "logits"]
     session = onnxruntime.InferenceSession(tmp_path / "b" / "model.onnx")

@@ -1,0 +1,61 @@
+"""A linear head in a file: what `robx eval --save-head` leaves and `robx export --head` appends."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save
+
+from robx.errors import InputError
+from robx.files import write_bytes
+
+_MAX_HEAD_BYTES = 1024**3
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear classifier on the embedding."""
+
+    weight: np.ndarray  # (C, D) float32
+    bias: np.ndarray  # (C,) float32
+    labels: tuple[str, ...]
+
+
+def save_head(head: Head, path: Path) -> None:
+    """Write it as `load_head` reads it."""
+    tensors = {"weight": head.weight.astype(np.float32), "bias": head.bias.astype(np.float32)}
+    write_bytes(path, save(tensors, metadata={"classes": json.dumps(head.labels)}))
+
+
+def load_head(path: Path) -> Head:
+    """Read a linear head: safetensors with ``weight`` (C, D), ``bias`` (C,) and the class names in the metadata.
+
+    Raises:
+        InputError: no such file, or other tensors; the message says which are expected.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if path.is_file() and path.stat().st_size > _MAX_HEAD_BYTES:
+        raise InputError(f"{path} is larger than {_MAX_HEAD_BYTES} bytes: no linear head")
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: give safetensors with weight (C, D) and bias (C,)")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata, names = file.metadata() or {}, set(file.keys())
+            if not {"weight", "bias"} <= names:
+                raise InputError(f"{path} has the tensors {', '.join(sorted(names))}: expected weight and bias")
+            weight, bias = file.get_tensor("weight").astype(np.float32), file.get_tensor("bias").astype(np.float32)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a safetensors file ({error}): save the head again") from error
+    if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+        raise InputError(f"{path}: weight {weight.shape} and bias {bias.shape} are not (C, D) and (C,)")
+    try:
+        names_of = json.loads(metadata.get("classes", "null")) or [str(i) for i in range(len(bias))]
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} names its classes in damaged JSON ({error}): save the head again") from error
+    if not isinstance(names_of, list) or len(names_of) != len(bias):
+        raise InputError(f"{path} does not name the classes of its {len(bias)} rows: save the head again")
+    return Head(weight, bias, tuple(map(str, names_of)))
