@@ -21,6 +21,7 @@ class Candidate:
     ranges: RangeMethod = "minmax"
     percentile: float = 99.99
     signed: bool = False  # int8 activations; else uint8
+    mean_ranges: bool = False  # NNCF: the mean of every image's extremes, its default, in place of the extremes of all
     asymmetric: bool = False  # NNCF: activations with a zero point where they go below zero, as after a swish
     reduce_range: bool = False  # 7-bit weights: AVX2 without VNNI saturates on 8-bit products
     float_ops: tuple[str, ...] = ()  # operator types that stay in float
@@ -42,7 +43,8 @@ class Candidate:
     @property
     def form(self) -> Candidate:
         """What decides its speed: candidates whose numbers alone differ have one graph and run as fast."""
-        return replace(self, name="", ranges="minmax", percentile=99.99, equalize=False, full_bias=False)
+        plain = replace(self, name="", ranges="minmax", percentile=99.99, mean_ranges=False)
+        return replace(plain, equalize=False, full_bias=False)
 
     @property
     def family(self) -> Candidate:

@@ -83,6 +83,6 @@ def _advanced(nncf: Any, candidate: Candidate) -> Any:
             convolution=-1, matmul=-1 if candidate.smooth_alpha is None else candidate.smooth_alpha
         )
     )
-    if candidate.ranges == "percentile":
-        parameters.activations_range_estimator_params = RangeEstimatorParametersSet.MEAN_QUANTILE
+    if not candidate.mean_ranges:
+        parameters.activations_range_estimator_params = RangeEstimatorParametersSet.MINMAX
     return parameters

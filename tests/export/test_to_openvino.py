@@ -34,6 +34,17 @@ def _run(network: Any, images: np.ndarray) -> np.ndarray:
     return np.asarray(ov.Core().compile_model(network, "CPU", config)(images)[0])
 
 
+def _swish_ranges(quantised: Any) -> dict[str, tuple[float, float]]:
+    """(low, high) of the FakeQuantize behind each swish, by the swish's name."""
+    found = {}
+    for op in quantised.get_ops():
+        before = op.input_value(0).get_node() if op.get_type_name() == "FakeQuantize" else None
+        if before is not None and before.get_type_name() == "Swish":
+            low, high = (float(np.ravel(op.input_value(i).get_node().data)[0]) for i in (1, 2))
+            found[before.get_friendly_name()] = (low, high)
+    return found
+
+
 def test_with_any_batch_each_bias_is_a_constant_and_nothing_computes_with_shapes(swish_onnx: onnx.ModelProto) -> None:
     network = _read(swish_onnx)
     assert network.inputs[0].partial_shape[0].is_dynamic
@@ -68,19 +79,27 @@ def test_bias_correction_takes_place_and_the_full_one_is_another(
     assert np.abs(fast - full).mean() > 0.005 * scale
 
 
+def test_mean_ranges_are_narrower_than_the_extremes_of_all_images(
+    swish_onnx: onnx.ModelProto, scene_pixels: np.ndarray
+) -> None:
+    tops = []
+    for mean in (False, True):
+        candidate = Candidate(name="x", quantiser="nncf", asymmetric=True, mean_ranges=mean)
+        quantised = quantize_openvino(_read(swish_onnx), swish_onnx, scene_pixels[:24], candidate)
+        tops.append({name: high for name, (_, high) in _swish_ranges(quantised).items()})
+    assert tops[0].keys() == tops[1].keys() and all(tops[0][name] >= tops[1][name] for name in tops[0])
+    assert sum(tops[0][name] > 1.05 * tops[1][name] for name in tops[0]) > len(tops[0]) / 2
+
+
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_asymmetric_ranges_follow_a_swish_below_zero(
     asymmetric: bool, swish_onnx: onnx.ModelProto, scene_pixels: np.ndarray
 ) -> None:
     candidate = Candidate(name="x", quantiser="nncf", asymmetric=asymmetric)
     quantised = quantize_openvino(_read(swish_onnx), swish_onnx, scene_pixels[:16], candidate)
-    ranges = [
-        [float(np.ravel(op.input_value(i).get_node().data)[0]) for i in (1, 2)]
-        for op in quantised.get_ops()
-        if op.get_type_name() == "FakeQuantize" and op.input_value(0).get_node().get_type_name() == "Swish"
-    ]
+    ranges = _swish_ranges(quantised)
     assert len(ranges) > 3
-    for low, high in ranges:
+    for low, high in ranges.values():
         if asymmetric:
             assert -0.5 < low < 0 < high  # a swish is nowhere below -.28
         else:
