@@ -159,7 +159,9 @@ def _climb(judge: Judge, options: Options, on_rung: Callable[[Rung], None] | Non
         return sensitive_rungs(best, list(workshop.layer_costs), tried)
 
     margin = options.limits.max_drop
-    return climb(rungs, judge.look, judge.hold, margin=margin, more=more, on_rung=on_rung, budget=options.budget)
+    return climb(
+        rungs, judge.look, judge.hold, race=judge.race, margin=margin, more=more, on_rung=on_rung, budget=options.budget
+    )
 
 
 def _how_chosen(outcome: Outcome) -> str:

@@ -1,8 +1,9 @@
 """The climb up the ladder: which candidates are tried, and which one ships.
 
-A candidate is looked at first: built, timed, and screened on images that neither calibrate nor judge. What looks sound
-is then held to the judging images, one after the other, the best first, until one passes: so the one that ships is not
-the one that was lucky on them. Pure but for what `look` and `hold` do.
+A candidate is looked at first: built, timed, and screened on images that neither calibrate nor judge. Those that look
+sound are timed side by side, for figures of different minutes do not compare, and then held to the judging images, one
+after the other, the best first, until one passes: so the one that ships is not the one that was lucky on them. Pure but
+for what `look`, `race` and `hold` do.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def climb(
     look: Callable[[Candidate], Rung],
     hold: Callable[[Candidate, Rung, float], Rung],
     *,
+    race: Callable[[Sequence[tuple[Candidate, Rung]]], Sequence[Rung]] | None = None,
     margin: float = 100.0,
     more: Callable[[Candidate, Sequence[Candidate]], Sequence[Candidate]] | None = None,
     on_rung: Callable[[Rung], None] | None = None,
@@ -69,6 +71,7 @@ def climb(
         look: builds and times a candidate and screens it; ``values["screened"]`` says on how many images. A RobxError
             (but a missing package) is that rung's failure.
         hold: the same rung, judged on the judging images at a level; a RobxError is its failure too.
+        race: the rungs of several sound candidates with their speeds measured in one run; None keeps those of `look`.
         margin: points that may be lost; see `preference`.
         more: further candidates made from the closest one that is not too slow, and all that were tried.
         on_rung: told of every rung as it is looked at and as it is held.
@@ -76,7 +79,7 @@ def climb(
         clock: seconds, monotonic.
     """
     deadline = None if budget is None else clock() + budget
-    search = _Search(look, hold, on_rung, margin=margin, deadline=deadline, clock=clock)
+    search = _Search(look, hold, on_rung, race=race, margin=margin, deadline=deadline, clock=clock)
     pending = list(candidates)
     while pending:
         pending = search.look_at(pending)
@@ -130,6 +133,7 @@ class _Search:
     look: Callable[[Candidate], Rung]
     hold: Callable[[Candidate, Rung, float], Rung]
     on_rung: Callable[[Rung], None] | None
+    race: Callable[[Sequence[tuple[Candidate, Rung]]], Sequence[Rung]] | None
     margin: float
     deadline: float | None
     clock: Callable[[], float]
@@ -165,7 +169,12 @@ class _Search:
 
     def hold_best(self) -> Candidate | None:
         """Hold the sound candidates to the judging images, the best first, until one passes; that one."""
-        for candidate, rung in preference([p for p in self.tried if _is_sound(p[1])], margin=self.margin):
+        sound = [pair for pair in self.tried if _is_sound(pair[1])]
+        if self.race is not None and len(sound) > 1:
+            raced = dict(zip((candidate for candidate, _ in sound), self.race(sound), strict=True))
+            self.tried = [(candidate, raced.get(candidate, rung)) for candidate, rung in self.tried]
+            sound = [pair for pair in self.tried if _is_sound(pair[1])]
+        for candidate, rung in preference(sound, margin=self.margin):
             self.held += 1
             judged = self._try(candidate, partial(self.hold, candidate, rung, level_of(self.held)))
             judged = replace(judged, kept=ships(judged))

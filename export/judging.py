@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ SCREEN_LEVEL = 0.25
 _BATCH = 32
 _TIMED_IMAGES = 16
 _TIMED_BATCH = 1  # as `robx bench` opens a model: OpenVINO runs what it planned for one image some 10 % faster
+Blocks = Mapping[str, list[np.ndarray]]  # name -> latencies in ns, a block each
 _KEPT = ("latency", "bytes", "screen_cosine")  # of a look, beside the speed-ups
 
 
@@ -113,6 +114,30 @@ class Judge:
         kept = {k: v for k, v in rung.values.items() if k.startswith("speedup_") or k in _KEPT}
         reason = f"{reason} (judged by {judge}); {self._said.get(candidate.name, '')}"
         return dataclasses.replace(rung, accuracy=accuracy, values=values | kept, reason=reason)
+
+    def race(self, sound: Sequence[tuple[Candidate, Rung]]) -> list[Rung]:
+        """The rungs with their speeds measured anew, in one run in which all candidates and the floats take turns."""
+        rungs = [rung for _, rung in sound]
+        if not self.workshop.request.target.is_local:
+            return rungs
+        self.workshop.progress(0, 1, f"timing {len(sound)} candidates side by side")
+        baselines = {name: s for name in ("fp32", "fp16") if (s := self._baseline(name, sound[0][0])) is not None}
+        with contextlib.ExitStack() as stack:
+            sessions = {}
+            for candidate, _ in sound:
+                session = gate.open_judge(self.workshop.make(candidate), batch=_TIMED_BATCH)
+                if isinstance(session, str):  # nothing of it could be timed before either
+                    return rungs
+                sessions[candidate.name] = stack.enter_context(session)
+            blocks = gate.time_interleaved({**sessions, **baselines}, self.first_images(_TIMED_IMAGES), times=2)
+        return [self._with_speed(candidate, rung, blocks, baselines) for candidate, rung in sound]
+
+    def _with_speed(self, candidate: Candidate, rung: Rung, blocks: Blocks, baselines: Collection[str]) -> Rung:
+        mine = {"candidate": blocks[candidate.name]} | {name: blocks[name] for name in baselines}
+        speed, figures, said = gate.judge_speed(mine, self.limits)
+        before, self._said[candidate.name] = self._said[candidate.name], said
+        reason = rung.reason.removesuffix(before) + said
+        return dataclasses.replace(rung, speed=speed, values=rung.values | figures, reason=reason)
 
     def judge(self, candidate: Candidate) -> Rung:
         """Look at a candidate and hold it to the judging images whatever came out: it is the only one there is.

@@ -108,6 +108,10 @@ def test_of_several_candidates_the_chosen_one_alone_meets_the_judging_images(
     assert {rung.values["probe_drop"].n for rung in bundle.rungs if not rung.was_judged} == {16}  # a third of 64 - 16
     assert {rung.values["probe_drop"].n for rung in bundle.rungs if rung.was_judged} == {32}
     assert "chosen from 3" in bundle.reason and "screened on" in bundle.rungs[0].reason
+    # All sound ones against the floats in one run, which is longer than a look's.
+    raced = {rung.name: rung.values["speedup_fp32"].n for rung in bundle.rungs if rung.name != "broken"}
+    assert len(raced) == 2 and set(raced.values()) == {20}
+    assert all(f"{r.values['speedup_fp32'].value:.2f}x fp32" in r.reason for r in bundle.rungs)
     seen = bundle.calibration
     assert seen is not None and (seen.images, seen.screened_images, seen.judged_images) == (16, 16, 32)
     assert len({seen.fingerprint, seen.screened_fingerprint, seen.judged_fingerprint}) == 3

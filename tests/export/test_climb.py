@@ -88,6 +88,23 @@ def test_the_clock_does_not_choose_among_candidates_of_one_graph() -> None:
     assert outcome.winner is not None and outcome.winner.name == "c"
 
 
+def test_sound_candidates_are_timed_side_by_side_and_that_decides() -> None:
+    raced: list[list[str]] = []
+
+    def race(sound: Sequence[tuple[Candidate, Rung]]) -> list[Rung]:
+        raced.append([candidate.name for candidate, _ in sound])
+        speeds = {"a": 2.0, "b": 1.5, "d": 0.9}
+        return [_rung(candidate, "INCONCLUSIVE", speeds[candidate.name]) for candidate, _ in sound]
+
+    looked = {"a": 1.9, "b": 2.3, "c": 9.0, "d": 3.0}  # of different minutes
+    outcome = _climb(_forms("a", "b", "c", "d"), speeds=looked, screened={"c": "FAIL"}, race=race)
+    assert raced == [["a", "b", "d"]]
+    assert outcome.winner is not None and outcome.winner.name == "a" and outcome.held == 1
+    assert {r.name: r.values["speedup_fp32"].value for r in outcome.rungs} == {"a": 2.0, "b": 1.5, "c": 9.0, "d": 0.9}
+    assert {r.name: r.speed for r in outcome.rungs}["d"] == "FAIL"
+    assert _climb(_names("a"), race=race).winner is not None and len(raced) == 1  # one alone races nobody
+
+
 def test_what_lost_too_much_in_screening_is_held_last() -> None:
     def screened(candidate: Candidate, drop: float, cosine: float) -> tuple[Candidate, Rung]:
         rung = _rung(candidate, "INCONCLUSIVE", 2.0, cosine)
