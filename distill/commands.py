@@ -154,6 +154,20 @@ def distill(
     from robx.distill.train import train
 
     if dry:
+        from robx.distill.run import check_settings, refuse_changes
+        from robx.records import to_json
+        from robx.sources import data_info
+        from robx.trunk import build_trunk
+
+        initial = check_settings(recipe, students, init)
+        if initial is not None:
+            for name in students:
+                initial.load_into(build_trunk(name), name)
+        if out is not None and resume and not force:
+            here = {"recipe": to_json(recipe), "students": list(students), "data": to_json(data_info(source))}
+            here |= {"stored_targets": targets is not None}
+            here |= {} if initial is None else {"init": initial.record()}
+            refuse_changes(out, here, unknown="teacher")  # its weights are not read
         _dry_run(recipe, students, source, teacher, teacher_weights, targets, device, workers, gpu_memory, as_json)
         return
     run: Path = _required(out, "--out DIR")
@@ -294,6 +308,8 @@ def _dry_run(
 
     skeleton = None
     if teacher is not None and teacher != "ema":
+        if weights is not None and not weights.is_file():
+            raise InputError(f"{weights} does not exist: give the teacher's file with --teacher-weights")
         skeleton = build_teacher_skeleton(
             teacher,
             weights=weights,

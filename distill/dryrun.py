@@ -9,15 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from robx.distill.learner import Learner, autocast
-from robx.distill.loader import CropDataset, collate, steps_per_epoch
+from robx.distill.loader import CropDataset, collate, epoch_order, steps_per_epoch
 from robx.distill.networks import StoredTeacher, build_networks
 from robx.distill.processes import Processes
+from robx.distill.prototypes import POINTS_PER_CENTRE, require_images
+from robx.distill.published_heads import PrototypeHead
 from robx.distill.recipes import Recipe
 from robx.distill.speed import measure_bound
 from robx.distill.teachers import Teacher
@@ -56,7 +59,7 @@ class RunCost:
     student_images_per_s: float
     bound_images_per_s: float
     loader_images_per_s: float  # of one worker
-    hours: float  # at the bound, or at the loader's speed where that is less
+    hours: float  # of one process at the bound and the loader's speed, fitting prototypes included
     gpu_memory_gb: float | None = None
     gpu_batch: int | None = None  # the largest micro-batch, estimated, that a GPU of that memory takes
 
@@ -75,7 +78,7 @@ class RunCost:
             f"measured on {self.device}: bound {self.bound_images_per_s:.1f} images/s "
             f"(teacher alone {self.teacher_images_per_s:.1f}, students alone {self.student_images_per_s:.1f}); "
             f"one loader worker {self.loader_images_per_s:.1f} images/s",
-            f"at that rate the run takes {self.hours:.2f} hours",
+            f"with the loader, and one process, the run takes {self.hours:.2f} hours",
         ]
         if self.gpu_batch is not None:
             fits = f"a micro-batch of about {self.gpu_batch}" if self.gpu_batch else "no batch at all"
@@ -109,6 +112,10 @@ def dry_run(
     Raises:
         InputError: settings that do not fit.
     """
+    fitted = 0  # images that the teacher's prototypes are fitted to first
+    if teacher is not None and isinstance(teacher.head, PrototypeHead) and teacher.head.mean is not None:
+        require_images(source, teacher.num_prototypes)
+        fitted = min(len(source), POINTS_PER_CENTRE * teacher.num_prototypes)
     place = Processes(0, 1, device or torch.device("cpu"))
     per_epoch = steps_per_epoch(len(source), recipe.batch_size)
     steps = per_epoch * recipe.epochs
@@ -118,7 +125,8 @@ def dry_run(
     micro = min(recipe.batch_size // recipe.accumulate, _MEASURED_IMAGES, len(source))
     dataset = CropDataset(source, recipe, mask_grid=networks.mask_grid, corrupt_budget=1.0)
     started = time.perf_counter()
-    batch = collate([dataset[0, index] for index in range(max(2, micro))])
+    order = epoch_order(len(source), seed=recipe.seed, epoch=0)  # stored targets lack what the last batch leaves out
+    batch = collate([dataset[0, int(index)] for index in order[: max(2, micro)]])
     loader_speed = len(batch.index) / (time.perf_counter() - started)
     views = batch.views(place.device)
 
@@ -137,7 +145,10 @@ def dry_run(
     images = views.globals.shape[1]
     image_bytes = (kept + _bytes(views) + sum(_bytes(target) for target in targets)) // images
     fixed = sum(_fixed_bytes(learner) for learner in networks.learners) + _weight_bytes(teacher)
-    rate = min(bound.images_per_s, loader_speed * max(1, workers))
+    loaders = loader_speed * max(1, workers)
+    # On a CPU the loader takes its time from the cores that compute.
+    alone = place.device.type == "cpu"
+    rate = 1 / (1 / bound.images_per_s + 1 / loaders) if alone else min(bound.images_per_s, loaders)
     return RunCost(
         images=len(source),
         epochs=recipe.epochs,
@@ -152,7 +163,7 @@ def dry_run(
         student_images_per_s=bound.student,
         bound_images_per_s=bound.images_per_s,
         loader_images_per_s=loader_speed,
-        hours=steps * recipe.batch_size / rate / 3600,
+        hours=(steps * recipe.batch_size / rate + fitted / bound.teacher) / 3600,
         gpu_memory_gb=gpu_memory,
         gpu_batch=None if gpu_memory is None else _largest_batch(gpu_memory, fixed=fixed, image=image_bytes),
     )
@@ -175,16 +186,35 @@ def _learner_cost(learner: Learner, views: Views, targets: Targets) -> tuple[Net
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+    with _flop_counter() as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         learner.learn(views, targets, draw=0)
     learner.optimizer.zero_grad(set_to_none=True)
     flops = counter.get_total_flops() / views.globals.shape[1]
     return NetworkCost(name=learner.name, params=_count(learner.net.trunk), flops_per_image=flops), sum(kept.values())
 
 
+def _flop_counter() -> FlopCounterMode:
+    """With the CPU's fused attention too, which torch does not count."""
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+    def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_backward_flop_count(grad, query, key, value))  # type: ignore[no-untyped-call]
+
+    ops = torch.ops.aten
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            ops._scaled_dot_product_flash_attention_for_cpu: attention,
+            ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+        },
+    )
+
+
 def _teacher_cost(teacher: Teacher, views: Views, recipe: Recipe) -> NetworkCost:
     pixels = views.globals[:, :1].flatten(0, 1)
-    with FlopCounterMode(display=False) as counter, autocast(recipe, pixels.device):
+    with _flop_counter() as counter, autocast(recipe, pixels.device):
         teacher(pixels)
     return NetworkCost(
         name=teacher.name, params=_count(teacher.trunk), flops_per_image=float(counter.get_total_flops())

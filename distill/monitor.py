@@ -5,6 +5,7 @@ N images   D width
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,6 +16,7 @@ from robx.errors import RobxError
 # Below these a representation has collapsed: 1 and D are those of features without any structure.
 MIN_STD = 0.02
 MIN_RANK = 2.0
+UNIFORM = 0.98  # share of the largest entropy, log K, above which targets say nothing
 
 
 class NotFinite(RobxError):
@@ -48,8 +50,11 @@ def spread(features: Tensor) -> dict[str, float]:
     return {"embedding_std": float(std), "embedding_rank": float(rank)}
 
 
-def warnings(health: Mapping[str, float]) -> list[str]:
-    """What is wrong with a run that shows these figures, in words; empty when nothing is."""
+def warnings(health: Mapping[str, float], *, prototypes: int | None = None) -> list[str]:
+    """What is wrong with a run that shows these figures, in words; empty when nothing is.
+
+    With `prototypes`, K, targets that are all but uniform over them are wrong too; supervised KD's are soft by design.
+    """
     found = []
     if health.get("embedding_std", 1.0) < MIN_STD or health.get("embedding_rank", MIN_RANK + 1) < MIN_RANK:
         found.append(
@@ -58,6 +63,12 @@ def warnings(health: Mapping[str, float]) -> list[str]:
         )
     if health.get("target_use", 2.0) < 1.1:
         found.append("the targets use one prototype for all images: another teacher or a higher teacher_temperature")
+    if prototypes and health.get("target_entropy", 0.0) > UNIFORM * math.log(prototypes):
+        found.append(
+            f"the targets are all but uniform, entropy {health['target_entropy']:.2f} of at most "
+            f"{math.log(prototypes):.2f}: they teach nothing; lower teacher_temperature, or take a teacher whose head "
+            "has learnt"
+        )
     if health.get("student_use", 2.0) < 1.02 and health.get("target_use", 2.0) > 2:
         found.append("the student gives all images the same prototype: lower --lr, or a longer warm-up")
     return found

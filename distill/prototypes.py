@@ -32,7 +32,7 @@ from robx.records import Preprocessing
 from robx.sources import ImageSource
 
 # Beyond this many points a centre, more of them no longer move it (the rule of thumb of FAISS).
-_POINTS_PER_CENTRE = 256
+POINTS_PER_CENTRE = 256
 # Of the features that are kept; k-means holds three such tensors.
 _FEATURE_BYTES = 2 * 1024**3
 _BATCH = 64
@@ -74,7 +74,7 @@ class Prototypes:
 
 def has_to_stream(*, images: int, prototypes: int, width: int) -> bool:
     """Whether the features (N, D) that a fit would keep are more than fit in memory."""
-    return min(images, _POINTS_PER_CENTRE * prototypes) * width * 4 > _FEATURE_BYTES
+    return min(images, POINTS_PER_CENTRE * prototypes) * width * 4 > _FEATURE_BYTES
 
 
 def fit_or_load(
@@ -97,6 +97,13 @@ def fit_or_load(
         return found
 
 
+def require_images(source: ImageSource, k: int) -> None:
+    """Refuse a source that has fewer images than K."""
+    if len(source) < k:
+        few = f"{source.name} has {len(source)}"
+        raise InputError(f"{k} prototypes need at least {k} images and {few}: lower --prototypes")
+
+
 def fit_prototypes(
     embed: Embed,
     source: ImageSource,
@@ -114,10 +121,8 @@ def fit_prototypes(
         InputError: fewer images than prototypes, or more than one image in a hundred that cannot be read.
     """
     k = settings.prototypes
-    if len(source) < k:
-        few = f"{source.name} has {len(source)}"
-        raise InputError(f"{k} prototypes need at least {k} images and {few}: lower --prototypes")
-    order = _pick(len(source), len(source) if settings.streaming else _POINTS_PER_CENTRE * k, seed=settings.seed)
+    require_images(source, k)
+    order = _pick(len(source), len(source) if settings.streaming else POINTS_PER_CENTRE * k, seed=settings.seed)
     reader = _Features(embed, source, preprocessing, device=device, progress=progress)
     if settings.streaming:
         mean, vectors = _stream(reader.batches(order), k, seed=settings.seed)

@@ -35,12 +35,14 @@ def log_step(
 
 def monitor(run: Run, done: int, pixels: Tensor, stats: list[Stats]) -> None:
     """Look for collapse, and warn once of each kind."""
-    if len(pixels) < 8:
-        return
     for learner, metrics, figures in zip(run.learners, run.metrics, stats, strict=True):
-        health = embedding_health(learner.trunk, pixels[:64])
-        metrics.add({"step": done, "epoch": done / run.per_epoch} | health)
-        for text in warnings(health | {name: float(value) for name, value in figures.items()}):
+        health = {}
+        if len(pixels) >= 8:  # of fewer images spread and rank say nothing
+            health = embedding_health(learner.trunk, pixels[:64])
+            metrics.add({"step": done, "epoch": done / run.per_epoch} | health)
+        seen = health | {name: float(value) for name, value in figures.items()}
+        soft = run.recipe.objective == "kd"
+        for text in warnings(seen, prototypes=None if soft else learner.net.num_prototypes):
             if (kind := f"{learner.name}: {text.split(';')[0][:24]}") not in run.warned:
                 run.warned.add(kind)
                 run.say(f"warning: {learner.name}, step {done}: {text}")

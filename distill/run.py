@@ -102,16 +102,12 @@ def open_run(
     """Check the settings against each other and the folder, and build the networks."""
     if (teacher is not None) + (targets is not None) + recipe.base != 1:
         raise InputError("give one of --teacher NAME, --teacher ema (the base method) and --targets DIR")
-    if recipe.freeze_trunk and init is None:
-        raise InputError("freeze_trunk leaves the trunk as it is given: give --init RUN")
-    if len(set(students)) != len(students) or not students:
-        raise InputError("give each --student once")
+    initial = check_settings(recipe, students, init)
     per_epoch = steps_per_epoch(len(source), recipe.batch_size)
     micro_batch(recipe, processes=processes.world)  # says so when it is none
     steps = recipe.epochs * per_epoch
     stored = None if targets is None else open_targets(targets, recipe, source)
     info = teacher.info if teacher is not None else stored.info if stored is not None else None
-    initial = None if init is None else Initial.open(init)
     settings: dict[str, Any] = {
         "recipe": to_json(recipe),
         "students": list(students),
@@ -120,9 +116,9 @@ def open_run(
         "stored_targets": stored is not None,
     }
     if initial is not None:
-        settings["init"] = {"timm_name": initial.timm_name, "sha256": initial.sha256}
+        settings["init"] = initial.record()
     if processes.first and not (options.force or options.fresh):
-        _refuse_changes(out, settings)
+        refuse_changes(out, settings)
     networks = build_networks(
         recipe,
         students,
@@ -164,11 +160,26 @@ def open_run(
     )
 
 
-def _refuse_changes(out: Path, settings: dict[str, Any]) -> None:
-    """Compare the settings with those of the run that is there, if there is one to resume."""
+def check_settings(recipe: Recipe, students: Sequence[str], init: Path | None) -> Initial | None:
+    """What can be said of the settings before any network is built; returns the weights to start from, if any.
+
+    Raises:
+        InputError: settings that contradict each other.
+        ArtifactError: `init` is no Student.
+    """
+    if recipe.freeze_trunk and init is None:
+        raise InputError("freeze_trunk leaves the trunk as it is given: give --init RUN")
+    if len(set(students)) != len(students) or not students:
+        raise InputError("give each --student once")
+    return None if init is None else Initial.open(init)
+
+
+def refuse_changes(out: Path, settings: dict[str, Any], *, unknown: str = "") -> None:
+    """Compare these settings, but for the `unknown` one, with those of the run that is there, if any can be resumed."""
     path = out / "recipe.json"
     if path.exists() and resume.checkpoints(out):
-        resume.refuse_changes(_comparable(read_json(path)), _comparable(settings), run=out)
+        there = {key: value for key, value in _comparable(read_json(path)).items() if key != unknown}
+        resume.refuse_changes(there, _comparable(settings), run=out)
 
 
 def _comparable(settings: Any) -> dict[str, Any]:

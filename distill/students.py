@@ -40,6 +40,7 @@ class StudentNet(nn.Module):
         trunk: nn.Module,
         head: nn.Module,
         *,
+        num_prototypes: int = 0,
         mask_token: bool = False,
         patch_drop: float = 0.0,
         frozen: bool = False,
@@ -50,6 +51,7 @@ class StudentNet(nn.Module):
         Args:
             trunk: pixels (N, 3, H, W) -> features (N, D).
             head: features (N, D) -> scores (N, K); with a mask token, ``head.patches`` too.
+            num_prototypes: K, where the monitor is to know it.
             mask_token: the global crops' masked patches are hidden behind a learnable token and scored (RoB-iBOT).
             patch_drop: share of a global crop's patches that is left out in training (RoB-MSN).
             frozen: the trunk does not learn, and stays in eval mode: BatchNorm keeps its running statistics.
@@ -59,6 +61,7 @@ class StudentNet(nn.Module):
         if (mask_token or patch_drop) and not takes_patches(trunk):
             raise InputError("masked or dropped patches need a plain ViT student: set patch_drop and patch_weight to 0")
         self.trunk, self.head, self.patch_drop, self.note = trunk, head, patch_drop, note
+        self.num_prototypes = num_prototypes
         # iBOT's name, shape and start (its `masked_embed`).
         self.masked_embed = nn.Parameter(torch.zeros(1, embedding_width(trunk))) if mask_token else None
         self.frozen = frozen
@@ -159,7 +162,9 @@ def build_student(name: str, recipe: Recipe, teacher: TeacherSpec | None) -> Stu
     if drop and not takes_patches(trunk):
         drop, note = 0.0, f"{name} has no patches to drop: it sees its global crops whole"
     head = _head(trunk, recipe, outputs=outputs, patch_outputs=patch_outputs, teacher=teacher)
-    return StudentNet(trunk, head, mask_token=patches, patch_drop=drop, frozen=recipe.freeze_trunk, note=note)
+    return StudentNet(
+        trunk, head, num_prototypes=outputs, mask_token=patches, patch_drop=drop, frozen=recipe.freeze_trunk, note=note
+    )
 
 
 def takes_patches(trunk: nn.Module) -> bool:

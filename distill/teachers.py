@@ -131,7 +131,10 @@ def _entry(name: str, weights: Path | None) -> ZooEntry:
     if weights is None:
         published = ", ".join(entry.name for entry in ZOO.values() if entry.method == name)
         raise InputError(f"--teacher {name} reads your own file: give --teacher-weights, or take {published}")
-    return ZooEntry(name, cast(Any, name), TimmTrunk(""), None, 0, "unknown (a file of yours)")
+    licence = "unknown (a file of yours)"
+    if name in ("msn", "swav"):
+        licence = "unknown (a file of yours; the published ones are CC-BY-NC 4.0, non-commercial)"
+    return ZooEntry(name, cast(Any, name), TimmTrunk(""), None, 0, licence)
 
 
 def _method(entry: ZooEntry, objective: str | None) -> Method:

@@ -40,13 +40,14 @@ def licence_warnings(data: ReportData) -> list[str]:
         for what, made in (("teacher", student.teacher), ("training data", student.data)):
             if made is None:
                 continue
-            if _NON_COMMERCIAL.search(made.licence):
+            if what == "teacher" and made.licence.strip().lower().partition(" ")[0] in ("", "unknown"):
+                known = made.licence.strip() or "unknown"
+                found.append(f"{student.timm_name}: the licence of the {what} {made.name} is {known}.")
+            elif _NON_COMMERCIAL.search(made.licence):
                 found.append(
                     f"{student.timm_name} was distilled with the {what} {made.name}, licensed {made.licence}: "
                     "non-commercial use only. Ask a lawyer before this student is sold or shipped."
                 )
-            elif what == "teacher" and made.licence.strip().lower() in ("", "unknown"):
-                found.append(f"{student.timm_name}: the licence of the {what} {made.name} is unknown.")
     return list(dict.fromkeys(found))
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -35,6 +37,12 @@ def test_a_collapsed_student_is_noticed(noise: float) -> None:
 def test_one_prototype_for_all_is_noticed() -> None:
     assert any("targets use one prototype" in text for text in warnings({"target_use": 1.01}))
     assert any("same prototype" in text for text in warnings({"target_use": 30.0, "student_use": 1.0}))
+
+
+def test_targets_without_information_are_noticed() -> None:
+    uniform = {"target_entropy": math.log(8192) - 0.05, "target_use": 8192.0, "student_use": 8192.0}
+    assert any("all but uniform" in text for text in warnings(uniform, prototypes=8192))
+    assert warnings(uniform) == [] == warnings(uniform | {"target_entropy": 6.0}, prototypes=8192)
 
 
 def test_health_leaves_running_statistics_and_mode_alone() -> None:
