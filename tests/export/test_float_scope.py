@@ -60,7 +60,9 @@ def test_operators_named_by_type_hold_all_that_they_became(vit_onnx: onnx.ModelP
     names = openvino_names(network, vit_onnx, Candidate(name="x", float_ops=("Softmax", "LayerNormalization")))
     types = [op.get_type_name() for op in network.get_ops() if op.get_friendly_name() in names]
     wanted = [n.op_type for n in vit_onnx.graph.node if n.op_type in ("Softmax", "LayerNormalization")]
-    assert types.count("Softmax") == wanted.count("Softmax") > 0
+    # A softmax within a fused attention is computed in float there, and is nobody's to quantise.
+    fused = [op.get_type_name() for op in network.get_ops()].count("ScaledDotProductAttention")
+    assert types.count("Softmax") + fused == wanted.count("Softmax") > 0
     assert types.count("MVN") + types.count("Sqrt") >= wanted.count("LayerNormalization") > 0
     assert "MatMul" not in types
     assert openvino_names(network, vit_onnx, Candidate(name="x", float_ops=("Sinh",))) == []

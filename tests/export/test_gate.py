@@ -130,7 +130,7 @@ def test_senseless_limits_are_refused(limits: dict[str, float]) -> None:
 
 
 def test_why_a_model_is_not_run_here_names_no_scratch_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(folder: Path) -> None:
+    def refuse(folder: Path, _: object) -> None:
         raise DeviceError(f"{folder} cannot be run here: {folder}/model.plan needs a GPU")
 
     monkeypatch.setattr("robx.runtime.session.open_session", refuse)
