@@ -32,8 +32,8 @@ def openvino_names(network: Any, model: onnx.ModelProto, candidate: Candidate) -
     """Friendly names of the operations that stay in float in an ``openvino.Model`` that was read from `model`.
 
     Both graphs name their tensors alike, so a node became what lies between its output and the next ONNX tensors
-    upstream. A node of ``candidate.float_ops`` that OpenVINO folded away, or fused as a softmax into an attention, is left
-    out.
+    upstream. A node of ``candidate.float_ops`` that OpenVINO folded away or fused, as a softmax into an attention, is
+    left out.
 
     Raises:
         ArtifactError: a node of ``candidate.float_nodes`` is not in one of the graphs.
