@@ -34,6 +34,69 @@ def test_the_published_table() -> None:
     assert preset("dino", "cnn").optimizer == "larc" and preset("dino", "cnn").weight_decay == 1e-6
 
 
+# arXiv 2301.09451's settings, line by line: what differs between the methods, then what they share.
+TABLE: dict[str, tuple[object, object, object, object]] = {
+    "batch_size": (1024, 1024, 1024, 4096),
+    "lr_batch": (1024, 1024, 1024, 4096),
+    "optimizer": ("adamw", "adamw", "adamw", "larc"),
+    "lr": (2e-3, 2e-3, 1e-3, 4.8),
+    "warmup_lr": (0.0, 0.0, 2e-4, 0.3),
+    "warmup_share": (0.033, 0.1, 0.1, 0.1),
+    "final_lr": (1e-5, 1e-5, 1e-5, 4.8e-3),
+    "weight_decay": (0.04, 0.04, 0.04, 1e-6),
+    "weight_decay_end": (0.4, 0.48, 0.4, 1e-6),
+    "epochs": (300, 100, 150, 100),
+    "clip_grad": (None, None, 1.0, None),
+    "drop_path": (0.1, 0.0, 0.0, 0.0),
+    "patch_drop": (0.0, 0.0, 0.15, 0.0),
+    "global_scale": ((0.4, 1.0), (0.25, 1.0), (0.3, 1.0), (0.14, 1.0)),
+    "local_scale": ((0.05, 0.4), (0.05, 0.25), (0.05, 0.3), (0.05, 0.14)),
+    "local_crops": (8, 10, 10, 4),
+    "color_strength": (0.5, 0.5, 1.0, 1.0),
+    "blur_p": ((1.0, 0.1, 0.5), (1.0, 0.1, 0.5), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "solarize_p": ((0.0, 0.2, 0.0), (0.0, 0.2, 0.0), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)),
+    "head": ("native", "native", "mlp", "native"),
+    "teacher_temperature": (0.07, 0.07, 0.025, 0.07),
+    "sinkhorn_iterations": (0, 0, 0, 3),
+}
+SHARED = {
+    "student_temperature": 0.1, "pairing": "same", "crop_size": 224, "local_crop_size": 96,
+    "color": (0.8, 0.8, 0.8, 0.2), "color_p": 0.8, "gray_p": 0.2, "flip_p": 0.5, "momentum": 0.9, "trust": 0.001,
+    "centering": False, "me_max": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "method"), enumerate(("dino", "ibot", "msn", "swav")))
+def test_every_published_value(place: int, method: str) -> None:
+    found = vars(preset(method, "vit"))  # type: ignore[arg-type]
+    for key, row in TABLE.items():
+        if key != "teacher_temperature" or method != "swav":  # SwAV has Sinkhorn's epsilon in its place
+            assert found[key] == row[place], key
+    assert SHARED.items() <= found.items()
+    if method != "swav":
+        cnn = vars(preset(method, "cnn"))  # type: ignore[arg-type]
+        assert (cnn["optimizer"], cnn["lr"], cnn["weight_decay"], cnn["weight_decay_end"]) == ("larc", 0.2, 1e-6, 1e-6)
+        assert (cnn["drop_path"], cnn["patch_drop"], cnn["momentum"]) == (0.0, 0.0, 0.9)
+
+
+def test_the_values_of_supervised_distillation() -> None:
+    kd = preset("kd", "cnn")
+    assert (kd.teacher_temperature, kd.student_temperature) == (10.0, 10.0)
+    assert (kd.optimizer, kd.nesterov, kd.lr, kd.lr_batch, kd.final_lr) == ("sgd", True, 0.01, 256, 0.0)
+    assert (kd.weight_decay, kd.weight_decay_end, kd.momentum) == (5e-4, 5e-4, 0.9)
+
+
+def test_the_values_that_the_base_methods_add() -> None:
+    for method in ("dino", "ibot"):
+        base = preset(method, "vit", base=True)  # type: ignore[arg-type]
+        assert base.centering and base.ema_momentum == (0.996, 1.0) and base.freeze_last_layer_epochs == 1
+        assert (base.teacher_temperature_start, base.teacher_temperature_epochs, base.clip_grad) == (0.04, 30, 3.0)
+    msn, swav = preset("msn", "vit", base=True), preset("swav", "cnn", base=True)
+    assert (msn.me_max, msn.sinkhorn_iterations, msn.ema_momentum) == (1.0, 3, (0.996, 1.0))
+    assert (swav.sinkhorn_epsilon, swav.sinkhorn_iterations, swav.ema_momentum) == (0.05, 3, (0.0, 0.0))
+    assert {preset(m, "vit", base=True).pairing for m in ("dino", "ibot", "msn", "swav")} == {"swapped"}  # type: ignore[arg-type]
+
+
 def test_unknown_keys_are_refused_with_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"unknown key 'epoch'; known are objective, .*epochs"):
         override(preset("dino", "vit"), {"epoch": 3})

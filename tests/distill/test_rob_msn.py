@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +13,7 @@ from robx.distill.views import Scores, Targets, Views
 VIEWS = Views(torch.zeros(2, 3, 3, 1, 1), torch.zeros(0, 3, 3, 1, 1), torch.arange(3))
 
 
-def plain_msn(cosines: Tensor, student: Tensor, me_max: float) -> Tensor:
+def plain_msn(cosines: Tensor, student: Tensor, me_max: float, pairing: str) -> Tensor:
     """Sharpened assignments at 0.1 and T = 0.25, the student at 0.1, minus the entropy of the mean prediction."""
     terms, every = [], []
     for v in range(len(student)):
@@ -19,7 +21,7 @@ def plain_msn(cosines: Tensor, student: Tensor, me_max: float) -> Tensor:
             answer = torch.exp(student[v, b] / 0.1) / torch.exp(student[v, b] / 0.1).sum()
             every.append(answer)
             for q in range(2):
-                if v < 2 and q != v:
+                if (q == v) if pairing == "swapped" else (v < 2 and q != v):
                     continue
                 soft = torch.exp(cosines[q, b] / 0.1) / torch.exp(cosines[q, b] / 0.1).sum()
                 sharp = soft**4 / (soft**4).sum()
@@ -36,12 +38,14 @@ def draw(seed: int) -> tuple[Tensor, Tensor]:
 
 
 @settings(deadline=None, max_examples=20)
-@given(seed=st.integers(0, 10**6), me_max=st.sampled_from([0.0, 1.0, 5.0]))
-def test_loss_and_gradient_equal_the_plain_form(seed: int, me_max: float) -> None:
+@given(
+    seed=st.integers(0, 10**6), me_max=st.sampled_from([0.0, 1.0, 5.0]), pairing=st.sampled_from(["same", "swapped"])
+)
+def test_loss_and_gradient_equal_the_plain_form(seed: int, me_max: float, pairing: Literal["same", "swapped"]) -> None:
     cosines, student = draw(seed)
-    objective = RobMsn(me_max=me_max)
+    objective = RobMsn(me_max=me_max, pairing=pairing)
     loss, _ = objective(Scores(student), Targets(objective.target_probs(cosines)), VIEWS)
-    want = plain_msn(cosines, student, me_max)
+    want = plain_msn(cosines, student, me_max, pairing)
     torch.testing.assert_close(loss, want)
     torch.testing.assert_close(torch.autograd.grad(loss, student), torch.autograd.grad(want, student))
 

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from robx.distill import resume, rob_msn
 from robx.distill.checkpoints import read_checkpoint
+from robx.distill.learner import Learner
 from robx.distill.monitor import NotFinite
 from robx.distill.processes import Processes
 from robx.distill.recipes import override
 from robx.distill.run import Options, open_run
-from robx.distill.teachers import load_teacher
+from robx.distill.teachers import build_teacher_skeleton, load_teacher
 from robx.errors import InputError
 from robx.records import load_student
 from robx.sources import FolderSource, ImageSource, open_source
@@ -247,6 +248,44 @@ def test_a_collapsed_student_is_said_once(
     tiny.tiny_run(source, tmp_path, recipe=recipe, options={"monitor_every": 2}, say=said.append)
     assert len([text for text in said if "warning: test_vit, step 2: the student has collapsed" in text]) == 1
     assert len([text for text in said if "collapsed" in text]) == 1
+
+
+def test_the_last_layer_of_a_base_method_waits_for_its_first_epoch(
+    tiny: ModuleType, source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    real = Learner.update
+
+    def watch(learner: Learner, *, step: int, steps: int) -> None:
+        seen.append(learner.net.head.last_layer.weight_v.detach().clone())  # type: ignore[union-attr, operator]
+        real(learner, step=step, steps=steps)
+
+    monkeypatch.setattr(Learner, "update", watch)
+    recipe = tiny.tiny_recipe(
+        objective="dino", base=True, head="native", epochs=2, freeze_last_layer_epochs=1, weight_decay=0.0,
+        weight_decay_end=0.0, warmup_lr=1e-3, patch_drop=0.0,
+    )  # fmt: skip
+    tiny.tiny_run(source, tmp_path, recipe=recipe)
+    epoch = len(seen) // 2
+    assert epoch > 1 and all(torch.equal(seen[0], weights) for weights in seen[: epoch + 1])
+    assert not torch.equal(seen[0], seen[-1])
+
+
+def test_supervised_distillation_learns_a_classifiers_answers(
+    tiny: ModuleType, source: ImageSource, tmp_path: Path
+) -> None:
+    torch.manual_seed(3)
+    teacher = build_teacher_skeleton("timm:test_resnet", objective="kd", image_size=32)
+    recipe = tiny.tiny_recipe(
+        objective="kd", kind="cnn", epochs=8, local_crops=0, lr=5e-3, drop_path=0.0, head="mlp", optimizer="adamw"
+    )
+    tiny.tiny_run(source, tmp_path, recipe=recipe, students=["test_resnet"], teacher=teacher)
+    losses = [loss for _, loss in tiny.losses(tmp_path)]
+    few = len(losses) // 8
+    assert sum(losses[-few:]) < 0.8 * sum(losses[:few])
+    student = load_student(tmp_path)
+    assert student.recipe["objective"] == "kd" and student.teacher is not None
+    assert student.teacher.name == "timm:test_resnet"
 
 
 def test_corrupt_images_are_listed_in_the_run(tiny: ModuleType, tmp_path: Path) -> None:
