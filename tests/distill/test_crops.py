@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,6 +142,39 @@ def test_probabilities_are_kept_per_view() -> None:
     shares = [np.mean([differs(view, index) for index in range(150)]) for view in range(3)]
     # A blur of sigma 0.1 .. 0.2 changes no byte.
     assert shares[0] > 0.85 and shares[1] < 0.2 and 0.35 < shares[2] < 0.65
+
+
+NOTHING = {
+    "color_p": 0.0, "gray_p": 0.0, "flip_p": 0.0, "local_crops": 1, "blur_p": [0, 0, 0], "solarize_p": [0, 0, 0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "shares", "done"),
+    [
+        ({"flip_p": 0.5}, (0.5, 0.5, 0.5), tv.horizontal_flip),
+        ({"gray_p": 0.2}, (0.2, 0.2, 0.2), lambda crop: tv.rgb_to_grayscale(crop, 3)),
+        ({"solarize_p": [0, 0.2, 0]}, (0.0, 0.2, 0.0), lambda crop: tv.solarize(crop, 128)),
+        ({"color_p": 0.8}, (0.8, 0.8, 0.8), None),  # its own tests say what it does
+    ],
+)
+def test_each_augmentation_alone_comes_as_often_as_it_should_and_is_torchvisions(
+    values: dict[str, Any], shares: tuple[float, float, float], done: Callable[[torch.Tensor], torch.Tensor] | None
+) -> None:
+    plain, changed = override(RECIPE, NOTHING), override(RECIPE, NOTHING | values)
+    count, counts = 200, [0, 0, 0]
+    for index in range(count):
+        before, after = (crops.multi_crop(picture(), recipe, epoch=0, index=index) for recipe in (plain, changed))
+        pairs = zip([*before.globals, *before.locals], [*after.globals, *after.locals], strict=True)
+        for view, (old, new) in enumerate(pairs):
+            if np.array_equal(old, new):
+                continue
+            counts[view] += 1
+            if done is not None:
+                wanted = done(torch.from_numpy(old.copy()).permute(2, 0, 1)).permute(1, 2, 0).numpy()
+                assert np.abs(wanted.astype(int) - new).max() <= 1  # Pillow and torch round a grey differently
+    for found, share in zip(counts, shares, strict=True):
+        assert abs(found / count - share) <= 4 * (share * (1 - share) / count) ** 0.5
 
 
 def test_draws_are_uniform_and_far_places_do_not_overlap() -> None:
