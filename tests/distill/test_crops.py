@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import multiprocessing
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFilter
 from torchvision.transforms.v2 import functional as tv
 
 from robx.distill import crops
@@ -129,52 +129,69 @@ def test_areas_are_uniform_and_aspects_log_uniform() -> None:
     assert abs(np.mean(aspects)) < 0.02 and abs(np.std(aspects) - 2 * np.log(4 / 3) / 12**0.5) < 0.01
 
 
-def test_probabilities_are_kept_per_view() -> None:
-    base = {"color_p": 0.0, "gray_p": 0.0, "flip_p": 0.0, "local_crops": 1, "solarize_p": [0, 0, 0]}
-    plain = override(RECIPE, base | {"blur_p": [0, 0, 0]})
-    blurred = override(RECIPE, base | {"blur_p": [1, 0.1, 0.5]})
-
-    def differs(view: int, index: int) -> bool:
-        pair = [crops.multi_crop(picture(), recipe, epoch=0, index=index) for recipe in (plain, blurred)]
-        a, b = ((c.globals[view] if view < 2 else c.locals[0]) for c in pair)
-        return not np.array_equal(a, b)
-
-    shares = [np.mean([differs(view, index) for index in range(150)]) for view in range(3)]
-    # A blur of sigma 0.1 .. 0.2 changes no byte.
-    assert shares[0] > 0.85 and shares[1] < 0.2 and 0.35 < shares[2] < 0.65
+# Of global 1, global 2 and the local crops.
+PROBABILITIES = {
+    "flip_p": (0.5, 0.5, 0.5),
+    "color_p": (0.8, 0.8, 0.8),
+    "gray_p": (0.2, 0.2, 0.2),
+    "blur_p": (1.0, 0.1, 0.5),
+    "solarize_p": (0.0, 0.2, 0.0),
+}
+NOTHING: dict[str, Any] = {"flip_p": 0.0, "color_p": 0.0, "gray_p": 0.0, "blur_p": [0] * 3, "solarize_p": [0] * 3}
 
 
-NOTHING = {
-    "color_p": 0.0, "gray_p": 0.0, "flip_p": 0.0, "local_crops": 1, "blur_p": [0, 0, 0], "solarize_p": [0, 0, 0],
-}  # fmt: skip
+def views_of(recipe: Recipe, index: int) -> list[NDArray[np.uint8]]:
+    found = crops.multi_crop(picture(), recipe, epoch=0, index=index)
+    return [*found.globals, *found.locals]
 
 
-@pytest.mark.parametrize(
-    ("values", "shares", "done"),
-    [
-        ({"flip_p": 0.5}, (0.5, 0.5, 0.5), tv.horizontal_flip),
-        ({"gray_p": 0.2}, (0.2, 0.2, 0.2), lambda crop: tv.rgb_to_grayscale(crop, 3)),
-        ({"solarize_p": [0, 0.2, 0]}, (0.0, 0.2, 0.0), lambda crop: tv.solarize(crop, 128)),
-        ({"color_p": 0.8}, (0.8, 0.8, 0.8), None),  # its own tests say what it does
-    ],
-)
-def test_each_augmentation_alone_comes_as_often_as_it_should_and_is_torchvisions(
-    values: dict[str, Any], shares: tuple[float, float, float], done: Callable[[torch.Tensor], torch.Tensor] | None
-) -> None:
-    plain, changed = override(RECIPE, NOTHING), override(RECIPE, NOTHING | values)
-    count, counts = 200, [0, 0, 0]
-    for index in range(count):
-        before, after = (crops.multi_crop(picture(), recipe, epoch=0, index=index) for recipe in (plain, changed))
-        pairs = zip([*before.globals, *before.locals], [*after.globals, *after.locals], strict=True)
-        for view, (old, new) in enumerate(pairs):
-            if np.array_equal(old, new):
-                continue
-            counts[view] += 1
-            if done is not None:
-                wanted = done(torch.from_numpy(old.copy()).permute(2, 0, 1)).permute(1, 2, 0).numpy()
-                assert np.abs(wanted.astype(int) - new).max() <= 1  # Pillow and torch round a grey differently
-    for found, share in zip(counts, shares, strict=True):
-        assert abs(found / count - share) <= 4 * (share * (1 - share) / count) ** 0.5
+@pytest.mark.parametrize("name", PROBABILITIES)
+def test_probabilities_are_kept_per_view(name: str) -> None:
+    number, one_local = 500, override(RECIPE, {"local_crops": 1})
+    settings = [0.0, getattr(one_local, name), 1.0]
+    if isinstance(NOTHING[name], list):
+        settings = [[0.0] * 3, settings[1], [1.0] * 3]
+    never, asked, always = (override(one_local, NOTHING | {name: value}) for value in settings)
+    changed, changeable = np.zeros(3), np.zeros(3)
+    for index in range(number):
+        plain, found, full = (views_of(recipe, index) for recipe in (never, asked, always))
+        changed += [not np.array_equal(a, b) for a, b in zip(found, plain, strict=True)]
+        changeable += [not np.array_equal(a, b) for a, b in zip(full, plain, strict=True)]
+    # A blur of sigma 0.1 .. 0.2 changes no byte, and solarizing none of a crop that is dark.
+    assert (changeable > 0.85 * number).all()
+    p = np.array(PROBABILITIES[name])
+    assert (abs(changed / changeable - p) <= 4 * np.sqrt(p * (1 - p) / number)).all()
+
+
+@pytest.mark.parametrize("index", range(12))
+def test_a_crop_is_augmented_as_torchvision_does_in_the_published_order(index: int) -> None:
+    """Flip, jitter, grey, blur, solarize, each of them or not, as 12 x 5 crops happen to draw them."""
+    recipe = override(
+        RECIPE,
+        {"flip_p": 0.5, "color_p": 0.7, "gray_p": 0.3, "blur_p": [0.8, 0.5, 0.6], "solarize_p": [0.3, 0.7, 0.5]},
+    )
+    ways = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
+    limits = (0.4, 0.4, 0.4, 0.1)  # the published ones at a strength of 0.5
+    rows = crops.uniforms(recipe.seed, epoch=0, index=index, count=5 * 51).reshape(5, 51).tolist()
+    for view, (found, draws) in enumerate(zip(views_of(recipe, index), rows, strict=True)):
+        scale = recipe.global_scale if view < 2 else recipe.local_scale
+        left, top, right, bottom = crops.crop_box(90, 70, scale, draws[:40])
+        side = 48 if view < 2 else 32
+        expected = tv.resize(tv.crop(picture(), top, left, bottom - top, right - left), [side, side], antialias=True)
+        flip, jitter, *factors, order, gray, blur, sigma, solarize = draws[40:]
+        if flip < 0.5:
+            expected = tv.horizontal_flip(expected)
+        if jitter < 0.7:
+            for what in list(itertools.permutations(range(4)))[int(24 * order)]:
+                turn = limits[what] * (2 * factors[what] - 1)
+                expected = ways[what](expected, turn if what == 3 else 1 + turn)
+        if gray < 0.3:
+            expected = tv.rgb_to_grayscale(expected, num_output_channels=3)
+        if blur < (0.8, 0.5, 0.6)[min(view, 2)]:  # Pillow's, as in the releases; torchvision's is another filter
+            expected = expected.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * sigma))
+        if solarize < (0.3, 0.7, 0.5)[min(view, 2)]:
+            expected = tv.solarize(expected, 128)
+        assert np.array_equal(found, np.asarray(expected)), f"view {view}"
 
 
 def test_draws_are_uniform_and_far_places_do_not_overlap() -> None:
