@@ -224,6 +224,8 @@ def _check_size(path: Path) -> None:
 def _refusal(path: Path, error: Exception) -> str:
     text = str(error)
     if match := re.search(r"(?:GLOBAL|class) (\w+\.[\w.]*\w)", text):
+        if match.group(1).startswith("pathlib."):  # where a launcher of the authors' put its folder
+            return f"{path} has a path among its training arguments, which robx does not load: save it without its args"
         return (
             f"{path} holds Python objects ({match.group(1)}), which robx never loads, for they can run code: "
             "save its tensors alone, or get the published file"

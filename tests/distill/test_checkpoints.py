@@ -86,6 +86,17 @@ def test_ibot_scores_patches_with_its_own_or_the_shared_layer(tmp_path: Path, sh
     assert teacher(PIXELS, patches=False).patches is None
 
 
+def test_a_path_among_the_arguments_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    content = pub.dino_checkpoint(
+        pub.random_state(pub.vit_shapes(), 1), pub.random_state(pub.dino_head_shapes(64, 20), 2)
+    )
+    content["args"].output_dir = Path("/checkpoint/run")
+    with pytest.raises(ArtifactError, match=r"has a path among its training arguments.*save it without its args"):
+        load_teacher("dino", weights=write(tmp_path / "checkpoint.pth", content), image_size=32)
+    del content["args"]
+    assert load_teacher("dino", weights=write(tmp_path / "bare.pth", content), image_size=32).num_prototypes == 20
+
+
 def msn_parts(width: int = 64) -> tuple[pub.State, pub.State, torch.Tensor]:
     trunk = pub.random_state(pub.vit_shapes(width, patch=4, grid=8), 1)
     shapes: dict[str, tuple[int, ...]] = {"fc1.weight": (20, width), "fc2.weight": (20, 20), "fc3.weight": (10, 20)}
