@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from robx.distill.recipes import METHODS, Recipe, override, preset, read_toml, recipe_from_json
+from robx.distill.recipes import METHODS, Method, Recipe, StudentKind, override, preset, read_toml, recipe_from_json
 from robx.errors import InputError
 from robx.records import to_json
 
@@ -36,6 +36,7 @@ def test_the_published_table() -> None:
 
 # arXiv 2301.09451's settings, line by line: what differs between the methods, then what they share.
 TABLE: dict[str, tuple[object, object, object, object]] = {
+    "objective": ("dino", "ibot", "msn", "swav"),
     "batch_size": (1024, 1024, 1024, 4096),
     "lr_batch": (1024, 1024, 1024, 4096),
     "optimizer": ("adamw", "adamw", "adamw", "larc"),
@@ -62,8 +63,12 @@ TABLE: dict[str, tuple[object, object, object, object]] = {
 SHARED = {
     "student_temperature": 0.1, "pairing": "same", "crop_size": 224, "local_crop_size": 96,
     "color": (0.8, 0.8, 0.8, 0.2), "color_p": 0.8, "gray_p": 0.2, "flip_p": 0.5, "momentum": 0.9, "trust": 0.001,
-    "centering": False, "me_max": 0.0,
+    "centering": False, "me_max": 0.0, "teacher_temperature_start": None, "freeze_last_layer_epochs": 0, "base": False,
+    "student_ema": None, "swav_prototypes": "own", "patch_weight": 1.0, "mask_ratios": ((0.0, 0.0), (0.3, 0.2)),
 }  # fmt: skip
+
+
+WARMED_UP = ("teacher_temperature_start", "teacher_temperature_epochs", "freeze_last_layer_epochs")
 
 
 @pytest.mark.parametrize(("place", "method"), enumerate(("dino", "ibot", "msn", "swav")))
@@ -77,10 +82,22 @@ def test_every_published_value(place: int, method: str) -> None:
         cnn = vars(preset(method, "cnn"))  # type: ignore[arg-type]
         assert (cnn["optimizer"], cnn["lr"], cnn["weight_decay"], cnn["weight_decay_end"]) == ("larc", 0.2, 1e-6, 1e-6)
         assert (cnn["drop_path"], cnn["patch_drop"], cnn["momentum"]) == (0.0, 0.0, 0.9)
+        of_a_cnn = {"optimizer", "lr", "warmup_lr", "weight_decay", "weight_decay_end", "drop_path", "patch_drop"}
+        for key in TABLE.keys() - of_a_cnn:
+            assert cnn[key] == TABLE[key][place], key
+        assert SHARED.items() <= cnn.items()
+    else:
+        assert preset("swav", "cnn") == preset("swav", "vit")  # whose optimiser is made for CNNs as it is
+
+
+def test_how_many_prototypes_the_methods_have() -> None:
+    assert preset("msn", "vit").prototypes == preset("msn", "cnn").prototypes == 1024
+    assert preset("ibot", "vit", base=True).prototypes == 8192
 
 
 def test_the_values_of_supervised_distillation() -> None:
     kd = preset("kd", "cnn")
+    assert kd == preset("kd", "vit") and kd.objective == "kd"
     assert (kd.teacher_temperature, kd.student_temperature) == (10.0, 10.0)
     assert (kd.optimizer, kd.nesterov, kd.lr, kd.lr_batch, kd.final_lr) == ("sgd", True, 0.01, 256, 0.0)
     assert (kd.weight_decay, kd.weight_decay_end, kd.momentum) == (5e-4, 5e-4, 0.9)
@@ -92,9 +109,26 @@ def test_the_values_that_the_base_methods_add() -> None:
         assert base.centering and base.ema_momentum == (0.996, 1.0) and base.freeze_last_layer_epochs == 1
         assert (base.teacher_temperature_start, base.teacher_temperature_epochs, base.clip_grad) == (0.04, 30, 3.0)
     msn, swav = preset("msn", "vit", base=True), preset("swav", "cnn", base=True)
+    assert msn.head == "native"
     assert (msn.me_max, msn.sinkhorn_iterations, msn.ema_momentum) == (1.0, 3, (0.996, 1.0))
     assert (swav.sinkhorn_epsilon, swav.sinkhorn_iterations, swav.ema_momentum) == (0.05, 3, (0.0, 0.0))
     assert {preset(m, "vit", base=True).pairing for m in ("dino", "ibot", "msn", "swav")} == {"swapped"}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ("dino", {"prototypes", "centering", "clip_grad", *WARMED_UP}),
+        ("ibot", {"prototypes", "centering", "clip_grad", *WARMED_UP}),
+        ("msn", {"head", "me_max", "sinkhorn_iterations"}),
+        ("swav", {"sinkhorn_epsilon", "ema_momentum"}),
+    ],
+)
+@pytest.mark.parametrize("kind", ["vit", "cnn"])
+def test_a_base_method_is_its_rob_in_all_else(method: Method, own: set[str], kind: StudentKind) -> None:
+    """One seam: what the branch needs differs, and neither crops nor optimiser nor temperatures do."""
+    rob, base = (vars(preset(method, kind, base=which)) for which in (False, True))
+    assert {key for key in rob if base[key] != rob[key]} == own | {"base", "pairing"}
 
 
 def test_unknown_keys_are_refused_with_the_known_ones() -> None:

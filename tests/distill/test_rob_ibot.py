@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from robx.distill.pairs import Pairing
 from robx.distill.rob_dino import RobDino
 from robx.distill.rob_ibot import RobIbot, masked_patch_loss
 from robx.distill.views import Scores, Targets, Views
@@ -36,6 +37,19 @@ def plain_patches(student: Tensor, teacher: Tensor, masks: Tensor) -> Tensor:
     return torch.stack(crops).mean()
 
 
+def plain_cls(student: Tensor, teacher: Tensor, pairing: str) -> Tensor:
+    terms = []
+    for v in range(4):
+        for q in range(2):
+            if v < 2 and (q != v if pairing == "same" else q == v):
+                continue
+            for b in range(3):
+                target = torch.exp(teacher[q, b] / 0.07) / torch.exp(teacher[q, b] / 0.07).sum()
+                answer = torch.exp(student[v, b] / 0.1) / torch.exp(student[v, b] / 0.1).sum()
+                terms.append(-(target * torch.log(answer)).sum())
+    return torch.stack(terms).mean()
+
+
 def views(masks: Tensor | None) -> Views:
     return Views(torch.zeros(2, 3, 3, 1, 1), torch.zeros(0, 3, 3, 1, 1), torch.arange(3), masks)
 
@@ -62,14 +76,17 @@ def test_gradcheck_of_the_whole() -> None:
     torch.autograd.gradcheck(lambda c, p: objective(Scores(c, p), targets, views(masks))[0], (crops, patches))
 
 
-def test_the_whole_is_the_weighted_sum_of_rob_dino_and_the_patches() -> None:
+@pytest.mark.parametrize("pairing", ["same", "swapped"])
+def test_the_whole_is_the_weighted_sum_of_rob_dino_and_the_patches(pairing: Pairing) -> None:
     patches, teacher, masks = draw(2)
-    objective = RobIbot(patch_weight=0.5)
-    crops = torch.randn(4, 3, 6, dtype=torch.float64)
-    probs = objective.target_probs(torch.randn(2, 3, 6, dtype=torch.float64))
-    targets = Targets(probs, patch_probs=objective.patch_probs(teacher))
+    objective = RobIbot(patch_weight=0.5, pairing=pairing)
+    generator = torch.Generator().manual_seed(3)
+    crops = torch.randn(4, 3, 6, generator=generator, dtype=torch.float64)
+    target = torch.randn(2, 3, 6, generator=generator, dtype=torch.float64)
+    targets = Targets(objective.target_probs(target), patch_probs=objective.patch_probs(teacher))
     loss, stats = objective(Scores(crops, patches), targets, views(masks))
-    cls, _ = RobDino()(Scores(crops), Targets(probs), views(None))
+    cls = plain_cls(crops, target, pairing)
+    # Whichever crops are paired, a masked patch is that of the same view.
     torch.testing.assert_close(loss, cls + 0.5 * plain_patches(patches, teacher, masks))
     torch.testing.assert_close(stats["cls_loss"], cls)
     torch.testing.assert_close(stats["masked"], masks.float().mean())
