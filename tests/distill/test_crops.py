@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import multiprocessing
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,25 @@ def test_probabilities_are_kept_per_view(name: str) -> None:
         changed += [not np.array_equal(a, b) for a, b in pairs]
     p = np.array(PROBABILITIES[name])
     assert (abs(changed / number - p) <= 4 * np.sqrt(p * (1 - p) / number)).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "done"),
+    [
+        ({"flip_p": 1.0}, tv.horizontal_flip),
+        ({"gray_p": 1.0}, lambda crop: tv.rgb_to_grayscale(crop, 3)),
+        ({"solarize_p": [1, 1, 1]}, lambda crop: tv.solarize(crop, 128)),
+    ],
+)
+def test_each_augmentation_alone_is_torchvisions_on_tensors(
+    values: dict[str, Any], done: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Where torchvision computes by itself: of images it asks Pillow, as the crops do."""
+    plain, changed = override(RECIPE, NOTHING), override(RECIPE, NOTHING | values)
+    for index in range(10):
+        for old, new in zip(views_of(picture(), plain, index), views_of(picture(), changed, index), strict=True):
+            wanted = done(torch.from_numpy(old.copy()).permute(2, 0, 1)).permute(1, 2, 0).numpy()
+            assert np.abs(wanted.astype(int) - new).max() <= 1  # Pillow and torch round a grey differently
 
 
 @pytest.mark.parametrize("index", range(12))
