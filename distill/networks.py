@@ -43,10 +43,6 @@ class Initial:
         student, trunk = load_trunk(folder)
         return cls(student.timm_name, student.sha256, trunk.state_dict())
 
-    def record(self) -> dict[str, str]:
-        """What recipe.json says of it."""
-        return {"timm_name": self.timm_name, "sha256": self.sha256}
-
     def load_into(self, trunk: nn.Module, name: str) -> None:
         """Give a trunk these weights.
 

@@ -32,7 +32,7 @@ from robx.records import Preprocessing
 from robx.sources import ImageSource
 
 # Beyond this many points a centre, more of them no longer move it (the rule of thumb of FAISS).
-POINTS_PER_CENTRE = 256
+_POINTS_PER_CENTRE = 256
 # Of the features that are kept; k-means holds three such tensors.
 _FEATURE_BYTES = 2 * 1024**3
 _BATCH = 64
@@ -72,9 +72,16 @@ class Prototypes:
     objective: float  # mean cosine between an image's centred feature and its nearest prototype; nan when streaming
 
 
+def images_to_fit(images: int, *, prototypes: int, width: int) -> int:
+    """How many of `images` a fit reads: all of them where no feature can be kept, else at most 256 a prototype."""
+    if has_to_stream(images=images, prototypes=prototypes, width=width):
+        return images
+    return min(images, _POINTS_PER_CENTRE * prototypes)
+
+
 def has_to_stream(*, images: int, prototypes: int, width: int) -> bool:
     """Whether the features (N, D) that a fit would keep are more than fit in memory."""
-    return min(images, POINTS_PER_CENTRE * prototypes) * width * 4 > _FEATURE_BYTES
+    return min(images, _POINTS_PER_CENTRE * prototypes) * width * 4 > _FEATURE_BYTES
 
 
 def fit_or_load(
@@ -122,7 +129,7 @@ def fit_prototypes(
     """
     k = settings.prototypes
     require_images(source, k)
-    order = _pick(len(source), len(source) if settings.streaming else POINTS_PER_CENTRE * k, seed=settings.seed)
+    order = _pick(len(source), len(source) if settings.streaming else _POINTS_PER_CENTRE * k, seed=settings.seed)
     reader = _Features(embed, source, preprocessing, device=device, progress=progress)
     if settings.streaming:
         mean, vectors = _stream(reader.batches(order), k, seed=settings.seed)

@@ -108,15 +108,7 @@ def open_run(
     steps = recipe.epochs * per_epoch
     stored = None if targets is None else open_targets(targets, recipe, source)
     info = teacher.info if teacher is not None else stored.info if stored is not None else None
-    settings: dict[str, Any] = {
-        "recipe": to_json(recipe),
-        "students": list(students),
-        "teacher": to_json(info),
-        "data": to_json(data_info(source)),
-        "stored_targets": stored is not None,
-    }
-    if initial is not None:
-        settings["init"] = initial.record()
+    settings = {"teacher": to_json(info)} | settings_of(recipe, students, source, initial, stored=stored is not None)
     if processes.first and not (options.force or options.fresh):
         refuse_changes(out, settings)
     networks = build_networks(
@@ -172,6 +164,21 @@ def check_settings(recipe: Recipe, students: Sequence[str], init: Path | None) -
     if len(set(students)) != len(students) or not students:
         raise InputError("give each --student once")
     return None if init is None else Initial.open(init)
+
+
+def settings_of(
+    recipe: Recipe, students: Sequence[str], source: ImageSource, initial: Initial | None, *, stored: bool
+) -> dict[str, Any]:
+    """What recipe.json says of a run, but for its teacher; `stored`: whether targets stand in the teacher's place."""
+    settings: dict[str, Any] = {
+        "recipe": to_json(recipe),
+        "students": list(students),
+        "data": to_json(data_info(source)),
+        "stored_targets": stored,
+    }
+    if initial is not None:
+        settings["init"] = {"timm_name": initial.timm_name, "sha256": initial.sha256}
+    return settings
 
 
 def refuse_changes(out: Path, settings: dict[str, Any], *, unknown: str = "") -> None:

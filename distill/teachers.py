@@ -131,9 +131,8 @@ def _entry(name: str, weights: Path | None) -> ZooEntry:
     if weights is None:
         published = ", ".join(entry.name for entry in ZOO.values() if entry.method == name)
         raise InputError(f"--teacher {name} reads your own file: give --teacher-weights, or take {published}")
-    licence = "unknown (a file of yours)"
-    if name in ("msn", "swav"):
-        licence = "unknown (a file of yours; the published ones are CC-BY-NC 4.0, non-commercial)"
+    bound = {entry.licence for entry in ZOO.values() if entry.method == name and entry.non_commercial}
+    licence = f"unknown (a file of yours{''.join(f'; the published ones are {text}' for text in sorted(bound))})"
     return ZooEntry(name, cast(Any, name), TimmTrunk(""), None, 0, licence)
 
 

@@ -43,8 +43,9 @@ class Candidate:
     @property
     def form(self) -> Candidate:
         """What decides its speed: candidates whose numbers alone differ have one graph and run as fast."""
-        plain = replace(self, name="", ranges="minmax", percentile=99.99, mean_ranges=False)
-        return replace(plain, equalize=False, full_bias=False)
+        return replace(
+            self, name="", ranges="minmax", percentile=99.99, mean_ranges=False, equalize=False, full_bias=False
+        )
 
     @property
     def family(self) -> Candidate:

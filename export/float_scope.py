@@ -1,7 +1,7 @@
 """What of a graph stays in float: a candidate's ONNX nodes, and the OpenVINO operations that they became.
 
 OpenVINO reads one ONNX node as several operations, and the node's name goes to the last: ``Conv`` becomes the
-convolution ``NAME/WithoutBiases`` and the addition ``NAME``, a normalisation a dozen of them. A quantiser that is given
+convolution ``NAME/WithoutBiases`` and the addition ``NAME``, a normalisation three of them. A quantiser that is given
 the ONNX name alone leaves the addition in float and quantises the convolution.
 """
 

@@ -26,7 +26,7 @@ from robx.trunk import embed
 SCREEN_LEVEL = 0.25
 _BATCH = 32
 _TIMED_IMAGES = 16
-_TIMED_BATCH = 1  # as `robx bench` opens a model: OpenVINO runs what it planned for one image some 10 % faster
+_TIMED_BATCH = 1  # as `robx bench` opens a model: OpenVINO runs what it planned for one image faster
 Blocks = Mapping[str, list[np.ndarray]]  # name -> latencies in ns, a block each
 _KEPT = ("latency", "bytes", "screen_cosine")  # of a look, beside the speed-ups
 
@@ -121,7 +121,7 @@ class Judge:
         if not self.workshop.request.target.is_local:
             return rungs
         self.workshop.progress(0, 1, f"timing {len(sound)} candidates side by side")
-        baselines = {name: s for name in ("fp32", "fp16") if (s := self._baseline(name, sound[0][0])) is not None}
+        baselines = self._baselines(sound[0][0])
         with contextlib.ExitStack() as stack:
             sessions = {}
             for candidate, _ in sound:
@@ -243,7 +243,7 @@ class Judge:
 
     def _time(self, candidate: Candidate, folder: Path) -> gate.Figures:
         """The candidate's speed; where a first look cannot tell, a longer one joins it."""
-        baselines = {name: s for name in ("fp32", "fp16") if (s := self._baseline(name, candidate)) is not None}
+        baselines = self._baselines(candidate)
         self.workshop.progress(0, 1, f"timing {candidate.name}")
         images = self.first_images(_TIMED_IMAGES)
         session = gate.open_judge(folder, batch=_TIMED_BATCH)
@@ -256,6 +256,11 @@ class Judge:
                 more = gate.time_interleaved(timed, images, times=3)
                 blocks = {name: [*first, *more[name]] for name, first in blocks.items()}
         return gate.judge_speed(blocks, self.limits)
+
+    def _baselines(self, candidate: Candidate) -> dict[str, Any]:
+        """The sessions that a candidate is timed against."""
+        found = {name: self._baseline(name, candidate) for name in ("fp32", "fp16")}
+        return {name: session for name, session in found.items() if session is not None}
 
     def _baseline(self, name: str, candidate: Candidate) -> Any | None:
         """The session in which plain fp32 or fp16 is timed; None for the candidate itself, or without one."""
