@@ -36,11 +36,22 @@ $(VENV)/bin/pip:
 	@test -n "$(PYTHON)" || { echo "robx needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 2; }
 	@$(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv, or make PYTHON=..."; exit 2; }
 
+# torch with CUDA takes 5 GB of the 6.5 that an environment has; pip, out of space, would say so after minutes.
+ROOM_GB ?= 8
+define ROOM
+@free=$$(df -Pk $(VENV) | awk 'NR == 2 { print int($$4 / 1048576) }'); \
+ls -d $(VENV)/lib/python3*/site-packages/torch > /dev/null 2>&1 || test "$$free" -ge $(ROOM_GB) || { \
+  echo "robx's environment needs $(ROOM_GB) GB of disk and $$free are free under $(VENV):" \
+    "free some, or put it elsewhere with make VENV=/path, or make ROOM_GB=$$free to try"; exit 2; }
+endef
+
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(ROOM)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[demo]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(ROOM)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
