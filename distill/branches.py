@@ -1,11 +1,12 @@
-"""The seam: what the student has to predict comes from one of three branches, and all else is shared.
+"""The seam: what the student has to predict comes from one of four branches, and all else is shared.
 
 TeacherBranch   a frozen teacher with its own head: RoB (arXiv 2301.09451)
-EmaBranch       a moving average of the student: the base method (DINO, iBOT, MSN, SwAV), the baseline to beat
+EmaBranch       a moving average of the student: the base method (DINO, iBOT, MSN), the baseline to beat
+OwnBranch       the student's own scores: SwAV, the base method that has one network
 StoredBranch    targets that a teacher's pass wrote to disk: no teacher forward at all (robx.distill.stored)
 
 A step is: targets = branch.targets(views); scores = student(views); loss, stats = objective(scores, targets, views);
-backward; optimiser step; branch.update(step, student).
+backward; optimiser step; branch.update(step, student). An OwnBranch makes its targets of `scores`.
 
 Q target crops   B batch   P patches   M masked patches   K prototypes
 """
@@ -28,10 +29,11 @@ from robx.distill.shaping import Shaping
 from robx.distill.stored import StoredBranch
 from robx.distill.stored_writer import TargetWriter, WritingBranch
 from robx.distill.students import unwrapped
-from robx.distill.views import Targets, Views
+from robx.distill.views import Scores, Targets, Views
 
 __all__ = [
     "EmaBranch",
+    "OwnBranch",
     "StoredBranch",
     "TargetBranch",
     "TargetWriter",
@@ -118,7 +120,7 @@ class EmaBranch:
             student: a StudentNet, possibly wrapped.
             objective: whose rule makes the targets.
             steps: optimiser steps of the whole run.
-            momentum: first and last, on a cosine; (0, 0) makes the target the student itself (SwAV).
+            momentum: first and last, on a cosine.
             shaping: centre, warm-up and queue.
             copied: parameters that are the student's own and not averaged: MSN's prototypes.
         """
@@ -175,6 +177,34 @@ class EmaBranch:
         self.shaping.load_state_dict(state["shaping"])
 
 
+class OwnBranch:
+    """No second network: the codes of the global crops are made of the scores that the student learns by.
+
+    SwAV, arXiv 2006.09882, section 3.1, and its release: one forward over all crops, so that the head's BatchNorm has
+    seen them all, and its scores of the global crops without a gradient.
+    """
+
+    def __init__(self, shaping: Shaping) -> None:
+        """`shaping` has the rule and the queue."""
+        self.shaping = shaping
+
+    def read(self, scores: Scores) -> Targets:
+        """The targets in the student's scores of a batch."""
+        return Targets(probs=self.shaping.probs(scores.crops[:2].detach()))
+
+    def update(self, step: int, student: nn.Module) -> None:
+        """It is the student; only the guards' clock runs."""
+        self.shaping.step = step + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The guards' memory."""
+        return {"shaping": self.shaping.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+        self.shaping.load_state_dict(state["shaping"])
+
+
 def build_branch(
     recipe: Recipe,
     objective: Objective,
@@ -183,11 +213,13 @@ def build_branch(
     teacher: Teacher | None,
     steps: int,
     steps_per_epoch: int,
-) -> TeacherBranch | EmaBranch:
-    """The branch that `recipe` describes: the teacher's, or the student's own average when there is no teacher."""
+) -> TeacherBranch | EmaBranch | OwnBranch:
+    """The branch that `recipe` describes: the teacher's, or a base method's when there is no teacher."""
     shaping = Shaping.of(recipe, objective, steps_per_epoch=steps_per_epoch)
     if teacher is not None:
-        return TeacherBranch(teacher, objective, shaping=shaping)
+        return TeacherBranch(teacher, objective, shaping=shaping, crops=recipe.teacher_crops)
+    if recipe.objective == "swav" and not any(recipe.ema_momentum):
+        return OwnBranch(shaping)
     # MSN scores target and anchors with the same prototypes; only its encoder is averaged.
     copied = ("head.prototypes",) if recipe.objective == "msn" and recipe.head == "native" else ()
     return EmaBranch(student, objective, steps=steps, momentum=recipe.ema_momentum, shaping=shaping, copied=copied)

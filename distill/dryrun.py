@@ -22,7 +22,7 @@ from robx.distill.processes import Processes
 from robx.distill.prototypes import images_to_fit, require_images
 from robx.distill.published_heads import PrototypeHead
 from robx.distill.recipes import Recipe
-from robx.distill.speed import measure_bound
+from robx.distill.speed import SpeedBound, measure_bound
 from robx.distill.teachers import Teacher
 from robx.distill.views import Targets, Views
 from robx.sources import ImageSource
@@ -55,7 +55,7 @@ class RunCost:
     students: tuple[NetworkCost, ...]
     fixed_bytes: int  # weights, gradients, optimiser's state: whatever the batch
     image_bytes: int  # that one image adds: its crops, what backward keeps, its targets
-    teacher_images_per_s: float
+    teacher_images_per_s: float | None  # None: the targets are the student's own scores
     student_images_per_s: float
     bound_images_per_s: float
     loader_images_per_s: float  # of one worker
@@ -76,7 +76,7 @@ class RunCost:
             f"memory: {self.fixed_bytes / 1e9:.2f} GB fixed + {per_image} = {self.batch_bytes / 1e9:.2f} GB "
             f"at a micro-batch of {self.batch_size}",
             f"measured on {self.device}: bound {self.bound_images_per_s:.1f} images/s "
-            f"(teacher alone {self.teacher_images_per_s:.1f}, students alone {self.student_images_per_s:.1f}); "
+            f"({SpeedBound(self.teacher_images_per_s, self.student_images_per_s).parts}); "
             f"one loader worker {self.loader_images_per_s:.1f} images/s",
             f"with the loader, and one process, the run takes {self.hours:.2f} hours",
         ]
@@ -139,10 +139,9 @@ def dry_run(
     loader_speed = len(batch.index) / (time.perf_counter() - started)
     views = batch.views(place.device)
 
-    def targets_of(views: Views) -> list[Targets]:
-        branches = [networks.branch or learner.branch for learner in networks.learners]
+    def targets_of(views: Views) -> list[Targets | None]:
         shared = networks.branch.targets(views) if networks.branch is not None else None
-        return [shared or branch.targets(views) for branch in branches if branch is not None]
+        return [shared or learner.own_targets(views) for learner in networks.learners]
 
     bound = measure_bound(networks.learners, views, targets_of, recipe=recipe)
     targets = targets_of(views)
@@ -152,12 +151,13 @@ def dry_run(
         costs.append(cost)
         kept = max(kept, bytes_kept)  # one student's at a time
     images = views.globals.shape[1]
-    image_bytes = (kept + _bytes(views) + sum(_bytes(target) for target in targets)) // images
+    image_bytes = (kept + _bytes(views) + sum(_bytes(target) for target in targets if target is not None)) // images
     fixed = sum(_fixed_bytes(learner) for learner in networks.learners) + _weight_bytes(teacher)
     loaders = loader_speed * max(1, workers)
     # On a CPU the loader takes its time from the cores that compute.
     alone = place.device.type == "cpu"
     rate = 1 / (1 / bound.images_per_s + 1 / loaders) if alone else min(bound.images_per_s, loaders)
+    fitting = fitted / bound.teacher if bound.teacher else 0.0
     return RunCost(
         images=len(source),
         epochs=recipe.epochs,
@@ -172,7 +172,7 @@ def dry_run(
         student_images_per_s=bound.student,
         bound_images_per_s=bound.images_per_s,
         loader_images_per_s=loader_speed,
-        hours=(steps * recipe.batch_size / rate + fitted / bound.teacher) / 3600,
+        hours=(steps * recipe.batch_size / rate + fitting) / 3600,
         gpu_memory_gb=gpu_memory,
         gpu_batch=None if gpu_memory is None else _largest_batch(gpu_memory, fixed=fixed, image=image_bytes),
     )
@@ -184,7 +184,7 @@ def _largest_batch(gigabytes: float, *, fixed: int, image: int) -> int:
     return max(0, int(free / max(1, image)))
 
 
-def _learner_cost(learner: Learner, views: Views, targets: Targets) -> tuple[NetworkCost, int]:
+def _learner_cost(learner: Learner, views: Views, targets: Targets | None) -> tuple[NetworkCost, int]:
     """A student's cost, and the bytes that the backward of this micro-batch keeps."""
     parameters = {parameter.data_ptr() for parameter in learner.net.parameters()}
     kept: dict[int, int] = {}
@@ -222,7 +222,7 @@ def _flop_counter() -> FlopCounterMode:
 
 
 def _teacher_cost(teacher: Teacher, views: Views, recipe: Recipe) -> NetworkCost:
-    pixels = views.globals[:, :1].flatten(0, 1)
+    pixels = views.globals[: recipe.teacher_crops, :1].flatten(0, 1)
     with _flop_counter() as counter, autocast(recipe, pixels.device):
         teacher(pixels)
     return NetworkCost(
@@ -234,7 +234,9 @@ def _fixed_bytes(learner: Learner) -> int:
     """Weights, gradients and the optimiser's state (two tensors a parameter of Adam's, one of SGD's) in float32."""
     trained = sum(p.numel() for p in learner.net.parameters() if p.requires_grad)
     states = 2 if learner.recipe.optimizer == "adamw" else 1
-    averages = _weight_bytes(learner.average) + _weight_bytes(learner.branch.network if learner.branch else None)
+    averages = _weight_bytes(learner.average) + _weight_bytes(
+        None if learner.network is learner.net else learner.network
+    )
     return _weight_bytes(learner.net) + 4 * trained * (1 + states) + averages
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from robx.distill.branches import EmaBranch
+from robx.distill.branches import EmaBranch, OwnBranch
 from robx.distill.objectives import Objective, Stats
-from robx.distill.optimizers import build_optimizer, set_rates
+from robx.distill.optimizers import build_optimizer, load_optimizer, set_rates
 from robx.distill.processes import Processes
 from robx.distill.recipes import Recipe
 from robx.distill.resume import random_state
@@ -41,7 +41,7 @@ class Learner:
         recipe: Recipe,
         objective: Objective,
         processes: Processes,
-        branch: EmaBranch | None = None,
+        branch: EmaBranch | OwnBranch | None = None,
         compile: bool = False,
     ) -> None:
         """Take over `net`, which is on its device already; `branch` is a base method's."""
@@ -51,7 +51,7 @@ class Learner:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
         self.average = None if recipe.student_ema is None else copy.deepcopy(net.trunk).requires_grad_(False)
         self._parallel = processes.parallel(net)
-        if branch is not None:
+        if isinstance(branch, EmaBranch):
             processes.synchronised(branch.network)
         self._forward: Any = torch.compile(self._parallel) if compile else self._parallel
         self._parameters = [p for p in net.parameters() if p.requires_grad]
@@ -61,14 +61,23 @@ class Learner:
         """The trunk that is evaluated and saved: the raw one, or its average when the recipe asks for one."""
         return self.net.trunk if self.average is None else self.average
 
+    @property
+    def network(self) -> StudentNet:
+        """What a base method's run leaves as a teacher: the average that it learnt from, or the student itself."""
+        return self.branch.network if isinstance(self.branch, EmaBranch) else self.net
+
+    def own_targets(self, views: Views) -> Targets | None:
+        """What a base method's branch says of a micro-batch; None when ``learn`` makes it of the student's scores."""
+        return self.branch.targets(views) if isinstance(self.branch, EmaBranch) else None
+
     def learn(
-        self, views: Views, targets: Targets, *, draw: int, last: bool = True, observe: bool = True
+        self, views: Views, targets: Targets | None, *, draw: int, last: bool = True, observe: bool = True
     ) -> tuple[Tensor, Stats]:
         """Forward and backward of one micro-batch; gradients add up until ``update``.
 
         Args:
             views: the micro-batch.
-            targets: what the target branch says of it.
+            targets: what the target branch says of it; None: what an OwnBranch does.
             draw: the micro-batch's number in the run, which drop path's random numbers hang on.
             last: whether ``update`` comes next, so that processes exchange gradients now.
             observe: whether the loss's statistics are wanted.
@@ -78,6 +87,8 @@ class Learner:
         with self._parallel.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
             with autocast(self.recipe, self.device):
                 scores = self._forward(views)
+            if targets is None:
+                targets = cast(OwnBranch, self.branch).read(scores)
             loss, stats = self.objective(scores, targets, views, observe=observe)
             self.scaler.scale(loss / self.recipe.accumulate).backward()  # type: ignore[no-untyped-call]
         return loss.detach(), stats
@@ -118,7 +129,7 @@ class Learner:
     def load(self, state: dict[str, Any]) -> None:
         """Take a checkpoint's state over."""
         self.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])

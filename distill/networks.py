@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from robx.distill.branches import EmaBranch, StoredBranch, TargetBranch, TargetWriter, WritingBranch, build_branch
+from robx.distill.branches import StoredBranch, TargetBranch, TargetWriter, TeacherBranch, WritingBranch, build_branch
 from robx.distill.learner import Learner
 from robx.distill.objectives import build_objective
 from robx.distill.processes import Processes
@@ -109,10 +109,10 @@ def build_networks(
             branch = build_branch(
                 recipe, objective, student=net, teacher=teacher, steps=steps, steps_per_epoch=steps_per_epoch
             )
-            if isinstance(branch, EmaBranch):
-                own = branch
-            else:
+            if isinstance(branch, TeacherBranch):
                 shared = branch
+            else:
+                own = branch
         learners.append(
             Learner(name, net, recipe=recipe, objective=objective, processes=processes, branch=own, compile=compile)
         )

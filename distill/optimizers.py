@@ -55,6 +55,19 @@ def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: floa
             group["weight_decay"] = weight_decay
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take `state` over, each tensor laid out in memory as its parameter is.
+
+    A checkpoint keeps values and no strides, and the fused AdamW walks parameter, gradient and moments by their place
+    in memory: with a channels-last kernel and a contiguous moment it would pair the wrong elements.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 class Larc(torch.optim.Optimizer):
     """SGD with momentum whose gradient is scaled layer by layer (You, Gitman, Ginsburg 2017, arXiv 1708.03888).
 

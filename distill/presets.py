@@ -18,7 +18,6 @@ _IBOT: dict[str, Any] = {
     "weight_decay_end": 0.48,
     "epochs": 100,
 }
-TINY_PATCH_DROP = 0.1  # RoB-MSN's for ViT-Tiny students
 _MSN: dict[str, Any] = {
     "objective": "msn",
     "head": "mlp",
@@ -80,6 +79,9 @@ _KD: dict[str, Any] = {
 }
 ROB: dict[str, dict[str, Any]] = {"dino": _DINO, "ibot": _IBOT, "msn": _MSN, "swav": _SWAV, "kd": _KD}
 
+# ViT-Tiny students differ from larger ViTs.
+TINY: dict[str, dict[str, Any]] = {"ibot": {"drop_path": 0.1}, "msn": {"patch_drop": 0.1}}
+
 # CNN students of DINO, iBOT and MSN teachers; the authors take the best peak of .002, .02 and .2.
 CNN: dict[str, Any] = {
     "optimizer": "larc",
@@ -114,5 +116,5 @@ BASE: dict[str, dict[str, Any]] = {
     },
     "msn": {"head": "native", "me_max": 1.0, "sinkhorn_iterations": 3, "ema_momentum": (0.996, 1.0)},
     # SwAV's targets come from the student itself.
-    "swav": {"sinkhorn_epsilon": 0.05, "ema_momentum": (0.0, 0.0)},
+    "swav": {"sinkhorn_epsilon": 0.05, "freeze_last_layer_epochs": 1, "ema_momentum": (0.0, 0.0)},
 }

@@ -18,21 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robx.distill.branches import EmaBranch
 from robx.distill.recipes import Recipe
+from robx.distill.shaping import Shaping
 from robx.distill.students import StudentNet
 from robx.errors import InputError
 from robx.files import write_bytes
 
 
 def published_checkpoint(
-    branch: EmaBranch, student: StudentNet, *, recipe: Recipe, timm_name: str, epoch: int
+    network: StudentNet, student: StudentNet, *, shaping: Shaping, recipe: Recipe, timm_name: str, epoch: int
 ) -> dict[str, Any]:
     """The checkpoint of a base method's run in its published layout.
 
     Args:
-        branch: the run's; its network is the teacher.
+        network: the teacher: the average of the student, or SwAV's one network.
         student: the run's, without wrappers.
+        shaping: of the run's branch; it has the centres.
         recipe: of the run, a base method's with its native head.
         timm_name: of the trunk; stored as ``args.arch``.
         epoch: how many are done.
@@ -43,10 +44,10 @@ def published_checkpoint(
     if recipe.head != "native" or recipe.objective == "kd":
         raise InputError(f"{recipe.objective} with the head {recipe.head} has no published layout: use a native head")
     args = argparse.Namespace(arch=timm_name)
-    mine, theirs = branch.network.state_dict(), student.state_dict()
+    mine, theirs = network.state_dict(), student.state_dict()
     match recipe.objective:
         case "dino" | "ibot":
-            loss = {"center": branch.shaping.center, "center2": branch.shaping.patch_center}
+            loss = {"center": shaping.center, "center2": shaping.patch_center}
             centers = {name: center[None] for name, center in loss.items() if center is not None}
             return {
                 "student": {f"module.{key}": value for key, value in _backbone(theirs).items()},

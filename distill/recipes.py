@@ -46,6 +46,7 @@ class Recipe:
     sinkhorn_iterations: int = 0  # 0: a softmax
     sinkhorn_epsilon: float = 0.03
     queue: int = 0  # teacher scores kept for Sinkhorn
+    teacher_crops: int = 2  # global crops that the teacher sees; 1 halves its forward (RoB-SwAV's option)
     centering: bool = False
     center_momentum: float = 0.9
     me_max: float = 0.0  # weight of MSN's mean-entropy regulariser
@@ -120,6 +121,10 @@ class Recipe:
             raise InputError(f"recipe: batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}")
         if self.objective == "kd" and self.base:
             raise InputError("recipe: supervised distillation (kd) has no base method: give a classifier teacher")
+        if self.teacher_crops != 2 and self.base:
+            raise InputError("recipe: teacher_crops is a teacher's: a base method has targets of both global crops")
+        if self.teacher_crops != 2 and self.objective == "ibot" and self.patch_weight:
+            raise InputError("recipe: teacher_crops = 1 leaves half the masked patches without a target: give 2")
         if self.freeze_trunk and not self.base:
             raise InputError(
                 "recipe: freeze_trunk is a base method's (--teacher ema): a teacher's student has to learn"
@@ -155,6 +160,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("sinkhorn_iterations", 0, 100),
     ("sinkhorn_epsilon", 1e-4, 10),
     ("queue", 0, 1_000_000),
+    ("teacher_crops", 1, 2),
     ("center_momentum", 0, 1),
     ("me_max", 0, 100),
     ("patch_weight", 0, 100),

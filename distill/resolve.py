@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from robx.distill.networks import student_kind
-from robx.distill.presets import TINY_PATCH_DROP
+from robx.distill.presets import TINY
 from robx.distill.recipes import Recipe, override, preset, read_toml
 from robx.distill.stored import read_info
 from robx.distill.zoo import find_teacher
@@ -45,9 +45,10 @@ def resolve_recipe(
     method: Any = objective or values.get("objective")
     if method is None and targets is not None:
         method = read_info(targets).decided_by.get("objective")
-    recipe = preset(method or _default_objective(teacher), student_kind(student), base=base)
-    if recipe.patch_drop and "_tiny_" in student:
-        recipe = override(recipe, {"patch_drop": TINY_PATCH_DROP})
+    kind = student_kind(student)
+    recipe = preset(method or _default_objective(teacher), kind, base=base)
+    if kind == "vit" and "_tiny_" in student:
+        recipe = override(recipe, TINY.get(recipe.objective, {}))
     recipe = override(recipe, values | {"objective": recipe.objective}, where=str(file or "recipe"))
     given = {name: value for name, value in options.items() if value is not None}
     if "lr" in given:

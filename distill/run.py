@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robx import __version__
 from robx.distill import resume
-from robx.distill.branches import EmaBranch, TargetBranch, TeacherBranch, WritingBranch
+from robx.distill.branches import EmaBranch, OwnBranch, TargetBranch, TeacherBranch, WritingBranch
 from robx.distill.learner import Learner
 from robx.distill.loader import Skipped, micro_batch, steps_per_epoch
 from robx.distill.networks import Initial, build_networks, open_targets, store_targets
@@ -22,7 +22,6 @@ from robx.distill.recipes import Recipe
 from robx.distill.run_folder import Metrics, student_folders, student_preprocessing, tensorboard_writer
 from robx.distill.shaping import Shaping
 from robx.distill.speed import SpeedBound
-from robx.distill.students import unwrapped
 from robx.distill.teachers import Teacher
 from robx.errors import InputError, one_line
 from robx.files import read_json, write_json, write_text
@@ -275,7 +274,7 @@ def _shapings(run: Run) -> list[Shaping]:
     """What keeps a queue in this process."""
     shared = run.branch.branch if isinstance(run.branch, WritingBranch) else run.branch
     branches = (shared, *(learner.branch for learner in run.learners))
-    return [branch.shaping for branch in branches if isinstance(branch, TeacherBranch | EmaBranch)]
+    return [branch.shaping for branch in branches if isinstance(branch, TeacherBranch | EmaBranch | OwnBranch)]
 
 
 def publish_teachers(run: Run) -> None:
@@ -283,10 +282,11 @@ def publish_teachers(run: Run) -> None:
     if not run.processes.first or run.recipe.head != "native":
         return
     for learner, folder in zip(run.learners, run.folders, strict=True):
-        if isinstance(learner.branch, EmaBranch):
+        if learner.branch is not None:
             checkpoint = published_checkpoint(
-                learner.branch,
-                unwrapped(learner.net),
+                learner.network,
+                learner.net,
+                shaping=learner.branch.shaping,
                 recipe=run.recipe,
                 timm_name=learner.name,
                 epoch=run.recipe.epochs,

@@ -22,26 +22,33 @@ from robx.distill.views import Targets, Views
 class SpeedBound:
     """Images per second of each part alone, of this process."""
 
-    teacher: float  # of the target branch's forward; infinite when it costs nothing
+    teacher: float | None  # of the target branch's forward; None when the student's own scores are the targets
     student: float  # of all students' forward and backward
 
     @property
     def images_per_s(self) -> float:
         """What both allow together."""
-        return 1 / (1 / self.teacher + 1 / self.student)
+        return 1 / ((1 / self.teacher if self.teacher else 0.0) + 1 / self.student)
+
+    @property
+    def parts(self) -> str:
+        """Both in words."""
+        own = "the targets are the student's own scores"
+        teacher = own if self.teacher is None else f"target branch alone {self.teacher:.1f}"
+        return f"{teacher}, students alone {self.student:.1f}"
 
 
 def measure_bound(
     learners: Sequence[Learner],
     views: Views,
-    targets_of: Callable[[Views], Sequence[Targets]],
+    targets_of: Callable[[Views], Sequence[Targets | None]],
     *,
     recipe: Recipe,
     repeats: int = 2,
 ) -> SpeedBound:
     """Time the bare computation of one micro-batch; the learners are what they were before, bit for bit.
 
-    `targets_of` gives one Targets a learner.
+    `targets_of` gives one Targets a learner, or None where the student's forward makes them.
     """
     device, images = views.globals.device, views.globals.shape[1]
     teacher = student = float("inf")
@@ -58,7 +65,8 @@ def measure_bound(
                 buffer.copy_(buffers[name])
         ended = _now(device)
         teacher, student = min(teacher, between - started), min(student, ended - between)
-    return SpeedBound(images / max(teacher, 1e-9), images / max(student, 1e-9))
+    own = all(target is None for target in targets)
+    return SpeedBound(None if own else images / max(teacher, 1e-9), images / max(student, 1e-9))
 
 
 class Rate:

@@ -83,6 +83,7 @@ class TargetsInfo:
             data_fingerprint=data_fingerprint,
             teacher_sha256=teacher_sha256,
             decided_by=decided_by,
+            crops=recipe.teacher_crops,
             k=min(k, prototypes),
             dtype=dtype,
         )

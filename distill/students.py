@@ -185,9 +185,9 @@ def patch_grid(trunk: nn.Module, crop_size: int) -> tuple[int, int]:
 
 
 def cancel_last_layer_gradients(student: nn.Module) -> None:
-    """Drop the gradients of the head's last layer; DINO and iBOT do so after backward for the first epoch."""
+    """Drop the gradients of the head's last layer; DINO, iBOT and SwAV (its prototypes) do so for the first epoch."""
     for name, parameter in student.named_parameters():
-        if ".last_layer" in f".{name}":
+        if any(part in f".{name}" for part in (".head.last_layer", ".head.prototypes")):
             parameter.grad = None
 
 

@@ -229,12 +229,12 @@ def _is_death(error: Exception, *, workers: int) -> bool:
     return not isinstance(error, RuntimeError) or "DataLoader worker" in text
 
 
-def _targets(run: Run, views: Views) -> list[Targets]:
-    """One Targets a learner; a shared branch is asked once."""
+def _targets(run: Run, views: Views) -> list[Targets | None]:
+    """One Targets a learner, None where it makes its own; a shared branch is asked once."""
     with autocast(run.recipe, views.globals.device):
         if run.branch is None:
-            return [learner.branch.targets(views) for learner in run.learners if learner.branch is not None]
-        return [run.branch.targets(views)] * len(run.learners)
+            return [learner.own_targets(views) for learner in run.learners]
+        return list[Targets | None]([run.branch.targets(views)]) * len(run.learners)
 
 
 def _update(run: Run, learner: Learner, loss: Tensor, step: int, images: Sequence[str]) -> Tensor:
@@ -270,8 +270,7 @@ def _measure(run: Run, start: int) -> SpeedBound:
         branch.load_state_dict(state)
     run.bound = bound
     run.say(
-        f"bound {speed_bound(run):.1f} images/s: the target branch alone makes {bound.teacher:.1f}, "
-        f"the students alone {bound.student:.1f}, one loader worker {loader:.1f}, "
+        f"bound {speed_bound(run):.1f} images/s: {bound.parts}, one loader worker {loader:.1f}, "
         f"each of {run.processes.world} process(es)"
     )
     return bound

@@ -8,17 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robx.distill.branches import EmaBranch, TeacherBranch, build_branch
+from robx.distill.branches import EmaBranch, OwnBranch, TeacherBranch, build_branch
 from robx.distill.frozen_teacher import Teacher
+from robx.distill.learner import Learner
 from robx.distill.masks import block_masks
 from robx.distill.objectives import build_objective
+from robx.distill.processes import Processes
 from robx.distill.published_heads import PrototypeHead
 from robx.distill.recipes import Recipe, override, preset
 from robx.distill.rob_dino import RobDino
 from robx.distill.rob_ibot import RobIbot
 from robx.distill.shaping import Shaping
 from robx.distill.students import StudentNet, build_student
-from robx.distill.views import Views
+from robx.distill.views import Scores, Views
 from robx.records import Preprocessing, TeacherInfo
 from robx.trunk import build_trunk
 
@@ -149,17 +151,69 @@ def test_ema_of_ibot_centres_patches_by_all_of_them() -> None:
     torch.testing.assert_close(branch.shaping.patch_center, want.detach(), rtol=1e-3, atol=1e-6)
 
 
-def test_momentum_zero_is_the_student_itself() -> None:
-    recipe = base("swav")
+def test_swavs_step_is_its_releases() -> None:
+    """One forward over all crops; codes of its global scores, without a gradient, by algorithm 1 as it is written."""
+    torch.manual_seed(0)
+    recipe = base("swav", queue=0)
+    student, objective = build_student(CNN, recipe, None), build_objective(base("swav"))
+    plain = copy.deepcopy(student)
+    branch = build_branch(recipe, objective, student=student, teacher=None, steps=10, steps_per_epoch=5)
+    learner = Learner(
+        CNN, student, recipe=recipe, objective=objective, processes=Processes(0, 1, torch.device("cpu")), branch=branch
+    )  # type: ignore[arg-type]
+    held = views()
+    loss, _ = learner.learn(held, learner.own_targets(held), draw=0)
+
+    trunk, head = plain.trunk, plain.head
+    features = torch.cat([trunk(held.globals.flatten(0, 1)), trunk(held.locals.flatten(0, 1))])
+    z = head.projection_head(features)  # type: ignore[operator, union-attr]
+    z = z / z.norm(dim=1, keepdim=True)
+    c = head.prototypes.weight / head.prototypes.weight.norm(dim=1, keepdim=True)  # type: ignore[union-attr, operator]
+    scores = (z @ c.T).view(3, 4, 16)
+    want = torch.zeros(())
+    for crop in (0, 1):
+        q = torch.exp(scores[crop].detach().double() / 0.05).T
+        q = q / q.sum()
+        for _ in range(3):
+            q = q / q.sum(dim=1, keepdim=True) / 16
+            q = q / q.sum(dim=0, keepdim=True) / 4
+        codes = (q * 4).T.float()
+        others = [v for v in range(3) if v != crop]
+        logs = [torch.log_softmax(scores[v] / 0.1, dim=1) for v in others]
+        want = want - sum((codes * log).sum(dim=1).mean() for log in logs) / len(others) / 2
+    want.backward()
+    torch.testing.assert_close(loss, want.detach(), rtol=1e-5, atol=1e-6)
+    for (name, mine), theirs in zip(student.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-6, msg=name)
+    for mine, theirs in zip(student.buffers(), plain.buffers(), strict=True):  # no second forward moved BatchNorm
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_swav_with_an_average_has_a_second_network() -> None:
+    recipe = base("swav", ema_momentum=[0.9, 1.0])
     student = build_student(CNN, recipe, None)
     branch = build_branch(recipe, build_objective(recipe), student=student, teacher=None, steps=10, steps_per_epoch=5)
     assert isinstance(branch, EmaBranch)
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter.mul_(1.5)
-    branch.update(0, student)
-    for name, parameter in branch.network.named_parameters():
-        assert torch.equal(parameter, student.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("crops", [1, 2])
+def test_a_teacher_sees_as_many_global_crops_as_the_recipe_says(crops: int) -> None:
+    recipe = override(preset("swav", "cnn"), {"teacher_crops": crops})
+    branch = build_branch(
+        recipe, build_objective(recipe), student=nn.Identity(), teacher=frozen(), steps=10, steps_per_epoch=5
+    )
+    assert isinstance(branch, TeacherBranch)
+    seen = []
+    branch.teacher.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].shape))
+    held = views()
+    targets = branch.targets(held)
+    assert seen == [(4 * crops, 3, 64, 64)] and targets.probs.shape == (crops, 4, 6)
+    scores = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(1))
+    loss, _ = build_objective(recipe)(Scores(scores), targets, held)
+    logs = torch.log_softmax(scores / 0.1, dim=-1)
+    pairs = [(0, 0), (0, 1), (0, 2)] if crops == 1 else [(0, 0), (1, 1), (0, 2), (1, 2)]
+    terms = [-(targets.probs[q] * logs[v]).sum(dim=-1).mean() for q, v in pairs]
+    torch.testing.assert_close(loss, torch.stack(terms).mean())
 
 
 def test_msn_shares_the_students_prototypes_and_averages_the_rest() -> None:
@@ -197,10 +251,11 @@ def test_base_methods_learn_a_batch(method: str, name: str) -> None:
     branch = build_branch(recipe, objective, student=student, teacher=None, steps=100, steps_per_epoch=5)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
     held = views(masked=student.mask_grid(64) is not None)
-    targets = branch.targets(held)
+    targets = None if isinstance(branch, OwnBranch) else branch.targets(held)
     losses = []
     for step in range(6):
-        loss, stats = objective(student(held), targets, held)
+        scores = student(held)
+        loss, stats = objective(scores, branch.read(scores) if targets is None else targets, held)
         assert all(value.ndim == 0 and torch.isfinite(value) for value in stats.values())
         optimizer.zero_grad()
         loss.backward()

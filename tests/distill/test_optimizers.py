@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robx.distill.optimizers import Larc, build_optimizer, parameter_groups, set_rates
+from robx.distill.optimizers import Larc, build_optimizer, load_optimizer, parameter_groups, set_rates
 from robx.distill.recipes import override, preset
 from robx.distill.students import build_student
 
@@ -58,6 +58,45 @@ def test_larc_is_scale_invariant_in_the_gradient() -> None:
         Larc([parameter], lr=1.0, weight_decay=0.0).step()
         ends.append(parameter.detach())
     torch.testing.assert_close(*ends)
+
+
+@pytest.mark.parametrize("name", ["adamw", "larc", "sgd"])
+def test_a_resumed_optimizer_steps_as_a_plain_one_that_never_stopped(name: str) -> None:
+    """Channels-last kernels, and a state that was on disk: there it has no strides."""
+    recipe = override(preset("dino", "vit"), {"optimizer": name, "lr": 0.01, "lr_batch": None})
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape))
+        optimizer.step()
+
+    unbroken, mine = net(), net()
+    build = {
+        "adamw": lambda m: torch.optim.AdamW(m, lr=0.01, weight_decay=recipe.weight_decay, fused=False, foreach=False),
+        "larc": lambda m: Larc(m, lr=0.01, weight_decay=recipe.weight_decay),
+        "sgd": lambda m: torch.optim.SGD(m, lr=0.01, weight_decay=recipe.weight_decay, momentum=0.9, foreach=False),
+    }[name]
+    plain, optimizer = build(parameter_groups(unbroken)), build_optimizer(mine, recipe)
+    for seed in range(3):
+        step(unbroken, plain, seed)
+        step(mine, optimizer, seed)
+    state = optimizer.state_dict()
+    for values in state["state"].values():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                values[key] = value.contiguous()
+    again = build_optimizer(mine, recipe)
+    load_optimizer(again, state)
+    for seed in range(3, 6):
+        step(unbroken, plain, seed)
+        step(mine, again, seed)
+    for a, b in zip(mine.parameters(), unbroken.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_larc_resumes_from_its_state() -> None:

@@ -10,31 +10,35 @@ from pathlib import Path
 import pytest
 import torch
 
-from robx.distill.branches import EmaBranch, build_branch
+from robx.distill.branches import EmaBranch, OwnBranch, build_branch
 from robx.distill.objectives import build_objective
 from robx.distill.publish import published_checkpoint, save_published
 from robx.distill.recipes import Method, Recipe, override, preset
+from robx.distill.shaping import Shaping
 from robx.distill.students import StudentNet, build_student
 from robx.distill.teachers import load_teacher
 from robx.distill.views import Views
 from robx.errors import InputError
 
 
-def trained(method: Method, name: str) -> tuple[Recipe, StudentNet, EmaBranch]:
-    """A base method's student and branch after a step that moved every weight and statistic."""
+def trained(method: Method, name: str) -> tuple[Recipe, StudentNet, StudentNet, Shaping]:
+    """A base method's student, teacher and guards after a step that moved every weight and statistic."""
     torch.manual_seed(0)
     sizes = {"crop_size": 64, "local_crops": 0, "prototypes": 24, "drop_path": 0.0}
     recipe = override(preset(method, "vit", base=True), sizes)
     student = build_student(name, recipe, None)
     branch = build_branch(recipe, build_objective(recipe), student=student, teacher=None, steps=10, steps_per_epoch=5)
-    assert isinstance(branch, EmaBranch)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     branch.update(0, student)
-    pixels = torch.randn(2, 4, 3, 64, 64)
-    branch.targets(Views(pixels, torch.zeros(0, 4, 3, 32, 32), torch.arange(4)))
-    return recipe, student, branch
+    views = Views(torch.randn(2, 4, 3, 64, 64), torch.zeros(0, 4, 3, 32, 32), torch.arange(4))
+    if isinstance(branch, EmaBranch):
+        branch.targets(views)
+        return recipe, student, branch.network, branch.shaping
+    assert isinstance(branch, OwnBranch)
+    student(views)
+    return recipe, student, student, branch.shaping
 
 
 @pytest.mark.parametrize(
@@ -49,14 +53,15 @@ def trained(method: Method, name: str) -> tuple[Recipe, StudentNet, EmaBranch]:
     ],
 )
 def test_the_zoo_reads_it_back(method: Method, name: str, tmp_path: Path) -> None:
-    recipe, student, branch = trained(method, name)
+    recipe, student, network, shaping = trained(method, name)
     path = tmp_path / "checkpoint.pth"
-    save_published(path, published_checkpoint(branch, student, recipe=recipe, timm_name=name, epoch=3))
+    content = published_checkpoint(network, student, shaping=shaping, recipe=recipe, timm_name=name, epoch=3)
+    save_published(path, content)
     teacher = load_teacher(method, weights=path, image_size=64)
     assert teacher.method == method
     assert teacher.num_prototypes == 24
     pixels = torch.randn(3, 3, 64, 64)
-    network = branch.network.eval()
+    network.eval()
     features, tokens = network.embed_globals(pixels[None])
     scores = teacher(pixels)
     torch.testing.assert_close(scores.features, features, rtol=1e-4, atol=1e-5)
@@ -67,8 +72,9 @@ def test_the_zoo_reads_it_back(method: Method, name: str, tmp_path: Path) -> Non
 
 
 def test_the_layout_is_dinos(tmp_path: Path) -> None:
-    recipe, student, branch = trained("dino", "vit_tiny_patch16_224")
-    content = published_checkpoint(branch, student, recipe=recipe, timm_name="vit_tiny_patch16_224", epoch=3)
+    name = "vit_tiny_patch16_224"
+    recipe, student, network, shaping = trained("dino", name)
+    content = published_checkpoint(network, student, shaping=shaping, recipe=recipe, timm_name=name, epoch=3)
     assert set(content) == {"student", "teacher", "epoch", "args", "dino_loss"}
     assert {"backbone.cls_token", "head.mlp.4.bias", "head.last_layer.weight_g"} <= set(content["teacher"])
     assert all(key.startswith(("module.backbone.", "module.head.")) for key in content["student"])
@@ -76,9 +82,10 @@ def test_the_layout_is_dinos(tmp_path: Path) -> None:
 
 
 def test_only_native_heads_have_a_layout() -> None:
-    recipe, student, branch = trained("dino", "test_vit")
+    recipe, student, network, shaping = trained("dino", "test_vit")
+    other = override(recipe, {"head": "mlp"})
     with pytest.raises(InputError, match="no published layout"):
-        published_checkpoint(branch, student, recipe=override(recipe, {"head": "mlp"}), timm_name="test_vit", epoch=1)
+        published_checkpoint(network, student, shaping=shaping, recipe=other, timm_name="test_vit", epoch=1)
 
 
 @pytest.mark.parametrize("what", ["teacher", "prototypes"])

@@ -112,6 +112,7 @@ def test_the_values_that_the_base_methods_add() -> None:
     assert msn.head == "native"
     assert (msn.me_max, msn.sinkhorn_iterations, msn.ema_momentum) == (1.0, 3, (0.996, 1.0))
     assert (swav.sinkhorn_epsilon, swav.sinkhorn_iterations, swav.ema_momentum) == (0.05, 3, (0.0, 0.0))
+    assert (msn.freeze_last_layer_epochs, swav.freeze_last_layer_epochs) == (0, 1)
     assert {preset(m, "vit", base=True).pairing for m in ("dino", "ibot", "msn", "swav")} == {"swapped"}  # type: ignore[arg-type]
 
 
@@ -121,7 +122,7 @@ def test_the_values_that_the_base_methods_add() -> None:
         ("dino", {"prototypes", "centering", "clip_grad", *WARMED_UP}),
         ("ibot", {"prototypes", "centering", "clip_grad", *WARMED_UP}),
         ("msn", {"head", "me_max", "sinkhorn_iterations"}),
-        ("swav", {"sinkhorn_epsilon", "ema_momentum"}),
+        ("swav", {"sinkhorn_epsilon", "freeze_last_layer_epochs", "ema_momentum"}),
     ],
 )
 @pytest.mark.parametrize("kind", ["vit", "cnn"])
@@ -141,6 +142,9 @@ def test_unknown_keys_are_refused_with_the_known_ones() -> None:
     [
         ({"epochs": 0}, "epochs = 0"),
         ({"epochs": "many"}, "'many'"),
+        ({"teacher_crops": 3}, "teacher_crops = 3"),
+        ({"teacher_crops": 1, "base": True}, "teacher_crops is a teacher's"),
+        ({"teacher_crops": 1, "objective": "ibot"}, "half the masked patches"),
         ({"lr": -1.0}, "lr = -1.0"),
         ({"global_scale": [0.5, 0.1]}, "global_scale"),
         ({"blur_p": [2, 0, 0]}, "blur_p"),

@@ -90,6 +90,9 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
     ("student", "values"),
     [
         ("test_resnet", {"objective": "swav", "kind": "cnn", "optimizer": "larc", "student_ema": 0.9, "queue": 16}),
+        ("test_resnet", {"objective": "swav", "base": True, "head": "native", "queue": 16, "warmup_lr": 0.0}),
+        ("test_resnet", {"objective": "msn", "kind": "cnn", "optimizer": "sgd"}),
+        ("test_resnet", {"objective": "msn", "kind": "cnn", "optimizer": "adamw", "precision": "fp16"}),
         ("test_vit", {"objective": "dino", "base": True, "accumulate": 2, "pairing": "swapped"}),
         ("test_vit", {"objective": "ibot", "base": True, "precision": "bf16"}),
     ],
@@ -164,6 +167,17 @@ def test_stored_targets_train_the_same_student_without_the_teacher(
     assert load_student(tmp_path / "stored").teacher == load_student(unbroken).teacher
     with pytest.raises(InputError, match="seed"):
         tiny.tiny_run(source, tmp_path / "other", recipe=tiny.tiny_recipe(seed=1), targets=tmp_path / "targets")
+
+
+def test_targets_of_one_teacher_crop_are_stored_and_read(tiny: ModuleType, source: ImageSource, tmp_path: Path) -> None:
+    one = tiny.tiny_recipe(objective="swav", teacher_crops=1, warmup_lr=0.0, lr=1e-4)
+    tiny.tiny_run(source, tmp_path / "live", recipe=one, store=tmp_path / "targets")
+    tiny.tiny_run(source, tmp_path / "stored", recipe=one, targets=tmp_path / "targets")
+    pairs = zip(tiny.losses(tmp_path / "stored"), tiny.losses(tmp_path / "live"), strict=True)
+    assert all(abs(a - b) < 1e-3 for (_, a), (_, b) in pairs)
+    with pytest.raises(InputError, match="crops = 1 and not 2"):
+        two = override(one, {"teacher_crops": 2})
+        tiny.tiny_run(source, tmp_path / "two", recipe=two, targets=tmp_path / "targets")
 
 
 def test_accumulated_micro_batches_give_the_gradient_of_the_whole(
@@ -250,19 +264,22 @@ def test_a_collapsed_student_is_said_once(
     assert len([text for text in said if "collapsed" in text]) == 1
 
 
+@pytest.mark.parametrize(
+    ("method", "layer"), [("dino", "head.last_layer.weight_v"), ("swav", "head.prototypes.weight")]
+)
 def test_the_last_layer_of_a_base_method_waits_for_its_first_epoch(
-    tiny: ModuleType, source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: ModuleType, source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, layer: str
 ) -> None:
     seen: list[torch.Tensor] = []
     real = Learner.update
 
     def watch(learner: Learner, *, step: int, steps: int) -> None:
-        seen.append(learner.net.head.last_layer.weight_v.detach().clone())  # type: ignore[union-attr, operator]
+        seen.append(learner.net.get_parameter(layer).detach().clone())
         real(learner, step=step, steps=steps)
 
     monkeypatch.setattr(Learner, "update", watch)
     recipe = tiny.tiny_recipe(
-        objective="dino", base=True, head="native", epochs=2, freeze_last_layer_epochs=1, weight_decay=0.0,
+        objective=method, base=True, head="native", epochs=2, freeze_last_layer_epochs=1, weight_decay=0.0,
         weight_decay_end=0.0, warmup_lr=1e-3, patch_drop=0.0,
     )  # fmt: skip
     tiny.tiny_run(source, tmp_path, recipe=recipe)
