@@ -14,6 +14,7 @@ from robx.distill.branches import StoredBranch, TargetBranch, TargetWriter, Teac
 from robx.distill.learner import Learner
 from robx.distill.objectives import build_objective
 from robx.distill.processes import Processes
+from robx.distill.published_heads import PrototypeHead
 from robx.distill.recipes import Recipe, StudentKind
 from robx.distill.stored import TargetsInfo, read_info
 from robx.distill.students import StudentNet, build_student
@@ -184,6 +185,22 @@ def store_targets(
     writer = TargetWriter(folder, info)
     write_json(folder / "teacher.json", to_json(teacher.info))
     return WritingBranch(branch, writer)
+
+
+def share_teacher(teacher: Teacher, processes: Processes) -> None:
+    """Make sure that all processes learn from one teacher.
+
+    Nodes without a common cache fit prototypes each for itself, and sums on a GPU need not be the same twice: the first
+    process's are everybody's.
+
+    Raises:
+        InputError: the processes were given different weights.
+    """
+    if len(files := set(processes.gather(teacher.info.sha256))) > 1:
+        short = ", ".join(sorted(sha256[:12] for sha256 in files))
+        raise InputError(f"the nodes have different weights of {teacher.name} (sha256 {short}): give all the same file")
+    if isinstance(teacher.head, PrototypeHead) and teacher.head.mean is not None:
+        processes.copy_from_first([teacher.head.mean, teacher.head.prototypes])
 
 
 def prepare_network(net: nn.Module, device: torch.device) -> None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from robx.allocator import keep_freed_memory
@@ -55,6 +55,15 @@ class Processes:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the first one's values of `tensors`, in place."""
+        if self.world == 1:
+            return
+        for tensor in tensors:
+            held = tensor.detach().cpu()
+            dist.broadcast(held, src=0, group=self.control)
+            tensor.copy_(held)
 
     def wait(self) -> None:
         """Until every process is here."""

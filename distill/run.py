@@ -15,7 +15,7 @@ from robx.distill import resume
 from robx.distill.branches import EmaBranch, OwnBranch, TargetBranch, TeacherBranch, WritingBranch
 from robx.distill.learner import Learner
 from robx.distill.loader import Skipped, micro_batch, steps_per_epoch
-from robx.distill.networks import Initial, build_networks, open_targets, store_targets
+from robx.distill.networks import Initial, build_networks, open_targets, share_teacher, store_targets
 from robx.distill.processes import Processes
 from robx.distill.publish import published_checkpoint, save_published
 from robx.distill.recipes import Recipe
@@ -106,6 +106,8 @@ def open_run(
     micro_batch(recipe, processes=processes.world)  # says so when it is none
     steps = recipe.epochs * per_epoch
     stored = None if targets is None else open_targets(targets, recipe, source)
+    if teacher is not None:
+        share_teacher(teacher, processes)
     info = teacher.info if teacher is not None else stored.info if stored is not None else None
     settings = {"teacher": to_json(info)} | settings_of(recipe, students, source, initial, stored=stored is not None)
     if processes.first and not (options.force or options.fresh):

@@ -48,6 +48,14 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, errors
 
 
+def _launcher() -> tuple[str, ...]:
+    """Two processes by torchrun, on a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}")
+
+
 def weights(folder: Path) -> bytes:
     return (folder / "student.safetensors").read_bytes()
 
@@ -125,12 +133,8 @@ def test_a_second_interrupt_ends_it_at_once() -> None:
 
 
 def test_two_processes_learn_what_one_does(tiny: ModuleType, scenes: Path, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}")
     values = ("drop_path=0.0", 'optimizer="sgd"', "lr=0.1")
-    process = start(scenes, tmp_path / "two", *values, launcher=launcher)
+    process = start(scenes, tmp_path / "two", *values, launcher=_launcher())
     status, errors = end(process)
     assert status == 0, errors
     recipe = tiny.tiny_recipe(drop_path=0.0, optimizer="sgd", lr=0.1)
@@ -140,6 +144,64 @@ def test_two_processes_learn_what_one_does(tiny: ModuleType, scenes: Path, tmp_p
     one, two = (load_file(tmp_path / name / "student.safetensors") for name in ("one", "two"))
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, atol=1e-5, rtol=1e-4)
+
+
+class _Stop(Exception):
+    pass
+
+
+def test_a_run_of_one_process_goes_on_in_two(tiny: ModuleType, scenes: Path, tmp_path: Path) -> None:
+    """The same crops, and the losses of the unbroken run to 1e-5 (no BatchNorm, no drop path)."""
+
+    def stop(done: int, total: int, note: str) -> None:
+        if done == 4:
+            raise _Stop
+
+    recipe, source = tiny.tiny_recipe(drop_path=0.0, lr=1e-4, patch_drop=0.0), open_source(scenes)
+    tiny.tiny_run(source, tmp_path / "unbroken", recipe=recipe)
+    with pytest.raises(_Stop):
+        tiny.tiny_run(source, tmp_path / "run", recipe=recipe, options={"checkpoint_steps": 3}, progress=stop)
+    values = ("drop_path=0.0", "lr=1e-4", "patch_drop=0.0")
+    status, errors = end(start(scenes, tmp_path / "run", *values, launcher=_launcher()))
+    assert status == 0, errors
+    pairs = list(zip(tiny.losses(tmp_path / "run"), tiny.losses(tmp_path / "unbroken"), strict=True))
+    assert [a for (a, _), _ in pairs] == list(range(1, 9)) and all(abs(a - b) < 1e-5 for (_, a), (_, b) in pairs)
+
+
+NODE = """
+import dataclasses, sys
+import torch
+import torch.distributed as dist
+from robx.distill.networks import share_teacher
+from robx.distill.processes import Processes
+from robx.distill.teachers import build_teacher_skeleton
+from robx.errors import InputError
+
+folder, rank = sys.argv[1], int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+processes = Processes(rank, 2, torch.device("cpu"), control=dist.new_group(backend="gloo"))
+torch.manual_seed(rank)  # each node fits its own
+teacher = build_teacher_skeleton("timm:test_resnet", objective="msn", prototypes=12, image_size=32)
+before = teacher.head.prototypes.clone()
+share_teacher(teacher, processes)
+torch.save((before, teacher.head.prototypes, teacher.head.mean), f"{folder}/{rank}.pt")
+teacher.info = dataclasses.replace(teacher.info, sha256=f"{rank}" * 64)
+try:
+    share_teacher(teacher, processes)
+except InputError as error:
+    print(error)
+dist.destroy_process_group()
+"""
+
+
+def test_nodes_learn_from_one_teacher(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", NODE, str(tmp_path)]
+    running = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
+    said = [process.communicate(timeout=SECONDS)[0] for process in running]
+    assert all("different weights of timm:test_resnet (sha256 000000000000, 111111111111)" in text for text in said)
+    (first, mine, mean), (other, theirs, their_mean) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert not torch.equal(first, other)
+    assert torch.equal(mine, first) and torch.equal(theirs, first) and torch.equal(mean, their_mean)
 
 
 @pytest.mark.parametrize(
