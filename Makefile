@@ -37,7 +37,7 @@ $(VENV)/bin/pip:
 	@$(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv, or make PYTHON=..."; exit 2; }
 
 # torch with CUDA takes 5 GB of the 6.5 that an environment has; pip, out of space, would say so after minutes.
-ROOM_GB ?= 8
+ROOM_GB ?= 7
 define ROOM
 @free=$$(df -Pk $(VENV) | awk 'NR == 2 { print int($$4 / 1048576) }'); \
 ls -d $(VENV)/lib/python3*/site-packages/torch > /dev/null 2>&1 || test "$$free" -ge $(ROOM_GB) || { \

@@ -5,8 +5,8 @@
     MSN    {target_encoder, prototypes, ...}                          target_encoder: module.*, module.fc.*
     SwAV   a state dict, flat or under state_dict: module.*, module.projection_head.*, module.prototypes.weight
 
-Pickles are read with ``weights_only`` and one class allowed beside tensors, argparse.Namespace, which DINO and iBOT
-store their options in. There is no other way in.
+Pickles are read with ``weights_only`` and two kinds of class allowed beside tensors: argparse.Namespace, which DINO and
+iBOT store their options in, and the paths that a launcher left among those, read as pure ones, which open nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
 import torch
@@ -29,6 +29,12 @@ Layout = Literal["dino", "ibot", "msn", "swav", "backbone"]
 NAMES = {"dino": "DINO", "ibot": "iBOT", "msn": "MSN", "swav": "SwAV", "backbone": "backbone-only"}
 # The largest published one, iBOT's ViT-L with both branches and the optimiser, has about 5 GB.
 MAX_CHECKPOINT_BYTES = 16 * 1024**3
+_ALLOWED: list[Any] = [
+    argparse.Namespace,
+    *((PurePosixPath, f"pathlib.{name}") for name in ("PosixPath", "PurePosixPath")),
+    *((PureWindowsPath, f"pathlib.{name}") for name in ("WindowsPath", "PureWindowsPath")),
+    *((PurePosixPath, f"pathlib._local.{name}") for name in ("PosixPath", "PurePosixPath")),  # Python 3.13's name
+]
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
@@ -54,7 +60,7 @@ def read_checkpoint(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_ALLOWED):
             # Mapping the file spares the memory of the student and the optimiser; only torch's zip format can be.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
@@ -224,8 +230,6 @@ def _check_size(path: Path) -> None:
 def _refusal(path: Path, error: Exception) -> str:
     text = str(error)
     if match := re.search(r"(?:GLOBAL|class) (\w+\.[\w.]*\w)", text):
-        if match.group(1).startswith("pathlib."):  # where a launcher of the authors' put its folder
-            return f"{path} has a path among its training arguments, which robx does not load: save it without its args"
         return (
             f"{path} holds Python objects ({match.group(1)}), which robx never loads, for they can run code: "
             "save its tensors alone, or get the published file"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
 import sys
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -86,15 +87,30 @@ def test_ibot_scores_patches_with_its_own_or_the_shared_layer(tmp_path: Path, sh
     assert teacher(PIXELS, patches=False).patches is None
 
 
-def test_a_path_among_the_arguments_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_a_path_among_the_arguments_is_read_as_a_name(tmp_path: Path) -> None:
     content = pub.dino_checkpoint(
         pub.random_state(pub.vit_shapes(), 1), pub.random_state(pub.dino_head_shapes(64, 20), 2)
     )
     content["args"].output_dir = Path("/checkpoint/run")
-    with pytest.raises(ArtifactError, match=r"has a path among its training arguments.*save it without its args"):
-        load_teacher("dino", weights=write(tmp_path / "checkpoint.pth", content), image_size=32)
-    del content["args"]
-    assert load_teacher("dino", weights=write(tmp_path / "bare.pth", content), image_size=32).num_prototypes == 20
+    path = write(tmp_path / "checkpoint.pth", content)
+    assert load_teacher("dino", weights=path, image_size=32).num_prototypes == 20
+    held = read_checkpoint(path)["args"].output_dir
+    assert type(held) is PurePosixPath and str(held) == "/checkpoint/run"
+
+
+def test_a_path_as_python_3_13_writes_it_is_read_too(tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text(
+        "import sys, types, pathlib, torch, argparse\n"
+        "module = types.ModuleType('pathlib._local')\n"
+        "class PosixPath:\n"
+        "    def __reduce__(self): return PosixPath, ('checkpoint', 'run')\n"
+        "    def __init__(self, *parts): pass\n"
+        "PosixPath.__module__ = 'pathlib._local'; module.PosixPath = PosixPath\n"
+        "sys.modules['pathlib._local'] = module; pathlib.__path__ = []\n"
+        "torch.save({'x': torch.ones(2), 'args': argparse.Namespace(out=PosixPath())}, sys.argv[1])\n"
+    )
+    subprocess.run([sys.executable, str(tmp_path / "code.py"), str(tmp_path / "new.pth")], check=True)
+    assert read_checkpoint(tmp_path / "new.pth")["args"].out == PurePosixPath("checkpoint/run")
 
 
 def msn_parts(width: int = 64) -> tuple[pub.State, pub.State, torch.Tensor]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,17 @@ def test_every_kind_of_state_resumes(
     tiny.tiny_run(source, tmp_path / "b", students=[student], recipe=recipe)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
     assert tiny.losses(tmp_path / "a") == tiny.losses(tmp_path / "b")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_is_the_plain_one(tiny: ModuleType, source: ImageSource, tmp_path: Path) -> None:
+    recipe = tiny.tiny_recipe(drop_path=0.0)
+    tiny.tiny_run(source, tmp_path / "plain", recipe=recipe)
+    tiny.tiny_run(source, tmp_path / "compiled", recipe=recipe, options={"compile": True})
+    pairs = zip(tiny.losses(tmp_path / "compiled"), tiny.losses(tmp_path / "plain"), strict=True)
+    assert all(abs(a - b) < 1e-3 for (_, a), (_, b) in pairs)
+    trunk = load_file(tmp_path / "compiled" / "student.safetensors")
+    assert set(trunk) == set(load_file(tmp_path / "plain" / "student.safetensors"))
 
 
 def test_neither_probe_nor_monitor_nor_measurement_changes_the_run(
