@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from robx.distill.loader import Skipped, micro_batch, steps_per_epoch
 from robx.distill.networks import Initial, build_networks, open_targets, share_teacher, store_targets
 from robx.distill.processes import Processes
 from robx.distill.publish import published_checkpoint, save_published
-from robx.distill.recipes import Recipe
+from robx.distill.recipes import Recipe, recipe_from_json
 from robx.distill.run_folder import Metrics, student_folders, student_preprocessing, tensorboard_writer
 from robx.distill.shaping import Shaping
 from robx.distill.speed import SpeedBound
@@ -195,6 +196,9 @@ def _comparable(settings: Any) -> dict[str, Any]:
     if not isinstance(settings, dict):
         return {}
     kept = {key: value for key, value in settings.items() if key != "robx_version"}
+    if isinstance(kept.get("recipe"), dict):  # a key that a later robx brought has its default in an earlier run
+        with contextlib.suppress(InputError):
+            kept["recipe"] = to_json(recipe_from_json(kept["recipe"]))
     if isinstance(kept.get("data"), dict):
         kept["data"] = {key: value for key, value in kept["data"].items() if key != "licence"}
     return kept

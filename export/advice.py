@@ -30,10 +30,16 @@ def _advice(bundle: Bundle) -> str:
     if open_ones:
         judged = (rung.values.get("probe_drop", rung.values.get("cosine_mean")) for rung in open_ones)
         images = max((value.n or 0 for value in judged if value is not None), default=0)
+        more = ", allow more with --max-drop" if any("probe_drop" in rung.values for rung in open_ones) else ""
         return (
             f"the drop of {len(open_ones)} of them is neither proven nor refuted by {images} images; "
-            "give more images to judge with (--test, --judging-images), allow more with --max-drop"
+            f"give more images to judge with (--test, --judging-images){more}"
         )
-    if any(rung.values for rung in tried):
+    if any("probe_drop" in rung.values for rung in tried):
         return "all lose more than asked for; allow more with --max-drop"
+    if any(rung.values for rung in tried):
+        return (
+            "their embeddings differ too much from the student's; "
+            "give labelled images, of classes that --data has too, so that accuracy can decide"
+        )
     return "none could be made or run, and its rungs say why; choose another --format or --target"

@@ -127,6 +127,10 @@ def _decide(judge: Judge, options: Options, on_rung: Callable[[Rung], None] | No
     if asked == "fp32":
         return _accept(judge, fp32, (), "fp32")
     rungs: list[Rung] = []
+    if asked == "fp16" or options.force:
+        chosen = Candidate(name="fp16", precision="fp16") if asked == "fp16" else _ladder(judge, options)[0]
+        if (why := judge.unseen(chosen)) is not None:  # nobody here can judge it: it ships as what it is
+            return _accept(judge, chosen, (), asked, note="" if asked == "fp16" else f"forced, and not run here: {why}")
     if asked == "int8":
         outcome = _climb(judge, options, on_rung)
         rungs += outcome.rungs
@@ -138,8 +142,9 @@ def _decide(judge: Judge, options: Options, on_rung: Callable[[Rung], None] | No
     half = judge.judge(fp16)
     if on_rung:
         on_rung(half)
-    # Asked for, fp16 is taken for its size; as a fallback it has to be no slower than fp32 as well.
-    good = ships(half) or (asked == "fp16" and half.accuracy == "PASS")
+    # Asked for, fp16 is taken for its size unless it is to be faster; as a fallback it has to be no slower than fp32.
+    for_size = asked == "fp16" and options.limits.min_speedup <= 1
+    good = ships(half) or (for_size and half.accuracy == "PASS")
     rungs.append(dataclasses.replace(half, kept=good))
     if good:
         return _accept(judge, fp16, tuple(rungs), asked)
@@ -150,8 +155,7 @@ def _decide(judge: Judge, options: Options, on_rung: Callable[[Rung], None] | No
 
 def _climb(judge: Judge, options: Options, on_rung: Callable[[Rung], None] | None) -> Outcome:
     workshop = judge.workshop
-    target = workshop.request.target
-    rungs = limit(ladder(target.format, workshop.facts, machine_of(target.device)), options.rungs)
+    rungs = _ladder(judge, options)
 
     def more(best: Candidate, tried: Sequence[Candidate]) -> list[Candidate]:
         if options.rungs is not None or best.quantiser in ("converter", "none"):
@@ -162,6 +166,12 @@ def _climb(judge: Judge, options: Options, on_rung: Callable[[Rung], None] | Non
     return climb(
         rungs, judge.look, judge.hold, race=judge.race, margin=margin, more=more, on_rung=on_rung, budget=options.budget
     )
+
+
+def _ladder(judge: Judge, options: Options) -> list[Candidate]:
+    workshop = judge.workshop
+    target = workshop.request.target
+    return limit(ladder(target.format, workshop.facts, machine_of(target.device)), options.rungs)
 
 
 def _how_chosen(outcome: Outcome) -> str:
@@ -195,7 +205,7 @@ def _accept(
     reason = f"{reason}; {note}" if note else reason
     parity: dict[str, Value] = {}
     if candidate.precision != "int8":
-        parity, unseen = judge.parity(candidate)
+        parity, unseen = judge.parity(candidate, judged=candidate.precision == "fp16" and bool(rungs))
         if unseen is not None:
             reason = f"{reason}; not run here: {unseen}" if reason else f"not run here: {unseen}"
         if candidate.precision == "fp32":

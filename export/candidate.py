@@ -20,7 +20,7 @@ class Candidate:
     quantiser: Quantiser = "none"
     ranges: RangeMethod = "minmax"
     percentile: float = 99.99
-    signed: bool = False  # int8 activations; else uint8
+    signed: bool = False  # int8 activations, without a zero point; else uint8
     mean_ranges: bool = False  # NNCF: the mean of every image's extremes, its default, in place of the extremes of all
     asymmetric: bool = False  # NNCF: activations with a zero point where they go below zero, as after a swish
     reduce_range: bool = False  # 7-bit weights: AVX2 without VNNI saturates on 8-bit products

@@ -77,8 +77,9 @@ def export(
 ) -> None:
     """Turn a student into ONNX, OpenVINO, TensorRT or a mobile format.
 
-    RUN is a folder that robx distill wrote. An int8 (or fp16) model ships only if it is accurate and not slower, judged
-    on held-out images by the runtime that will run it; otherwise the float model ships, and the exit status is 3.
+    RUN is a folder that robx distill wrote. An int8 model ships only if it is accurate and not slower, judged on
+    held-out images by the runtime that will run it; otherwise the float model ships, and the exit status is 3. An fp16
+    model, which is taken for its size, has to be accurate, and faster only where --min-speedup is above 1.
 
     \b
     robx export runs/r18 --format openvino --int8 --data images/
@@ -109,6 +110,8 @@ def export(
         calibration_images=calibration_images,
         judging_images=judging_images,
     )
+    if test is not None and data is None:
+        raise InputError("--test has images to judge by, and calibration needs others: give --data too")
     source, judge = open_data(data, test) if data else (None, None)
     with progress_bar() as progress:
         bundle = build(
@@ -173,7 +176,7 @@ def inspect(bundle: Path, layers: bool) -> None:
 def _batch(text: str) -> int | None:
     if text == "dynamic":
         return None
-    if not text.isdigit() or int(text) < 1:
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
         raise InputError(f"--batch {text!r} is neither a positive number nor dynamic")
     return int(text)
 

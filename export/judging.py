@@ -15,7 +15,7 @@ import torch
 from robx.collapse import refuse_constant
 from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra, RobxError
 from robx.export import gate, sensitivity, to_onnx
-from robx.export.calibration import MIN_JUDGING, Images
+from robx.export.calibration import MIN_JUDGING, Images, normalise
 from robx.export.candidate import Candidate
 from robx.export.climb import failed_rung, level_of
 from robx.export.workshop import Workshop
@@ -54,7 +54,9 @@ class Judge:
     def bank(self) -> object | None:
         """The fp32 student's labelled training features and the probe trained on them; None without labels."""
         bank = self.workshop.images.bank
-        if bank.classes is None or len(bank.classes) < 2 or (bank.labels >= 0).sum() < 2 or not self._labels_agree():
+        if bank.classes is None or len(bank.classes) < 2 or (bank.labels >= 0).sum() < 2:
+            return None
+        if not (self._labels_of(self.workshop.images.judging) >= 0).any():
             return None
         features = self.workshop.embeddings(bank, "the bank's embeddings")
         return gate.make_bank(features, bank.labels, classes=len(bank.classes))
@@ -151,14 +153,32 @@ class Judge:
         except RobxError as error:
             return failed_rung(candidate, error)
 
-    def parity(self, candidate: Candidate) -> tuple[dict[str, Value], str | None]:
+    def unseen(self, candidate: Candidate) -> str | None:
+        """Why neither this machine nor a graph can say what the candidate answers, as with Core ML; None where one can.
+
+        Raises:
+            RobxError: it cannot be built.
+        """
+        if self.workshop.request.target.format in ("onnx", "ort", "trt"):
+            return None
+        session = gate.open_judge(self.workshop.make(candidate))
+        if isinstance(session, str):
+            return session
+        session.close()
+        return None
+
+    def parity(self, candidate: Candidate, *, judged: bool = False) -> tuple[dict[str, Value], str | None]:
         """The built candidate against PyTorch on real images, in its shipped shape mode; or why it cannot be run here.
+
+        Where the gate has `judged` it already, how far it is from PyTorch is noted and not judged once more.
 
         Raises:
             ArtifactError: it answers otherwise than PyTorch, or otherwise alone than in a batch.
         """
         request = self.workshop.request
-        images = self.first_images(16) if self.workshop.splits is not None else _smooth_images(8, request.image_size)
+        real = self.workshop.splits is not None
+        preprocessing = request.student.preprocessing
+        images = self.first_images(16) if real else normalise(_smooth_pixels(8, request.image_size), preprocessing)
         expected = embed(self.workshop.model.trunk, torch.from_numpy(images)).numpy()
         refuse_constant(expected, request.student.timm_name)
         what = f"the {request.target.format} model in {candidate.precision}"
@@ -167,11 +187,13 @@ class Judge:
             if request.target.format != "trt":
                 return {}, session
             answer = sensitivity.simulate(self.workshop.graph_of(candidate), images)  # its pixels are never uint8
-            return to_onnx.parity(expected, answer, precision=candidate.precision, what=what), session
+            return to_onnx.parity(
+                expected, answer, precision=candidate.precision, what=what, refuse=not judged
+            ), session
         with session:
             together = session.run(images)
             alone = np.concatenate([session.run(images[i : i + 1]) for i in range(len(images))])
-        figures = to_onnx.parity(expected, together, precision=candidate.precision, what=what)
+        figures = to_onnx.parity(expected, together, precision=candidate.precision, what=what, refuse=not judged)
         return figures | check_batches(together, alone, what=what), None
 
     def close(self) -> None:
@@ -216,12 +238,12 @@ class Judge:
         return gate.judge_accuracy(
             expected,
             answers,
-            labels=images.labels if self.bank is not None else None,
+            labels=self._labels_of(images) if self.bank is not None else None,
             bank=self.bank,
             limits=self.limits,
             level=level,
             precision=candidate.precision,
-            class_names=images.classes,
+            class_names=self.workshop.images.bank.classes,
         )
 
     def _run(self, candidate: Candidate, session: Any, images: Images) -> np.ndarray:
@@ -278,8 +300,15 @@ class Judge:
             self._sessions[name] = session
         return self._sessions[name]
 
-    def _labels_agree(self) -> bool:
-        return self.workshop.images.judging.classes == self.workshop.images.bank.classes
+    def _labels_of(self, images: Images) -> np.ndarray:
+        """Labels in the bank's numbering, (N,) int64: by the class's name, and -1 for one that the bank has not."""
+        classes = self.workshop.images.bank.classes
+        if images.classes == classes or images.classes is None or classes is None:
+            return images.labels if images.classes == classes else np.full_like(images.labels, -1)
+        place = {name: number for number, name in enumerate(classes)}
+        numbers = np.array([*(place.get(name, -1) for name in images.classes), -1])  # the last is for no label, -1
+        found: np.ndarray = numbers[images.labels]
+        return found
 
 
 def check_batches(together: np.ndarray, alone: np.ndarray, *, what: str) -> dict[str, Value]:
@@ -300,10 +329,15 @@ def _model_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.name != "manifest.json")
 
 
-def _smooth_images(count: int, size: int) -> np.ndarray:
-    """Smooth coloured gradients, only to see that two engines compute the same function; nothing is judged by them."""
+def _smooth_pixels(count: int, size: int) -> np.ndarray:
+    """Smooth coloured gradients, uint8 (count, 3, size, size), to see that two engines compute the same function.
+
+    Nothing is judged by them.
+    """
     random = np.random.default_rng(0)
     grid = np.linspace(0, 1, size, dtype=np.float32)
     corners = random.normal(size=(count, 3, 2, 2)).astype(np.float32)
     weights = np.stack([1 - grid, grid])
-    return np.ascontiguousarray(np.einsum("ncij,ih,jw->nchw", corners, weights, weights), dtype=np.float32)
+    fields = np.einsum("ncij,ih,jw->nchw", corners, weights, weights)
+    pixels: np.ndarray = np.clip(127.5 + 64 * fields, 0, 255).astype(np.uint8)
+    return pixels

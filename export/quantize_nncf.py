@@ -63,7 +63,7 @@ def _quantize(model: Any, items: list[Any], candidate: Candidate, kept: list[str
                 model,
                 nncf.Dataset(items),
                 subset_size=len(items),
-                preset=nncf.QuantizationPreset.MIXED if candidate.asymmetric else None,
+                preset=_preset(nncf, candidate),
                 fast_bias_correction=not candidate.full_bias,
                 model_type=nncf.ModelType.TRANSFORMER if candidate.transformer else None,
                 ignored_scope=nncf.IgnoredScope(names=kept, validate=True),
@@ -72,6 +72,13 @@ def _quantize(model: Any, items: list[Any], candidate: Candidate, kept: list[str
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ArtifactError(f"NNCF cannot quantise this model ({candidate.name}): {first}") from error
+
+
+def _preset(nncf: Any, candidate: Candidate) -> Any:
+    """How activations are quantised; by default NNCF gives a transformer's a zero point, which TensorRT refuses."""
+    if candidate.signed:
+        return nncf.QuantizationPreset.PERFORMANCE
+    return nncf.QuantizationPreset.MIXED if candidate.asymmetric else None
 
 
 def _advanced(nncf: Any, candidate: Candidate) -> Any:

@@ -62,6 +62,10 @@ class ExportTarget:
             raise InputError(f"batch {self.batch} is not positive: give a number such as 1, or dynamic")
         if self.uint8_input and self.format not in ("onnx", "ort", "openvino"):
             raise InputError(f"--uint8-input is for onnx, ort and openvino, not {self.format}: drop it")
+        if self.format == "trt" and self.precision == "int8" and self.opset < 19:
+            raise InputError(
+                f"opset {self.opset} cannot quantise fp16 tensors, as TensorRT's int8 has to: give 19 to 22"
+            )
         if not 18 <= self.opset <= 22:
             raise InputError(f"opset {self.opset} is not one that robx checks: give 18 to 22 (20 suits every runtime)")
 

@@ -50,7 +50,9 @@ def load_head(path: Path) -> Head:
             weight, bias = file.get_tensor("weight").astype(np.float32), file.get_tensor("bias").astype(np.float32)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a safetensors file ({error}): save the head again") from error
-    if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+    if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+        raise InputError(f"{path} has weights that are NaN or infinite: save the head again")
+    if weight.ndim != 2 or bias.shape != weight.shape[:1] or not len(weight):
         raise InputError(f"{path}: weight {weight.shape} and bias {bias.shape} are not (C, D) and (C,)")
     try:
         names_of = json.loads(metadata.get("classes", "null")) or [str(i) for i in range(len(bias))]

@@ -215,6 +215,18 @@ def test_changed_settings_are_refused_unless_forced(tiny: ModuleType, source: Im
     assert load_student(tmp_path).images_seen == 128
 
 
+def test_a_run_of_before_a_setting_existed_goes_on(
+    tiny: ModuleType, source: ImageSource, unbroken: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Stop):
+        tiny.tiny_run(source, tmp_path, options={"checkpoint_steps": 1}, progress=stop_after(3))
+    settings = json.loads((tmp_path / "recipe.json").read_text())
+    del settings["recipe"]["teacher_crops"]
+    (tmp_path / "recipe.json").write_text(json.dumps(settings))
+    tiny.tiny_run(source, tmp_path)
+    assert weights(tmp_path) == weights(unbroken)
+
+
 def test_a_finished_run_is_left_alone_and_fresh_starts_over(
     tiny: ModuleType, source: ImageSource, unbroken: Path, tmp_path: Path
 ) -> None:

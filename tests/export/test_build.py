@@ -144,8 +144,8 @@ def test_an_unproven_drop_does_not_ship_and_says_what_would_prove_it(
     assert all(option in message for option in ("--test", "--judging-images", "--max-drop", "--force"))
 
 
-def _rung(accuracy: str, speed: str, *, measured: bool = True) -> Rung:
-    values = {"probe_drop": Value(value=1.0, n=500), "speedup_fp32": Value(value=1.0)} if measured else {}
+def _rung(accuracy: str, speed: str, *, measured: bool = True, by: str = "probe_drop") -> Rung:
+    values = {by: Value(value=1.0, n=500), "speedup_fp32": Value(value=1.0)} if measured else {}
     return Rung(
         name="x", settings={}, precision="int8", accuracy=accuracy, speed=speed, values=values, reason="",  # type: ignore[arg-type]
     )  # fmt: skip
@@ -159,6 +159,9 @@ def _rung(accuracy: str, speed: str, *, measured: bool = True) -> Rung:
         ([_rung("INCONCLUSIVE", "PASS"), _rung("PASS", "FAIL")], "slower .* --min-speedup"),
         ([_rung("PASS", "FAIL"), _rung("PASS", "INCONCLUSIVE")], "quiet machine"),
         ([_rung("FAIL", "INCONCLUSIVE", measured=False)], "none could be made or run"),
+        # Without labels --max-drop decides nothing.
+        ([_rung("FAIL", "PASS", by="cosine_mean")], "give labelled images, of classes that --data has too"),
+        ([_rung("INCONCLUSIVE", "PASS", by="cosine_mean")], r"--judging-images\), or ship int8"),
     ],
 )
 def test_what_to_do_follows_from_the_rung_that_came_nearest(

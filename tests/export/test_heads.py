@@ -43,6 +43,8 @@ def test_other_tensors_other_shapes_and_other_files_are_refused(tmp_path: Path) 
     for data, said in (
         (save({"weight": TENSORS["weight"]}), "expected weight and bias"),
         (save({"weight": TENSORS["weight"], "bias": np.zeros(3, np.float32)}), r"are not \(C, D\) and \(C,\)"),
+        (save({"weight": TENSORS["weight"] * np.nan, "bias": TENSORS["bias"]}), "NaN or infinite"),
+        (save({"weight": np.zeros((0, 4), np.float32), "bias": np.zeros(0, np.float32)}), r"are not \(C, D\)"),
         (b"text", "is not a safetensors file"),
     ):
         path.write_bytes(data)

@@ -1,0 +1,121 @@
+"""Exports as users give them: labels that differ, no engine here, pixels without images, a folder of another's."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from robx.cli import main
+from robx.errors import InputError
+from robx.eval.closeness import centred_cosine
+from robx.export import gate, quantize_nncf, quantize_trt, to_onnx
+from robx.export.build import Options, build
+from robx.export.calibration import open_data
+from robx.export.gate import Limits
+from robx.export.graph_facts import read_facts
+from robx.export.ladder import Machine, ladder
+from robx.export.qdq import quantized_nodes
+from robx.export.request import ExportTarget
+from robx.export.sensitivity import simulate
+from robx.records import Bundle
+
+LENIENT = Options(limits=Limits(max_drop=60, min_speedup=0.01), calibration_images=32, rungs=1)
+
+
+def _export(run: Path, data: Path | None, out: Path, options: Options = LENIENT, **target: object) -> Bundle:
+    source, judge = open_data(data) if data else (None, None)
+    return build(run, ExportTarget(**target), source=source, judge=judge, out=out, options=options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["nncf, SmoothQuant 0.5", "nncf, no SmoothQuant"])
+def test_nncf_gives_tensorrt_a_vit_without_zero_points(
+    name: str, vit_onnx: onnx.ModelProto, scene_pixels: np.ndarray
+) -> None:
+    rungs = {rung.name: rung for rung in ladder("trt", read_facts(vit_onnx), Machine())}
+    quantised = quantize_trt.from_uint8(quantize_nncf.quantize_onnx(vit_onnx, scene_pixels[:16], rungs[name]))
+    assert quantized_nodes(quantised)  # and from_uint8 has checked TensorRT's rules
+    assert centred_cosine(simulate(vit_onnx, scene_pixels), simulate(quantised, scene_pixels)).mean() > 0.9
+
+
+def test_a_manifest_of_others_makes_no_bundle(cnn_run: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    (site / "js").mkdir(parents=True)
+    (site / "manifest.json").write_text('{"name": "my web app"}')
+    (site / "js" / "app.js").write_text("hi")
+    with pytest.raises(InputError, match="is no bundle"):
+        _export(cnn_run, None, site, format="onnx")
+    assert (site / "js" / "app.js").read_text() == "hi"
+    _export(cnn_run, None, tmp_path / "b", format="onnx")
+    manifest = tmp_path / "b" / "manifest.json"
+    manifest.write_text(manifest.read_text()[:-20])  # damaged: exporting again is what mends it
+    assert _export(cnn_run, None, tmp_path / "b", format="onnx").precision == "fp32"
+
+
+def test_classes_meet_by_name_where_the_judging_images_lack_one(cnn_run: Path, scenes: Path, tmp_path: Path) -> None:
+    names = sorted(path.name for path in (scenes / "test").iterdir())
+    whole = _export(cnn_run, scenes, tmp_path / "whole", format="onnx", precision="fp16").rungs[0].values
+    data = tmp_path / "data"
+    shutil.copytree(scenes, data)
+    lost = len(list((data / "test" / names[0]).iterdir()))  # the first: all numbers after it move
+    shutil.rmtree(data / "test" / names[0])
+    values = _export(cnn_run, data, tmp_path / "part", format="onnx", precision="fp16").rungs[0].values
+    assert whole["probe_drop"].n is not None and values["probe_drop"].n == whole["probe_drop"].n - lost
+    assert values["probe_drop"].value == pytest.approx(0, abs=2)
+    for path in list((data / "test").iterdir()):
+        path.rename(path.with_name(f"other {path.name}"))
+    assert (
+        "probe_drop" not in _export(cnn_run, data, tmp_path / "none", format="onnx", precision="fp16").rungs[0].values
+    )
+
+
+def test_what_no_engine_here_can_judge_ships_as_such(
+    cnn_run: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Core ML off macOS."""
+    monkeypatch.setattr(gate, "open_judge", lambda *_, **__: "robx has no engine for it")
+    half = _export(cnn_run, scenes, tmp_path / "half", format="openvino", precision="fp16")
+    assert (half.precision, half.verdict) == ("fp16", "NOT_JUDGED") and "not run here: robx has no" in half.reason
+    refused = _export(cnn_run, scenes, tmp_path / "refused", format="openvino", precision="int8")
+    assert (refused.precision, refused.requested, refused.verdict) == ("fp32", "int8", "NOT_JUDGED")
+    forcing = dataclasses.replace(LENIENT, force=True)
+    forced = _export(cnn_run, scenes, tmp_path / "forced", forcing, format="openvino", precision="int8")
+    assert (forced.precision, forced.verdict) == ("int8", "NOT_JUDGED") and "forced, and not run here" in forced.reason
+
+
+def test_pixels_without_images_are_the_same_for_both(cnn_run: Path, tmp_path: Path) -> None:
+    bundle = _export(cnn_run, None, tmp_path / "b", format="onnx", uint8_input=True)
+    assert bundle.inputs[0].dtype == "uint8" and bundle.parity["max_abs"].value < 1e-3
+
+
+def test_fp16_is_judged_by_the_gate_alone(
+    cnn_run: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(to_onnx._MIN_COSINE, "fp16", 1.1)  # no model reaches it
+    bundle = _export(cnn_run, scenes, tmp_path / "b", format="onnx", precision="fp16")
+    assert bundle.precision == "fp16" and bundle.rungs[0].accuracy == "PASS" and "cosine_min" in bundle.parity
+
+
+def test_fp16_ships_for_its_size_unless_it_is_to_be_faster(cnn_run: Path, scenes: Path, tmp_path: Path) -> None:
+    for speed, precision in ((1.0, "fp16"), (1000.0, "fp32")):
+        options = dataclasses.replace(LENIENT, limits=Limits(max_drop=60, min_speedup=speed))
+        bundle = _export(cnn_run, scenes, tmp_path / precision, options, format="onnx", precision="fp16")
+        assert bundle.precision == precision
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--test", "nowhere"], "give --data too"),
+        (["--batch", "²"], "neither a positive number nor dynamic"),
+        (["--format", "trt", "--int8", "--opset", "18"], "give 19 to 22"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(more: list[str], said: str, cnn_run: Path) -> None:
+    done = CliRunner().invoke(main, ["export", str(cnn_run), "--format", "onnx", *more])
+    assert done.exit_code == 2 and said in done.output and "Traceback" not in done.output
