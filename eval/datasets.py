@@ -25,7 +25,7 @@ from PIL import Image
 
 from robx.arrays import ArraySource
 from robx.errors import ArtifactError, InputError
-from robx.files import fingerprint, sha256_bytes, size_of
+from robx.files import fingerprint_files, sha256_bytes
 from robx.images import decode, read_image_file
 from robx.sources import ImageSource, open_source
 
@@ -59,7 +59,8 @@ class ListSource:
         self.root, self.name = root, name
         self.classes: tuple[str, ...] | None = tuple(classes)
         self._samples = list(samples)
-        self.fingerprint = fingerprint(f"{path}\0{label}\0{size_of(root / path)}" for path, label in self._samples)
+        lines = [f"{path}\0{label}" for path, label in self._samples]
+        self.fingerprint = fingerprint_files(lines, [root / path for path, _ in self._samples])
 
     def __len__(self) -> int:
         """How many images the list names."""

@@ -76,7 +76,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.float64)
-        scale = 255.0 / 65535.0 if values.max(initial=0) > 255 else 1.0
+        # A dark image of 16 bits is dark; wider numbers have no white, and the brightest has to tell the scale.
+        brightest = 65535.0 if image.mode.startswith("I;16") else values.max(initial=0)
+        scale = 255.0 / 65535.0 if brightest > 255 else 255.0 if image.mode == "F" and brightest <= 1 else 1.0
         return Image.fromarray(np.clip(values * scale, 0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         layered = image.convert("RGBA")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from robx.arrays import open_cifar, open_idx
 from robx.errors import InputError
-from robx.files import fingerprint, read_bytes, size_of
+from robx.files import fingerprint, fingerprint_files, read_bytes
 from robx.images import IMAGE_SUFFIXES, decode, read_image_file
 from robx.records import DataInfo
 from robx.shards import ShardSource
@@ -136,7 +136,7 @@ class FolderSource:
         self.classes = None if None in tops else tuple(sorted({top for top in tops if top is not None}))
         numbers = {name: i for i, name in enumerate(self.classes or ())}
         self._labels = [numbers[top] for top in tops if top is not None] if self.classes else None
-        self.fingerprint = fingerprint(f"{p}\0{size_of(root / p)}" for p in self._paths)
+        self.fingerprint = fingerprint_files([str(p) for p in self._paths], [root / p for p in self._paths])
 
     def __len__(self) -> int:
         """How many image files there are."""

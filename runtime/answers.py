@@ -41,7 +41,7 @@ REPORT: Form = {
     "environment": {},
     "cool_down": {"reached": bool},
 }
-_READING: Form = {"joules": (float, None), "range": (float, None), "reason": (str, None)}
+_READING: Form = {"joules": (float, None), "reason": (str, None)}
 _GPU: Form = {**_READING, "memory": (int, None), "throttled": [str]}
 TIMED: Form = {
     "warm_up": {"steady": bool},

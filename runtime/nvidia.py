@@ -64,4 +64,4 @@ def _read(nvml: Any) -> dict[str, Any]:
 
 
 def _nothing(reason: str) -> dict[str, Any]:
-    return {"memory": None, "joules": None, "range": None, "throttled": [], "reason": reason}
+    return {"memory": None, "joules": None, "throttled": [], "reason": reason}

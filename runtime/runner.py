@@ -162,7 +162,7 @@ def _timed(job: dict[str, Any], model: Any, queries: list[Any], kept: tuple[Any,
     began, wall = time.monotonic(), time.time()
     samples, complete = timing.time_queries(model, queries, job, kept)
     ended, wall = time.monotonic(), time.time() - wall
-    after, gpu_after = watch.energy(), nvidia.reading() if gpu else None
+    after, gpu_after = watch.energy(since=before), nvidia.reading() if gpu else None
     np.save("samples.npy", samples)
     return {
         "warm_up": warm,

@@ -56,13 +56,11 @@ def digest(snapshots: Sequence[dict[str, Any]], *, cores: int) -> dict[str, Any]
 
 
 def joules(energy: Mapping[str, Any]) -> tuple[float | None, str]:
-    """Joules between the two readings of a counter that wraps, or None and why."""
+    """Joules between the two readings of a counter, or None and why."""
     before, after = energy["before"], energy["after"]
     if before["joules"] is None or after["joules"] is None:
         return None, str(before["reason"] or after["reason"])
     used = after["joules"] - before["joules"]
-    if used < 0 and before["range"]:
-        used += before["range"]
     if not math.isfinite(used) or used < 0:
         return None, "the energy counter ran backwards"
     return used, ""

@@ -42,23 +42,30 @@ def memory(reset: bool = False) -> dict[str, int] | None:
     return {"now": found["VmRSS"], "peak": found["VmHWM"], "reset_refused": int(refused)}
 
 
-def energy(root: str = "/") -> dict[str, Any]:
+def energy(root: str = "/", since: dict[str, Any] | None = None) -> dict[str, Any]:
     """Joules counted so far by the processor packages (RAPL), or `joules` None and the reason.
 
-    The counters wrap at ``range`` joules; the difference of two readings is to be taken modulo that.
+    Each package's counter wraps for itself: with the reading `since`, a wrap between the two is added back. The zone
+    psys, the whole platform, holds the packages and is not added to them.
     """
     folders = sorted(glob.glob(os.path.join(root, "sys/class/powercap/intel-rapl:[0-9]")))
     if not folders:
-        return {"source": None, "joules": None, "range": None, "reason": "the device has no energy counter (RAPL)"}
-    total, span = 0.0, 0.0
+        return {"source": None, "joules": None, "reason": "the device has no energy counter (RAPL)"}
+    total, zones = 0.0, {}
     for folder in folders:
+        if read(folder, "name") == "psys" and len(folders) > 1:
+            continue
         count = read(folder, "energy_uj")
         if count is None:
             reason = "the energy counter %s/energy_uj can be read by root only" % folder
-            return {"source": None, "joules": None, "range": None, "reason": reason}
-        total += int(count) / 1e6
-        span += int(read(folder, "max_energy_range_uj") or 0) / 1e6
-    return {"source": "rapl", "joules": total, "range": span or None, "reason": None}
+            return {"source": None, "joules": None, "reason": reason}
+        joules = int(count) / 1e6
+        earlier = ((since or {}).get("zones") or {}).get(folder)
+        if earlier is not None and joules < earlier:
+            joules += int(read(folder, "max_energy_range_uj") or 0) / 1e6
+        zones[folder] = joules
+        total += joules
+    return {"source": "rapl", "joules": total, "reason": None, "zones": zones}
 
 
 def snapshot(root: str = "/") -> dict[str, Any]:

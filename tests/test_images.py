@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from robx.errors import CorruptImage
-from robx.images import decode, preprocess, resize_and_crop
+from robx.images import decode, preprocess, resize_and_crop, to_rgb
 from robx.records import Preprocessing
 
 
@@ -40,6 +40,16 @@ def test_grey_palette_and_cmyk_become_rgb() -> None:
         assert np.abs(pixels.astype(int) - (255, 0, 0)).max() <= 4
     grey = decode(_encoded(Image.new("L", (8, 8), 77)), name="x")
     assert grey.getpixel((0, 0)) == (77, 77, 77)
+
+
+def test_numbers_wider_than_a_byte_keep_their_scale() -> None:
+    for values, want in (
+        (np.full((4, 4), 200, dtype=np.uint16), 1),  # dark, and as dark as beside a bright one
+        (np.full((4, 4), 300, dtype=np.uint16), 1),
+        (np.full((4, 4), 0.5, dtype=np.float32), 128),
+        (np.full((4, 4), 200, dtype=np.float32), 200),
+    ):
+        assert np.asarray(to_rgb(Image.fromarray(values)))[0, 0].tolist() == [want] * 3
 
 
 def test_16_bit_grey_is_scaled_not_clipped() -> None:

@@ -261,3 +261,16 @@ def test_a_member_that_would_fill_the_memory_is_not_read(tmp_path: Path) -> None
     source = open_source(tmp_path / "a.tar")
     with pytest.raises(CorruptImage, match="is more than an image should have"):
         source.read(0)
+
+
+def test_images_of_the_same_names_and_sizes_are_told_apart(tmp_path: Path) -> None:
+    """Uncompressed ones: a cache of features would take the one for the other."""
+    for name, level in (("dark", 10), ("light", 200)):
+        for place in range(200):
+            path = tmp_path / name / str(place % 2) / f"{place:03d}.bmp"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (level, 0, place)).save(path)
+    dark, light = (open_source(tmp_path / name) for name in ("dark", "light"))
+    assert [path.stat().st_size for path in sorted((tmp_path / "dark").rglob("*.bmp"))] == [822] * 200
+    assert dark.fingerprint != light.fingerprint
+    assert dark.fingerprint == open_source(tmp_path / "dark").fingerprint

@@ -5,11 +5,11 @@ import pytest
 
 from robx.runtime.results import ProcessResult, figures
 
-NONE = {"joules": None, "range": None, "reason": "no counter"}
+NONE = {"joules": None, "reason": "no counter"}
 
 
 def counter(joules, **more):
-    return {"joules": joules, "range": None, "reason": None, **more}
+    return {"joules": joules, "reason": None, **more}
 
 
 def gpu(joules, memory, *, reason=None):

@@ -7,10 +7,11 @@ import pytest
 from robx.runtime import telemetry
 
 
-def test_an_energy_counter_that_wraps():
-    before = {"joules": 19.0, "range": 20.0, "reason": None}
-    assert telemetry.joules({"before": before, "after": {**before, "joules": 3.0}}) == (4.0, "")
-    none = {"joules": None, "range": None, "reason": "why"}
+def test_joules_between_two_readings():
+    before = {"joules": 19.0, "reason": None}
+    assert telemetry.joules({"before": before, "after": {**before, "joules": 23.0}}) == (4.0, "")
+    assert telemetry.joules({"before": before, "after": {**before, "joules": 3.0}})[0] is None
+    none = {"joules": None, "reason": "why"}
     assert telemetry.joules({"before": none, "after": none}) == (None, "why")
 
 

@@ -76,10 +76,28 @@ def test_energy_counters_and_their_absence(tmp_path):
             },
         )
     reading = watch.energy(root)
-    assert reading["joules"] == 4.0 and reading["range"] == 20.0
+    assert reading["joules"] == 4.0
     (tmp_path / "sys/class/powercap/intel-rapl:1/energy_uj").unlink()
     assert watch.energy(root)["joules"] is None
     assert "root" in watch.energy(root)["reason"]
+
+
+def test_each_package_wraps_for_itself_and_the_platform_is_not_added(tmp_path):
+    root = str(tmp_path)
+
+    def zones(**microjoules):
+        for number, (name, count) in enumerate(microjoules.items()):
+            zone = f"sys/class/powercap/intel-rapl:{number}"
+            write(
+                root,
+                {f"{zone}/name": name, f"{zone}/energy_uj": f"{count}\n", f"{zone}/max_energy_range_uj": "10000000\n"},
+            )
+
+    zones(package0=9_000_000, package1=1_000_000, psys=3_000_000)
+    before = watch.energy(root)
+    assert before["joules"] == 10.0
+    zones(package0=2_000_000, package1=4_000_000, psys=9_000_000)  # the first one wrapped at 10 J
+    assert watch.energy(root, since=before)["joules"] - before["joules"] == pytest.approx(3.0 + 3.0)
 
 
 MEMORY = """
