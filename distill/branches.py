@@ -59,7 +59,25 @@ class TargetBranch(Protocol):
         """Take up where `state_dict` was called."""
 
 
-class TeacherBranch:
+class _NoAverage:
+    """A branch that keeps no network of its own: of what follows the student there are the guards alone."""
+
+    shaping: Shaping
+
+    def update(self, step: int, student: nn.Module) -> None:
+        """Only the guards' clock runs."""
+        self.shaping.step = step + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The guards' memory."""
+        return {"shaping": self.shaping.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the guards' memory."""
+        self.shaping.load_state_dict(state["shaping"])
+
+
+class TeacherBranch(_NoAverage):
     """A frozen teacher: the replaced branch."""
 
     def __init__(
@@ -84,18 +102,6 @@ class TeacherBranch:
             rows = scores.patches if scores.patches.ndim == 2 else scores.patches[masks.flatten(0, 1)]
             patch_probs = self.shaping.patch_probs(rows, mean=mean)
         return Targets(probs=self.shaping.probs(scores.crops.view(*seen.shape[:2], -1)), patch_probs=patch_probs)
-
-    def update(self, step: int, student: nn.Module) -> None:
-        """A teacher does not follow its student; only the guards' clock runs."""
-        self.shaping.step = step + 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """The guards' memory."""
-        return {"shaping": self.shaping.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the guards' memory."""
-        self.shaping.load_state_dict(state["shaping"])
 
 
 class EmaBranch:
@@ -177,7 +183,7 @@ class EmaBranch:
         self.shaping.load_state_dict(state["shaping"])
 
 
-class OwnBranch:
+class OwnBranch(_NoAverage):
     """No second network: the codes of the global crops are made of the scores that the student learns by.
 
     SwAV, arXiv 2006.09882, section 3.1, and its release: one forward over all crops, so that the head's BatchNorm has
@@ -191,18 +197,6 @@ class OwnBranch:
     def read(self, scores: Scores) -> Targets:
         """The targets in the student's scores of a batch."""
         return Targets(probs=self.shaping.probs(scores.crops[:2].detach()))
-
-    def update(self, step: int, student: nn.Module) -> None:
-        """It is the student; only the guards' clock runs."""
-        self.shaping.step = step + 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """The guards' memory."""
-        return {"shaping": self.shaping.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
-        self.shaping.load_state_dict(state["shaping"])
 
 
 def build_branch(
