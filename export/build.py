@@ -202,7 +202,7 @@ def _accept(
     folder = workshop.make(candidate)
     bundle = load_bundle(folder)
     verdict, reason = _verdict(rungs, forced=forced)
-    reason = f"{reason}; {note}" if note else reason
+    reason = "; ".join(part for part in (reason, note) if part)
     parity: dict[str, Value] = {}
     if candidate.precision != "int8":
         parity, unseen = judge.parity(candidate, judged=candidate.precision == "fp16" and bool(rungs))
