@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from robx.console import print_line, print_table, progress_bar, say
-from robx.errors import InputError
+from robx.errors import InputError, RobxError
 from robx.records import Accuracy, Fidelity, Measurement, Value
 
 # ---------------------------------------------------------------------------------------------------------------- eval
@@ -102,9 +102,14 @@ def evaluate(
     )
     found: list[Measurement] = []
     with progress_bar(quiet=as_json) as progress:
-        for result in run(list(dict.fromkeys(folders)), plan, progress=progress):
-            append_measurements(result.folder / "measurements.jsonl", [result.record])
-            found.append(result.record)
+        try:
+            for result in run(list(dict.fromkeys(folders)), plan, progress=progress):
+                found.append(result.record)
+                append_measurements(result.folder / "measurements.jsonl", [result.record])
+        except RobxError:
+            if not as_json:
+                _show(found)  # hours may be in it
+            raise
     for warning in dict.fromkeys(warning_in(record.settings) for record in found):
         if warning:
             say(f"warning: {warning}")

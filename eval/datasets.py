@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from robx.arrays import ArraySource
+from robx.arrays import ArraySource, open_cifar, open_idx
 from robx.errors import ArtifactError, InputError
-from robx.files import fingerprint_files, sha256_bytes
+from robx.files import fingerprint_files, sha256_bytes, stamp_of
 from robx.images import decode, read_image_file
 from robx.sources import ImageSource, open_source
 
@@ -61,6 +61,11 @@ class ListSource:
         self._samples = list(samples)
         lines = [f"{path}\0{label}" for path, label in self._samples]
         self.fingerprint = fingerprint_files(lines, [root / path for path, _ in self._samples])
+
+    @property
+    def stamp(self) -> str:
+        """Changes when a file was written again, whatever it holds."""
+        return stamp_of(self.root / path for path, _ in self._samples)
 
     def __len__(self) -> int:
         """How many images the list names."""
@@ -113,8 +118,10 @@ def open_dataset(name: str, root: Path) -> tuple[ImageSource, ImageSource]:
         InputError: an unknown name, or a layout that is not as published; the message says what was expected.
     """
     match name:
-        case "folder" | "fashion_mnist":
+        case "folder":
             return open_source(root, split="train"), open_source(root, split="test")
+        case "fashion_mnist":
+            return _array(root, name, "train"), _array(root, name, "test")
         case "cifar10" | "cifar100":
             return _cifar(root, name, "train"), _cifar(root, name, "test")
         case "inat18":
@@ -190,6 +197,14 @@ def _places205(root: Path, split: str) -> ImageSource:
     return ListSource(root, samples, name=f"places205 {split}", classes=classes)
 
 
+def _array(root: Path, name: str, split: str) -> ImageSource:
+    """A data set in its own array files, and no folder of other images that lies where they should."""
+    found = open_idx(root, split) if name == "fashion_mnist" else open_cifar(root, split)
+    if found is None or len(found.classes or ()) > (100 if name == "cifar100" else 10):
+        raise InputError(f"{root} does not hold {name}'s files: give their folder, --transfer {name}=DIR")
+    return found
+
+
 def _cifar(root: Path, name: str, split: str) -> ImageSource:
     if name == "cifar10":
         folder, meta, labels, names = "cifar-10-batches-py", "batches.meta", "labels", "label_names"
@@ -200,7 +215,7 @@ def _cifar(root: Path, name: str, split: str) -> ImageSource:
     here = next((p for p in (root / folder, root) if (p / meta).is_file()), None)
     if here is None:
         binary = {"cifar10": "cifar-10-batches-bin", "cifar100": "cifar-100-binary"}[name]
-        return open_source(root / binary if (root / binary).is_dir() else root, split=split)
+        return _array(root / binary if (root / binary).is_dir() else root, name, split)
     read = [_unpickle(here / batch) for batch in batches]
     try:
         classes = tuple(_text(label) for label in _get(_unpickle(here / meta), names))

@@ -5,6 +5,7 @@ Images are decoded by a few threads while the model runs, and several models can
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 import PIL
 
-from robx.errors import CorruptImage, DeviceError, InputError
+from robx.errors import CorruptImage, DeviceError, InputError, RobxError, UnreadableImage
 from robx.eval.look_alikes import LOOK, look
 from robx.files import sha256_bytes, write_atomically
 from robx.images import preprocess
@@ -104,10 +105,10 @@ def extract_each(
     found = [_load(file) for file in files]
     todo = [i for i, have in enumerate(found) if have is None]
     if todo:
-        fresh = _run([sessions[i] for i in todo], source, preprocessing, batch_size, progress)
+        fresh, whole = _run([sessions[i] for i in todo], source, preprocessing, batch_size, progress)
         for i, features in zip(todo, fresh, strict=True):
             found[i] = features
-            if (file := files[i]) is not None:
+            if (file := files[i]) is not None and whole:  # what the disk did not give may come another time
                 _save(file, features)
     return [features for features in found if features is not None]
 
@@ -147,13 +148,17 @@ def _run(
     preprocessing: Preprocessing,
     batch_size: int,
     progress: Progress | None,
-) -> list[Features]:
+) -> tuple[list[Features], bool]:
+    """The features, and whether the disk gave every image."""
+    whole = True
     looks = np.zeros((len(source), LOOK), np.uint8)
 
     def read(index: int) -> np.ndarray | None:
+        nonlocal whole
         try:
             pixels = preprocess(source.read(index), preprocessing)
-        except CorruptImage:
+        except CorruptImage as error:
+            whole = whole and not isinstance(error, UnreadableImage)
             return None
         looks[index] = look(pixels)  # each thread writes rows of its own
         return pixels
@@ -175,12 +180,13 @@ def _run(
             f"{skipped} of the {len(source)} images of {source.name} cannot be read: mend or remove them first"
         )
     labels, looks = labels_of(source)[indices], looks[indices]
-    return [
+    found = [
         Features(
             features=np.concatenate(answer), labels=labels, indices=indices, skipped=skipped, looks=looks
         )
         for answer in answers
     ]  # fmt: skip
+    return found, whole
 
 
 def _embed(session: Session, pixels: np.ndarray) -> np.ndarray:
@@ -198,7 +204,8 @@ def _cache_file(cache: Path | None, session: Session, source: ImageSource, pre: 
     facts = session.facts()
     engine = {name: str(facts.get(name)) for name in ("engine", "version", "provider", "precision_hint", "output")}
     made_by = [_CACHE_FORMAT, PIL.__version__, platform.machine()]
-    key = [model_id(session.bundle), engine, source.fingerprint, len(source), to_json(pre), made_by]
+    images = [source.fingerprint, getattr(source, "stamp", ""), len(source)]
+    key = [model_id(session.bundle), engine, images, to_json(pre), made_by]
     return cache / f"{sha256_bytes(json.dumps(key, sort_keys=True).encode())[:32]}.npz"
 
 
@@ -221,4 +228,5 @@ def _save(file: Path, features: Features) -> None:
         with temporary.open("wb") as out:
             np.savez(out, **dataclasses.asdict(features))
 
-    write_atomically(file, write)
+    with contextlib.suppress(RobxError):  # a cache that cannot be written costs the next run time, and this one nothing
+        write_atomically(file, write)

@@ -77,6 +77,7 @@ def train_cached(
 ) -> tuple[Heads, str]:
     """The heads of `linear_cached`, trained, and the name of the headline's; same arguments and errors."""
     rows, labels = _labelled_tensors(bank)
+    _require_two(len(rows))
     widths = {name: rows[:1, columns].shape[1] for name, columns in kinds.items()}
     batch = min(recipe.batch, len(rows))
     an_epoch = max(1, len(rows) // batch)
@@ -94,6 +95,12 @@ def train_cached(
         if progress:
             progress((epoch + 1) * an_epoch, steps, "training heads")
     return heads, headline(widths, recipe)
+
+
+def _require_two(images: int) -> None:
+    """BatchNorm has no variance of one image."""
+    if images < 2:
+        raise InputError("a linear head needs two labelled images or more, and there is one: give more")
 
 
 def linear_streamed(
@@ -130,6 +137,7 @@ def linear_streamed(
     usable = np.flatnonzero(labels >= 0)
     if not len(usable):
         raise InputError(f"{source.name} has no labelled images: a linear head needs some")
+    _require_two(len(usable))
     test_rows, test_labels = _labelled_tensors(test)
     widths = {name: columns.stop - columns.start for name, columns in session.kinds.items()}
     batch = min(recipe.batch, len(usable))

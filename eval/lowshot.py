@@ -21,7 +21,7 @@ from scipy import stats
 
 from robx.errors import InputError
 from robx.eval.features import Features
-from robx.eval.verdict import accuracy_value
+from robx.eval.verdict import accuracy_value, wilson
 from robx.files import MAX_JSON_BYTES
 from robx.records import Value
 from robx.sources import ImageSource, labels_of
@@ -173,8 +173,11 @@ def logistic_regression(
 def _over_splits(each: list[Value]) -> Value:
     accuracies = np.array([value.value for value in each])
     half = float(stats.t.ppf(0.975, len(each) - 1) * accuracies.std(ddof=1) / np.sqrt(len(each)))
-    mean = float(accuracies.mean())
-    return Value(value=mean, low=max(0.0, mean - half), high=min(100.0, mean + half), n=each[0].n, unit="%")
+    mean, n = float(accuracies.mean()), int(each[0].n or 1)
+    # The splits share their test images, whose own chance Student's t does not see: never narrower than Wilson's.
+    low, high = (100 * end for end in wilson(round(mean / 100 * n), n))
+    low, high = max(0.0, min(low, mean - half)), min(100.0, max(high, mean + half))
+    return Value(value=mean, low=low, high=high, n=n, unit="%")
 
 
 def _places(source: ImageSource) -> dict[str, int]:

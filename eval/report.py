@@ -23,7 +23,7 @@ from robx.eval import report_tables as tables
 from robx.eval.recommend import MARGIN, Advice, Step, advise
 from robx.eval.report_data import ReportData, collect
 from robx.eval.report_figures import curve_figures, latency_figures, pair_figure, pareto_figure
-from robx.eval.report_rows import Row, build_rows, headline_data, model_labels
+from robx.eval.report_rows import Row, build_rows, headline_data, images_of, model_labels
 from robx.eval.report_words import at_most, clean, hundredths, megabytes, percent
 from robx.records import Accuracy, Latency, to_json
 
@@ -113,7 +113,7 @@ def _axis(data: ReportData, protocol: str | None) -> str:
     if not headline:
         return "minus the drop (points)"
     found = [m.record for m in data.of_kind(Accuracy) if isinstance(m.record, Accuracy)]
-    info = next(r.data for r in found if (r.protocol, r.data.fingerprint) == headline)
+    info = next(r.data for r in found if (r.protocol, *images_of(r)) == headline)
     name = _PROTOCOLS.get(protocol or "", protocol or "")
     return f"{name} top-1 on {info.name} (%)"
 
@@ -153,7 +153,7 @@ def _pick(row: Row, protocol: str | None) -> dict[str, Any]:
         facts.append((f"{hundredths(row.drop.value.value)} pt", "lost against fp32", row.drop.source))
     if row.bound:
         facts.append((f"{at_most(row.bound.value.value)} ms", "p90, at most", row.bound.source))
-    if row.speedup:
+    if row.speedup and not row.speedup_shaky:
         facts.append((f"{row.speedup.value.value:.2f} ×", "as fast as fp32", row.speedup.source))
     if row.bytes:
         facts.append((megabytes(row.bytes), "shipped", row.folder))

@@ -49,6 +49,7 @@ class Row:
     latency: dict[str, Figure] = field(default_factory=dict)  # every value of the Latency record
     bound: Figure | None = None  # upper confidence bound of p90, ms
     speedup: Figure | None = None  # over the fp32 sibling, ratio of medians
+    speedup_shaky: bool = False  # the sibling's latency is not VALID
     validity: Validity | None = None
     reasons: tuple[str, ...] = ()
     missing: dict[str, str] = field(default_factory=dict)
@@ -70,7 +71,7 @@ def build_rows(data: ReportData) -> tuple[Row, ...]:
     judged = [_with_drop(row, data, unique.get(row.model_id)) for row in models]
     accurate = _with_accuracy(judged, data)
     rows = [measured for row in accurate for measured in _with_latency(row, data)]
-    rows = [replace(row, speedup=_speedup(row, rows)) for row in rows]
+    rows = [replace(row, speedup=_speedup(row, rows), speedup_shaky=_shaky(row, rows)) for row in rows]
     return tuple(sorted(rows, key=_order))
 
 
@@ -85,15 +86,21 @@ def kept_rung(bundle: Bundle) -> tuple[int, Rung] | None:
     return next(((i, rung) for i, rung in enumerate(bundle.rungs) if rung.kept), None)
 
 
-def headline_data(data: ReportData) -> tuple[str, str] | None:
-    """(protocol, data fingerprint) of the headline accuracy: the pair that most models have; kNN on a tie."""
-    seen: dict[tuple[str, str], set[str]] = {}
+def headline_data(data: ReportData) -> tuple[str, str, str] | None:
+    """(protocol, fingerprint of the judged and of the training images) that most models have; kNN on a tie."""
+    seen: dict[tuple[str, str, str], set[str]] = {}
     for measurement in data.of_kind(Accuracy):
         record = measurement.record
         if isinstance(record, Accuracy) and top1(record.values):
-            seen.setdefault((record.protocol, record.data.fingerprint), set()).add(record.model_id)
+            seen.setdefault((record.protocol, *images_of(record)), set()).add(record.model_id)
     order = {"knn": 0, "linear": 1}
     return min(seen, key=lambda key: (-len(seen[key]), order.get(key[0], 2), key), default=None)
+
+
+def images_of(record: Accuracy) -> tuple[str, str]:
+    """Fingerprints of the images that were judged, and of those that they were judged by: of others is another task."""
+    bank = record.settings.get("bank")
+    return record.data.fingerprint, str(bank.get("fingerprint", "")) if isinstance(bank, Mapping) else ""
 
 
 def top1(values: Mapping[str, Value]) -> str | None:
@@ -166,7 +173,7 @@ def _with_accuracy(rows: Iterable[Row], data: ReportData) -> list[Row]:
     found: dict[str, dict[str, Figure]] = {}
     for measurement in data.of_kind(Accuracy):
         record = measurement.record
-        if not isinstance(record, Accuracy) or not headline or record.data.fingerprint != headline[1]:
+        if not isinstance(record, Accuracy) or not headline or images_of(record) != headline[1:]:
             continue
         if key := top1(record.values):
             figure = Figure(value=record.values[key], source=f"{measurement.place} values.{key}")
@@ -234,8 +241,18 @@ def _speedup(row: Row, rows: Iterable[Row]) -> Figure | None:
     """Over the fp32 bundle of the same student, format and device: paired if it was, else from the two medians."""
     if "speedup_fp32" in row.latency:
         return row.latency["speedup_fp32"]
-    base = next((r for r in rows if _same_place(r, row) and r.precision == "fp32"), None)
-    return ratio(base, row) if base and row.precision != "fp32" else None
+    base = _base(row, rows)
+    return ratio(base, row) if base and base.validity != "INVALID" and row.precision != "fp32" else None
+
+
+def _base(row: Row, rows: Iterable[Row]) -> Row | None:
+    return next((r for r in rows if _same_place(r, row) and r.precision == "fp32"), None)
+
+
+def _shaky(row: Row, rows: Iterable[Row]) -> bool:
+    """Whether the speed-up stands on a latency of fp32 that is not VALID; a paired one was measured with it."""
+    base = _base(row, rows)
+    return "speedup_fp32" not in row.latency and base is not None and base.validity != "VALID"
 
 
 def ratio(base: Row, row: Row) -> Figure | None:

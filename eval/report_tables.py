@@ -259,7 +259,7 @@ def _speedup(row: Row) -> Cell:
         return (
             Cell("1 ×", "baseline") if row.precision == "fp32" and row.device and row.format != "torch" else Cell(DASH)
         )
-    return Cell(*_times(row.speedup), _state(row))
+    return Cell(*_times(row.speedup), _state(row) or ("shaky" if row.speedup_shaky else ""))
 
 
 def _times(figure: Figure | None) -> tuple[str, str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from robx.errors import InputError
+from robx.errors import InputError, NoSplit
 from robx.eval.features import Features
 from robx.eval.look_alikes import LookAlikes
 from robx.sources import ImageSource, labelled, labels_of, open_source
@@ -45,7 +45,7 @@ def open_split(data: Path, test: Path | None) -> Split:
         except InputError as error:
             raise InputError(f"{error}; or give the judged images with --test") from error
     else:
-        pair = open_source(data), _test_part(test)
+        pair = _part(data, "train"), _part(test, "test")
     return make_split(*pair)
 
 
@@ -74,8 +74,9 @@ def make_split(bank: ImageSource, test: ImageSource) -> Split:
     )
 
 
-def _test_part(path: Path) -> ImageSource:
+def _part(path: Path, split: str) -> ImageSource:
+    """That split of the data, or all of them where they have none; damaged ones are refused and not passed over."""
     try:
-        return open_source(path, split="test")
-    except InputError:
+        return open_source(path, split=split)
+    except NoSplit:
         return open_source(path)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from robx.errors import CorruptImage, InputError
+from robx.errors import CorruptImage, InputError, NoSplit
 from robx.files import sha256_bytes
 from robx.images import resize_and_crop
 from robx.progress import Progress
@@ -179,7 +179,7 @@ def _test_split(data: Path) -> ImageSource | None:
     try:
         test = open_source(data, split="test")
         open_source(data, split="train")
-    except InputError:
+    except NoSplit:
         return None
     return test
 

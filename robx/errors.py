@@ -26,8 +26,16 @@ class InputError(RobxError):
     """A file, folder, name or option that the user gave is wrong."""
 
 
+class NoSplit(InputError):
+    """Data without the split that was asked for; they are whole otherwise."""
+
+
 class CorruptImage(InputError):
     """One image that cannot be decoded."""
+
+
+class UnreadableImage(CorruptImage):
+    """One image that the disk does not give; it may another time."""
 
 
 class ArtifactError(RobxError):

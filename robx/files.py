@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import itertools
 import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +59,46 @@ def fingerprint_files(lines: Sequence[str], paths: Sequence[Path]) -> str:
     Names and sizes alone say too little: of uncompressed images all have one size. 64 files, evenly spread, are read,
     64 KiB each, and no more, for there may be millions.
     """
-    step = max(1, len(paths) // _SAMPLED_FILES)
-    sampled = (f"{at}\0{_start_of(paths[at])}" for at in range(0, len(paths), step))
-    sized = (f"{line}\0{size_of(path)}" for line, path in zip(lines, paths, strict=True))
-    return fingerprint(itertools.chain(sized, sampled))
+
+    def start(at: int, count: int) -> bytes:
+        return start_of(paths[at], count)
+
+    sized = [f"{line}\0{size_of(path)}" for line, path in zip(lines, paths, strict=True)]
+    return fingerprint([*sized, *sampled(len(paths), start)])
 
 
-def _start_of(path: Path) -> str:
-    """A hash of a file's first bytes; empty where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return sha256_bytes(file.read(_SAMPLED_BYTES))
-    except OSError:
-        return ""
+def start_of(path: Path, count: int, *, offset: int = 0) -> bytes:
+    """At most `count` bytes of a regular file from `offset` on.
+
+    Raises:
+        OSError: it cannot be read, or is a pipe or a device, which may never answer.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "no regular file", str(path))
+    with path.open("rb", buffering=0) as file:
+        return os.pread(file.fileno(), count, offset)
+
+
+def sampled(count: int, start: Callable[[int, int], bytes]) -> Iterator[str]:
+    """Hashes of the first bytes of 64 of `count` files, evenly spread; `start` gives so many of the numbered one."""
+    for at in range(0, count, max(1, count // _SAMPLED_FILES)):
+        try:
+            yield f"{at}\0{sha256_bytes(start(at, _SAMPLED_BYTES))}"
+        except OSError:  # it counts as unreadable when it is read
+            yield f"{at}\0"
+
+
+def stamp_of(paths: Iterable[Path]) -> str:
+    """Sixteen hex digits that change when any of the files was written again: for caches of this machine alone."""
+
+    def written(path: Path) -> str:
+        try:
+            found = path.stat()
+        except OSError:
+            return "-"
+        return f"{found.st_size} {found.st_mtime_ns}"
+
+    return fingerprint(map(written, paths))
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

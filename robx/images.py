@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from robx.errors import CorruptImage
+from robx.errors import CorruptImage, UnreadableImage
 
 if TYPE_CHECKING:
     from robx.records import Preprocessing
@@ -39,7 +39,7 @@ def read_image_file(path: Path) -> bytes:
             raise CorruptImage(f"{path}: {found.st_size} bytes is more than an image should have")
         return path.read_bytes()
     except OSError as error:
-        raise CorruptImage(f"{path}: cannot be read ({error.strerror})") from error
+        raise UnreadableImage(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def decode(data: bytes, *, name: str) -> Image.Image:

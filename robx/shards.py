@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from robx.errors import CorruptImage, InputError
-from robx.files import fingerprint, read_json
+from robx.errors import CorruptImage, InputError, UnreadableImage
+from robx.files import fingerprint, read_json, sampled, stamp_of, start_of
 from robx.images import IMAGE_SUFFIXES, MAX_FILE_BYTES, decode
 
 _MAX_LABEL_BYTES = 16
@@ -50,7 +50,17 @@ class ShardSource:
         if not self._members:
             raise InputError(f"{shards[0].parent} has shards without images: expected members such as key.jpg, key.cls")
         self.classes = _class_names(self._shards[0].parent, self._members)
-        self.fingerprint = fingerprint(f"{m.key}\0{m.size}\0{m.label}" for m in self._members)
+        lines = [f"{m.key}\0{m.size}\0{m.label}" for m in self._members]
+        self.fingerprint = fingerprint([*lines, *sampled(len(lines), self._start)])
+
+    @property
+    def stamp(self) -> str:
+        """Changes when a shard was written again, whatever it holds."""
+        return stamp_of(self._shards)
+
+    def _start(self, index: int, count: int) -> bytes:
+        member = self._members[index]
+        return start_of(self._shards[member.shard], min(count, member.size), offset=member.offset)
 
     def __len__(self) -> int:
         """How many samples the shards hold."""
@@ -76,7 +86,7 @@ class ShardSource:
             with shard.open("rb", buffering=0) as file:
                 data = os.pread(file.fileno(), member.size, member.offset)
         except OSError as error:
-            raise CorruptImage(f"{shard}: cannot be read ({error.strerror})") from error
+            raise UnreadableImage(f"{shard}: cannot be read ({error.strerror})") from error
         return decode(data, name=f"{shard}:{member.key}")
 
 

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from robx.arrays import open_cifar, open_idx
-from robx.errors import InputError
-from robx.files import fingerprint, fingerprint_files, read_bytes
+from robx.errors import InputError, NoSplit
+from robx.files import fingerprint, fingerprint_files, read_bytes, stamp_of
 from robx.images import IMAGE_SUFFIXES, decode, read_image_file
 from robx.records import DataInfo
 from robx.shards import ShardSource
@@ -98,6 +98,11 @@ class LabelledSource:
         self.name, self.classes, self._source, self._chosen = source.name, source.classes, source, chosen
         self.fingerprint, self.licence = fingerprint([source.fingerprint, "labelled"]), source.licence
 
+    @property
+    def stamp(self) -> str:
+        """That of the whole source."""
+        return str(getattr(self._source, "stamp", ""))
+
     def __len__(self) -> int:
         """How many samples have a label."""
         return len(self._chosen)
@@ -138,6 +143,11 @@ class FolderSource:
         self._labels = [numbers[top] for top in tops if top is not None] if self.classes else None
         self.fingerprint = fingerprint_files([str(p) for p in self._paths], [root / p for p in self._paths])
 
+    @property
+    def stamp(self) -> str:
+        """Changes when a file was written again, whatever it holds."""
+        return stamp_of(self.root / path for path in self._paths)
+
     def __len__(self) -> int:
         """How many image files there are."""
         return len(self._paths)
@@ -170,16 +180,17 @@ def _open_folder(path: Path, split: str | None) -> ImageSource:
         found = opener(path, split or "train")
         if found is not None:
             return found
-    if shards := sorted(path.glob("*.tar")):
-        return ShardSource(_pick_shards(path, shards, split), name=path.name)
     have = {s: next((path / n for n in names if (path / n).is_dir()), None) for s, names in _SPLIT_NAMES.items()}
+    # A tar beside train/ and val/ is what they were unpacked from.
+    if not all(have.values()) and (shards := sorted(path.glob("*.tar"))):
+        return ShardSource(_pick_shards(path, shards, split), name=path.name)
     chosen = split or ("train" if all(have.values()) else None)
     if chosen is None:
         return FolderSource(path)
     folder = have[chosen]
     if folder is None:
         expected = " or ".join(f"{name}/" for name in _SPLIT_NAMES[chosen])
-        raise InputError(f"{path} has no {chosen} split: expected {expected} or {chosen}-*.tar in it")
+        raise NoSplit(f"{path} has no {chosen} split: expected {expected} or {chosen}-*.tar in it")
     return _open_folder(folder, None)
 
 
@@ -188,7 +199,7 @@ def _pick_shards(path: Path, shards: list[Path], split: str | None) -> list[Path
     if split is None:
         return by_split["train"] if all(by_split.values()) else shards
     if not by_split[split]:
-        raise InputError(f"{path} has no {split} split: expected {split}-*.tar in it")
+        raise NoSplit(f"{path} has no {split} split: expected {split}-*.tar in it")
     return by_split[split]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from robx.errors import DeviceError, InputError
+from robx.errors import DeviceError, InputError, RobxError
 from robx.files import sha256_file
 from robx.progress import Progress
 from robx.records import Latency, Preprocessing, append_measurements, load_bundle, to_json, utc_now
@@ -68,13 +68,18 @@ def bench(
     if not any(run.results for run in runs):
         raise DeviceError(f"{runs[0].folder} could not be measured on {options.device}: {runs[0].failures[0]}")
     known: dict[Preprocessing, dict[Path, np.ndarray]] = {}
-    found = []
+    found, unsaved = [], list[RobxError]()
     for run in runs:
         cache = known.setdefault(run.bundle.preprocessing, {})
         reference = find_reference(run.folder, run.bundle, run.inputs.images, cache)
-        record = make_record(run, options, processes=processes, kind=kind, started=started, reference=reference)
-        append_measurements(run.folder / "measurements.jsonl", [record])
-        found.append(record)
+        try:
+            record = make_record(run, options, processes=processes, kind=kind, started=started, reference=reference)
+            append_measurements(run.folder / "measurements.jsonl", [record])
+            found.append(record)
+        except RobxError as error:  # one folder that cannot be written loses no other's record
+            unsaved.append(error)
+    if unsaved:
+        raise unsaved[0]
     return found
 
 

@@ -274,3 +274,25 @@ def test_images_of_the_same_names_and_sizes_are_told_apart(tmp_path: Path) -> No
     assert [path.stat().st_size for path in sorted((tmp_path / "dark").rglob("*.bmp"))] == [822] * 200
     assert dark.fingerprint != light.fingerprint
     assert dark.fingerprint == open_source(tmp_path / "dark").fingerprint
+
+
+def test_a_tar_beside_the_folders_that_it_was_unpacked_to_is_no_shard(tmp_path: Path) -> None:
+    """ImageNet's validation images in their own tar: training on them would be a leak that nobody sees."""
+    for split in ("train", "val"):
+        for place in range(3):
+            path = tmp_path / split / "n01" / f"{split}{place}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(_png(place))
+    write_shard(tmp_path / "ILSVRC2012_img_val.tar", [(f"val{n}.png", _png(n), None) for n in range(2)])
+    source = open_source(tmp_path)
+    assert len(source) == 3 and source.key(0).endswith("train0.png")
+
+
+def test_shards_of_the_same_names_and_sizes_are_told_apart(tmp_path: Path) -> None:
+    for name, level in (("dark", 10), ("light", 200)):
+        (tmp_path / name).mkdir()
+        picture = io.BytesIO()
+        Image.new("RGB", (8, 8), (level, 0, 0)).save(picture, "BMP")
+        write_shard(tmp_path / name / "a.tar", [("0.bmp", picture.getvalue(), 1)])
+    dark, light = (open_source(tmp_path / name) for name in ("dark", "light"))
+    assert dark.fingerprint != light.fingerprint

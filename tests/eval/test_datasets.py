@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robx.errors import ArtifactError, CorruptImage, InputError
+from robx.errors import ArtifactError, CorruptImage, InputError, RobxError
 from robx.eval import datasets
+from robx.eval.splits import open_split
 from robx.sources import labels_of
 
 
@@ -255,3 +256,27 @@ def test_a_list_that_is_none_is_refused(tmp_path, text):
 def test_an_unknown_name_lists_the_known(tmp_path):
     with pytest.raises(InputError, match="cifar10, cifar100"):
         datasets.open_dataset("mnist1d", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist"])
+def test_other_images_are_not_taken_for_a_named_data_set(tmp_path, name):
+    for split in ("train", "test"):
+        for label in ("cat", "dog"):
+            save(tmp_path / split / label / "1.png")
+    with pytest.raises(InputError, match=f"does not hold {name}'s files"):
+        datasets.open_dataset(name, tmp_path)
+
+
+def test_a_damaged_test_split_is_refused_and_not_passed_over(tmp_path):
+    for prefix, n in (("train", 5), ("t10k", 3)):
+        images = struct.pack(">4BIII", 0, 0, 8, 3, n, 28, 28) + bytes(range(n)) * 784
+        (tmp_path / f"{prefix}-images-idx3-ubyte").write_bytes(images)
+        labels = struct.pack(">4BI", 0, 0, 8, 1, n) + bytes(range(n))
+        (tmp_path / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
+    other = tmp_path / "other"
+    for label in range(5):
+        save(other / "train" / str(label) / "1.png")
+    assert len(open_split(other, tmp_path).test) == 3  # and --data may hold its training images alone
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes((tmp_path / "t10k-images-idx3-ubyte").read_bytes()[:-100])
+    with pytest.raises(RobxError):
+        open_split(other, tmp_path)

@@ -1,5 +1,6 @@
 """Extraction: order, labels, unreadable images, and a cache that is right or not used."""
 
+import os
 import threading
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 
 from robx.arrays import ArraySource
-from robx.errors import CorruptImage, DeviceError, InputError
+from robx.errors import CorruptImage, DeviceError, InputError, UnreadableImage
 from robx.eval import features
 from robx.eval.features import decoded_batches, extract, extract_each, model_id
 from robx.eval.look_alikes import look
@@ -206,3 +207,38 @@ def test_an_answer_of_another_shape_is_the_models_fault():
 
 def test_a_student_is_known_by_its_weights():
     assert model_id(MeanColour().bundle) == "a" * 16
+
+
+def test_images_that_were_written_again_are_embedded_again(folder, tmp_path):
+    """Of the same size, and beyond what a fingerprint reads."""
+    for path in folder.rglob("*.png"):
+        Image.new("RGB", (20, 20), (200, 0, 0)).save(path.with_suffix(".bmp"))
+        path.unlink()
+    extract(MeanColour(), FolderSource(folder), cache=tmp_path / "cache")
+    for path in folder.rglob("*.bmp"):
+        Image.new("RGB", (20, 20), (0, 0, 200)).save(path)
+        os.utime(path, ns=(1, 1))
+    source = FolderSource(folder)
+    source.fingerprint = "same"
+    again = extract(MeanColour(), source, cache=tmp_path / "cache")
+    np.testing.assert_allclose(again.features, expected(source, range(len(source))), atol=1e-6)
+
+
+def test_what_the_disk_did_not_give_is_asked_for_again(folder, tmp_path, monkeypatch):
+    source, real = FolderSource(folder), FolderSource.read
+
+    def failing(self, index):
+        if index < 3:
+            raise UnreadableImage("cannot be read (Input/output error)")
+        return real(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderSource, "read", failing)
+        assert extract(MeanColour(), source, cache=tmp_path / "cache").skipped == 3
+    assert extract(MeanColour(), source, cache=tmp_path / "cache").skipped == 0
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing(folder, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    found = extract(MeanColour(), FolderSource(folder), cache=tmp_path / "file" / "cache")
+    assert len(found.features) == 40

@@ -275,3 +275,9 @@ def test_every_data_set_has_a_recipe_and_every_recipe_a_data_set():
     assert set(TRANSFERS) == set(DATASETS)
     with pytest.raises(InputError, match="unknown transfer 'cifar'"):
         transfer("cifar")
+
+
+def test_one_labelled_image_is_refused():
+    one = Features(features=features().features[:1], labels=np.zeros(1, int), indices=np.arange(1), skipped=0)
+    with pytest.raises(InputError, match="two labelled images or more"):
+        linear.linear_cached(one, features(128, seed=1), classes=3, recipe=RECIPE)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import optimize, special
+from scipy import optimize, special, stats
 
 from robx.errors import InputError
 from robx.eval import lowshot
@@ -76,7 +76,10 @@ def test_accuracy_over_splits():
     splits = [values[f"top1_split{n}"].value for n in (1, 2, 3)]
     half = 4.302653 * np.std(splits, ddof=1) / np.sqrt(3)  # Student's t, two degrees of freedom
     assert values["top1"].value == pytest.approx(np.mean(splits)) and values["top1"].value > 60
-    assert values["top1"].low == pytest.approx(max(0, np.mean(splits) - half), abs=1e-4)
+    mean, n = np.mean(splits) / 100, len(test.labels)
+    wilson = stats.binomtest(round(mean * n), n).proportion_ci(method="wilson")  # of the test images, which all share
+    assert values["top1"].low == pytest.approx(min(100 * mean - half, 100 * wilson.low), abs=1e-4)
+    assert values["top1"].high == pytest.approx(min(100, max(100 * mean + half, 100 * wilson.high)), abs=1e-4)
     one = lowshot.low_shot(bank, test, rows=lowshot.draw_splits(bank.labels, "10%"))
     assert set(one) == {"top1"} and one["top1"].value >= values["top1"].value - 5
     shuffled = Features(features=bank.features, labels=np.roll(bank.labels, 1), indices=bank.indices, skipped=0)

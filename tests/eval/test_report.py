@@ -603,3 +603,28 @@ def test_the_command_writes_three_files_and_says_the_decision(runs, tmp_path):
     for wrong, word in ((["report", str(tmp_path / "no")], "no"), (["report", str(runs), "-o", "x.pdf"], "x.pdf")):
         refused = CliRunner().invoke(main, wrong)
         assert refused.exit_code == 2 and refused.output.count("\n") == 1 and word in refused.output
+
+
+def test_a_speed_up_over_an_fp32_that_is_not_valid_decides_nothing(records, tmp_path):
+    student = records.write_run(tmp_path / "r")
+    for precision, size, ms, verdict in (("fp32", 900, 60.0, "UNSTABLE"), ("int8", 300, 10.0, "VALID")):
+        place = tmp_path / "r" / f"openvino-{precision}"
+        bundle = records.write_bundle(place, student, precision, size)
+        records.write_latency(place, bundle.id, ms, verdict=verdict, reasons=("drift",) if verdict != "VALID" else ())
+    pages = render(collect([tmp_path]))
+    assert "as fast as fp32" not in pages.markdown.split("##")[0]
+    row = next(row for row in build_rows(collect([tmp_path])) if row.precision == "int8")
+    assert row.speedup is not None and row.speedup_shaky
+
+
+def test_figures_by_other_training_images_are_kept_out_of_the_comparison(records, tmp_path):
+    student = records.write_run(tmp_path / "r")
+    bundle = records.write_bundle(tmp_path / "r" / "openvino-fp32", student, "fp32", 900)
+    for folder, model, top1, bank in (("r", student.sha256[:16], 61.3, "a"), ("r/openvino-fp32", bundle.id, 33.3, "b")):
+        by = {"k": 20, "bank": {"name": bank, "images": 9, "fingerprint": bank * 64, "licence": "x"}}
+        late = records.accuracy(model, "knn", top1, settings=by, started="2026-11-22T00:00:00Z")
+        append_measurements(tmp_path / folder / "measurements.jsonl", [late])
+    values = {
+        r.precision: r.accuracy["knn"].value.value for r in build_rows(collect([tmp_path])) if "knn" in r.accuracy
+    }
+    assert 33.3 not in values.values() or 61.3 not in values.values()

@@ -1,5 +1,7 @@
 """A record says the worst of its processes, and nothing of itself that the device made up."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from robx.records import load_bundle
 from robx.runtime.inputs import load_inputs
 from robx.runtime.profiles import BenchOptions
 from robx.runtime.recording import Run, make_record
-from robx.runtime.reference import Reference
+from robx.runtime.reference import Reference, check_outputs
 from robx.runtime.results import ProcessResult
 
 
@@ -42,3 +44,13 @@ def test_a_device_does_not_say_how_it_was_reached(record):
     device = record(np.float32(0)).device
     assert (device["kind"], device["address"]) == ("ssh", "ssh://box")
     assert device["emulated"] == "qemu"
+
+
+def test_one_picture_repeated_has_one_answer():
+    """Right answers are alike then, and a wrong one is still seen."""
+    bundle, seen = SimpleNamespace(precision="fp32", rungs=()), np.ones(4, bool)
+    expected = np.tile(np.random.default_rng(0).normal(size=8).astype(np.float32), (4, 1))
+    values, reasons = check_outputs(expected + 1e-6, seen, Reference(expected, "x", False), bundle)
+    assert not reasons and values["output_cosine"].value == pytest.approx(1)
+    _, reasons = check_outputs(-expected, seen, Reference(expected, "x", False), bundle)
+    assert "mean cosine" in reasons[0]
