@@ -112,7 +112,7 @@ def plan(images: DemoData, *, out: Path, teacher: str, student: str, epochs: int
     data = ("--data", str(images.folder))
     margin = ("--margin", GATE_POINTS)
     export = ("export", str(run), *data, "--format")
-    gate = ("--int8", "--max-drop", GATE_POINTS, "--rungs", "3")
+    gate = ("--int8", "--max-drop", GATE_POINTS)
     rapid = ("--profile", "rapid", "--processes", "2")
     engines = ("--fp16", "--target", "rtx:sm86+sm89")
     networks = ("--teacher", teacher, "--student", student)
