@@ -160,7 +160,7 @@ def validity(row: Row) -> Cell:
     """VALID, UNSTABLE or INVALID, with the reasons' codes; what to doubt has them in full."""
     if row.validity is None:
         return Cell("not measured", mark="missing")
-    codes = ", ".join(dict.fromkeys(reason.split(":", 1)[0] for reason in row.reasons))
+    codes = ", ".join(dict.fromkeys(reason.split(":", 1)[0] or reason for reason in row.reasons))
     return Cell(row.validity, "; ".join(filter(None, (codes, _profile(row)))), mark=row.validity.lower())
 
 

@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from robx.cli import main
@@ -470,6 +470,7 @@ hostile = st.one_of(
     st.sampled_from(
         [
             "</title><script>alert(1)</script>",
+            ":",
             '"><img src=x onerror=alert(1)>',
             "</svg></style><b>x",
             "$\\frac{a}{b}$ _{x} ^ ${",
@@ -491,6 +492,7 @@ def plain(data: ReportData) -> list[str]:
 
 @settings(max_examples=16, deadline=None)
 @given(text=hostile)
+@example(text=":")
 def test_whatever_a_name_says_it_stays_text(text, data, plain):
     html = render(_renamed(data, text)).html
     page = Page(html)
