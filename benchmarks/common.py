@@ -58,6 +58,11 @@ class Chosen:
         self._source, self._places = source, places
         self.fingerprint = sha256_bytes(f"{source.fingerprint} {list(places)}".encode())[:16]
 
+    @property
+    def stamp(self) -> str:
+        """That of the whole source."""
+        return self._source.stamp
+
     def __len__(self) -> int:
         return len(self._places)
 

@@ -234,10 +234,8 @@ def _fixed_bytes(learner: Learner) -> int:
     """Weights, gradients and the optimiser's state (two tensors a parameter of Adam's, one of SGD's) in float32."""
     trained = sum(p.numel() for p in learner.net.parameters() if p.requires_grad)
     states = 2 if learner.recipe.optimizer == "adamw" else 1
-    averages = _weight_bytes(learner.average) + _weight_bytes(
-        None if learner.network is learner.net else learner.network
-    )
-    return _weight_bytes(learner.net) + 4 * trained * (1 + states) + averages
+    networks = {learner.net, learner.average, learner.network}  # the last may be the first: SwAV's one network
+    return sum(map(_weight_bytes, networks)) + 4 * trained * (1 + states)
 
 
 def _weight_bytes(net: nn.Module | None) -> int:

@@ -59,8 +59,8 @@ class ListSource:
         self.root, self.name = root, name
         self.classes: tuple[str, ...] | None = tuple(classes)
         self._samples = list(samples)
-        lines = [f"{path}\0{label}" for path, label in self._samples]
-        self.fingerprint = fingerprint_files(lines, [root / path for path, _ in self._samples])
+        lines = (f"{path}\0{label}" for path, label in self._samples)
+        self.fingerprint = fingerprint_files(root, [path for path, _ in self._samples], lines=lines)
 
     @property
     def stamp(self) -> str:
@@ -93,6 +93,11 @@ class SquareSource:
         self._source, self._side = source, side
         self.name, self.classes, self.licence = source.name, source.classes, source.licence
         self.fingerprint = sha256_bytes(f"{source.fingerprint} squeezed {side}".encode())[:16]
+
+    @property
+    def stamp(self) -> str:
+        """As the source's."""
+        return self._source.stamp
 
     def __len__(self) -> int:
         """As the source's."""

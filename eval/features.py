@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import PIL
@@ -101,7 +101,8 @@ def extract_each(
         DeviceError: a model answers with something that is not (N, D).
     """
     preprocessing = preprocessing or sessions[0].bundle.preprocessing
-    files = [_cache_file(cache, session, source, preprocessing) for session in sessions]
+    images = [source.fingerprint, source.stamp, len(source)] if cache else []  # once: a stamp asks for every file
+    files = [_cache_file(cache, session, images, preprocessing) for session in sessions]
     found = [_load(file) for file in files]
     todo = [i for i, have in enumerate(found) if have is None]
     if todo:
@@ -197,14 +198,13 @@ def _embed(session: Session, pixels: np.ndarray) -> np.ndarray:
     return features
 
 
-def _cache_file(cache: Path | None, session: Session, source: ImageSource, pre: Preprocessing) -> Path | None:
+def _cache_file(cache: Path | None, session: Session, images: list[Any], pre: Preprocessing) -> Path | None:
     """Named after all that the features depend on: weights, engine, processor, images, preprocessing, decoder."""
     if cache is None:
         return None
     facts = session.facts()
     engine = {name: str(facts.get(name)) for name in ("engine", "version", "provider", "precision_hint", "output")}
     made_by = [_CACHE_FORMAT, PIL.__version__, platform.machine()]
-    images = [source.fingerprint, getattr(source, "stamp", ""), len(source)]
     key = [model_id(session.bundle), engine, images, to_json(pre), made_by]
     return cache / f"{sha256_bytes(json.dumps(key, sort_keys=True).encode())[:32]}.npz"
 

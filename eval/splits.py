@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from robx.errors import InputError, NoSplit
+from robx.errors import InputError
 from robx.eval.features import Features
 from robx.eval.look_alikes import LookAlikes
-from robx.sources import ImageSource, labelled, labels_of, open_source
+from robx.sources import ImageSource, class_numbers, labelled, labels_of, open_part, open_source, renumbered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,7 @@ class Split:
         """Test features with the bank's class numbers."""
         if self.renumber is None:
             return found
-        labels = np.where(found.labels >= 0, self.renumber[np.maximum(found.labels, 0)], -1)
-        return replace(found, labels=labels)
+        return replace(found, labels=renumbered(found.labels, self.renumber))
 
 
 def open_split(data: Path, test: Path | None) -> Split:
@@ -45,7 +44,7 @@ def open_split(data: Path, test: Path | None) -> Split:
         except InputError as error:
             raise InputError(f"{error}; or give the judged images with --test") from error
     else:
-        pair = _part(data, "train"), _part(test, "test")
+        pair = open_part(data, "train"), open_part(test, "test")
     return make_split(*pair)
 
 
@@ -62,21 +61,11 @@ def make_split(bank: ImageSource, test: ImageSource) -> Split:
         return Split(
             bank=bank, test=test, classes=len(bank.classes), names=bank.classes, renumber=None, test_source=given
         )
-    numbers = {name: n for n, name in enumerate(bank.classes)}
-    used = [test.classes[label] for label in np.unique(labels_of(test))]
-    if unknown := [name for name in used if name not in numbers]:
+    renumber = class_numbers(test.classes, bank.classes)
+    if unknown := [test.classes[label] for label in np.unique(labels_of(test)) if renumber[label] < 0]:
         raise InputError(
             f"{test.name} has the class {unknown[0]!r} and {bank.name} has not: give both the same classes"
         )
-    renumber = np.array([numbers.get(name, -1) for name in test.classes], dtype=np.int64)
     return Split(
         bank=bank, test=test, classes=len(bank.classes), names=bank.classes, renumber=renumber, test_source=given
     )
-
-
-def _part(path: Path, split: str) -> ImageSource:
-    """That split of the data, or all of them where they have none; damaged ones are refused and not passed over."""
-    try:
-        return open_source(path, split=split)
-    except NoSplit:
-        return open_source(path)

@@ -19,7 +19,7 @@ from robx.files import sha256_bytes
 from robx.images import resize_and_crop
 from robx.progress import Progress
 from robx.records import Calibration, Preprocessing
-from robx.sources import ImageSource, open_source
+from robx.sources import ImageSource, open_part, open_source
 
 MIN_IMAGES = 300  # fewer leave the tails of the activations to chance
 JUDGING_IMAGES = 3000  # prove a drop below one point where some 5 % of the answers change
@@ -101,7 +101,7 @@ def whole_batches(images: np.ndarray, batch: int) -> list[np.ndarray]:
 def open_data(data: Path, judge: Path | None = None) -> tuple[ImageSource, ImageSource | None]:
     """The training images and the held-out ones: `judge`, or the test split of `data`, or None without splits."""
     if judge is not None:
-        return open_source(data), open_source(judge)
+        return open_part(data, "train"), open_part(judge, "test")
     return open_source(data), _test_split(data)
 
 

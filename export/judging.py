@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from robx.export.candidate import Candidate
 from robx.export.climb import failed_rung, level_of
 from robx.export.workshop import Workshop
 from robx.records import Precision, Rung, Value, Verdict
+from robx.sources import class_numbers, renumbered
 from robx.trunk import embed
 
 # One in four sound candidates may be screened out; to let all through would spend the judging images on hopeless ones.
@@ -157,11 +158,16 @@ class Judge:
         """Why neither this machine nor a graph can say what the candidate answers, as with Core ML; None where one can.
 
         Raises:
-            RobxError: it cannot be built.
+            MissingExtra: what builds it is not installed.
         """
         if self.workshop.request.target.format in ("onnx", "ort", "trt"):
             return None
-        session = gate.open_judge(self.workshop.make(candidate))
+        try:
+            session = gate.open_judge(self.workshop.make(candidate))
+        except MissingExtra:
+            raise
+        except RobxError:  # it cannot be built or opened: its rung says why
+            return None
         if isinstance(session, str):
             return session
         session.close()
@@ -182,19 +188,17 @@ class Judge:
         expected = embed(self.workshop.model.trunk, torch.from_numpy(images)).numpy()
         refuse_constant(expected, request.student.timm_name)
         what = f"the {request.target.format} model in {candidate.precision}"
+        compare = partial(to_onnx.parity, expected, precision=candidate.precision, what=what, refuse=not judged)
         session = gate.open_judge(self.workshop.make(candidate))
         if isinstance(session, str):
             if request.target.format != "trt":
                 return {}, session
             answer = sensitivity.simulate(self.workshop.graph_of(candidate), images)  # its pixels are never uint8
-            return to_onnx.parity(
-                expected, answer, precision=candidate.precision, what=what, refuse=not judged
-            ), session
+            return compare(answer), session
         with session:
             together = session.run(images)
             alone = np.concatenate([session.run(images[i : i + 1]) for i in range(len(images))])
-        figures = to_onnx.parity(expected, together, precision=candidate.precision, what=what, refuse=not judged)
-        return figures | check_batches(together, alone, what=what), None
+        return compare(together) | check_batches(together, alone, what=what), None
 
     def close(self) -> None:
         """Close the baselines' sessions."""
@@ -303,12 +307,11 @@ class Judge:
     def _labels_of(self, images: Images) -> np.ndarray:
         """Labels in the bank's numbering, (N,) int64: by the class's name, and -1 for one that the bank has not."""
         classes = self.workshop.images.bank.classes
-        if images.classes == classes or images.classes is None or classes is None:
-            return images.labels if images.classes == classes else np.full_like(images.labels, -1)
-        place = {name: number for number, name in enumerate(classes)}
-        numbers = np.array([*(place.get(name, -1) for name in images.classes), -1])  # the last is for no label, -1
-        found: np.ndarray = numbers[images.labels]
-        return found
+        if images.classes == classes:
+            return images.labels
+        if images.classes is None or classes is None:
+            return np.full_like(images.labels, -1)
+        return renumbered(images.labels, class_numbers(images.classes, classes))
 
 
 def check_batches(together: np.ndarray, alone: np.ndarray, *, what: str) -> dict[str, Value]:

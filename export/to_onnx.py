@@ -194,7 +194,9 @@ def build(
 def parity(
     reference: np.ndarray, candidate: np.ndarray, *, precision: str, what: str, refuse: bool = True
 ) -> dict[str, Value]:
-    """Compare the exported model's embeddings (N, D) with PyTorch's; refuses a float model that differs, or only NaN.
+    """Compare the exported model's embeddings (N, D) with PyTorch's; refuses a float model that differs.
+
+    Without `refuse` the figures are taken alone, and only another shape, NaN and infinity are refused.
 
     Raises:
         ArtifactError: NaN, or further apart than the precision explains; such a file is broken, not imprecise.
@@ -207,11 +209,14 @@ def parity(
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     cosine = (a * b).sum(1) / np.maximum(norms, np.finfo(np.float64).tiny)
     worst, spread = float(np.abs(a - b).max()), float(np.abs(a).max())
-    if refuse and precision in _MIN_COSINE and cosine.min() < _MIN_COSINE[precision]:
+    figures = {"max_abs": Value(value=worst, n=len(a)), "cosine_min": Value(value=float(cosine.min()), n=len(a))}
+    if not refuse:
+        return figures
+    if precision in _MIN_COSINE and cosine.min() < _MIN_COSINE[precision]:
         raise ArtifactError(f"{what} differs from PyTorch: cosine {cosine.min():.5f} on a real image; not shipped")
     if precision == "fp32" and worst > _FP32_TOLERANCE * max(spread, 1e-6):
         raise ArtifactError(f"{what} differs from PyTorch by {worst:.2e} (values up to {spread:.2e}); not shipped")
-    return {"max_abs": Value(value=worst, n=len(a)), "cosine_min": Value(value=float(cosine.min()), n=len(a))}
+    return figures
 
 
 def _replace_pools(module: nn.Module) -> None:

@@ -23,6 +23,7 @@ class ArraySource:
     """Images held in one uint8 array, (N, H, W) or (N, H, W, 3)."""
 
     licence = "unknown"
+    stamp = ""  # the fingerprint is of all that it holds
 
     def __init__(
         self, name: str, pixels: np.ndarray, labels: np.ndarray | None, classes: tuple[str, ...] | None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -53,18 +54,18 @@ def fingerprint(lines: Iterable[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def fingerprint_files(lines: Sequence[str], paths: Sequence[Path]) -> str:
-    """Sixteen hex digits that change with any of `lines`, with any file's size, and with what a sample of them holds.
+def fingerprint_files(root: Path, names: Sequence[str], *, lines: Iterable[str]) -> str:
+    """Sixteen hex digits that change with any of `lines`, one a file, any file's size, and what a sample of them holds.
 
     Names and sizes alone say too little: of uncompressed images all have one size. 64 files, evenly spread, are read,
     64 KiB each, and no more, for there may be millions.
     """
 
     def start(at: int, count: int) -> bytes:
-        return start_of(paths[at], count)
+        return start_of(root / names[at], count)
 
-    sized = [f"{line}\0{size_of(path)}" for line, path in zip(lines, paths, strict=True)]
-    return fingerprint([*sized, *sampled(len(paths), start)])
+    sized = (f"{line}\0{size_of(root / name)}" for line, name in zip(lines, names, strict=True))
+    return fingerprint(itertools.chain(sized, sampled(len(names), start)))
 
 
 def start_of(path: Path, count: int, *, offset: int = 0) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import os
 import stat
 import tarfile
@@ -50,8 +51,8 @@ class ShardSource:
         if not self._members:
             raise InputError(f"{shards[0].parent} has shards without images: expected members such as key.jpg, key.cls")
         self.classes = _class_names(self._shards[0].parent, self._members)
-        lines = [f"{m.key}\0{m.size}\0{m.label}" for m in self._members]
-        self.fingerprint = fingerprint([*lines, *sampled(len(lines), self._start)])
+        lines = (f"{m.key}\0{m.size}\0{m.label}" for m in self._members)
+        self.fingerprint = fingerprint(itertools.chain(lines, sampled(len(self._members), self._start)))
 
     @property
     def stamp(self) -> str:

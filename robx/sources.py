@@ -7,7 +7,7 @@ whoever reads can count it against a budget.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -34,6 +34,10 @@ class ImageSource(Protocol):
     classes: tuple[str, ...] | None
     fingerprint: str  # 16 hex digits; the same images in the same order give the same
     licence: str  # as licence.txt beside the images says, else "unknown"
+
+    @property
+    def stamp(self) -> str:
+        """Changes when a file of them was written again, whatever it holds; empty where the fingerprint tells."""
 
     def __len__(self) -> int:
         """How many samples there are, the unreadable ones included."""
@@ -101,7 +105,7 @@ class LabelledSource:
     @property
     def stamp(self) -> str:
         """That of the whole source."""
-        return str(getattr(self._source, "stamp", ""))
+        return self._source.stamp
 
     def __len__(self) -> int:
         """How many samples have a label."""
@@ -141,7 +145,7 @@ class FolderSource:
         self.classes = None if None in tops else tuple(sorted({top for top in tops if top is not None}))
         numbers = {name: i for i, name in enumerate(self.classes or ())}
         self._labels = [numbers[top] for top in tops if top is not None] if self.classes else None
-        self.fingerprint = fingerprint_files([str(p) for p in self._paths], [root / p for p in self._paths])
+        self.fingerprint = fingerprint_files(root, self._paths, lines=self._paths)
 
     @property
     def stamp(self) -> str:
@@ -173,6 +177,26 @@ def _read_licence(folder: Path) -> str:
         return "unknown"
     lines = read_bytes(path, limit=_MAX_LICENCE_BYTES).decode(errors="replace").splitlines()
     return lines[0].strip()[:200] if lines else "unknown"
+
+
+def open_part(path: Path, split: str) -> ImageSource:
+    """That split of the data, or all of them where they have none; damaged ones are refused and not passed over."""
+    try:
+        return open_source(path, split=split)
+    except NoSplit:
+        return open_source(path)
+
+
+def class_numbers(names: Sequence[str], into: Sequence[str]) -> np.ndarray:
+    """The place of each of `names` among `into`, int64; -1 for one that is not there."""
+    place = {name: number for number, name in enumerate(into)}
+    return np.array([place.get(name, -1) for name in names], dtype=np.int64)
+
+
+def renumbered(labels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Labels (N,) by `class_numbers`; -1, no label, stays."""
+    found: np.ndarray = np.where(labels >= 0, numbers[np.maximum(labels, 0)], -1)
+    return found
 
 
 def _open_folder(path: Path, split: str | None) -> ImageSource:

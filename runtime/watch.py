@@ -60,7 +60,7 @@ def energy(root: str = "/", since: dict[str, Any] | None = None) -> dict[str, An
             reason = "the energy counter %s/energy_uj can be read by root only" % folder
             return {"source": None, "joules": None, "reason": reason}
         joules = int(count) / 1e6
-        earlier = ((since or {}).get("zones") or {}).get(folder)
+        earlier = (since or {}).get("zones", {}).get(folder)
         if earlier is not None and joules < earlier:
             joules += int(read(folder, "max_energy_range_uj") or 0) / 1e6
         zones[folder] = joules

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import pickle
 import struct
 
@@ -12,7 +13,7 @@ from PIL import Image
 from robx.errors import ArtifactError, CorruptImage, InputError, RobxError
 from robx.eval import datasets
 from robx.eval.splits import open_split
-from robx.sources import labels_of
+from robx.sources import labels_of, open_source
 
 
 def save(path, colour=(10, 20, 30), size=(8, 6)):
@@ -280,3 +281,11 @@ def test_a_damaged_test_split_is_refused_and_not_passed_over(tmp_path):
     (tmp_path / "t10k-images-idx3-ubyte").write_bytes((tmp_path / "t10k-images-idx3-ubyte").read_bytes()[:-100])
     with pytest.raises(RobxError):
         open_split(other, tmp_path)
+
+
+def test_a_squeezed_source_is_stamped_as_what_it_squeezes(tmp_path):
+    save(tmp_path / "a" / "1.png")
+    source = open_source(tmp_path)
+    squeezed, before = datasets.SquareSource(source, 8), source.stamp
+    os.utime(tmp_path / "a" / "1.png", ns=(1, 1))
+    assert squeezed.stamp == source.stamp != before

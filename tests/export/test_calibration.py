@@ -118,3 +118,11 @@ def test_labelled_images_are_read_first() -> None:
         source, _source("test", 1, 40), PRE, calibration_images=12, bank_images=30, screening_images=0, least=4
     )
     assert (splits.bank.labels[:20] >= 0).all() and (splits.bank.labels[20:] == -1).all()
+
+
+def test_judging_images_in_a_folder_of_two_splits_are_those_of_its_test_split(scenes: Path, tmp_path: Path) -> None:
+    shutil.copytree(scenes / "train", tmp_path / "alone" / "train")
+    train, test = open_data(tmp_path / "alone", scenes)
+    whole = open_data(scenes)
+    assert whole[1] is not None and test is not None and test.fingerprint == whole[1].fingerprint
+    assert train.classes == whole[0].classes and len(train) == len(whole[0])

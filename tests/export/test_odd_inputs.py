@@ -12,17 +12,19 @@ import pytest
 from click.testing import CliRunner
 
 from robx.cli import main
-from robx.errors import InputError
+from robx.errors import ArtifactError, InputError
 from robx.eval.closeness import centred_cosine
 from robx.export import gate, quantize_nncf, quantize_trt, to_onnx
 from robx.export.build import Options, build
 from robx.export.calibration import open_data
+from robx.export.candidate import Candidate
 from robx.export.gate import Limits
 from robx.export.graph_facts import read_facts
 from robx.export.ladder import Machine, ladder
 from robx.export.qdq import quantized_nodes
 from robx.export.request import ExportTarget
 from robx.export.sensitivity import simulate
+from robx.export.workshop import Workshop
 from robx.records import Bundle
 
 LENIENT = Options(limits=Limits(max_drop=60, min_speedup=0.01), calibration_images=32, rungs=1)
@@ -119,3 +121,21 @@ def test_fp16_ships_for_its_size_unless_it_is_to_be_faster(cnn_run: Path, scenes
 def test_what_would_be_ignored_is_refused(more: list[str], said: str, cnn_run: Path) -> None:
     done = CliRunner().invoke(main, ["export", str(cnn_run), "--format", "onnx", *more])
     assert done.exit_code == 2 and said in done.output and "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_what_cannot_be_built_falls_back_although_forced(
+    precision: str, cnn_run: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Workshop.make
+
+    def failing(self: Workshop, candidate: Candidate) -> Path:
+        if candidate.precision != "fp32":
+            raise ArtifactError("no such operator")
+        return real(self, candidate)
+
+    monkeypatch.setattr(Workshop, "make", failing)
+    forcing = dataclasses.replace(LENIENT, force=True)
+    bundle = _export(cnn_run, scenes, tmp_path / "b", forcing, format="openvino", precision=precision)
+    assert (bundle.precision, bundle.requested) == ("fp32", precision)
+    assert "no such operator" in bundle.rungs[0].reason
