@@ -30,7 +30,7 @@ import torch
 from common import CLIP_ART, demo_images, publish, save_student, say, shown
 from vit_weights import vit_small
 
-from robx.cache import cache_folder
+from robx.store.cache import cache_folder
 from robx.distill.crops import STD
 from robx.distill.networks import student_kind
 from robx.distill.recipes import Method, Recipe, override, preset, read_toml
@@ -44,10 +44,10 @@ from robx.eval.knn import knn_accuracy
 from robx.eval.linear import linear_cached
 from robx.eval.splits import Split, open_split
 from robx.eval.verdict import mean_value
-from robx.files import read_json, write_json
+from robx.store.files import read_json, write_json
 from robx.records import Value, to_json
 from robx.runtime.session import SessionSettings, open_session
-from robx.sources import ImageSource, open_source
+from robx.images.sources import ImageSource, open_source
 from robx.trunk import build_trunk
 
 PROTOCOLS = ("knn", "linear")

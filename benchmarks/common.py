@@ -18,17 +18,17 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
-from robx.cache import cache_folder
+from robx.store.cache import cache_folder
 from robx.console import print_table
-from robx.demo_data import prepare_demo_data
+from robx.demo.demo_data import prepare_demo_data
 from robx.distill.recipes import Recipe
 from robx.distill.run import Options
 from robx.distill.run_folder import student_preprocessing
 from robx.distill.train import train
-from robx.files import sha256_bytes, write_json, write_text
+from robx.store.files import sha256_bytes, write_json, write_text
 from robx.records import Student, TeacherInfo, Value
 from robx.runtime.device import describe
-from robx.sources import ImageSource
+from robx.images.sources import ImageSource
 from robx.trunk import embedding_width, save_trunk
 
 RESULTS = Path(__file__).parent / "results"

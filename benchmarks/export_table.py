@@ -45,12 +45,12 @@ from robx.export.build import build
 from robx.export.calibration import MIN_IMAGES, Splits, open_data, read_splits
 from robx.export.gate import Limits
 from robx.export.request import ExportTarget
-from robx.files import read_json, write_json
+from robx.store.files import read_json, write_json
 from robx.records import Bundle, Student, Value, from_json, load_bundle, load_student, to_json
 from robx.runtime.compare import interleave
 from robx.runtime.latency import paired_ratio
 from robx.runtime.session import SessionSettings, open_session
-from robx.sources import open_source
+from robx.images.sources import open_source
 from robx.trunk import build_trunk
 
 VARIANTS = {

@@ -24,11 +24,11 @@ from common import CLIP_ART, demo_images, first_images, publish, save_student, s
 from robx.distill.run_folder import student_preprocessing
 from robx.eval.features import extract
 from robx.eval.knn import nearest
-from robx.images import preprocess
+from robx.images.decode import preprocess
 from robx.records import Value, to_json
 from robx.runtime.latency import paired_ratio
 from robx.runtime.session import SessionSettings, open_session
-from robx.sources import ImageSource, open_source
+from robx.images.sources import ImageSource, open_source
 from robx.trunk import build_trunk
 
 QUERIES, BANK, WIDTH = 50_000, 1_280_000, 192

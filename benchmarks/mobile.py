@@ -30,11 +30,11 @@ from torch import nn
 
 from robx.export.request import ExportRequest, ExportTarget
 from robx.export.to_onnx import export_model, tensor_specs
-from robx.files import write_json, write_text
-from robx.images import preprocess
+from robx.store.files import write_json, write_text
+from robx.images.decode import preprocess
 from robx.records import Preprocessing, Student, describe_file, to_json
-from robx.scenes import make_scene, render
-from robx.sources import open_source
+from robx.images.scenes import make_scene, render
+from robx.images.sources import open_source
 from robx.trunk import build_trunk, embed, embedding_width, load_trunk
 
 RESULTS = Path(__file__).parent / "results" / "mobile.json"
@@ -108,8 +108,8 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 
 def distilled(folders: list[Path], data: Path | None) -> Iterator[Subject]:
     """Students with images of their own kind."""
-    from robx.cache import cache_folder
-    from robx.demo_data import prepare_demo_data
+    from robx.store.cache import cache_folder
+    from robx.demo.demo_data import prepare_demo_data
 
     if data is None:
         data = prepare_demo_data(cache_folder(), say=print, progress=lambda *_: None).folder

@@ -27,8 +27,8 @@ from matplotlib.figure import Figure
 from robx.distill.networks import student_kind
 from robx.distill.recipes import Recipe, override, preset
 from robx.distill.teachers import build_teacher_skeleton
-from robx.files import write_atomically
-from robx.sources import open_source
+from robx.store.files import write_atomically
+from robx.images.sources import open_source
 
 Point = dict[str, Any]
 BASE: Point = {"student": "vit_tiny_patch16_224", "batch": 32, "local_crops": 4, "prototypes": 4096, "processes": 1}

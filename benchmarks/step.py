@@ -32,8 +32,8 @@ from robx.distill.recipes import Recipe, override, preset
 from robx.distill.teachers import Teacher, build_teacher_skeleton
 from robx.records import to_json
 from robx.runtime.latency import paired_ratio
-from robx.scenes import make_scene, render
-from robx.sources import FolderSource, ImageSource, open_source
+from robx.images.scenes import make_scene, render
+from robx.images.sources import FolderSource, ImageSource, open_source
 
 STUDENTS = ("resnet18", "mobilenetv3_large_100", "vit_tiny_patch16_224")
 SCENES = 64

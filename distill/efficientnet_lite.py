@@ -19,7 +19,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from robx.errors import ArtifactError, InputError
-from robx.files import sha256_file, write_bytes
+from robx.store.files import sha256_file, write_bytes
 
 _VERSION = "0.1.0"
 _MAX_BYTES = 128 * 1024 * 1024

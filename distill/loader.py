@@ -25,7 +25,7 @@ from robx.distill.masks import block_masks, drop_masks
 from robx.distill.recipes import Recipe
 from robx.distill.views import Views
 from robx.errors import CorruptImage, InputError
-from robx.sources import ImageSource
+from robx.images.sources import ImageSource
 
 Place = tuple[int, int]  # (epoch, index)
 

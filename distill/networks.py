@@ -20,9 +20,9 @@ from robx.distill.stored import TargetsInfo, read_info
 from robx.distill.students import StudentNet, build_student
 from robx.distill.teachers import Teacher
 from robx.errors import InputError
-from robx.files import read_json, write_json
+from robx.store.files import read_json, write_json
 from robx.records import TeacherInfo, from_json, to_json
-from robx.sources import ImageSource
+from robx.images.sources import ImageSource
 from robx.trunk import build_trunk, load_trunk
 
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robx.errors import CorruptImage
-from robx.images import preprocess
+from robx.images.decode import preprocess
 from robx.records import Preprocessing
-from robx.sources import ImageSource, labels_of
+from robx.images.sources import ImageSource, labels_of
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07

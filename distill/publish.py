@@ -22,7 +22,7 @@ from robx.distill.recipes import Recipe
 from robx.distill.shaping import Shaping
 from robx.distill.students import StudentNet
 from robx.errors import InputError
-from robx.files import write_bytes
+from robx.store.files import write_bytes
 
 
 def published_checkpoint(

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from robx.errors import ArtifactError, InputError, RobxError
-from robx.files import read_json, require_space, sha256_bytes, sha256_file, unwritable, write_atomically, write_json
-from robx.folders import new_folder, remove_abandoned
+from robx.store.files import read_json, require_space, sha256_bytes, sha256_file, unwritable, write_atomically, write_json
+from robx.store.folders import new_folder, remove_abandoned
 
 SCHEMA = 1
 _PREFIX = "step-"

@@ -25,9 +25,9 @@ from robx.distill.shaping import Shaping
 from robx.distill.speed import SpeedBound
 from robx.distill.teachers import Teacher
 from robx.errors import InputError, one_line
-from robx.files import read_json, write_json, write_text
+from robx.store.files import read_json, write_json, write_text
 from robx.records import Student, TeacherInfo, to_json
-from robx.sources import ImageSource, data_info
+from robx.images.sources import ImageSource, data_info
 from robx.trunk import embedding_width, save_trunk
 
 Say = Callable[[str], None]

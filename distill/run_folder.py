@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from robx.errors import MissingExtra
-from robx.files import unwritable, write_text
+from robx.store.files import unwritable, write_text
 from robx.records import Preprocessing
 
 

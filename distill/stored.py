@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from robx.distill.recipes import Recipe
 from robx.distill.views import Targets, Views
 from robx.errors import ArtifactError, InputError
-from robx.files import read_json
+from robx.store.files import read_json
 from robx.records import from_json, to_json
 
 # Recipe keys that decide what the teacher saw and said. Local crops and the student's side may differ.

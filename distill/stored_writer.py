@@ -14,7 +14,7 @@ from torch import nn
 from robx.distill.stored import TargetsInfo, pack, read_info, require_same, table_path
 from robx.distill.views import Targets, Views
 from robx.errors import InputError
-from robx.files import unwritable, write_json
+from robx.store.files import unwritable, write_json
 from robx.records import to_json
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from robx.cache import cache_folder
+from robx.store.cache import cache_folder
 from robx.distill.checkpoints import NAMES, PublishedTeacher, read_teacher
 from robx.distill.download import fetch
 from robx.distill.frozen_teacher import Method, Teacher, TeacherScores
@@ -31,10 +31,10 @@ from robx.distill.students import refusal
 from robx.distill.timm_teachers import build_timm_teacher, load_timm_teacher
 from robx.distill.zoo import ZOO, ZooEntry, find_teacher, with_head
 from robx.errors import ArtifactError, InputError
-from robx.files import sha256_file
+from robx.store.files import sha256_file
 from robx.progress import Progress
 from robx.records import Preprocessing, TeacherInfo
-from robx.sources import ImageSource
+from robx.images.sources import ImageSource
 
 __all__ = ["ZOO", "Method", "Teacher", "TeacherScores", "build_teacher_skeleton", "load_teacher"]
 

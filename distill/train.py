@@ -36,9 +36,9 @@ from robx.distill.speed import Rate, SpeedBound, measure_bound
 from robx.distill.teachers import Teacher
 from robx.distill.views import Targets, Views
 from robx.errors import InputError, Interrupted
-from robx.folders import lock_folder
+from robx.store.folders import lock_folder
 from robx.progress import Progress, silent
-from robx.sources import ImageSource
+from robx.images.sources import ImageSource
 
 
 def train(

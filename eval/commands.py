@@ -72,7 +72,7 @@ def evaluate(
     robx eval runs/r18 --data images/ --linear --lowshot 1,2,5,1%
     robx eval runs/r18 --transfer cifar10=/data/cifar --transfer clevr_count=/data/CLEVR_v1.0
     """
-    from robx.cache import cache_folder
+    from robx.store.cache import cache_folder
     from robx.eval.evaluate import evaluate as run
     from robx.eval.features import decode_workers
     from robx.eval.look_alikes import warning_in
@@ -177,7 +177,7 @@ def report(folders: tuple[Path, ...], out: Path, margin: float, budgets: tuple[f
     robx report runs/ --budget 10 --budget 33
     """
     from robx.eval.report import collect, render
-    from robx.files import write_text
+    from robx.store.files import write_text
 
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{out} is no HTML file's name: give one that ends in .html")

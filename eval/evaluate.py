@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from robx.collapse import refuse_constant
+from robx.embeddings import refuse_constant
 from robx.errors import InputError
 from robx.eval.features import Features, extract_each, model_id
 from robx.eval.fidelity import Comparison, fidelity, make_bank
@@ -23,7 +23,7 @@ from robx.eval.verdict import check_margin, holm
 from robx.progress import Progress
 from robx.records import Bundle, Fidelity, Json, Student, Value, to_json, utc_now
 from robx.runtime.session import Session, SessionSettings, load_record, open_session
-from robx.sources import ImageSource, data_info
+from robx.images.sources import ImageSource, data_info
 
 
 def evaluate(folders: Sequence[Path], plan: Plan, *, progress: Progress | None = None) -> Iterator[Result]:

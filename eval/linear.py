@@ -22,7 +22,7 @@ from robx.eval.heads import HeadRecipe, Heads, head_values, headline
 from robx.eval.trunk_outputs import TrunkSession
 from robx.progress import Progress
 from robx.records import Preprocessing, Value
-from robx.sources import ImageSource, labels_of
+from robx.images.sources import ImageSource, labels_of
 
 VISSL = HeadRecipe(epochs=28, milestones=(8, 16, 24))
 RATES = (0.01, 0.001, 0.1)

@@ -22,9 +22,9 @@ from scipy import stats
 from robx.errors import InputError
 from robx.eval.features import Features
 from robx.eval.verdict import accuracy_value, wilson
-from robx.files import MAX_JSON_BYTES
+from robx.store.files import MAX_JSON_BYTES
 from robx.records import Value
-from robx.sources import ImageSource, labels_of
+from robx.images.sources import ImageSource, labels_of
 
 LAMBDA = 0.0025
 SPLITS = 3

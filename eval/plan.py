@@ -12,7 +12,7 @@ from robx.eval.features import BATCH, model_id, model_name
 from robx.eval.splits import Split
 from robx.records import Accuracy, Json, Measurement, Value, to_json, utc_now
 from robx.runtime.session import Session
-from robx.sources import data_info
+from robx.images.sources import data_info
 
 
 @dataclass(frozen=True, kw_only=True)

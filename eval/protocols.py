@@ -18,11 +18,11 @@ from robx.eval.plan import Plan, Result, accuracy_record
 from robx.eval.splits import Split, make_split
 from robx.eval.transfer import TRANSFERS, Transfer, transfer
 from robx.eval.trunk_outputs import TrunkSession
-from robx.heads import Head, save_head
+from robx.linear_head import Head, save_head
 from robx.progress import Progress
 from robx.records import Accuracy, Json, Student, to_json
 from robx.runtime.session import Session
-from robx.sources import ImageSource
+from robx.images.sources import ImageSource
 
 
 def trained_protocols(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from robx.errors import CorruptImage
-from robx.images import preprocess
+from robx.images.decode import preprocess
 from robx.records import Value
 from robx.runtime.session import Session
-from robx.sources import ImageSource
+from robx.images.sources import ImageSource
 
 IMAGES = 8
 

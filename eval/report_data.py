@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from robx.errors import ArtifactError, InputError, RobxError
-from robx.files import MAX_JSON_BYTES, sha256_file
+from robx.store.files import MAX_JSON_BYTES, sha256_file
 from robx.records import (
     Accuracy,
     Bundle,

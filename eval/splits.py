@@ -10,7 +10,7 @@ import numpy as np
 from robx.errors import InputError
 from robx.eval.features import Features
 from robx.eval.look_alikes import LookAlikes
-from robx.sources import ImageSource, class_numbers, labelled, labels_of, open_part, open_source, renumbered
+from robx.images.sources import ImageSource, class_numbers, labelled, labels_of, open_part, open_source, renumbered
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,9 +23,9 @@ from robx.export.judging import Judge
 from robx.export.ladder import ladder, limit, machine_of, sensitive_rungs
 from robx.export.request import ExportRequest, ExportTarget
 from robx.export.workshop import Workshop
-from robx.files import sha256_file
-from robx.folders import scratch_folder
-from robx.heads import load_head
+from robx.store.files import sha256_file
+from robx.store.folders import scratch_folder
+from robx.linear_head import load_head
 from robx.progress import Progress, silent
 from robx.records import (
     Bundle,
@@ -37,7 +37,7 @@ from robx.records import (
     load_bundle,
     load_student,
 )
-from robx.sources import ImageSource
+from robx.images.sources import ImageSource
 from robx.trunk import load_trunk
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from robx.errors import CorruptImage, InputError, NoSplit
-from robx.files import sha256_bytes
-from robx.images import resize_and_crop
+from robx.store.files import sha256_bytes
+from robx.images.decode import resize_and_crop
 from robx.progress import Progress
 from robx.records import Calibration, Preprocessing
-from robx.sources import ImageSource, open_part, open_source
+from robx.images.sources import ImageSource, open_part, open_source
 
 MIN_IMAGES = 300  # fewer leave the tails of the activations to chance
 JUDGING_IMAGES = 3000  # prove a drop below one point where some 5 % of the answers change
@@ -52,7 +52,7 @@ class Images:
         return Images(self.pixels[places], self.labels[places], digests, self.classes)
 
     def normalised(self, preprocessing: Preprocessing, rows: slice | None = None) -> np.ndarray:
-        """float32 (n, 3, H, W), exactly as ``robx.images.preprocess`` gives them."""
+        """float32 (n, 3, H, W), exactly as ``robx.images.decode.preprocess`` gives them."""
         return normalise(self.pixels if rows is None else self.pixels[rows], preprocessing)
 
     def batches(self, preprocessing: Preprocessing, size: int) -> Iterator[np.ndarray]:

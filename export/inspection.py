@@ -12,8 +12,8 @@ from onnx import numpy_helper
 
 from robx.errors import ArtifactError
 from robx.export.qdq import WEIGHTED, Graph, trt_advice, trt_faults
-from robx.files import read_json
-from robx.onnx_safety import load_checked
+from robx.store.files import read_json
+from robx.store.onnx_safety import load_checked
 from robx.records import Bundle
 
 _MAX_XML_BYTES = 256 * 1024 * 1024

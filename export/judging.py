@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from robx.collapse import refuse_constant
+from robx.embeddings import refuse_constant
 from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra, RobxError
 from robx.export import gate, sensitivity, to_onnx
 from robx.export.calibration import MIN_JUDGING, Images, normalise
@@ -20,7 +20,7 @@ from robx.export.candidate import Candidate
 from robx.export.climb import failed_rung, level_of
 from robx.export.workshop import Workshop
 from robx.records import Precision, Rung, Value, Verdict
-from robx.sources import class_numbers, renumbered
+from robx.images.sources import class_numbers, renumbered
 from robx.trunk import embed
 
 # One in four sound candidates may be screened out; to let all through would spend the judging images on hopeless ones.

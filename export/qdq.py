@@ -16,7 +16,7 @@ import onnx
 from onnx import numpy_helper
 
 from robx.errors import InputError
-from robx.onnx_safety import load_checked
+from robx.store.onnx_safety import load_checked
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 FLOAT_ONLY = ("LayerNormalization", "Softmax", "Gelu", "Erf")

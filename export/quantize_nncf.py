@@ -13,7 +13,7 @@ from robx.export.candidate import Candidate
 from robx.export.float_scope import kept_nodes, openvino_names
 from robx.export.graph_facts import input_batch
 from robx.export.quiet import quiet
-from robx.onnx_safety import check_model
+from robx.store.onnx_safety import check_model
 
 
 def quantize_onnx(model: onnx.ModelProto, calibration: np.ndarray, candidate: Candidate) -> onnx.ModelProto:

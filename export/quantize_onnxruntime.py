@@ -13,7 +13,7 @@ from robx.export.candidate import Candidate
 from robx.export.float_scope import kept_nodes
 from robx.export.quiet import quiet
 from robx.export.ranges import Ranges
-from robx.onnx_safety import check_model
+from robx.store.onnx_safety import check_model
 
 
 def quantize(

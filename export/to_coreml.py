@@ -20,7 +20,7 @@ from robx.errors import ArtifactError, MissingExtra
 from robx.export.mobile import example_input, fix_batch, mobile_model
 from robx.export.quiet import quiet
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest, Role
-from robx.files import write_bytes
+from robx.store.files import write_bytes
 
 _PACKAGE = "model.mlpackage"
 _ROLES: dict[str, Role] = {"Manifest.json": "model", "model.mlmodel": "weights", "weight.bin": "weights"}

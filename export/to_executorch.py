@@ -14,7 +14,7 @@ from robx.errors import ArtifactError, InputError, MissingExtra
 from robx.export.mobile import calibration_batches, example_input, fix_batch, mobile_model
 from robx.export.quiet import quiet
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest
-from robx.files import write_bytes
+from robx.store.files import write_bytes
 
 
 def build(

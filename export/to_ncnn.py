@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from robx.errors import ArtifactError, InputError, MissingExtra
 from robx.export.mobile import fix_batch, mobile_model
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest
-from robx.files import write_bytes
+from robx.store.files import write_bytes
 
 _TIMEOUT = 600  # seconds
 

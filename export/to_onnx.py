@@ -22,9 +22,9 @@ from robx import __version__
 from robx.errors import ArtifactError, InputError
 from robx.export.quiet import quiet
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest
-from robx.files import write_bytes
-from robx.heads import Head
-from robx.onnx_safety import check_model
+from robx.store.files import write_bytes
+from robx.linear_head import Head
+from robx.store.onnx_safety import check_model
 from robx.records import Preprocessing, Student, TensorSpec, Value
 
 IR_VERSION = 10

@@ -14,7 +14,7 @@ from robx.errors import ArtifactError, InputError, MissingExtra
 from robx.export.candidate import Candidate
 from robx.export.quiet import quiet
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest
-from robx.onnx_safety import load_checked
+from robx.store.onnx_safety import load_checked
 
 
 def build(

@@ -15,7 +15,7 @@ from torch import nn
 from robx.errors import ArtifactError
 from robx.export.quiet import quiet
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest
-from robx.files import write_bytes
+from robx.store.files import write_bytes
 
 
 def build(

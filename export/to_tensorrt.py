@@ -22,8 +22,8 @@ from torch import nn
 from robx.errors import InputError, MissingExtra
 from robx.export.qdq import check_trt_qdq
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest
-from robx.files import sha256_bytes, sha256_file, write_bytes, write_json
-from robx.onnx_safety import load_checked
+from robx.store.files import sha256_bytes, sha256_file, write_bytes, write_json
+from robx.store.onnx_safety import load_checked
 from robx.records import Json, TensorSpec
 
 JETSONS = {"jetson-orin": "SM87"}

@@ -26,8 +26,8 @@ from robx.export.equalize import equalize
 from robx.export.graph_facts import GraphFacts, read_facts
 from robx.export.half import to_half
 from robx.export.request import ExportRequest
-from robx.files import sha256_bytes, write_bytes
-from robx.onnx_safety import load_checked
+from robx.store.files import sha256_bytes, write_bytes
+from robx.store.onnx_safety import load_checked
 from robx.progress import Progress, silent
 from robx.records import save_bundle
 from robx.trunk import embed

@@ -23,7 +23,7 @@ COMMANDS = {
     "bench": ("robx.runtime.commands", "bench", "Measure bundles on a device: latency, memory, the same answers."),
     "run": ("robx.runtime.commands", "run", "Embed or label images with a bundle."),
     "report": ("robx.eval.commands", "report", "One page that says what to deploy, and why."),
-    "demo": ("robx.demo", "demo", "The whole way on real images, in minutes on two cores."),
+    "demo": ("robx.demo.demo", "demo", "The whole way on real images, in minutes on two cores."),
     "teachers": ("robx.distill.commands", "teachers", "List the teachers: file, licence, published accuracy."),
     "students": ("robx.distill.commands", "students", "List the students that are tested the whole way."),
     "doctor": ("robx.runtime.commands", "doctor", "Say what this machine, or a device, can do and what it lacks."),

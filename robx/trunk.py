@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from robx.errors import ArtifactError, InputError
-from robx.files import sha256_file, write_bytes
+from robx.store.files import sha256_file, write_bytes
 from robx.names import did_you_mean
 from robx.records import Student, load_student, save_student
 

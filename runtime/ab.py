@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from robx.errors import InputError
-from robx.files import sha256_bytes, write_bytes
+from robx.store.files import sha256_bytes, write_bytes
 from robx.records import Validity, Value, load_bundle, utc_now
 from robx.runtime import latency, validity
 from robx.runtime.compare import interleave
 from robx.runtime.inputs import load_inputs
 from robx.runtime.reference import check_outputs, find_reference
 from robx.runtime.session import Session, SessionSettings, open_session
-from robx.sources import ImageSource
+from robx.images.sources import ImageSource
 
 BLOCKS = 20  # of each bundle: the bootstrap's interval wants ten or more
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from robx.errors import DeviceError, InputError, RobxError
-from robx.files import sha256_file
+from robx.store.files import sha256_file
 from robx.progress import Progress
 from robx.records import Latency, Preprocessing, append_measurements, load_bundle, to_json, utc_now
 from robx.runtime import packing
@@ -26,7 +26,7 @@ from robx.runtime.results import read_result
 from robx.runtime.runner import RESULT
 from robx.runtime.session import check_onnx
 from robx.runtime.transports import Transport, open_transport
-from robx.sources import ImageSource
+from robx.images.sources import ImageSource
 
 _LOAD_SECONDS = 300  # for loading and the first inference: an engine may compile its model then
 _PATIENCE = 2  # failed processes of one bundle, after which its others are not tried

@@ -14,7 +14,7 @@ import numpy as np
 
 from robx.console import print_line, print_table, progress_bar, say
 from robx.errors import GateFailed, InputError
-from robx.files import write_atomically
+from robx.store.files import write_atomically
 from robx.records import Bundle, Latency, Value, to_json
 from robx.runtime.ab import Comparison, compare
 from robx.runtime.bench import bench as run_bench
@@ -22,7 +22,7 @@ from robx.runtime.doctor import examine
 from robx.runtime.infer import find_images, infer, top_labels
 from robx.runtime.profiles import PROFILES, BenchOptions
 from robx.runtime.session import SessionSettings, open_session
-from robx.sources import open_source
+from robx.images.sources import open_source
 
 _BUNDLE = click.Path(path_type=Path)
 

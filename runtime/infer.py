@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 
 from robx.errors import CorruptImage, DeviceError, InputError
-from robx.images import decode, preprocess, read_image_file
+from robx.images.decode import decode, preprocess, read_image_file
 from robx.runtime.session import Session
-from robx.sources import open_source
+from robx.images.sources import open_source
 
 Reader = tuple[str, Callable[[], Image.Image]]  # an image's name, and how to read it
 

@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 
 from robx.errors import CorruptImage, InputError
-from robx.images import decode, preprocess
+from robx.images.decode import decode, preprocess
 from robx.records import Preprocessing
-from robx.scenes import make_scene, render
-from robx.sources import ImageSource
+from robx.images.scenes import make_scene, render
+from robx.images.sources import ImageSource
 
 COUNT = 64  # distinct images, so that no cache or branch predictor learns one by heart
 _SIZE = 384  # pixels of a drawn scene's side, about an ImageNet photo's number of pixels

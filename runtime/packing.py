@@ -6,7 +6,7 @@ import io
 import zipfile
 from pathlib import Path
 
-from robx.files import sha256_bytes
+from robx.store.files import sha256_bytes
 from robx.records import Bundle
 from robx.runtime.session import engine_module
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from robx import __version__
-from robx.files import sha256_bytes, write_bytes
+from robx.store.files import sha256_bytes, write_bytes
 from robx.records import Bundle, Latency, Value, to_json
 from robx.runtime import latency, packing, validity
 from robx.runtime.inputs import Inputs

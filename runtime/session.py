@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 
 from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra, RobxError
-from robx.files import read_json
+from robx.store.files import read_json
 from robx.records import Bundle, Student, from_json, load_bundle, load_student, to_json
 from robx.runtime.runner import run_in_batches
 
@@ -127,7 +127,7 @@ def check_onnx(path: Path, bundle: Bundle) -> None:
         ArtifactError: a tensor that is stored elsewhere, or no valid ONNX.
     """
     if bundle.model.path.endswith(".onnx"):
-        importlib.import_module("robx.onnx_safety").load_checked(path / bundle.model.path)
+        importlib.import_module("robx.store.onnx_safety").load_checked(path / bundle.model.path)
 
 
 def _read_record(path: Path) -> Bundle | Student:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import robx  # noqa: F401 (switches telemetry off before any engine is imported)
-from robx.scenes import make_scene, render, write_scenes
+from robx.images.scenes import make_scene, render, write_scenes
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from robx.cli import main
 from robx.distill.zoo import STUDENTS
-from robx.images import preprocess
+from robx.images.decode import preprocess
 from robx.records import load_bundle, load_student
 from robx.runtime.session import open_session
-from robx.sources import open_source
+from robx.images.sources import open_source
 
 RECIPE = """
 optimizer = "adamw"

@@ -16,7 +16,7 @@ from robx.cli import main
 from robx.distill.dryrun import dry_run
 from robx.distill.networks import open_targets
 from robx.errors import InputError
-from robx.sources import ImageSource, open_source
+from robx.images.sources import ImageSource, open_source
 from robx.trunk import build_trunk
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from robx.distill.loader import Batch, PlaceSampler, Share, Skipped, build_loader, epoch_order, steps_per_epoch
 from robx.distill.recipes import Recipe, override, preset
 from robx.errors import InputError
-from robx.sources import ImageSource, open_source
+from robx.images.sources import ImageSource, open_source
 
 RECIPE = override(
     preset("msn", "vit"),

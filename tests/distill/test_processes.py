@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from robx.distill import resume
 from robx.distill.processes import Processes
-from robx.sources import open_source
+from robx.images.sources import open_source
 
 SCRIPT = Path(__file__).with_name("tiny.py")
 SECONDS = 240

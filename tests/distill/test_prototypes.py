@@ -18,14 +18,14 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
-from robx.arrays import ArraySource
+from robx.images.arrays import ArraySource
 from robx.distill.kmeans import StreamingKMeans, nearest, spherical_kmeans
 from robx.distill.prototypes import FitSettings, fit_or_load, fit_prototypes, has_to_stream, load_prototypes
 from robx.distill.teachers import load_teacher
 from robx.errors import InputError
-from robx.images import preprocess
+from robx.images.decode import preprocess
 from robx.records import Preprocessing
-from robx.sources import FolderSource
+from robx.images.sources import FolderSource
 
 
 def bundles(

@@ -10,7 +10,7 @@ import pytest
 
 from robx.distill.run_folder import Metrics, tensorboard_writer
 from robx.errors import MissingExtra
-from robx.sources import open_source
+from robx.images.sources import open_source
 
 Curves = dict[str, list[tuple[int, float]]]
 

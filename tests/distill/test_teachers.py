@@ -258,6 +258,6 @@ def test_aliases() -> None:
 def _no_images() -> object:
     import numpy as np
 
-    from robx.arrays import ArraySource
+    from robx.images.arrays import ArraySource
 
     return ArraySource("none", np.zeros((2, 4, 4, 3), np.uint8), None, None)

@@ -27,7 +27,7 @@ from robx.distill.run import Options, open_run
 from robx.distill.teachers import build_teacher_skeleton, load_teacher
 from robx.errors import InputError
 from robx.records import load_student
-from robx.sources import FolderSource, ImageSource, open_source
+from robx.images.sources import FolderSource, ImageSource, open_source
 from robx.trunk import load_trunk
 
 

@@ -19,7 +19,7 @@ from robx.distill.run import Options
 from robx.distill.teachers import Teacher, build_teacher_skeleton
 from robx.distill.train import train
 from robx.errors import RobxError
-from robx.sources import ImageSource, open_source
+from robx.images.sources import ImageSource, open_source
 
 VALUES: dict[str, Any] = {
     "crop_size": 32,

@@ -13,7 +13,7 @@ from PIL import Image
 from robx.errors import ArtifactError, CorruptImage, InputError, RobxError
 from robx.eval import datasets
 from robx.eval.splits import open_split
-from robx.sources import labels_of, open_source
+from robx.images.sources import labels_of, open_source
 
 
 def save(path, colour=(10, 20, 30), size=(8, 6)):

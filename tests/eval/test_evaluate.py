@@ -12,14 +12,14 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from robx.arrays import ArraySource
+from robx.images.arrays import ArraySource
 from robx.cli import main
 from robx.errors import InputError
 from robx.eval import evaluate, linear, protocols
 from robx.eval.features import Features
 from robx.eval.splits import make_split, open_split
 from robx.export.calibration import read_splits
-from robx.files import sha256_file
+from robx.store.files import sha256_file
 from robx.records import (
     Accuracy,
     Bundle,
@@ -33,8 +33,8 @@ from robx.records import (
     save_bundle,
 )
 from robx.runtime.session import load_record, open_session
-from robx.shards import write_shard
-from robx.sources import labels_of, open_source
+from robx.images.shards import write_shard
+from robx.images.sources import labels_of, open_source
 from robx.trunk import build_trunk, embedding_width, save_trunk
 
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robx.arrays import ArraySource
+from robx.images.arrays import ArraySource
 from robx.errors import CorruptImage, DeviceError, InputError, UnreadableImage
 from robx.eval import features
 from robx.eval.features import decoded_batches, extract, extract_each, model_id
 from robx.eval.look_alikes import look
-from robx.images import preprocess
+from robx.images.decode import preprocess
 from robx.records import Preprocessing, Student
-from robx.sources import FolderSource
+from robx.images.sources import FolderSource
 
 PRE = Preprocessing(size=18, crop=16)
 

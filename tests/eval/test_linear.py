@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from robx.arrays import ArraySource
+from robx.images.arrays import ArraySource
 from robx.errors import InputError
 from robx.eval import heads, linear
 from robx.eval.datasets import ListSource

@@ -9,9 +9,9 @@ from PIL import Image, ImageOps
 
 from robx.eval import look_alikes
 from robx.eval.look_alikes import LOOK, LookAlikes, look, warning_in
-from robx.images import preprocess
+from robx.images.decode import preprocess
 from robx.records import Preprocessing, to_json
-from robx.scenes import make_scene, render
+from robx.images.scenes import make_scene, render
 
 PRE = Preprocessing(size=73, crop=64)
 

@@ -8,7 +8,7 @@ from scipy import optimize, special, stats
 from robx.errors import InputError
 from robx.eval import lowshot
 from robx.eval.features import Features
-from robx.sources import FolderSource
+from robx.images.sources import FolderSource
 
 
 def features(n=240, d=10, classes=4, seed=0):

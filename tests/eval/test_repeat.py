@@ -6,7 +6,7 @@ from PIL import Image
 
 from robx.eval.repeat import IMAGES, repeat_difference
 from robx.records import Preprocessing, Student
-from robx.sources import FolderSource
+from robx.images.sources import FolderSource
 
 PRE = Preprocessing(size=18, crop=16)
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from robx.export import to_onnx
-from robx.images import preprocess
+from robx.images.decode import preprocess
 from robx.records import Preprocessing, Student
-from robx.sources import open_source
+from robx.images.sources import open_source
 from robx.trunk import build_trunk, embedding_width, load_trunk, save_trunk
 
 

@@ -28,7 +28,7 @@ from robx.export.gate import Limits
 from robx.export.inspection import inspect_bundle
 from robx.export.qdq import check_trt_qdq
 from robx.export.request import ExportTarget
-from robx.heads import load_head
+from robx.linear_head import load_head
 from robx.records import Bundle, Rung, Value, load_bundle
 from robx.runtime.compare import interleave
 from robx.runtime.session import open_session

@@ -13,7 +13,7 @@ from safetensors.numpy import save
 from robx.errors import InputError
 from robx.export.build import build
 from robx.export.request import ExportTarget
-from robx.heads import load_head
+from robx.linear_head import load_head
 from robx.records import load_student
 from robx.runtime.session import open_session
 

@@ -25,7 +25,7 @@ from robx.export.quantize_trt import quantize
 from robx.export.ranges import choose, collect
 from robx.export.request import BuiltModel, ExportRequest, ExportTarget
 from robx.export.to_onnx import export_model, export_onnx, tensor_specs
-from robx.files import read_json, sha256_file
+from robx.store.files import read_json, sha256_file
 from robx.records import Preprocessing, Student
 
 SIZE = 64

@@ -12,7 +12,7 @@ import torch
 
 from robx.distill.processes import join_processes
 from robx.errors import RobxError
-from robx.sources import open_source
+from robx.images.sources import open_source
 
 
 def main() -> None:

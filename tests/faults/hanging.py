@@ -10,7 +10,7 @@ import numpy as np
 import tiny
 from PIL import Image
 
-from robx.arrays import ArraySource
+from robx.images.arrays import ArraySource
 
 
 class Hanging(ArraySource):

@@ -23,7 +23,7 @@ import torch
 
 from robx.distill import run
 from robx.errors import RobxError
-from robx.sources import open_source
+from robx.images.sources import open_source
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from robx.errors import CorruptImage, InputError
-from robx.shards import write_shard
-from robx.sources import open_source
+from robx.images.shards import write_shard
+from robx.images.sources import open_source
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 30, 3), dtype=np.uint8)
 STUDENT = ("--teacher", "ema", "--student", "test_resnet", "--crop-size", 32, "--local-crop-size", 16)

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save
 
 from robx.records import load_bundle, load_student
-from robx.scenes import make_scene, render
+from robx.images.scenes import make_scene, render
 
 MARKUP = "<img src=x onerror=alert(1)>"
 LABELS = (

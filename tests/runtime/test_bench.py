@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from robx.errors import ArtifactError, DeviceError, InputError
-from robx.files import sha256_file
+from robx.store.files import sha256_file
 from robx.records import Preprocessing, Value, load_measurements, to_json
 from robx.runtime import compare, latency
 from robx.runtime.bench import BenchOptions, bench
 from robx.runtime.inputs import load_inputs
 from robx.runtime.session import SessionSettings, open_session
-from robx.sources import open_source
+from robx.images.sources import open_source
 
 QUIET_CODES = {"steal", "background_load", "drift", "high_cov", "process_spread", "not_steady", "cgroup_throttle"}
 

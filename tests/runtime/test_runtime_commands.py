@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from robx.files import sha256_file
-from robx.images import decode, preprocess
+from robx.store.files import sha256_file
+from robx.images.decode import decode, preprocess
 from robx.records import load_measurements, to_json
 from robx.runtime import doctor
 from robx.runtime.infer import top_labels

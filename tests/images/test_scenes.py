@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from robx.scenes import Scene, Solid, make_scene, render, write_scenes
-from robx.sources import labels_of, open_source
+from robx.images.scenes import Scene, Solid, make_scene, render, write_scenes
+from robx.images.sources import labels_of, open_source
 
 
 @given(st.integers(0, 2**31), st.integers(0, 10**6))

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from robx.cache import cache_folder
+from robx.store.cache import cache_folder
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):

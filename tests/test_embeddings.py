@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robx.collapse import is_constant, refuse_constant
+from robx.embeddings import is_constant, refuse_constant
 from robx.errors import ArtifactError
 
 

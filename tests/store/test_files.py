@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from robx.errors import ArtifactError, InputError
-from robx.files import read_json, require_space, sha256_file, write_bytes, write_json
+from robx.store.files import read_json, require_space, sha256_file, write_bytes, write_json
 
 
 def test_sha256_is_the_standard_one(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
         from robx.errors import RobxError
-        from robx.files import write_bytes
+        from robx.store.files import write_bytes
         try:
             write_bytes(pathlib.Path(sys.argv[1]), b"x" * 1_000_000)
         except RobxError as error:
@@ -75,7 +75,7 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path, moment: str) -> Non
     code = textwrap.dedent(
         """
         import os, sys, pathlib, signal
-        import robx.files as files
+        import robx.store.files as files
         def die(*_): os.kill(os.getpid(), signal.SIGKILL)
         if sys.argv[2] == "write":
             write = lambda p: (p.write_bytes(b"ne"), die())

@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from robx.errors import CorruptImage
-from robx.images import decode, preprocess, resize_and_crop, to_rgb
+from robx.images.decode import decode, preprocess, resize_and_crop, to_rgb
 from robx.records import Preprocessing
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from robx.errors import InputError
-from robx.files import write_bytes
+from robx.store.files import write_bytes
 
 _MAX_HEAD_BYTES = 1024**3
 

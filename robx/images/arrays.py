@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from robx.errors import InputError
-from robx.files import read_bytes
+from robx.store.files import read_bytes
 
 _MAX_ARRAY_BYTES = 4 * 1024**3
 _MAX_NAMES_BYTES = 1024 * 1024

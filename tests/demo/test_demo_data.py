@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robx import demo_data
-from robx.demo_data import pack_pictures, prepare_demo_data
-from robx.sources import data_info, labels_of, open_source
+from robx.demo import demo_data
+from robx.demo.demo_data import pack_pictures, prepare_demo_data
+from robx.images.sources import data_info, labels_of, open_source
 
 
 def _quiet(done: int, total: int, note: str) -> None:

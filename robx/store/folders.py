@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from robx.errors import InputError
-from robx.files import fsync_folder, unwritable
+from robx.store.files import fsync_folder, unwritable
 
 # The workers of a killed process hold its lock until they notice, every five seconds.
 _ORPHAN_SECONDS = 10.0

@@ -10,7 +10,7 @@ import pytest
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from robx.errors import ArtifactError, InputError
-from robx.onnx_safety import check_model, load_checked, walk_tensors
+from robx.store.onnx_safety import check_model, load_checked, walk_tensors
 
 
 def _tensor(name: str, location: str | None) -> TensorProto:
