@@ -31,12 +31,12 @@ from common import CLIP_ART, demo_images, publish, save_student, say, shown
 from vit_weights import vit_small
 
 from robx.store.cache import cache_folder
-from robx.distill.crops import STD
-from robx.distill.networks import student_kind
+from robx.distill.batches.crops import STD
+from robx.distill.training.networks import student_kind
 from robx.distill.recipes import Method, Recipe, override, preset, read_toml
-from robx.distill.run import Options
-from robx.distill.run_folder import student_preprocessing
-from robx.distill.teachers import Teacher, load_teacher
+from robx.distill.training.run import Options
+from robx.distill.training.run_folder import student_preprocessing
+from robx.distill.teachers.load import Teacher, load_teacher
 from robx.distill.train import train
 from robx.errors import Interrupted
 from robx.eval.features import extract

@@ -22,8 +22,8 @@ from robx.store.cache import cache_folder
 from robx.console import print_table
 from robx.demo.demo_data import prepare_demo_data
 from robx.distill.recipes import Recipe
-from robx.distill.run import Options
-from robx.distill.run_folder import student_preprocessing
+from robx.distill.training.run import Options
+from robx.distill.training.run_folder import student_preprocessing
 from robx.distill.train import train
 from robx.store.files import sha256_bytes, write_json, write_text
 from robx.records import Student, TeacherInfo, Value

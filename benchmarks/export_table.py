@@ -33,8 +33,8 @@ from vendors import vendor_bundle
 
 from robx import __version__
 from robx.distill.recipes import override, preset
-from robx.distill.run import Options
-from robx.distill.teachers import load_teacher
+from robx.distill.training.run import Options
+from robx.distill.teachers.load import load_teacher
 from robx.distill.train import train
 from robx.errors import RobxError
 from robx.eval.fidelity import KNN_K, Bank, fidelity, make_bank

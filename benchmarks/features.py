@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from common import CLIP_ART, demo_images, first_images, publish, save_student, say, shown
 
-from robx.distill.run_folder import student_preprocessing
+from robx.distill.training.run_folder import student_preprocessing
 from robx.eval.features import extract
 from robx.eval.knn import nearest
 from robx.images.decode import preprocess

@@ -24,9 +24,9 @@ import torch
 from common import CLIP_ART, RESULTS, demo_images, first_images, publish, say, step_seconds
 from matplotlib.figure import Figure
 
-from robx.distill.networks import student_kind
+from robx.distill.training.networks import student_kind
 from robx.distill.recipes import Recipe, override, preset
-from robx.distill.teachers import build_teacher_skeleton
+from robx.distill.teachers.load import build_teacher_skeleton
 from robx.store.files import write_atomically
 from robx.images.sources import open_source
 

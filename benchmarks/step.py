@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from common import CLIP_ART, demo_images, first_images, publish, say, shown, step_seconds
 
-from robx.distill.loader import CropDataset, PlaceSampler, Share, collate
-from robx.distill.networks import build_networks, student_kind
-from robx.distill.processes import join_processes
+from robx.distill.batches.loader import CropDataset, PlaceSampler, Share, collate
+from robx.distill.training.networks import build_networks, student_kind
+from robx.distill.training.processes import join_processes
 from robx.distill.recipes import Recipe, override, preset
-from robx.distill.teachers import Teacher, build_teacher_skeleton
+from robx.distill.teachers.load import Teacher, build_teacher_skeleton
 from robx.records import to_json
 from robx.runtime.latency import paired_ratio
 from robx.images.scenes import make_scene, render

@@ -44,7 +44,7 @@ from other_tools import (
     start_to_first_answer,
 )
 
-from robx.distill.run_folder import student_preprocessing
+from robx.distill.training.run_folder import student_preprocessing
 from robx.export.build import build
 from robx.export.request import ExportTarget
 from robx.records import Value, load_bundle, to_json

@@ -17,7 +17,7 @@ import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
-from robx.distill.published_trunks import load_strictly
+from robx.distill.teachers.trunks import load_strictly
 from robx.store.files import sha256_bytes, write_bytes
 from robx.trunk import build_trunk
 

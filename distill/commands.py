@@ -13,8 +13,8 @@ from robx.console import print_line, print_table, progress_bar, say
 from robx.errors import InputError
 
 if TYPE_CHECKING:
-    from robx.distill.dryrun import RunCost
-    from robx.distill.networks import Initial
+    from robx.distill.training.dry_run import RunCost
+    from robx.distill.training.networks import Initial
     from robx.distill.recipes import Recipe
 
 _OBJECTIVES = click.Choice(["dino", "ibot", "msn", "swav", "kd"])
@@ -148,13 +148,13 @@ def distill(
     )
     workers = default_workers() if workers is None else workers
 
-    from robx.distill.processes import join_processes
-    from robx.distill.run import Options
-    from robx.distill.teachers import load_teacher
+    from robx.distill.training.processes import join_processes
+    from robx.distill.training.run import Options
+    from robx.distill.teachers.load import load_teacher
     from robx.distill.train import train
 
     if dry:
-        from robx.distill.run import check_settings, refuse_changes, settings_of
+        from robx.distill.training.run import check_settings, refuse_changes, settings_of
 
         initial = check_settings(recipe, students, init)
         if out is not None and resume and not force:
@@ -228,7 +228,7 @@ def teachers(as_json: bool) -> None:
     robx teachers
     robx teachers --json
     """
-    from robx.distill.zoo import teacher_rows
+    from robx.distill.teachers.zoo import teacher_rows
 
     rows = teacher_rows()
     if as_json:
@@ -260,7 +260,7 @@ def students(as_json: bool) -> None:
     robx students
     robx students --json
     """
-    from robx.distill.zoo import student_rows
+    from robx.distill.teachers.zoo import student_rows
 
     rows = student_rows()
     if as_json:
@@ -274,7 +274,7 @@ def students(as_json: bool) -> None:
 
 def _warn_of_kinds(students: Sequence[str], recipe: Recipe) -> None:
     """Say so when students that take different recipes train by one."""
-    from robx.distill.networks import student_kind
+    from robx.distill.training.networks import student_kind
 
     first, *others = students
     kind = student_kind(first) if others else None
@@ -299,10 +299,10 @@ def _dry_run(
     gpu_memory: float | None,
     as_json: bool,
 ) -> None:
-    from robx.distill.dryrun import dry_run
-    from robx.distill.networks import open_targets
-    from robx.distill.processes import pick_device
-    from robx.distill.teachers import build_teacher_skeleton
+    from robx.distill.training.dry_run import dry_run
+    from robx.distill.training.networks import open_targets
+    from robx.distill.training.processes import pick_device
+    from robx.distill.teachers.load import build_teacher_skeleton
     from robx.records import to_json
 
     skeleton = None

@@ -20,21 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robx.distill import resume
-from robx.distill.branches import WritingBranch
-from robx.distill.interrupts import StopRequest, stop_on_signals
-from robx.distill.learner import Learner, autocast
-from robx.distill.loader import Batch, CropDataset, PlaceSampler, build_loader, collate
-from robx.distill.monitor import require_finite
-from robx.distill.objectives import Stats
-from robx.distill.probe import Probe
-from robx.distill.processes import Processes, join_processes
+from robx.distill.training import run_checkpoint
+from robx.distill.targets.branches import WritingBranch
+from robx.distill.training.signals import StopRequest, stop_on_signals
+from robx.distill.training.learner import Learner, autocast
+from robx.distill.batches.loader import Batch, CropDataset, PlaceSampler, build_loader, collate
+from robx.distill.training.collapse import require_finite
+from robx.distill.objectives.base import Stats
+from robx.distill.training.knn_probe import Probe
+from robx.distill.training.processes import Processes, join_processes
 from robx.distill.recipes import Recipe
-from robx.distill.report import log_step, monitor, note, open_probe, probe_references, probe_students, speed_bound
-from robx.distill.run import Options, Run, Say, count_skipped, open_run, publish_teachers, resume_run, save_run
-from robx.distill.speed import Rate, SpeedBound, measure_bound
-from robx.distill.teachers import Teacher
-from robx.distill.views import Targets, Views
+from robx.distill.training.log import log_step, monitor, note, open_probe, probe_references, probe_students, speed_bound
+from robx.distill.training.run import Options, Run, Say, count_skipped, open_run, publish_teachers, resume_run, save_run
+from robx.distill.training.speed import Rate, SpeedBound, measure_bound
+from robx.distill.teachers.load import Teacher
+from robx.distill.batches.views import Targets, Views
 from robx.errors import InputError, Interrupted
 from robx.store.folders import lock_folder
 from robx.progress import Progress, silent
@@ -82,9 +82,9 @@ def train(
         processes = processes or stack.enter_context(join_processes(options.device))
         if processes.first:
             stack.enter_context(lock_folder(out))
-            resume.clean(out)
+            run_checkpoint.clean(out)
             if store is not None:
-                resume.clean(store)
+                run_checkpoint.clean(store)
         processes.wait()
         stop = stack.enter_context(stop_on_signals())
         speak = say if say is not None and processes.first else _silent

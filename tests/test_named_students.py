@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from robx.cli import main
-from robx.distill.zoo import STUDENTS
+from robx.distill.teachers.zoo import STUDENTS
 from robx.images.decode import preprocess
 from robx.records import load_bundle, load_student
 from robx.runtime.session import open_session

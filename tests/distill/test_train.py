@@ -17,14 +17,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from robx.distill import resume, rob_msn
-from robx.distill.checkpoints import read_checkpoint
-from robx.distill.learner import Learner
-from robx.distill.monitor import NotFinite
-from robx.distill.processes import Processes
+from robx.distill.training import run_checkpoint
+from robx.distill.objectives import rob_msn
+from robx.distill.teachers.checkpoints import read_checkpoint
+from robx.distill.training.learner import Learner
+from robx.distill.training.collapse import NotFinite
+from robx.distill.training.processes import Processes
 from robx.distill.recipes import override
-from robx.distill.run import Options, open_run
-from robx.distill.teachers import build_teacher_skeleton, load_teacher
+from robx.distill.training.run import Options, open_run
+from robx.distill.teachers.load import build_teacher_skeleton, load_teacher
 from robx.errors import InputError
 from robx.records import load_student
 from robx.images.sources import FolderSource, ImageSource, open_source
@@ -82,7 +83,7 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
             tiny.tiny_run(source, tmp_path, options=options, progress=stop_after(step))
     tiny.tiny_run(source, tmp_path, options=options)
     assert weights(tmp_path) == weights(unbroken) and tiny.losses(tmp_path) == tiny.losses(unbroken)
-    final = [resume.load_newest(folder) for folder in (tmp_path, unbroken)]
+    final = [run_checkpoint.load_newest(folder) for folder in (tmp_path, unbroken)]
     assert final[0] is not None and final[1] is not None
     _assert_equal(final[0][1], final[1][1])
 
@@ -247,7 +248,7 @@ def test_a_finished_run_is_left_alone_and_fresh_starts_over(
 def test_nan_stops_the_run_names_the_images_and_saves_nothing_poisoned(
     tiny: ModuleType, source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from robx.distill import loader
+    from robx.distill.batches import loader
 
     real = loader.normalise
 
@@ -262,7 +263,7 @@ def test_nan_stops_the_run_names_the_images_and_saves_nothing_poisoned(
     monkeypatch.setattr(loader, "normalise", poisoned)
     with pytest.raises(NotFinite, match=r"loss is nan at step 4; its images are .*\.png"):
         tiny.tiny_run(source, tmp_path, options={"checkpoint_steps": 1})
-    found = resume.load_newest(tmp_path)
+    found = run_checkpoint.load_newest(tmp_path)
     assert found is not None and found[0] == 4
     assert all(torch.isfinite(value).all() for value in load_file(tmp_path / "student.safetensors").values())
 
@@ -270,7 +271,7 @@ def test_nan_stops_the_run_names_the_images_and_saves_nothing_poisoned(
 def test_a_collapsed_student_is_said_once(
     tiny: ModuleType, source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from robx.distill import networks
+    from robx.distill.training import networks
 
     real = networks.build_student
 
@@ -376,7 +377,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
         process.send_signal(signal.SIGUSR1)
         said = process.stderr.read()
     assert process.returncode == 75 and re.search(r"SIGUSR1 after step \d of 8", said)
-    found = resume.load_newest(tmp_path)
+    found = run_checkpoint.load_newest(tmp_path)
     assert found is not None and 2 <= found[0] < 8
     tiny.tiny_run(source, tmp_path)
     assert weights(tmp_path) == weights(unbroken)

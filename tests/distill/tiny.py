@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from robx.distill.recipes import Recipe, override, preset
-from robx.distill.run import Options
-from robx.distill.teachers import Teacher, build_teacher_skeleton
+from robx.distill.training.run import Options
+from robx.distill.teachers.load import Teacher, build_teacher_skeleton
 from robx.distill.train import train
 from robx.errors import RobxError
 from robx.images.sources import ImageSource, open_source

@@ -10,7 +10,7 @@ from pathlib import Path
 import tiny
 import torch
 
-from robx.distill.processes import join_processes
+from robx.distill.training.processes import join_processes
 from robx.errors import RobxError
 from robx.images.sources import open_source
 

@@ -21,7 +21,7 @@ from typing import Any
 import tiny
 import torch
 
-from robx.distill import run
+from robx.distill.training import run
 from robx.errors import RobxError
 from robx.images.sources import open_source
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from robx.distill import resume
+from robx.distill.training import run_checkpoint
 
 HERE = Path(__file__).parent
 
@@ -35,5 +35,5 @@ def test_a_rank_is_killed_and_the_restarted_run_is_the_unbroken_one(
     assert (killed / "student.safetensors").read_bytes() == (unbroken / "student.safetensors").read_bytes()
     assert tiny.losses(killed) == tiny.losses(unbroken) and len(tiny.losses(killed)) == 16
     for name in ("state.json", "state.safetensors"):  # optimiser and counters too
-        state, expected = (resume.checkpoints(run)[-1] / name for run in (killed, unbroken))
+        state, expected = (run_checkpoint.checkpoints(run)[-1] / name for run in (killed, unbroken))
         assert state.read_bytes() == expected.read_bytes()

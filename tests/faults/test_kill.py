@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from robx.distill import resume
+from robx.distill.training import run_checkpoint
 from robx.records import load_student
 
 KILLS = int(os.environ.get("ROBX_SOAK", "30"))
@@ -35,8 +35,8 @@ def assert_same_run(tiny: ModuleType, found: Path, expected: Path) -> None:
     assert (found / "student.safetensors").read_bytes() == (expected / "student.safetensors").read_bytes()
     # Optimiser, branch and counters too, and not one file more than an unbroken run leaves.
     for name in ("state.json", "state.safetensors"):
-        state = (resume.checkpoints(found)[-1] / name).read_bytes()
-        assert state == (resume.checkpoints(expected)[-1] / name).read_bytes()
+        state = (run_checkpoint.checkpoints(found)[-1] / name).read_bytes()
+        assert state == (run_checkpoint.checkpoints(expected)[-1] / name).read_bytes()
     files = [sorted(p.relative_to(run).as_posix() for p in run.rglob("*")) for run in (found, expected)]
     assert files[0] == files[1]
     load_student(found)
@@ -45,7 +45,7 @@ def assert_same_run(tiny: ModuleType, found: Path, expected: Path) -> None:
 def assert_whole(run: Path) -> int:
     """The newest checkpoint loads, none was damaged; returns its step."""
     damaged: list[str] = []
-    found = resume.load_newest(run, say=damaged.append)
+    found = run_checkpoint.load_newest(run, say=damaged.append)
     assert not damaged
     return 0 if found is None else found[0]
 
@@ -73,7 +73,7 @@ def test_killed_again_and_again_it_is_the_unbroken_run(
 def test_killed_at_any_byte_of_a_checkpoint(
     tiny: ModuleType, server: Any, scenes: Path, tmp_path: Path, unbroken: Path
 ) -> None:
-    weights = resume.checkpoints(unbroken)[-1] / "state.safetensors"
+    weights = run_checkpoint.checkpoints(unbroken)[-1] / "state.safetensors"
     size, student = weights.stat().st_size, (unbroken / "student.safetensors").stat().st_size
     header = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
     record = (weights.parent / "state.json").stat().st_size

@@ -15,7 +15,7 @@ import pytest
 from click.testing import Result
 from torch.distributed.run import get_args_parser
 
-from robx.distill import resume
+from robx.distill.training import run_checkpoint
 from robx.distill.commands import distill
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "distill.sbatch"
@@ -79,7 +79,7 @@ def test_before_the_time_limit_the_job_goes_back_into_the_queue_and_the_same_com
     _, said = job.communicate(timeout=SECONDS)
     assert job.returncode != 0 and "SIGUSR1 after step" in said, said
     assert (tmp_path / "requeued").read_text() == "17\n"
-    found = resume.load_newest(tmp_path / "run")
+    found = run_checkpoint.load_newest(tmp_path / "run")
     assert found is not None and 3 < found[0] < 128
     again = robx("distill", *arguments)
     assert again.exit_code == 0 and f"resuming {tmp_path / 'run'} after step {found[0]} of 128" in again.stderr

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from robx.distill import resume
+from robx.distill.training import run_checkpoint
 from robx.records import load_student
 
 TINY = Path(__file__).parents[1] / "distill" / "tiny.py"
@@ -51,7 +51,7 @@ def test_a_disk_that_becomes_full_while_it_learns(scenes: Path, tmp_path: Path, 
 
 def assert_intact(run: Path) -> None:
     said: list[str] = []
-    found = resume.load_newest(run, say=said.append)
+    found = run_checkpoint.load_newest(run, say=said.append)
     assert not said and (found is None or found[0] > 0)
     assert not [p for p in run.rglob("*") if ".tmp" in p.name or ".old" in p.name]
     if found is not None:

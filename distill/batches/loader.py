@@ -1,0 +1,244 @@
+"""Batches of crops in an order that is a pure function of (seed, epoch), for any number of processes and workers.
+
+One DataLoader serves the whole run, from any step: its workers live across epochs and start where the run resumes. A
+sample that cannot be decoded is replaced by the next one that can, counted, and named; past a budget the run fails.
+
+B batch of this process   G global crop size   S local crop size   L local crops
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from robx.distill.batches.crops import multi_crop, normalise
+from robx.distill.batches.masks import block_masks, drop_masks
+from robx.distill.recipes import Recipe
+from robx.distill.batches.views import Views
+from robx.errors import CorruptImage, InputError
+from robx.images.sources import ImageSource
+
+Place = tuple[int, int]  # (epoch, index)
+
+
+def epoch_order(count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order in which an epoch visits `count` images."""
+    generator = np.random.Philox(
+        key=np.array([seed, 1], dtype=np.uint64), counter=np.array([0, 0, 0, epoch], dtype=np.uint64)
+    )
+    return np.random.Generator(generator).permutation(count)
+
+
+def steps_per_epoch(count: int, batch_size: int) -> int:
+    """Full batches in an epoch; the images of the cut one come in another epoch.
+
+    Raises:
+        InputError: fewer images than one batch.
+    """
+    if count < batch_size:
+        raise InputError(
+            f"{count} images are fewer than one batch of {batch_size}: give --batch-size {max(1, count // 2)}"
+        )
+    return count // batch_size
+
+
+def micro_batch(recipe: Recipe, *, processes: int) -> int:
+    """Images of one process's micro-batch.
+
+    Raises:
+        InputError: the batch does not divide by processes and micro-batches.
+    """
+    parts = processes * recipe.accumulate
+    if recipe.batch_size % parts:
+        raise InputError(
+            f"batch size {recipe.batch_size} does not divide by {processes} processes x {recipe.accumulate} "
+            f"micro-batches: give --batch-size {max(1, round(recipe.batch_size / parts)) * parts}"
+        )
+    return recipe.batch_size // parts
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process's part of every global batch."""
+
+    rank: int = 0
+    world: int = 1
+
+
+@dataclass
+class Skipped:
+    """Images that could not be decoded, and how many of them a run bears."""
+
+    images: int  # in the source
+    budget: float  # share of them
+    found: dict[int, str] = field(default_factory=dict)  # index -> why
+
+    def add(self, found: dict[int, str]) -> list[str]:
+        """Count `found`; returns the reasons that are new.
+
+        Raises:
+            InputError: more than the budget; the message has the first few.
+        """
+        new = [reason for index, reason in found.items() if index not in self.found]
+        self.found.update(found)
+        if new and len(self.found) > self.budget * self.images:
+            first = "; ".join(list(self.found.values())[:3])
+            raise InputError(
+                f"{len(self.found)} of {self.images} images cannot be decoded, more than --corrupt-budget "
+                f"{self.budget:g} allows; corrupt.txt beside the run lists them: {first}"
+            )
+        return new
+
+
+@dataclass
+class Batch:
+    """What a worker hands over: one process's crops of one micro-batch, uint8."""
+
+    globals: Tensor  # (2, B, G, G, 3) uint8
+    locals: Tensor  # (L, B, S, S, 3) uint8
+    index: Tensor  # (B,) int64, of the images that were read
+    epoch: int
+    masks: Tensor | None  # (2, B, P) bool
+    skipped: dict[int, str]
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory, for asynchronous copies to a GPU."""
+        self.globals, self.locals = self.globals.pin_memory(), self.locals.pin_memory()
+        return self
+
+    def views(self, device: torch.device) -> Views:
+        """Normalised crops on the device."""
+        return Views(
+            globals=normalise(self.globals, device),
+            locals=normalise(self.locals, device),
+            index=self.index,
+            epoch=self.epoch,
+            masks=None if self.masks is None else self.masks.to(device, non_blocking=True),
+        )
+
+
+class CropDataset(Dataset[tuple[Any, ...]]):
+    """The crops of one place, (epoch, index)."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        recipe: Recipe,
+        *,
+        mask_grid: tuple[int, int] | None = None,
+        corrupt_budget: float = 0.001,
+    ) -> None:
+        """Cut crops of `source`; `mask_grid` is the patch grid of a global crop when iBOT or MSN masks it."""
+        self.source, self.recipe, self.mask_grid = source, recipe, mask_grid
+        self._most_skipped = int(corrupt_budget * len(source)) + 1
+
+    def __getitem__(self, place: Place) -> tuple[Any, ...]:
+        """(crops, index, epoch, masks, skipped); the next image that can be read stands in for one that cannot."""
+        epoch, index = place
+        skipped: dict[int, str] = {}
+        for offset in range(self._most_skipped + 1):
+            at = (index + offset) % len(self.source)
+            try:
+                image = self.source.read(at)
+            except CorruptImage as error:
+                skipped[at] = f"{self.source.key(at)}: {error}"
+                continue
+            crops = multi_crop(image, self.recipe, epoch=epoch, index=at)
+            return crops, at, epoch, self._masks(epoch, at), skipped
+        # Past the budget already: whoever counts `skipped` ends the run before this blank is used.
+        blank = multi_crop(Image.new("RGB", (1, 1)), self.recipe, epoch=epoch, index=index)
+        return blank, index, epoch, self._masks(epoch, index), skipped
+
+    def _masks(self, epoch: int, index: int) -> Any:
+        if self.mask_grid is None:
+            return None
+        recipe = self.recipe
+        if recipe.objective == "ibot":
+            return block_masks(self.mask_grid, recipe.mask_ratios, seed=recipe.seed, epoch=epoch, index=index)
+        return drop_masks(self.mask_grid, recipe.patch_drop, seed=recipe.seed, epoch=epoch, index=index)
+
+
+class PlaceSampler(Sampler[list[Place]]):
+    """The micro-batches of one process from `start` to the end of the run."""
+
+    def __init__(self, count: int, recipe: Recipe, *, share: Share, start: int, end: int) -> None:
+        """Batches of optimiser steps `start` .. `end` - 1 over `count` images."""
+        self.count, self.recipe, self.share, self.start, self.end = count, recipe, share, start, end
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        """Places, one list a micro-batch; a global batch is the same whatever the number of processes."""
+        recipe, share = self.recipe, self.share
+        per_epoch = steps_per_epoch(self.count, recipe.batch_size)
+        micro = micro_batch(recipe, processes=share.world)
+        mine = micro * recipe.accumulate
+        known, order = -1, np.empty(0, dtype=np.int64)
+        for step in range(self.start, self.end):
+            epoch, batch = divmod(step, per_epoch)
+            if epoch != known:
+                known, order = epoch, epoch_order(self.count, seed=recipe.seed, epoch=epoch)
+            first = batch * recipe.batch_size + share.rank * mine
+            for at in range(first, first + mine, micro):
+                yield [(epoch, int(index)) for index in order[at : at + micro]]
+
+    def __len__(self) -> int:
+        """Micro-batches left."""
+        return (self.end - self.start) * self.recipe.accumulate
+
+
+def build_loader(
+    source: ImageSource,
+    recipe: Recipe,
+    *,
+    start: int,
+    end: int,
+    share: Share | None = None,
+    workers: int = 0,
+    mask_grid: tuple[int, int] | None = None,
+    corrupt_budget: float = 0.001,
+    pin_memory: bool = False,
+) -> DataLoader[Any]:
+    """Every micro-batch of this process from step `start` to step `end`.
+
+    Raises:
+        InputError: the batch does not divide by processes and micro-batches, or there are fewer images than one batch.
+    """
+    share = share or Share()
+    steps_per_epoch(len(source), recipe.batch_size)
+    micro_batch(recipe, processes=share.world)
+    return DataLoader(
+        CropDataset(source, recipe, mask_grid=mask_grid, corrupt_budget=corrupt_budget),
+        batch_sampler=PlaceSampler(len(source), recipe, share=share, start=start, end=end),
+        collate_fn=collate,
+        num_workers=workers,
+        worker_init_fn=_quiet_worker if workers else None,
+        prefetch_factor=4 if workers else None,
+        pin_memory=pin_memory,
+    )
+
+
+def collate(samples: Sequence[tuple[Any, ...]]) -> Batch:
+    """Stack samples view by view; the only copy between the crops and the device."""
+    crops, index, epochs, masks, skipped = zip(*samples, strict=True)
+    return Batch(
+        globals=torch.from_numpy(np.stack([c.globals for c in crops], axis=1)),
+        locals=torch.from_numpy(np.stack([c.locals for c in crops], axis=1)),
+        index=torch.tensor(index, dtype=torch.int64),
+        epoch=epochs[0],
+        masks=None if masks[0] is None else torch.as_tensor(np.stack(masks, axis=1)),
+        skipped={at: reason for found in skipped for at, reason in found.items()},
+    )
+
+
+def _quiet_worker(_: int) -> None:
+    # The main process decides how a signal ends the run; workers follow it when it closes their queues.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,1 @@
+"""The student network: a timm trunk and the projection head it is trained with."""

@@ -1,0 +1,281 @@
+"""The student: a timm trunk and a fresh head, and what each method hides from it.
+
+V = 2 + L student crops   B batch   D width   P patches of a global crop   M masked patches   K prototypes
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, cast
+
+import torch
+from timm.models import checkpoint_seq
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from robx.distill.students.projection_heads import DinoHead, FrozenPrototypes, IbotHead, MlpHead, MsnHead, SwavHead
+from robx.distill.batches.masks import kept_patches
+from robx.distill.recipes import Recipe
+from robx.distill.batches.views import Scores, Views
+from robx.errors import InputError
+from robx.trunk import build_trunk, embedding_width, is_vit
+
+
+class TeacherSpec(Protocol):
+    """What a student has to know of its teacher; ``robx.distill.teachers.load.Teacher`` is one."""
+
+    name: str
+    num_prototypes: int
+    patch_size: int | None
+    patch_prototypes: int | None
+
+
+class StudentNet(nn.Module):
+    """Scores all crops of a batch, those of one size together.
+
+    Only the trunk is kept in the end. `note` says, in a sentence for the user, what of the method does not apply.
+    """
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        head: nn.Module,
+        *,
+        num_prototypes: int = 0,
+        mask_token: bool = False,
+        patch_drop: float = 0.0,
+        frozen: bool = False,
+        note: str = "",
+    ) -> None:
+        """Join them.
+
+        Args:
+            trunk: pixels (N, 3, H, W) -> features (N, D).
+            head: features (N, D) -> scores (N, K); with a mask token, ``head.patches`` too.
+            num_prototypes: K, where the monitor is to know it.
+            mask_token: the global crops' masked patches are hidden behind a learnable token and scored (RoB-iBOT).
+            patch_drop: share of a global crop's patches that is left out in training (RoB-MSN).
+            frozen: the trunk does not learn, and stays in eval mode: BatchNorm keeps its running statistics.
+            note: for the user.
+        """
+        super().__init__()
+        if (mask_token or patch_drop) and not takes_patches(trunk):
+            raise InputError("masked or dropped patches need a plain ViT student: set patch_drop and patch_weight to 0")
+        self.trunk, self.head, self.patch_drop, self.note = trunk, head, patch_drop, note
+        self.num_prototypes = num_prototypes
+        # iBOT's name, shape and start (its `masked_embed`).
+        self.masked_embed = nn.Parameter(torch.zeros(1, embedding_width(trunk))) if mask_token else None
+        self.frozen = frozen
+        if frozen:
+            trunk.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> StudentNet:
+        """As torch has it, but that a frozen trunk stays in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            self.trunk.eval()
+        return self
+
+    def forward(self, views: Views) -> Scores:
+        """Scores of the 2 global crops, then of the local ones; and of the masked patches."""
+        crops, batch = 2 + len(views.locals), views.globals.shape[1]
+        features, tokens = self.embed_globals(views.globals, masks=views.masks)
+        if len(views.locals):
+            features = torch.cat([features, self.trunk(views.locals.flatten(0, 1))])
+        patches = None
+        if self.masked_embed is not None and views.masks is not None and tokens is not None:
+            patches = self._head.patches(tokens[views.masks.flatten(0, 1)])
+        return Scores(crops=self.head(features).unflatten(0, (crops, batch)), patches=patches)
+
+    def embed_globals(self, pixels: Tensor, *, masks: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Features (2B, D) of global crops (2, B, 3, G, G), and patch tokens (2B, P, D) with a mask token.
+
+        `masks` (2, B, P) hide patches behind the mask token; without one they are the patches that training drops.
+        """
+        flat = pixels.flatten(0, 1)
+        rows = None if masks is None else masks.flatten(0, 1)
+        dropping = bool(self.training and self.patch_drop)
+        if self.masked_embed is None and not dropping:
+            return self.trunk(flat), None
+        trunk = cast(Any, self.trunk)
+        x = trunk.patch_embed(flat)
+        patches = x[0, ..., 0].numel()
+        if rows is not None and rows.shape[1] != patches:
+            raise InputError(f"masks of {rows.shape[1]} patches do not fit global crops of {patches}")
+        if self.masked_embed is not None and rows is not None:
+            x = torch.where(rows.view(*x.shape[:-1], 1), self.masked_embed.to(x.dtype), x)
+        x = trunk._pos_embed(x)
+        if dropping:
+            x = self._drop(x, rows)
+        x = trunk.norm_pre(x)
+        x = checkpoint_seq(trunk.blocks, x) if trunk.grad_checkpointing else trunk.blocks(x)
+        x = trunk.norm(x)
+        tokens = x[:, trunk.num_prefix_tokens :] if self.masked_embed is not None else None
+        return trunk.forward_head(x), tokens
+
+    def mask_grid(self, crop_size: int) -> tuple[int, int] | None:
+        """The patch grid that iBOT's masks are wanted on, for global crops of `crop_size`; None when they are not."""
+        return None if self.masked_embed is None else patch_grid(self.trunk, crop_size)
+
+    def drop_grid(self, crop_size: int) -> tuple[int, int] | None:
+        """The patch grid that MSN's patches are dropped from; None when none are.
+
+        With masks of ``robx.distill.batches.masks.drop_masks`` in the views the drops are a function of the sample. Without,
+        they are drawn from torch's generator, as drop path is.
+        """
+        return patch_grid(self.trunk, crop_size) if self.patch_drop else None
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters with more than one axis that weight decay has to leave alone."""
+        of_trunk = getattr(self.trunk, "no_weight_decay", set)
+        return {"masked_embed"} | {f"trunk.{name}" for name in of_trunk()}
+
+    @property
+    def _head(self) -> Any:
+        return self.head
+
+    def _drop(self, tokens: Tensor, dropped: Tensor | None) -> Tensor:
+        """Keep the prefix tokens and the same number of patches of every crop; positions are in the tokens already."""
+        prefix = cast(int, cast(Any, self.trunk).num_prefix_tokens)
+        number, patches = tokens.shape[0], tokens.shape[1] - prefix
+        kept = kept_patches(patches, self.patch_drop)
+        if dropped is None:
+            order = torch.rand(number, patches, device=tokens.device).argsort(dim=1)[:, :kept]
+        else:
+            order = dropped.to(torch.int8).argsort(dim=1, stable=True)[:, :kept]
+        rest = tokens[:, prefix:].gather(1, order[..., None].expand(-1, -1, tokens.shape[2]))
+        return torch.cat([tokens[:, :prefix], rest], dim=1)
+
+
+def build_student(name: str, recipe: Recipe, teacher: TeacherSpec | None) -> StudentNet:
+    """A student of `teacher`, or of itself (None: the base method), with random weights from torch's generator.
+
+    Raises:
+        InputError: an unknown name, or a student or head that cannot serve the recipe.
+    """
+    trunk = build_trunk(name, drop_path=recipe.drop_path if is_vit(name) else 0.0)
+    _require_sizes(name, trunk, recipe)
+    outputs = teacher.num_prototypes if teacher else recipe.prototypes
+    note = _why_no_patches(name, trunk, recipe, teacher) if recipe.objective == "ibot" else ""
+    patches = recipe.objective == "ibot" and not note
+    patch_outputs = (teacher.patch_prototypes if teacher else recipe.prototypes) if patches else None
+    drop = recipe.patch_drop if recipe.objective == "msn" else 0.0
+    if drop and not takes_patches(trunk):
+        drop, note = 0.0, f"{name} has no patches to drop: it sees its global crops whole"
+    head = _head(trunk, recipe, outputs=outputs, patch_outputs=patch_outputs, teacher=teacher)
+    return StudentNet(
+        trunk, head, num_prototypes=outputs, mask_token=patches, patch_drop=drop, frozen=recipe.freeze_trunk, note=note
+    )
+
+
+def takes_patches(trunk: nn.Module) -> bool:
+    """Whether patches can be masked and dropped: a plain ViT with a CLS token."""
+    return type(trunk) is VisionTransformer and trunk.cls_token is not None
+
+
+def patch_grid(trunk: nn.Module, crop_size: int) -> tuple[int, int]:
+    """Patches (H, W) of a square crop.
+
+    Raises:
+        InputError: the patches do not divide the crop.
+    """
+    size = _patch_size(trunk)
+    if crop_size % size:
+        raise InputError(f"crops of {crop_size} pixels do not divide into patches of {size}")
+    return crop_size // size, crop_size // size
+
+
+def cancel_last_layer_gradients(student: nn.Module) -> None:
+    """Drop the gradients of the head's last layer; DINO, iBOT and SwAV (its prototypes) do so for the first epoch."""
+    for name, parameter in student.named_parameters():
+        if any(part in f".{name}" for part in (".head.last_layer", ".head.prototypes")):
+            parameter.grad = None
+
+
+def unwrapped(student: nn.Module) -> StudentNet:
+    """The StudentNet inside DistributedDataParallel or a compiled module."""
+    inner: nn.Module = student
+    while not isinstance(inner, StudentNet):
+        nested = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
+        if not isinstance(nested, nn.Module):
+            raise TypeError(f"{type(student).__name__} holds no StudentNet")
+        inner = nested
+    return inner
+
+
+def _head(
+    trunk: nn.Module, recipe: Recipe, *, outputs: int, patch_outputs: int | None, teacher: TeacherSpec | None
+) -> nn.Module:
+    width = embedding_width(trunk)
+    if recipe.head == "mlp":
+        return MlpHead(width, outputs, batch_norm=not takes_patches(trunk))
+    match recipe.objective:
+        case "dino":
+            return DinoHead(width, outputs)
+        case "ibot":
+            return IbotHead(width, outputs, patch_out_dim=patch_outputs, shared=patch_outputs in (None, outputs))
+        case "msn":
+            return MsnHead(width, outputs)
+        case "swav" if recipe.swav_prototypes == "teacher":
+            prototypes = getattr(getattr(teacher, "head", None), "prototypes", None)
+            if not isinstance(prototypes, Tensor):
+                raise InputError("swav_prototypes = teacher needs a teacher with prototypes: choose own")
+            return FrozenPrototypes(width, prototypes)
+        case "swav":
+            return SwavHead(width, outputs)
+        case "kd":
+            return nn.Linear(width, outputs)
+
+
+def _why_no_patches(name: str, trunk: nn.Module, recipe: Recipe, teacher: TeacherSpec | None) -> str:
+    """Why RoB-iBOT has its CLS part alone with this student, in a sentence; empty when it has both."""
+    alone = "RoB-iBOT runs on its CLS part alone: "
+    if not recipe.patch_weight:
+        return alone + "patch_weight is 0"
+    if not takes_patches(trunk):
+        return alone + f"{name} has no patch tokens"
+    if teacher is None:
+        return ""
+    if teacher.patch_prototypes is None or teacher.patch_size is None:
+        return alone + f"{teacher.name} has no patch prototypes"
+    if _patch_size(trunk) != teacher.patch_size:
+        return alone + f"{name} has patches of {_patch_size(trunk)} pixels and {teacher.name} of {teacher.patch_size}"
+    if recipe.head == "mlp" and teacher.patch_prototypes != teacher.num_prototypes:
+        return alone + "an mlp head has one output width, and the teacher's patches have another"
+    return ""
+
+
+def _patch_size(trunk: nn.Module) -> int:
+    return int(cast(Any, trunk).patch_embed.patch_size[0])
+
+
+@torch.no_grad()
+def refusal(trunk: nn.Module, size: int) -> str:
+    """What a network says to an image of `size` pixels that it cannot take; empty when it takes it."""
+    training = trunk.training
+    device = next(trunk.parameters()).device
+    try:
+        trunk.eval()(torch.zeros(1, 3, size, size, device=device))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    finally:
+        trunk.train(training)
+    return ""
+
+
+def _require_sizes(name: str, trunk: nn.Module, recipe: Recipe) -> None:
+    """Refuse crops that the trunk does not take: it has one fixed size, or patches that do not divide them."""
+    patch_embed = getattr(trunk, "patch_embed", None)
+    fixed = getattr(patch_embed, "img_size", None)
+    if not getattr(patch_embed, "strict_img_size", False) or getattr(trunk, "dynamic_img_size", False):
+        fixed = None
+    for size in (recipe.crop_size, recipe.local_crop_size if recipe.local_crops else recipe.crop_size):
+        if fixed is not None and (size, size) != tuple(fixed):
+            raise InputError(
+                f"{name} takes images of {fixed[0]} pixels alone, and a crop has {size}: "
+                f"set crop_size = {fixed[0]} and local_crops = 0, or choose another student"
+            )
+        if why := refusal(trunk, size):
+            raise InputError(
+                f"{name} takes no crops of {size} pixels ({why}): set crop_size and local_crop_size to what it takes, "
+                "or choose another student"
+            )

@@ -1,0 +1,219 @@
+"""The seam: what the student has to predict comes from one of four branches, and all else is shared.
+
+TeacherBranch   a frozen teacher with its own head: RoB (arXiv 2301.09451)
+EmaBranch       a moving average of the student: the base method (DINO, iBOT, MSN), the baseline to beat
+OwnBranch       the student's own scores: SwAV, the base method that has one network
+StoredBranch    targets that a teacher's pass wrote to disk: no teacher forward at all (robx.distill.targets.stored)
+
+A step is: targets = branch.targets(views); scores = student(views); loss, stats = objective(scores, targets, views);
+backward; optimiser step; branch.update(step, student). An OwnBranch makes its targets of `scores`.
+
+Q target crops   B batch   P patches   M masked patches   K prototypes
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, Protocol, cast
+
+import torch
+from timm.layers.drop import DropPath
+from torch import Tensor, nn
+
+from robx.distill.teachers.teacher import Teacher
+from robx.distill.objectives.base import Objective
+from robx.distill.recipes import Recipe
+from robx.distill.objectives.rob_ibot import RobIbot
+from robx.distill.targets.centering import Shaping
+from robx.distill.targets.stored import StoredBranch
+from robx.distill.targets.stored_writer import TargetWriter, WritingBranch
+from robx.distill.students.student import unwrapped
+from robx.distill.batches.views import Scores, Targets, Views
+
+__all__ = [
+    "EmaBranch",
+    "OwnBranch",
+    "StoredBranch",
+    "TargetBranch",
+    "TargetWriter",
+    "TeacherBranch",
+    "WritingBranch",
+    "build_branch",
+]
+
+
+class TargetBranch(Protocol):
+    """Where the targets come from."""
+
+    def targets(self, views: Views) -> Targets:
+        """What the student has to predict of the global crops; never in the autograd graph."""
+
+    def update(self, step: int, student: nn.Module) -> None:
+        """Follow the student after optimiser step `step`, 0-based; `student` may be wrapped by DDP or compiled."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs; never the teacher."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up where `state_dict` was called."""
+
+
+class _NoAverage:
+    """A branch that keeps no network of its own: of what follows the student there are the guards alone."""
+
+    shaping: Shaping
+
+    def update(self, step: int, student: nn.Module) -> None:
+        """Only the guards' clock runs."""
+        self.shaping.step = step + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The guards' memory."""
+        return {"shaping": self.shaping.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the guards' memory."""
+        self.shaping.load_state_dict(state["shaping"])
+
+
+class TeacherBranch(_NoAverage):
+    """A frozen teacher: the replaced branch."""
+
+    def __init__(
+        self, teacher: Teacher, objective: Objective, *, shaping: Shaping | None = None, crops: int = 2
+    ) -> None:
+        """Ask `teacher` about the first `crops` global crops; `shaping` brings a base method's guards back."""
+        self.teacher, self.crops = teacher, crops
+        self.shaping = shaping or Shaping(objective)
+
+    @torch.no_grad()
+    def targets(self, views: Views) -> Targets:
+        """One teacher forward over all its crops; the teacher is never masked."""
+        seen = views.globals[: self.crops]
+        masks = None if views.masks is None else views.masks[: self.crops]
+        # The centre of the patches, an ablation, is that of all of them.
+        wanted = masks is not None and isinstance(self.shaping.objective, RobIbot)
+        chosen = masks.flatten(0, 1) if masks is not None and wanted and not self.shaping.centering else wanted
+        scores = self.teacher(seen.flatten(0, 1), patches=chosen)
+        patch_probs = None
+        if wanted and masks is not None and scores.patches is not None:
+            mean = scores.patches.flatten(0, -2).mean(dim=0) if self.shaping.centering else None
+            rows = scores.patches if scores.patches.ndim == 2 else scores.patches[masks.flatten(0, 1)]
+            patch_probs = self.shaping.patch_probs(rows, mean=mean)
+        return Targets(probs=self.shaping.probs(scores.crops.view(*seen.shape[:2], -1)), patch_probs=patch_probs)
+
+
+class EmaBranch:
+    """A moving average of the student, trunk and head (DINO, arXiv 2104.14294, section 3.1).
+
+    It is never masked and has no drop path. Its BatchNorm uses each batch's own statistics, as in the base methods.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        objective: Objective,
+        *,
+        steps: int,
+        momentum: tuple[float, float] = (0.996, 1.0),
+        shaping: Shaping | None = None,
+        copied: tuple[str, ...] = (),
+    ) -> None:
+        """Start as a copy of the student.
+
+        Args:
+            student: a StudentNet, possibly wrapped.
+            objective: whose rule makes the targets.
+            steps: optimiser steps of the whole run.
+            momentum: first and last, on a cosine.
+            shaping: centre, warm-up and queue.
+            copied: parameters that are the student's own and not averaged: MSN's prototypes.
+        """
+        self.network = copy.deepcopy(unwrapped(student)).requires_grad_(False)
+        self.network.patch_drop = 0.0
+        for module in self.network.modules():
+            if isinstance(module, DropPath):
+                module.drop_prob = 0.0
+            elif isinstance(module, nn.Dropout):
+                module.p = 0.0
+        self.network.train()
+        self.steps, self.momentum, self.copied = steps, momentum, copied
+        self.shaping = shaping or Shaping(objective)
+
+    @torch.no_grad()
+    def targets(self, views: Views) -> Targets:
+        """Both global crops, whole, through the averaged network."""
+        features, tokens = self.network.embed_globals(views.globals)
+        scores: Tensor = self.network.head(features)
+        patch_probs = None
+        if views.masks is not None and tokens is not None:
+            head = cast(Any, self.network.head)
+            mean = head.mean_patch_scores(tokens.flatten(0, 1)) if self.shaping.centering else None
+            patch_probs = self.shaping.patch_probs(head.patches(tokens[views.masks.flatten(0, 1)]), mean=mean)
+        return Targets(probs=self.shaping.probs(scores.view(*views.globals.shape[:2], -1)), patch_probs=patch_probs)
+
+    def momentum_at(self, step: int) -> float:
+        """The cosine from the first to the last momentum (BYOL, arXiv 2006.07733, section 3.3)."""
+        first, last = self.momentum
+        return last - (last - first) * (math.cos(math.pi * step / max(1, self.steps)) + 1) / 2
+
+    @torch.no_grad()
+    def update(self, step: int, student: nn.Module) -> None:
+        """theta_t = m theta_t + (1 - m) theta_s."""
+        theirs = dict(unwrapped(student).named_parameters())
+        mine = dict(self.network.named_parameters())
+        averaged = [name for name in mine if name not in self.copied]
+        torch._foreach_lerp_(
+            [mine[name] for name in averaged],
+            [theirs[name].detach() for name in averaged],
+            weight=1 - self.momentum_at(step),
+        )
+        for name in self.copied:
+            mine[name].copy_(theirs[name])
+        self.shaping.step = step + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averaged network and the guards' memory."""
+        return {"network": self.network.state_dict(), "shaping": self.shaping.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore them."""
+        self.network.load_state_dict(state["network"])
+        self.shaping.load_state_dict(state["shaping"])
+
+
+class OwnBranch(_NoAverage):
+    """No second network: the codes of the global crops are made of the scores that the student learns by.
+
+    SwAV, arXiv 2006.09882, section 3.1, and its release: one forward over all crops, so that the head's BatchNorm has
+    seen them all, and its scores of the global crops without a gradient.
+    """
+
+    def __init__(self, shaping: Shaping) -> None:
+        """`shaping` has the rule and the queue."""
+        self.shaping = shaping
+
+    def read(self, scores: Scores) -> Targets:
+        """The targets in the student's scores of a batch."""
+        return Targets(probs=self.shaping.probs(scores.crops[:2].detach()))
+
+
+def build_branch(
+    recipe: Recipe,
+    objective: Objective,
+    *,
+    student: nn.Module,
+    teacher: Teacher | None,
+    steps: int,
+    steps_per_epoch: int,
+) -> TeacherBranch | EmaBranch | OwnBranch:
+    """The branch that `recipe` describes: the teacher's, or a base method's when there is no teacher."""
+    shaping = Shaping.of(recipe, objective, steps_per_epoch=steps_per_epoch)
+    if teacher is not None:
+        return TeacherBranch(teacher, objective, shaping=shaping, crops=recipe.teacher_crops)
+    if recipe.objective == "swav" and not any(recipe.ema_momentum):
+        return OwnBranch(shaping)
+    # MSN scores target and anchors with the same prototypes; only its encoder is averaged.
+    copied = ("head.prototypes",) if recipe.objective == "msn" and recipe.head == "native" else ()
+    return EmaBranch(student, objective, steps=steps, momentum=recipe.ema_momentum, shaping=shaping, copied=copied)

@@ -1,0 +1,123 @@
+"""From a target branch's scores to targets, with what needs memory: the centre, the warm-up, the queue.
+
+RoB with a frozen teacher needs none of it, and all of it is off by default. The base methods do.
+
+Q target crops   B batch   K prototypes   M rows
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from robx.distill.objectives.base import Objective
+from robx.distill.recipes import Recipe
+from robx.distill.objectives.rob_ibot import RobIbot
+
+
+class Shaping:
+    """Turns scores into probabilities by the objective's rule, after the centre, at the step's temperature."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        centering: bool = False,
+        center_momentum: float = 0.9,
+        temperatures: tuple[float, float] | None = None,
+        warmup_steps: int = 0,
+        queue: int = 0,
+    ) -> None:
+        """Choose what is kept.
+
+        Args:
+            objective: whose rule makes the probabilities.
+            centering: subtract a running mean of the scores (DINO, arXiv 2104.14294, eq. 4).
+            center_momentum: of that mean.
+            temperatures: first and last of a linear warm-up over `warmup_steps`; None: the objective's own.
+            warmup_steps: optimiser steps.
+            queue: earlier rows of scores a crop, added to the batch that Sinkhorn balances once they are full
+                (SwAV, arXiv 2006.09882, section 3.1). They are kept as they were scored.
+        """
+        self.objective = objective
+        self.centering, self.center_momentum = centering, center_momentum
+        self.temperatures, self.warmup_steps, self.queue_size = temperatures, warmup_steps, queue
+        self.step = 0
+        self.center: Tensor | None = None  # (K,)
+        self.patch_center: Tensor | None = None  # (K_patch,)
+        self.queue: Tensor | None = None  # (Q, at most queue_size, K), newest first
+
+    @classmethod
+    def of(cls, recipe: Recipe, objective: Objective, *, steps_per_epoch: int) -> Shaping:
+        """What `recipe` asks for."""
+        start = recipe.teacher_temperature_start
+        return cls(
+            objective,
+            centering=recipe.centering,
+            center_momentum=recipe.center_momentum,
+            temperatures=None if start is None else (start, recipe.teacher_temperature),
+            warmup_steps=recipe.teacher_temperature_epochs * steps_per_epoch,
+            queue=recipe.queue,
+        )
+
+    @property
+    def temperature(self) -> float | None:
+        """The warm-up's temperature at this step; None when there is no warm-up."""
+        if self.temperatures is None:
+            return None
+        first, last = self.temperatures
+        return first + (last - first) * min(1.0, self.step / max(1, self.warmup_steps))
+
+    @torch.no_grad()
+    def probs(self, scores: Tensor) -> Tensor:
+        """Scores (Q, B, K) -> targets (Q, B, K), by the memory as it is; the scores then enter the memory."""
+        batch = scores.shape[1]
+        shaped = scores
+        if self.centering:
+            shaped = scores if self.center is None else scores - self.center
+            self.center = self._moved(self.center, scores.float().mean(dim=(0, 1)))
+        if self.queue_size and self.queue is not None and self.queue.shape[1] == self.queue_size:
+            shaped = torch.cat([shaped, self.queue], dim=1)
+        targets = self.objective.target_probs(shaped, temperature=self.temperature)[:, :batch]
+        if self.queue_size:
+            rows = [scores] if self.queue is None else [scores, self.queue]
+            self.queue = torch.cat(rows, dim=1)[:, : self.queue_size].clone()
+        return targets
+
+    @torch.no_grad()
+    def patch_probs(self, scores: Tensor, *, mean: Tensor | None = None) -> Tensor:
+        """Patch scores (..., K) -> targets of the same shape; `mean` (K,) of all patches moves their centre.
+
+        iBOT, arXiv 2111.07832, keeps a centre for the patches beside that of the CLS token.
+        """
+        if not isinstance(self.objective, RobIbot):
+            raise TypeError("patches have targets in RoB-iBOT alone")
+        shaped = scores
+        if self.centering and mean is not None:
+            shaped = scores if self.patch_center is None else scores - self.patch_center
+            self.patch_center = self._moved(self.patch_center, mean.float())
+        return self.objective.patch_probs(shaped, temperature=self.temperature)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The memory, for the resume file."""
+        return {
+            "step": self.step,
+            "center": self.center,
+            "patch_center": self.patch_center,
+            "queue": self.queue,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the memory where it was."""
+        self.step, self.center = state["step"], state["center"]
+        self.patch_center, self.queue = state["patch_center"], state["queue"]
+
+    def _moved(self, center: Tensor | None, mean: Tensor) -> Tensor:
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(mean)
+            mean = mean / dist.get_world_size()
+        start = torch.zeros_like(mean) if center is None else center
+        return torch.lerp(mean, start, self.center_momentum)

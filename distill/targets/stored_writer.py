@@ -1,0 +1,148 @@
+"""Writing targets to disk as a run makes them; robx.distill.targets.stored has the format and reads it."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch.distributed as dist
+from torch import nn
+
+from robx.distill.targets.stored import TargetsInfo, pack, read_info, require_same, table_path
+from robx.distill.batches.views import Targets, Views
+from robx.errors import InputError
+from robx.store.files import unwritable, write_json
+from robx.records import to_json
+
+if TYPE_CHECKING:
+    from robx.distill.targets.branches import TargetBranch
+
+
+class TargetWriter:
+    """Writes epochs of targets; each process of a run has one on the same folder."""
+
+    def __init__(self, folder: Path, info: TargetsInfo) -> None:
+        """Start or continue `folder`.
+
+        Raises:
+            InputError: it holds targets of another run, or cannot be written.
+        """
+        self.folder, self.info = folder, info
+        self._file: int | None = None
+        self._epoch = -1
+        path = folder / "targets.json"
+        if path.exists():
+            require_same(read_info(folder), info, folder=folder, every=True)
+        else:
+            write_json(path, to_json(info))
+
+    def write(self, views: Views, targets: Targets) -> None:
+        """Store one batch's targets under (views.epoch, views.index).
+
+        Raises:
+            InputError: patch targets, which are not stored, or no space left.
+        """
+        if targets.patch_probs is not None:
+            raise InputError("targets of patches are not stored: set patch_weight = 0 to store RoB-iBOT's CLS targets")
+        if views.epoch != self._epoch:
+            self.finish()
+            self._open(views.epoch)
+        rows = pack(targets, self.info)
+        try:
+            for index, row in zip(views.index.tolist(), rows, strict=True):
+                os.pwrite(self._descriptor, row.tobytes(), self._start + index * rows.dtype.itemsize)
+        except OSError as error:
+            raise unwritable(self._table, error) from error
+
+    def sync(self) -> None:
+        """Put the rows on the disk."""
+        if self._file is None:
+            return
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            raise unwritable(self._table, error) from error
+
+    def finish(self) -> None:
+        """Make the open epoch whole: all processes' rows are on disk before it is declared."""
+        if self._file is None:
+            return
+        self.sync()
+        self.close()
+        rank = 0
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
+            rank = dist.get_rank()
+        if rank == 0:
+            write_json(self._table.with_suffix(".json"), {"epoch": self._epoch, "bytes": self._table.stat().st_size})
+
+    def close(self) -> None:
+        """Let go of the open table, whole or not; a later run goes on with it."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    @property
+    def _table(self) -> Path:
+        return table_path(self.folder, self._epoch)
+
+    @property
+    def _descriptor(self) -> int:
+        if self._file is None:
+            raise ValueError("no epoch is open")
+        return self._file
+
+    def _open(self, epoch: int) -> None:
+        self._epoch = epoch
+        header = _header(self.info)
+        self._start = len(header)
+        try:
+            # Never truncated: other processes may have written their rows already, and all write the same header.
+            self._file = os.open(self._table, os.O_RDWR | os.O_CREAT, 0o644)
+            # Space is taken now, so that a full disk is met here and not in the last batch.
+            os.posix_fallocate(self._file, 0, len(header) + self.info.images * self.info.row.itemsize)
+            os.pwrite(self._file, header, 0)
+        except OSError as error:
+            raise unwritable(self._table, error) from error
+
+
+class WritingBranch:
+    """A branch whose targets are stored as they are made; call ``settle`` before every checkpoint."""
+
+    def __init__(self, branch: TargetBranch, writer: TargetWriter) -> None:
+        self.branch, self.writer = branch, writer
+
+    def targets(self, views: Views) -> Targets:
+        """The wrapped branch's targets."""
+        targets = self.branch.targets(views)
+        self.writer.write(views, targets)
+        return targets
+
+    def update(self, step: int, student: nn.Module) -> None:
+        """As the wrapped branch does."""
+        self.branch.update(step, student)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped branch's."""
+        return self.branch.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The wrapped branch's."""
+        self.branch.load_state_dict(state)
+
+    def settle(self, *, epoch_done: bool) -> None:
+        """Put what was stored on the disk, and declare the epoch whole when it is."""
+        if epoch_done:
+            self.writer.finish()
+        else:
+            self.writer.sync()
+
+
+def _header(info: TargetsInfo) -> bytes:
+    buffer = io.BytesIO()
+    fields = {"descr": np.lib.format.dtype_to_descr(info.row), "fortran_order": False, "shape": (info.images,)}
+    np.lib.format.write_array_header_2_0(buffer, fields)
+    return buffer.getvalue()

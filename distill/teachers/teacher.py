@@ -1,0 +1,118 @@
+"""What a teacher is: a network that never learns, in eval mode, out of every graph.
+
+A Teacher takes pixels that were normalised with ImageNet's mean and standard deviation, which is what the crops give;
+one that was trained with another normalisation folds the change in. Its scores are BEFORE any temperature.
+
+N images   D width of the trunk   K prototypes (or head outputs, or classes)   P patches
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from robx.distill.teachers.frozen_heads import PrototypeHead
+from robx.distill.teachers.trunks import has_tokens, patch_size_of, tokens
+from robx.distill.teachers.zoo import IMAGENET_MEAN, IMAGENET_STD
+from robx.errors import InputError
+from robx.records import Preprocessing, TeacherInfo
+
+Method = Literal["dino", "ibot", "msn", "swav", "headless", "classifier"]
+
+
+@dataclass(frozen=True)
+class TeacherScores:
+    """What a teacher says of N images, in float32, before the temperature."""
+
+    crops: Tensor  # (N, K): dino, ibot: head logits; msn, headless: cosines; swav: prototype scores; classifier: logits
+    patches: Tensor | None  # (N, P, Kp), the patch tokens' head logits, or (M, Kp) of the chosen ones; iBOT only
+    features: Tensor  # (N, D), what the trunk answers
+
+
+class Teacher(nn.Module):
+    """A frozen network with its head: no gradient, and always in eval mode, whatever ``.train()`` is asked for."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        head: PrototypeHead | None,
+        *,
+        name: str,
+        method: Method,
+        info: TeacherInfo,
+        preprocessing: Preprocessing,
+        width: int,
+        num_prototypes: int,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+    ) -> None:
+        """Freeze `trunk` and `head`; `mean` and `std` are those that the trunk was trained with."""
+        super().__init__()
+        self.trunk, self.head = trunk, head
+        self.name, self.method, self.info, self.preprocessing = name, method, info, preprocessing
+        self.width, self.num_prototypes, self.patch_size = width, num_prototypes, patch_size_of(trunk)
+        self.patch_prototypes: int | None = None
+        if method == "ibot" and head is not None and has_tokens(trunk):
+            shared = head.patch_prototypes is None
+            self.patch_prototypes = len(head.prototypes if shared else cast(Tensor, head.patch_prototypes))
+        scale, shift = fold_normalisation(mean, std)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in eval mode: BatchNorm keeps its running statistics, dropout and drop path stay off."""
+        super().train(False)
+        return self
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor, *, patches: bool | Tensor = True) -> TeacherScores:
+        """Score pixels (N, 3, H, W) that are normalised with ImageNet's mean and standard deviation.
+
+        `patches` False spares an iBOT teacher the patch logits, for a student without patch tokens; a mask (N, P)
+        chooses those of M patches, in the order of its ``nonzero()``.
+        """
+        pixels = pixels * self.scale + self.shift
+        if self.method == "classifier":
+            maps = cast(Any, self.trunk).forward_features(pixels)
+            logits = cast(Any, self.trunk).forward_head(maps)
+            return TeacherScores(logits.float(), None, self._pooled(maps))
+        if self.head is None:
+            raise InputError(f"teacher {self.name} has no prototypes: fit them to images first")
+        if self.patch_prototypes is not None and patches is not False:
+            features, places = tokens(self.trunk, pixels)
+            chosen = places[patches][None] if isinstance(patches, Tensor) else places
+            logits = self.head.patches(chosen).float()
+            logits = logits[0] if isinstance(patches, Tensor) else logits
+            return TeacherScores(self.head(features).float(), logits, features.float())
+        features = self.trunk(pixels)
+        return TeacherScores(self.head(features).float(), None, features.float())
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor) -> Tensor:
+        """The trunk's features (N, D), float32, of ImageNet-normalised pixels (N, 3, H, W); the head is not run."""
+        pixels = pixels * self.scale + self.shift
+        if self.method == "classifier":
+            return self._pooled(cast(Any, self.trunk).forward_features(pixels))
+        return cast(Tensor, self.trunk(pixels).float())
+
+    def _pooled(self, maps: Tensor) -> Tensor:
+        return cast(Tensor, cast(Any, self.trunk).forward_head(maps, pre_logits=True).float())
+
+
+def fold_normalisation(mean: tuple[float, float, float], std: tuple[float, float, float]) -> tuple[Tensor, Tensor]:
+    """Scale and shift, (3, 1, 1) each, from pixels normalised as ImageNet's to pixels normalised by `mean` and `std`.
+
+    x = p std_i + mean_i, so (x - mean) / std = p (std_i / std) + (mean_i - mean) / std.
+    """
+    have_mean, have_std, want_mean, want_std = (
+        torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD, mean, std)
+    )
+    return (have_std / want_std).float(), ((have_mean - want_mean) / want_std).float()

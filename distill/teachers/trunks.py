@@ -1,0 +1,250 @@
+"""Trunks as they were published: what a state dict says of its network, and that network built.
+
+The shapes of the tensors decide; nothing is taken from a file's name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import timm
+from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from robx.distill.teachers.wide_resnet import WideResNet
+from robx.errors import ArtifactError
+from robx.trunk import build_trunk, embedding_width
+
+State = Mapping[str, Tensor]
+
+_BASIC_RESNETS = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
+
+
+@dataclass(frozen=True)
+class VitTrunk:
+    """A plain vision transformer that answers with its CLS token; LayerNorm eps 1e-6, head dimension 64."""
+
+    width: int
+    depth: int
+    patch: int
+    grid: int = 14  # patches a side of the position embedding; 14 at 224 px and patch 16
+    hidden: int = 0  # of the MLP; 0 means 4 x width
+
+    def __str__(self) -> str:
+        """As an error message names it."""
+        return f"a ViT {self.width} wide, {self.depth} deep, patch {self.patch}"
+
+
+@dataclass(frozen=True)
+class ResNetTrunk:
+    """A ResNet of bottlenecks; a `stem` of 64 is the ordinary width."""
+
+    stem: int = 64
+    depths: tuple[int, ...] = (3, 4, 6, 3)
+
+    def __str__(self) -> str:
+        """As an error message names it."""
+        return f"a ResNet of {sum(self.depths)} bottlenecks with a stem of {self.stem} channels"
+
+
+@dataclass(frozen=True)
+class SwinTrunk:
+    """A Swin transformer that answers with the mean of its last stage's tokens."""
+
+    width: int = 96
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    heads: tuple[int, ...] = (3, 6, 12, 24)
+    window: int = 7
+    patch: int = 4
+    always_partition: bool = False  # the last stage keeps the full window although its map is smaller
+
+    def __str__(self) -> str:
+        """As an error message names it."""
+        return f"a Swin {self.width} wide, {sum(self.depths)} deep, window {self.window}"
+
+
+@dataclass(frozen=True)
+class TimmTrunk:
+    """Whatever timm builds under this name."""
+
+    name: str
+
+    def __str__(self) -> str:
+        """As an error message names it."""
+        return f"timm's {self.name}"
+
+
+TrunkSpec = VitTrunk | ResNetTrunk | SwinTrunk | TimmTrunk
+
+
+def infer_trunk(state: State, *, arch: str | None, where: str) -> TrunkSpec:
+    """The network that a trunk's state dict belongs to.
+
+    Args:
+        state: tensors without prefixes and without the head's.
+        arch: what the file itself says it is; believed only where timm knows it.
+        where: the file, for the message.
+
+    Raises:
+        ArtifactError: a network that is none of these.
+    """
+    if arch is not None and timm.is_model(arch):
+        return TimmTrunk(arch)
+    try:
+        return _infer(state, where=where)
+    except (KeyError, IndexError) as error:  # a tensor that is not there, or has fewer axes
+        raise ArtifactError(f"{where} holds a trunk that is cut or damaged ({error}): get it again") from error
+
+
+def _infer(state: State, *, where: str) -> TrunkSpec:
+    if "pos_embed" in state and "blocks.0.mlp.fc1.weight" in state:
+        return _infer_vit(state, where)
+    if "layer1.0.conv3.weight" in state:
+        depths = tuple(_count(state, rf"layer{n}\.(\d+)\.") for n in range(1, _count(state, r"layer(\d+)\.", 1) + 1))
+        return ResNetTrunk(stem=state["conv1.weight"].shape[0], depths=depths)
+    if "layer1.0.conv2.weight" in state:
+        depths = tuple(_count(state, rf"layer{n}\.(\d+)\.") for n in range(1, 5))
+        if depths in _BASIC_RESNETS:
+            return TimmTrunk(_BASIC_RESNETS[depths])
+    if "layers.0.blocks.0.attn.relative_position_bias_table" in state:
+        return _infer_swin(state)
+    first = next(iter(state), "nothing")
+    raise ArtifactError(f"{where} holds a trunk that is no ViT, ResNet or Swin (first key: {first}): check the file")
+
+
+def build_published_trunk(spec: TrunkSpec) -> nn.Module:
+    """The network, without a classifier and with random weights; pixels (N, 3, H, W) to features (N, D)."""
+    match spec:
+        case VitTrunk():
+            return VisionTransformer(
+                img_size=spec.grid * spec.patch,
+                patch_size=spec.patch,
+                embed_dim=spec.width,
+                depth=spec.depth,
+                num_heads=max(1, spec.width // 64),
+                mlp_ratio=(spec.hidden or 4 * spec.width) / spec.width,
+                num_classes=0,
+                global_pool="token",
+                dynamic_img_size=True,
+            )
+        case ResNetTrunk():
+            return WideResNet(stem=spec.stem, depths=spec.depths)
+        case SwinTrunk():
+            return SwinTransformer(
+                img_size=224,
+                patch_size=spec.patch,
+                embed_dim=spec.width,
+                depths=spec.depths,
+                num_heads=spec.heads,
+                window_size=spec.window,
+                always_partition=spec.always_partition,
+                num_classes=0,
+                strict_img_size=False,
+            )
+        case TimmTrunk():
+            return build_trunk(spec.name)
+
+
+def load_trunk_state(trunk: nn.Module, state: State, *, where: str) -> None:
+    """Copy a published state dict into `trunk`, every key of it.
+
+    Raises:
+        ArtifactError: a tensor is missing, too many, or of another shape; the message names the first.
+    """
+    # iBOT's mask token serves the student's masked crops alone: a teacher is never masked.
+    tensors = {key: value for key, value in state.items() if key != "masked_embed"}
+    if isinstance(trunk, SwinTransformer):
+        tensors = checkpoint_filter_fn(tensors, trunk)
+    load_strictly(trunk, tensors, where=where)
+
+
+def load_strictly(module: nn.Module, tensors: State, *, where: str) -> None:
+    """``load_state_dict`` whose refusal is one line with the first offending key.
+
+    Raises:
+        ArtifactError: the tensors do not fit.
+    """
+    want = module.state_dict()
+    for key, value in tensors.items():
+        if key in want and want[key].shape != value.shape:
+            shapes = f"{tuple(value.shape)} and {tuple(want[key].shape)} was expected"
+            raise ArtifactError(f"{where} does not fit: {key} is {shapes}; check that it is the teacher's file")
+    counters = {key for key in want if key.endswith("num_batches_tracked")}
+    if missing := [key for key in want if key not in tensors and key not in counters]:
+        raise ArtifactError(f"{where} lacks {missing[0]} ({len(missing)} tensors in all): it is cut, or another file")
+    if extra := [key for key in tensors if key not in want]:
+        raise ArtifactError(f"{where} has {extra[0]}, which the network lacks ({len(extra)} in all): another file?")
+    module.load_state_dict(dict(tensors), strict=False)
+
+
+def trunk_width(trunk: nn.Module) -> int:
+    """D, the width of what the trunk answers."""
+    return trunk.num_features if isinstance(trunk, WideResNet) else embedding_width(trunk)
+
+
+def patch_size_of(trunk: nn.Module) -> int | None:
+    """Pixels a side of one token of the grid, or None for a network without tokens."""
+    if isinstance(trunk, SwinTransformer):
+        return _patch(trunk) << (len(trunk.layers) - 1)
+    return _patch(trunk) or None
+
+
+def has_tokens(trunk: nn.Module) -> bool:
+    """Whether :func:`tokens` knows the trunk."""
+    return isinstance(trunk, VisionTransformer | SwinTransformer)
+
+
+def tokens(trunk: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (N, D) and patch tokens (N, P, D), both after the final norm, of a ViT or a Swin."""
+    if isinstance(trunk, VisionTransformer):
+        x = trunk.forward_features(pixels)
+        return x[:, 0], x[:, trunk.num_prefix_tokens :]
+    if isinstance(trunk, SwinTransformer):
+        x = trunk.forward_features(pixels).flatten(1, 2)
+        return x.mean(dim=1), x
+    raise ArtifactError(f"{type(trunk).__name__} has no patch tokens: an iBOT teacher is a ViT or a Swin")
+
+
+def _patch(trunk: nn.Module) -> int:
+    sizes: object = getattr(getattr(trunk, "patch_embed", None), "patch_size", None)
+    return int(sizes[0]) if isinstance(sizes, tuple | list) else 0
+
+
+def _infer_vit(state: State, where: str) -> VitTrunk:
+    depth = _count(state, r"blocks\.(\d+)\.")
+    width, patch = state["patch_embed.proj.weight"].shape[0], state["patch_embed.proj.weight"].shape[-1]
+    places = state["pos_embed"].shape[1] - 1
+    grid = math.isqrt(places)
+    if grid * grid != places:
+        raise ArtifactError(f"{where} has {places} position embeddings, which make no square: check the file")
+    if width > 64 and width % 64:
+        raise ArtifactError(
+            f"{where} holds a ViT {width} wide, which is no whole number of heads of 64: its heads "
+            "cannot be told from the file"
+        )
+    return VitTrunk(width, depth, patch, grid, state["blocks.0.mlp.fc1.weight"].shape[0])
+
+
+def _infer_swin(state: State) -> SwinTrunk:
+    stages = _count(state, r"layers\.(\d+)\.")
+    tables = [state[f"layers.{n}.blocks.0.attn.relative_position_bias_table"] for n in range(stages)]
+    windows = [(math.isqrt(table.shape[0]) + 1) // 2 for table in tables]
+    patch = state["patch_embed.proj.weight"].shape[-1]
+    smallest_map = 224 // patch // 2 ** (stages - 1)
+    return SwinTrunk(
+        width=state["patch_embed.proj.weight"].shape[0],
+        depths=tuple(_count(state, rf"layers\.{n}\.blocks\.(\d+)\.") for n in range(stages)),
+        heads=tuple(table.shape[1] for table in tables),
+        window=windows[0],
+        patch=patch,
+        always_partition=windows[-1] > smallest_map,
+    )
+
+
+def _count(state: State, pattern: str, first: int = 0) -> int:
+    found = [int(m.group(1)) for key in state if (m := re.match(pattern, key))]
+    return max(found) + 1 - first if found else 0

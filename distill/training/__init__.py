@@ -1,0 +1,1 @@
+"""One training run: processes, networks, optimizer, log, checkpoints and the run folder."""

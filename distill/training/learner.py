@@ -1,0 +1,146 @@
+"""One student and what learns with it: optimiser, loss scale, average, and a base method's own target branch."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from robx.distill.targets.branches import EmaBranch, OwnBranch
+from robx.distill.objectives.base import Objective, Stats
+from robx.distill.training.optimizers import build_optimizer, load_optimizer, set_rates
+from robx.distill.training.processes import Processes
+from robx.distill.recipes import Recipe
+from robx.distill.training.run_checkpoint import random_state
+from robx.distill.training.schedules import learning_rate, weight_decay
+from robx.distill.students.student import StudentNet, cancel_last_layer_gradients
+from robx.distill.batches.views import Targets, Views
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(recipe: Recipe, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The recipe's precision, for forward passes."""
+    if recipe.precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=_DTYPES[recipe.precision])
+
+
+class Learner:
+    """A student in training. All that it does is a function of its state, the views and the targets."""
+
+    def __init__(
+        self,
+        name: str,
+        net: StudentNet,
+        *,
+        recipe: Recipe,
+        objective: Objective,
+        processes: Processes,
+        branch: EmaBranch | OwnBranch | None = None,
+        compile: bool = False,
+    ) -> None:
+        """Take over `net`, which is on its device already; `branch` is a base method's."""
+        self.name, self.net, self.recipe, self.objective, self.branch = name, net, recipe, objective, branch
+        self.device, self.rank = processes.device, processes.rank
+        self.optimizer = build_optimizer(net, recipe)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
+        self.average = None if recipe.student_ema is None else copy.deepcopy(net.trunk).requires_grad_(False)
+        self._parallel = processes.parallel(net)
+        if isinstance(branch, EmaBranch):
+            processes.synchronised(branch.network)
+        self._forward: Any = torch.compile(self._parallel) if compile else self._parallel
+        self._parameters = [p for p in net.parameters() if p.requires_grad]
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The trunk that is evaluated and saved: the raw one, or its average when the recipe asks for one."""
+        return self.net.trunk if self.average is None else self.average
+
+    @property
+    def network(self) -> StudentNet:
+        """What a base method's run leaves as a teacher: the average that it learnt from, or the student itself."""
+        return self.branch.network if isinstance(self.branch, EmaBranch) else self.net
+
+    def own_targets(self, views: Views) -> Targets | None:
+        """What a base method's branch says of a micro-batch; None when ``learn`` makes it of the student's scores."""
+        return self.branch.targets(views) if isinstance(self.branch, EmaBranch) else None
+
+    def learn(
+        self, views: Views, targets: Targets | None, *, draw: int, last: bool = True, observe: bool = True
+    ) -> tuple[Tensor, Stats]:
+        """Forward and backward of one micro-batch; gradients add up until ``update``.
+
+        Args:
+            views: the micro-batch.
+            targets: what the target branch says of it; None: what an OwnBranch does.
+            draw: the micro-batch's number in the run, which drop path's random numbers hang on.
+            last: whether ``update`` comes next, so that processes exchange gradients now.
+            observe: whether the loss's statistics are wanted.
+        """
+        random_state(self.recipe.seed, step=draw, rank=self.rank)
+        waits = isinstance(self._parallel, DistributedDataParallel) and not last
+        with self._parallel.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+            with autocast(self.recipe, self.device):
+                scores = self._forward(views)
+            if targets is None:
+                targets = cast(OwnBranch, self.branch).read(scores)
+            loss, stats = self.objective(scores, targets, views, observe=observe)
+            self.scaler.scale(loss / self.recipe.accumulate).backward()  # type: ignore[no-untyped-call]
+        return loss.detach(), stats
+
+    def gradient_norm(self, *, epoch: int) -> Tensor:
+        """The L2 norm of all gradients, before they are clipped as the recipe says; 0-dim."""
+        self.scaler.unscale_(self.optimizer)
+        if epoch < self.recipe.freeze_last_layer_epochs:
+            cancel_last_layer_gradients(self.net)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.recipe.clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self.recipe.clip_grad, norm)
+        return norm
+
+    def update(self, *, step: int, steps: int) -> None:
+        """The optimiser's step at this step's rates, then the averages."""
+        decay = weight_decay(step, steps=steps, recipe=self.recipe)
+        set_rates(self.optimizer, lr=learning_rate(step, steps=steps, recipe=self.recipe), weight_decay=decay)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None and self.recipe.student_ema is not None:
+            _blend(self.average, self.net.trunk, keep=self.recipe.student_ema)
+        if self.branch is not None:
+            self.branch.update(step, self.net)
+
+    def state(self) -> dict[str, Any]:
+        """All of it, for a checkpoint."""
+        return {
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "branch": None if self.branch is None else self.branch.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take a checkpoint's state over."""
+        self.net.load_state_dict(state["net"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        if self.branch is not None:
+            self.branch.load_state_dict(state["branch"])
+
+
+@torch.no_grad()
+def _blend(average: nn.Module, trunk: nn.Module, *, keep: float) -> None:
+    for old, new in zip(average.state_dict().values(), trunk.state_dict().values(), strict=True):
+        if old.is_floating_point():
+            old.lerp_(new, 1 - keep)
+        else:
+            old.copy_(new)

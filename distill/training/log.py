@@ -1,0 +1,98 @@
+"""What a run says of itself: metrics, warnings, probes, and its speed against its own bound."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from robx.distill.targets.branches import TeacherBranch, WritingBranch
+from robx.distill.training.collapse import embedding_health, warnings
+from robx.distill.objectives.base import Stats
+from robx.distill.training.knn_probe import Probe, build_probe, run_probe, score
+from robx.distill.training.run import Run
+from robx.distill.training.run_folder import student_preprocessing
+from robx.distill.training.schedules import learning_rate
+
+
+def log_step(
+    run: Run, done: int, *, losses: list[Tensor], norms: list[Tensor], stats: list[Stats], speed: float
+) -> None:
+    """A line of metrics a student; losses are the mean over processes."""
+    everywhere = run.processes.gather([float(loss) for loss in losses])
+    if not run.processes.first:
+        return
+    shared = {
+        "step": done,
+        "epoch": done / run.per_epoch,
+        "lr": learning_rate(done - 1, steps=run.steps, recipe=run.recipe),
+        "images_per_s": round(speed, 2),
+        "share_of_bound": None if run.bound is None else round(speed / speed_bound(run), 4),
+    }
+    for i, metrics in enumerate(run.metrics):
+        loss = sum(values[i] for values in everywhere) / len(everywhere)
+        figures = {name: float(value) for name, value in stats[i].items()}
+        metrics.add(shared | {"loss": loss, "grad_norm": float(norms[i])} | figures)
+
+
+def monitor(run: Run, done: int, pixels: Tensor, stats: list[Stats]) -> None:
+    """Look for collapse, and warn once of each kind."""
+    for learner, metrics, figures in zip(run.learners, run.metrics, stats, strict=True):
+        health = {}
+        if len(pixels) >= 8:  # of fewer images spread and rank say nothing
+            health = embedding_health(learner.trunk, pixels[:64])
+            metrics.add({"step": done, "epoch": done / run.per_epoch} | health)
+        seen = health | {name: float(value) for name, value in figures.items()}
+        soft = run.recipe.objective == "kd"
+        for text in warnings(seen, prototypes=None if soft else learner.net.num_prototypes):
+            if (kind := f"{learner.name}: {text.split(';')[0][:24]}") not in run.warned:
+                run.warned.add(kind)
+                run.say(f"warning: {learner.name}, step {done}: {text}")
+
+
+def open_probe(run: Run) -> Probe | None:
+    """The probe, when one is asked for and the images have labels."""
+    if not run.options.probe_every:
+        return None
+    preprocessing = student_preprocessing(run.recipe.crop_size)
+    probe = build_probe(run.source, preprocessing, images=run.options.probe_images, seed=run.recipe.seed)
+    if probe is None:
+        run.say("no kNN probe: it needs ten labelled images of two classes (folder/class/image, or key.cls in shards)")
+    return probe
+
+
+def probe_students(run: Run, probe: Probe, done: int) -> bool:
+    """The kNN score of every student; whether it is the best so far."""
+    if not run.processes.first:
+        return False
+    scores = [run_probe(probe, learner.trunk, run.processes.device) for learner in run.learners]
+    for learner, metrics, knn in zip(run.learners, run.metrics, scores, strict=True):
+        metrics.add({"step": done, "epoch": done / run.per_epoch, "probe_knn": knn})
+        run.say(f"epoch {done // run.per_epoch}: {learner.name} kNN probe {knn:.1f} %")
+    mean = sum(scores) / len(scores)
+    if run.best is not None and mean <= run.best[1]:
+        return False
+    run.best = (done, mean)
+    return True
+
+
+def probe_references(run: Run, probe: Probe) -> None:
+    """What the curve is to be read against: each student untrained, and the teacher at the same image size."""
+    branch = run.branch.branch if isinstance(run.branch, WritingBranch) else run.branch
+    reference = {}
+    if isinstance(branch, TeacherBranch):
+        reference["teacher_probe_knn"] = score(probe, branch.teacher.features, run.processes.device)
+        run.say(f"kNN probe of the teacher: {reference['teacher_probe_knn']:.1f} %")
+    for learner, metrics in zip(run.learners, run.metrics, strict=True):
+        untrained = run_probe(probe, learner.trunk, run.processes.device)
+        metrics.add({"step": 0, "epoch": 0.0, "probe_knn": untrained} | reference)
+        run.say(f"kNN probe of {learner.name}, untrained: {untrained:.1f} %")
+
+
+def speed_bound(run: Run) -> float:
+    """Images per second that the bare computation allows all processes together."""
+    return run.bound.images_per_s * run.processes.world if run.bound else float("nan")
+
+
+def note(run: Run, loss: float, speed: float) -> str:
+    """The words beside the progress bar."""
+    share = f" ({speed / speed_bound(run):.0%} of the bound)" if run.bound else ""
+    return f"loss {loss:.3f}, {speed:.1f} images/s{share}"

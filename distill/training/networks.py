@@ -1,0 +1,217 @@
+"""From a recipe to what learns: the target branch that all students share, and one Learner a student."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from robx.distill.targets.branches import StoredBranch, TargetBranch, TargetWriter, TeacherBranch, WritingBranch, build_branch
+from robx.distill.training.learner import Learner
+from robx.distill.objectives.base import build_objective
+from robx.distill.training.processes import Processes
+from robx.distill.teachers.frozen_heads import PrototypeHead
+from robx.distill.recipes import Recipe, StudentKind
+from robx.distill.targets.stored import TargetsInfo, read_info
+from robx.distill.students.student import StudentNet, build_student
+from robx.distill.teachers.load import Teacher
+from robx.errors import InputError
+from robx.store.files import read_json, write_json
+from robx.records import TeacherInfo, from_json, to_json
+from robx.images.sources import ImageSource
+from robx.trunk import build_trunk, load_trunk
+
+
+@dataclass(frozen=True)
+class Initial:
+    """A trunk to start from: the weights of an earlier run's Student."""
+
+    timm_name: str
+    sha256: str
+    state: dict[str, Tensor]
+
+    @classmethod
+    def open(cls, folder: Path) -> Initial:
+        """Read a Student's folder.
+
+        Raises:
+            ArtifactError: no Student there, or a damaged one.
+        """
+        student, trunk = load_trunk(folder)
+        return cls(student.timm_name, student.sha256, trunk.state_dict())
+
+    def load_into(self, trunk: nn.Module, name: str) -> None:
+        """Give a trunk these weights.
+
+        Raises:
+            InputError: it is another network.
+        """
+        if name != self.timm_name:
+            raise InputError(
+                f"--init holds a {self.timm_name}, and the student is {name}: give --student {self.timm_name}"
+            )
+        trunk.load_state_dict(self.state)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What a run trains and what it trains it on."""
+
+    learners: list[Learner]
+    branch: TargetBranch | None  # shared by all students; None for base methods, whose learners have their own
+    mask_grid: tuple[int, int] | None  # of a global crop, when the method masks or drops patches of a student
+
+
+def build_networks(
+    recipe: Recipe,
+    students: Sequence[str],
+    *,
+    teacher: Teacher | None,
+    stored: StoredTeacher | None = None,
+    processes: Processes,
+    steps: int,
+    steps_per_epoch: int,
+    compile: bool = False,
+    init: Initial | None = None,
+) -> Networks:
+    """Students with fresh weights that depend on the recipe's seed alone, and their target branch.
+
+    Args:
+        recipe: of all students.
+        students: timm names.
+        teacher: on its device; None for a base method or stored targets.
+        stored: the targets in the teacher's place.
+        processes: where and among whom.
+        steps: of the whole run.
+        steps_per_epoch: of an epoch.
+        compile: the students' and the teacher's forward.
+        init: the weights that the trunk starts from, in place of fresh ones; for one student.
+
+    Raises:
+        InputError: a student that cannot serve the recipe.
+    """
+    objective = build_objective(recipe)
+    if teacher is not None:
+        prepare_network(teacher, processes.device)
+    learners: list[Learner] = []
+    shared: TargetBranch | None = None if stored is None else stored.branch
+    for name in students:
+        torch.manual_seed(recipe.seed)
+        net = build_student(name, recipe, teacher or stored)
+        if init is not None:
+            init.load_into(net.trunk, name)
+        prepare_network(net, processes.device)
+        own = None
+        if recipe.base or (teacher is not None and shared is None):
+            branch = build_branch(
+                recipe, objective, student=net, teacher=teacher, steps=steps, steps_per_epoch=steps_per_epoch
+            )
+            if isinstance(branch, TeacherBranch):
+                shared = branch
+            else:
+                own = branch
+        learners.append(
+            Learner(name, net, recipe=recipe, objective=objective, processes=processes, branch=own, compile=compile)
+        )
+    if compile and teacher is not None:
+        teacher.compile()
+    return Networks(learners, shared, _mask_grid([learner.net for learner in learners], recipe))
+
+
+def student_kind(name: str) -> StudentKind:
+    """Which recipe a timm name takes: the CNNs' was made for networks with BatchNorm, the ViTs' for those without.
+
+    Raises:
+        InputError: timm has no model of that name.
+    """
+    with torch.device("meta"):
+        trunk = build_trunk(name)
+    return "cnn" if any(isinstance(module, _BatchNorm) for module in trunk.modules()) else "vit"
+
+
+@dataclass
+class StoredTeacher:
+    """Stored targets, and what a student has to know of the teacher that made them: a TeacherSpec."""
+
+    branch: StoredBranch
+    info: TeacherInfo
+    name: str
+    num_prototypes: int
+    patch_size: int | None = None
+    patch_prototypes: int | None = None
+
+
+def open_targets(folder: Path, recipe: Recipe, source: ImageSource) -> StoredTeacher:
+    """Targets that an earlier run stored, for this recipe and these images.
+
+    Raises:
+        ArtifactError: no targets there, or damaged ones.
+        InputError: they were made of other crops or images; the message names the difference.
+    """
+    info = read_info(folder)
+    teacher = from_json(TeacherInfo, read_json(folder / "teacher.json"), where=str(folder / "teacher.json"))
+    expect = TargetsInfo.of(
+        recipe,
+        prototypes=info.prototypes,
+        images=len(source),
+        data_fingerprint=source.fingerprint,
+        teacher_sha256=teacher.sha256,
+    )
+    return StoredTeacher(StoredBranch(folder, expect=expect), teacher, teacher.name, info.prototypes)
+
+
+def store_targets(
+    branch: TargetBranch | None, folder: Path, *, recipe: Recipe, teacher: Teacher | None, source: ImageSource, k: int
+) -> WritingBranch:
+    """The branch, its targets written to `folder` as they are made.
+
+    Raises:
+        InputError: there is no teacher, or the folder holds targets of another run.
+    """
+    if branch is None or teacher is None:
+        raise InputError("--store-targets needs a teacher: an average of the student has no targets worth keeping")
+    info = TargetsInfo.of(
+        recipe,
+        prototypes=teacher.num_prototypes,
+        images=len(source),
+        data_fingerprint=source.fingerprint,
+        teacher_sha256=teacher.info.sha256,
+        k=k,
+    )
+    writer = TargetWriter(folder, info)
+    write_json(folder / "teacher.json", to_json(teacher.info))
+    return WritingBranch(branch, writer)
+
+
+def share_teacher(teacher: Teacher, processes: Processes) -> None:
+    """Make sure that all processes learn from one teacher.
+
+    Nodes without a common cache fit prototypes each for itself, and sums on a GPU need not be the same twice: the first
+    process's are everybody's.
+
+    Raises:
+        InputError: the processes were given different weights.
+    """
+    if len(files := set(processes.gather(teacher.info.sha256))) > 1:
+        short = ", ".join(sorted(sha256[:12] for sha256 in files))
+        raise InputError(f"the nodes have different weights of {teacher.name} (sha256 {short}): give all the same file")
+    if isinstance(teacher.head, PrototypeHead) and teacher.head.mean is not None:
+        processes.copy_from_first([teacher.head.mean, teacher.head.prototypes])
+
+
+def prepare_network(net: nn.Module, device: torch.device) -> None:
+    """Move a network to its device, its convolutions channels last, as the crops are."""
+    net.to(device)
+    if sum(isinstance(module, nn.Conv2d) for module in net.modules()) > 1:
+        net.to(memory_format=torch.channels_last)
+
+
+def _mask_grid(nets: Sequence[StudentNet], recipe: Recipe) -> tuple[int, int] | None:
+    grids = {net.mask_grid(recipe.crop_size) or net.drop_grid(recipe.crop_size) for net in nets} - {None}
+    if len(grids) > 1:
+        raise InputError(f"the students have different patch grids ({grids}): distil them in runs of their own")
+    return grids.pop() if grids else None

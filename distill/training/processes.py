@@ -1,0 +1,155 @@
+"""One process or many: what ``torchrun`` says, and the few collective calls of the loop.
+
+Control messages (stop, save) go over a gloo group of their own, so that the loop never waits for a GPU because of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from robx.allocator import keep_freed_memory
+from robx.distill.batches.loader import Share
+from robx.errors import DeviceError, InputError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run."""
+
+    rank: int
+    world: int
+    device: torch.device
+    control: Any = None  # the gloo group
+
+    @property
+    def share(self) -> Share:
+        """This process's part of a batch."""
+        return Share(self.rank, self.world)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.rank == 0
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether any process raised it; all processes get the same answer."""
+        if self.world == 1:
+            return flags
+        votes = torch.tensor([float(flag) for flag in flags])
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
+        return tuple(bool(vote) for vote in votes)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's `value`, by rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the first one's values of `tensors`, in place."""
+        if self.world == 1:
+            return
+        for tensor in tensors:
+            held = tensor.detach().cpu()
+            dist.broadcast(held, src=0, group=self.control)
+            tensor.copy_(held)
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            dist.barrier(group=self.control)
+
+    def parallel(self, net: nn.Module) -> nn.Module:
+        """The net whose gradients are averaged over processes; its BatchNorm is synchronised on GPUs."""
+        if self.world == 1:
+            return net
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(self.synchronised(net), device_ids=ids)
+
+    def synchronised(self, net: nn.Module) -> nn.Module:
+        """The net, whose BatchNorm takes the statistics of all processes' batches: on GPUs, for torch can on no CPU."""
+        if self.world == 1 or self.device.type != "cuda":
+            return net
+        found: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
+        return found
+
+
+@contextlib.contextmanager
+def join_processes(device: str | None = None) -> Iterator[Processes]:
+    """Join the processes that torchrun started, or be the only one.
+
+    `device` is "cpu", "cuda", "cuda:1" ...; None takes a GPU when there is one.
+
+    Raises:
+        InputError: no such device, or several processes that torchrun did not start.
+        DeviceError: inside the block, another process ended first.
+    """
+    world, rank, local = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
+    place = pick_device(device, local=local)
+    if place.type == "cpu":
+        keep_freed_memory()
+    if world == 1:
+        yield Processes(0, 1, place)
+        return
+    if "MASTER_ADDR" not in os.environ:
+        raise InputError(f"WORLD_SIZE is {world} and MASTER_ADDR is not set: start the processes with torchrun")
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=_store_of_attempt(), rank=rank, world_size=world)
+    try:
+        yield Processes(rank, world, place, control=dist.new_group(backend="gloo"))
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        # Its own message says why it ended; this one's traceback would only hide it.
+        why = str(error).strip().splitlines()[0]
+        raise DeviceError(
+            f"another process of the run ended before this one, {rank} of {world} ({why}): see what it said; "
+            "the same command goes on from the last checkpoint"
+        ) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(name: str | None, *, local: int = 0) -> torch.device:
+    """The device of this process: `name`, or a GPU when there is one; "cuda" alone is the GPU numbered `local`.
+
+    Raises:
+        InputError: torch knows no such device, or this machine has none.
+    """
+    kind = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(f"cuda:{local}" if kind == "cuda" else kind)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"--device {kind} cannot be used ({why}): give cpu, cuda or cuda:N") from error
+    return place
+
+
+def _store_of_attempt() -> Any:
+    """torchrun's store under a name of this attempt; None where torch finds its own.
+
+    A restarted attempt gets the store of the one that died, reads there where the dead listened, and cannot connect
+    (github.com/pytorch/pytorch/issues/135712). Only within one node do all processes count the attempts alike.
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
+    return dist.PrefixStore(f"attempt {env['TORCHELASTIC_RESTART_COUNT']}", store)  # type: ignore[attr-defined]
+
+
+_TORCHRUN = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import io
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from robx.distill.batches.loader import Batch, PlaceSampler, Share, Skipped, build_loader, epoch_order, steps_per_epoch
+from robx.distill.recipes import Recipe, override, preset
+from robx.errors import InputError
+from robx.images.sources import ImageSource, open_source
+
+RECIPE = override(
+    preset("msn", "vit"),
+    {"crop_size": 32, "local_crop_size": 16, "local_crops": 1, "batch_size": 8, "epochs": 2, "patch_drop": 0.0},
+)
+
+
+def load(
+    source: ImageSource, recipe: Recipe = RECIPE, *, start: int = 0, end: int = 6, **options: object
+) -> list[Batch]:
+    return list(build_loader(source, recipe, start=start, end=end, **options))  # type: ignore[arg-type]
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return torch.equal(a.globals, b.globals) and torch.equal(a.locals, b.locals) and torch.equal(a.index, b.index)
+
+
+def test_workers_do_not_matter_and_any_step_can_be_the_first(scenes: Path) -> None:
+    source = open_source(scenes)
+    alone = load(source, end=12)
+    assert all(same(a, b) for a, b in zip(alone, load(source, end=12, workers=2), strict=True))
+    assert all(same(a, b) for a, b in zip(alone[7:], load(source, start=7, end=12), strict=True))
+    assert [batch.epoch for batch in alone] == [0] * 8 + [1] * 4
+
+
+def test_an_epoch_sees_every_image_once_and_the_next_in_another_order(scenes: Path) -> None:
+    epoch = [int(i) for batch in load(open_source(scenes), end=8) for i in batch.index]
+    assert sorted(epoch) == list(range(64))
+    assert not np.array_equal(epoch_order(64, seed=0, epoch=0), epoch_order(64, seed=0, epoch=1))
+    assert not np.array_equal(epoch_order(64, seed=0, epoch=0), epoch_order(64, seed=1, epoch=0))
+
+
+@given(
+    count=st.integers(16, 80),
+    world=st.sampled_from([1, 2, 4]),
+    accumulate=st.sampled_from([1, 2, 4]),
+    start=st.integers(0, 5),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_global_batch_is_the_same_for_any_processes_and_micro_batches(
+    count: int, world: int, accumulate: int, start: int
+) -> None:
+    recipe = override(RECIPE, {"batch_size": 16, "accumulate": accumulate})
+    whole = list(PlaceSampler(count, override(RECIPE, {"batch_size": 16}), share=Share(), start=start, end=start + 3))
+    parts = [
+        list(PlaceSampler(count, recipe, share=Share(rank, world), start=start, end=start + 3)) for rank in range(world)
+    ]
+    for step, batch in enumerate(whole):
+        found = [
+            place for part in parts for micro in part[step * accumulate : (step + 1) * accumulate] for place in micro
+        ]
+        assert Counter(found) == Counter(batch) and len(set(batch)) == 16
+    assert all(len(part) == 3 * accumulate for part in parts)
+
+
+def spoil(folder: Path, number: int) -> set[str]:
+    paths = sorted(folder.rglob("*.png"))[::5][:number]
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:100])
+    return {str(path) for path in paths}
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for index in range(40):
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(buffer, "PNG")
+        (tmp_path / f"{index:02d}.png").write_bytes(buffer.getvalue())
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_corrupt_images_are_replaced_and_named(pictures: Path, workers: int) -> None:
+    bad = spoil(pictures, 3)
+    batches = load(open_source(pictures), end=5, corrupt_budget=0.1, workers=workers)
+    assert all(len(batch.index) == 8 and batch.globals.shape[1] == 8 for batch in batches)
+    skipped = Skipped(images=40, budget=0.1)
+    said = [reason for batch in batches for reason in skipped.add(batch.skipped)]
+    assert len(said) == 3 and all(any(path in reason for reason in said) for path in bad)
+    assert not skipped.found.keys() & {int(i) for batch in batches for i in batch.index}
+
+
+def test_past_the_budget_the_run_fails_and_says_how_many(pictures: Path) -> None:
+    spoil(pictures, 5)
+    skipped = Skipped(images=40, budget=0.1)
+    with pytest.raises(InputError, match=r"5 of 40 images cannot be decoded, more than --corrupt-budget 0.1"):
+        for batch in load(open_source(pictures), end=5, corrupt_budget=0.1):
+            skipped.add(batch.skipped)
+
+
+def test_a_folder_of_nothing_but_rubbish_ends_soon(pictures: Path) -> None:
+    for path in pictures.glob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="cannot be decoded"):
+        Skipped(images=40, budget=0.001).add(load(open_source(pictures), end=1)[0].skipped)
+
+
+def test_masks_are_the_samples_own(scenes: Path) -> None:
+    recipe = override(preset("ibot", "vit"), {"crop_size": 32, "local_crops": 0, "batch_size": 8})
+    first, second = (load(open_source(scenes), recipe, end=2, mask_grid=(4, 4), workers=w) for w in (0, 1))
+    assert first[0].masks is not None and second[0].masks is not None
+    assert first[0].masks.shape == (2, 8, 16) and first[0].masks.dtype == torch.bool
+    assert all(torch.equal(a.masks, b.masks) for a, b in zip(first, second, strict=True))  # type: ignore[arg-type]
+    dropped = load(open_source(scenes), override(RECIPE, {"patch_drop": 0.5}), end=1, mask_grid=(4, 4))[0].masks
+    assert dropped is not None and (dropped.sum(dim=-1) == 8).all()
+
+
+def test_what_does_not_divide_or_fill_a_batch_is_refused(scenes: Path) -> None:
+    with pytest.raises(InputError, match="64 images are fewer than one batch of 65"):
+        steps_per_epoch(64, 65)
+    with pytest.raises(
+        InputError, match="batch size 8 does not divide by 3 processes x 1 micro-batches: give --batch-size 9"
+    ):
+        load(open_source(scenes), share=Share(0, 3))

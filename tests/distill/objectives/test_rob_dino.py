@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from robx.distill.objectives.pairs import crop_pairs
+from robx.distill.objectives.rob_dino import RobDino, dino_targets
+from robx.distill.objectives.sinkhorn import sinkhorn
+from robx.distill.batches.views import Scores, Targets, Views
+
+
+def views(batch: int) -> Views:
+    return Views(torch.zeros(2, batch, 3, 1, 1), torch.zeros(0, batch, 3, 1, 1), torch.arange(batch))
+
+
+def plain_rob_dino(teacher: Tensor, student: Tensor, pairing: str) -> Tensor:
+    """Global crop g against the teacher's g (or the other one), each local crop against both; taus 0.07 and 0.1."""
+    terms = []
+    crops, batch = student.shape[:2]
+    for v in range(crops):
+        for q in range(2):
+            if v < 2 and (q != v if pairing == "same" else q == v):
+                continue
+            for b in range(batch):
+                p = torch.exp(teacher[q, b] / 0.07) / torch.exp(teacher[q, b] / 0.07).sum()
+                r = torch.exp(student[v, b] / 0.1) / torch.exp(student[v, b] / 0.1).sum()
+                terms.append(-(p * torch.log(r)).sum())
+    return torch.stack(terms).mean()
+
+
+def draw(seed: int, crops: int, batch: int = 3, width: int = 6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    teacher = torch.rand(2, batch, width, generator=generator, dtype=torch.float64)
+    student = torch.rand(crops, batch, width, generator=generator, dtype=torch.float64)
+    return teacher, student.requires_grad_()
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10**6), local=st.integers(0, 4), pairing=st.sampled_from(["same", "swapped"]))
+def test_loss_and_gradient_equal_the_plain_form(seed: int, local: int, pairing: str) -> None:
+    teacher, student = draw(seed, 2 + local)
+    objective = RobDino(pairing=pairing)  # type: ignore[arg-type]
+    loss, _ = objective(Scores(student), Targets(objective.target_probs(teacher)), views(3))
+    want = plain_rob_dino(teacher, student, pairing)
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(torch.autograd.grad(loss, student), torch.autograd.grad(want, student))
+
+
+def test_gradcheck() -> None:
+    teacher, student = draw(1, 4)
+    objective = RobDino()
+    targets = Targets(objective.target_probs(teacher))
+    torch.autograd.gradcheck(lambda z: objective(Scores(z), targets, views(3))[0], student)
+
+
+def test_targets_are_probabilities_without_a_gradient() -> None:
+    scores = torch.randn(2, 3, 5, requires_grad=True, dtype=torch.bfloat16)
+    probs = RobDino().target_probs(scores)
+    assert probs.dtype == torch.float32
+    assert not probs.requires_grad
+    torch.testing.assert_close(probs.sum(dim=-1), torch.ones(2, 3))
+
+
+def test_a_warm_up_temperature_stands_in() -> None:
+    scores = torch.randn(2, 3, 5)
+    torch.testing.assert_close(RobDino().target_probs(scores, temperature=0.04), (scores / 0.04).softmax(dim=-1))
+
+
+def test_sinkhorn_balances_each_crop_alone() -> None:
+    scores = torch.randn(2, 6, 4, dtype=torch.float64)
+    plan = dino_targets(scores, temperature=0.07, sinkhorn_iterations=3)
+    for q in range(2):
+        torch.testing.assert_close(plan[q], sinkhorn(scores[q] / 0.07, iterations=3))
+
+
+def test_statistics_of_what_is_known() -> None:
+    sure = torch.full((4, 8, 16), -40.0)
+    sure[..., 3] = 40
+    uniform = Targets(torch.full((2, 8, 16), 1 / 16))
+    _, stats = RobDino()(Scores(sure), uniform, views(8))
+    log16 = torch.tensor(16.0).log()
+    torch.testing.assert_close(stats["target_entropy"], log16)
+    torch.testing.assert_close(stats["target_use"], torch.tensor(16.0))
+    torch.testing.assert_close(stats["student_entropy"], torch.tensor(0.0))
+    torch.testing.assert_close(stats["student_use"], torch.tensor(1.0))
+    _, stats = RobDino()(Scores(sure), Targets(RobDino().target_probs(sure[:2])), views(8))
+    assert stats["agreement"] == 1
+    _, stats = RobDino()(Scores(sure), Targets(RobDino().target_probs(-sure[:2])), views(8))
+    assert stats["agreement"] == 0
+
+
+def test_statistics_of_sparse_targets_are_those_of_their_dense_form() -> None:
+    teacher, student = draw(3, 4, width=6)
+    objective = RobDino()
+    probs = objective.target_probs(teacher)
+    top = probs.topk(6, dim=-1)
+    sparse = Targets(top.values, top.indices, torch.zeros(2, 3, dtype=torch.float64))
+    _, dense = objective(Scores(student), Targets(probs), views(3))
+    _, stored = objective(Scores(student), sparse, views(3))
+    for name, value in dense.items():
+        torch.testing.assert_close(stored[name], value, msg=name)
+
+
+@pytest.mark.parametrize("crops", [1, 2])
+def test_one_or_two_teacher_crops(crops: int) -> None:
+    teacher, student = draw(4, 4)
+    objective = RobDino()
+    probs = objective.target_probs(teacher[:crops])
+    loss, _ = objective(Scores(student), Targets(probs), views(3))
+    logs = (student / 0.1).log_softmax(dim=-1)
+    pairs = crop_pairs("same", student_crops=4, teacher_crops=crops)
+    want = torch.stack([-(probs[q] * logs[v]).sum(dim=-1).mean() for q, v in pairs]).mean()
+    torch.testing.assert_close(loss, want)

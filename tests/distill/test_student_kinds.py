@@ -1,0 +1,68 @@
+"""Which recipe a student takes, and what of timm is built as a plain ViT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from robx.cli import main
+from robx.distill.training.networks import student_kind
+from robx.distill.teachers.frozen_heads import PrototypeHead
+from robx.distill.resolve import resolve_recipe
+from robx.trunk import build_trunk, embedding_width
+
+
+@pytest.mark.parametrize(
+    "name", ["deit_tiny_distilled_patch16_224", "vit_base_patch16_siglip_224", "vit_little_patch16_reg4_gap_256"]
+)
+def test_a_plain_vit_with_or_without_a_cls_token_takes_small_crops(name: str) -> None:
+    with torch.device("meta"):
+        trunk = build_trunk(name).eval()
+        assert trunk(torch.empty(2, 3, 96, 96)).shape == (2, embedding_width(trunk))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("resnet18", "cnn"),
+        ("mobilenetv3_small_100", "cnn"),
+        ("vit_tiny_patch16_224", "vit"),
+        ("deit_tiny_patch16_224", "vit"),
+        ("eva02_tiny_patch14_224", "vit"),
+        ("swin_tiny_patch4_window7_224", "vit"),
+    ],
+)
+def test_networks_without_batch_norm_take_the_recipe_of_the_vits(name: str, kind: str) -> None:
+    assert student_kind(name) == kind
+
+
+@pytest.mark.parametrize(("name", "drop"), [("vit_small_patch16_224", 0.15), ("vit_tiny_patch16_224", 0.1)])
+def test_a_tiny_vit_drops_fewer_patches(name: str, drop: float, tmp_path: Path) -> None:
+    assert resolve_recipe(student=name, teacher="msn", options={}).patch_drop == drop
+    file = tmp_path / "recipe.toml"
+    file.write_text("patch_drop = 0.3\n")
+    assert resolve_recipe(student=name, teacher="msn", file=file, options={}).patch_drop == 0.3
+
+
+def test_students_of_two_kinds_are_told_whose_recipe_they_train_by(scenes: Path) -> None:
+    command = ["distill", "--teacher", "ema", "--data", str(scenes), "--dry-run", "--device", "cpu"]
+    pair = ["--student", "test_resnet", "--student", "test_vit"]
+    said = CliRunner().invoke(main, [*command, *pair]).stderr
+    assert "test_vit takes another recipe than test_resnet and trains by its: larc, lr 0.2" in said
+    same = CliRunner().invoke(main, [*command, *pair[:2], "--student", "resnet10t"]).stderr
+    assert "another recipe" not in same
+
+
+def test_a_teacher_scores_in_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    features, prototypes = torch.randn(8, 16), torch.nn.functional.normalize(torch.randn(32, 16), dim=1)
+    head = PrototypeHead(torch.nn.Identity(), prototypes)
+    wanted = torch.nn.functional.normalize(features, dim=1).double() @ prototypes.double().T
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores, patches = head(features), head.patches(features[None])[0]
+    for found in (scores, patches):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=0)

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from robx.distill.training.collapse import NotFinite, embedding_health, require_finite, spread, warnings
+
+
+def test_gaussian_embeddings_have_std_one_and_nearly_full_rank() -> None:
+    torch.manual_seed(0)
+    found = spread(torch.randn(4096, 16))
+    assert found["embedding_std"] == pytest.approx(1.0, abs=0.02)
+    assert found["embedding_rank"] == pytest.approx(16, abs=0.2)
+    assert not warnings(found)
+
+
+def test_rank_counts_the_dimensions_in_use() -> None:
+    torch.manual_seed(0)
+    assert spread(torch.randn(2048, 3) @ torch.linalg.qr(torch.randn(32, 32))[0][:3])[
+        "embedding_rank"
+    ] == pytest.approx(3, abs=0.05)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-4])
+def test_a_collapsed_student_is_noticed(noise: float) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
+    nn.init.constant_(net[1].weight, noise)  # type: ignore[arg-type]
+    nn.init.constant_(net[1].bias, 1.0)  # type: ignore[arg-type]
+    found = embedding_health(net, torch.randn(32, 3, 2, 2))
+    assert any("collapsed" in text for text in warnings(found))
+
+
+def test_one_prototype_for_all_is_noticed() -> None:
+    assert any("targets use one prototype" in text for text in warnings({"target_use": 1.01}))
+    assert any("same prototype" in text for text in warnings({"target_use": 30.0, "student_use": 1.0}))
+
+
+def test_targets_without_information_are_noticed() -> None:
+    uniform = {"target_entropy": math.log(8192) - 0.05, "target_use": 8192.0, "student_use": 8192.0}
+    assert any("all but uniform" in text for text in warnings(uniform, prototypes=8192))
+    assert warnings(uniform) == [] == warnings(uniform | {"target_entropy": 6.0}, prototypes=8192)
+
+
+def test_health_leaves_running_statistics_and_mode_alone() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12))
+    before = net[1].running_mean.clone()  # type: ignore[union-attr, operator]
+    embedding_health(net, torch.randn(16, 3, 2, 2) + 5)
+    assert net.training and torch.equal(before, net[1].running_mean)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_names_its_images(value: float) -> None:
+    require_finite("loss", torch.tensor(1.0), step=3, images=["a"])
+    with pytest.raises(NotFinite, match=r"loss is .* at step 3; its images are img0, .* and 12 more"):
+        require_finite("loss", torch.tensor(value), step=3, images=[f"img{i}" for i in range(20)])
