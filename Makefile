@@ -59,7 +59,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/pip
 MOBILE = executorch litert coreml ncnn
 test-mobile: $(MOBILE:%=.venv-%/.mobile)
 	for f in $(MOBILE); do \
-	  OMP_NUM_THREADS=1 .venv-$$f/bin/python -m pytest -m mobile -q tests/export/test_mobile.py || exit 1; done
+	  OMP_NUM_THREADS=1 .venv-$$f/bin/python -m pytest -m mobile -q tests/export/formats/test_mobile.py || exit 1; done
 
 .venv-%/.mobile: pyproject.toml
 	$(PYTHON) -m venv .venv-$*

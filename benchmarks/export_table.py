@@ -42,8 +42,8 @@ from robx.eval.knn import weighted_knn
 from robx.eval.verdict import accuracy_value
 from robx.export.build import Options as ExportOptions
 from robx.export.build import build
-from robx.export.calibration import MIN_IMAGES, Splits, open_data, read_splits
-from robx.export.gate import Limits
+from robx.export.image_splits import MIN_IMAGES, Splits, open_data, read_splits
+from robx.export.gate.gate import Limits
 from robx.export.request import ExportTarget
 from robx.store.files import read_json, write_json
 from robx.records import Bundle, Student, Value, from_json, load_bundle, load_student, to_json

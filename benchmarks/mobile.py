@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from robx.export.request import ExportRequest, ExportTarget
-from robx.export.to_onnx import export_model, tensor_specs
+from robx.export.formats.to_onnx import export_model, tensor_specs
 from robx.store.files import write_json, write_text
 from robx.images.decode import preprocess
 from robx.records import Preprocessing, Student, describe_file, to_json

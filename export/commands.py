@@ -87,10 +87,10 @@ def export(
     """
     if fp16 and int8:
         raise InputError("--fp16 and --int8 are two exports: give one of them")
-    from robx.export.advice import gate_error
+    from robx.export.gate.advice import gate_error
     from robx.export.build import Options, build
-    from robx.export.calibration import open_data
-    from robx.export.gate import Limits
+    from robx.export.image_splits import open_data
+    from robx.export.gate.gate import Limits
     from robx.export.request import ExportTarget
 
     wanted = ExportTarget(
@@ -144,7 +144,7 @@ def inspect(bundle: Path, layers: bool) -> None:
     robx inspect runs/r18/openvino-int8
     robx inspect runs/r18/onnx-int8 --layers
     """
-    from robx.export.inspection import inspect_bundle
+    from robx.export.inspect_bundle import inspect_bundle
     from robx.records import load_bundle
 
     record = load_bundle(bundle)

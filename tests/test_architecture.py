@@ -15,7 +15,7 @@ STAGES = ("distill", "export", "runtime", "eval")
 # (stage, what it may import of another stage)
 CROSSINGS = {
     "eval": ("robx.runtime.session",),
-    "export/gate.py": ("robx.runtime", "robx.eval"),
+    "export/gate/gate.py": ("robx.runtime", "robx.eval"),
 }
 HEAVY = {"torch", "timm", "torchvision", "onnx", "onnxruntime", "openvino", "nncf", "numpy", "sklearn", "matplotlib"}
 MODULES = sorted(p for folder in ("robx", *STAGES) for p in (ROOT / folder).glob("*.py"))

@@ -18,7 +18,7 @@ from robx.errors import InputError
 from robx.eval import evaluate, linear, protocols
 from robx.eval.features import Features
 from robx.eval.splits import make_split, open_split
-from robx.export.calibration import read_splits
+from robx.export.image_splits import read_splits
 from robx.store.files import sha256_file
 from robx.records import (
     Accuracy,

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 
-from robx.export import to_onnx
+from robx.export.formats import to_onnx
 from robx.images.decode import preprocess
 from robx.records import Preprocessing, Student
 from robx.images.sources import open_source

@@ -18,15 +18,15 @@ from safetensors.numpy import save_file
 
 from robx.cli import main
 from robx.errors import ArtifactError, DeviceError, GateFailed, InputError
-from robx.export import to_onnx
-from robx.export.advice import gate_error
+from robx.export.formats import to_onnx
+from robx.export.gate.advice import gate_error
 from robx.export.build import Options, build
-from robx.export.calibration import open_data
-from robx.export.candidate import Candidate
-from robx.export.folders import CACHE
-from robx.export.gate import Limits
-from robx.export.inspection import inspect_bundle
-from robx.export.qdq import check_trt_qdq
+from robx.export.image_splits import open_data
+from robx.export.int8.candidate import Candidate
+from robx.export.bundle_folder import CACHE
+from robx.export.gate.gate import Limits
+from robx.export.inspect_bundle import inspect_bundle
+from robx.export.int8.tensorrt_qdq import check_trt_qdq
 from robx.export.request import ExportTarget
 from robx.linear_head import load_head
 from robx.records import Bundle, Rung, Value, load_bundle
@@ -249,7 +249,7 @@ def test_a_session_is_closed_when_its_judgement_fails(
             monkeypatch.setattr(session, "run", lambda images: np.full((len(images), 1), np.nan, np.float32))
         return session
 
-    monkeypatch.setattr("robx.export.gate.open_judge", open_broken)
+    monkeypatch.setattr("robx.export.gate.gate.open_judge", open_broken)
     bundle = _export(cnn_run, scenes, tmp_path / "b", format="onnx", precision="fp16")
     assert bundle.precision == "fp32" and "do not pair" in bundle.rungs[0].reason
     for session in opened:
@@ -267,7 +267,7 @@ def test_the_gate_times_what_was_planned_for_one_image(
             timed.setdefault(name, set()).add(session.facts()["input_shape"])
         return interleave(sessions, images, blocks=10, seconds=0.01, seed=more.get("times", 1))
 
-    monkeypatch.setattr("robx.export.gate.time_interleaved", watch)
+    monkeypatch.setattr("robx.export.gate.gate.time_interleaved", watch)
     _export(cnn_run, scenes, tmp_path / "b", format="openvino", precision="int8")
     assert timed.keys() == {"candidate", "fp32", "fp16"}
     assert {shape[:3] for shapes in timed.values() for shape in shapes} == {"[1,"}

@@ -14,17 +14,20 @@ from click.testing import CliRunner
 from robx.cli import main
 from robx.errors import ArtifactError, InputError
 from robx.eval.closeness import centred_cosine
-from robx.export import gate, quantize_nncf, quantize_trt, to_onnx
+from robx.export.gate import gate
+from robx.export.int8 import by_nncf
+from robx.export.int8 import for_tensorrt
+from robx.export.formats import to_onnx
 from robx.export.build import Options, build
-from robx.export.calibration import open_data
-from robx.export.candidate import Candidate
-from robx.export.gate import Limits
-from robx.export.graph_facts import read_facts
-from robx.export.ladder import Machine, ladder
-from robx.export.qdq import quantized_nodes
+from robx.export.image_splits import open_data
+from robx.export.int8.candidate import Candidate
+from robx.export.gate.gate import Limits
+from robx.export.int8.graph_facts import read_facts
+from robx.export.int8.ladder import Machine, ladder
+from robx.export.int8.tensorrt_qdq import quantized_nodes
 from robx.export.request import ExportTarget
-from robx.export.sensitivity import simulate
-from robx.export.workshop import Workshop
+from robx.export.int8.sensitivity import simulate
+from robx.export.make import Workshop
 from robx.records import Bundle
 
 LENIENT = Options(limits=Limits(max_drop=60, min_speedup=0.01), calibration_images=32, rungs=1)
@@ -40,7 +43,7 @@ def test_nncf_gives_tensorrt_a_vit_without_zero_points(
     name: str, vit_onnx: onnx.ModelProto, scene_pixels: np.ndarray
 ) -> None:
     rungs = {rung.name: rung for rung in ladder("trt", read_facts(vit_onnx), Machine())}
-    quantised = quantize_trt.from_uint8(quantize_nncf.quantize_onnx(vit_onnx, scene_pixels[:16], rungs[name]))
+    quantised = for_tensorrt.from_uint8(by_nncf.quantize_onnx(vit_onnx, scene_pixels[:16], rungs[name]))
     assert quantized_nodes(quantised)  # and from_uint8 has checked TensorRT's rules
     assert centred_cosine(simulate(vit_onnx, scene_pixels), simulate(quantised, scene_pixels)).mean() > 0.9
 

@@ -1,4 +1,4 @@
-"""What LiteRT and ExecuTorch say of themselves, by stand-ins; tests/export/test_mobile.py runs the real ones."""
+"""What LiteRT and ExecuTorch say of themselves, by stand-ins; tests/export/formats/test_mobile.py runs the real ones."""
 
 import sys
 import types

@@ -1,0 +1,84 @@
+"""ExecuTorch with the XNNPACK delegate: fp32, and int8 by PT2E (per-channel weights, static activations)."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from robx.errors import ArtifactError, InputError, MissingExtra
+from robx.export.formats.mobile import calibration_batches, example_input, fix_batch, mobile_model
+from robx.export.quiet import quiet
+from robx.export.request import BuiltFile, BuiltModel, ExportRequest
+from robx.store.files import write_bytes
+
+
+def build(
+    model: nn.Module | None, onnx_path: Path, request: ExportRequest, folder: Path, calibration: np.ndarray | None
+) -> BuiltModel:
+    """Write model.pte, with a fixed batch.
+
+    Raises:
+        InputError: fp16, which XNNPACK would compute in float32 on most CPUs, or too few calibration images.
+        MissingExtra: executorch is not installed.
+        ArtifactError: the converter failed; its own words are in the message.
+    """
+    if request.precision == "fp16":
+        raise InputError("ExecuTorch's XNNPACK delegate is exported as fp32 or int8: drop --fp16, or choose --int8")
+    try:
+        import executorch.exir
+    except ImportError as error:
+        raise MissingExtra("executorch", "executorch", purpose="exporting to ExecuTorch", cause=error) from error
+    mobile, example = mobile_model(model, request), (example_input(request),)
+    try:
+        with quiet():
+            if request.precision == "int8":
+                mobile = _quantise(mobile, example, calibration_batches(calibration, request))
+            program, delegates, portable = _lower(executorch.exir, mobile, example)
+    except InputError:
+        raise
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"{request.student.timm_name} cannot be converted to ExecuTorch: {first}") from error
+    write_bytes(folder / "model.pte", program)
+    left = f", and {', '.join(portable)} on ExecuTorch's portable kernels" if portable else ""
+    return BuiltModel(
+        files=(BuiltFile(path="model.pte", role="model"),),
+        runtime="executorch",
+        inputs=fix_batch(request.inputs, request.fixed_batch),
+        outputs=fix_batch(request.outputs, request.fixed_batch),
+        versions={name: version(name) for name in ("executorch", "torch", "torchao")},
+        notes=(f"{delegates} XNNPACK partition{'s' if delegates != 1 else ''}{left}",),
+    )
+
+
+def _quantise(model: nn.Module, example: tuple[torch.Tensor], batches: list[torch.Tensor]) -> nn.Module:
+    """The exported graph with static int8 Q/DQ around what XNNPACK has int8 kernels for."""
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    graph = torch.export.export(model, example).module()
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    prepared = prepare_pt2e(graph, quantizer)
+    with torch.inference_mode():
+        for batch in batches:
+            prepared(batch)
+    quantised: nn.Module = convert_pt2e(prepared)
+    return quantised
+
+
+def _lower(exir: Any, model: nn.Module, example: tuple[torch.Tensor]) -> tuple[bytes, int, list[str]]:
+    """The serialised program, its number of delegated partitions, and the operators that were left out of them."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    exported = torch.export.export(model, example)
+    program = exir.to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch()
+    plan = program.executorch_program.execution_plan[0]
+    return bytes(program.buffer), len(plan.delegates), sorted({operator.name for operator in plan.operators})

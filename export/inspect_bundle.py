@@ -1,0 +1,221 @@
+"""What is inside a bundle: operators, precisions, sizes, what its target does not know, the sensitive layers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from xml.etree import ElementTree
+
+import onnx
+from onnx import numpy_helper
+
+from robx.errors import ArtifactError
+from robx.export.int8.tensorrt_qdq import WEIGHTED, Graph, trt_advice, trt_faults
+from robx.store.files import read_json
+from robx.store.onnx_safety import load_checked
+from robx.records import Bundle
+
+_MAX_XML_BYTES = 256 * 1024 * 1024
+_NOT_LAYERS = ("QuantizeLinear", "DequantizeLinear", "Constant", "Const", "Parameter", "Result", "FakeQuantize")
+# What TensorRT 10 and 11 and TensorRT-RTX have no kernel for among what a vision model may hold.
+_FOREIGN_TO_TRT = ("Attention", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear")
+_STANDARD_DOMAINS = ("", "ai.onnx")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operators:
+    """One kind of operator."""
+
+    name: str
+    count: int
+    int8: int  # how many of them run on int8
+    bytes: int  # of their weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One convolution or matrix product."""
+
+    name: str
+    operator: str
+    precision: str
+    bytes: int
+    cost: float | None  # 1 - centred cosine with it alone in int8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """All that `robx inspect` shows beside the manifest."""
+
+    operators: tuple[Operators, ...] = ()
+    layers: tuple[Layer, ...] = ()
+    foreign: tuple[str, ...] = ()
+    sensitivity: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def inspect_bundle(folder: Path, bundle: Bundle) -> Inspection:
+    """Read the model file of a bundle that was verified already; nothing is run.
+
+    Raises:
+        ArtifactError: the model file is damaged.
+    """
+    costs = _sensitivity(folder, bundle)
+    path = folder / bundle.model.path
+    match path.suffix:
+        case ".onnx":
+            return _of_onnx(load_checked(path), bundle, costs)
+        case ".xml":
+            return _of_openvino(path, costs)
+        case ".ort":
+            return _of_ort(folder, bundle, costs)
+        case other:
+            return Inspection(sensitivity=costs, notes=(f"the layers of a {other} file are not listed",))
+
+
+def _of_onnx(model: onnx.ModelProto, bundle: Bundle, costs: dict[str, float]) -> Inspection:
+    graph = Graph(model)
+    counts, int8, sizes = Counter[str](), Counter[str](), Counter[str]()
+    layers, foreign = [], set()
+    for node in graph.nodes:
+        if node.domain not in _STANDARD_DOMAINS:
+            foreign.add(f"{node.domain}.{node.op_type}")
+        if node.op_type in _NOT_LAYERS:
+            continue
+        quantised = _is_int8(graph, node)
+        weights = sum(_stored_bytes(graph, name) for name in node.input)
+        counts[node.op_type] += 1
+        int8[node.op_type] += quantised
+        sizes[node.op_type] += weights
+        if node.op_type in WEIGHTED:
+            kind = "int8" if quantised else _float_kind(graph, node)
+            layers.append(
+                Layer(name=node.name, operator=node.op_type, precision=kind, bytes=weights, cost=costs.get(node.name))
+            )
+    operators = tuple(
+        Operators(name=name, count=count, int8=int8[name], bytes=sizes[name]) for name, count in counts.most_common()
+    )
+    lines, advice = sorted(foreign), list[str]()
+    if bundle.format == "trt":
+        lines += sorted({n.op_type for n in graph.nodes if n.op_type in _FOREIGN_TO_TRT})
+        if bundle.precision == "int8":
+            lines, advice = lines + trt_faults(model), trt_advice(model)
+    opset = next((o.version for o in model.opset_import if o.domain in _STANDARD_DOMAINS), None)
+    return Inspection(
+        operators=operators,
+        layers=tuple(layers),
+        foreign=tuple(lines),
+        sensitivity=costs,
+        notes=(f"opset {opset}, IR {model.ir_version}, {len(graph.nodes)} nodes", *advice),
+    )
+
+
+def _of_openvino(path: Path, costs: dict[str, float]) -> Inspection:
+    if path.stat().st_size > _MAX_XML_BYTES:
+        raise ArtifactError(f"{path} is larger than {_MAX_XML_BYTES} bytes: not an OpenVINO model of robx")
+    text = path.read_bytes()
+    if b"<!DOCTYPE" in text or b"<!ENTITY" in text:  # entities can make a small file huge
+        raise ArtifactError(f"{path} declares XML entities: not an OpenVINO model of robx")
+    try:
+        root = ElementTree.fromstring(text)
+    except ElementTree.ParseError as error:
+        raise ArtifactError(f"{path} is not XML ({error}): export it again") from error
+    nodes = {layer.get("id", ""): layer for layer in root.iter("layer")}
+    sources = {(e.get("to-layer"), e.get("to-port")): e.get("from-layer", "") for e in root.iter("edge")}
+    inputs: dict[str, list[str]] = {}
+    for (to, _), source in sorted(sources.items(), key=lambda item: str(item[0])):
+        inputs.setdefault(str(to), []).append(source)
+    counts, int8, sizes, layers = Counter[str](), Counter[str](), Counter[str](), []
+    for key, layer in nodes.items():
+        kind = layer.get("type", "")
+        if kind in _NOT_LAYERS:
+            continue
+        counts[kind] += 1
+        if kind not in ("Convolution", "GroupConvolution", "MatMul"):
+            continue
+        precision, weights = _openvino_product([_openvino_input(nodes, inputs, name) for name in inputs.get(key, [])])
+        int8[kind] += precision == "int8"
+        sizes[kind] += weights
+        name = layer.get("name", "")
+        cost = costs.get(name.split("/")[0])
+        layers.append(Layer(name=name, operator=kind, precision=precision, bytes=weights, cost=cost))
+    operators = tuple(Operators(name=n, count=c, int8=int8[n], bytes=sizes[n]) for n, c in counts.most_common())
+    version = root.get("version", "?")
+    return Inspection(
+        operators=operators,
+        layers=tuple(layers),
+        sensitivity=costs,
+        notes=(f"OpenVINO IR {version}, {len(nodes)} nodes",),
+    )
+
+
+def _openvino_input(
+    nodes: dict[str, ElementTree.Element], inputs: dict[str, list[str]], start: str
+) -> tuple[set[str], int]:
+    """Element types and bytes of the constants behind an input, through what only converts, scales or reshapes them;
+    a FakeQuantize counts as "i8".
+    """
+    types, size, seen, key = set(), 0, set(), start
+    while (node := nodes.get(key)) is not None and key not in seen:  # a hostile file goes in circles
+        seen.add(key)
+        kind, data = node.get("type"), node.find("data")
+        if kind == "Const" and data is not None:
+            types.add(data.get("element_type", ""))
+            stored = data.get("size", "")
+            size = int(stored) if stored.isdigit() else 0
+        if kind == "FakeQuantize":
+            types.add("i8")
+        elif kind not in ("Convert", "Multiply", "Subtract", "Reshape"):
+            break
+        key = next(iter(inputs.get(key, [])), "")
+    return types, size
+
+
+def _openvino_product(sides: list[tuple[set[str], int]]) -> tuple[str, int]:
+    """A product's precision, and the bytes of its weights: int8 weights, or two quantised activations, make int8."""
+    types = set().union(*(side for side, _ in sides))
+    weights = max((size for _, size in sides), default=0)
+    quantised = [bool(side & {"i8", "u8"}) for side, _ in sides]
+    if all(quantised) if not weights else any(q for q, (_, size) in zip(quantised, sides, strict=True) if size):
+        return "int8", weights
+    return ("fp16" if "f16" in types else "fp32"), weights
+
+
+def _of_ort(folder: Path, bundle: Bundle, costs: dict[str, float]) -> Inspection:
+    from robx.export.formats.to_ort import read_operators
+
+    config = next((f.path for f in bundle.files if f.role == "operators"), None)
+    found = read_operators(folder / config) if config else {}
+    notes = tuple(f"needs {domain.replace(';', ' opset ')}: {', '.join(names)}" for domain, names in found.items())
+    return Inspection(sensitivity=costs, notes=notes)
+
+
+def _is_int8(graph: Graph, node: onnx.NodeProto) -> bool:
+    dynamic = [name for name in node.input if name and name not in graph.initializers]
+    return bool(dynamic) and all(graph.dequantized(name) is not None for name in dynamic[:2])
+
+
+def _stored_bytes(graph: Graph, name: str) -> int:
+    while (producer := graph.producers.get(name)) is not None and producer.op_type in (
+        "DequantizeLinear",
+        "QuantizeLinear",
+    ):
+        name = producer.input[0]
+    tensor = graph.initializers.get(name)
+    return 0 if tensor is None else int(numpy_helper.to_array(tensor).nbytes)
+
+
+def _float_kind(graph: Graph, node: onnx.NodeProto) -> str:
+    kinds = {graph.initializers[n].data_type for n in node.input if n in graph.initializers}
+    return "fp16" if onnx.TensorProto.FLOAT16 in kinds else "fp32"
+
+
+def _sensitivity(folder: Path, bundle: Bundle) -> dict[str, float]:
+    path = folder / "sensitivity.json"
+    if not any(file.path == path.name for file in bundle.files):
+        return {}
+    value = read_json(path)
+    if not isinstance(value, dict) or not all(isinstance(v, int | float) for v in value.values()):
+        raise ArtifactError(f"{path} is no map of layers to numbers: export the bundle again")
+    return {str(name): float(cost) for name, cost in value.items()}

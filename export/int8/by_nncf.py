@@ -1,0 +1,95 @@
+"""Post-training quantisation by NNCF, on an OpenVINO model or on ONNX."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+
+from robx.errors import ArtifactError, MissingExtra
+from robx.export.image_splits import whole_batches
+from robx.export.int8.candidate import Candidate
+from robx.export.int8.float_scope import kept_nodes, openvino_names
+from robx.export.int8.graph_facts import input_batch
+from robx.export.quiet import quiet
+from robx.store.onnx_safety import check_model
+
+
+def quantize_onnx(model: onnx.ModelProto, calibration: np.ndarray, candidate: Candidate) -> onnx.ModelProto:
+    """A Q/DQ copy of a float32 ONNX model.
+
+    Args:
+        model: float32 ONNX, input ``pixels``.
+        calibration: its inputs, (N, 3, H, W).
+        candidate: ranges, bias correction, SmoothQuant, what stays in float.
+
+    Raises:
+        MissingExtra: NNCF is not installed.
+        ArtifactError: NNCF failed, or a node that is to stay in float is not there.
+    """
+    kept = [node.name for node in kept_nodes(model, candidate)]
+    name = model.graph.input[0].name
+    source = onnx.ModelProto()
+    source.CopyFrom(model)
+    items = [{name: batch} for batch in whole_batches(calibration, input_batch(model) or 1)]
+    quantised: onnx.ModelProto = _quantize(source, items, candidate, kept)
+    check_model(quantised, where=f"NNCF's answer ({candidate.name})")
+    return quantised
+
+
+def quantize_openvino(network: Any, source: onnx.ModelProto, calibration: np.ndarray, candidate: Candidate) -> Any:
+    """A quantised copy of an ``openvino.Model``; see `quantize_onnx`.
+
+    Args:
+        network: as OpenVINO read it from `source`.
+        source: float32 ONNX, whose nodes the candidate names.
+        calibration: its inputs, (N, 3, H, W).
+        candidate: see `quantize_onnx`.
+    """
+    kept = openvino_names(network, source, candidate)
+    return _quantize(network.clone(), whole_batches(calibration, input_batch(source) or 1), candidate, kept)
+
+
+def _quantize(model: Any, items: list[Any], candidate: Candidate, kept: list[str]) -> Any:
+    try:
+        with quiet():
+            import nncf
+    except Exception as error:  # missing, or made for another version of what it builds on
+        raise MissingExtra("nncf", "openvino", purpose="this rung of the INT8 ladder", cause=error) from error
+    try:
+        with quiet():
+            return nncf.quantize(
+                model,
+                nncf.Dataset(items),
+                subset_size=len(items),
+                preset=_preset(nncf, candidate),
+                fast_bias_correction=not candidate.full_bias,
+                model_type=nncf.ModelType.TRANSFORMER if candidate.transformer else None,
+                ignored_scope=nncf.IgnoredScope(names=kept, validate=True),
+                advanced_parameters=_advanced(nncf, candidate),
+            )
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"NNCF cannot quantise this model ({candidate.name}): {first}") from error
+
+
+def _preset(nncf: Any, candidate: Candidate) -> Any:
+    """How activations are quantised; by default NNCF gives a transformer's a zero point, which TensorRT refuses."""
+    if candidate.signed:
+        return nncf.QuantizationPreset.PERFORMANCE
+    return nncf.QuantizationPreset.MIXED if candidate.asymmetric else None
+
+
+def _advanced(nncf: Any, candidate: Candidate) -> Any:
+    from nncf.quantization.advanced_parameters import AdvancedSmoothQuantParameters
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
+
+    parameters = nncf.AdvancedQuantizationParameters(
+        smooth_quant_alphas=AdvancedSmoothQuantParameters(
+            convolution=-1, matmul=-1 if candidate.smooth_alpha is None else candidate.smooth_alpha
+        )
+    )
+    if not candidate.mean_ranges:
+        parameters.activations_range_estimator_params = RangeEstimatorParametersSet.MINMAX
+    return parameters

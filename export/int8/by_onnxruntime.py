@@ -1,0 +1,74 @@
+"""Static Q/DQ quantisation by ONNX Runtime's quantiser, from ranges that robx measured itself."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import onnx
+
+from robx.errors import ArtifactError
+from robx.export.int8.candidate import Candidate
+from robx.export.int8.float_scope import kept_nodes
+from robx.export.quiet import quiet
+from robx.export.int8.ranges import Ranges
+from robx.store.onnx_safety import check_model
+
+
+def quantize(
+    model: onnx.ModelProto,
+    ranges: Ranges,
+    candidate: Candidate,
+    *,
+    nodes: list[str] | None = None,
+    op_types: list[str] | None = None,
+    options: dict[str, Any] | None = None,
+) -> onnx.ModelProto:
+    """A Q/DQ copy of a float32 model: per-channel int8 weights, activations as the candidate says.
+
+    Args:
+        model: float32 ONNX.
+        ranges: (low, high) of every activation.
+        candidate: activation type, 7-bit weights, what stays in float.
+        nodes: quantise these nodes only.
+        op_types: quantise these operators only; None: all that the quantiser knows but ``candidate.float_ops``.
+        options: more of the quantiser's own.
+
+    Raises:
+        ArtifactError: the quantiser failed, or a node that is to stay in float is not there.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType
+    from onnxruntime.quantization.calibrate import TensorData, TensorsData
+    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+
+    kept = [node.name for node in kept_nodes(model, candidate)]
+    known = op_types or sorted({*QDQRegistry, *QLinearOpsRegistry})
+    data = {
+        name: TensorData(lowest=np.array(low, np.float32), highest=np.array(high, np.float32))
+        for name, (low, high) in ranges.items()
+    }
+    # What quantize_static ends in; it would measure ranges of its own first.
+    try:
+        with quiet():
+            quantiser = QDQQuantizer(
+                onnx.shape_inference.infer_shapes(model),
+                per_channel=True,
+                reduce_range=candidate.reduce_range,
+                weight_qType=QuantType.QInt8,
+                activation_qType=QuantType.QInt8 if candidate.signed else QuantType.QUInt8,
+                tensors_range=TensorsData(CalibrationMethod.MinMax, data),
+                nodes_to_quantize=nodes or [],
+                nodes_to_exclude=kept,
+                op_types_to_quantize=[op for op in known if op not in candidate.float_ops],
+                extra_options={"ActivationSymmetric": candidate.signed, "WeightSymmetric": True, **(options or {})},
+            )
+            quantiser.quantize_model()
+            quantiser.model.topological_sort()
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"ONNX Runtime cannot quantise this model ({candidate.name}): {first}") from error
+    quantised: onnx.ModelProto = quantiser.model.model
+    check_model(quantised, where=f"ONNX Runtime's answer ({candidate.name})")
+    return quantised

@@ -1,0 +1,75 @@
+"""What of a graph stays in float: a candidate's ONNX nodes, and the OpenVINO operations that they became.
+
+OpenVINO reads one ONNX node as several operations, and the node's name goes to the last: ``Conv`` becomes the
+convolution ``NAME/WithoutBiases`` and the addition ``NAME``, a normalisation three of them. A quantiser that is given
+the ONNX name alone leaves the addition in float and quantises the convolution.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+
+from robx.errors import ArtifactError
+from robx.export.int8.candidate import Candidate
+
+
+def kept_nodes(model: onnx.ModelProto, candidate: Candidate) -> list[onnx.NodeProto]:
+    """The nodes of an ONNX graph that stay in float, in its order: those named, and those of the types named.
+
+    Raises:
+        ArtifactError: a node of ``candidate.float_nodes`` is not in the graph.
+    """
+    named = set(candidate.float_nodes)
+    missing = named - {node.name for node in model.graph.node}
+    if missing:
+        raise ArtifactError(_refusal(candidate, min(missing), "is not in the ONNX graph"))
+    return [node for node in model.graph.node if node.name in named or node.op_type in candidate.float_ops]
+
+
+def openvino_names(network: Any, model: onnx.ModelProto, candidate: Candidate) -> list[str]:
+    """Friendly names of the operations that stay in float in an ``openvino.Model`` that was read from `model`.
+
+    Both graphs name their tensors alike, so a node became what lies between its output and the next ONNX tensors
+    upstream. A node of ``candidate.float_ops`` that OpenVINO folded away or fused, as a softmax into an attention, is
+    left out.
+
+    Raises:
+        ArtifactError: a node of ``candidate.float_nodes`` is not in one of the graphs.
+    """
+    nodes = kept_nodes(model, candidate)
+    if not nodes:
+        return []
+    makers = {name: output for op in network.get_ops() for output in op.outputs() for name in output.get_names()}
+    graph = model.graph
+    tensors = {value.name for value in (*graph.input, *graph.initializer)}
+    tensors.update(name for node in graph.node for name in node.output)
+    found: dict[str, None] = {}
+    for node in nodes:
+        names = _between(makers, tensors, node)
+        if not names and node.name in candidate.float_nodes:
+            raise ArtifactError(_refusal(candidate, node.name, "has no counterpart in OpenVINO's graph"))
+        found.update(dict.fromkeys(names))
+    return list(found)
+
+
+def _between(makers: dict[str, Any], tensors: set[str], node: onnx.NodeProto) -> list[str]:
+    """Names of the operations that compute `node`'s outputs from ONNX tensors; [] when nothing is left of it."""
+    upstream = tensors - set(node.output)
+    pending = [makers[name] for name in node.output if name in makers]
+    found: dict[str, None] = {}
+    while pending:
+        output = pending.pop()
+        operation = output.get_node()
+        name = operation.get_friendly_name()
+        # A tensor that also has the name of another ONNX tensor is that one's: `node` did nothing to it.
+        if name in found or operation.get_type_name() in ("Constant", "Parameter") or output.get_names() & upstream:
+            continue
+        found[name] = None
+        pending.extend(operation.input_values())
+    return list(found)
+
+
+def _refusal(candidate: Candidate, name: str, why: str) -> str:
+    return f"{candidate.name}: {name!r} is to stay in float and {why}"

@@ -1,0 +1,186 @@
+"""Activation ranges from calibration images: one pass of the model, every range rule from the same histograms.
+
+min-max keeps all that was seen; percentile cuts the tails; MSE and entropy cut where the expected quantisation error,
+or the divergence of the distributions, is least (Krishnamoorthi 2018; Migacz 2017, with 2048 bins: with as many bins as
+levels, which is a common default, entropy changes nothing).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from robx.export.int8.candidate import RangeMethod
+
+BINS = 2048
+_LEVELS = 128
+# Where a lone value is all that is left inside, both distributions are one spike and diverge by nothing.
+_MOST_CLIPPED = 0.01
+# A histogram needs no more than this of one tensor in one batch; the extremes are taken over all of it.
+_SAMPLE = 100_000
+
+Ranges = dict[str, tuple[float, float]]
+
+
+@dataclass
+class Histogram:
+    """What was seen of one tensor."""
+
+    low: float
+    high: float
+    counts: np.ndarray  # float64 (BINS,) over [low, high]
+
+    def edges(self) -> np.ndarray:
+        """The BINS + 1 edges of the bins."""
+        return np.linspace(self.low, self.high, BINS + 1)
+
+
+def collect(model: onnx.ModelProto, batches: Iterable[np.ndarray], *, input_name: str) -> dict[str, Histogram]:
+    """Run `model` on `batches` and keep a histogram of every float tensor that an operator reads or writes.
+
+    Args:
+        model: float32 ONNX.
+        batches: the input, float32 (n, 3, H, W) each.
+        input_name: the name of the model's input.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime as ort
+
+    names = [output for node in model.graph.node for output in node.output if output]
+    session = ort.InferenceSession(
+        _with_outputs(model, names).SerializeToString(), _options(ort), ["CPUExecutionProvider"]
+    )
+    found: dict[str, Histogram] = {}
+    for batch in batches:
+        values = dict(zip(names, session.run(names, {input_name: batch}), strict=True)) | {input_name: batch}
+        for name, value in values.items():
+            if value.dtype == np.float32 and value.size:
+                _add(found, name, value)
+    return found
+
+
+def choose(
+    histograms: dict[str, Histogram], method: RangeMethod, *, percentile: float = 99.99, symmetric: bool = False
+) -> Ranges:
+    """The range (low, high) of every tensor by one rule; each contains 0, as zero must be exact.
+
+    Args:
+        histograms: what `collect` saw.
+        method: the rule.
+        percentile: of the rule of that name; what lies outside of it is clipped.
+        symmetric: the quantiser spends its 255 steps on [-m, m] whatever the range is.
+    """
+    return {name: _choose_one(histogram, method, percentile, symmetric) for name, histogram in histograms.items()}
+
+
+def _choose_one(histogram: Histogram, method: RangeMethod, percentile: float, symmetric: bool) -> tuple[float, float]:
+    low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
+    if high - low <= 0 or method == "minmax":
+        return low, high
+    if method == "percentile":
+        share = np.cumsum(histogram.counts) / histogram.counts.sum()
+        tail = (1 - percentile / 100) / 2 if low < 0 < high else 1 - percentile / 100
+        edges = histogram.edges()
+        lower = edges[int(np.searchsorted(share, tail))] if low < 0 else 0.0
+        upper = edges[min(BINS, int(np.searchsorted(share, 1 - tail)) + 1)] if high > 0 else 0.0
+        return min(float(lower), 0.0), max(float(upper), 0.0)
+    reach = max(-low, high)
+    if method == "mse" and not symmetric:
+        factor = _least_mse(histogram, low, high)
+        return low * factor, high * factor
+    reach *= _least_mse(histogram, -reach, reach) if method == "mse" else _least_divergence(histogram)
+    return max(low, -reach), min(high, reach)
+
+
+def _least_mse(histogram: Histogram, low: float, high: float) -> float:
+    """The share of the range whose 8-bit quantisation has the least squared error."""
+    edges = histogram.edges()
+    centres = (edges[:-1] + edges[1:]) / 2
+    factors = np.linspace(0.3, 1.0, 71)
+    clipped = np.clip(centres[None], factors[:, None] * low, factors[:, None] * high)
+    step = factors * (high - low) / 255
+    error = ((clipped - centres) ** 2 + np.where(clipped == centres, step[:, None] ** 2 / 12, 0.0)) @ histogram.counts
+    return float(factors[int(np.argmin(error))])
+
+
+def _least_divergence(histogram: Histogram) -> float:
+    """The share of max |x| at which the clipped, quantised distribution diverges least (Kullback-Leibler)."""
+    edges = histogram.edges()
+    reach = max(abs(histogram.low), abs(histogram.high))
+    counts, _ = np.histogram(np.abs((edges[:-1] + edges[1:]) / 2), BINS, (0, reach), weights=histogram.counts)
+    counts[0] = counts[1]  # zeros of a ReLU are exact in int8; as a spike they would hide the rest
+    best, best_width = np.inf, BINS
+    inside = np.cumsum(counts) / max(counts.sum(), 1e-30)
+    for width in range(_LEVELS, BINS + 1, 16):
+        if inside[width - 1] < 1 - _MOST_CLIPPED:
+            continue
+        reference = counts[:width].copy()
+        reference[-1] += counts[width:].sum()
+        level = np.arange(width) * _LEVELS // width
+        filled = counts[:width] > 0
+        mass, members = np.bincount(level, counts[:width], _LEVELS), np.bincount(level, filled, _LEVELS)
+        spread = np.where(filled, (mass / np.maximum(members, 1))[level], 0)
+        p, q = reference / max(reference.sum(), 1e-30), spread / max(spread.sum(), 1e-30)
+        use = p > 0
+        divergence = float(np.sum(p[use] * np.log(p[use] / np.maximum(q[use], 1e-12))))
+        if divergence < best:
+            best, best_width = divergence, width
+    return best_width / BINS
+
+
+def _add(found: dict[str, Histogram], name: str, value: np.ndarray) -> None:
+    flat = value.reshape(-1)
+    low, high = float(flat.min()), float(flat.max())
+    if not np.isfinite(low) or not np.isfinite(high):
+        return
+    sample = flat[:: _stride(flat.size)]
+    old = found.get(name)
+    if old is None:
+        counts = np.histogram(sample, BINS, (low, high))[0].astype(np.float64) if high > low else _spike()
+        found[name] = Histogram(low, high, counts)
+        return
+    if low < old.low or high > old.high:  # widen: the old bins' centres move into the new bins
+        centres = (old.edges()[:-1] + old.edges()[1:]) / 2
+        wide = (min(low, old.low), max(high, old.high))
+        old.counts = np.histogram(centres, BINS, wide, weights=old.counts)[0]
+        old.low, old.high = wide
+    if old.high > old.low:
+        old.counts += np.histogram(sample, BINS, (old.low, old.high))[0]
+
+
+def _stride(size: int) -> int:
+    """The step of a sample of a tensor; one that shares a factor with an axis would see some channels alone."""
+    step = max(1, size // _SAMPLE)
+    while math.gcd(step, size) > 1:
+        step += 1
+    return step
+
+
+def _spike() -> np.ndarray:
+    counts = np.zeros(BINS)
+    counts[0] = 1
+    return counts
+
+
+def _with_outputs(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
+    wide = onnx.ModelProto()
+    wide.CopyFrom(model)
+    del wide.graph.output[:]
+    # An untyped output is typed by the runtime's own inference.
+    wide.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
+    return wide
+
+
+def _options(ort: Any) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.inter_op_num_threads = 1
+    return options

@@ -1,0 +1,131 @@
+"""What is to stay in float does, in each quantiser's graph; what is not there is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from robx.errors import ArtifactError
+from robx.export.int8 import by_nncf
+from robx.export.int8 import by_onnxruntime
+from robx.export.int8 import ranges
+from robx.export.int8.candidate import Candidate
+from robx.export.int8.float_scope import kept_nodes, openvino_names
+from robx.export.int8.graph_facts import read_facts
+from robx.export.int8.ladder import sensitive_rungs
+from robx.export.int8.tensorrt_qdq import quantized_nodes
+from robx.export.int8.sensitivity import simulate
+from robx.export.formats.to_openvino import read_onnx
+
+ov = pytest.importorskip("openvino")
+
+
+def _read(model: onnx.ModelProto) -> Any:
+    return read_onnx(model.SerializeToString(), where="the test's model")
+
+
+def _run(network: Any, images: np.ndarray) -> np.ndarray:
+    compiled = ov.Core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1})
+    return np.concatenate([compiled(image[None])[0] for image in images])
+
+
+def _has_int8_inputs(operation: Any) -> bool:
+    """Whether an OpenVINO product's activations come through a FakeQuantize or its weights from int8."""
+    pooling = ("MaxPool", "AvgPool", "Reshape", "Transpose")  # a FakeQuantize may stand before these
+    data = operation.input_value(0).get_node()
+    while data.get_type_name() in pooling:
+        data = data.input_value(0).get_node()
+    weights = operation.input_value(1).get_node()
+    return bool(data.get_type_name() == "FakeQuantize" or weights.get_type_name() != "Constant")
+
+
+def _convolutions(network: Any) -> dict[str, Any]:
+    """By ONNX name: every convolution of these graphs has a bias, and is named for it."""
+    found = (op for op in network.get_ordered_ops() if op.get_type_name() == "Convolution")
+    return {op.get_friendly_name().removesuffix("/WithoutBiases"): op for op in found}
+
+
+def test_the_openvino_names_of_a_convolution_hold_the_convolution(cnn_onnx: onnx.ModelProto) -> None:
+    facts, network = read_facts(cnn_onnx), _read(cnn_onnx)
+    types = {op.get_friendly_name(): op.get_type_name() for op in network.get_ops()}
+    for node in facts.weighted:
+        names = openvino_names(network, cnn_onnx, Candidate(name="x", float_nodes=(node,)))
+        assert [n for n in names if types[n] == "Convolution"] == [_convolutions(network)[node].get_friendly_name()]
+        assert not any(types[n] in ("Relu", "Parameter", "Constant", "Result") for n in names)
+
+
+def test_operators_named_by_type_hold_all_that_they_became(vit_onnx: onnx.ModelProto) -> None:
+    network = _read(vit_onnx)
+    names = openvino_names(network, vit_onnx, Candidate(name="x", float_ops=("Softmax", "LayerNormalization")))
+    types = [op.get_type_name() for op in network.get_ops() if op.get_friendly_name() in names]
+    wanted = [n.op_type for n in vit_onnx.graph.node if n.op_type in ("Softmax", "LayerNormalization")]
+    # A softmax within a fused attention is computed in float there, and is nobody's to quantise.
+    fused = [op.get_type_name() for op in network.get_ops()].count("ScaledDotProductAttention")
+    assert types.count("Softmax") + fused == wanted.count("Softmax") > 0
+    assert types.count("MVN") + types.count("Sqrt") >= wanted.count("LayerNormalization") > 0
+    assert "MatMul" not in types
+    assert openvino_names(network, vit_onnx, Candidate(name="x", float_ops=("Sinh",))) == []
+
+
+def test_openvino_leaves_in_float_what_is_named(cnn_onnx: onnx.ModelProto, scene_pixels: np.ndarray) -> None:
+    names, network, images = read_facts(cnn_onnx).weighted, _read(cnn_onnx), scene_pixels[:16]
+    plain = Candidate(name="nncf", quantiser="nncf")
+    rungs = [plain, *sensitive_rungs(plain, list(names))[:2]]
+    assert len({rung.float_nodes for rung in rungs}) == len(rungs) == 3
+    answers = []
+    for rung in rungs:
+        quantised = by_nncf.quantize_openvino(network, cnn_onnx, images, rung)
+        in_float = {name for name, op in _convolutions(quantised).items() if not _has_int8_inputs(op)}
+        assert in_float == set(rung.float_nodes)
+        answers.append(_run(quantised, images))
+    for first, second in ((0, 1), (1, 2)):
+        assert np.abs(answers[first] - answers[second]).max() > 1e-3 * np.abs(answers[0]).max()
+
+
+@pytest.mark.parametrize("quantiser", ["nncf", "onnxruntime"])
+def test_onnx_leaves_in_float_what_is_named(
+    cnn_onnx: onnx.ModelProto, scene_pixels: np.ndarray, quantiser: str
+) -> None:
+    names, images = read_facts(cnn_onnx).weighted, scene_pixels[:16]
+    chosen = ranges.choose(ranges.collect(cnn_onnx, [images], input_name="pixels"), "minmax")
+    int8, answers = [], []
+    for kept in ((), names[:1], names[:3]):
+        candidate = Candidate(name="x", float_nodes=kept)
+        if quantiser == "nncf":
+            quantised = by_nncf.quantize_onnx(cnn_onnx, images, candidate)
+        else:
+            quantised = by_onnxruntime.quantize(cnn_onnx, chosen, candidate)
+        int8.append(set(quantized_nodes(quantised)))
+        assert not int8[-1] & set(kept) and int8[-1]
+        answers.append(simulate(quantised, images))
+    assert names[0] in int8[0] and int8[0] > int8[1] > int8[2]
+    for first, second in ((0, 1), (1, 2)):
+        assert np.abs(answers[first] - answers[second]).max() > 1e-3 * np.abs(answers[0]).max()
+
+
+def test_a_node_that_is_not_there_is_refused(cnn_onnx: onnx.ModelProto, scene_pixels: np.ndarray) -> None:
+    candidate, images = Candidate(name="careful", float_nodes=("no_such_node",)), scene_pixels[:2]
+    calls = (
+        lambda: kept_nodes(cnn_onnx, candidate),
+        lambda: by_nncf.quantize_openvino(_read(cnn_onnx), cnn_onnx, images, candidate),
+        lambda: by_nncf.quantize_onnx(cnn_onnx, images, candidate),
+        lambda: by_onnxruntime.quantize(cnn_onnx, {}, candidate),
+    )
+    for call in calls:
+        with pytest.raises(ArtifactError, match=r"careful: 'no_such_node' is to stay in float and is not in"):
+            call()
+
+
+def test_a_network_of_another_graph_is_refused(cnn_onnx: onnx.ModelProto) -> None:
+    other = onnx.ModelProto()
+    other.CopyFrom(cnn_onnx)
+    stem = other.graph.node[0]
+    renamed = {stem.output[0]: "of another graph"}
+    for node in other.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [renamed.get(name, name) for name in names]
+    with pytest.raises(ArtifactError, match="has no counterpart in OpenVINO's graph"):
+        openvino_names(_read(cnn_onnx), other, Candidate(name="x", float_nodes=(stem.name,)))

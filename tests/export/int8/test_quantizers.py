@@ -1,0 +1,460 @@
+"""Quantisers and graph rewrites on real exported networks, against PyTorch, ONNX Runtime and plain numpy."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from robx.errors import ArtifactError, InputError
+from robx.eval.closeness import centred_cosine
+from robx.export.int8 import by_nncf
+from robx.export.int8 import by_onnxruntime
+from robx.export.int8 import for_tensorrt
+from robx.export.int8 import ranges
+from robx.export.int8.bias import correct_biases
+from robx.export.int8.candidate import Candidate
+from robx.export.int8.equalize import equalize
+from robx.export.int8.graph_facts import read_facts
+from robx.export.formats.half import to_half
+from robx.export.int8.ladder import Machine, ladder, limit, sensitive_rungs
+from robx.export.int8.tensorrt_qdq import Graph, check_trt_qdq, linears, quantized_nodes, rescale_to_int8, trt_faults
+from robx.export.int8.ranges import Histogram, choose
+from robx.export.int8.sensitivity import _quantise_one, measure, simulate
+
+
+@pytest.fixture(scope="module")
+def cnn_ranges(cnn_onnx: onnx.ModelProto, scene_pixels: np.ndarray) -> dict[str, Histogram]:
+    return ranges.collect(cnn_onnx, [scene_pixels[i : i + 16] for i in (0, 16)], input_name="pixels")
+
+
+@pytest.fixture(scope="module")
+def trt_model(cnn_onnx: onnx.ModelProto, cnn_ranges: dict[str, Histogram]) -> onnx.ModelProto:
+    return for_tensorrt.quantize(cnn_onnx, choose(cnn_ranges, "minmax"), Candidate(name="trt", signed=True))
+
+
+def test_ranges_hold_every_activation(
+    cnn_onnx: onnx.ModelProto, cnn_ranges: dict[str, Histogram], scene_pixels: np.ndarray
+) -> None:
+    found = choose(cnn_ranges, "minmax")
+    assert found["pixels"][0] == pytest.approx(scene_pixels[:32].min())
+    assert found["pixels"][1] == pytest.approx(scene_pixels[:32].max())
+    assert {o for n in cnn_onnx.graph.node if n.op_type in ("Conv", "Add") for o in n.output} <= set(found)
+
+
+def test_range_rules_on_a_known_distribution() -> None:
+    random = np.random.default_rng(0)
+    values = np.abs(random.normal(size=200_000)).astype(np.float32)
+    values[0] = 40.0  # one outlier
+    counts, _ = np.histogram(values, ranges.BINS, (0, 40))
+    seen = {"x": Histogram(0.0, 40.0, counts.astype(np.float64))}
+    assert choose(seen, "minmax")["x"] == (0.0, 40.0)
+    assert choose(seen, "percentile", percentile=99.9)["x"][1] == pytest.approx(np.quantile(values, 0.999), rel=0.05)
+    assert 2.0 < choose(seen, "entropy")["x"][1] < 20.0
+
+    def error(high: float) -> float:  # of real 8-bit rounding, not of the formula that the rule minimises
+        step = high / 255
+        return float(np.mean((np.clip(np.round(values / step), 0, 255) * step - values) ** 2))
+
+    chosen = choose(seen, "mse")["x"][1]
+    assert error(chosen) <= 1.05 * min(error(high) for high in np.linspace(12, 40, 57))
+    assert error(chosen) < error(40.0)
+
+
+@pytest.mark.parametrize("centre", [1.0, -1.0])
+def test_entropy_does_not_clip_what_nearly_all_values_are(centre: float) -> None:
+    """A gate's output lies in a narrow band far from 0: cut below it, a lone value is left and nothing diverges."""
+    values = centre * np.abs(1 + 0.1 * np.random.default_rng(0).normal(size=400_000))
+    low, high = float(values.min()), float(values.max())
+    counts, _ = np.histogram(values, ranges.BINS, (low, high))
+    bounds = choose({"x": Histogram(low, high, counts.astype(np.float64))}, "entropy")["x"]
+    assert np.mean((values < bounds[0]) | (values > bounds[1])) < 0.011
+    assert min(bounds) <= 0 <= max(bounds)
+
+
+def test_least_squared_error_counts_the_steps_that_a_symmetric_quantiser_has() -> None:
+    """Behind a ReLU half of a signed quantiser's steps are idle: it pays to clip more."""
+    values = np.abs(np.random.default_rng(0).normal(size=200_000)) ** 3
+    counts, _ = np.histogram(values, ranges.BINS, (0, values.max()))
+    seen = {"x": Histogram(0.0, float(values.max()), counts.astype(np.float64))}
+
+    def error(high: float) -> float:
+        step = high / 127
+        return float(np.mean((np.clip(np.round(values / step), -127, 127) * step - values) ** 2))
+
+    low, high = choose(seen, "mse", symmetric=True)["x"]
+    assert low == 0.0
+    assert error(high) <= 1.02 * min(error(share * values.max()) for share in np.linspace(0.3, 1, 71))
+    assert error(high) < error(choose(seen, "mse")["x"][1])
+
+
+@pytest.mark.parametrize("shape", [(16, 197, 192), (16, 64, 112, 112), (3, 7)])
+def test_a_sampled_histogram_sees_every_channel(shape: tuple[int, ...]) -> None:
+    places = np.arange(np.prod(shape)).reshape(shape).reshape(-1)[:: ranges._stride(int(np.prod(shape)))]
+    for axis, count in enumerate(shape):
+        seen = np.unravel_index(places, shape)[axis]
+        assert len(np.unique(seen)) == count
+
+
+def test_a_histogram_that_widens_keeps_its_mass() -> None:
+    found: dict[str, Histogram] = {}
+    for scale in (1.0, 3.0, 2.0):
+        ranges._add(found, "x", np.linspace(-scale, scale, 999, dtype=np.float32))
+    assert (found["x"].low, found["x"].high) == (-3.0, 3.0)
+    assert found["x"].counts.sum() == 3 * 999
+
+
+def test_onnxruntime_quantises_accurately(
+    cnn_onnx: onnx.ModelProto, cnn_ranges: dict[str, Histogram], scene_pixels: np.ndarray
+) -> None:
+    candidate = Candidate(name="x", quantiser="onnxruntime", reduce_range=True)
+    quantised = by_onnxruntime.quantize(cnn_onnx, choose(cnn_ranges, "minmax"), candidate)
+    cosine = centred_cosine(simulate(cnn_onnx, scene_pixels), simulate(quantised, scene_pixels))
+    assert cosine.mean() > 0.95
+    assert len(quantized_nodes(quantised)) == sum(n.op_type == "Conv" for n in cnn_onnx.graph.node)
+    weights = [numpy_helper.to_array(i) for i in quantised.graph.initializer if i.data_type == TensorProto.INT8]
+    # Seven bits, so that AVX2's int16 sums do not saturate.
+    assert max(np.abs(w.astype(int)).max() for w in weights if w.ndim == 4) <= 64
+
+
+def test_nodes_asked_for_stay_in_float(cnn_onnx: onnx.ModelProto, cnn_ranges: dict[str, Histogram]) -> None:
+    first = read_facts(cnn_onnx).first
+    candidate = Candidate(name="x", quantiser="onnxruntime", float_nodes=first)
+    quantised = by_onnxruntime.quantize(cnn_onnx, choose(cnn_ranges, "minmax"), candidate)
+    assert first[0] not in quantized_nodes(quantised) and quantized_nodes(quantised)
+
+
+def test_the_tensorrt_form(trt_model: onnx.ModelProto, cnn_onnx: onnx.ModelProto, scene_pixels: np.ndarray) -> None:
+    check_trt_qdq(trt_model)
+    pairs = list(linears(Graph(trt_model)))
+    assert {p.dtype for p in pairs} == {"int8"}
+    assert all(p.zero is None or not p.zero.any() for p in pairs)
+    for node in trt_model.graph.node:  # residual additions are quantised on both sides
+        if node.op_type == "Add":
+            graph = Graph(trt_model)
+            assert all(graph.dequantized(name) is not None for name in node.input)
+    assert centred_cosine(simulate(cnn_onnx, scene_pixels), simulate(trt_model, scene_pixels)).mean() > 0.95
+    half = to_half(trt_model)
+    check_trt_qdq(half)
+    # Not nearer: a half's rounding moves some values to the next of 256 steps.
+    assert centred_cosine(simulate(trt_model, scene_pixels), simulate(half, scene_pixels)).mean() > 0.98
+    assert centred_cosine(simulate(cnn_onnx, scene_pixels), simulate(half, scene_pixels)).mean() > 0.95
+
+
+def test_uint8_is_refused_for_tensorrt_and_can_be_rescaled(
+    cnn_onnx: onnx.ModelProto, cnn_ranges: dict[str, Histogram], scene_pixels: np.ndarray
+) -> None:
+    candidate = Candidate(name="x", quantiser="onnxruntime")
+    unsigned = by_onnxruntime.quantize(cnn_onnx, choose(cnn_ranges, "minmax"), candidate)
+    with pytest.raises(InputError, match="not in TensorRT's Q/DQ form"):
+        check_trt_qdq(unsigned)
+    assert any("uint8" in fault for fault in trt_faults(unsigned))
+    assert any("biases stay in float" in fault for fault in trt_faults(unsigned))
+    signed = for_tensorrt.from_uint8(unsigned)
+    check_trt_qdq(signed)
+    assert centred_cosine(simulate(cnn_onnx, scene_pixels), simulate(signed, scene_pixels)).mean() > 0.95
+    # What the parser does instead, same scales read as int8, is not the same model.
+    misread = onnx.ModelProto()
+    misread.CopyFrom(unsigned)
+    for tensor in misread.graph.initializer:
+        if tensor.data_type == TensorProto.UINT8:
+            tensor.CopyFrom(numpy_helper.from_array(np.zeros(list(tensor.dims), np.int8), tensor.name))
+    del misread.graph.value_info[:]
+    wrong = centred_cosine(simulate(cnn_onnx, scene_pixels), simulate(misread, scene_pixels)).mean()
+    assert wrong < centred_cosine(simulate(cnn_onnx, scene_pixels), simulate(signed, scene_pixels)).mean() - 0.02
+
+
+def _mutated(model: onnx.ModelProto, change: str) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    graph = Graph(copy)
+    quantise = next(n for n in graph.nodes if n.op_type == "QuantizeLinear" and n.input[0] == "pixels")
+    scale, zero = graph.initializers[quantise.input[1]], graph.initializers[quantise.input[2]]
+    if change == "zero point":
+        zero.CopyFrom(numpy_helper.from_array(np.array(3, np.int8), zero.name))
+    elif change == "uint8":
+        zero.CopyFrom(numpy_helper.from_array(np.array(0, np.uint8), zero.name))
+    elif change == "zero scale":
+        scale.CopyFrom(numpy_helper.from_array(np.array(0, np.float32), scale.name))
+    elif change == "no zero point":
+        del quantise.input[2]
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [("zero point", "zero point"), ("uint8", "uint8"), ("zero scale", "scale"), ("no zero point", "uint8")],
+)
+def test_each_rule_of_tensorrt_is_checked(trt_model: onnx.ModelProto, change: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        check_trt_qdq(_mutated(trt_model, change))
+
+
+def test_a_quantised_softmax_and_per_tensor_weights_are_faults() -> None:
+    zero, scale = numpy_helper.from_array(np.array(0, np.int8), "z"), numpy_helper.from_array(np.float32(0.1), "s")
+    weight = numpy_helper.from_array(np.ones((4, 4), np.int8), "w")
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], name="q"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], name="d"),
+        helper.make_node("DequantizeLinear", ["w", "s", "z"], ["wd"], name="wd"),
+        helper.make_node("MatMul", ["d", "wd"], ["m"], name="product"),
+        helper.make_node("Softmax", ["d"], ["n"], name="soft"),
+        helper.make_node("Add", ["m", "n"], ["y"], name="sum"),
+    ]
+    io = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 4]) for n in ("x", "y")]
+    graph = helper.make_graph(nodes, "g", io[:1], io[1:], [zero, scale, weight])
+    faults = trt_faults(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10))
+    assert any("soft" in f and "stay in float" in f for f in faults)
+    assert any("product" in f and "per channel" in f for f in faults)
+
+
+def test_rescaling_covers_the_range_it_had() -> None:
+    """[lo, hi] in uint8 becomes [-m, m]: values survive to half a step, and none saturates."""
+    scale, zero = 0.02, 30
+    values = np.linspace(-zero * scale, (255 - zero) * scale, 400, dtype=np.float32)[None]
+    constants = [numpy_helper.from_array(np.float32(scale), "s"), numpy_helper.from_array(np.uint8(zero), "z")]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+    ]
+    io = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 400]) for n in ("x", "y")]
+    graph = helper.make_graph(nodes, "g", io[:1], io[1:], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    rescale_to_int8(model)
+    step = 225 * scale / 127
+    np.testing.assert_allclose(simulate(model, values), values, atol=step / 2 + 1e-6)
+
+
+@pytest.mark.parametrize("which", ["cnn_onnx", "vit_onnx"])
+def test_half_precision_computes_the_same(which: str, scene_pixels: np.ndarray, request: pytest.FixtureRequest) -> None:
+    model: onnx.ModelProto = request.getfixturevalue(which)
+    half = to_half(model)
+    onnx.checker.check_model(half, full_check=True)
+    assert half.graph.input[0].type.tensor_type.elem_type == TensorProto.FLOAT
+    assert half.graph.output[0].type.tensor_type.elem_type == TensorProto.FLOAT
+    assert not any(i.data_type == TensorProto.FLOAT for i in half.graph.initializer)
+    assert centred_cosine(simulate(model, scene_pixels), simulate(half, scene_pixels)).min() > 0.999
+
+
+@pytest.mark.parametrize("dead", [1e-12, 1e-7, 1e-4])
+def test_a_dead_channel_does_not_cost_tensorrt_its_int8(
+    dead: float, cnn_onnx: onnx.ModelProto, cnn_ranges: dict[str, Histogram], scene_pixels: np.ndarray
+) -> None:
+    """Its weights' scale is nothing in float16: a zero scale is refused, and a rounded one changes the weights."""
+    model = onnx.ModelProto()
+    model.CopyFrom(cnn_onnx)
+    stem = next(n for n in model.graph.node if n.op_type == "Conv")
+    tensor = next(i for i in model.graph.initializer if i.name == stem.input[1])
+    weight = numpy_helper.to_array(tensor).copy()
+    weight[0] *= dead / np.abs(weight[0]).max()
+    tensor.CopyFrom(numpy_helper.from_array(weight, tensor.name))
+    quantised = for_tensorrt.quantize(model, choose(cnn_ranges, "minmax"), Candidate(name="x", signed=True))
+    half = to_half(quantised)
+    check_trt_qdq(half)
+    graph = Graph(half)
+    pair = graph.dequantized(next(n for n in graph.nodes if n.name == stem.name).input[1])
+    assert pair is not None
+    stored, scale = graph.constant(pair.input[0]), graph.constant(pair.input[1])
+    assert stored is not None and scale is not None and scale.dtype == np.float16
+    restored = stored.astype(np.float64) * scale.astype(np.float64).reshape(-1, 1, 1, 1)
+    step = np.maximum(np.abs(weight).reshape(len(weight), -1).max(axis=1) / 127, 2.0**-17).reshape(-1, 1, 1, 1)
+    assert (np.abs(restored - weight) <= 0.51 * step + 1e-3 * np.abs(weight)).all()
+    assert centred_cosine(simulate(quantised, scene_pixels), simulate(half, scene_pixels)).mean() > 0.98
+
+
+def test_scales_along_another_axis_are_a_fault(trt_model: onnx.ModelProto) -> None:
+    turned = onnx.ModelProto()
+    turned.CopyFrom(trt_model)
+    graph = Graph(turned)
+    weight = next(
+        pair
+        for n in graph.nodes
+        if n.op_type == "Conv" and (pair := graph.dequantized(n.input[1])) and len(graph.constant(pair.input[1])) > 1
+    )
+    next(a for a in weight.attribute if a.name == "axis").i = -4  # the same axis, from the other end
+    assert trt_faults(turned) == []
+    next(a for a in weight.attribute if a.name == "axis").i = 1
+    assert any("another axis" in fault for fault in trt_faults(turned))
+
+
+def test_a_weight_beyond_half_precision_is_refused(cnn_onnx: onnx.ModelProto) -> None:
+    huge = onnx.ModelProto()
+    huge.CopyFrom(cnn_onnx)
+    weight = next(i for i in huge.graph.initializer if len(i.dims) == 4)
+    weight.CopyFrom(numpy_helper.from_array(np.full(list(weight.dims), 1e6, np.float32), weight.name))
+    with pytest.raises(ArtifactError, match="65504"):
+        to_half(huge)
+
+
+def test_equalisation_changes_weights_and_not_the_function(cnn_onnx: onnx.ModelProto, scene_pixels: np.ndarray) -> None:
+    uneven = onnx.ModelProto()
+    uneven.CopyFrom(cnn_onnx)
+    equal, count = equalize(uneven)
+    assert count > 0
+    reference = simulate(cnn_onnx, scene_pixels)
+    np.testing.assert_allclose(simulate(equal, scene_pixels), reference, atol=1e-4 * np.abs(reference).max())
+    assert equal.SerializeToString() != cnn_onnx.SerializeToString()
+
+
+def test_bias_correction_restores_a_shifted_mean(
+    cnn_onnx: onnx.ModelProto, trt_model: onnx.ModelProto, scene_pixels: np.ndarray
+) -> None:
+    shifted = onnx.ModelProto()
+    shifted.CopyFrom(trt_model)
+    graph = Graph(shifted)
+    convolution = next(n for n in graph.nodes if n.op_type == "Conv" and n.input[2] in graph.initializers)
+    bias = graph.initializers[convolution.input[2]]
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(0.5), bias.name))
+    reference = simulate(cnn_onnx, scene_pixels)
+    before = centred_cosine(reference, simulate(shifted, scene_pixels)).mean()
+    corrected = correct_biases(shifted, cnn_onnx, scene_pixels[:32])
+    after = centred_cosine(reference, simulate(corrected, scene_pixels)).mean()
+    assert after > before and after > 0.95
+
+
+def test_a_network_without_biases_has_none_to_correct(
+    cnn_onnx: onnx.ModelProto, trt_model: onnx.ModelProto, scene_pixels: np.ndarray
+) -> None:
+    bare = onnx.ModelProto()
+    bare.CopyFrom(trt_model)
+    for node in bare.graph.node:
+        if node.op_type == "Conv":
+            del node.input[2:]
+    with pytest.raises(ArtifactError, match="no convolution of this network has a bias"):
+        correct_biases(bare, cnn_onnx, scene_pixels[:8])
+
+
+def test_sensitivity_ranks_the_layer_that_was_made_bad_first(
+    cnn_onnx: onnx.ModelProto, cnn_ranges: dict[str, Histogram], scene_pixels: np.ndarray
+) -> None:
+    names = read_facts(cnn_onnx).weighted
+    chosen = choose(cnn_ranges, "minmax")
+    victim = next(n for n in cnn_onnx.graph.node if n.name == names[2])
+    chosen[victim.input[0]] = (-1e4, 1e4)  # a range a thousand times too wide
+    costs = measure(cnn_onnx, chosen, scene_pixels[:16], names)
+    assert set(costs) == set(names)
+    assert next(iter(costs)) == names[2]
+    assert list(costs.values()) == sorted(costs.values(), reverse=True)
+
+
+def test_sensitivity_tells_the_smallest_costs_apart(
+    cnn_onnx: onnx.ModelProto, cnn_ranges: dict[str, Histogram], scene_pixels: np.ndarray
+) -> None:
+    """Residual branches that do next to nothing, as a short training leaves those that began at zero."""
+    faint = onnx.ModelProto()
+    faint.CopyFrom(cnn_onnx)
+    graph, random = Graph(faint), np.random.default_rng(0)
+    branches = []
+    for node in graph.nodes:
+        tensor = graph.initializers[node.input[1]] if node.op_type == "Conv" else None
+        if tensor is not None and not numpy_helper.to_array(tensor).any():  # timm's, before any training
+            value = 1e-5 * random.normal(size=list(tensor.dims))
+            tensor.CopyFrom(numpy_helper.from_array(value.astype(np.float32), tensor.name))
+            branches.append(node.name)
+    images = scene_pixels[:16]
+    chosen = choose(ranges.collect(faint, [images], input_name="pixels"), "minmax")
+    names = read_facts(faint).weighted
+    costs = measure(faint, chosen, images, names)
+    assert branches and all(0 < costs[name] < 6e-8 for name in branches)  # what 1 minus a float32 cosine calls 0
+    assert len(set(costs.values())) == len(names)
+    worst = next(iter(costs))
+    one = simulate(_quantise_one(faint, worst, chosen), images)
+    assert costs[worst] == pytest.approx(1 - centred_cosine(simulate(faint, images), one).mean(), rel=1e-6)
+
+
+def test_sensitivity_refuses_a_layer_that_it_cannot_quantise(
+    cnn_onnx: onnx.ModelProto, cnn_ranges: dict[str, Histogram], scene_pixels: np.ndarray
+) -> None:
+    chosen = choose(cnn_ranges, "minmax")
+    for names, known in ((["nobody"], chosen), (read_facts(cnn_onnx).weighted[:1], {})):
+        with pytest.raises(ArtifactError, match=f"{names[0]}.* is not in the graph, or no range"):
+            measure(cnn_onnx, known, scene_pixels[:2], names)
+
+
+def test_graph_facts(cnn_onnx: onnx.ModelProto, vit_onnx: onnx.ModelProto) -> None:
+    cnn, vit = read_facts(cnn_onnx), read_facts(vit_onnx)
+    assert (cnn.kind, vit.kind) == ("cnn", "vit")
+    assert len(cnn.weighted) == sum(n.op_type == "Conv" for n in cnn_onnx.graph.node)
+    assert vit.first == (next(n.name for n in vit_onnx.graph.node if n.op_type == "Conv"),)
+
+
+def test_the_last_layers_are_those_nearest_to_the_embedding(
+    cnn_onnx: onnx.ModelProto, vit_onnx: onnx.ModelProto
+) -> None:
+    graph = Graph(cnn_onnx)
+    mean = graph.producers[cnn_onnx.graph.output[0].name]
+    while mean.op_type != "Add":  # the last block's addition: its products are those of the branch and the shortcut
+        mean = graph.producers[mean.input[0]]
+    sides = {graph.producers[name].name for name in mean.input if graph.producers[name].op_type == "Conv"}
+    assert sides and set(read_facts(cnn_onnx).last) == sides
+    vit = read_facts(vit_onnx)
+    assert vit.last == vit.weighted[-1:]  # the last block's second product
+    assert vit.head == ()
+
+
+@pytest.mark.parametrize("fmt", ["onnx", "openvino", "trt"])
+def test_the_ladder_holds_every_rung_that_it_promises(fmt: str, cnn_onnx: onnx.ModelProto) -> None:
+    facts = read_facts(cnn_onnx)
+    rungs = ladder(fmt, facts, Machine())  # type: ignore[arg-type]
+    assert rungs[0].ranges == "minmax"
+    if fmt == "openvino":
+        assert {(r.mean_ranges, r.asymmetric) for r in rungs} >= {(True, False), (True, True), (False, True)}
+        assert len({r.form for r in rungs if not r.float_nodes}) == 2  # ranges and corrections change no speed
+    else:
+        assert {r.ranges for r in rungs} >= {"minmax", "mse", "entropy"}
+    careful = next(r for r in rungs if r.float_nodes)
+    assert set(careful.float_nodes) == {*facts.first, *facts.last, *facts.squeeze_excite}
+    assert any(r.equalize for r in rungs) and any(r.full_bias for r in rungs)
+
+
+@pytest.mark.parametrize("kind", ["cnn_onnx", "vit_onnx"])
+@pytest.mark.parametrize("fmt", ["onnx", "ort", "openvino", "trt", "executorch", "litert"])
+def test_ladders_go_from_plain_to_careful(kind: str, fmt: str, request: pytest.FixtureRequest) -> None:
+    facts = read_facts(request.getfixturevalue(kind))
+    rungs = ladder(fmt, facts, Machine())  # type: ignore[arg-type]
+    assert len({r.name for r in rungs}) == len(rungs)
+    assert not rungs[0].float_nodes and not rungs[0].full_bias and all(r.precision == "int8" for r in rungs)
+    if kind == "vit_onnx" and fmt in ("onnx", "openvino"):
+        assert {r.smooth_alpha for r in rungs if r.quantiser == "nncf"} >= {None, 0.5, 0.15}
+    assert limit(rungs, 1) == rungs[:1]
+
+
+def test_the_cpu_decides_the_form(cnn_onnx: onnx.ModelProto) -> None:
+    facts = read_facts(cnn_onnx)
+    plain = ladder("onnx", facts, Machine())[0]
+    assert plain.reduce_range and not plain.signed
+    assert not ladder("onnx", facts, Machine(vnni=True))[0].reduce_range
+    arm = ladder("onnx", facts, Machine(arm=True))[0]
+    assert arm.signed and not arm.reduce_range
+
+
+def test_sensitive_rungs_keep_the_worst_layers_in_float() -> None:
+    ranking = [f"layer{i}" for i in range(20)]
+    rungs = sensitive_rungs(Candidate(name="best", float_nodes=("stem",)), ranking)
+    assert [r.float_nodes[1:] for r in rungs] == [tuple(ranking[:count]) for count in (1, 2, 4)]
+    assert [r.name for r in rungs[:2]] == ["best, worst layer in float", "best, 2 worst layers in float"]
+
+
+def test_sensitive_rungs_try_no_set_of_layers_twice() -> None:
+    plain, ranking = Candidate(name="plain"), [f"layer{i}" for i in range(20)]
+    stem = dataclasses.replace(plain, name="stem in float", float_nodes=("layer0",))
+    pair = dataclasses.replace(plain, name="pair in float", float_nodes=("layer2", "layer1", "layer0"))
+    other = dataclasses.replace(plain, name="other ranges", ranges="mse", float_nodes=("layer0", "layer1"))
+    kept = [set(r.float_nodes) for r in sensitive_rungs(plain, ranking, [plain, stem, pair, other])]
+    assert kept == [set(ranking[:2]), set(ranking[:4])]
+    # What the best keeps in float already is not given back again.
+    assert sensitive_rungs(stem, ranking, [stem])[0].float_nodes == ("layer0", "layer1")
+    assert sensitive_rungs(plain, ["only"]) == []
+
+
+@pytest.mark.parametrize("smooth", [None, 0.5])
+def test_nncf_quantises_a_transformer_on_onnx(
+    vit_onnx: onnx.ModelProto, scene_pixels: np.ndarray, smooth: float | None
+) -> None:
+    candidate = Candidate(name="x", quantiser="nncf", transformer=True, smooth_alpha=smooth)
+    quantised = by_nncf.quantize_onnx(vit_onnx, scene_pixels[:16], candidate)
+    assert quantized_nodes(quantised)
+    assert centred_cosine(simulate(vit_onnx, scene_pixels), simulate(quantised, scene_pixels)).mean() > 0.9
