@@ -70,10 +70,10 @@ test-mobile: $(MOBILE:%=.venv-%/.mobile)
 # An arm64 device under qemu-user, made once (as root: debootstrap, qemu-user-static; 400 MB), behind an sshd.
 ARM64 ?= $(CURDIR)/.venv-arm64
 test-arm64: $(VENV)/.dev $(ARM64)/python
-	OMP_NUM_THREADS=1 ROBX_ARM64_ROOT=$(ARM64) $(VENV)/bin/python -m pytest -q tests/runtime/test_arm64.py
+	OMP_NUM_THREADS=1 ROBX_ARM64_ROOT=$(ARM64) $(VENV)/bin/python -m pytest -q tests/runtime/device/test_arm64.py
 
 $(ARM64)/python: | $(VENV)/.dev
-	$(VENV)/bin/python tests/runtime/arm64_device.py $(ARM64)
+	$(VENV)/bin/python tests/runtime/device/arm64_device.py $(ARM64)
 
 # Hundreds of kills instead of the thirty that the tests do: make soak ROBX_SOAK=1000 ROBX_SEED=7
 soak: $(VENV)/.dev

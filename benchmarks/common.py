@@ -27,7 +27,7 @@ from robx.distill.training.run_folder import student_preprocessing
 from robx.distill.train import train
 from robx.store.files import sha256_bytes, write_json, write_text
 from robx.records import Student, TeacherInfo, Value
-from robx.runtime.device import describe
+from robx.runtime.device.describe import describe
 from robx.images.sources import ImageSource
 from robx.trunk import embedding_width, save_trunk
 

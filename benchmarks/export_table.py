@@ -47,8 +47,8 @@ from robx.export.gate.gate import Limits
 from robx.export.request import ExportTarget
 from robx.store.files import read_json, write_json
 from robx.records import Bundle, Student, Value, from_json, load_bundle, load_student, to_json
-from robx.runtime.compare import interleave
-from robx.runtime.latency import paired_ratio
+from robx.runtime.bench.interleave import interleave
+from robx.runtime.bench.latency import paired_ratio
 from robx.runtime.session import SessionSettings, open_session
 from robx.images.sources import open_source
 from robx.trunk import build_trunk

@@ -26,7 +26,7 @@ from robx.eval.features import extract
 from robx.eval.knn import nearest
 from robx.images.decode import preprocess
 from robx.records import Value, to_json
-from robx.runtime.latency import paired_ratio
+from robx.runtime.bench.latency import paired_ratio
 from robx.runtime.session import SessionSettings, open_session
 from robx.images.sources import ImageSource, open_source
 from robx.trunk import build_trunk

@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 
 from robx.records import load_bundle
-from robx.runtime import packing, runner, timing
-from robx.runtime.bench import bench
-from robx.runtime.latency import summarise
-from robx.runtime.profiles import PROFILES, BenchOptions, Profile
+from robx.runtime.bench import runner_zip
+from robx.runtime.device import runner
+from robx.runtime.device import timing
+from robx.runtime.bench.bench import bench
+from robx.runtime.bench.latency import summarise
+from robx.runtime.bench.profiles import PROFILES, BenchOptions, Profile
 from robx.runtime.session import SessionSettings, open_session
 
 Figures = dict[str, float]  # p50 and p90 in ms
@@ -173,7 +175,7 @@ def start_to_first_answer(folder: Path, images: Path, threads: int, rounds: int)
     with tempfile.TemporaryDirectory() as root:
         here = Path(root)
         np.save(here / "images.npy", np.load(images)[:1])
-        (here / packing.NAME).write_bytes(packing.pack_runner(bundle))
+        (here / runner_zip.NAME).write_bytes(runner_zip.pack_runner(bundle))
         manifest = json.loads((folder / "manifest.json").read_text())
         job = dict.fromkeys(runner._KEYS, 0)
         job |= {"engine": bundle.runtime, "folder": str(folder.resolve()), "manifest": manifest, "affinity": None}
@@ -183,7 +185,7 @@ def start_to_first_answer(folder: Path, images: Path, threads: int, rounds: int)
 
         def ours() -> float:
             start = time.monotonic()
-            subprocess.run([sys.executable, packing.NAME, "job.json"], cwd=here, check=True, capture_output=True)
+            subprocess.run([sys.executable, runner_zip.NAME, "job.json"], cwd=here, check=True, capture_output=True)
             with zipfile.ZipFile(here / runner.RESULT) as archive:
                 return float(json.loads(archive.read("result.json"))["answered"]) - start
 

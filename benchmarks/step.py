@@ -31,7 +31,7 @@ from robx.distill.training.processes import join_processes
 from robx.distill.recipes import Recipe, override, preset
 from robx.distill.teachers.load import Teacher, build_teacher_skeleton
 from robx.records import to_json
-from robx.runtime.latency import paired_ratio
+from robx.runtime.bench.latency import paired_ratio
 from robx.images.scenes import make_scene, render
 from robx.images.sources import FolderSource, ImageSource, open_source
 

@@ -34,7 +34,7 @@ from robx.distill.targets.stored import read_info, table_path
 from robx.distill.teachers.load import Teacher, build_teacher_skeleton, load_teacher
 from robx.distill.train import train
 from robx.records import to_json
-from robx.runtime.latency import paired_ratio
+from robx.runtime.bench.latency import paired_ratio
 from robx.images.sources import ImageSource, open_source
 
 Row = dict[str, Any]

@@ -48,8 +48,8 @@ from robx.distill.training.run_folder import student_preprocessing
 from robx.export.build import build
 from robx.export.request import ExportTarget
 from robx.records import Value, load_bundle, to_json
-from robx.runtime.inputs import load_inputs
-from robx.runtime.latency import paired_ratio
+from robx.runtime.bench.inputs import load_inputs
+from robx.runtime.bench.latency import paired_ratio
 from robx.trunk import build_trunk
 
 _AGREEMENT, _START = 0.03, 1.2

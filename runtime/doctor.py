@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from robx.errors import DeviceError
-from robx.runtime import answers, packing
-from robx.runtime.transports import open_transport
+from robx.runtime.bench import result_schema
+from robx.runtime.bench import runner_zip
+from robx.runtime.bench.transports import open_transport
 
 _DOCTOR_SECONDS = 120
 # What it is for, the distributions that bring it (any of them), the line that installs it here, and on a device.
@@ -75,15 +76,15 @@ def examine(device: str = "local", *, python: str | None = None) -> tuple[dict[s
 
 def _ask(device: str, python: str | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="robx-") as folder, open_transport(device, python=python) as transport:
-        path = Path(folder) / packing.NAME
-        path.write_bytes(packing.pack_runner(None))
-        transport.push({packing.NAME: path}, "doctor")
-        status, text = transport.run("doctor", [packing.NAME, "--doctor"], timeout=_DOCTOR_SECONDS)
+        path = Path(folder) / runner_zip.NAME
+        path.write_bytes(runner_zip.pack_runner(None))
+        transport.push({runner_zip.NAME: path}, "doctor")
+        status, text = transport.run("doctor", [runner_zip.NAME, "--doctor"], timeout=_DOCTOR_SECONDS)
     last = text.splitlines()[-1].strip() if text else ""
     if status:
         raise DeviceError(f"{device} cannot run the runner: {last[:300] or f'exit status {status}'}")
     try:
-        return dict(answers.check(answers.parse(last), {"facts": answers.DEVICE, "packages": {}}, "its answer"))
+        return dict(result_schema.check(result_schema.parse(last), {"facts": result_schema.DEVICE, "packages": {}}, "its answer"))
     except DeviceError as error:
         raise DeviceError(f"{device} answered {last[:80]!r} where the runner's facts were expected") from error
 

@@ -13,7 +13,7 @@ import numpy as np
 from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra, RobxError
 from robx.store.files import read_json
 from robx.records import Bundle, Student, from_json, load_bundle, load_student, to_json
-from robx.runtime.runner import run_in_batches
+from robx.runtime.device.runner import run_in_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ def open_session(path: Path, settings: SessionSettings | None = None, *, labels:
     settings = settings or SessionSettings()
     record = load_record(path)
     if isinstance(record, Student):
-        engine, name = importlib.import_module("robx.runtime.on_torch"), "torch"
+        engine, name = importlib.import_module("robx.runtime.engines.on_torch"), "torch"
     else:
         engine, name = engine_module(record), record.runtime
     try:
@@ -146,17 +146,17 @@ def engine_module(bundle: Bundle) -> ModuleType:
     """
     match bundle.runtime:
         case "onnxruntime":
-            return importlib.import_module("robx.runtime.on_onnxruntime")
+            return importlib.import_module("robx.runtime.engines.on_onnxruntime")
         case "openvino":
-            return importlib.import_module("robx.runtime.on_openvino")
+            return importlib.import_module("robx.runtime.engines.on_openvino")
         case "tensorrt" | "tensorrt_rtx":
-            return importlib.import_module("robx.runtime.on_tensorrt")
+            return importlib.import_module("robx.runtime.engines.on_tensorrt")
         case "executorch":
-            return importlib.import_module("robx.runtime.on_executorch")
+            return importlib.import_module("robx.runtime.engines.on_executorch")
         case "litert":
-            return importlib.import_module("robx.runtime.on_litert")
+            return importlib.import_module("robx.runtime.engines.on_litert")
         case "ncnn":
-            return importlib.import_module("robx.runtime.on_ncnn")
+            return importlib.import_module("robx.runtime.engines.on_ncnn")
         case other:
             raise ArtifactError(
                 f"robx has no engine {other!r} for a bundle of format {bundle.format}: run it elsewhere"

@@ -103,5 +103,5 @@ def test_the_records_need_the_standard_library_alone() -> None:
 
 
 def test_the_runtime_needs_neither_torch_nor_timm() -> None:
-    loaded = _modules_after("import robx.runtime.session, robx.runtime.runner, robx.runtime.commands")
+    loaded = _modules_after("import robx.runtime.session, robx.runtime.device.runner, robx.runtime.commands")
     assert not loaded & {"torch", "timm", "torchvision", "onnx", "nncf", "sklearn"}

@@ -77,7 +77,7 @@ def time_interleaved(
     sessions: Mapping[str, Session], images: np.ndarray, *, times: int = 1
 ) -> dict[str, list[np.ndarray]]:
     """Blocks of latencies in ns of each session, in random order, `times` as many as usual; for `judge_speed`."""
-    from robx.runtime.compare import interleave
+    from robx.runtime.bench.interleave import interleave
 
     return interleave(sessions, images, blocks=times * _BLOCKS, seconds=_BLOCK_SECONDS, seed=times)
 
@@ -125,7 +125,7 @@ def judge_speed(blocks: Mapping[str, list[np.ndarray]], limits: Limits) -> Figur
     By non-inferiority, as accuracy is: PASS when every interval is above the minimum less what a clock cannot tell
     apart, FAIL when one is below, else INCONCLUSIVE. Two models of one speed pass, whichever comes out ahead.
     """
-    from robx.runtime.latency import paired_ratio
+    from robx.runtime.bench.latency import paired_ratio
 
     values, verdicts, words = {}, [], []
     for name in (n for n in blocks if n != "candidate"):

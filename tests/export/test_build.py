@@ -30,7 +30,7 @@ from robx.export.int8.tensorrt_qdq import check_trt_qdq
 from robx.export.request import ExportTarget
 from robx.linear_head import load_head
 from robx.records import Bundle, Rung, Value, load_bundle
-from robx.runtime.compare import interleave
+from robx.runtime.bench.interleave import interleave
 from robx.runtime.session import open_session
 from robx.trunk import embed, load_trunk
 

@@ -185,7 +185,8 @@ def test_a_bundle_that_is_replaced_while_it_is_opened_is_not_measured(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from robx.errors import ArtifactError
-    from robx.runtime import on_onnxruntime, session
+    from robx.runtime import session
+    from robx.runtime.engines import on_onnxruntime
 
     bundle = tmp_path / "bundle"
     subprocess.run(["cp", "-r", run / "onnx-fp32", bundle], check=True)

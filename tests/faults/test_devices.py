@@ -17,9 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from robx.errors import DeviceError
-from robx.runtime import calls, doctor, transports, validity
-from robx.runtime.profiles import PROFILES
-from robx.runtime.results import figures, read_result
+from robx.runtime import doctor
+from robx.runtime.bench import subprocesses
+from robx.runtime.bench import transports
+from robx.runtime.bench import validity
+from robx.runtime.bench.profiles import PROFILES
+from robx.runtime.bench.results import figures, read_result
 
 CPU = {"model": "x", "cores": 4, "usable_cores": 4, "governor": None, "flags": []}
 WATCHED = {"clocks": True, "temperatures": True, "throttling": False, "load": True, "energy": "none"}
@@ -183,14 +186,14 @@ def shims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_device_that_never_stops_talking(shims: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "_MOST_BYTES", 10_000_000)
+    monkeypatch.setattr(subprocesses, "_MOST_BYTES", 10_000_000)
     script(shims / "ssh", "exec yes")
     with pytest.raises(DeviceError, match="it was stopped"), transports.open_transport("ssh://box"):
         pass
 
 
 def test_a_file_without_end_is_not_copied_back(shims: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "_MOST_BYTES", 10_000_000)
+    monkeypatch.setattr(subprocesses, "_MOST_BYTES", 10_000_000)
     script(shims / "ssh", "echo /tmp/robx-aaaaaaaaaa")
     script(shims / "scp", 'for to; do :; done; exec cat /dev/zero > "$to/result.zip"')
     with transports.open_transport("ssh://box") as transport, pytest.raises(DeviceError, match="it was stopped"):

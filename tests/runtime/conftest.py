@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from robx.cli import main
 from robx.records import Bundle, Preprocessing, Student, TensorSpec, describe_file, from_json, save_bundle
-from robx.runtime.profiles import PROFILES
+from robx.runtime.bench.profiles import PROFILES
 from robx.trunk import build_trunk, embedding_width, save_trunk
 
 PREPROCESSING = Preprocessing(size=36, crop=32, interpolation="bilinear")

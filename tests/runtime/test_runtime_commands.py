@@ -13,7 +13,7 @@ from robx.images.decode import decode, preprocess
 from robx.records import load_measurements, to_json
 from robx.runtime import doctor
 from robx.runtime.infer import top_labels
-from robx.runtime.latency import paired_ratio
+from robx.runtime.bench.latency import paired_ratio
 from robx.runtime.session import open_session
 
 WITHOUT_TORCH = """

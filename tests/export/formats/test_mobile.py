@@ -30,7 +30,7 @@ from robx.export.formats.mobile import PlainAttention, calibration_batches, exam
 from robx.export.request import BuiltModel, ExportRequest, ExportTarget
 from robx.export.formats.to_onnx import export_model, tensor_specs
 from robx.records import Preprocessing, Student, describe_file, to_json
-from robx.runtime import on_litert
+from robx.runtime.engines import on_litert
 
 SIZE = 64
 BUILDERS = {"executorch": to_executorch, "litert": to_litert, "coreml": to_coreml, "ncnn": to_ncnn}

@@ -33,7 +33,10 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 if sys.version_info < (3, 8):
     raise SystemExit("the device's Python is %s: robx needs 3.8 or later there" % sys.version.split()[0])
 
-from robx.runtime import device, nvidia, timing, watch  # packed beside this file
+from robx.runtime.device import describe
+from robx.runtime.device import nvidia
+from robx.runtime.device import timing
+from robx.runtime.device import watch  # packed beside this file
 
 SCHEMA = 1
 RESULT = "result.zip"
@@ -54,7 +57,7 @@ _ENVIRONMENT = (
 def main(arguments: list[str]) -> int:
     """Do one job, or print what the device is; returns the exit status."""
     if arguments[:1] == ["--doctor"]:
-        sys.stdout.write(json.dumps({"facts": device.describe(), "packages": device.packages()}) + "\n")
+        sys.stdout.write(json.dumps({"facts": describe.describe(), "packages": describe.packages()}) + "\n")
         return 0
     if len(arguments) != 1:
         sys.stderr.write("usage: robx_runner.pyz JOB.json | --doctor\n")
@@ -100,7 +103,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("the job has not the keys that this runner takes: %s" % ", ".join(unknown))
     # A hung engine is ended by the kernel, whatever became of the host.
     signal.alarm(int(job["time_limit"]))
-    facts = device.describe()
+    facts = describe.describe()
     cores = pin(job["affinity"])
     threads = int(job["settings"]["threads"])
     if cores and threads > len(cores):

@@ -6,7 +6,8 @@ import types
 import numpy as np
 import pytest
 
-from robx.runtime import on_executorch, on_litert
+from robx.runtime.engines import on_executorch
+from robx.runtime.engines import on_litert
 
 MANIFEST = {
     "files": [{"role": "model", "path": "model"}],

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from robx.records import load_bundle
-from robx.runtime.inputs import load_inputs
-from robx.runtime.profiles import BenchOptions
-from robx.runtime.recording import Run, make_record
-from robx.runtime.reference import Reference, check_outputs
-from robx.runtime.results import ProcessResult
+from robx.runtime.bench.inputs import load_inputs
+from robx.runtime.bench.profiles import BenchOptions
+from robx.runtime.bench.record import Run, make_record
+from robx.runtime.bench.reference import Reference, check_outputs
+from robx.runtime.bench.results import ProcessResult
 
 
 @pytest.fixture

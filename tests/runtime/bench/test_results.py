@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from robx.runtime.results import ProcessResult, figures
+from robx.runtime.bench.results import ProcessResult, figures
 
 NONE = {"joules": None, "reason": "no counter"}
 

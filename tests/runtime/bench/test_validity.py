@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from robx.errors import InputError
-from robx.runtime import validity
-from robx.runtime.profiles import PROFILES, find_profile
+from robx.runtime.bench import validity
+from robx.runtime.bench.profiles import PROFILES, find_profile
 
 RAPID = PROFILES["rapid"]
 QUIET = {"samples": 10, "steal": 0.0, "background": 0.09, "khz_first": 1000, "khz_min": 990, "cooling": False}

@@ -11,9 +11,10 @@ import pytest
 from robx.errors import ArtifactError, DeviceError, InputError
 from robx.store.files import sha256_file
 from robx.records import Preprocessing, Value, load_measurements, to_json
-from robx.runtime import compare, latency
-from robx.runtime.bench import BenchOptions, bench
-from robx.runtime.inputs import load_inputs
+from robx.runtime.bench import interleave
+from robx.runtime.bench import latency
+from robx.runtime.bench.bench import BenchOptions, bench
+from robx.runtime.bench.inputs import load_inputs
 from robx.runtime.session import SessionSettings, open_session
 from robx.images.sources import open_source
 
@@ -62,7 +63,7 @@ def test_the_p50_is_what_a_bare_session_takes(make_bundle, short_profile):
     (record,) = bench([folder], BenchOptions(profile="rapid"))
     with open_session(folder) as session:
         images = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
-        blocks = compare.interleave({"x": session}, images, blocks=5, seconds=0.1)["x"]
+        blocks = interleave.interleave({"x": session}, images, blocks=5, seconds=0.1)["x"]
     bare = float(np.median(np.concatenate(blocks))) / 1e6
     assert 0.4 < record.values["p50"].value / bare < 2.5
 
@@ -94,7 +95,7 @@ def test_without_a_student_the_fp32_bundle_beside_is_the_reference(make_bundle, 
 
 
 def test_too_short_a_run_is_invalid_and_kept(make_bundle, monkeypatch, short_profile):
-    from robx.runtime.profiles import PROFILES
+    from robx.runtime.bench.profiles import PROFILES
 
     monkeypatch.setitem(PROFILES, "rapid", dataclasses.replace(short_profile, queries=10**9, max_seconds=0.5))
     folder = make_bundle()
@@ -183,7 +184,7 @@ def test_interleaving_mixes_the_order_and_gives_pairs(make_bundle, images):
             calls.append(self.name)
             return _
 
-    blocks = compare.interleave({"a": Recorder("a"), "b": Recorder("b")}, images, blocks=12, seconds=0.002)
+    blocks = interleave.interleave({"a": Recorder("a"), "b": Recorder("b")}, images, blocks=12, seconds=0.002)
     assert [len(blocks[name]) for name in "ab"] == [12, 12]
     assert all(
         len(block) >= 5 and block.dtype == np.int64 and (block > 0).all() for b in blocks.values() for block in b

@@ -17,7 +17,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from robx.runtime import on_tensorrt
+from robx.runtime.engines import on_tensorrt
 
 GPU = {"name": "NVIDIA L4", "capability": "8.9"}
 MANIFEST = {

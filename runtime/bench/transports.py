@@ -20,7 +20,7 @@ from typing import Protocol, Self
 from urllib.parse import urlsplit
 
 from robx.errors import DeviceError, InputError
-from robx.runtime.calls import call
+from robx.runtime.bench.subprocesses import call
 
 _CONNECT_SECONDS = 15
 _COPY_SECONDS = 600

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from robx.records import Validity
-from robx.runtime import latency
-from robx.runtime.profiles import Profile
+from robx.runtime.bench import latency
+from robx.runtime.bench.profiles import Profile
 
 INVALIDATING = frozenset(
     {

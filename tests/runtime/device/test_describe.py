@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from robx.runtime import device
+from robx.runtime.device import describe
 
 
 def write(root, files):
@@ -17,7 +17,7 @@ def write(root, files):
 
 
 def test_this_machine():
-    facts = device.describe()
+    facts = describe.describe()
     assert facts["arch"] == platform.machine()
     assert facts["cpu"]["usable_cores"] == len(os.sched_getaffinity(0))
     assert facts["memory_bytes"] == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -36,13 +36,13 @@ def test_this_machine():
 )
 def test_emulation_is_seen(tmp_path, files, machine, emulated):
     write(str(tmp_path), files)
-    assert bool(device.emulation(str(tmp_path), machine, "")) is emulated
+    assert bool(describe.emulation(str(tmp_path), machine, "")) is emulated
 
 
 def test_emulation_is_seen_in_cpuinfo(tmp_path):
-    assert device.emulation(str(tmp_path), "aarch64", "vendor_id : GenuineIntel")
-    assert device.emulation(str(tmp_path), "x86_64", "model name : QEMU TCG CPU version 2.5+")
-    assert device.emulation(str(tmp_path), "x86_64", "model name : AMD EPYC") is None
+    assert describe.emulation(str(tmp_path), "aarch64", "vendor_id : GenuineIntel")
+    assert describe.emulation(str(tmp_path), "x86_64", "model name : QEMU TCG CPU version 2.5+")
+    assert describe.emulation(str(tmp_path), "x86_64", "model name : AMD EPYC") is None
 
 
 def test_a_raspberry_pi(tmp_path):
@@ -58,7 +58,7 @@ def test_a_raspberry_pi(tmp_path):
             "etc/os-release": 'PRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\n',
         },
     )
-    facts = device.describe(root)
+    facts = describe.describe(root)
     assert facts["board"] == "Raspberry Pi 4 Model B Rev 1.4"
     assert facts["cpu"]["governor"] == "ondemand"
     assert facts["cpu"]["max_khz"] == [1_800_000]
@@ -76,7 +76,7 @@ def test_a_raspberry_pi(tmp_path):
             "proc/stat": "cpu  1 2 3 4 5 6 7 8 9 10\n",
         },
     )
-    told = device.describe(root)["watched"]
+    told = describe.describe(root)["watched"]
     assert told["clocks"] and told["temperatures"] and told["throttling"] and told["load"]
 
 
@@ -85,10 +85,10 @@ def test_a_phone(shims, tmp_path):
         '#!/bin/sh\ncase $1 in ro.build.version.release) echo 16;; ro.product.model) echo "Pixel 9";; esac\n'
     )
     (shims / "getprop").chmod(0o755)
-    facts = device.describe(str(tmp_path))
+    facts = describe.describe(str(tmp_path))
     assert (facts["os"], facts["board"]) == ("Android 16", "Pixel 9")
 
 
 def test_a_jetson(tmp_path):
     write(str(tmp_path), {"etc/nv_tegra_release": "# R36 (release), REVISION: 4.0\n"})
-    assert device.describe(str(tmp_path))["jetson"]["release"].startswith("# R36")
+    assert describe.describe(str(tmp_path))["jetson"]["release"].startswith("# R36")

@@ -1,7 +1,7 @@
 """Make an arm64 device out of Debian's arm64 Python under qemu-user, with the aarch64 wheels of an engine.
 
-    python tests/runtime/arm64_device.py FOLDER      (as root, once; about 400 MB and five minutes)
-    ROBX_ARM64_ROOT=FOLDER pytest tests/runtime/test_arm64.py
+    python tests/runtime/device/arm64_device.py FOLDER      (as root, once; about 400 MB and five minutes)
+    ROBX_ARM64_ROOT=FOLDER pytest tests/runtime/device/test_arm64.py
 
 ``make test-arm64`` does both. It needs debootstrap and qemu-user-static. The device's Python is FOLDER/python. It is
 emulated: its answers count, its times do not.

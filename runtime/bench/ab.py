@@ -14,10 +14,11 @@ import numpy as np
 from robx.errors import InputError
 from robx.store.files import sha256_bytes, write_bytes
 from robx.records import Validity, Value, load_bundle, utc_now
-from robx.runtime import latency, validity
-from robx.runtime.compare import interleave
-from robx.runtime.inputs import load_inputs
-from robx.runtime.reference import check_outputs, find_reference
+from robx.runtime.bench import latency
+from robx.runtime.bench import validity
+from robx.runtime.bench.interleave import interleave
+from robx.runtime.bench.inputs import load_inputs
+from robx.runtime.bench.reference import check_outputs, find_reference
 from robx.runtime.session import Session, SessionSettings, open_session
 from robx.images.sources import ImageSource
 

@@ -6,7 +6,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robx.runtime import latency
+from robx.runtime.bench import latency
 
 
 @pytest.mark.parametrize(("percentile", "queries"), [(0.50, 11), (0.90, 64), (0.95, 130), (0.99, 662)])

@@ -9,8 +9,8 @@ import platform
 import sys
 from typing import Any
 
-from robx.runtime.sysfs import ask, numbers, read
-from robx.runtime.watch import energy, snapshot, throttle_flags
+from robx.runtime.device.sysfs import ask, numbers, read
+from robx.runtime.device.watch import energy, snapshot, throttle_flags
 
 _PACKAGES = (
     *("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt_rtx", "executorch"),

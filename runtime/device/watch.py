@@ -12,7 +12,7 @@ import signal
 import time
 from typing import Any
 
-from robx.runtime.sysfs import ask, numbers, read
+from robx.runtime.device.sysfs import ask, numbers, read
 
 _INTERVAL = 0.2  # seconds between two samples of the telemetry
 # Throttled flags of the Raspberry Pi's firmware: bits 0-3 now, 16-19 since boot (vcgencmd get_throttled).

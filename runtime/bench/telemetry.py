@@ -1,4 +1,4 @@
-"""What the device did while a model was timed: pure functions of the snapshots that runtime/device.py took."""
+"""What the device did while a model was timed: pure functions of the snapshots that runtime/device/describe.py took."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from robx.errors import DeviceError
-from robx.runtime import answers
+from robx.runtime.bench import result_schema
 
 
 def parse(text: str) -> list[dict[str, Any]]:
@@ -16,7 +16,7 @@ def parse(text: str) -> list[dict[str, Any]]:
     found = []
     for line in text.splitlines():
         with contextlib.suppress(DeviceError):
-            found.append(answers.check(answers.parse(line), answers.SNAPSHOT, "telemetry"))
+            found.append(result_schema.check(result_schema.parse(line), result_schema.SNAPSHOT, "telemetry"))
     return found
 
 

@@ -17,15 +17,15 @@ from robx.errors import DeviceError, InputError, RobxError
 from robx.store.files import sha256_file
 from robx.progress import Progress
 from robx.records import Latency, Preprocessing, append_measurements, load_bundle, to_json, utc_now
-from robx.runtime import packing
-from robx.runtime.inputs import COUNT, Inputs, load_inputs
-from robx.runtime.profiles import BenchOptions, Profile, find_profile
-from robx.runtime.recording import Run, make_record
-from robx.runtime.reference import find_reference
-from robx.runtime.results import read_result
-from robx.runtime.runner import RESULT
+from robx.runtime.bench import runner_zip
+from robx.runtime.bench.inputs import COUNT, Inputs, load_inputs
+from robx.runtime.bench.profiles import BenchOptions, Profile, find_profile
+from robx.runtime.bench.record import Run, make_record
+from robx.runtime.bench.reference import find_reference
+from robx.runtime.bench.results import read_result
+from robx.runtime.device.runner import RESULT
 from robx.runtime.session import check_onnx
-from robx.runtime.transports import Transport, open_transport
+from robx.runtime.bench.transports import Transport, open_transport
 from robx.images.sources import ImageSource
 
 _LOAD_SECONDS = 300  # for loading and the first inference: an engine may compile its model then
@@ -109,12 +109,12 @@ def _push(transport: Transport, run: Run, options: BenchOptions, profile: Profil
     with tempfile.TemporaryDirectory(prefix="robx-") as folder:
         here = Path(folder)
         np.save(here / "images.npy", run.inputs.images)
-        (here / packing.NAME).write_bytes(packing.pack_runner(run.bundle))
+        (here / runner_zip.NAME).write_bytes(runner_zip.pack_runner(run.bundle))
         hashes = {f"bundle/{f.path}": f.sha256 for f in run.bundle.files}
         hashes["images.npy"] = sha256_file(here / "images.npy")
         (here / "job.json").write_text(json.dumps(_job(run, options, profile, processes, hashes)))
         files = {f"bundle/{f.path}": run.folder / f.path for f in run.bundle.files}
-        files |= {name: here / name for name in ("images.npy", packing.NAME, "job.json")}
+        files |= {name: here / name for name in ("images.npy", runner_zip.NAME, "job.json")}
         transport.push(files, run.name)
 
 
@@ -149,7 +149,7 @@ def _measure(transport: Transport, run: Run, limit: int) -> None:
     if refused or len(run.failures) >= _PATIENCE:
         return
     try:
-        status, text = transport.run(run.name, [packing.NAME, "job.json"], timeout=limit + 30)
+        status, text = transport.run(run.name, [runner_zip.NAME, "job.json"], timeout=limit + 30)
         with tempfile.TemporaryDirectory(prefix="robx-") as folder:
             path = _pull(transport, run, Path(folder), status, text)
             run.results.append(read_result(path, images=len(run.inputs.images)))

@@ -13,7 +13,9 @@ import numpy as np
 
 from robx.errors import DeviceError
 from robx.records import Value
-from robx.runtime import answers, latency, telemetry
+from robx.runtime.bench import result_schema
+from robx.runtime.bench import latency
+from robx.runtime.bench import telemetry
 
 _MAX_PART_BYTES = 512 * 1024 * 1024
 _MAX_JSON_BYTES = 4 * 1024 * 1024
@@ -122,12 +124,12 @@ def _over(numbers: Sequence[float], unit: str) -> Value:
 
 
 def _report(archive: zipfile.ZipFile) -> dict[str, Any]:
-    report = answers.parse(_part(archive, "result.json", _MAX_JSON_BYTES))
+    report = result_schema.parse(_part(archive, "result.json", _MAX_JSON_BYTES))
     if not isinstance(report, dict) or report.get("schema") != 1:
         raise DeviceError("the device sent a result of another form: is its runner from another robx?")
     if "error" in report:
         raise DeviceError(str(report["error"])[:500])
-    answers.check(report, answers.REPORT | (answers.TIMED if report.get("timed") else {}), "result")
+    result_schema.check(report, result_schema.REPORT | (result_schema.TIMED if report.get("timed") else {}), "result")
     if report["timed"] and len(report["window"]) != 2:
         raise DeviceError("the device sent a window without a beginning and an end: run it again")
     return report

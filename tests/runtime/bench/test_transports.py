@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from robx.errors import DeviceError, InputError
-from robx.runtime import transports
-from robx.runtime.bench import BenchOptions, bench
+from robx.runtime.bench import transports
+from robx.runtime.bench.bench import BenchOptions, bench
 from robx.runtime.doctor import examine
-from robx.runtime.transports import open_transport
+from robx.runtime.bench.transports import open_transport
 
 
 def script(path: Path, text: str) -> None:
@@ -194,7 +194,7 @@ def test_a_python_command_that_is_none(tmp_path):
 
 def test_a_limit_of_the_users_own_on_files_is_kept(shims):
     script(shims / "ssh", 'echo "$(ulimit -Hf)" >&2; exit 1')
-    code = "import robx.runtime.transports as t; t.open_transport('ssh://box').__enter__()"
+    code = "import robx.runtime.bench.transports as t; t.open_transport('ssh://box').__enter__()"
     lower = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # noqa: E731
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=lower)
     assert done.stderr.strip().endswith("failed: 1953"), "in blocks of 512 bytes"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from robx.runtime import telemetry
+from robx.runtime.bench import telemetry
 
 
 def test_joules_between_two_readings():

@@ -1,7 +1,7 @@
 """An arm64 device behind a real sshd: qemu-user runs Debian's arm64 Python with the aarch64 wheel of ONNX Runtime.
 
 Its answers are this machine's; its times are refused, for an emulated processor has none. ``make test-arm64`` makes the
-device (tests/runtime/arm64_device.py) and runs this; without ROBX_ARM64_ROOT, qemu or an sshd it is skipped.
+device (tests/runtime/device/arm64_device.py) and runs this; without ROBX_ARM64_ROOT, qemu or an sshd it is skipped.
 """
 
 import json

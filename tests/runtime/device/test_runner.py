@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from robx.records import load_bundle
-from robx.runtime import packing, runner, timing
+from robx.runtime.bench import runner_zip
+from robx.runtime.device import runner
+from robx.runtime.device import timing
 
 RUNTIME = Path(runner.__file__).resolve().parent
-HELPERS = [RUNTIME / name for name in packing.HELPERS]
+HELPERS = [RUNTIME / name for name in runner_zip.HELPERS]
 ON_DEVICE = [RUNTIME / "runner.py", *HELPERS, *sorted(RUNTIME.glob("on_*.py"))]
 ENGINES = {
     *("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "executorch", "ai_edge_litert", "tflite_runtime"),
@@ -59,25 +61,25 @@ def test_it_imports_the_standard_library_numpy_and_its_engine(path):
 
 
 def test_the_doctor_needs_neither_numpy_nor_robx(tmp_path):
-    (tmp_path / packing.NAME).write_bytes(packing.pack_runner(None))
+    (tmp_path / runner_zip.NAME).write_bytes(runner_zip.pack_runner(None))
     # -S: none of this environment's packages is to be found, as on a fresh device.
-    command = [sys.executable, "-S", packing.NAME, "--doctor"]
+    command = [sys.executable, "-S", runner_zip.NAME, "--doctor"]
     told = json.loads(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout)
     assert told["facts"]["arch"] and told["packages"] == {}
 
 
 def test_packing_is_deterministic_and_holds_one_engine(make_bundle):
     bundle = load_bundle(make_bundle())
-    data = packing.pack_runner(bundle)
-    assert data == packing.pack_runner(bundle)
+    data = runner_zip.pack_runner(bundle)
+    assert data == runner_zip.pack_runner(bundle)
     assert data.startswith(b"#!")
     path = make_bundle("x").parent / "r.pyz"
     path.write_bytes(data)
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         assert names[:3] == ["__main__.py", "robx/__init__.py", "robx/runtime/__init__.py"]
-        engines = {Path(name).name for name in names[3:]} - set(packing.HELPERS)
-        assert engines == {"on_onnxruntime.py"} and len(names) == 4 + len(packing.HELPERS)
+        engines = {Path(name).name for name in names[3:]} - set(runner_zip.HELPERS)
+        assert engines == {"on_onnxruntime.py"} and len(names) == 4 + len(runner_zip.HELPERS)
         assert archive.read("__main__.py") == (RUNTIME / "runner.py").read_bytes()
 
 
@@ -90,7 +92,7 @@ def job(make_bundle, images):
     bundle.rename(folder / "bundle")
     manifest = json.loads((folder / "bundle" / "manifest.json").read_text())
     np.save(folder / "images.npy", images)
-    (folder / packing.NAME).write_bytes(packing.pack_runner(load_bundle(folder / "bundle")))
+    (folder / runner_zip.NAME).write_bytes(runner_zip.pack_runner(load_bundle(folder / "bundle")))
     content = {
         "engine": "onnxruntime",
         "folder": "bundle",
@@ -111,7 +113,7 @@ def job(make_bundle, images):
 
     def run(**changes):
         (folder / "job.json").write_text(json.dumps({**content, **changes}))
-        done = subprocess.run([sys.executable, packing.NAME, "job.json"], cwd=folder, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, runner_zip.NAME, "job.json"], cwd=folder, capture_output=True, text=True)
         with zipfile.ZipFile(folder / "result.zip") as archive:
             return done.returncode, json.loads(archive.read("result.json")), folder
 
@@ -175,14 +177,14 @@ def test_an_old_result_is_never_taken_for_a_new_one(job):
 
 def repack(folder, changes):
     """Put other files into the packed runner."""
-    with zipfile.ZipFile(folder / packing.NAME) as archive:
+    with zipfile.ZipFile(folder / runner_zip.NAME) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(folder / packing.NAME, "w") as archive:
+    with zipfile.ZipFile(folder / runner_zip.NAME, "w") as archive:
         for name, data in (files | {name: text.encode() for name, text in changes.items()}).items():
             archive.writestr(name, data)
 
 
-ENGINE = "robx/runtime/on_onnxruntime.py"
+ENGINE = "robx/runtime/engines/on_onnxruntime.py"
 GPU_ENGINE = """
 import numpy as np
 class Model:
@@ -225,7 +227,7 @@ def hung(job):
 
 
 def start(folder, **streams):
-    runner = subprocess.Popen([sys.executable, packing.NAME, "job.json"], cwd=folder, **streams)
+    runner = subprocess.Popen([sys.executable, runner_zip.NAME, "job.json"], cwd=folder, **streams)
     for _ in range(200):
         if (folder / "opened").exists():
             return runner
@@ -236,7 +238,7 @@ def start(folder, **streams):
 def test_a_hung_engine_is_ended(hung):
     content = json.loads((hung / "job.json").read_text())
     (hung / "job.json").write_text(json.dumps({**content, "time_limit": 1}))
-    done = subprocess.run([sys.executable, packing.NAME, "job.json"], cwd=hung, timeout=20)
+    done = subprocess.run([sys.executable, runner_zip.NAME, "job.json"], cwd=hung, timeout=20)
     assert done.returncode == -signal.SIGALRM
     assert not (hung / "result.zip").exists()
 
@@ -265,7 +267,7 @@ def test_two_are_never_at_work_in_one_folder(hung):
     with start(hung) as first:
         try:
             (hung / "samples.npy").write_text("the first one's")
-            command = [sys.executable, packing.NAME, "job.json"]
+            command = [sys.executable, runner_zip.NAME, "job.json"]
             second = subprocess.run(command, cwd=hung, capture_output=True, text=True, timeout=20)
             assert second.returncode == 1 and "another runner is still at work" in second.stderr
             assert (hung / "samples.npy").read_text() == "the first one's"

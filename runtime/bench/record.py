@@ -13,11 +13,13 @@ import numpy as np
 from robx import __version__
 from robx.store.files import sha256_bytes, write_bytes
 from robx.records import Bundle, Latency, Value, to_json
-from robx.runtime import latency, packing, validity
-from robx.runtime.inputs import Inputs
-from robx.runtime.profiles import BenchOptions, Profile, find_profile
-from robx.runtime.reference import Reference, check_outputs
-from robx.runtime.results import ProcessResult, figures
+from robx.runtime.bench import latency
+from robx.runtime.bench import runner_zip
+from robx.runtime.bench import validity
+from robx.runtime.bench.inputs import Inputs
+from robx.runtime.bench.profiles import BenchOptions, Profile, find_profile
+from robx.runtime.bench.reference import Reference, check_outputs
+from robx.runtime.bench.results import ProcessResult, figures
 
 
 @dataclass
@@ -108,7 +110,7 @@ def _settings(
         "process_p50_ms": [float(np.median(r.samples)) / 1e6 for r in run.results if len(r.samples)],
         "order_seed": options.seed,
         "robx_version": __version__,
-        "runner_sha256": packing.runner_sha256(run.bundle),
+        "runner_sha256": runner_zip.runner_sha256(run.bundle),
     }
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from robx.runtime import sysfs, watch
+from robx.runtime.device import sysfs
+from robx.runtime.device import watch
 
 
 def write(root, files):
@@ -103,7 +104,7 @@ def test_each_package_wraps_for_itself_and_the_platform_is_not_added(tmp_path):
 MEMORY = """
 import json, sys
 import numpy as np
-from robx.runtime import watch
+from robx.runtime.device import watch
 first = watch.memory(reset=True)
 block = np.ones(40_000_000, dtype=np.uint8)
 grown = watch.memory()
