@@ -39,11 +39,11 @@ from robx.distill.training.run_folder import student_preprocessing
 from robx.distill.teachers.load import Teacher, load_teacher
 from robx.distill.train import train
 from robx.errors import Interrupted
-from robx.eval.features import extract
-from robx.eval.knn import knn_accuracy
-from robx.eval.linear import linear_cached
-from robx.eval.splits import Split, open_split
-from robx.eval.verdict import mean_value
+from robx.eval.datasets.features import extract
+from robx.eval.protocols.knn import knn_accuracy
+from robx.eval.protocols.linear import linear_cached
+from robx.eval.datasets.splits import Split, open_split
+from robx.stats import mean_value
 from robx.store.files import read_json, write_json
 from robx.records import Value, to_json
 from robx.runtime.session import SessionSettings, open_session

@@ -37,9 +37,9 @@ from robx.distill.training.run import Options
 from robx.distill.teachers.load import load_teacher
 from robx.distill.train import train
 from robx.errors import RobxError
-from robx.eval.fidelity import KNN_K, Bank, fidelity, make_bank
-from robx.eval.knn import weighted_knn
-from robx.eval.verdict import accuracy_value
+from robx.eval.fidelity.fidelity import KNN_K, Bank, fidelity, make_bank
+from robx.eval.protocols.knn import weighted_knn
+from robx.stats import accuracy_value
 from robx.export.build import Options as ExportOptions
 from robx.export.build import build
 from robx.export.image_splits import MIN_IMAGES, Splits, open_data, read_splits

@@ -74,9 +74,9 @@ def evaluate(
     """
     from robx.store.cache import cache_folder
     from robx.eval.evaluate import evaluate as run
-    from robx.eval.features import decode_workers
-    from robx.eval.look_alikes import warning_in
-    from robx.eval.lowshot import parse_shots
+    from robx.eval.datasets.features import decode_workers
+    from robx.eval.datasets.duplicates import warning_in
+    from robx.eval.protocols.lowshot import parse_shots
     from robx.eval.plan import Plan, parse_transfers
     from robx.records import append_measurements, to_json
 
@@ -176,7 +176,7 @@ def report(folders: tuple[Path, ...], out: Path, margin: float, budgets: tuple[f
     robx report runs/r18 -o report.html
     robx report runs/ --budget 10 --budget 33
     """
-    from robx.eval.report import collect, render
+    from robx.eval.report.render import collect, render
     from robx.store.files import write_text
 
     if out.suffix.lower() not in (".html", ".htm"):

@@ -11,15 +11,15 @@ import numpy as np
 
 from robx.embeddings import refuse_constant
 from robx.errors import InputError
-from robx.eval.features import Features, extract_each, model_id
-from robx.eval.fidelity import Comparison, fidelity, make_bank
-from robx.eval.knn import HEADLINE_K, TEMPERATURE, knn_accuracy
-from robx.eval.look_alikes import look_alikes
-from robx.eval.lowshot import check_splits
+from robx.eval.datasets.features import Features, extract_each, model_id
+from robx.eval.fidelity.fidelity import Comparison, fidelity, make_bank
+from robx.eval.protocols.knn import HEADLINE_K, TEMPERATURE, knn_accuracy
+from robx.eval.datasets.duplicates import look_alikes
+from robx.eval.protocols.lowshot import check_splits
 from robx.eval.plan import Plan, Result, accuracy_record, data_facts, device_facts
-from robx.eval.repeat import repeat_difference
-from robx.eval.splits import Split, open_split
-from robx.eval.verdict import check_margin, holm
+from robx.eval.fidelity.repeat import repeat_difference
+from robx.eval.datasets.splits import Split, open_split
+from robx.stats import check_margin, holm
 from robx.progress import Progress
 from robx.records import Bundle, Fidelity, Json, Student, Value, to_json, utc_now
 from robx.runtime.session import Session, SessionSettings, load_record, open_session
@@ -54,7 +54,7 @@ def evaluate(folders: Sequence[Path], plan: Plan, *, progress: Progress | None =
         if split is not None and plan.needs_data:
             yield from _on_the_data(folders, sessions, references, split, plan, progress)
         if plan.transfers:
-            from robx.eval.protocols import transfers
+            from robx.eval.protocols.run import transfers
 
             yield from transfers(folders, sessions, plan, progress)
 
@@ -110,7 +110,7 @@ def _on_the_data(
             yield Result(folder=folder, record=accuracy_record(sessions[folder], "knn", split, values, settings))
     yield from _fidelity(sessions, references, split, bank, test, repeats, plan)
     if plan.lowshot or plan.linear or plan.save_head:
-        from robx.eval.protocols import trained_protocols
+        from robx.eval.protocols.run import trained_protocols
 
         for folder in folders:
             features = bank[folder], test[folder]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from robx.errors import InputError
-from robx.eval.features import BATCH, model_id, model_name
-from robx.eval.splits import Split
+from robx.eval.datasets.features import BATCH, model_id, model_name
+from robx.eval.datasets.splits import Split
 from robx.records import Accuracy, Json, Measurement, Value, to_json, utc_now
 from robx.runtime.session import Session
 from robx.images.sources import data_info
@@ -55,7 +55,7 @@ def parse_transfers(names: Sequence[str], data: Path | None) -> tuple[tuple[str,
     Raises:
         InputError: an unknown name, or none of the two places.
     """
-    from robx.eval.transfer import transfer
+    from robx.eval.protocols.transfer import transfer
 
     found = []
     for text in names:

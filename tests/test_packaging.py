@@ -49,7 +49,7 @@ def test_the_wheel_has_every_module_once(wheel: Path) -> None:
     for package, folder in PROJECT["tool"]["setuptools"]["package-dir"].items():
         for source in (ROOT / folder).glob("*.py"):
             assert names.count(f"{package.replace('.', '/')}/{source.name}") == 1
-    assert "robx/py.typed" in names and "robx/eval/report.html.j2" in names
+    assert "robx/py.typed" in names and "robx/eval/report/report.html.j2" in names
     assert not [n for n in names if n.startswith(("tests/", "distill/", "eval/", "benchmarks/"))]
 
 
@@ -60,7 +60,7 @@ def test_the_sdist_has_no_link_and_no_part_of_the_tests(wheel: Path) -> None:
     assert not [m.name for m in members if m.issym() or m.islnk()]
     below = {m.name.split("/", 1)[1] for m in members if "/" in m.name}
     assert not [name for name in below if name.startswith(("tests", "benchmarks", "runs"))]
-    assert {"LICENSE", "CHANGELOG.md", "SECURITY.md", "pyproject.toml", "robx/cli.py", "eval/report.html.j2"} <= below
+    assert {"LICENSE", "CHANGELOG.md", "SECURITY.md", "pyproject.toml", "robx/cli.py", "eval/report/report.html.j2"} <= below
 
 
 def test_the_installed_wheel_runs_from_the_root_folder(wheel: Path, tmp_path: Path) -> None:

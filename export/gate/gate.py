@@ -68,7 +68,7 @@ def open_judge(folder: Path, *, batch: int | None = None) -> Session | str:
 
 def make_bank(features: np.ndarray, labels: np.ndarray, *, classes: int) -> object:
     """What accuracy is judged with: fp32 features (N, D) of labelled images, and a probe trained on them."""
-    from robx.eval.fidelity import make_bank as make
+    from robx.eval.fidelity.fidelity import make_bank as make
 
     return make(features, labels, classes=classes)
 
@@ -97,7 +97,7 @@ def judge_accuracy(
 
     `level` is how often a drop as large as the limit may pass by chance.
     """
-    from robx.eval.fidelity import Bank, fidelity
+    from robx.eval.fidelity.fidelity import Bank, fidelity
 
     compared = fidelity(
         reference,

@@ -15,9 +15,11 @@ from PIL import Image
 from robx.images.arrays import ArraySource
 from robx.cli import main
 from robx.errors import InputError
-from robx.eval import evaluate, linear, protocols
-from robx.eval.features import Features
-from robx.eval.splits import make_split, open_split
+from robx.eval import evaluate
+from robx.eval.protocols import linear
+from robx.eval.protocols import run
+from robx.eval.datasets.features import Features
+from robx.eval.datasets.splits import make_split, open_split
 from robx.export.image_splits import read_splits
 from robx.store.files import sha256_file
 from robx.records import (
@@ -331,12 +333,12 @@ def test_clevr_distance_sees_the_whole_image(run, tmp_path, monkeypatch):
         (root / "scenes" / f"CLEVR_{part}_scenes.json").write_text(json.dumps({"scenes": listed}))
     seen = []
 
-    class Seeing(protocols.TrunkSession):
+    class Seeing(run.TrunkSession):
         def run(self, images):
             seen.append(images)
             return super().run(images)
 
-    monkeypatch.setattr(protocols, "TrunkSession", Seeing)
+    monkeypatch.setattr(run, "TrunkSession", Seeing)
     result = robx(run, "--transfer", f"clevr_dist={root}", "--cached", "--no-cache")
     assert result.exit_code == 0, result.output
     (record,) = load_measurements(run / "measurements.jsonl")

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from robx.cli import main
 from robx.errors import ArtifactError, InputError
-from robx.eval.closeness import centred_cosine
+from robx.eval.fidelity.similarity import centred_cosine
 from robx.export.gate import gate
 from robx.export.int8 import by_nncf
 from robx.export.int8 import for_tensorrt

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from robx.errors import DeviceError, InputError
-from robx.eval.fidelity import make_bank
+from robx.eval.fidelity.fidelity import make_bank
 from robx.export.gate import gate
 from robx.export.gate.gate import Limits, judge_accuracy, judge_speed
 from robx.records import Value, Verdict

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from robx.errors import ArtifactError, MissingExtra
-from robx.eval.verdict import non_inferiority
+from robx.stats import non_inferiority
 from robx.export.int8.candidate import Candidate
 from robx.export.gate.search import Outcome, climb, level_of, preference, ships
 from robx.records import Rung, Value, Verdict

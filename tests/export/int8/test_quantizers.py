@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from robx.errors import ArtifactError, InputError
-from robx.eval.closeness import centred_cosine
+from robx.eval.fidelity.similarity import centred_cosine
 from robx.export.int8 import by_nncf
 from robx.export.int8 import by_onnxruntime
 from robx.export.int8 import for_tensorrt

@@ -1,0 +1,232 @@
+"""Embeddings of a source's images, from any Session, kept on disk so that no image is embedded twice.
+
+Images are decoded by a few threads while the model runs, and several models can share one decoding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import PIL
+
+from robx.errors import CorruptImage, DeviceError, InputError, RobxError, UnreadableImage
+from robx.eval.datasets.duplicates import LOOK, look
+from robx.store.files import sha256_bytes, write_atomically
+from robx.images.decode import preprocess
+from robx.progress import Progress
+from robx.records import Bundle, Preprocessing, Student, to_json
+from robx.images.sources import ImageSource, labels_of
+
+if TYPE_CHECKING:
+    from robx.runtime.session import Session
+
+BATCH = 64
+# A set with more unreadable images than this is not the set that was meant.
+MOST_SKIPPED = 0.1
+_ALWAYS_ALLOWED = 10
+# Counts up when decoding, preprocessing or what is stored changes: older features are then made again.
+_CACHE_FORMAT = 2
+_AHEAD = 2  # batches that are decoded before the model asks for them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What one model says of one source's readable images."""
+
+    features: np.ndarray  # float32 (N, D)
+    labels: np.ndarray  # int64 (N,), -1 where there is none
+    indices: np.ndarray  # int64 (N,), places in the source
+    skipped: int  # images that could not be read
+    looks: np.ndarray = field(default_factory=lambda: np.zeros((0, LOOK), np.uint8))  # (N, LOOK), see look_alikes.py
+
+
+def model_id(record: Bundle | Student) -> str:
+    """Bundle.id, or the first sixteen hex digits of the student's weights' hash."""
+    return record.id if isinstance(record, Bundle) else record.sha256[:16]
+
+
+def model_name(record: Bundle | Student) -> str:
+    """A name for people: the student's, with the bundle's format and precision."""
+    if isinstance(record, Bundle):
+        return f"{record.student.timm_name} {record.runtime} {record.precision}"
+    return f"{record.timm_name} torch fp32"
+
+
+def extract(
+    session: Session,
+    source: ImageSource,
+    preprocessing: Preprocessing | None = None,
+    *,
+    batch_size: int = BATCH,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> Features:
+    """Embed every readable image of `source`, in its order; see `extract_each`."""
+    return extract_each(
+        [session], source, preprocessing, batch_size=batch_size, cache=cache, progress=progress
+    )[0]  # fmt: skip
+
+
+def extract_each(
+    sessions: Sequence[Session],
+    source: ImageSource,
+    preprocessing: Preprocessing | None = None,
+    *,
+    batch_size: int = BATCH,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> list[Features]:
+    """Embed `source` with several models that share `preprocessing`, decoding each image once.
+
+    Args:
+        sessions: the models; one that answers from the cache is not run.
+        source: the images; unreadable ones are skipped and counted.
+        preprocessing: None is what the first model was made with.
+        batch_size: images in one run; what is in memory at once is a few of these.
+        cache: a folder for the results; None keeps nothing.
+        progress: called with (images done, images, note).
+
+    Raises:
+        InputError: more than a tenth of the images, and more than ten, cannot be read, or none can.
+        DeviceError: a model answers with something that is not (N, D).
+    """
+    preprocessing = preprocessing or sessions[0].bundle.preprocessing
+    images = [source.fingerprint, source.stamp, len(source)] if cache else []  # once: a stamp asks for every file
+    files = [_cache_file(cache, session, images, preprocessing) for session in sessions]
+    found = [_load(file) for file in files]
+    todo = [i for i, have in enumerate(found) if have is None]
+    if todo:
+        fresh, whole = _run([sessions[i] for i in todo], source, preprocessing, batch_size, progress)
+        for i, features in zip(todo, fresh, strict=True):
+            found[i] = features
+            if (file := files[i]) is not None and whole:  # what the disk did not give may come another time
+                _save(file, features)
+    return [features for features in found if features is not None]
+
+
+def decode_workers() -> int:
+    """Threads that decode: the processors that this process may use."""
+    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def decoded_batches(
+    source: ImageSource, read: Callable[[int], np.ndarray | None], order: Sequence[int] | np.ndarray, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(indices (B,), pixels (B, ...)) of `order` in batches, read by threads a few batches ahead.
+
+    `read` gives one image's pixels or None, which leaves the image out.
+    """
+    pieces = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    with ThreadPoolExecutor(decode_workers()) as pool:
+        waiting: list[list[Future[np.ndarray | None]]] = []
+        try:
+            for number, piece in enumerate(pieces):
+                while len(waiting) < min(_AHEAD + 1, len(pieces) - number):
+                    waiting.append([pool.submit(read, int(i)) for i in pieces[number + len(waiting)]])
+                pixels = [future.result() for future in waiting.pop(0)]
+                good = [k for k, image in enumerate(pixels) if image is not None]
+                if good:
+                    yield np.asarray(piece)[good], np.stack([image for image in pixels if image is not None])
+        finally:
+            for futures in waiting:
+                for future in futures:
+                    future.cancel()
+
+
+def _run(
+    sessions: Sequence[Session],
+    source: ImageSource,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    progress: Progress | None,
+) -> tuple[list[Features], bool]:
+    """The features, and whether the disk gave every image."""
+    whole = True
+    looks = np.zeros((len(source), LOOK), np.uint8)
+
+    def read(index: int) -> np.ndarray | None:
+        nonlocal whole
+        try:
+            pixels = preprocess(source.read(index), preprocessing)
+        except CorruptImage as error:
+            whole = whole and not isinstance(error, UnreadableImage)
+            return None
+        looks[index] = look(pixels)  # each thread writes rows of its own
+        return pixels
+
+    kept: list[np.ndarray] = []
+    answers: list[list[np.ndarray]] = [[] for _ in sessions]
+    for indices, pixels in decoded_batches(source, read, range(len(source)), batch_size):
+        for session, answer in zip(sessions, answers, strict=True):
+            answer.append(_embed(session, pixels))
+        kept.append(indices)
+        if progress:
+            progress(int(indices[-1]) + 1, len(source), f"embedding {source.name}")
+    if not kept:
+        raise InputError(f"none of the {len(source)} images of {source.name} can be read: give other data")
+    indices = np.concatenate(kept).astype(np.int64)
+    skipped = len(source) - len(indices)
+    if skipped > max(_ALWAYS_ALLOWED, MOST_SKIPPED * len(source)):
+        raise InputError(
+            f"{skipped} of the {len(source)} images of {source.name} cannot be read: mend or remove them first"
+        )
+    labels, looks = labels_of(source)[indices], looks[indices]
+    found = [
+        Features(
+            features=np.concatenate(answer), labels=labels, indices=indices, skipped=skipped, looks=looks
+        )
+        for answer in answers
+    ]  # fmt: skip
+    return found, whole
+
+
+def _embed(session: Session, pixels: np.ndarray) -> np.ndarray:
+    features = np.asarray(session.run(pixels), dtype=np.float32)
+    if features.ndim != 2 or len(features) != len(pixels):
+        name = model_name(session.bundle)
+        raise DeviceError(f"{name} answered {features.shape} to {len(pixels)} images: an embedding a row was expected")
+    return features
+
+
+def _cache_file(cache: Path | None, session: Session, images: list[Any], pre: Preprocessing) -> Path | None:
+    """Named after all that the features depend on: weights, engine, processor, images, preprocessing, decoder."""
+    if cache is None:
+        return None
+    facts = session.facts()
+    engine = {name: str(facts.get(name)) for name in ("engine", "version", "provider", "precision_hint", "output")}
+    made_by = [_CACHE_FORMAT, PIL.__version__, platform.machine()]
+    key = [model_id(session.bundle), engine, images, to_json(pre), made_by]
+    return cache / f"{sha256_bytes(json.dumps(key, sort_keys=True).encode())[:32]}.npz"
+
+
+def _load(file: Path | None) -> Features | None:
+    """The stored features, or None when there are none or they are damaged: then they are made again."""
+    if file is None or not file.is_file():
+        return None
+    try:
+        with file.open("rb") as data, np.load(data, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in ("features", "labels", "indices", "looks")}
+            skipped = int(stored["skipped"])
+    except Exception:  # a zip cut by a power failure raises whatever its parser meets
+        return None
+    return Features(**arrays, skipped=skipped)
+
+
+def _save(file: Path, features: Features) -> None:
+    def write(temporary: Path) -> None:
+        out: BinaryIO
+        with temporary.open("wb") as out:
+            np.savez(out, **dataclasses.asdict(features))
+
+    with contextlib.suppress(RobxError):  # a cache that cannot be written costs the next run time, and this one nothing
+        write_atomically(file, write)

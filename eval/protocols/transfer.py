@@ -1,0 +1,41 @@
+"""Transfer: frozen trunk, BatchNorm + Linear heads on another data set, each with its benchmark's recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from robx.errors import InputError
+from robx.eval.datasets.layouts import DATASETS
+from robx.eval.protocols.trained_heads import HeadRecipe
+from robx.eval.protocols.linear import VISSL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """How heads are trained on one data set."""
+
+    recipe: HeadRecipe
+    crop: bool = True  # False: images are squeezed whole, in training and in judging
+
+
+TRANSFERS = {
+    "folder": Transfer(recipe=VISSL),
+    "cifar10": Transfer(recipe=VISSL),
+    "cifar100": Transfer(recipe=VISSL),
+    "fashion_mnist": Transfer(recipe=VISSL),
+    "inat18": Transfer(recipe=HeadRecipe(epochs=84, milestones=(24, 48, 72))),
+    "places205": Transfer(recipe=HeadRecipe(epochs=14, milestones=(4, 8, 12))),
+    "clevr_count": Transfer(recipe=HeadRecipe(epochs=50)),
+    "clevr_dist": Transfer(recipe=HeadRecipe(epochs=100), crop=False),
+}
+
+
+def transfer(name: str) -> Transfer:
+    """The recipe of a data set.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if name not in TRANSFERS:
+        raise InputError(f"unknown transfer {name!r}: one of {', '.join(DATASETS)}")
+    return TRANSFERS[name]

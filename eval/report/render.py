@@ -1,0 +1,273 @@
+"""The report that decides: records in, one page out, with Markdown and JSON beside it.
+
+It measures nothing and opens no model. `collect` reads what robx wrote; `render` is pure and gives the same bytes for
+the same records. The first screen recommends (recommend.py), the rest lets a reader check it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import jinja2
+from markupsafe import Markup, escape
+
+from robx.eval.report import accuracy_tables as accuracy
+from robx.eval.report import provenance as provenance
+from robx.eval.report import tables as tables
+from robx.eval.report.recommend import MARGIN, Advice, Step, advise
+from robx.eval.report.collect import ReportData, collect
+from robx.eval.report.figures import curve_figures, latency_figures, pair_figure, pareto_figure
+from robx.eval.report.rows import Row, build_rows, headline_data, images_of, model_labels
+from robx.eval.report.text import at_most, clean, hundredths, megabytes, percent
+from robx.records import Accuracy, Latency, to_json
+
+_PROTOCOLS = {"knn": "kNN", "linear": "Linear"}
+__all__ = ["Pages", "ReportData", "collect", "render"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pages:
+    """The report in three forms with the same figures."""
+
+    title: str  # the decision in a line
+    html: str
+    markdown: str
+    json: str
+
+
+def render(data: ReportData, *, margin: float = MARGIN, budgets: Sequence[float] = ()) -> Pages:
+    """The page, the Markdown and the JSON of `data`.
+
+    Args:
+        data: from `collect`.
+        margin: the points of top-1 that a recommendation may lose, against its fp32 student and the best that fits.
+        budgets: latencies in ms to answer for by name; every other budget is answered as well.
+    """
+    rows = build_rows(data)
+    headline = headline_data(data)
+    protocol = headline[0] if headline else None
+    advice = advise(rows, protocol=protocol, margin=margin, budgets=budgets)
+    view = _view(data, rows, advice, protocol, margin)
+    return Pages(
+        title=clean(view["title"]),
+        html=_templates(html=True).get_template("report.html.j2").render(view),
+        markdown=_templates(html=False).get_template("report.md.j2").render(view),
+        json=_machine_form(data, rows, advice, view),
+    )
+
+
+def _view(
+    data: ReportData, rows: Sequence[Row], advice: Sequence[Advice], protocol: str | None, margin: float
+) -> dict[str, Any]:
+    """What the templates show: text, tables and figures, and no record."""
+    labels = model_labels(data, rows)
+    pairs = tables.pair_rows(rows)
+    measured = [row for row in rows if row.device]
+    return {
+        "title": _title(advice, rows),
+        "margin": f"{margin:g}",
+        "axis": _axis(data, protocol),
+        "devices": [_device(i, one, rows, protocol, margin, _axis(data, protocol)) for i, one in enumerate(advice)],
+        "unmeasured": _unmeasured(rows),
+        "warnings": provenance.licence_warnings(data),
+        "data_notes": provenance.data_notes(data),
+        "latency_table": tables.latency_table(measured) if measured else None,
+        "latency_figures": latency_figures(measured, data.samples),
+        "pair_table": tables.pair_table(pairs) if pairs else None,
+        "pair_figure": pair_figure(pairs, margin=margin),
+        "rungs": [tables.rung_table(p, labels.get(p.bundle.id, p.folder)) for p in data.bundles if p.bundle.rungs],
+        "curves": curve_figures(data),
+        "protocol_table": accuracy.protocol_table(data, labels),
+        "fidelity_table": accuracy.fidelity_table(data, labels),
+        "figure_table": accuracy.figure_table(data, labels),
+        "provenance": provenance.provenance(data, labels),
+        "doubts": provenance.doubts(data, rows, advice, labels),
+        "source_table": provenance.source_table(data, labels) if data.measurements else None,
+        "span": tables.measured_span(data.measurements),
+        "robx": ", ".join(sorted({b.bundle.robx_version for b in data.bundles if b.bundle.robx_version})),
+    }
+
+
+def _title(advice: Sequence[Advice], rows: Sequence[Row]) -> str:
+    best = {one.best.label for one in advice if one.best}
+    if not advice:
+        return "Nothing to recommend: no latency was measured"
+    if not any(row.validity == "VALID" for row in rows):
+        return "Nothing to recommend yet: no latency is VALID"
+    if not best:
+        return "Nothing to recommend: no candidate passed"
+    if len(best) == 1 and all(one.best for one in advice):
+        return f"Deploy {best.pop()}"
+    decided = sum(one.best is not None for one in advice)
+    return f"What to deploy on {decided} of {len(advice)} devices"
+
+
+def _axis(data: ReportData, protocol: str | None) -> str:
+    headline = headline_data(data)
+    if not headline:
+        return "minus the drop (points)"
+    found = [m.record for m in data.of_kind(Accuracy) if isinstance(m.record, Accuracy)]
+    info = next(r.data for r in found if (r.protocol, *images_of(r)) == headline)
+    name = _PROTOCOLS.get(protocol or "", protocol or "")
+    return f"{name} top-1 on {info.name} (%)"
+
+
+def _device(
+    index: int, advice: Advice, rows: Sequence[Row], protocol: str | None, margin: float, axis: str
+) -> dict[str, Any]:
+    """One device's part of the first screen."""
+    here = [row for row in rows if row.device == advice.device]
+    students = {row.student for row in here}
+    references = [row for row in rows if row.format == "torch" and not row.device and row.student in students]
+    best = advice.best
+    return {
+        "id": f"device-{index}",
+        "name": advice.device,
+        "best": _pick(best, protocol) if best else None,
+        "why_none": None if best else _why_none(advice, here),
+        "again": _again(here),
+        "steps": [_step(step) for step in advice.steps],
+        "asked": [{"budget": f"{b:g} ms", "pick": row.label if row else "nothing fits"} for b, row in advice.asked],
+        "provisional": [_step(step) for step in advice.provisional if step.row],
+        "pareto": pareto_figure(
+            f"pareto-{index}", here, protocol=protocol, margin=margin, axis=axis, picked=best, device=advice.device
+        ),
+        "table": tables.model_table([*references, *here], caption=f"Every model on {advice.device}", picked=best),
+    }
+
+
+def _pick(row: Row, protocol: str | None) -> dict[str, Any]:
+    """The recommended model and the four figures that speak for it."""
+    facts = []
+    accuracy = row.accuracy.get(protocol or "")
+    if accuracy:
+        what = f"{_PROTOCOLS.get(protocol or '', protocol)} top-1"
+        facts.append((f"{percent(accuracy.value.value)} %", what, accuracy.source))
+    if row.drop:
+        facts.append((f"{hundredths(row.drop.value.value)} pt", "lost against fp32", row.drop.source))
+    if row.bound:
+        facts.append((f"{at_most(row.bound.value.value)} ms", "p90, at most", row.bound.source))
+    if row.speedup and not row.speedup_shaky:
+        facts.append((f"{row.speedup.value.value:.2f} ×", "as fast as fp32", row.speedup.source))
+    if row.bytes:
+        facts.append((megabytes(row.bytes), "shipped", row.folder))
+    return {"name": row.name, "what": f"{row.format} {row.precision}", "folder": row.folder, "facts": facts}
+
+
+def _step(step: Step) -> dict[str, str]:
+    start, end = at_most(step.start), at_most(step.end)
+    span = f"{start} ms and more" if math.isinf(step.end) else f"{start} to {end} ms"
+    if step.start == 0:
+        span = f"less than {end} ms"
+    pick = step.row.label if step.row else "nothing fits"
+    return {"span": span, "pick": pick, "mark": step.row.precision if step.row else ""}
+
+
+def _why_none(advice: Advice, here: Sequence[Row]) -> str:
+    if any(row.validity == "VALID" for row in here):
+        return f"No model here is both fast for certain and right for certain: {len(advice.left_out)} were left out."
+    likely = advice.provisional[-1].row if advice.provisional else None
+    if likely is None or likely.bound is None:
+        return "No latency on this device is VALID, and no model here would be a candidate if one were."
+    return (
+        "No latency on this device is VALID, so none decides. If the UNSTABLE figures held, "
+        f"{likely.label} would be chosen (p90 at most {at_most(likely.bound.value.value)} ms)."
+    )
+
+
+def _again(here: Sequence[Row]) -> str:
+    """The command that measures the device's bundles as figures that decide are measured; none where some are."""
+    folders = list(dict.fromkeys(row.folder for row in here if row.format != "torch"))
+    if any(row.validity == "VALID" for row in here):
+        return ""
+    return shlex.join(["robx", "bench", *folders, "--profile", "standard"])
+
+
+def _unmeasured(rows: Sequence[Row]) -> tables.Table | None:
+    """Bundles, and students with none that was measured, that ran on no device."""
+    devices = {row.student for row in rows if row.device}
+    left = [row for row in rows if not row.device and (row.format != "torch" or row.student not in devices)]
+    return tables.model_table(left, caption="What is known of them", picked=None) if left else None
+
+
+def _machine_form(data: ReportData, rows: Sequence[Row], advice: Sequence[Advice], view: dict[str, Any]) -> str:
+    """Every figure with the file, line and field that it was read from, the recommendations, and the records."""
+    form = {
+        "schema": 1,
+        "title": view["title"],
+        "margin": view["margin"],
+        "accuracy": view["axis"],
+        "devices": [_advice_json(one) for one in advice],
+        "rows": to_json(list(rows)),
+        "doubts": [list(doubt) for doubt in view["doubts"]],
+        "warnings": view["warnings"],
+        "data": view["data_notes"],
+        "students": [{"folder": run.folder, "student": to_json(run.student)} for run in data.runs],
+        "curves": [{"folder": run.folder, "lines": list(run.curves)} for run in data.runs],
+        "bundles": [{"folder": p.folder, "id": p.bundle.id, "bundle": to_json(p.bundle)} for p in data.bundles],
+        "measurements": [
+            {"file": m.file, "line": m.line, "measurement": to_json(m.record), "raw": _raw(m.record, data)}
+            for m in data.measurements
+        ],
+    }
+    return json.dumps(form, indent=1, allow_nan=False) + "\n"
+
+
+def _raw(record: Any, data: ReportData) -> int | None:
+    """How many raw samples of a latency were found and are the ones it hashed."""
+    if not isinstance(record, Latency) or record.samples_sha256 not in data.samples:
+        return None
+    return sum(len(process) for process in data.samples[record.samples_sha256])
+
+
+def _advice_json(advice: Advice) -> dict[str, Any]:
+    def key(row: Row | None) -> str | None:
+        return row.model_id if row else None
+
+    def spans(steps: Sequence[Step]) -> list[dict[str, Any]]:
+        return [
+            {"from_ms": s.start, "below_ms": None if math.isinf(s.end) else s.end, "model_id": key(s.row)}
+            for s in steps
+        ]
+
+    return {
+        "device": advice.device,
+        "recommended": key(advice.best),
+        "budgets": spans(advice.steps),
+        "asked": [{"budget_ms": b, "model_id": key(row)} for b, row in advice.asked],
+        "provisional": spans(advice.provisional),
+        "left_out": [{"model_id": out.row.model_id, "why": out.why} for out in advice.left_out],
+    }
+
+
+@cache
+def _templates(*, html: bool) -> jinja2.Environment:
+    """Jinja with every string cleaned and, for HTML, escaped; only figures made here are markup."""
+
+    def finish(value: object) -> object:
+        return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("robx.eval", "."),
+        autoescape=html,
+        undefined=jinja2.StrictUndefined,
+        finalize=finish,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["md"] = _markdown
+    return environment
+
+
+def _markdown(text: object) -> str:
+    """`text` as plain text of a Markdown table: on one line, its marks and tags inert."""
+    line = " ".join(clean(str(text)).split())
+    for mark in "\\`*_[]|#~$!":
+        line = line.replace(mark, f"\\{mark}")
+    return str(escape(line)).replace("&#39;", "'").replace("&#34;", '"')
