@@ -30,24 +30,24 @@ import torch
 from common import CLIP_ART, demo_images, publish, save_student, say, shown
 from vit_weights import vit_small
 
-from robx.store.cache import cache_folder
 from robx.distill.batches.crops import STD
-from robx.distill.training.networks import student_kind
 from robx.distill.recipes import Method, Recipe, override, preset, read_toml
-from robx.distill.training.run import Options
-from robx.distill.training.run_folder import student_preprocessing
 from robx.distill.teachers.load import Teacher, load_teacher
 from robx.distill.train import train
+from robx.distill.training.networks import student_kind
+from robx.distill.training.run import Options
+from robx.distill.training.run_folder import student_preprocessing
 from robx.errors import Interrupted
 from robx.eval.datasets.features import extract
+from robx.eval.datasets.splits import Split, open_split
 from robx.eval.protocols.knn import knn_accuracy
 from robx.eval.protocols.linear import linear_cached
-from robx.eval.datasets.splits import Split, open_split
-from robx.stats import mean_value
-from robx.store.files import read_json, write_json
+from robx.images.sources import ImageSource, open_source
 from robx.records import Value, to_json
 from robx.runtime.session import SessionSettings, open_session
-from robx.images.sources import ImageSource, open_source
+from robx.stats import mean_value
+from robx.store.cache import cache_folder
+from robx.store.files import read_json, write_json
 from robx.trunk import build_trunk
 
 PROTOCOLS = ("knn", "linear")

@@ -18,17 +18,17 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
-from robx.store.cache import cache_folder
 from robx.console import print_table
 from robx.demo.demo_data import prepare_demo_data
 from robx.distill.recipes import Recipe
+from robx.distill.train import train
 from robx.distill.training.run import Options
 from robx.distill.training.run_folder import student_preprocessing
-from robx.distill.train import train
-from robx.store.files import sha256_bytes, write_json, write_text
+from robx.images.sources import ImageSource
 from robx.records import Student, TeacherInfo, Value
 from robx.runtime.device.describe import describe
-from robx.images.sources import ImageSource
+from robx.store.cache import cache_folder
+from robx.store.files import sha256_bytes, write_json, write_text
 from robx.trunk import embedding_width, save_trunk
 
 RESULTS = Path(__file__).parent / "results"

@@ -33,24 +33,24 @@ from vendors import vendor_bundle
 
 from robx import __version__
 from robx.distill.recipes import override, preset
-from robx.distill.training.run import Options
 from robx.distill.teachers.load import load_teacher
 from robx.distill.train import train
+from robx.distill.training.run import Options
 from robx.errors import RobxError
 from robx.eval.fidelity.fidelity import KNN_K, Bank, fidelity, make_bank
 from robx.eval.protocols.knn import weighted_knn
-from robx.stats import accuracy_value
 from robx.export.build import Options as ExportOptions
 from robx.export.build import build
-from robx.export.image_splits import MIN_IMAGES, Splits, open_data, read_splits
 from robx.export.gate.gate import Limits
+from robx.export.image_splits import MIN_IMAGES, Splits, open_data, read_splits
 from robx.export.request import ExportTarget
-from robx.store.files import read_json, write_json
+from robx.images.sources import open_source
 from robx.records import Bundle, Student, Value, from_json, load_bundle, load_student, to_json
 from robx.runtime.bench.interleave import interleave
 from robx.runtime.bench.latency import paired_ratio
 from robx.runtime.session import SessionSettings, open_session
-from robx.images.sources import open_source
+from robx.stats import accuracy_value
+from robx.store.files import read_json, write_json
 from robx.trunk import build_trunk
 
 VARIANTS = {

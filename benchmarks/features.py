@@ -2,8 +2,8 @@
 
     python benchmarks/features.py
 
-Extraction: ``robx.eval.datasets.features.extract`` from image files to features, against the same Session on tensors that are
-in memory; .9 of the bare rate is the aim. kNN: ``robx.eval.protocols.knn.nearest`` (normalise, multiply, keep the best 20) on a
+Extraction: ``eval/datasets/features.py::extract`` from image files to features, against the same Session on tensors
+that are in memory; .9 of the bare rate is the aim. kNN: ``nearest`` (normalise, multiply, keep the best 20) on a
 block of ImageNet's problem against one float32 matrix product of the same shape, and both stretched to 50,000 queries,
 a bank of 1,280,000 and width 192: every block is alike, so the time is proportional.
 """
@@ -25,10 +25,10 @@ from robx.distill.training.run_folder import student_preprocessing
 from robx.eval.datasets.features import extract
 from robx.eval.protocols.knn import nearest
 from robx.images.decode import preprocess
+from robx.images.sources import ImageSource, open_source
 from robx.records import Value, to_json
 from robx.runtime.bench.latency import paired_ratio
 from robx.runtime.session import SessionSettings, open_session
-from robx.images.sources import ImageSource, open_source
 from robx.trunk import build_trunk
 
 QUERIES, BANK, WIDTH = 50_000, 1_280_000, 192

@@ -28,13 +28,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from robx.export.request import ExportRequest, ExportTarget
 from robx.export.formats.to_onnx import export_model, tensor_specs
-from robx.store.files import write_json, write_text
+from robx.export.request import ExportRequest, ExportTarget
 from robx.images.decode import preprocess
-from robx.records import Preprocessing, Student, describe_file, to_json
 from robx.images.scenes import make_scene, render
 from robx.images.sources import open_source
+from robx.records import Preprocessing, Student, describe_file, to_json
+from robx.store.files import write_json, write_text
 from robx.trunk import build_trunk, embed, embedding_width, load_trunk
 
 RESULTS = Path(__file__).parent / "results" / "mobile.json"
@@ -108,8 +108,8 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 
 def distilled(folders: list[Path], data: Path | None) -> Iterator[Subject]:
     """Students with images of their own kind."""
-    from robx.store.cache import cache_folder
     from robx.demo.demo_data import prepare_demo_data
+    from robx.store.cache import cache_folder
 
     if data is None:
         data = prepare_demo_data(cache_folder(), say=print, progress=lambda *_: None).folder
@@ -185,7 +185,7 @@ def measure(format_: Any, precision: Any, subject: Subject) -> dict[str, Any]:
             return {**row, "parity": "not verifiable off macOS"}
         manifest = {"runtime": built.runtime, "files": [to_json(f) for f in files], "inputs": to_json(built.inputs)}
         manifest["outputs"] = to_json(built.outputs)
-        engine = importlib.import_module(f"robx.runtime.on_{built.runtime}")
+        engine = importlib.import_module(f"robx.runtime.engines.on_{built.runtime}")
         model_there = engine.open_model(str(folder), manifest, {"threads": 1})
         pixels = subject.judging
         answers = np.concatenate([model_there.run(pixels[i : i + 1]) for i in range(len(pixels))])

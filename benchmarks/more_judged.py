@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from robx.store.files import read_json, write_json, write_text
-from robx.store.folders import new_folder
 from robx.images.shards import write_shard
 from robx.images.sources import LICENCE_FILE, ImageSource, labels_of, open_source
+from robx.store.files import read_json, write_json, write_text
+from robx.store.folders import new_folder
 
 
 def hold_out(data: Path, count: int, folder: Path) -> Path:

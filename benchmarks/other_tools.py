@@ -21,11 +21,10 @@ import numpy as np
 
 from robx.records import load_bundle
 from robx.runtime.bench import runner_zip
-from robx.runtime.device import runner
-from robx.runtime.device import timing
 from robx.runtime.bench.bench import bench
 from robx.runtime.bench.latency import summarise
 from robx.runtime.bench.profiles import PROFILES, BenchOptions, Profile
+from robx.runtime.device import runner, timing
 from robx.runtime.session import SessionSettings, open_session
 
 Figures = dict[str, float]  # p50 and p90 in ms

@@ -24,11 +24,11 @@ import torch
 from common import CLIP_ART, RESULTS, demo_images, first_images, publish, say, step_seconds
 from matplotlib.figure import Figure
 
-from robx.distill.training.networks import student_kind
 from robx.distill.recipes import Recipe, override, preset
 from robx.distill.teachers.load import build_teacher_skeleton
-from robx.store.files import write_atomically
+from robx.distill.training.networks import student_kind
 from robx.images.sources import open_source
+from robx.store.files import write_atomically
 
 Point = dict[str, Any]
 BASE: Point = {"student": "vit_tiny_patch16_224", "batch": 32, "local_crops": 4, "prototypes": 4096, "processes": 1}

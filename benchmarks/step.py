@@ -26,14 +26,14 @@ import torch
 from common import CLIP_ART, demo_images, first_images, publish, say, shown, step_seconds
 
 from robx.distill.batches.loader import CropDataset, PlaceSampler, Share, collate
-from robx.distill.training.networks import build_networks, student_kind
-from robx.distill.training.processes import join_processes
 from robx.distill.recipes import Recipe, override, preset
 from robx.distill.teachers.load import Teacher, build_teacher_skeleton
-from robx.records import to_json
-from robx.runtime.bench.latency import paired_ratio
+from robx.distill.training.networks import build_networks, student_kind
+from robx.distill.training.processes import join_processes
 from robx.images.scenes import make_scene, render
 from robx.images.sources import FolderSource, ImageSource, open_source
+from robx.records import to_json
+from robx.runtime.bench.latency import paired_ratio
 
 STUDENTS = ("resnet18", "mobilenetv3_large_100", "vit_tiny_patch16_224")
 SCENES = 64

@@ -25,17 +25,17 @@ from chain import save_real
 from common import CLIP_ART, demo_images, first_images, publish, say, shown, step_seconds
 
 from robx.distill.batches.loader import build_loader
-from robx.distill.training.networks import build_networks, open_targets
-from robx.distill.training.processes import join_processes
 from robx.distill.recipes import Method, Recipe, override, preset
-from robx.distill.training.run_checkpoint import load_newest
-from robx.distill.training.run import Options
 from robx.distill.targets.stored import read_info, table_path
 from robx.distill.teachers.load import Teacher, build_teacher_skeleton, load_teacher
 from robx.distill.train import train
+from robx.distill.training.networks import build_networks, open_targets
+from robx.distill.training.processes import join_processes
+from robx.distill.training.run import Options
+from robx.distill.training.run_checkpoint import load_newest
+from robx.images.sources import ImageSource, open_source
 from robx.records import to_json
 from robx.runtime.bench.latency import paired_ratio
-from robx.images.sources import ImageSource, open_source
 
 Row = dict[str, Any]
 TRUNK, STUDENT, BATCH = "tf_efficientnet_lite0", "mobilenetv3_small_100", 64

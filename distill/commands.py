@@ -13,9 +13,9 @@ from robx.console import print_line, print_table, progress_bar, say
 from robx.errors import InputError
 
 if TYPE_CHECKING:
+    from robx.distill.recipes import Recipe
     from robx.distill.training.dry_run import RunCost
     from robx.distill.training.networks import Initial
-    from robx.distill.recipes import Recipe
 
 _OBJECTIVES = click.Choice(["dino", "ibot", "msn", "swav", "kd"])
 _POSITIVE = click.FloatRange(0, min_open=True)
@@ -148,10 +148,10 @@ def distill(
     )
     workers = default_workers() if workers is None else workers
 
-    from robx.distill.training.processes import join_processes
-    from robx.distill.training.run import Options
     from robx.distill.teachers.load import load_teacher
     from robx.distill.train import train
+    from robx.distill.training.processes import join_processes
+    from robx.distill.training.run import Options
 
     if dry:
         from robx.distill.training.run import check_settings, refuse_changes, settings_of
@@ -299,10 +299,10 @@ def _dry_run(
     gpu_memory: float | None,
     as_json: bool,
 ) -> None:
+    from robx.distill.teachers.load import build_teacher_skeleton
     from robx.distill.training.dry_run import dry_run
     from robx.distill.training.networks import open_targets
     from robx.distill.training.processes import pick_device
-    from robx.distill.teachers.load import build_teacher_skeleton
     from robx.records import to_json
 
     skeleton = None

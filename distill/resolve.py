@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from robx.distill.training.networks import student_kind
 from robx.distill.presets import TINY
 from robx.distill.recipes import Recipe, override, preset, read_toml
 from robx.distill.targets.stored import read_info
 from robx.distill.teachers.zoo import find_teacher
+from robx.distill.training.networks import student_kind
 from robx.errors import InputError
 
 

@@ -20,25 +20,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robx.distill.training import run_checkpoint
-from robx.distill.targets.branches import WritingBranch
-from robx.distill.training.signals import StopRequest, stop_on_signals
-from robx.distill.training.learner import Learner, autocast
 from robx.distill.batches.loader import Batch, CropDataset, PlaceSampler, build_loader, collate
-from robx.distill.training.collapse import require_finite
-from robx.distill.objectives.base import Stats
-from robx.distill.training.knn_probe import Probe
-from robx.distill.training.processes import Processes, join_processes
-from robx.distill.recipes import Recipe
-from robx.distill.training.log import log_step, monitor, note, open_probe, probe_references, probe_students, speed_bound
-from robx.distill.training.run import Options, Run, Say, count_skipped, open_run, publish_teachers, resume_run, save_run
-from robx.distill.training.speed import Rate, SpeedBound, measure_bound
-from robx.distill.teachers.load import Teacher
 from robx.distill.batches.views import Targets, Views
+from robx.distill.objectives.base import Stats
+from robx.distill.recipes import Recipe
+from robx.distill.targets.branches import WritingBranch
+from robx.distill.teachers.load import Teacher
+from robx.distill.training import run_checkpoint
+from robx.distill.training.collapse import require_finite
+from robx.distill.training.knn_probe import Probe
+from robx.distill.training.learner import Learner, autocast
+from robx.distill.training.log import log_step, monitor, note, open_probe, probe_references, probe_students, speed_bound
+from robx.distill.training.processes import Processes, join_processes
+from robx.distill.training.run import Options, Run, Say, count_skipped, open_run, publish_teachers, resume_run, save_run
+from robx.distill.training.signals import StopRequest, stop_on_signals
+from robx.distill.training.speed import Rate, SpeedBound, measure_bound
 from robx.errors import InputError, Interrupted
-from robx.store.folders import lock_folder
-from robx.progress import Progress, silent
 from robx.images.sources import ImageSource
+from robx.progress import Progress, silent
+from robx.store.folders import lock_folder
 
 
 def train(

@@ -72,13 +72,13 @@ def evaluate(
     robx eval runs/r18 --data images/ --linear --lowshot 1,2,5,1%
     robx eval runs/r18 --transfer cifar10=/data/cifar --transfer clevr_count=/data/CLEVR_v1.0
     """
-    from robx.store.cache import cache_folder
-    from robx.eval.evaluate import evaluate as run
-    from robx.eval.datasets.features import decode_workers
     from robx.eval.datasets.duplicates import warning_in
-    from robx.eval.protocols.lowshot import parse_shots
+    from robx.eval.datasets.features import decode_workers
+    from robx.eval.evaluate import evaluate as run
     from robx.eval.plan import Plan, parse_transfers
+    from robx.eval.protocols.lowshot import parse_shots
     from robx.records import append_measurements, to_json
+    from robx.store.cache import cache_folder
 
     if no_cache and cache:
         raise InputError("--cache and --no-cache contradict each other: give one")

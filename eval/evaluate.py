@@ -11,19 +11,19 @@ import numpy as np
 
 from robx.embeddings import refuse_constant
 from robx.errors import InputError
-from robx.eval.datasets.features import Features, extract_each, model_id
-from robx.eval.fidelity.fidelity import Comparison, fidelity, make_bank
-from robx.eval.protocols.knn import HEADLINE_K, TEMPERATURE, knn_accuracy
 from robx.eval.datasets.duplicates import look_alikes
-from robx.eval.protocols.lowshot import check_splits
-from robx.eval.plan import Plan, Result, accuracy_record, data_facts, device_facts
-from robx.eval.fidelity.repeat import repeat_difference
+from robx.eval.datasets.features import Features, extract_each, model_id
 from robx.eval.datasets.splits import Split, open_split
-from robx.stats import check_margin, holm
+from robx.eval.fidelity.fidelity import Comparison, fidelity, make_bank
+from robx.eval.fidelity.repeat import repeat_difference
+from robx.eval.plan import Plan, Result, accuracy_record, data_facts, device_facts
+from robx.eval.protocols.knn import HEADLINE_K, TEMPERATURE, knn_accuracy
+from robx.eval.protocols.lowshot import check_splits
+from robx.images.sources import ImageSource, data_info
 from robx.progress import Progress
 from robx.records import Bundle, Fidelity, Json, Student, Value, to_json, utc_now
 from robx.runtime.session import Session, SessionSettings, load_record, open_session
-from robx.images.sources import ImageSource, data_info
+from robx.stats import check_margin, holm
 
 
 def evaluate(folders: Sequence[Path], plan: Plan, *, progress: Progress | None = None) -> Iterator[Result]:

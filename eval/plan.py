@@ -10,9 +10,9 @@ from pathlib import Path
 from robx.errors import InputError
 from robx.eval.datasets.features import BATCH, model_id, model_name
 from robx.eval.datasets.splits import Split
+from robx.images.sources import data_info
 from robx.records import Accuracy, Json, Measurement, Value, to_json, utc_now
 from robx.runtime.session import Session
-from robx.images.sources import data_info
 
 
 @dataclass(frozen=True, kw_only=True)

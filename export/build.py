@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Literal
 
 from robx.errors import InputError
-from robx.export.gate import gate
+from robx.export.bundle_folder import CACHE, cached_onnx, require_bundle_place, ship
 from robx.export.formats import to_onnx
+from robx.export.gate import gate
+from robx.export.gate.judge import Judge
+from robx.export.gate.search import Outcome, climb, ships
 from robx.export.image_splits import JUDGING_IMAGES, MIN_IMAGES, SCREENING_IMAGES, Splits, read_splits
 from robx.export.int8.candidate import Candidate
-from robx.export.gate.search import Outcome, climb, ships
-from robx.export.bundle_folder import CACHE, cached_onnx, require_bundle_place, ship
-from robx.export.gate.judge import Judge
 from robx.export.int8.ladder import ladder, limit, machine_of, sensitive_rungs
-from robx.export.request import ExportRequest, ExportTarget
 from robx.export.make import Workshop
-from robx.store.files import sha256_file
-from robx.store.folders import scratch_folder
+from robx.export.request import ExportRequest, ExportTarget
+from robx.images.sources import ImageSource
 from robx.linear_head import load_head
 from robx.progress import Progress, silent
 from robx.records import (
@@ -38,7 +37,8 @@ from robx.records import (
     load_bundle,
     load_student,
 )
-from robx.images.sources import ImageSource
+from robx.store.files import sha256_file
+from robx.store.folders import scratch_folder
 from robx.trunk import load_trunk
 
 

@@ -12,10 +12,10 @@ from robx import __version__
 from robx.errors import ArtifactError, InputError
 from robx.export.formats import to_onnx
 from robx.export.request import ExportRequest
+from robx.records import Bundle, BundleFile, describe_file, save_bundle, to_json
 from robx.store.files import sha256_bytes, write_json
 from robx.store.folders import new_folder
 from robx.store.onnx_safety import load_checked
-from robx.records import Bundle, BundleFile, describe_file, save_bundle, to_json
 
 CACHE = "export-cache"
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from robx.errors import CorruptImage, InputError, NoSplit
-from robx.store.files import sha256_bytes
 from robx.images.decode import resize_and_crop
+from robx.images.sources import ImageSource, open_part, open_source
 from robx.progress import Progress
 from robx.records import Calibration, Preprocessing
-from robx.images.sources import ImageSource, open_part, open_source
+from robx.store.files import sha256_bytes
 
 MIN_IMAGES = 300  # fewer leave the tails of the activations to chance
 JUDGING_IMAGES = 3000  # prove a drop below one point where some 5 % of the answers change

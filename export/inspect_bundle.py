@@ -12,9 +12,9 @@ from onnx import numpy_helper
 
 from robx.errors import ArtifactError
 from robx.export.int8.tensorrt_qdq import WEIGHTED, Graph, trt_advice, trt_faults
+from robx.records import Bundle
 from robx.store.files import read_json
 from robx.store.onnx_safety import load_checked
-from robx.records import Bundle
 
 _MAX_XML_BYTES = 256 * 1024 * 1024
 _NOT_LAYERS = ("QuantizeLinear", "DequantizeLinear", "Constant", "Const", "Parameter", "Result", "FakeQuantize")

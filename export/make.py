@@ -17,24 +17,20 @@ import torch
 
 from robx import __version__
 from robx.errors import ArtifactError, InputError
-from robx.export.int8 import by_nncf
-from robx.export.int8 import by_onnxruntime
-from robx.export.int8 import for_tensorrt
-from robx.export.int8 import ranges
-from robx.export.int8 import sensitivity
 from robx.export.formats import to_onnx
-from robx.export.int8.bias import correct_biases
+from robx.export.formats.half import to_half
 from robx.export.formats.write import draft, write_model
 from robx.export.image_splits import Images, Splits, normalise, whole_batches
+from robx.export.int8 import by_nncf, by_onnxruntime, for_tensorrt, ranges, sensitivity
+from robx.export.int8.bias import correct_biases
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.equalize import equalize
 from robx.export.int8.graph_facts import GraphFacts, read_facts
-from robx.export.formats.half import to_half
 from robx.export.request import ExportRequest
-from robx.store.files import sha256_bytes, write_bytes
-from robx.store.onnx_safety import load_checked
 from robx.progress import Progress, silent
 from robx.records import save_bundle
+from robx.store.files import sha256_bytes, write_bytes
+from robx.store.onnx_safety import load_checked
 from robx.trunk import embed
 
 _BATCH = 32

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Literal
 
 from robx.errors import ArtifactError, InputError
-from robx.store.files import read_bytes, read_json, sha256_bytes, sha256_file, verify_file, write_bytes, write_json
-from robx.store.folders import turn
 from robx.store.dataclass_json import SCHEMA as SCHEMA
 from robx.store.dataclass_json import Json as Json
 from robx.store.dataclass_json import from_json as from_json
 from robx.store.dataclass_json import to_json as to_json
+from robx.store.files import read_bytes, read_json, sha256_bytes, sha256_file, verify_file, write_bytes, write_json
+from robx.store.folders import turn
 
 MAX_SIDE = 8192  # pixels of a model's input: more would only fill the memory
 

@@ -13,9 +13,9 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from robx.errors import ArtifactError, InputError
-from robx.store.files import sha256_file, write_bytes
 from robx.names import did_you_mean
 from robx.records import Student, load_student, save_student
+from robx.store.files import sha256_file, write_bytes
 
 
 def build_trunk(timm_name: str, *, drop_path: float = 0.0) -> nn.Module:

@@ -14,15 +14,15 @@ import numpy as np
 
 from robx.console import print_line, print_table, progress_bar, say
 from robx.errors import GateFailed, InputError
-from robx.store.files import write_atomically
+from robx.images.sources import open_source
 from robx.records import Bundle, Latency, Value, to_json
 from robx.runtime.bench.ab import Comparison, compare
 from robx.runtime.bench.bench import bench as run_bench
+from robx.runtime.bench.profiles import PROFILES, BenchOptions
 from robx.runtime.doctor import examine
 from robx.runtime.infer import find_images, infer, top_labels
-from robx.runtime.bench.profiles import PROFILES, BenchOptions
 from robx.runtime.session import SessionSettings, open_session
-from robx.images.sources import open_source
+from robx.store.files import write_atomically
 
 _BUNDLE = click.Path(path_type=Path)
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from robx.errors import DeviceError
-from robx.runtime.bench import result_schema
-from robx.runtime.bench import runner_zip
+from robx.runtime.bench import result_schema, runner_zip
 from robx.runtime.bench.transports import open_transport
 
 _DOCTOR_SECONDS = 120
@@ -84,7 +83,11 @@ def _ask(device: str, python: str | None) -> dict[str, Any]:
     if status:
         raise DeviceError(f"{device} cannot run the runner: {last[:300] or f'exit status {status}'}")
     try:
-        return dict(result_schema.check(result_schema.parse(last), {"facts": result_schema.DEVICE, "packages": {}}, "its answer"))
+        return dict(
+            result_schema.check(
+                result_schema.parse(last), {"facts": result_schema.DEVICE, "packages": {}}, "its answer"
+            )
+        )
     except DeviceError as error:
         raise DeviceError(f"{device} answered {last[:80]!r} where the runner's facts were expected") from error
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from robx.errors import CorruptImage, DeviceError, InputError
 from robx.images.decode import decode, preprocess, read_image_file
-from robx.runtime.session import Session
 from robx.images.sources import open_source
+from robx.runtime.session import Session
 
 Reader = tuple[str, Callable[[], Image.Image]]  # an image's name, and how to read it
 

@@ -11,9 +11,9 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 
 from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra, RobxError
-from robx.store.files import read_json
 from robx.records import Bundle, Student, from_json, load_bundle, load_student, to_json
 from robx.runtime.device.runner import run_in_batches
+from robx.store.files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)

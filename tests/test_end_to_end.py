@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from robx.cli import main
 from robx.images.decode import preprocess
+from robx.images.sources import open_source
 from robx.records import Accuracy, Fidelity, Latency, load_bundle, load_measurements, load_student
 from robx.runtime.session import open_session
-from robx.images.sources import open_source
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,21 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+MAPPING = PROJECT["tool"]["setuptools"]["package-dir"]
+STAGES = ("distill", "export", "runtime", "eval")
 
 
 def test_links_mapping_and_folders_agree() -> None:
-    mapping = PROJECT["tool"]["setuptools"]["package-dir"]
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == set(mapping)
-    for package, folder in mapping.items():
-        assert (ROOT / folder / "__init__.py").is_file()
+    assert set(MAPPING) == {"robx", *(f"robx.{stage}" for stage in STAGES)}
+    for package, folder in MAPPING.items():
         assert (ROOT / Path(*package.split("."))).resolve() == (ROOT / folder).resolve()
+    rooms = {f"robx.{room.name}" for room in _rooms(ROOT / "robx")}
+    rooms |= {f"robx.{stage}.{room.name}" for stage in STAGES for room in _rooms(ROOT / stage)}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == set(MAPPING) | rooms
+
+
+def _rooms(folder: Path) -> list[Path]:
+    return [room for room in folder.iterdir() if (room / "__init__.py").is_file() and not room.is_symlink()]
 
 
 def test_the_constraints_cover_every_dependency_of_the_demo_and_the_tests() -> None:
@@ -46,9 +53,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_has_every_module_once(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    for package, folder in PROJECT["tool"]["setuptools"]["package-dir"].items():
-        for source in (ROOT / folder).glob("*.py"):
-            assert names.count(f"{package.replace('.', '/')}/{source.name}") == 1
+    for package, folder in MAPPING.items():
+        for source in [
+            *(ROOT / folder).glob("*.py"),
+            *(p for room in _rooms(ROOT / folder) for p in room.glob("*.py")),
+        ]:
+            inside = source.relative_to(ROOT / folder).as_posix()
+            assert names.count(f"{package.replace('.', '/')}/{inside}") == 1
     assert "robx/py.typed" in names and "robx/eval/report/report.html.j2" in names
     assert not [n for n in names if n.startswith(("tests/", "distill/", "eval/", "benchmarks/"))]
 
@@ -60,7 +71,14 @@ def test_the_sdist_has_no_link_and_no_part_of_the_tests(wheel: Path) -> None:
     assert not [m.name for m in members if m.issym() or m.islnk()]
     below = {m.name.split("/", 1)[1] for m in members if "/" in m.name}
     assert not [name for name in below if name.startswith(("tests", "benchmarks", "runs"))]
-    assert {"LICENSE", "CHANGELOG.md", "SECURITY.md", "pyproject.toml", "robx/cli.py", "eval/report/report.html.j2"} <= below
+    assert {
+        "LICENSE",
+        "CHANGELOG.md",
+        "SECURITY.md",
+        "pyproject.toml",
+        "robx/cli.py",
+        "eval/report/report.html.j2",
+    } <= below
 
 
 def test_the_installed_wheel_runs_from_the_root_folder(wheel: Path, tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from robx.distill.batches.crops import multi_crop, normalise
 from robx.distill.batches.masks import block_masks, drop_masks
-from robx.distill.recipes import Recipe
 from robx.distill.batches.views import Views
+from robx.distill.recipes import Recipe
 from robx.errors import CorruptImage, InputError
 from robx.images.sources import ImageSource
 

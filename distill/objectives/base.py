@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from robx.distill.recipes import Recipe
 from robx.distill.batches.views import Scores, Targets, Views
+from robx.distill.recipes import Recipe
 
 Stats = dict[str, Tensor]
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robx.distill.objectives.pairs import Pairs
 from robx.distill.batches.views import Targets
+from robx.distill.objectives.pairs import Pairs
 
 # Elements that are worked on at a time: a block of float32 in a core's cache, or enough to fill a GPU.
 CPU_BLOCK, GPU_BLOCK = 1 << 17, 1 << 25

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robx.distill.objectives.cross_entropy import rows_cross_entropy
-from robx.distill.objectives.base import Stats
-from robx.distill.objectives.rob_dino import RobDino, dino_targets
 from robx.distill.batches.views import Scores, Targets, Views
+from robx.distill.objectives.base import Stats
+from robx.distill.objectives.cross_entropy import rows_cross_entropy
+from robx.distill.objectives.rob_dino import RobDino, dino_targets
 from robx.errors import InputError
 
 

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from robx.distill.objectives.cross_entropy import crops_cross_entropy
+from robx.distill.batches.views import Scores, Targets, Views
 from robx.distill.objectives.base import Stats, loss_stats
+from robx.distill.objectives.cross_entropy import crops_cross_entropy
 from robx.distill.objectives.pairs import Pairing, crop_pairs
 from robx.distill.objectives.sinkhorn import assignments, wide
-from robx.distill.batches.views import Scores, Targets, Views
 
 
 @torch.no_grad()

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from robx.distill.objectives.cross_entropy import crops_cross_entropy
+from robx.distill.batches.views import Scores, Targets, Views
 from robx.distill.objectives.base import Stats, loss_stats
+from robx.distill.objectives.cross_entropy import crops_cross_entropy
 from robx.distill.objectives.pairs import Pairing, crop_pairs
 from robx.distill.objectives.sinkhorn import assignments
-from robx.distill.batches.views import Scores, Targets, Views
 
 
 def swav_targets(scores: Tensor, *, epsilon: float, sinkhorn_iterations: int) -> Tensor:

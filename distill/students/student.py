@@ -12,10 +12,10 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from robx.distill.students.projection_heads import DinoHead, FrozenPrototypes, IbotHead, MlpHead, MsnHead, SwavHead
 from robx.distill.batches.masks import kept_patches
-from robx.distill.recipes import Recipe
 from robx.distill.batches.views import Scores, Views
+from robx.distill.recipes import Recipe
+from robx.distill.students.projection_heads import DinoHead, FrozenPrototypes, IbotHead, MlpHead, MsnHead, SwavHead
 from robx.errors import InputError
 from robx.trunk import build_trunk, embedding_width, is_vit
 
@@ -119,7 +119,7 @@ class StudentNet(nn.Module):
     def drop_grid(self, crop_size: int) -> tuple[int, int] | None:
         """The patch grid that MSN's patches are dropped from; None when none are.
 
-        With masks of ``robx.distill.batches.masks.drop_masks`` in the views the drops are a function of the sample. Without,
+        With masks of ``batches/masks.py::drop_masks`` in the views the drops are a function of the sample. Without,
         they are drawn from torch's generator, as drop path is.
         """
         return patch_grid(self.trunk, crop_size) if self.patch_drop else None

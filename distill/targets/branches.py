@@ -21,15 +21,15 @@ import torch
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
-from robx.distill.teachers.teacher import Teacher
+from robx.distill.batches.views import Scores, Targets, Views
 from robx.distill.objectives.base import Objective
-from robx.distill.recipes import Recipe
 from robx.distill.objectives.rob_ibot import RobIbot
+from robx.distill.recipes import Recipe
+from robx.distill.students.student import unwrapped
 from robx.distill.targets.centering import Shaping
 from robx.distill.targets.stored import StoredBranch
 from robx.distill.targets.stored_writer import TargetWriter, WritingBranch
-from robx.distill.students.student import unwrapped
-from robx.distill.batches.views import Scores, Targets, Views
+from robx.distill.teachers.teacher import Teacher
 
 __all__ = [
     "EmaBranch",

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from robx.distill.objectives.base import Objective
-from robx.distill.recipes import Recipe
 from robx.distill.objectives.rob_ibot import RobIbot
+from robx.distill.recipes import Recipe
 
 
 class Shaping:

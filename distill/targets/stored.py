@@ -28,11 +28,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from robx.distill.recipes import Recipe
 from robx.distill.batches.views import Targets, Views
+from robx.distill.recipes import Recipe
 from robx.errors import ArtifactError, InputError
-from robx.store.files import read_json
 from robx.records import from_json, to_json
+from robx.store.files import read_json
 
 # Recipe keys that decide what the teacher saw and said. Local crops and the student's side may differ.
 _DECIDING = (

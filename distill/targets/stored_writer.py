@@ -11,11 +11,11 @@ import numpy as np
 import torch.distributed as dist
 from torch import nn
 
-from robx.distill.targets.stored import TargetsInfo, pack, read_info, require_same, table_path
 from robx.distill.batches.views import Targets, Views
+from robx.distill.targets.stored import TargetsInfo, pack, read_info, require_same, table_path
 from robx.errors import InputError
-from robx.store.files import unwritable, write_json
 from robx.records import to_json
+from robx.store.files import unwritable, write_json
 
 if TYPE_CHECKING:
     from robx.distill.targets.branches import TargetBranch

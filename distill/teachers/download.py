@@ -18,9 +18,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from robx.errors import ArtifactError, InputError
+from robx.progress import Progress
 from robx.store.files import require_space, sha256_file, unwritable, write_atomically, write_text
 from robx.store.folders import wait_for
-from robx.progress import Progress
 
 MAX_DOWNLOAD_BYTES = 16 * 1024**3
 _CHUNK = 1024 * 1024

@@ -19,8 +19,8 @@ from robx.distill.teachers.efficientnet_lite import find_weights, to_timm, unpac
 from robx.distill.teachers.trunks import TimmTrunk, load_strictly
 from robx.distill.teachers.zoo import ZooEntry
 from robx.errors import ArtifactError, InputError
-from robx.store.files import sha256_file
 from robx.progress import Progress
+from robx.store.files import sha256_file
 
 
 def build_timm_teacher(entry: ZooEntry, *, classifier: bool) -> nn.Module:

@@ -14,12 +14,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from robx.store.cache import cache_folder
+from robx.distill.students.student import refusal
 from robx.distill.teachers.checkpoints import NAMES, PublishedTeacher, read_teacher
 from robx.distill.teachers.download import fetch
-from robx.distill.teachers.teacher import Method, Teacher, TeacherScores
-from robx.distill.teachers.prototypes import FitSettings, fit_or_load, has_to_stream
+from robx.distill.teachers.from_timm import build_timm_teacher, load_timm_teacher
 from robx.distill.teachers.frozen_heads import PrototypeHead, dino_head, fitted_head, msn_head, random_head, swav_head
+from robx.distill.teachers.prototypes import FitSettings, fit_or_load, has_to_stream
+from robx.distill.teachers.teacher import Method, Teacher, TeacherScores
 from robx.distill.teachers.trunks import (
     TimmTrunk,
     build_published_trunk,
@@ -27,14 +28,13 @@ from robx.distill.teachers.trunks import (
     load_trunk_state,
     trunk_width,
 )
-from robx.distill.students.student import refusal
-from robx.distill.teachers.from_timm import build_timm_teacher, load_timm_teacher
 from robx.distill.teachers.zoo import ZOO, ZooEntry, find_teacher, with_head
 from robx.errors import ArtifactError, InputError
-from robx.store.files import sha256_file
+from robx.images.sources import ImageSource
 from robx.progress import Progress
 from robx.records import Preprocessing, TeacherInfo
-from robx.images.sources import ImageSource
+from robx.store.cache import cache_folder
+from robx.store.files import sha256_file
 
 __all__ = ["ZOO", "Method", "Teacher", "TeacherScores", "build_teacher_skeleton", "load_teacher"]
 

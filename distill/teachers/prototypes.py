@@ -24,12 +24,12 @@ from torch import Tensor
 
 from robx.distill.teachers.kmeans import StreamingKMeans, spherical_kmeans
 from robx.errors import CorruptImage, InputError
-from robx.store.files import sha256_bytes, write_bytes
-from robx.store.folders import wait_for
 from robx.images.decode import preprocess
+from robx.images.sources import ImageSource
 from robx.progress import Progress
 from robx.records import Preprocessing
-from robx.images.sources import ImageSource
+from robx.store.files import sha256_bytes, write_bytes
+from robx.store.folders import wait_for
 
 # Beyond this many points a centre, more of them no longer move it (the rule of thumb of FAISS).
 _POINTS_PER_CENTRE = 256

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from robx.distill.recipes import Recipe
-from robx.distill.targets.centering import Shaping
 from robx.distill.students.student import StudentNet
+from robx.distill.targets.centering import Shaping
 from robx.errors import InputError
 from robx.store.files import write_bytes
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from robx.errors import CorruptImage
 from robx.images.decode import preprocess
-from robx.records import Preprocessing
 from robx.images.sources import ImageSource, labels_of
+from robx.records import Preprocessing
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from robx.distill.targets.branches import EmaBranch, OwnBranch
+from robx.distill.batches.views import Targets, Views
 from robx.distill.objectives.base import Objective, Stats
+from robx.distill.recipes import Recipe
+from robx.distill.students.student import StudentNet, cancel_last_layer_gradients
+from robx.distill.targets.branches import EmaBranch, OwnBranch
 from robx.distill.training.optimizers import build_optimizer, load_optimizer, set_rates
 from robx.distill.training.processes import Processes
-from robx.distill.recipes import Recipe
 from robx.distill.training.run_checkpoint import random_state
 from robx.distill.training.schedules import learning_rate, weight_decay
-from robx.distill.students.student import StudentNet, cancel_last_layer_gradients
-from robx.distill.batches.views import Targets, Views
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

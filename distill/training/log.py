@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from robx.distill.objectives.base import Stats
 from robx.distill.targets.branches import TeacherBranch, WritingBranch
 from robx.distill.training.collapse import embedding_health, warnings
-from robx.distill.objectives.base import Stats
 from robx.distill.training.knn_probe import Probe, build_probe, run_probe, score
 from robx.distill.training.run import Run
 from robx.distill.training.run_folder import student_preprocessing

@@ -10,19 +10,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from robx.distill.targets.branches import StoredBranch, TargetBranch, TargetWriter, TeacherBranch, WritingBranch, build_branch
-from robx.distill.training.learner import Learner
 from robx.distill.objectives.base import build_objective
-from robx.distill.training.processes import Processes
-from robx.distill.teachers.frozen_heads import PrototypeHead
 from robx.distill.recipes import Recipe, StudentKind
-from robx.distill.targets.stored import TargetsInfo, read_info
 from robx.distill.students.student import StudentNet, build_student
+from robx.distill.targets.branches import (
+    StoredBranch,
+    TargetBranch,
+    TargetWriter,
+    TeacherBranch,
+    WritingBranch,
+    build_branch,
+)
+from robx.distill.targets.stored import TargetsInfo, read_info
+from robx.distill.teachers.frozen_heads import PrototypeHead
 from robx.distill.teachers.load import Teacher
+from robx.distill.training.learner import Learner
+from robx.distill.training.processes import Processes
 from robx.errors import InputError
-from robx.store.files import read_json, write_json
-from robx.records import TeacherInfo, from_json, to_json
 from robx.images.sources import ImageSource
+from robx.records import TeacherInfo, from_json, to_json
+from robx.store.files import read_json, write_json
 from robx.trunk import build_trunk, load_trunk
 
 

@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 from robx import __version__
-from robx.distill.training import run_checkpoint
-from robx.distill.targets.branches import EmaBranch, OwnBranch, TargetBranch, TeacherBranch, WritingBranch
-from robx.distill.training.learner import Learner
 from robx.distill.batches.loader import Skipped, micro_batch, steps_per_epoch
+from robx.distill.recipes import Recipe, recipe_from_json
+from robx.distill.targets.branches import EmaBranch, OwnBranch, TargetBranch, TeacherBranch, WritingBranch
+from robx.distill.targets.centering import Shaping
+from robx.distill.teachers.load import Teacher
+from robx.distill.teachers.write_checkpoint import published_checkpoint, save_published
+from robx.distill.training import run_checkpoint
+from robx.distill.training.learner import Learner
 from robx.distill.training.networks import Initial, build_networks, open_targets, share_teacher, store_targets
 from robx.distill.training.processes import Processes
-from robx.distill.teachers.write_checkpoint import published_checkpoint, save_published
-from robx.distill.recipes import Recipe, recipe_from_json
 from robx.distill.training.run_folder import Metrics, student_folders, student_preprocessing, tensorboard_writer
-from robx.distill.targets.centering import Shaping
 from robx.distill.training.speed import SpeedBound
-from robx.distill.teachers.load import Teacher
 from robx.errors import InputError, one_line
-from robx.store.files import read_json, write_json, write_text
-from robx.records import Student, TeacherInfo, to_json
 from robx.images.sources import ImageSource, data_info
+from robx.records import Student, TeacherInfo, to_json
+from robx.store.files import read_json, write_json, write_text
 from robx.trunk import embedding_width, save_trunk
 
 Say = Callable[[str], None]
@@ -255,7 +255,9 @@ def save_run(run: Run, done: int) -> None:
         save_trunk(folder, learner.trunk, _record(run, learner, done))
     _list_corrupt(run)
     # The checkpoint is last: a run that is killed before it does this once more, and one killed after it lacks nothing.
-    run_checkpoint.save_checkpoint(run.out, state, step=done, keep=run.options.keep, best=run.best[0] if run.best else None)
+    run_checkpoint.save_checkpoint(
+        run.out, state, step=done, keep=run.options.keep, best=run.best[0] if run.best else None
+    )
 
 
 def count_skipped(run: Run, found: dict[int, str]) -> list[str]:

@@ -20,7 +20,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from robx.errors import ArtifactError, InputError, RobxError
-from robx.store.files import read_json, require_space, sha256_bytes, sha256_file, unwritable, write_atomically, write_json
+from robx.store.files import (
+    read_json,
+    require_space,
+    sha256_bytes,
+    sha256_file,
+    unwritable,
+    write_atomically,
+    write_json,
+)
 from robx.store.folders import new_folder, remove_abandoned
 
 SCHEMA = 1

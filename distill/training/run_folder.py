@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from robx.errors import MissingExtra
-from robx.store.files import unwritable, write_text
 from robx.records import Preprocessing
+from robx.store.files import unwritable, write_text
 
 
 class Metrics:

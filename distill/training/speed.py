@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from robx.distill.training.learner import Learner, autocast
-from robx.distill.recipes import Recipe
 from robx.distill.batches.views import Targets, Views
+from robx.distill.recipes import Recipe
+from robx.distill.training.learner import Learner, autocast
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Labelled data sets: folder layouts, splits, cached features and the check for duplicates between training and test images."""
+"""Labelled data sets: folder layouts, splits, cached features and the check for test images in the training set."""

@@ -21,11 +21,11 @@ import PIL
 
 from robx.errors import CorruptImage, DeviceError, InputError, RobxError, UnreadableImage
 from robx.eval.datasets.duplicates import LOOK, look
-from robx.store.files import sha256_bytes, write_atomically
 from robx.images.decode import preprocess
+from robx.images.sources import ImageSource, labels_of
 from robx.progress import Progress
 from robx.records import Bundle, Preprocessing, Student, to_json
-from robx.images.sources import ImageSource, labels_of
+from robx.store.files import sha256_bytes, write_atomically
 
 if TYPE_CHECKING:
     from robx.runtime.session import Session

@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from robx.images.arrays import ArraySource, open_cifar, open_idx
 from robx.errors import ArtifactError, InputError
-from robx.store.files import fingerprint_files, sha256_bytes, stamp_of
+from robx.images.arrays import ArraySource, open_cifar, open_idx
 from robx.images.decode import decode, read_image_file
 from robx.images.sources import ImageSource, open_source
+from robx.store.files import fingerprint_files, sha256_bytes, stamp_of
 
 # Upper edges of the distance bins, closed on the right: (.., 8], (8, 8.5], ... (VTAB's closest-object-distance).
 CLEVR_EDGES = (8.0, 8.5, 9.0, 9.5, 10.0, 100.0)

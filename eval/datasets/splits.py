@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from robx.errors import InputError
-from robx.eval.datasets.features import Features
 from robx.eval.datasets.duplicates import LookAlikes
+from robx.eval.datasets.features import Features
 from robx.images.sources import ImageSource, class_numbers, labelled, labels_of, open_part, open_source, renumbered
 
 

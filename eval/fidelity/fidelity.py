@@ -17,9 +17,10 @@ from typing import Literal
 import numpy as np
 
 from robx.errors import InputError
+from robx.eval.fidelity.probe import Probe, fit_probe
 from robx.eval.fidelity.similarity import broken, closeness, neighbour_overlap, overlap
 from robx.eval.protocols.knn import TEMPERATURE, nearest, vote, weighted_knn
-from robx.eval.fidelity.probe import Probe, fit_probe
+from robx.records import Precision, Value, Verdict
 from robx.stats import (
     LEVEL,
     Decision,
@@ -28,7 +29,6 @@ from robx.stats import (
     drop_value,
     non_inferiority,
 )
-from robx.records import Precision, Value, Verdict
 
 KNN_K = 20
 LEAST_UNLABELLED = 100  # images: fewer say nothing of the 1 % quantile

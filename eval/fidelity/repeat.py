@@ -6,9 +6,9 @@ import numpy as np
 
 from robx.errors import CorruptImage
 from robx.images.decode import preprocess
+from robx.images.sources import ImageSource
 from robx.records import Value
 from robx.runtime.session import Session
-from robx.images.sources import ImageSource
 
 IMAGES = 8
 

@@ -14,8 +14,8 @@ from scipy import stats
 
 from robx.errors import InputError
 from robx.eval.protocols.knn import nearest, unit_rows
-from robx.stats import mean_value, quantile_value
 from robx.records import Value
+from robx.stats import mean_value, quantile_value
 
 NEIGHBOURS = 20
 # More images change these two little and cost in proportion, or in its square; the first of a fixed permutation count.

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from robx.errors import InputError
-from robx.stats import accuracy_value
 from robx.progress import Progress
 from robx.records import Value
+from robx.stats import accuracy_value
 
 KS = (10, 20, 100, 200)
 HEADLINE_K = 20

@@ -20,9 +20,9 @@ from robx.errors import CorruptImage, InputError
 from robx.eval.datasets.features import Features, decoded_batches
 from robx.eval.protocols.trained_heads import HeadRecipe, Heads, head_values, headline
 from robx.eval.protocols.trunk_outputs import TrunkSession
+from robx.images.sources import ImageSource, labels_of
 from robx.progress import Progress
 from robx.records import Preprocessing, Value
-from robx.images.sources import ImageSource, labels_of
 
 VISSL = HeadRecipe(epochs=28, milestones=(8, 16, 24))
 RATES = (0.01, 0.001, 0.1)

@@ -21,10 +21,10 @@ from scipy import stats
 
 from robx.errors import InputError
 from robx.eval.datasets.features import Features
+from robx.images.sources import ImageSource, labels_of
+from robx.records import Value
 from robx.stats import accuracy_value, wilson
 from robx.store.files import MAX_JSON_BYTES
-from robx.records import Value
-from robx.images.sources import ImageSource, labels_of
 
 LAMBDA = 0.0025
 SPLITS = 3

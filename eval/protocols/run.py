@@ -9,20 +9,20 @@ from pathlib import Path
 
 import numpy as np
 
-from robx.eval.datasets.layouts import SquareSource, open_dataset
 from robx.eval.datasets.features import Features, extract
-from robx.eval.protocols.trained_heads import TOP, head_values
+from robx.eval.datasets.layouts import SquareSource, open_dataset
+from robx.eval.datasets.splits import Split, make_split
+from robx.eval.plan import Plan, Result, accuracy_record
 from robx.eval.protocols.linear import LEAST_STEPS, VISSL, linear_cached, linear_streamed, train_cached
 from robx.eval.protocols.lowshot import LAMBDA, draw_splits, low_shot, read_splits
-from robx.eval.plan import Plan, Result, accuracy_record
-from robx.eval.datasets.splits import Split, make_split
+from robx.eval.protocols.trained_heads import TOP, head_values
 from robx.eval.protocols.transfer import TRANSFERS, Transfer, transfer
 from robx.eval.protocols.trunk_outputs import TrunkSession
+from robx.images.sources import ImageSource
 from robx.linear_head import Head, save_head
 from robx.progress import Progress
 from robx.records import Accuracy, Json, Student, to_json
 from robx.runtime.session import Session
-from robx.images.sources import ImageSource
 
 
 def trained_protocols(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robx.errors import InputError
-from robx.stats import accuracy_value
 from robx.records import Value
+from robx.stats import accuracy_value
 
 TOP = 5
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from robx.errors import InputError
 from robx.eval.datasets.layouts import DATASETS
-from robx.eval.protocols.trained_heads import HeadRecipe
 from robx.eval.protocols.linear import VISSL
+from robx.eval.protocols.trained_heads import HeadRecipe
 
 
 @dataclass(frozen=True, kw_only=True)

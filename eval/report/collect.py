@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from robx.errors import ArtifactError, InputError, RobxError
-from robx.store.files import MAX_JSON_BYTES, sha256_file
 from robx.records import (
     Accuracy,
     Bundle,
@@ -25,6 +24,7 @@ from robx.records import (
     load_measurements,
     load_student,
 )
+from robx.store.files import MAX_JSON_BYTES, sha256_file
 
 MAX_SAMPLES_BYTES = 256 * 1024 * 1024
 _LARGEST = 1e300  # NaN and infinity are not below it, nor an integer that no float holds

@@ -13,8 +13,8 @@ from robx.eval.report import plots
 from robx.eval.report.collect import ReportData
 from robx.eval.report.report_names import student_names
 from robx.eval.report.rows import Figure, Row
-from robx.eval.report.text import clean, hundredths, number, percent
 from robx.eval.report.svg import draw
+from robx.eval.report.text import clean, hundredths, number, percent
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from robx.eval.datasets.duplicates import warning_in
-from robx.eval.report.recommend import Advice
 from robx.eval.report.collect import Packed, ReportData
+from robx.eval.report.recommend import Advice
 from robx.eval.report.report_names import device_label, student_names
 from robx.eval.report.rows import Row
 from robx.eval.report.tables import Cell, Table

@@ -20,9 +20,9 @@ from markupsafe import Markup, escape
 from robx.eval.report import accuracy_tables as accuracy
 from robx.eval.report import provenance as provenance
 from robx.eval.report import tables as tables
-from robx.eval.report.recommend import MARGIN, Advice, Step, advise
 from robx.eval.report.collect import ReportData, collect
 from robx.eval.report.figures import curve_figures, latency_figures, pair_figure, pareto_figure
+from robx.eval.report.recommend import MARGIN, Advice, Step, advise
 from robx.eval.report.rows import Row, build_rows, headline_data, images_of, model_labels
 from robx.eval.report.text import at_most, clean, hundredths, megabytes, percent
 from robx.records import Accuracy, Latency, to_json
@@ -254,7 +254,7 @@ def _templates(*, html: bool) -> jinja2.Environment:
         return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("robx.eval", "."),
+        loader=jinja2.PackageLoader("robx.eval.report", "."),
         autoescape=html,
         undefined=jinja2.StrictUndefined,
         finalize=finish,

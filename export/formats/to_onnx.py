@@ -22,10 +22,10 @@ from robx import __version__
 from robx.errors import ArtifactError, InputError
 from robx.export.quiet import quiet
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest
-from robx.store.files import write_bytes
 from robx.linear_head import Head
-from robx.store.onnx_safety import check_model
 from robx.records import Preprocessing, Student, TensorSpec, Value
+from robx.store.files import write_bytes
+from robx.store.onnx_safety import check_model
 
 IR_VERSION = 10
 PIXELS, EMBEDDING, LOGITS = "pixels", "embedding", "logits"

@@ -22,9 +22,9 @@ from torch import nn
 from robx.errors import InputError, MissingExtra
 from robx.export.int8.tensorrt_qdq import check_trt_qdq
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest
+from robx.records import Json, TensorSpec
 from robx.store.files import sha256_bytes, sha256_file, write_bytes, write_json
 from robx.store.onnx_safety import load_checked
-from robx.records import Json, TensorSpec
 
 JETSONS = {"jetson-orin": "SM87"}
 MAX_BATCH = 32  # the largest batch of an engine whose batch is dynamic

@@ -14,15 +14,15 @@ import torch
 
 from robx.embeddings import refuse_constant
 from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra, RobxError
-from robx.export.gate import gate
-from robx.export.int8 import sensitivity
 from robx.export.formats import to_onnx
-from robx.export.image_splits import MIN_JUDGING, Images, normalise
-from robx.export.int8.candidate import Candidate
+from robx.export.gate import gate
 from robx.export.gate.search import failed_rung, level_of
+from robx.export.image_splits import MIN_JUDGING, Images, normalise
+from robx.export.int8 import sensitivity
+from robx.export.int8.candidate import Candidate
 from robx.export.make import Workshop
-from robx.records import Precision, Rung, Value, Verdict
 from robx.images.sources import class_numbers, renumbered
+from robx.records import Precision, Rung, Value, Verdict
 from robx.trunk import embed
 
 # One in four sound candidates may be screened out; to let all through would spend the judging images on hopeless ones.

@@ -15,8 +15,8 @@ from functools import partial
 from statistics import median
 
 from robx.errors import MissingExtra, RobxError
-from robx.export.int8.candidate import Candidate
 from robx.export.gate.gate import SPEED_TOLERANCE
+from robx.export.int8.candidate import Candidate
 from robx.records import Rung
 
 # Of all candidates of one export together: how rarely an inaccurate one may ship by chance.

@@ -11,8 +11,8 @@ import onnx
 from robx.errors import ArtifactError
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.float_scope import kept_nodes
-from robx.export.quiet import quiet
 from robx.export.int8.ranges import Ranges
+from robx.export.quiet import quiet
 from robx.store.onnx_safety import check_model
 
 

@@ -10,8 +10,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from robx.errors import ArtifactError
-from robx.export.int8.tensorrt_qdq import Graph
 from robx.export.int8.ranges import Ranges
+from robx.export.int8.tensorrt_qdq import Graph
 from robx.progress import Progress
 
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import click
 
-from robx.store.cache import cache_folder
 from robx.cli import COMMANDS, main
 from robx.console import print_line, print_table, progress_bar, say
 from robx.demo.demo_data import DemoData, prepare_demo_data
 from robx.errors import GateFailed, RobxError
+from robx.images.sources import open_source
+from robx.records import load_bundle
+from robx.store.cache import cache_folder
 from robx.store.files import read_json, sha256_bytes, write_json, write_text
 from robx.store.folders import lock_folder
-from robx.records import load_bundle
-from robx.images.sources import open_source
 
 TEACHER = "efficientnet_lite0"
 STUDENT = "resnet10t"

@@ -22,13 +22,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from robx.errors import RobxError, one_line
-from robx.store.files import require_space, sha256_bytes, write_json, write_text
-from robx.store.folders import lock_folder, new_folder
 from robx.images.decode import MAX_PIXELS, to_rgb
-from robx.progress import Progress
 from robx.images.scenes import write_scenes
 from robx.images.shards import write_shard
 from robx.images.sources import LICENCE_FILE
+from robx.progress import Progress
+from robx.store.files import require_space, sha256_bytes, write_json, write_text
+from robx.store.folders import lock_folder, new_folder
 
 CLIP_ART_PACKAGE = "openclipart-png"
 # The folders whose pictures have a meaning that a picture shows; the others are distilled from, but not judged on.

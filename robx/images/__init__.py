@@ -1,1 +1,1 @@
-"""Reading images: decoding, sources (folders, shards, arrays, scene data sets) and the one reading loop that every stage uses."""
+"""Reading images: decoding, sources (folders, shards, arrays, scene data sets) and the reading loop of all stages."""

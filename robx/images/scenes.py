@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from robx.images.shards import write_shard
+from robx.progress import Progress
 from robx.store.files import write_json
 from robx.store.folders import new_folder
-from robx.progress import Progress
-from robx.images.shards import write_shard
 
 MIN_OBJECTS, MAX_OBJECTS = 3, 10
 DISTANCE_EDGES = (8.0, 8.5, 9.0, 9.5, 10.0, 100.0)  # bins closed on the right

@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from robx.errors import CorruptImage, InputError, UnreadableImage
-from robx.store.files import fingerprint, read_json, sampled, stamp_of, start_of
 from robx.images.decode import IMAGE_SUFFIXES, MAX_FILE_BYTES, decode
+from robx.store.files import fingerprint, read_json, sampled, stamp_of, start_of
 
 _MAX_LABEL_BYTES = 16
 _MAX_CLASSES = 10_000_000

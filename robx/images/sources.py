@@ -14,12 +14,12 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from robx.images.arrays import open_cifar, open_idx
 from robx.errors import InputError, NoSplit
-from robx.store.files import fingerprint, fingerprint_files, read_bytes, stamp_of
+from robx.images.arrays import open_cifar, open_idx
 from robx.images.decode import IMAGE_SUFFIXES, decode, read_image_file
-from robx.records import DataInfo
 from robx.images.shards import ShardSource
+from robx.records import DataInfo
+from robx.store.files import fingerprint, fingerprint_files, read_bytes, stamp_of
 
 # Under which licence the images are, as an SPDX name or in words: it goes into every record that is made from them.
 LICENCE_FILE = "licence.txt"

@@ -1,1 +1,1 @@
-"""Reading and writing artifacts: atomic files and folders, locks, hashes, JSON of dataclasses, and the ONNX safety check."""
+"""Artifacts on disk: atomic files and folders, locks, hashes, JSON of dataclasses, and the ONNX safety check."""

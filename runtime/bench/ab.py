@@ -12,15 +12,14 @@ from typing import Any
 import numpy as np
 
 from robx.errors import InputError
-from robx.store.files import sha256_bytes, write_bytes
+from robx.images.sources import ImageSource
 from robx.records import Validity, Value, load_bundle, utc_now
-from robx.runtime.bench import latency
-from robx.runtime.bench import validity
-from robx.runtime.bench.interleave import interleave
+from robx.runtime.bench import latency, validity
 from robx.runtime.bench.inputs import load_inputs
+from robx.runtime.bench.interleave import interleave
 from robx.runtime.bench.reference import check_outputs, find_reference
 from robx.runtime.session import Session, SessionSettings, open_session
-from robx.images.sources import ImageSource
+from robx.store.files import sha256_bytes, write_bytes
 
 BLOCKS = 20  # of each bundle: the bootstrap's interval wants ten or more
 

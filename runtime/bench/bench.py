@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from robx.errors import DeviceError, InputError, RobxError
-from robx.store.files import sha256_file
+from robx.images.sources import ImageSource
 from robx.progress import Progress
 from robx.records import Latency, Preprocessing, append_measurements, load_bundle, to_json, utc_now
 from robx.runtime.bench import runner_zip
@@ -23,10 +23,10 @@ from robx.runtime.bench.profiles import BenchOptions, Profile, find_profile
 from robx.runtime.bench.record import Run, make_record
 from robx.runtime.bench.reference import find_reference
 from robx.runtime.bench.results import read_result
+from robx.runtime.bench.transports import Transport, open_transport
 from robx.runtime.device.runner import RESULT
 from robx.runtime.session import check_onnx
-from robx.runtime.bench.transports import Transport, open_transport
-from robx.images.sources import ImageSource
+from robx.store.files import sha256_file
 
 _LOAD_SECONDS = 300  # for loading and the first inference: an engine may compile its model then
 _PATIENCE = 2  # failed processes of one bundle, after which its others are not tried

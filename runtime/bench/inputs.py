@@ -13,9 +13,9 @@ from PIL import Image
 
 from robx.errors import CorruptImage, InputError
 from robx.images.decode import decode, preprocess
-from robx.records import Preprocessing
 from robx.images.scenes import make_scene, render
 from robx.images.sources import ImageSource
+from robx.records import Preprocessing
 
 COUNT = 64  # distinct images, so that no cache or branch predictor learns one by heart
 _SIZE = 384  # pixels of a drawn scene's side, about an ImageNet photo's number of pixels

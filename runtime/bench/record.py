@@ -11,15 +11,13 @@ from typing import Any
 import numpy as np
 
 from robx import __version__
-from robx.store.files import sha256_bytes, write_bytes
 from robx.records import Bundle, Latency, Value, to_json
-from robx.runtime.bench import latency
-from robx.runtime.bench import runner_zip
-from robx.runtime.bench import validity
+from robx.runtime.bench import latency, runner_zip, validity
 from robx.runtime.bench.inputs import Inputs
 from robx.runtime.bench.profiles import BenchOptions, Profile, find_profile
 from robx.runtime.bench.reference import Reference, check_outputs
 from robx.runtime.bench.results import ProcessResult, figures
+from robx.store.files import sha256_bytes, write_bytes
 
 
 @dataclass

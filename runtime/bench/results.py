@@ -13,9 +13,7 @@ import numpy as np
 
 from robx.errors import DeviceError
 from robx.records import Value
-from robx.runtime.bench import result_schema
-from robx.runtime.bench import latency
-from robx.runtime.bench import telemetry
+from robx.runtime.bench import latency, result_schema, telemetry
 
 _MAX_PART_BYTES = 512 * 1024 * 1024
 _MAX_JSON_BYTES = 4 * 1024 * 1024

@@ -1,4 +1,4 @@
-"""The one file that a device runs: a zipapp of the runner, its helpers and one engine, the same bytes every time."""
+"""The file that a device runs: a zipapp of `runtime/device/` and one engine, byte for byte the same every time."""
 
 from __future__ import annotations
 
@@ -6,28 +6,30 @@ import io
 import zipfile
 from pathlib import Path
 
-from robx.store.files import sha256_bytes
 from robx.records import Bundle
+from robx.runtime import device, engines
 from robx.runtime.session import engine_module
+from robx.store.files import sha256_bytes
 
 NAME = "robx_runner.pyz"
-HELPERS = ("device.py", "nvidia.py", "sysfs.py", "timing.py", "watch.py")
-_HERE = Path(__file__).parent
+_MAIN = "runner.py"  # becomes __main__.py
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can hold
 
 
 def pack_runner(bundle: Bundle | None) -> bytes:
-    """The runner with the engine of `bundle`; with none it can say what the device is (``--doctor``)."""
-    names = list(HELPERS)
-    if bundle is not None:
-        names.append(Path(str(engine_module(bundle).__file__)).name)
-    # Below the names that they have in robx, which is not installed on a device.
+    """All of `runtime/device/` and the engine of `bundle`; with none it only describes the device (``--doctor``)."""
+    room = Path(str(device.__file__)).parent
+    # Packages keep the names they have in robx, which is not installed on a device; their own files stay empty.
     files = {
-        "__main__.py": (_HERE / "runner.py").read_bytes(),
+        "__main__.py": (room / _MAIN).read_bytes(),
         "robx/__init__.py": b"",
         "robx/runtime/__init__.py": b"",
     }
-    files |= {f"robx/runtime/{name}": (_HERE / name).read_bytes() for name in names}
+    files |= {f"robx/runtime/device/{path.name}": path.read_bytes() for path in room.glob("*.py") if path.name != _MAIN}
+    if bundle is not None:
+        for module in (engines, engine_module(bundle)):
+            path = Path(str(module.__file__))
+            files[f"robx/runtime/engines/{path.name}"] = path.read_bytes()
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, data in sorted(files.items()):

@@ -33,10 +33,12 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 if sys.version_info < (3, 8):
     raise SystemExit("the device's Python is %s: robx needs 3.8 or later there" % sys.version.split()[0])
 
-from robx.runtime.device import describe
-from robx.runtime.device import nvidia
-from robx.runtime.device import timing
-from robx.runtime.device import watch  # packed beside this file
+from robx.runtime.device import (
+    describe,
+    nvidia,
+    timing,
+    watch,  # packed beside this file
+)
 
 SCHEMA = 1
 RESULT = "result.zip"
@@ -295,7 +297,7 @@ def _new_flags(before: Any, after: Any) -> Any:
 
 
 def _engine(name: str) -> Any:
-    return importlib.import_module("robx.runtime.on_" + name.replace("tensorrt_rtx", "tensorrt"))
+    return importlib.import_module("robx.runtime.engines.on_" + name.replace("tensorrt_rtx", "tensorrt"))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from robx.demo import demo as module
 from robx.cli import main
+from robx.demo import demo as module
 from robx.demo.demo_data import DemoData
 from robx.errors import GateFailed, InputError
 

@@ -9,9 +9,9 @@ import torch
 from click.testing import CliRunner
 
 from robx.cli import main
-from robx.distill.training.networks import student_kind
-from robx.distill.teachers.frozen_heads import PrototypeHead
 from robx.distill.resolve import resolve_recipe
+from robx.distill.teachers.frozen_heads import PrototypeHead
+from robx.distill.training.networks import student_kind
 from robx.trunk import build_trunk, embedding_width
 
 

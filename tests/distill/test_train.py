@@ -17,18 +17,18 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from robx.distill.training import run_checkpoint
 from robx.distill.objectives import rob_msn
-from robx.distill.teachers.checkpoints import read_checkpoint
-from robx.distill.training.learner import Learner
-from robx.distill.training.collapse import NotFinite
-from robx.distill.training.processes import Processes
 from robx.distill.recipes import override
-from robx.distill.training.run import Options, open_run
+from robx.distill.teachers.checkpoints import read_checkpoint
 from robx.distill.teachers.load import build_teacher_skeleton, load_teacher
+from robx.distill.training import run_checkpoint
+from robx.distill.training.collapse import NotFinite
+from robx.distill.training.learner import Learner
+from robx.distill.training.processes import Processes
+from robx.distill.training.run import Options, open_run
 from robx.errors import InputError
-from robx.records import load_student
 from robx.images.sources import FolderSource, ImageSource, open_source
+from robx.records import load_student
 from robx.trunk import load_trunk
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from robx.distill.recipes import Recipe, override, preset
-from robx.distill.training.run import Options
 from robx.distill.teachers.load import Teacher, build_teacher_skeleton
 from robx.distill.train import train
+from robx.distill.training.run import Options
 from robx.errors import RobxError
 from robx.images.sources import ImageSource, open_source
 

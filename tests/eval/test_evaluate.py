@@ -12,16 +12,17 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from robx.images.arrays import ArraySource
 from robx.cli import main
 from robx.errors import InputError
 from robx.eval import evaluate
-from robx.eval.protocols import linear
-from robx.eval.protocols import run
 from robx.eval.datasets.features import Features
 from robx.eval.datasets.splits import make_split, open_split
+from robx.eval.protocols import linear
+from robx.eval.protocols import run as protocols
 from robx.export.image_splits import read_splits
-from robx.store.files import sha256_file
+from robx.images.arrays import ArraySource
+from robx.images.shards import write_shard
+from robx.images.sources import labels_of, open_source
 from robx.records import (
     Accuracy,
     Bundle,
@@ -35,8 +36,7 @@ from robx.records import (
     save_bundle,
 )
 from robx.runtime.session import load_record, open_session
-from robx.images.shards import write_shard
-from robx.images.sources import labels_of, open_source
+from robx.store.files import sha256_file
 from robx.trunk import build_trunk, embedding_width, save_trunk
 
 
@@ -333,12 +333,12 @@ def test_clevr_distance_sees_the_whole_image(run, tmp_path, monkeypatch):
         (root / "scenes" / f"CLEVR_{part}_scenes.json").write_text(json.dumps({"scenes": listed}))
     seen = []
 
-    class Seeing(run.TrunkSession):
+    class Seeing(protocols.TrunkSession):
         def run(self, images):
             seen.append(images)
             return super().run(images)
 
-    monkeypatch.setattr(run, "TrunkSession", Seeing)
+    monkeypatch.setattr(protocols, "TrunkSession", Seeing)
     result = robx(run, "--transfer", f"clevr_dist={root}", "--cached", "--no-cache")
     assert result.exit_code == 0, result.output
     (record,) = load_measurements(run / "measurements.jsonl")

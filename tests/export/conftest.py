@@ -11,8 +11,8 @@ import torch
 
 from robx.export.formats import to_onnx
 from robx.images.decode import preprocess
-from robx.records import Preprocessing, Student
 from robx.images.sources import open_source
+from robx.records import Preprocessing, Student
 from robx.trunk import build_trunk, embedding_width, load_trunk, save_trunk
 
 

@@ -18,14 +18,14 @@ from safetensors.numpy import save_file
 
 from robx.cli import main
 from robx.errors import ArtifactError, DeviceError, GateFailed, InputError
+from robx.export.build import Options, build
+from robx.export.bundle_folder import CACHE
 from robx.export.formats import to_onnx
 from robx.export.gate.advice import gate_error
-from robx.export.build import Options, build
-from robx.export.image_splits import open_data
-from robx.export.int8.candidate import Candidate
-from robx.export.bundle_folder import CACHE
 from robx.export.gate.gate import Limits
+from robx.export.image_splits import open_data
 from robx.export.inspect_bundle import inspect_bundle
+from robx.export.int8.candidate import Candidate
 from robx.export.int8.tensorrt_qdq import check_trt_qdq
 from robx.export.request import ExportTarget
 from robx.linear_head import load_head

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from robx.images.arrays import ArraySource
 from robx.errors import InputError
 from robx.export.image_splits import open_data, read_splits, require_disjoint
+from robx.images.arrays import ArraySource
 from robx.images.decode import preprocess
-from robx.records import Preprocessing
 from robx.images.sources import open_source
+from robx.records import Preprocessing
 
 PRE = Preprocessing(size=40, crop=32)
 

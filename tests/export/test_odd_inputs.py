@@ -14,20 +14,19 @@ from click.testing import CliRunner
 from robx.cli import main
 from robx.errors import ArtifactError, InputError
 from robx.eval.fidelity.similarity import centred_cosine
-from robx.export.gate import gate
-from robx.export.int8 import by_nncf
-from robx.export.int8 import for_tensorrt
-from robx.export.formats import to_onnx
 from robx.export.build import Options, build
-from robx.export.image_splits import open_data
-from robx.export.int8.candidate import Candidate
+from robx.export.formats import to_onnx
+from robx.export.gate import gate
 from robx.export.gate.gate import Limits
+from robx.export.image_splits import open_data
+from robx.export.int8 import by_nncf, for_tensorrt
+from robx.export.int8.candidate import Candidate
 from robx.export.int8.graph_facts import read_facts
 from robx.export.int8.ladder import Machine, ladder
-from robx.export.int8.tensorrt_qdq import quantized_nodes
-from robx.export.request import ExportTarget
 from robx.export.int8.sensitivity import simulate
+from robx.export.int8.tensorrt_qdq import quantized_nodes
 from robx.export.make import Workshop
+from robx.export.request import ExportTarget
 from robx.records import Bundle
 
 LENIENT = Options(limits=Limits(max_drop=60, min_speedup=0.01), calibration_images=32, rungs=1)

@@ -18,9 +18,7 @@ from hypothesis import strategies as st
 
 from robx.errors import DeviceError
 from robx.runtime import doctor
-from robx.runtime.bench import subprocesses
-from robx.runtime.bench import transports
-from robx.runtime.bench import validity
+from robx.runtime.bench import subprocesses, transports, validity
 from robx.runtime.bench.profiles import PROFILES
 from robx.runtime.bench.results import figures, read_result
 

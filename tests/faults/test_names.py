@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from robx.records import load_bundle, load_student
 from robx.images.scenes import make_scene, render
+from robx.records import load_bundle, load_student
 
 MARKUP = "<img src=x onerror=alert(1)>"
 LABELS = (

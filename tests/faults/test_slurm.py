@@ -15,8 +15,8 @@ import pytest
 from click.testing import Result
 from torch.distributed.run import get_args_parser
 
-from robx.distill.training import run_checkpoint
 from robx.distill.commands import distill
+from robx.distill.training import run_checkpoint
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "distill.sbatch"
 SECONDS = 240

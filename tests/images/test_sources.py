@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from robx.images.arrays import read_idx
 from robx.errors import ArtifactError, CorruptImage, InputError
-from robx.store.files import write_json
+from robx.images.arrays import read_idx
 from robx.images.shards import write_shard
 from robx.images.sources import data_info, labelled, labels_of, open_source
+from robx.store.files import write_json
 
 
 def _png(value: int) -> bytes:

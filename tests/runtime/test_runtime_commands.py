@@ -8,13 +8,13 @@ import sys
 import numpy as np
 import pytest
 
-from robx.store.files import sha256_file
 from robx.images.decode import decode, preprocess
 from robx.records import load_measurements, to_json
 from robx.runtime import doctor
-from robx.runtime.infer import top_labels
 from robx.runtime.bench.latency import paired_ratio
+from robx.runtime.infer import top_labels
 from robx.runtime.session import open_session
+from robx.store.files import sha256_file
 
 WITHOUT_TORCH = """
 import sys

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from robx.store import folders
 from robx.errors import InputError
+from robx.store import folders
 from robx.store.folders import lock_folder, new_folder, remove_abandoned, scratch_folder, turn, wait_for
 
 NAMES = ("bundle", "odd name.5", "x*[a]", "-rf\n'$(id)'", "é" * 60)
@@ -25,7 +25,11 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def start(code: str, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", "import os, pathlib, sys\nimport robx.store.folders as f\n" + textwrap.dedent(code)]
+    command = [
+        sys.executable,
+        "-c",
+        "import os, pathlib, sys\nimport robx.store.folders as f\n" + textwrap.dedent(code),
+    ]
     return subprocess.Popen([*command, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from robx.distill.objectives.kd import SupervisedKd
 from robx.distill.objectives.base import build_objective
-from robx.distill.recipes import override, preset
+from robx.distill.objectives.kd import SupervisedKd
 from robx.distill.objectives.rob_dino import RobDino
 from robx.distill.objectives.rob_ibot import RobIbot
 from robx.distill.objectives.rob_msn import RobMsn
 from robx.distill.objectives.rob_swav import RobSwav
+from robx.distill.recipes import override, preset
 
 
 def test_presets_are_the_published_losses() -> None:

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from robx.distill.batches.views import Targets
 from robx.distill.objectives.cross_entropy import crops_cross_entropy, rows_cross_entropy
 from robx.distill.objectives.pairs import Pairs, crop_pairs
-from robx.distill.batches.views import Targets
 
 
 def plain(scores: Tensor, targets: Tensor, pairs: Pairs, tau: float) -> Tensor:

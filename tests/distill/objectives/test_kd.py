@@ -3,8 +3,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robx.distill.objectives.kd import SupervisedKd
 from robx.distill.batches.views import Scores, Targets, Views
+from robx.distill.objectives.kd import SupervisedKd
 
 VIEWS = Views(torch.zeros(2, 3, 3, 1, 1), torch.zeros(0, 3, 3, 1, 1), torch.arange(3))
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from robx.distill.objectives.rob_dino import RobDino
 from robx.distill.objectives.rob_msn import mean_entropy
-from robx.distill.targets.centering import Shaping
 from robx.distill.objectives.sinkhorn import sinkhorn
+from robx.distill.targets.centering import Shaping
 
 SCRIPT = """
 import sys

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from robx.distill.batches.views import Scores, Targets, Views
 from robx.distill.objectives.pairs import crop_pairs
 from robx.distill.objectives.rob_dino import RobDino, dino_targets
 from robx.distill.objectives.sinkhorn import sinkhorn
-from robx.distill.batches.views import Scores, Targets, Views
 
 
 def views(batch: int) -> Views:

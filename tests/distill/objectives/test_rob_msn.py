@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from robx.distill.objectives.rob_msn import RobMsn, mean_entropy, msn_targets
 from robx.distill.batches.views import Scores, Targets, Views
+from robx.distill.objectives.rob_msn import RobMsn, mean_entropy, msn_targets
 
 VIEWS = Views(torch.zeros(2, 3, 3, 1, 1), torch.zeros(0, 3, 3, 1, 1), torch.arange(3))
 

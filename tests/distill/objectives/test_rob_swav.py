@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from robx.distill.objectives.rob_swav import RobSwav, swav_targets
 from robx.distill.batches.views import Scores, Targets, Views
+from robx.distill.objectives.rob_swav import RobSwav, swav_targets
 
 VIEWS = Views(torch.zeros(2, 4, 3, 1, 1), torch.zeros(0, 4, 3, 1, 1), torch.arange(4))
 

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robx.distill.students.projection_heads import DinoHead, FrozenPrototypes, IbotHead, MlpHead, MsnHead, SwavHead, WeightNormLinear
+from robx.distill.students.projection_heads import (
+    DinoHead,
+    FrozenPrototypes,
+    IbotHead,
+    MlpHead,
+    MsnHead,
+    SwavHead,
+    WeightNormLinear,
+)
 from robx.errors import InputError
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robx.distill.students.projection_heads import FrozenPrototypes, IbotHead, MlpHead, SwavHead
 from robx.distill.batches.masks import block_masks, drop_masks
-from robx.distill.recipes import Recipe, override, preset
-from robx.distill.students.student import StudentNet, build_student, cancel_last_layer_gradients, patch_grid, unwrapped
 from robx.distill.batches.views import Views
+from robx.distill.recipes import Recipe, override, preset
+from robx.distill.students.projection_heads import FrozenPrototypes, IbotHead, MlpHead, SwavHead
+from robx.distill.students.student import StudentNet, build_student, cancel_last_layer_gradients, patch_grid, unwrapped
 from robx.errors import InputError
 from robx.trunk import build_trunk
 

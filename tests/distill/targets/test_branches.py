@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robx.distill.targets.branches import EmaBranch, OwnBranch, TeacherBranch, build_branch
-from robx.distill.teachers.teacher import Teacher
-from robx.distill.training.learner import Learner
 from robx.distill.batches.masks import block_masks
+from robx.distill.batches.views import Scores, Views
 from robx.distill.objectives.base import build_objective
-from robx.distill.training.processes import Processes
-from robx.distill.teachers.frozen_heads import PrototypeHead
-from robx.distill.recipes import Recipe, override, preset
 from robx.distill.objectives.rob_dino import RobDino
 from robx.distill.objectives.rob_ibot import RobIbot
-from robx.distill.targets.centering import Shaping
+from robx.distill.recipes import Recipe, override, preset
 from robx.distill.students.student import StudentNet, build_student
-from robx.distill.batches.views import Scores, Views
+from robx.distill.targets.branches import EmaBranch, OwnBranch, TeacherBranch, build_branch
+from robx.distill.targets.centering import Shaping
+from robx.distill.teachers.frozen_heads import PrototypeHead
+from robx.distill.teachers.teacher import Teacher
+from robx.distill.training.learner import Learner
+from robx.distill.training.processes import Processes
 from robx.records import Preprocessing, TeacherInfo
 from robx.trunk import build_trunk
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from robx.distill.objectives.base import build_objective
-from robx.distill.recipes import preset
 from robx.distill.objectives.rob_dino import RobDino
 from robx.distill.objectives.rob_ibot import RobIbot
 from robx.distill.objectives.rob_swav import RobSwav, swav_targets
+from robx.distill.recipes import preset
 from robx.distill.targets.centering import Shaping
 
 

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from robx.distill.recipes import Recipe, override, preset
+from robx.distill.batches.views import Scores, Targets, Views
 from robx.distill.objectives.rob_dino import RobDino
+from robx.distill.recipes import Recipe, override, preset
 from robx.distill.targets.stored import StoredBranch, TargetsInfo, pack, unpack
 from robx.distill.targets.stored_writer import TargetWriter, WritingBranch
-from robx.distill.batches.views import Scores, Targets, Views
 from robx.errors import ArtifactError, InputError
 
 RECIPE = preset("dino", "vit")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import published as pub
 
 from robx.distill.teachers.checkpoints import detect_layout, read_checkpoint, read_teacher, read_trunk

@@ -172,7 +172,10 @@ def test_no_such_file_and_no_network_are_one_line(server: Server, tmp_path: Path
 
 
 def test_two_processes_download_it_once(server: Server, tmp_path: Path) -> None:
-    code = "import sys, pathlib; from robx.distill.teachers.download import fetch; fetch(sys.argv[1], pathlib.Path(sys.argv[2]))"
+    code = (
+        "import sys, pathlib; from robx.distill.teachers.download import fetch;"
+        " fetch(sys.argv[1], pathlib.Path(sys.argv[2]))"
+    )
     workers = [subprocess.Popen([sys.executable, "-c", code, server.url, str(tmp_path)]) for _ in range(2)]
     assert [worker.wait(60) for worker in workers] == [0, 0]
     assert (tmp_path / "weights.pth").read_bytes() == DATA

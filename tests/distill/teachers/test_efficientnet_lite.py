@@ -14,7 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import published as pub
 
 from robx.distill.teachers.efficientnet_lite import find_weights, to_timm, unpack_wheel

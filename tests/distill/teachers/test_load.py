@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import published as pub
 
-from robx.distill.teachers.teacher import fold_normalisation
-from robx.distill.teachers.frozen_heads import random_head
-from robx.distill.teachers.trunks import TimmTrunk, build_published_trunk, trunk_width
-from robx.distill.teachers.load import Teacher, build_teacher_skeleton, load_teacher
 from robx.distill.teachers.from_timm import build_timm_teacher, hash_state
+from robx.distill.teachers.frozen_heads import random_head
+from robx.distill.teachers.load import Teacher, build_teacher_skeleton, load_teacher
+from robx.distill.teachers.teacher import fold_normalisation
+from robx.distill.teachers.trunks import TimmTrunk, build_published_trunk, trunk_width
 from robx.distill.teachers.wide_resnet import WideResNet
 from robx.distill.teachers.zoo import (
     IMAGENET_MEAN,

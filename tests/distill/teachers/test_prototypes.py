@@ -18,14 +18,14 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
-from robx.images.arrays import ArraySource
 from robx.distill.teachers.kmeans import StreamingKMeans, nearest, spherical_kmeans
-from robx.distill.teachers.prototypes import FitSettings, fit_or_load, fit_prototypes, has_to_stream, load_prototypes
 from robx.distill.teachers.load import load_teacher
+from robx.distill.teachers.prototypes import FitSettings, fit_or_load, fit_prototypes, has_to_stream, load_prototypes
 from robx.errors import InputError
+from robx.images.arrays import ArraySource
 from robx.images.decode import preprocess
-from robx.records import Preprocessing
 from robx.images.sources import FolderSource
+from robx.records import Preprocessing
 
 
 def bundles(

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from robx.distill.targets.branches import EmaBranch, OwnBranch, build_branch
-from robx.distill.objectives.base import build_objective
-from robx.distill.teachers.write_checkpoint import published_checkpoint, save_published
-from robx.distill.recipes import Method, Recipe, override, preset
-from robx.distill.targets.centering import Shaping
-from robx.distill.students.student import StudentNet, build_student
-from robx.distill.teachers.load import load_teacher
 from robx.distill.batches.views import Views
+from robx.distill.objectives.base import build_objective
+from robx.distill.recipes import Method, Recipe, override, preset
+from robx.distill.students.student import StudentNet, build_student
+from robx.distill.targets.branches import EmaBranch, OwnBranch, build_branch
+from robx.distill.targets.centering import Shaping
+from robx.distill.teachers.load import load_teacher
+from robx.distill.teachers.write_checkpoint import published_checkpoint, save_published
 from robx.errors import InputError
 
 

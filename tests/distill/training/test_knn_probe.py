@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
-from robx.images.arrays import ArraySource
 from robx.distill.training.knn_probe import build_probe, run_probe, weighted_vote
-from robx.records import Preprocessing
+from robx.images.arrays import ArraySource
 from robx.images.sources import open_source
+from robx.records import Preprocessing
 
 PREPROCESSING = Preprocessing(size=36, crop=32)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robx.distill.training.optimizers import Larc, build_optimizer, load_optimizer, parameter_groups, set_rates
 from robx.distill.recipes import override, preset
 from robx.distill.students.student import build_student
+from robx.distill.training.optimizers import Larc, build_optimizer, load_optimizer, parameter_groups, set_rates
 
 
 def plain_larc(

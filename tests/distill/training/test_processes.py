@@ -20,7 +20,7 @@ from robx.distill.training import run_checkpoint
 from robx.distill.training.processes import Processes
 from robx.images.sources import open_source
 
-SCRIPT = Path(__file__).with_name("tiny.py")
+SCRIPT = Path(__file__).parents[1] / "tiny.py"
 SECONDS = 240
 
 

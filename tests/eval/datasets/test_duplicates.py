@@ -10,8 +10,8 @@ from PIL import Image, ImageOps
 from robx.eval.datasets import duplicates
 from robx.eval.datasets.duplicates import LOOK, LookAlikes, look, warning_in
 from robx.images.decode import preprocess
-from robx.records import Preprocessing, to_json
 from robx.images.scenes import make_scene, render
+from robx.records import Preprocessing, to_json
 
 PRE = Preprocessing(size=73, crop=64)
 

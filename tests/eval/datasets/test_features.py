@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robx.images.arrays import ArraySource
 from robx.errors import CorruptImage, DeviceError, InputError, UnreadableImage
 from robx.eval.datasets import features
-from robx.eval.datasets.features import decoded_batches, extract, extract_each, model_id
 from robx.eval.datasets.duplicates import look
+from robx.eval.datasets.features import decoded_batches, extract, extract_each, model_id
+from robx.images.arrays import ArraySource
 from robx.images.decode import preprocess
-from robx.records import Preprocessing, Student
 from robx.images.sources import FolderSource
+from robx.records import Preprocessing, Student
 
 PRE = Preprocessing(size=18, crop=16)
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from robx.errors import InputError
-from robx.eval.fidelity.similarity import broken
 from robx.eval.fidelity.fidelity import fidelity, make_bank, worst_class
+from robx.eval.fidelity.similarity import broken
 
 CLASSES, WIDTH = 4, 24
 

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from robx.eval.fidelity.repeat import IMAGES, repeat_difference
-from robx.records import Preprocessing, Student
 from robx.images.sources import FolderSource
+from robx.records import Preprocessing, Student
 
 PRE = Preprocessing(size=18, crop=16)
 

@@ -6,14 +6,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from robx.images.arrays import ArraySource
 from robx.errors import InputError
-from robx.eval.protocols import trained_heads
-from robx.eval.protocols import linear
-from robx.eval.datasets.layouts import ListSource
 from robx.eval.datasets.features import Features, extract
+from robx.eval.datasets.layouts import ListSource
+from robx.eval.protocols import linear, trained_heads
 from robx.eval.protocols.transfer import TRANSFERS, transfer
 from robx.eval.protocols.trunk_outputs import TrunkSession
+from robx.images.arrays import ArraySource
 from robx.records import Preprocessing, Student
 from robx.trunk import build_trunk, embed, embedding_width, load_trunk, save_trunk
 

@@ -6,8 +6,8 @@ from PIL import Image
 from scipy import optimize, special, stats
 
 from robx.errors import InputError
-from robx.eval.protocols import lowshot
 from robx.eval.datasets.features import Features
+from robx.eval.protocols import lowshot
 from robx.images.sources import FolderSource
 
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from robx.cli import main
 from robx.errors import InputError
-from robx.eval.report import collect
-from robx.eval.report.render import collect, render
+from robx.eval.report import collect as collecting
 from robx.eval.report.collect import ReportData, Run
+from robx.eval.report.render import collect, render
 from robx.eval.report.rows import build_rows
 from robx.eval.report.text import at_most, clean, number
 from robx.records import Latency, Value, append_measurements
@@ -424,7 +424,7 @@ def test_what_cannot_be_opened_is_a_problem_and_no_end(records, tmp_path, monkey
     def refused(folder):
         raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr(collect, "load_student", refused)
+    monkeypatch.setattr(collecting, "load_student", refused)
     data = collect([tmp_path])
     assert data.runs == () and any("Permission denied" in problem.what for problem in data.problems)
     assert "Permission denied" in render(data).html

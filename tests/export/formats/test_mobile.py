@@ -22,13 +22,10 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 
 from robx.errors import InputError, MissingExtra
-from robx.export.formats import to_coreml
-from robx.export.formats import to_executorch
-from robx.export.formats import to_litert
-from robx.export.formats import to_ncnn
+from robx.export.formats import to_coreml, to_executorch, to_litert, to_ncnn
 from robx.export.formats.mobile import PlainAttention, calibration_batches, example_input, mobile_model
-from robx.export.request import BuiltModel, ExportRequest, ExportTarget
 from robx.export.formats.to_onnx import export_model, tensor_specs
+from robx.export.request import BuiltModel, ExportRequest, ExportTarget
 from robx.records import Preprocessing, Student, describe_file, to_json
 from robx.runtime.engines import on_litert
 
@@ -100,7 +97,7 @@ def open_built(built: BuiltModel, folder: Path, **settings: Any) -> Any:
     files = [to_json(describe_file(folder, file.path, file.role)) for file in built.files]
     manifest = {"runtime": built.runtime, "files": files, "inputs": to_json(built.inputs)}
     manifest["outputs"] = to_json(built.outputs)
-    engine = importlib.import_module(f"robx.runtime.on_{built.runtime}")
+    engine = importlib.import_module(f"robx.runtime.engines.on_{built.runtime}")
     return engine.open_model(str(folder), manifest, {"threads": 1, **settings})
 
 

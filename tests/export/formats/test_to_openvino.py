@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 import pytest
 
-from robx.export.int8.candidate import Candidate
-from robx.export.int8.by_nncf import quantize_openvino
 from robx.export.formats.to_openvino import read_onnx
+from robx.export.int8.by_nncf import quantize_openvino
+from robx.export.int8.candidate import Candidate
 from tests.export.conftest import export_onnx, make_student
 
 ov = pytest.importorskip("openvino")

@@ -18,15 +18,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 from robx.errors import InputError, MissingExtra
 from robx.export.formats import to_tensorrt
-from robx.export.int8.candidate import Candidate
 from robx.export.formats.half import to_half
-from robx.export.int8.tensorrt_qdq import quantized_nodes
+from robx.export.formats.to_onnx import export_model, export_onnx, tensor_specs
+from robx.export.int8.candidate import Candidate
 from robx.export.int8.for_tensorrt import quantize
 from robx.export.int8.ranges import choose, collect
+from robx.export.int8.tensorrt_qdq import quantized_nodes
 from robx.export.request import BuiltModel, ExportRequest, ExportTarget
-from robx.export.formats.to_onnx import export_model, export_onnx, tensor_specs
-from robx.store.files import read_json, sha256_file
 from robx.records import Preprocessing, Student
+from robx.store.files import read_json, sha256_file
 
 SIZE = 64
 DYNAMIC = "--minShapes=pixels:1x3x64x64 --optShapes=pixels:1x3x64x64 --maxShapes=pixels:32x3x64x64"

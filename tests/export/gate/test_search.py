@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from robx.errors import ArtifactError, MissingExtra
-from robx.stats import non_inferiority
-from robx.export.int8.candidate import Candidate
 from robx.export.gate.search import Outcome, climb, level_of, preference, ships
+from robx.export.int8.candidate import Candidate
 from robx.records import Rung, Value, Verdict
+from robx.stats import non_inferiority
 
 Verdicts = dict[str, Verdict]
 

@@ -9,16 +9,14 @@ import onnx
 import pytest
 
 from robx.errors import ArtifactError
-from robx.export.int8 import by_nncf
-from robx.export.int8 import by_onnxruntime
-from robx.export.int8 import ranges
+from robx.export.formats.to_openvino import read_onnx
+from robx.export.int8 import by_nncf, by_onnxruntime, ranges
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.float_scope import kept_nodes, openvino_names
 from robx.export.int8.graph_facts import read_facts
 from robx.export.int8.ladder import sensitive_rungs
-from robx.export.int8.tensorrt_qdq import quantized_nodes
 from robx.export.int8.sensitivity import simulate
-from robx.export.formats.to_openvino import read_onnx
+from robx.export.int8.tensorrt_qdq import quantized_nodes
 
 ov = pytest.importorskip("openvino")
 

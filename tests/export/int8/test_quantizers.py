@@ -11,19 +11,16 @@ from onnx import TensorProto, helper, numpy_helper
 
 from robx.errors import ArtifactError, InputError
 from robx.eval.fidelity.similarity import centred_cosine
-from robx.export.int8 import by_nncf
-from robx.export.int8 import by_onnxruntime
-from robx.export.int8 import for_tensorrt
-from robx.export.int8 import ranges
+from robx.export.formats.half import to_half
+from robx.export.int8 import by_nncf, by_onnxruntime, for_tensorrt, ranges
 from robx.export.int8.bias import correct_biases
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.equalize import equalize
 from robx.export.int8.graph_facts import read_facts
-from robx.export.formats.half import to_half
 from robx.export.int8.ladder import Machine, ladder, limit, sensitive_rungs
-from robx.export.int8.tensorrt_qdq import Graph, check_trt_qdq, linears, quantized_nodes, rescale_to_int8, trt_faults
 from robx.export.int8.ranges import Histogram, choose
 from robx.export.int8.sensitivity import _quantise_one, measure, simulate
+from robx.export.int8.tensorrt_qdq import Graph, check_trt_qdq, linears, quantized_nodes, rescale_to_int8, trt_faults
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 
 from robx.errors import ArtifactError, DeviceError, InputError
-from robx.store.files import sha256_file
+from robx.images.sources import open_source
 from robx.records import Preprocessing, Value, load_measurements, to_json
-from robx.runtime.bench import interleave
-from robx.runtime.bench import latency
+from robx.runtime.bench import interleave, latency
 from robx.runtime.bench.bench import BenchOptions, bench
 from robx.runtime.bench.inputs import load_inputs
 from robx.runtime.session import SessionSettings, open_session
-from robx.images.sources import open_source
+from robx.store.files import sha256_file
 
 QUIET_CODES = {"steal", "background_load", "drift", "high_cov", "process_spread", "not_steady", "cgroup_throttle"}
 

@@ -17,8 +17,8 @@ import pytest
 from robx.errors import DeviceError, InputError
 from robx.runtime.bench import transports
 from robx.runtime.bench.bench import BenchOptions, bench
-from robx.runtime.doctor import examine
 from robx.runtime.bench.transports import open_transport
+from robx.runtime.doctor import examine
 
 
 def script(path: Path, text: str) -> None:

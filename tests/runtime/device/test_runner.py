@@ -15,12 +15,12 @@ import pytest
 
 from robx.records import load_bundle
 from robx.runtime.bench import runner_zip
-from robx.runtime.device import runner
-from robx.runtime.device import timing
+from robx.runtime.device import runner, timing
 
 RUNTIME = Path(runner.__file__).resolve().parent
-HELPERS = [RUNTIME / name for name in runner_zip.HELPERS]
-ON_DEVICE = [RUNTIME / "runner.py", *HELPERS, *sorted(RUNTIME.glob("on_*.py"))]
+ENGINE_FILES = RUNTIME.parent / "engines"
+HELPERS = [path for path in sorted(RUNTIME.glob("*.py")) if path.name != "runner.py"]
+ON_DEVICE = [RUNTIME / "runner.py", *HELPERS, *sorted(ENGINE_FILES.glob("*.py"))]
 ENGINES = {
     *("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "executorch", "ai_edge_litert", "tflite_runtime"),
     *("ncnn", "torch", "cuda", "pynvml"),
@@ -53,7 +53,7 @@ def test_it_is_python_3_8(path):
 @pytest.mark.parametrize("path", [p for p in ON_DEVICE if p.name != "on_torch.py"], ids=lambda p: p.name)
 def test_it_imports_the_standard_library_numpy_and_its_engine(path):
     tree = ast.parse(path.read_text())
-    packed = {f"robx.runtime.{helper.stem}" for helper in HELPERS}
+    packed = {f"robx.runtime.device.{helper.stem}" for helper in HELPERS}
     top = {name if name.startswith("robx") else name.split(".")[0] for node in tree.body for name in _imported(node)}
     assert top <= set(sys.stdlib_module_names) | {"numpy"} | packed, "an engine is imported when a model is opened"
     anywhere = {name.split(".")[0] for node in ast.walk(tree) for name in _imported(node)}
@@ -78,8 +78,10 @@ def test_packing_is_deterministic_and_holds_one_engine(make_bundle):
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         assert names[:3] == ["__main__.py", "robx/__init__.py", "robx/runtime/__init__.py"]
-        engines = {Path(name).name for name in names[3:]} - set(runner_zip.HELPERS)
-        assert engines == {"on_onnxruntime.py"} and len(names) == 4 + len(runner_zip.HELPERS)
+        device = {name for name in names if name.startswith("robx/runtime/device/")}
+        assert device == {f"robx/runtime/device/{helper.name}" for helper in HELPERS}
+        engines = {"robx/runtime/engines/__init__.py", "robx/runtime/engines/on_onnxruntime.py"}
+        assert set(names[3:]) == device | engines
         assert archive.read("__main__.py") == (RUNTIME / "runner.py").read_bytes()
 
 
@@ -255,7 +257,7 @@ def test_the_first_answer_waits_for_nothing_that_comes_after_it(job):
     """What is imported to write the result down, or to ask tools that are not there, is no part of the start."""
     _, _, folder = job()
     future = "from __future__ import annotations\n"
-    engine = (RUNTIME / "on_onnxruntime.py").read_text().replace(future, "")
+    engine = (ENGINE_FILES / "on_onnxruntime.py").read_text().replace(future, "")
     repack(folder, {ENGINE: f"{future}import sys\nopen('early', 'w').write(' '.join(sys.modules))\n{engine}"})
     status, result, _ = job()
     assert status == 0, result
@@ -306,6 +308,6 @@ def _plain(images):
 def _imported(node):
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
-    if isinstance(node, ast.ImportFrom) and node.module == "robx.runtime":
-        return [f"robx.runtime.{alias.name}" for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.module == "robx.runtime.device":
+        return [f"robx.runtime.device.{alias.name}" for alias in node.names]
     return [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from robx.runtime.device import sysfs
-from robx.runtime.device import watch
+from robx.runtime.device import sysfs, watch
 
 
 def write(root, files):

@@ -1,4 +1,4 @@
-"""What LiteRT and ExecuTorch say of themselves, by stand-ins; tests/export/formats/test_mobile.py runs the real ones."""
+"""What LiteRT and ExecuTorch say of themselves, by stand-ins; export/formats/test_mobile.py runs the real ones."""
 
 import sys
 import types
@@ -6,8 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from robx.runtime.engines import on_executorch
-from robx.runtime.engines import on_litert
+from robx.runtime.engines import on_executorch, on_litert
 
 MANIFEST = {
     "files": [{"role": "model", "path": "model"}],

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import optimize, stats
+from scipy import optimize
+from scipy import stats as scipy_stats
 
-from robx.errors import InputError
 from robx import stats
+from robx.errors import InputError
 
 
 def paired(b, c, both, neither):
@@ -116,8 +117,7 @@ def test_a_candidate_at_the_margin_passes_as_often_as_the_level_says(level):
     rng = np.random.default_rng(2)
     draws = rng.multinomial(2000, [0.05, 0.03, 0.92], size=1500)
     passed = [
-        stats.non_inferiority(*paired(b, c, same, 0), margin=2.0, level=level).verdict == "PASS"
-        for b, c, same in draws
+        stats.non_inferiority(*paired(b, c, same, 0), margin=2.0, level=level).verdict == "PASS" for b, c, same in draws
     ]
     assert np.mean(passed) == pytest.approx(level, abs=4 * np.sqrt(level / 1500))
 
@@ -143,9 +143,7 @@ def test_images_needed_gives_the_power_it_promises():
 
 
 def test_images_needed_grows_without_bound_towards_the_margin():
-    assert stats.images_needed(1.0, discordance=0.02, drop=0.2) < stats.images_needed(
-        1.0, discordance=0.02, drop=0.8
-    )
+    assert stats.images_needed(1.0, discordance=0.02, drop=0.2) < stats.images_needed(1.0, discordance=0.02, drop=0.8)
     assert stats.images_needed(1.0, discordance=0.02, drop=1.0) is None
     assert stats.images_needed(1.0, discordance=0.0) == stats.least_images(1.0)
 
@@ -166,7 +164,7 @@ def test_holm_keeps_the_order_and_never_beats_bonferroni(p_values):
 def test_mean_value_is_the_t_interval():
     samples = np.random.default_rng(0).normal(3, 2, 40)
     value = stats.mean_value(samples)
-    expected = stats.t.interval(0.95, 39, loc=samples.mean(), scale=stats.sem(samples))
+    expected = scipy_stats.t.interval(0.95, 39, loc=samples.mean(), scale=scipy_stats.sem(samples))
     assert (value.low, value.high) == pytest.approx(expected)
     assert stats.mean_value(np.ones(1)).low is None
 
@@ -177,13 +175,13 @@ def test_quantile_interval_has_the_coverage_of_its_ranks(n, share):
     value = stats.quantile_value(np.arange(1, n + 1, dtype=float), share)
     # The samples are their own ranks. P(fewer than l below the quantile) and P(u or more below) are the two tails.
     if value.low is not None:
-        assert stats.binom.cdf(value.low - 1, n, share) <= 0.025
+        assert scipy_stats.binom.cdf(value.low - 1, n, share) <= 0.025
         assert value.low <= value.value
     if value.high is not None:
-        assert stats.binom.sf(value.high - 1, n, share) <= 0.025
+        assert scipy_stats.binom.sf(value.high - 1, n, share) <= 0.025
         assert value.value <= value.high
     else:
-        assert stats.binom.sf(n - 1, n, share) > 0.025
+        assert scipy_stats.binom.sf(n - 1, n, share) > 0.025
 
 
 def test_worst():
