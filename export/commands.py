@@ -9,16 +9,15 @@ import click
 
 from robx.console import print_line, print_table, progress_bar, say
 from robx.errors import InputError
+from robx.formats import FORMATS
 
 if TYPE_CHECKING:
     from robx.records import Bundle, Rung, Value
 
-_FORMATS = ("onnx", "openvino", "trt", "ort", "executorch", "litert", "coreml", "ncnn")
-
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--format", "fmt", type=click.Choice(_FORMATS), required=True, help="What to turn the student into.")
+@click.option("--format", "fmt", type=click.Choice(list(FORMATS)), required=True, help="Format to export to.")
 @click.option("--fp16", is_flag=True, help="Half-precision weights; float32 in and out.")
 @click.option("--int8", is_flag=True, help="Search for an int8 model that is accurate and not slower.")
 @click.option("--data", type=click.Path(path_type=Path), help="Images: calibration from train/, judging from test/.")

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from robx.errors import InputError
+from robx.formats import FORMATS
 from robx.records import Format, Precision, Student, TensorSpec
 
-FORMATS: tuple[Format, ...] = ("onnx", "openvino", "trt", "ort", "executorch", "litert", "coreml", "ncnn")
 # TensorRT-RTX has no kernel for opset 23's Attention, and below 20 Gelu is taken apart.
 DEFAULT_OPSET = 20
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Literal
 
 from robx.errors import ArtifactError, InputError
+from robx.formats import Format as Format
+from robx.formats import Precision as Precision
 from robx.store.dataclass_json import SCHEMA as SCHEMA
 from robx.store.dataclass_json import Json as Json
 from robx.store.dataclass_json import from_json as from_json
@@ -26,8 +28,6 @@ from robx.store.folders import turn
 
 MAX_SIDE = 8192  # pixels of a model's input: more would only fill the memory
 
-Format = Literal["onnx", "openvino", "trt", "ort", "executorch", "litert", "coreml", "ncnn"]
-Precision = Literal["fp32", "fp16", "int8"]
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 Validity = Literal["VALID", "UNSTABLE", "INVALID"]
 
