@@ -36,8 +36,9 @@ from robx.distill.recipes import override, preset
 from robx.distill.teachers.load import load_teacher
 from robx.distill.train import train
 from robx.distill.training.run import Options
+from robx.embeddings import KNN_K
 from robx.errors import RobxError
-from robx.eval.fidelity.fidelity import KNN_K, Bank, fidelity, make_bank
+from robx.eval.fidelity.fidelity import Bank, fidelity, make_bank
 from robx.eval.protocols.knn import weighted_knn
 from robx.export.build import Options as ExportOptions
 from robx.export.build import build

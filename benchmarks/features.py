@@ -23,7 +23,7 @@ from common import CLIP_ART, demo_images, first_images, publish, save_student, s
 
 from robx.distill.training.run_folder import student_preprocessing
 from robx.eval.datasets.features import extract
-from robx.eval.protocols.knn import nearest
+from robx.eval.neighbours import nearest
 from robx.images.decode import preprocess
 from robx.images.sources import ImageSource, open_source
 from robx.records import Value, to_json

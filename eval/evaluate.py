@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from robx.embeddings import refuse_constant
+from robx.embeddings import KNN_K, KNN_TEMPERATURE, refuse_constant
 from robx.errors import InputError
 from robx.eval.datasets.duplicates import look_alikes
 from robx.eval.datasets.features import Features, extract_each, model_id
@@ -17,7 +17,7 @@ from robx.eval.datasets.splits import Split, open_split
 from robx.eval.fidelity.fidelity import Comparison, fidelity, make_bank
 from robx.eval.fidelity.repeat import repeat_difference
 from robx.eval.plan import Plan, Result, accuracy_record, data_facts, device_facts
-from robx.eval.protocols.knn import HEADLINE_K, TEMPERATURE, knn_accuracy
+from robx.eval.protocols.knn import knn_accuracy
 from robx.eval.protocols.lowshot import check_splits
 from robx.images.sources import ImageSource, data_info
 from robx.progress import Progress
@@ -141,8 +141,8 @@ def _knn(split: Split, bank: Features, test: Features, progress: Progress | None
 
 def _knn_settings(bank: Features, test: Features, repeat: Value | None) -> dict[str, Json]:
     return {
-        "k": min(HEADLINE_K, int(np.count_nonzero(bank.labels >= 0))),
-        "temperature": TEMPERATURE,
+        "k": min(KNN_K, int(np.count_nonzero(bank.labels >= 0))),
+        "temperature": KNN_TEMPERATURE,
         "skipped": bank.skipped + test.skipped,
         **({} if repeat is None else {"repeat_max_abs": repeat.value}),
     }
@@ -198,7 +198,7 @@ def _fidelity_record(session: Session, comparison: Comparison, p_value: float, s
         "margin": plan.margin,
         "images": len(split.test),
         "images_needed": decision.needed if decision else None,
-        "k": HEADLINE_K,
+        "k": KNN_K,
         "data": to_json(data_info(split.test)),
         **data_facts(split),
     }

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robx.embeddings import is_constant, refuse_constant
+from robx.embeddings import is_constant, knn_vote, refuse_constant
 from robx.errors import ArtifactError
 
 
@@ -27,3 +27,12 @@ def test_zeros_are_constant_and_one_image_says_nothing() -> None:
     with pytest.raises(ArtifactError, match="runs/x has collapsed: its embedding is the same for all 3 images"):
         refuse_constant(np.zeros((3, 4), np.float32), "runs/x")
     refuse_constant(np.eye(4, dtype=np.float32), "runs/x")
+
+
+def test_a_vote_costs_memory_for_the_classes_that_occur_alone() -> None:
+    similarities = np.array([[0.9, 0.5, 0.5], [0.9, 0.4, 0.3]], np.float32)
+    labels = np.array([[7, 9_999_999_999, 9_999_999_999], [3, 3, 7]])
+    assert knn_vote(similarities, labels, temperature=10.0).tolist() == [
+        [9_999_999_999, 7, -1, -1, -1],
+        [3, 7, -1, -1, -1],
+    ]

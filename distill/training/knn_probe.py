@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robx.embeddings import KNN_K, knn_vote
 from robx.errors import CorruptImage
 from robx.images.decode import preprocess
 from robx.images.sources import ImageSource, labels_of
 from robx.records import Preprocessing
 
-NEIGHBOURS = 20
-TEMPERATURE = 0.07
 _BATCH = 128
 Embed = Callable[[Tensor], Tensor]
 
@@ -67,11 +66,10 @@ def score(probe: Probe, embed: Embed, device: torch.device) -> float:
 
 
 def weighted_vote(bank: Tensor, bank_labels: Tensor, queries: Tensor) -> Tensor:
-    """The class (M,) that the neighbours of L2-normalised `queries` (M, D) in `bank` (N, D) vote for."""
-    similarity, place = (queries @ bank.T).topk(min(NEIGHBOURS, len(bank)), dim=1)
-    votes = torch.zeros(len(queries), int(bank_labels.max()) + 1, device=queries.device)
-    votes.scatter_add_(1, bank_labels[place], (similarity / TEMPERATURE).exp())
-    return votes.argmax(dim=1)
+    """The class (M,) that the nearest of `bank` (N, D) vote for; all rows L2-normalised."""
+    similarity, place = (queries @ bank.T).topk(min(KNN_K, len(bank)), dim=1)
+    votes = knn_vote(similarity.cpu().numpy(), bank_labels[place].cpu().numpy())
+    return torch.from_numpy(votes[:, 0]).to(queries.device)
 
 
 @torch.no_grad()

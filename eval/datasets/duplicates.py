@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from robx.eval.protocols.knn import nearest
+from robx.eval.neighbours import nearest
 from robx.records import Json
 
 NEAR = 0.995

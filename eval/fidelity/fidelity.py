@@ -16,10 +16,12 @@ from typing import Literal
 
 import numpy as np
 
+from robx.embeddings import KNN_K, knn_vote
 from robx.errors import InputError
 from robx.eval.fidelity.probe import Probe, fit_probe
 from robx.eval.fidelity.similarity import broken, closeness, neighbour_overlap, overlap
-from robx.eval.protocols.knn import TEMPERATURE, nearest, vote, weighted_knn
+from robx.eval.neighbours import nearest
+from robx.eval.protocols.knn import weighted_knn
 from robx.records import Precision, Value, Verdict
 from robx.stats import (
     LEVEL,
@@ -30,7 +32,6 @@ from robx.stats import (
     non_inferiority,
 )
 
-KNN_K = 20
 LEAST_UNLABELLED = 100  # images: fewer say nothing of the 1 % quantile
 # Least mean and least 1 % quantile of the centred cosine; they decide alone only where there are no labels.
 COSINE_LIMITS: dict[Precision, tuple[float, float]] = {
@@ -135,7 +136,7 @@ def _task(
     for features in (reference, candidate):
         finite = np.isfinite(features).all(axis=1)
         similarities, rows = nearest(bank.features, features, k)
-        votes = vote(similarities, bank.labels[rows], classes=bank.classes, temperature=TEMPERATURE)[:, 0]
+        votes = knn_vote(similarities, bank.labels[rows])[:, 0]
         answers["knn"].append(np.where(finite, votes, -1))
         answers["probe"].append(bank.probe.predict(features))
         neighbours.append(np.where(finite[:, None], rows, -1))
@@ -173,7 +174,7 @@ def _adapted(
     right = {
         "retrained_probe": (bank.probe.predict(reference[keep]) == wanted, again.predict(candidate[keep]) == wanted),
         "own_bank_knn": tuple(
-            weighted_knn(rows, bank.labels, queries[keep], k=k, classes=bank.classes)[:, 0] == wanted
+            weighted_knn(rows, bank.labels, queries[keep], k=k)[:, 0] == wanted
             for rows, queries in ((bank.features, reference), (candidate_bank, candidate))
         ),
     }

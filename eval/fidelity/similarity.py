@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from robx.errors import InputError
-from robx.eval.protocols.knn import nearest, unit_rows
+from robx.eval.neighbours import nearest, unit_rows
 from robx.records import Value
 from robx.stats import mean_value, quantile_value
 

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 
+from robx.embeddings import knn_vote
 from robx.errors import InputError
+from robx.eval import neighbours
 from robx.eval.protocols import knn
 
 
@@ -42,7 +44,7 @@ def test_weighted_knn_is_the_formula(k):
 
 def test_nearest_is_scikit_learns():
     bank, _, queries, _ = data(1)
-    similarities, rows = knn.nearest(bank, queries, 15)
+    similarities, rows = neighbours.nearest(bank, queries, 15)
     distance, expected = (
         NearestNeighbors(n_neighbors=15, metric="cosine", algorithm="brute").fit(bank).kneighbors(queries)
     )
@@ -53,21 +55,21 @@ def test_nearest_is_scikit_learns():
 @pytest.mark.parametrize(("query_block", "bank_block"), [(1, 1), (7, 13), (1000, 31), (16, 1000)])
 def test_blocks_of_any_size_find_the_same(monkeypatch, query_block, bank_block):
     bank, labels, queries, _ = data(2)
-    whole = knn.nearest(bank, queries, 20)
-    votes = knn.vote(whole[0], labels[whole[1]], classes=7)
-    monkeypatch.setattr(knn, "_QUERY_BLOCK", query_block)
-    monkeypatch.setattr(knn, "_BANK_BLOCK", bank_block)
-    pieces = knn.nearest(bank, queries, 20)
+    whole = neighbours.nearest(bank, queries, 20)
+    votes = knn_vote(whole[0], labels[whole[1]])
+    monkeypatch.setattr(neighbours, "_QUERY_BLOCK", query_block)
+    monkeypatch.setattr(neighbours, "_BANK_BLOCK", bank_block)
+    pieces = neighbours.nearest(bank, queries, 20)
     np.testing.assert_array_equal(whole[1], pieces[1])
     np.testing.assert_allclose(whole[0], pieces[0], atol=1e-6)
-    np.testing.assert_array_equal(votes, knn.vote(pieces[0], labels[pieces[1]], classes=7))
+    np.testing.assert_array_equal(votes, knn_vote(pieces[0], labels[pieces[1]]))
 
 
 def test_the_bank_may_be_a_memory_map(tmp_path):
     bank, _, queries, _ = data(3)
     np.save(tmp_path / "bank.npy", bank)
     mapped = np.load(tmp_path / "bank.npy", mmap_mode="r")
-    np.testing.assert_array_equal(knn.nearest(mapped, queries, 5)[1], knn.nearest(bank, queries, 5)[1])
+    np.testing.assert_array_equal(neighbours.nearest(mapped, queries, 5)[1], neighbours.nearest(bank, queries, 5)[1])
 
 
 @settings(max_examples=25, deadline=None)
@@ -98,12 +100,12 @@ def test_values_that_are_not_finite_answer_and_attract_nothing():
     bank[5], queries[3] = np.nan, np.inf
     found = knn.weighted_knn(bank, labels, queries, k=20, classes=7)
     assert (found[3] == -1).all()
-    assert not (knn.nearest(bank, np.delete(queries, 3, 0), 20)[1] == 5).any()
+    assert not (neighbours.nearest(bank, np.delete(queries, 3, 0), 20)[1] == 5).any()
 
 
 def test_equal_similarities_are_ordered_by_row():
     bank = np.tile(np.array([[1.0, 2.0]], np.float32), (6, 1))
-    assert knn.nearest(bank, bank[:1], 6)[1].tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert neighbours.nearest(bank, bank[:1], 6)[1].tolist() == [[0, 1, 2, 3, 4, 5]]
 
 
 def test_accuracy_names_its_headline_and_leaves_the_unlabelled_out():
@@ -127,10 +129,10 @@ def test_a_small_bank_serves_what_it_can():
 def test_what_does_not_fit_is_refused():
     bank, labels, queries, wanted = data()
     with pytest.raises(InputError, match="k = 301"):
-        knn.nearest(bank, queries, 301)
+        neighbours.nearest(bank, queries, 301)
     with pytest.raises(InputError, match="one width"):
-        knn.nearest(bank, queries[:, :3], 5)
+        neighbours.nearest(bank, queries[:, :3], 5)
     with pytest.raises(InputError, match="do not fit 3 classes"):
         knn.weighted_knn(bank, labels, queries, k=5, classes=3)
-    with pytest.raises(InputError, match="no labelled images"):
+    with pytest.raises(InputError, match="labelled images on both sides"):
         knn.knn_accuracy(bank, np.full(300, -1), queries, wanted, classes=7)
