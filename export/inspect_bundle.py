@@ -11,7 +11,8 @@ import onnx
 from onnx import numpy_helper
 
 from robx.errors import ArtifactError
-from robx.export.int8.tensorrt_qdq import WEIGHTED, Graph, trt_advice, trt_faults
+from robx.export.int8.tensorrt_qdq import trt_advice, trt_faults
+from robx.export.onnx_graph import WEIGHTED, Graph
 from robx.records import Bundle
 from robx.store.files import read_json
 from robx.store.onnx_safety import load_checked

@@ -26,6 +26,7 @@ from robx.export.int8.bias import correct_biases
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.equalize import equalize
 from robx.export.int8.graph_facts import GraphFacts, read_facts
+from robx.export.onnx_run import run_model
 from robx.export.request import ExportRequest
 from robx.progress import Progress, silent
 from robx.records import save_bundle
@@ -210,8 +211,8 @@ class Workshop:
         return normalise(pixels, self.request.student.preprocessing)
 
     def simulate(self, model: onnx.ModelProto, images: Images, *, literal: bool = True) -> np.ndarray:
-        """The embeddings (N, D) of `images` by an ONNX model on this CPU; see `sensitivity.simulate`."""
-        return sensitivity.simulate(model, images.pixels, batch=_BATCH, literal=literal, prepare=self.as_input)
+        """The embeddings (N, D) of `images` by an ONNX model on this CPU; see `run_model`."""
+        return run_model(model, images.pixels, batch=_BATCH, literal=literal, prepare=self.as_input)
 
 
 def _source_of(folder: Path) -> Path:

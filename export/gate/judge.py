@@ -18,9 +18,9 @@ from robx.export.formats import to_onnx
 from robx.export.gate import gate
 from robx.export.gate.search import failed_rung, level_of
 from robx.export.image_splits import MIN_JUDGING, Images, normalise
-from robx.export.int8 import sensitivity
 from robx.export.int8.candidate import Candidate
 from robx.export.make import Workshop
+from robx.export.onnx_run import run_model
 from robx.images.sources import class_numbers, renumbered
 from robx.records import Precision, Rung, Value, Verdict
 from robx.trunk import embed
@@ -195,7 +195,7 @@ class Judge:
         if isinstance(session, str):
             if request.target.format != "trt":
                 return {}, session
-            answer = sensitivity.simulate(self.workshop.graph_of(candidate), images)  # its pixels are never uint8
+            answer = run_model(self.workshop.graph_of(candidate), images)  # its pixels are never uint8
             return compare(answer), session
         with session:
             together = session.run(images)

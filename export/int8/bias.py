@@ -6,17 +6,16 @@ correction accounts for the error that its own input carries. The cost is two ru
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
 from robx.errors import ArtifactError
 from robx.export.image_splits import whole_batches
-from robx.export.int8.graph_facts import input_batch
-from robx.export.int8.tensorrt_qdq import Graph
+from robx.export.onnx_graph import Graph, input_batch
+from robx.export.onnx_run import open_model
 from robx.progress import Progress
 
 
@@ -56,17 +55,7 @@ def correct_biases(
 
 def _channel_means(model: onnx.ModelProto, names: Sequence[str], images: np.ndarray) -> list[np.ndarray]:
     """Mean (C,) over images and places of each named tensor (N, C, H, W), Q/DQ computed literally."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    import onnxruntime as ort
-
-    wide = onnx.ModelProto()
-    wide.CopyFrom(model)
-    del wide.graph.output[:]
-    wide.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(wide.SerializeToString(), options, ["CPUExecutionProvider"])
+    session = open_model(model, literal=True, outputs=names)
     totals: list[np.ndarray] = []
     batches = whole_batches(images, input_batch(model) or min(16, len(images)))
     for batch in batches:

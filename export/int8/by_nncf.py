@@ -11,7 +11,7 @@ from robx.errors import ArtifactError, MissingExtra
 from robx.export.image_splits import whole_batches
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.float_scope import kept_nodes, openvino_names
-from robx.export.int8.graph_facts import input_batch
+from robx.export.onnx_graph import input_batch
 from robx.export.quiet import quiet
 from robx.store.onnx_safety import check_model
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from robx.export.int8.tensorrt_qdq import Graph
+from robx.export.onnx_graph import Graph
 
 _LARGEST_SCALE = 100.0  # a nearly dead channel is not worth an overflow
 

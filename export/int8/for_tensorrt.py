@@ -13,7 +13,8 @@ import onnx
 from robx.export.int8.by_onnxruntime import quantize as quantize_static
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.ranges import Ranges
-from robx.export.int8.tensorrt_qdq import FLOAT_ONLY, Graph, check_trt_qdq, rescale_to_int8
+from robx.export.int8.tensorrt_qdq import FLOAT_ONLY, check_trt_qdq, rescale_to_int8
+from robx.export.onnx_graph import Graph
 
 _OPERATORS = ["Conv", "ConvTranspose", "Gemm", "MatMul", "Add"]
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import onnx
 
-from robx.export.int8.tensorrt_qdq import WEIGHTED, Graph
+from robx.export.onnx_graph import WEIGHTED, Graph
 
 _POOLS = ("ReduceMean", "GlobalAveragePool")
 # What quantises badly and costs little in float: normalisation, attention's softmax, smooth activations and gates.
@@ -46,12 +46,6 @@ def read_facts(model: onnx.ModelProto) -> GraphFacts:
         squeeze_excite=tuple(n for n in names if n in squeezed),
         head=tuple(n.name for n in products if n.output[0] not in needed),
     )
-
-
-def input_batch(model: onnx.ModelProto) -> int | None:
-    """The batch of the model's first input; None where it is dynamic."""
-    axis = model.graph.input[0].type.tensor_type.shape.dim[0]
-    return int(axis.dim_value) if axis.HasField("dim_value") else None
 
 
 def _is_product(graph: Graph, node: onnx.NodeProto) -> bool:

@@ -8,16 +8,14 @@ levels, which is a common default, entropy changes nothing).
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper
 
 from robx.export.int8.candidate import RangeMethod
+from robx.export.onnx_run import open_model
 
 BINS = 2048
 _LEVELS = 128
@@ -50,13 +48,8 @@ def collect(model: onnx.ModelProto, batches: Iterable[np.ndarray], *, input_name
         batches: the input, float32 (n, 3, H, W) each.
         input_name: the name of the model's input.
     """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    import onnxruntime as ort
-
     names = [output for node in model.graph.node for output in node.output if output]
-    session = ort.InferenceSession(
-        _with_outputs(model, names).SerializeToString(), _options(ort), ["CPUExecutionProvider"]
-    )
+    session = open_model(model, literal=True, outputs=names)
     found: dict[str, Histogram] = {}
     for batch in batches:
         values = dict(zip(names, session.run(names, {input_name: batch}), strict=True)) | {input_name: batch}
@@ -167,20 +160,3 @@ def _spike() -> np.ndarray:
     counts = np.zeros(BINS)
     counts[0] = 1
     return counts
-
-
-def _with_outputs(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
-    wide = onnx.ModelProto()
-    wide.CopyFrom(model)
-    del wide.graph.output[:]
-    # An untyped output is typed by the runtime's own inference.
-    wide.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
-    return wide
-
-
-def _options(ort: Any) -> Any:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.inter_op_num_threads = 1
-    return options

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -11,7 +10,8 @@ from onnx import helper, numpy_helper
 
 from robx.errors import ArtifactError
 from robx.export.int8.ranges import Ranges
-from robx.export.int8.tensorrt_qdq import Graph
+from robx.export.onnx_graph import Graph
+from robx.export.onnx_run import run_model
 from robx.progress import Progress
 
 
@@ -38,51 +38,16 @@ def measure(
     Raises:
         ArtifactError: a layer that is not in the graph, or whose input has no range: it would seem to cost nothing.
     """
-    reference = simulate(model, images).astype(np.float64)
+    reference = run_model(model, images).astype(np.float64)
     mean = reference.mean(axis=0)
     directions = _unit(reference - mean)
     found: dict[str, float] = {}
     for done, name in enumerate(nodes, start=1):
-        answer = simulate(_quantise_one(model, name, ranges), images).astype(np.float64)
+        answer = run_model(_quantise_one(model, name, ranges), images).astype(np.float64)
         found[name] = float(((directions - _unit(answer - mean)) ** 2).sum(axis=1).mean() / 2)
         if progress:
             progress(done, len(nodes), "measuring each layer's sensitivity")
     return dict(sorted(found.items(), key=lambda item: -item[1]))
-
-
-def simulate(
-    model: onnx.ModelProto,
-    images: np.ndarray,
-    *,
-    batch: int = 16,
-    literal: bool = True,
-    prepare: Callable[[np.ndarray], np.ndarray] | None = None,
-) -> np.ndarray:
-    """The first output (N, D) of `model`, with Q/DQ computed literally, as the standard says.
-
-    Without optimisation no Q/DQ is fused into an int8 kernel, so that what comes out is the model's own error and not
-    the saturation of this CPU's instructions (int8 times int8 on AVX2 saturates; on a GPU it does not). A float model
-    is run faster with `literal` off. `prepare` turns a piece of `images` into the model's input, where it is not that.
-    """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if literal:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
-    name, output = session.get_inputs()[0].name, session.get_outputs()[0].name
-    fixed = session.get_inputs()[0].shape[0]
-    step = fixed if isinstance(fixed, int) else batch
-    pieces = []
-    for start in range(0, len(images), step):
-        piece = images[start : start + step] if prepare is None else prepare(images[start : start + step])
-        missing = step - len(piece) if isinstance(fixed, int) else 0
-        full = np.concatenate([piece, np.repeat(piece[-1:], missing, axis=0)]) if missing else piece
-        pieces.append(session.run([output], {name: full})[0][: len(piece)])
-    result: np.ndarray = np.concatenate(pieces).astype(np.float32, copy=False)
-    return result
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

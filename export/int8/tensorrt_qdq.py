@@ -16,9 +16,9 @@ import onnx
 from onnx import numpy_helper
 
 from robx.errors import InputError
+from robx.export.onnx_graph import WEIGHTED, Graph
 from robx.store.onnx_safety import load_checked
 
-WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 FLOAT_ONLY = ("LayerNormalization", "Softmax", "Gelu", "Erf")
 _NAMES = {onnx.TensorProto.INT8: "int8", onnx.TensorProto.UINT8: "uint8", onnx.TensorProto.INT32: "int32"}
 
@@ -31,39 +31,6 @@ class Linear:
     scale: np.ndarray | None  # None: computed at run time
     zero: np.ndarray | None
     dtype: str  # int8, uint8, int32, ...
-
-
-class Graph:
-    """A model's main graph with the maps that walking it takes."""
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.model, self.nodes = model, list(model.graph.node)
-        self.initializers = {i.name: i for i in model.graph.initializer}
-        self.producers = {output: node for node in self.nodes for output in node.output}
-        self.consumers: dict[str, list[onnx.NodeProto]] = {}
-        for node in self.nodes:
-            for name in node.input:
-                self.consumers.setdefault(name, []).append(node)
-
-    def constant(self, name: str) -> np.ndarray | None:
-        """The value of an initialiser or of a Constant node, else None."""
-        if name in self.initializers:
-            return numpy_helper.to_array(self.initializers[name])
-        node = self.producers.get(name)
-        if node is not None and node.op_type == "Constant":
-            return next((numpy_helper.to_array(a.t) for a in node.attribute if a.name == "value"), None)
-        return None
-
-    def dequantized(self, name: str) -> onnx.NodeProto | None:
-        """The DequantizeLinear that makes the tensor `name`, or None."""
-        node = self.producers.get(name)
-        return node if node is not None and node.op_type == "DequantizeLinear" else None
-
-    def is_weight(self, name: str) -> bool:
-        """Whether the tensor `name` is a constant, quantised and dequantised or not."""
-        while (node := self.producers.get(name)) is not None and node.op_type in ("DequantizeLinear", "QuantizeLinear"):
-            name = node.input[0]
-        return name in self.initializers or (node is not None and node.op_type == "Constant")
 
 
 def linears(graph: Graph) -> Iterator[Linear]:

@@ -23,9 +23,9 @@ from robx.export.int8 import by_nncf, for_tensorrt
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.graph_facts import read_facts
 from robx.export.int8.ladder import Machine, ladder
-from robx.export.int8.sensitivity import simulate
 from robx.export.int8.tensorrt_qdq import quantized_nodes
 from robx.export.make import Workshop
+from robx.export.onnx_run import run_model
 from robx.export.request import ExportTarget
 from robx.records import Bundle
 
@@ -44,7 +44,7 @@ def test_nncf_gives_tensorrt_a_vit_without_zero_points(
     rungs = {rung.name: rung for rung in ladder("trt", read_facts(vit_onnx), Machine())}
     quantised = for_tensorrt.from_uint8(by_nncf.quantize_onnx(vit_onnx, scene_pixels[:16], rungs[name]))
     assert quantized_nodes(quantised)  # and from_uint8 has checked TensorRT's rules
-    assert centred_cosine(simulate(vit_onnx, scene_pixels), simulate(quantised, scene_pixels)).mean() > 0.9
+    assert centred_cosine(run_model(vit_onnx, scene_pixels), run_model(quantised, scene_pixels)).mean() > 0.9
 
 
 def test_a_manifest_of_others_makes_no_bundle(cnn_run: Path, tmp_path: Path) -> None:

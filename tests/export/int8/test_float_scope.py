@@ -15,8 +15,8 @@ from robx.export.int8.candidate import Candidate
 from robx.export.int8.float_scope import kept_nodes, openvino_names
 from robx.export.int8.graph_facts import read_facts
 from robx.export.int8.ladder import sensitive_rungs
-from robx.export.int8.sensitivity import simulate
 from robx.export.int8.tensorrt_qdq import quantized_nodes
+from robx.export.onnx_run import run_model
 
 ov = pytest.importorskip("openvino")
 
@@ -98,7 +98,7 @@ def test_onnx_leaves_in_float_what_is_named(
             quantised = by_onnxruntime.quantize(cnn_onnx, chosen, candidate)
         int8.append(set(quantized_nodes(quantised)))
         assert not int8[-1] & set(kept) and int8[-1]
-        answers.append(simulate(quantised, images))
+        answers.append(run_model(quantised, images))
     assert names[0] in int8[0] and int8[0] > int8[1] > int8[2]
     for first, second in ((0, 1), (1, 2)):
         assert np.abs(answers[first] - answers[second]).max() > 1e-3 * np.abs(answers[0]).max()

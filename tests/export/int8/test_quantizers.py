@@ -19,8 +19,10 @@ from robx.export.int8.equalize import equalize
 from robx.export.int8.graph_facts import read_facts
 from robx.export.int8.ladder import Machine, ladder, limit, sensitive_rungs
 from robx.export.int8.ranges import Histogram, choose
-from robx.export.int8.sensitivity import _quantise_one, measure, simulate
-from robx.export.int8.tensorrt_qdq import Graph, check_trt_qdq, linears, quantized_nodes, rescale_to_int8, trt_faults
+from robx.export.int8.sensitivity import _quantise_one, measure
+from robx.export.int8.tensorrt_qdq import check_trt_qdq, linears, quantized_nodes, rescale_to_int8, trt_faults
+from robx.export.onnx_graph import Graph
+from robx.export.onnx_run import run_model
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +111,7 @@ def test_onnxruntime_quantises_accurately(
 ) -> None:
     candidate = Candidate(name="x", quantiser="onnxruntime", reduce_range=True)
     quantised = by_onnxruntime.quantize(cnn_onnx, choose(cnn_ranges, "minmax"), candidate)
-    cosine = centred_cosine(simulate(cnn_onnx, scene_pixels), simulate(quantised, scene_pixels))
+    cosine = centred_cosine(run_model(cnn_onnx, scene_pixels), run_model(quantised, scene_pixels))
     assert cosine.mean() > 0.95
     assert len(quantized_nodes(quantised)) == sum(n.op_type == "Conv" for n in cnn_onnx.graph.node)
     weights = [numpy_helper.to_array(i) for i in quantised.graph.initializer if i.data_type == TensorProto.INT8]
@@ -133,12 +135,12 @@ def test_the_tensorrt_form(trt_model: onnx.ModelProto, cnn_onnx: onnx.ModelProto
         if node.op_type == "Add":
             graph = Graph(trt_model)
             assert all(graph.dequantized(name) is not None for name in node.input)
-    assert centred_cosine(simulate(cnn_onnx, scene_pixels), simulate(trt_model, scene_pixels)).mean() > 0.95
+    assert centred_cosine(run_model(cnn_onnx, scene_pixels), run_model(trt_model, scene_pixels)).mean() > 0.95
     half = to_half(trt_model)
     check_trt_qdq(half)
     # Not nearer: a half's rounding moves some values to the next of 256 steps.
-    assert centred_cosine(simulate(trt_model, scene_pixels), simulate(half, scene_pixels)).mean() > 0.98
-    assert centred_cosine(simulate(cnn_onnx, scene_pixels), simulate(half, scene_pixels)).mean() > 0.95
+    assert centred_cosine(run_model(trt_model, scene_pixels), run_model(half, scene_pixels)).mean() > 0.98
+    assert centred_cosine(run_model(cnn_onnx, scene_pixels), run_model(half, scene_pixels)).mean() > 0.95
 
 
 def test_uint8_is_refused_for_tensorrt_and_can_be_rescaled(
@@ -152,7 +154,7 @@ def test_uint8_is_refused_for_tensorrt_and_can_be_rescaled(
     assert any("biases stay in float" in fault for fault in trt_faults(unsigned))
     signed = for_tensorrt.from_uint8(unsigned)
     check_trt_qdq(signed)
-    assert centred_cosine(simulate(cnn_onnx, scene_pixels), simulate(signed, scene_pixels)).mean() > 0.95
+    assert centred_cosine(run_model(cnn_onnx, scene_pixels), run_model(signed, scene_pixels)).mean() > 0.95
     # What the parser does instead, same scales read as int8, is not the same model.
     misread = onnx.ModelProto()
     misread.CopyFrom(unsigned)
@@ -160,8 +162,8 @@ def test_uint8_is_refused_for_tensorrt_and_can_be_rescaled(
         if tensor.data_type == TensorProto.UINT8:
             tensor.CopyFrom(numpy_helper.from_array(np.zeros(list(tensor.dims), np.int8), tensor.name))
     del misread.graph.value_info[:]
-    wrong = centred_cosine(simulate(cnn_onnx, scene_pixels), simulate(misread, scene_pixels)).mean()
-    assert wrong < centred_cosine(simulate(cnn_onnx, scene_pixels), simulate(signed, scene_pixels)).mean() - 0.02
+    wrong = centred_cosine(run_model(cnn_onnx, scene_pixels), run_model(misread, scene_pixels)).mean()
+    assert wrong < centred_cosine(run_model(cnn_onnx, scene_pixels), run_model(signed, scene_pixels)).mean() - 0.02
 
 
 def _mutated(model: onnx.ModelProto, change: str) -> onnx.ModelProto:
@@ -222,7 +224,7 @@ def test_rescaling_covers_the_range_it_had() -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     rescale_to_int8(model)
     step = 225 * scale / 127
-    np.testing.assert_allclose(simulate(model, values), values, atol=step / 2 + 1e-6)
+    np.testing.assert_allclose(run_model(model, values), values, atol=step / 2 + 1e-6)
 
 
 @pytest.mark.parametrize("which", ["cnn_onnx", "vit_onnx"])
@@ -233,7 +235,7 @@ def test_half_precision_computes_the_same(which: str, scene_pixels: np.ndarray, 
     assert half.graph.input[0].type.tensor_type.elem_type == TensorProto.FLOAT
     assert half.graph.output[0].type.tensor_type.elem_type == TensorProto.FLOAT
     assert not any(i.data_type == TensorProto.FLOAT for i in half.graph.initializer)
-    assert centred_cosine(simulate(model, scene_pixels), simulate(half, scene_pixels)).min() > 0.999
+    assert centred_cosine(run_model(model, scene_pixels), run_model(half, scene_pixels)).min() > 0.999
 
 
 @pytest.mark.parametrize("dead", [1e-12, 1e-7, 1e-4])
@@ -259,7 +261,7 @@ def test_a_dead_channel_does_not_cost_tensorrt_its_int8(
     restored = stored.astype(np.float64) * scale.astype(np.float64).reshape(-1, 1, 1, 1)
     step = np.maximum(np.abs(weight).reshape(len(weight), -1).max(axis=1) / 127, 2.0**-17).reshape(-1, 1, 1, 1)
     assert (np.abs(restored - weight) <= 0.51 * step + 1e-3 * np.abs(weight)).all()
-    assert centred_cosine(simulate(quantised, scene_pixels), simulate(half, scene_pixels)).mean() > 0.98
+    assert centred_cosine(run_model(quantised, scene_pixels), run_model(half, scene_pixels)).mean() > 0.98
 
 
 def test_scales_along_another_axis_are_a_fault(trt_model: onnx.ModelProto) -> None:
@@ -291,8 +293,8 @@ def test_equalisation_changes_weights_and_not_the_function(cnn_onnx: onnx.ModelP
     uneven.CopyFrom(cnn_onnx)
     equal, count = equalize(uneven)
     assert count > 0
-    reference = simulate(cnn_onnx, scene_pixels)
-    np.testing.assert_allclose(simulate(equal, scene_pixels), reference, atol=1e-4 * np.abs(reference).max())
+    reference = run_model(cnn_onnx, scene_pixels)
+    np.testing.assert_allclose(run_model(equal, scene_pixels), reference, atol=1e-4 * np.abs(reference).max())
     assert equal.SerializeToString() != cnn_onnx.SerializeToString()
 
 
@@ -305,10 +307,10 @@ def test_bias_correction_restores_a_shifted_mean(
     convolution = next(n for n in graph.nodes if n.op_type == "Conv" and n.input[2] in graph.initializers)
     bias = graph.initializers[convolution.input[2]]
     bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(0.5), bias.name))
-    reference = simulate(cnn_onnx, scene_pixels)
-    before = centred_cosine(reference, simulate(shifted, scene_pixels)).mean()
+    reference = run_model(cnn_onnx, scene_pixels)
+    before = centred_cosine(reference, run_model(shifted, scene_pixels)).mean()
     corrected = correct_biases(shifted, cnn_onnx, scene_pixels[:32])
-    after = centred_cosine(reference, simulate(corrected, scene_pixels)).mean()
+    after = centred_cosine(reference, run_model(corrected, scene_pixels)).mean()
     assert after > before and after > 0.95
 
 
@@ -358,8 +360,8 @@ def test_sensitivity_tells_the_smallest_costs_apart(
     assert branches and all(0 < costs[name] < 6e-8 for name in branches)  # what 1 minus a float32 cosine calls 0
     assert len(set(costs.values())) == len(names)
     worst = next(iter(costs))
-    one = simulate(_quantise_one(faint, worst, chosen), images)
-    assert costs[worst] == pytest.approx(1 - centred_cosine(simulate(faint, images), one).mean(), rel=1e-6)
+    one = run_model(_quantise_one(faint, worst, chosen), images)
+    assert costs[worst] == pytest.approx(1 - centred_cosine(run_model(faint, images), one).mean(), rel=1e-6)
 
 
 def test_sensitivity_refuses_a_layer_that_it_cannot_quantise(
@@ -454,4 +456,4 @@ def test_nncf_quantises_a_transformer_on_onnx(
     candidate = Candidate(name="x", quantiser="nncf", transformer=True, smooth_alpha=smooth)
     quantised = by_nncf.quantize_onnx(vit_onnx, scene_pixels[:16], candidate)
     assert quantized_nodes(quantised)
-    assert centred_cosine(simulate(vit_onnx, scene_pixels), simulate(quantised, scene_pixels)).mean() > 0.9
+    assert centred_cosine(run_model(vit_onnx, scene_pixels), run_model(quantised, scene_pixels)).mean() > 0.9
