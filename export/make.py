@@ -16,15 +16,13 @@ import onnx
 import torch
 
 from robx import __version__
-from robx.errors import ArtifactError, InputError
+from robx.errors import InputError
 from robx.export.formats import to_onnx
 from robx.export.formats.half import to_half
 from robx.export.formats.write import draft, write_model
 from robx.export.image_splits import Images, Splits, normalise, whole_batches
 from robx.export.int8 import by_nncf, by_onnxruntime, for_tensorrt, ranges, sensitivity
-from robx.export.int8.bias import correct_biases
 from robx.export.int8.candidate import Candidate
-from robx.export.int8.equalize import equalize
 from robx.export.int8.graph_facts import GraphFacts, read_facts
 from robx.export.onnx_run import run_model
 from robx.export.request import ExportRequest
@@ -37,7 +35,6 @@ from robx.trunk import embed
 _BATCH = 32
 _RANGE_BATCH = 4  # every activation of these images is in memory at once
 _SENSITIVITY_IMAGES = 64
-_BIAS_IMAGES = 64
 
 
 class Workshop:
@@ -91,7 +88,9 @@ class Workshop:
     @cached_property
     def histograms(self) -> dict[str, ranges.Histogram]:
         """Of every activation of the float32 model, over the calibration images."""
-        return self._ranges_of(self.proto)
+        self.progress(0, 1, "measuring activation ranges")
+        batch = self.request.target.batch or _RANGE_BATCH
+        return ranges.collect(self.proto, whole_batches(self.calibration, batch), input_name=to_onnx.PIXELS)
 
     @cached_property
     def layer_costs(self) -> dict[str, float]:
@@ -169,40 +168,24 @@ class Workshop:
         """The ONNX that the candidate's builder starts from, in the candidate's precision where the format reads it."""
         carried = self.request.target.format in ("onnx", "ort", "trt")
         if candidate.precision == "fp32" or not carried:
-            return equalize(self.proto)[0] if candidate.equalize else self.proto
+            return self.proto
         model = to_half(self.proto) if candidate.precision == "fp16" else self._quantise(candidate)
         to_onnx.finish(model, self.request.student, opset=self.request.target.opset)
         return model
 
     def _quantise(self, candidate: Candidate) -> onnx.ModelProto:
-        source, histograms = self.proto, self.histograms if candidate.quantiser != "nncf" else {}
-        if candidate.equalize:
-            source, changed = equalize(self.proto)
-            if not changed:
-                raise ArtifactError("no two convolutions of this network can be equalised")
-            if candidate.quantiser != "nncf":
-                histograms = self._ranges_of(source)
-        chosen = ranges.choose(
-            histograms, candidate.ranges, percentile=candidate.percentile, symmetric=candidate.signed
-        )
         is_trt = self.request.target.format == "trt"
         if candidate.quantiser == "nncf":
-            quantised = by_nncf.quantize_onnx(source, self.calibration, candidate)
+            quantised = by_nncf.quantize_onnx(self.proto, self.calibration, candidate)
             quantised = for_tensorrt.from_uint8(quantised) if is_trt else quantised
-        elif candidate.quantiser == "tensorrt":
-            quantised = for_tensorrt.quantize(source, chosen, candidate)
         else:
-            quantised = by_onnxruntime.quantize(source, chosen, candidate)
-        if candidate.full_bias and candidate.quantiser != "nncf":
-            images = self.calibration[:_BIAS_IMAGES]
-            quantised = correct_biases(quantised, source, images, progress=self.progress)
+            chosen = ranges.choose(
+                self.histograms, candidate.ranges, percentile=candidate.percentile, symmetric=candidate.signed
+            )
+            quantize = for_tensorrt.quantize if candidate.quantiser == "tensorrt" else by_onnxruntime.quantize
+            quantised = quantize(self.proto, chosen, candidate)
         # What is not int8 runs in fp16 on a GPU: types are fixed in the file, and float32 would make it the slowest.
         return to_half(quantised) if is_trt else quantised
-
-    def _ranges_of(self, model: onnx.ModelProto) -> dict[str, ranges.Histogram]:
-        self.progress(0, 1, "measuring activation ranges")
-        batch = self.request.target.batch or _RANGE_BATCH
-        return ranges.collect(model, whole_batches(self.calibration, batch), input_name=to_onnx.PIXELS)
 
     def as_input(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 pixels (n, 3, H, W) as the model takes them: normalised, or themselves."""

@@ -156,7 +156,7 @@ class _Search:
         for candidate in pending:
             if candidate.family in self.slow:
                 continue
-            if candidate.careful and any(_is_sound(r) and candidate.leaves_no_less_than(c) for c, r in self.tried):
+            if candidate.careful and any(_is_sound(r) and candidate.keeps_no_less_float_than(c) for c, r in self.tried):
                 left_out.append(candidate)
                 continue
             if self.tried and self.is_late():

@@ -32,7 +32,7 @@ def quantize(
         ranges: (low, high) of every activation.
         candidate: activation type, 7-bit weights, what stays in float.
         nodes: quantise these nodes only.
-        op_types: quantise these operators only; None: all that the quantiser knows but ``candidate.float_ops``.
+        op_types: quantise these operators only; None: all that the quantiser knows.
         options: more of the quantiser's own.
 
     Raises:
@@ -61,7 +61,7 @@ def quantize(
                 tensors_range=TensorsData(CalibrationMethod.MinMax, data),
                 nodes_to_quantize=nodes or [],
                 nodes_to_exclude=kept,
-                op_types_to_quantize=[op for op in known if op not in candidate.float_ops],
+                op_types_to_quantize=known,
                 extra_options={"ActivationSymmetric": candidate.signed, "WeightSymmetric": True, **(options or {})},
             )
             quantiser.quantize_model()

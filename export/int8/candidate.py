@@ -1,4 +1,4 @@
-"""One candidate of the INT8 ladder: which quantiser, with which settings, and what stays in float."""
+"""One int8 (or float) candidate: which quantiser with which settings, and which layers stay in float."""
 
 from __future__ import annotations
 
@@ -13,47 +13,43 @@ RangeMethod = Literal["minmax", "percentile", "mse", "entropy"]
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """Everything that decides what a rung's model is; written into the manifest as the rung's settings."""
+    """Everything that determines the model file; stored in the manifest as the candidate's settings."""
 
     name: str
     precision: Precision = "int8"
     quantiser: Quantiser = "none"
     ranges: RangeMethod = "minmax"
     percentile: float = 99.99
-    signed: bool = False  # int8 activations, without a zero point; else uint8
-    mean_ranges: bool = False  # NNCF: the mean of every image's extremes, its default, in place of the extremes of all
-    asymmetric: bool = False  # NNCF: activations with a zero point where they go below zero, as after a swish
-    reduce_range: bool = False  # 7-bit weights: AVX2 without VNNI saturates on 8-bit products
-    float_ops: tuple[str, ...] = ()  # operator types that stay in float
-    float_nodes: tuple[str, ...] = ()  # nodes that stay in float
-    equalize: bool = False  # cross-layer equalisation before quantising
-    full_bias: bool = False  # full bias correction instead of the fast one
-    transformer: bool = False
-    smooth_alpha: float | None = None  # SmoothQuant; None: off
+    signed: bool = False  # int8 activations without a zero point; otherwise uint8
+    mean_ranges: bool = False  # NNCF: average the per-image extremes (its default) instead of taking the overall ones
+    asymmetric: bool = False  # NNCF: a zero point for activations that go below zero, as after a swish
+    reduce_range: bool = False  # 7-bit weights: AVX2 without VNNI saturates on products of 8-bit values
+    float_nodes: tuple[str, ...] = ()  # names of ONNX nodes that stay in float
+    full_bias: bool = False  # NNCF: full bias correction instead of the fast one
+    transformer: bool = False  # NNCF: quantise attention as a pattern
+    smooth_alpha: float | None = None  # NNCF: SmoothQuant's alpha; None turns it off
 
     @property
     def careful(self) -> bool:
-        """Whether it trades speed, or minutes of work, for accuracy: no use where a plain one is accurate."""
-        return bool(self.float_ops or self.float_nodes or self.full_bias)
+        """Whether it trades speed, or minutes of work, for accuracy: not needed where a plain candidate is accurate."""
+        return bool(self.float_nodes or self.full_bias)
 
-    def leaves_no_less_than(self, other: Candidate) -> bool:
-        """Whether it leaves all in float that `other` does: then it is not faster."""
-        return {*other.float_ops} <= {*self.float_ops} and {*other.float_nodes} <= {*self.float_nodes}
+    def keeps_no_less_float_than(self, other: Candidate) -> bool:
+        """Whether every layer that `other` keeps in float is in float here too, so that this one cannot be faster."""
+        return {*other.float_nodes} <= {*self.float_nodes}
 
     @property
     def form(self) -> Candidate:
-        """What decides its speed: candidates whose numbers alone differ have one graph and run as fast."""
-        return replace(
-            self, name="", ranges="minmax", percentile=99.99, mean_ranges=False, equalize=False, full_bias=False
-        )
+        """What determines its speed: candidates that differ only in their numbers have one graph and run as fast."""
+        return replace(self, name="", ranges="minmax", percentile=99.99, mean_ranges=False, full_bias=False)
 
     @property
     def family(self) -> Candidate:
-        """What it shares with those that leave more in float: where it is slow, they are slower."""
-        return replace(self.form, float_ops=(), float_nodes=())
+        """What it shares with candidates that keep more in float: if it is slow, they are slower."""
+        return replace(self.form, float_nodes=())
 
     def settings(self) -> dict[str, Json]:
-        """What differs from the defaults, for the manifest."""
+        """The fields that differ from their defaults, for the manifest."""
         plain = asdict(Candidate(name=self.name))
         own = {key: value for key, value in asdict(self).items() if value != plain[key] and key != "precision"}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in own.items()}

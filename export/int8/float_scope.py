@@ -1,8 +1,8 @@
-"""What of a graph stays in float: a candidate's ONNX nodes, and the OpenVINO operations that they became.
+"""Which nodes stay in float: a candidate's ONNX nodes, and the OpenVINO operations that they are converted to.
 
-OpenVINO reads one ONNX node as several operations, and the node's name goes to the last: ``Conv`` becomes the
-convolution ``NAME/WithoutBiases`` and the addition ``NAME``, a normalisation three of them. A quantiser that is given
-the ONNX name alone leaves the addition in float and quantises the convolution.
+OpenVINO converts one ONNX node to several operations, and only the last one keeps the node's name: ``Conv`` becomes
+the convolution ``NAME/WithoutBiases`` and the addition ``NAME``. A quantiser that is given just the ONNX name would
+keep the addition in float and quantise the convolution.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from robx.export.int8.candidate import Candidate
 
 
 def kept_nodes(model: onnx.ModelProto, candidate: Candidate) -> list[onnx.NodeProto]:
-    """The nodes of an ONNX graph that stay in float, in its order: those named, and those of the types named.
+    """The nodes of an ONNX graph that stay in float, in the graph's order.
 
     Raises:
         ArtifactError: a node of ``candidate.float_nodes`` is not in the graph.
@@ -25,15 +25,14 @@ def kept_nodes(model: onnx.ModelProto, candidate: Candidate) -> list[onnx.NodePr
     missing = named - {node.name for node in model.graph.node}
     if missing:
         raise ArtifactError(_refusal(candidate, min(missing), "is not in the ONNX graph"))
-    return [node for node in model.graph.node if node.name in named or node.op_type in candidate.float_ops]
+    return [node for node in model.graph.node if node.name in named]
 
 
 def openvino_names(network: Any, model: onnx.ModelProto, candidate: Candidate) -> list[str]:
-    """Friendly names of the operations that stay in float in an ``openvino.Model`` that was read from `model`.
+    """Friendly names of the operations that stay in float in an ``openvino.Model`` that was converted from `model`.
 
-    Both graphs name their tensors alike, so a node became what lies between its output and the next ONNX tensors
-    upstream. A node of ``candidate.float_ops`` that OpenVINO folded away or fused, as a softmax into an attention, is
-    left out.
+    Both graphs use the same tensor names, so a node was converted to whatever lies between its outputs and the next
+    ONNX tensors upstream.
 
     Raises:
         ArtifactError: a node of ``candidate.float_nodes`` is not in one of the graphs.
@@ -48,14 +47,14 @@ def openvino_names(network: Any, model: onnx.ModelProto, candidate: Candidate) -
     found: dict[str, None] = {}
     for node in nodes:
         names = _between(makers, tensors, node)
-        if not names and node.name in candidate.float_nodes:
+        if not names:
             raise ArtifactError(_refusal(candidate, node.name, "has no counterpart in OpenVINO's graph"))
         found.update(dict.fromkeys(names))
     return list(found)
 
 
 def _between(makers: dict[str, Any], tensors: set[str], node: onnx.NodeProto) -> list[str]:
-    """Names of the operations that compute `node`'s outputs from ONNX tensors; [] when nothing is left of it."""
+    """Names of the operations that compute `node`'s outputs from other ONNX tensors; [] if it was folded away."""
     upstream = tensors - set(node.output)
     pending = [makers[name] for name in node.output if name in makers]
     found: dict[str, None] = {}
@@ -63,7 +62,7 @@ def _between(makers: dict[str, Any], tensors: set[str], node: onnx.NodeProto) ->
         output = pending.pop()
         operation = output.get_node()
         name = operation.get_friendly_name()
-        # A tensor that also has the name of another ONNX tensor is that one's: `node` did nothing to it.
+        # A tensor that also carries the name of another ONNX tensor belongs to that one: `node` does not compute it.
         if name in found or operation.get_type_name() in ("Constant", "Parameter") or output.get_names() & upstream:
             continue
         found[name] = None
@@ -72,4 +71,4 @@ def _between(makers: dict[str, Any], tensors: set[str], node: onnx.NodeProto) ->
 
 
 def _refusal(candidate: Candidate, name: str, why: str) -> str:
-    return f"{candidate.name}: {name!r} is to stay in float and {why}"
+    return f"{candidate.name}: {name!r} should stay in float but {why}; export the student again"

@@ -26,17 +26,16 @@ def quantize(model: onnx.ModelProto, ranges: Ranges, candidate: Candidate) -> on
         ArtifactError: the quantiser failed.
         InputError: the result is not in TensorRT's form.
     """
-    operators = [op for op in _OPERATORS if op not in candidate.float_ops]
     candidate = dataclasses.replace(candidate, signed=True, reduce_range=False)
     quantised = quantize_static(
         model,
         ranges,
         dataclasses.replace(candidate, float_nodes=(*candidate.float_nodes, *_bias_additions(model))),
-        op_types=operators,
+        op_types=_OPERATORS,
         options={
             "QuantizeBias": False,
             "DedicatedQDQPair": True,
-            "OpTypesToExcludeOutputQuantization": operators,
+            "OpTypesToExcludeOutputQuantization": _OPERATORS,
         },
     )
     _keep_float(quantised)

@@ -189,8 +189,8 @@ def test_int8_of_a_fixed_batch_and_of_uint8_pixels(
 @pytest.mark.parametrize(
     "candidate",
     [
-        Candidate(name="a", quantiser="onnxruntime", equalize=True),
-        Candidate(name="b", quantiser="onnxruntime", full_bias=True),
+        Candidate(name="a", quantiser="onnxruntime"),
+        Candidate(name="b", quantiser="onnxruntime", ranges="mse"),
         Candidate(name="c", quantiser="nncf"),
     ],
 )
