@@ -22,6 +22,7 @@ CROSSINGS = {
 LAYERS = {
     "robx": (
         ("errors", "progress", "console"),
+        ("reporting",),
         ("store",),
         ("formats",),
         ("records",),

@@ -1,0 +1,156 @@
+"""The Python API: cheap to import, the same pixels as the commands, and README's snippet as it stands."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
+
+from robx import api
+from robx.errors import CorruptImage, InputError
+from robx.images.decode import decode, preprocess, read_image_file
+from robx.images.sources import open_source
+from robx.images.transform import torchvision_transform
+from robx.records import Preprocessing, Student, load_student
+from robx.trunk import build_trunk, embedding_width, load_trunk, save_trunk
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student with random weights, of 32-px images."""
+    torch.manual_seed(3)
+    folder, trunk = tmp_path_factory.mktemp("run"), build_trunk("test_resnet")
+    student = Student(
+        timm_name="test_resnet",
+        width=embedding_width(trunk),
+        preprocessing=Preprocessing(size=36, crop=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3)),
+        sha256="",
+        teacher=None,
+        data=None,
+        recipe={},
+    )
+    save_trunk(folder, trunk, student)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(scenes: Path) -> list[Path]:
+    return sorted((scenes / "test").rglob("*.png"))
+
+
+# ------------------------------------------------------------------------------------------------------- import
+
+
+def test_importing_the_api_loads_nothing_heavy() -> None:
+    code = "import sys\nfrom robx import api\nprint(*{m.split('.')[0] for m in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not set(loaded) & {"torch", "timm", "torchvision", "numpy", "PIL", "onnx", "onnxruntime", "click", "rich"}
+
+
+# --------------------------------------------------------------------------------------------------------- load
+
+
+def test_load_gives_the_timm_model_with_its_weights_ready_to_learn(run: Path) -> None:
+    model = api.load(str(run))
+    expected = load_trunk(run)[1]
+    pixels = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(pixels), expected(pixels)) and not model.training
+    assert set(model.state_dict()) == set(expected.state_dict())  # the transform is no part of the network
+    model.reset_classifier(5)  # type: ignore[operator]
+    model.train()(pixels).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "I;16", "CMYK"])
+def test_the_transform_gives_exactly_the_pixels_of_robx(run: Path, tmp_path: Path, mode: str) -> None:
+    rng = np.random.default_rng(0)
+    transform = api.load(run).preprocessing
+    for number, size in enumerate([(40, 50), (31, 77), (200, 33), (36, 36), (17, 400), (32, 32)]):
+        image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+        if mode == "I;16":
+            image = Image.fromarray(rng.integers(0, 65536, size, dtype=np.uint16))
+        path = tmp_path / f"{number}.{'tif' if mode == 'CMYK' else 'png'}"
+        (image if mode == "I;16" else image.convert(mode)).save(path)
+        ours = preprocess(decode(read_image_file(path), name="x"), load_student(run).preprocessing)
+        with Image.open(path) as opened:
+            assert np.array_equal(transform(opened).numpy(), ours)  # type: ignore[operator]
+
+
+def test_the_transform_turns_images_upright(run: Path, tmp_path: Path) -> None:
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=exif)
+    ours = preprocess(decode(read_image_file(tmp_path / "turned.png"), name="x"), load_student(run).preprocessing)
+    with Image.open(tmp_path / "turned.png") as opened:
+        assert np.array_equal(api.load(run).preprocessing(opened).numpy(), ours)  # type: ignore[operator]
+
+
+def test_the_transform_is_torchvisions_own_resize_crop_and_normalisation() -> None:
+    wanted = Preprocessing(size=36, crop=32, interpolation="bilinear")
+    plain = Compose(
+        [Resize(36, InterpolationMode.BILINEAR), CenterCrop(32), ToTensor(), Normalize(wanted.mean, wanted.std)]
+    )
+    image = Image.fromarray(np.random.default_rng(2).integers(0, 256, (50, 90, 3), dtype=np.uint8))
+    assert torch.equal(torchvision_transform(wanted)(image), plain(image))
+
+
+def test_the_transform_serves_in_the_workers_of_a_data_loader(run: Path) -> None:
+    transform = api.load(run).preprocessing
+    image = Image.new("RGB", (50, 40), "red")
+    assert torch.equal(pickle.loads(pickle.dumps(transform))(image), transform(image))  # type: ignore[operator]
+    assert "ResizeAndCrop(size=36, crop=32, interpolation='bicubic')" in repr(transform)
+
+
+def test_load_refuses_what_is_not_a_student(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is not a student .* give a folder that robx distill wrote"):
+        api.load(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------- open
+
+
+def test_embed_takes_paths_images_and_arrays_alike(run: Path, photos: list[Path], scenes: Path) -> None:
+    record, trunk = load_trunk(run)
+    images = [Image.open(path) for path in photos]
+    pixels = np.stack([preprocess(image.convert("RGB"), record.preprocessing) for image in images])
+    with torch.inference_mode():
+        expected = trunk(torch.from_numpy(pixels)).numpy()
+    arrays = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    source = open_source(scenes / "test")
+    assert [str(scenes / "test" / source.key(i)) for i in range(len(source))] == [str(p) for p in photos]
+    with api.open(str(run)) as model:
+        given = (photos, [str(p) for p in photos], str(scenes / "test"), images, iter(images), arrays, list(arrays))
+        for one in (*given, pixels, [pixels]):
+            found = model.embed(one)
+            assert found.dtype == np.float32 and found.shape == (32, record.width)
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        for one in (photos[0], str(photos[0]), images[0], arrays[0], arrays[:1]):
+            np.testing.assert_allclose(model.embed(one), expected[:1], rtol=1e-4, atol=1e-5)
+        assert model.record == record
+    for image in images:
+        image.close()
+
+
+def test_embed_refuses_what_is_no_image_and_names_it(run: Path, photos: list[Path], tmp_path: Path) -> None:
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(photos[0].read_bytes()[:60])
+    with api.open(run) as model:
+        for images, error, words in (
+            ([photos[0], bad], CorruptImage, "bad.png"),
+            (tmp_path / "missing.png", InputError, "missing.png"),
+            ([], InputError, "no image"),
+            (np.zeros((3, 32, 32), np.uint8), InputError, r"array 0 is uint8 \(3, 32, 32\): give uint8 \(H, W, 3\)"),
+            (np.zeros((32, 32, 3)), InputError, "array 0 is float64"),
+            ([photos[0], 7], InputError, "image 1 is of type int: give a path"),
+            ([photos[0], np.zeros((1, 3, 32, 32), np.float32)], InputError, "mixed"),
+        ):
+            with pytest.raises(error, match=words):
+                model.embed(images)  # type: ignore[arg-type]
