@@ -26,10 +26,11 @@ from common import CLIP_ART, demo_images, first_images, publish, say, shown, ste
 
 from robx.distill.batches.loader import build_loader
 from robx.distill.recipes import Method, Recipe, override, preset
+from robx.distill.targets.build import open_targets
 from robx.distill.targets.stored import read_info, table_path
 from robx.distill.teachers.load import Teacher, build_teacher_skeleton, load_teacher
 from robx.distill.train import train
-from robx.distill.training.networks import build_networks, open_targets
+from robx.distill.training.networks import build_networks
 from robx.distill.training.processes import join_processes
 from robx.distill.training.run import Options
 from robx.distill.training.run_checkpoint import load_newest

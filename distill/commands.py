@@ -299,9 +299,9 @@ def _dry_run(
     gpu_memory: float | None,
     as_json: bool,
 ) -> None:
+    from robx.distill.targets.build import open_targets
     from robx.distill.teachers.load import build_teacher_skeleton
     from robx.distill.training.dry_run import dry_run
-    from robx.distill.training.networks import open_targets
     from robx.distill.training.processes import pick_device
     from robx.records import to_json
 

@@ -24,7 +24,7 @@ from robx.distill.batches.loader import Batch, CropDataset, PlaceSampler, build_
 from robx.distill.batches.views import Targets, Views
 from robx.distill.objectives.base import Stats
 from robx.distill.recipes import Recipe
-from robx.distill.targets.branches import WritingBranch
+from robx.distill.targets.stored_writer import WritingBranch
 from robx.distill.teachers.load import Teacher
 from robx.distill.training import run_checkpoint
 from robx.distill.training.collapse import require_finite

@@ -35,8 +35,7 @@ LAYERS = {
     "distill": (
         ("recipes", "presets"),
         ("batches",),
-        ("objectives",),
-        ("students",),
+        ("objectives", "students"),
         ("teachers",),
         ("targets",),
         ("training", "resolve"),

@@ -1,67 +1,83 @@
-"""What the objectives have in common: their Protocol, the match from a recipe to one, and what they report."""
+"""What every objective provides, and the statistics that they report."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robx.distill.batches.views import Scores, Targets, Views
 from robx.distill.recipes import Recipe
 
 Stats = dict[str, Tensor]
 
-# Rows that the statistics look at: enough for a curve.
+# Rows that the statistics are computed on.
 SAMPLE = 64
 
 
+class TeacherSpec(Protocol):
+    """What a student needs to know about its teacher; ``robx.distill.teachers.teacher.Teacher`` provides it."""
+
+    name: str
+    num_prototypes: int
+    patch_size: int | None
+    patch_prototypes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What a method requires from the teacher, the student and a base method's target branch."""
+
+    title: str  # for messages
+    teacher: Literal["own head", "prototypes", "classifier"]  # own head: the one it was pretrained with; prototypes
+    # may also be fitted to images
+    masks_patches: bool = False  # the student's global crops are block-masked, and masked patches have targets
+    drops_patches: bool = False  # ``recipe.patch_drop`` of a ViT student's patches are left out
+    soft_targets: bool = False  # near-uniform targets are intended, not a sign of collapse
+    self_targets: bool = False  # with momentum 0 the base method has a single network, which makes its own targets
+    not_averaged: tuple[str, ...] = ()  # student parameters that the base method's moving average takes over unchanged
+
+
 class Objective(Protocol):
-    """One method's loss. It has no parameters; the branch keeps whatever needs memory (centre, queue, warm-up)."""
+    """One method's loss. It has no parameters and no memory; the target branch keeps the centre, queue and warm-up."""
+
+    traits: ClassVar[Traits]
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Objective:
+        """The objective with the recipe's settings."""
+
+    @staticmethod
+    def native_head(
+        width: int, recipe: Recipe, *, outputs: int, patch_outputs: int | None, teacher: TeacherSpec | None
+    ) -> nn.Module:
+        """The method's own student head with fresh weights: features (N, width) -> scores (N, outputs).
+
+        `patch_outputs` is the number of scores of a masked patch, None without masked patches; `teacher` is None for a
+        base method.
+        """
 
     def target_probs(self, scores: Tensor, *, temperature: float | None = None) -> Tensor:
         """Scores (Q, B, K) of the target branch -> probabilities (Q, B, K) in float32, without a gradient.
 
-        `temperature` stands in for the objective's own while it is warmed up.
+        `temperature` replaces the objective's own during a warm-up.
         """
+
+    def patch_probs(self, scores: Tensor, *, temperature: float | None = None) -> Tensor:
+        """Patch scores (..., K) -> probabilities of the same shape; only called with ``traits.masks_patches``."""
 
     def __call__(self, scores: Scores, targets: Targets, views: Views, *, observe: bool = True) -> tuple[Tensor, Stats]:
         """The loss, a scalar in the graph, and detached scalars: ``loss_stats`` and the loss's parts.
 
-        Without `observe` there are no ``loss_stats``, which read their rows of K scores many times over.
+        Without `observe` the ``loss_stats`` are left out: they read all K columns of their rows several times.
         """
-
-
-def build_objective(recipe: Recipe) -> Objective:
-    """The objective that `recipe` describes."""
-    from robx.distill.objectives.kd import SupervisedKd
-    from robx.distill.objectives.rob_dino import RobDino
-    from robx.distill.objectives.rob_ibot import RobIbot
-    from robx.distill.objectives.rob_msn import RobMsn
-    from robx.distill.objectives.rob_swav import RobSwav
-
-    r = recipe
-    of_all: dict[str, Any] = {
-        "student_temperature": r.student_temperature,
-        "pairing": r.pairing,
-        "sinkhorn_iterations": r.sinkhorn_iterations,
-    }
-    match r.objective:
-        case "dino":
-            return RobDino(teacher_temperature=r.teacher_temperature, **of_all)
-        case "ibot":
-            return RobIbot(teacher_temperature=r.teacher_temperature, patch_weight=r.patch_weight, **of_all)
-        case "msn":
-            return RobMsn(teacher_temperature=r.teacher_temperature, me_max=r.me_max, **of_all)
-        case "swav":
-            return RobSwav(epsilon=r.sinkhorn_epsilon, **of_all)
-        case "kd":
-            return SupervisedKd(temperature=r.teacher_temperature)
 
 
 @torch.no_grad()
 def loss_stats(scores: Tensor, targets: Targets, *, temperature: float) -> Stats:
-    """What tells learning from collapse, on a sample of the first global crop.
+    """Statistics that tell learning from collapse, computed on the first rows of the first global crop.
 
     Args:
         scores: (V, B, K) of the student.
@@ -71,7 +87,7 @@ def loss_stats(scores: Tensor, targets: Targets, *, temperature: float) -> Stats
     Returns:
         target_entropy, student_entropy: mean entropy of a row, nats; log K is uniform, 0 is one-hot.
         target_use, student_use: exp of the entropy of the mean row: about how many prototypes the sample uses.
-        agreement: share of the sample where both put the same prototype first.
+        agreement: share of the sample for which both have the same most probable prototype.
     """
     rows = min(SAMPLE, scores.shape[1])
     student = (scores[0, :rows].float() / temperature).softmax(dim=-1)
@@ -86,7 +102,7 @@ def loss_stats(scores: Tensor, targets: Targets, *, temperature: float) -> Stats
 
 
 def dense_rows(targets: Targets, *, crop: int, rows: int, width: int) -> Tensor:
-    """The first `rows` targets of one crop, (rows, K) in float32, whether they are stored dense or sparse."""
+    """The first `rows` targets of one crop as (rows, K) in float32, from dense or sparse storage."""
     probs = targets.probs[crop, :rows].float()
     if targets.columns is None:
         return probs

@@ -1,24 +1,55 @@
-"""Cross-entropy between many target crops and many student crops without keeping a (pairs, B, K) tensor.
+"""Which target crop teaches which student crop, and their cross-entropy without keeping a (pairs, B, K) tensor.
 
 H(t, z) = -t . log_softmax(z / tau) is linear in the target t, so the targets of one student crop are summed first, and
-each crop's scores are read once. Forward keeps nothing but its inputs; backward computes the softmax again. Both work
-in blocks of rows that fit the cache. At K = 65536 the autograd of log_softmax would keep 2 + 2L such tensors.
+each crop's scores are read once. Forward saves only its inputs; backward recomputes the softmax. Both work in blocks of
+rows that fit the cache. At K = 65536 the autograd of log_softmax would keep 2 + 2L such tensors.
 
 V student crops   Q target crops   B batch   K prototypes   k stored columns   M rows
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from robx.distill.batches.views import Targets
-from robx.distill.objectives.pairs import Pairs
+from robx.errors import InputError
 
-# Elements that are worked on at a time: a block of float32 in a core's cache, or enough to fill a GPU.
+Pairing = Literal["same", "swapped"]
+Pairs = tuple[tuple[int, int], ...]  # (target crop q, student crop v)
+
+# Elements processed at a time: a float32 block that fits a core's cache, or enough to fill a GPU.
 CPU_BLOCK, GPU_BLOCK = 1 << 17, 1 << 25
+
+
+def crop_pairs(pairing: Pairing, *, student_crops: int, teacher_crops: int = 2) -> Pairs:
+    """Which target crop teaches which student crop: the terms (q, v) of the loss.
+
+    Student crops are numbered 0 .. V - 1, the two global crops first; the target branch sees the first one or two of
+    them. With two, either pairing has 2 + 2L terms for L local crops.
+
+    ``same`` (RoB, arXiv 2301.09451): a student crop that the target branch also sees is matched to that crop only;
+    every other crop is matched to all crops that the target branch sees. ``swapped`` (SwAV, arXiv 2006.09882, eq. 1;
+    DINO, arXiv 2104.14294, eq. 3): every pair except a crop with itself.
+
+    Raises:
+        InputError: an unknown pairing, or a pairing without any term.
+    """
+    every = [(q, v) for v in range(student_crops) for q in range(teacher_crops)]
+    if pairing == "same":
+        pairs = [(q, v) for q, v in every if v == q or v >= teacher_crops]
+    elif pairing == "swapped":
+        pairs = [(q, v) for q, v in every if v != q]
+    else:
+        raise InputError(f"unknown pairing {pairing!r}: choose same or swapped")
+    if not pairs:
+        raise InputError(
+            f"pairing {pairing!r} of {teacher_crops} teacher and {student_crops} student crops has no terms: "
+            "add local crops or choose another pairing"
+        )
+    return tuple(pairs)
 
 
 def crops_cross_entropy(
@@ -26,14 +57,14 @@ def crops_cross_entropy(
 ) -> Tensor:
     """Mean over `pairs` (q, v) and over the batch of H(targets[q], softmax(scores[v] / temperature)), a scalar.
 
-    -sum p_t log_softmax(z_s / tau_s), as DINO (arXiv 2104.14294, eq. 2) and RoB (arXiv 2301.09451) have it.
+    -sum p_t log_softmax(z_s / tau_s), as in DINO (arXiv 2104.14294, eq. 2) and RoB (arXiv 2301.09451).
 
     Args:
-        scores: (V, B, K), logits in the graph; any floating type, the sums are in float32 or better.
-        targets: dense or sparse probabilities of Q crops; each row's mass is 1.
-        pairs: of ``robx.distill.objectives.pairs``.
+        scores: (V, B, K), logits in the graph; any floating type, sums are computed in float32 or better.
+        targets: dense or sparse probabilities of Q crops; each row sums to 1.
+        pairs: (q, v) from ``crop_pairs``.
         temperature: tau_s.
-        block: elements that are worked on at a time; the result does not depend on it.
+        block: elements processed at a time; the result does not depend on it.
     """
     crops, batch = scores.shape[:2]
     taught_by = tuple(tuple(q for q, at in pairs if at == v) for v in range(crops))
@@ -98,7 +129,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _Mix:
-    """For a block of rows, the sum of the targets that teach a crop: dense, or k columns and an even tail."""
+    """For a block of rows, the sum of the targets that teach a crop: dense, or k columns and an evenly spread tail."""
 
     def __init__(
         self, probs: Tensor, columns: Tensor | None, tail: Tensor | None, rows: slice, *, width: int, dtype: torch.dtype
@@ -112,7 +143,7 @@ class _Mix:
         self._sums: dict[tuple[int, ...], Tensor] = {}
 
     def dot(self, teachers: tuple[int, ...], logs: Tensor) -> Tensor:
-        """The sum over `teachers` of t . logs, a number a row."""
+        """The sum over `teachers` of t . logs, one number per row."""
         if self.columns is None or self.even is None:
             found: Tensor = torch.linalg.vecdot(self._sum(teachers), logs)
             return found

@@ -2,22 +2,25 @@
 
     p_t = softmax(cos_t / 0.025)  =  sharpen(softmax(cos_t / 0.1), T = 0.25)     H(p_t, softmax(z_s / 0.1))
 
-MSN's guards, Sinkhorn on the targets and mean-entropy maximisation (me-max) on the student, are off by default.
+MSN's guards against collapse, Sinkhorn on the targets and mean-entropy maximisation (me-max), are off by default.
 
 Q target crops   V student crops   B batch   K prototypes
 """
 
 from __future__ import annotations
 
+from typing import ClassVar, Self
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from robx.distill.batches.views import Scores, Targets, Views
-from robx.distill.objectives.base import Stats, loss_stats
-from robx.distill.objectives.cross_entropy import crops_cross_entropy
-from robx.distill.objectives.pairs import Pairing, crop_pairs
+from robx.distill.objectives.base import Stats, TeacherSpec, Traits, loss_stats
+from robx.distill.objectives.cross_entropy import Pairing, crop_pairs, crops_cross_entropy
 from robx.distill.objectives.sinkhorn import assignments, wide
+from robx.distill.recipes import Recipe
+from robx.distill.students.projection_heads import MsnHead
 
 
 @torch.no_grad()
@@ -36,20 +39,25 @@ def msn_targets(cosines: Tensor, *, temperature: float, sinkhorn_iterations: int
 def mean_entropy(scores: Tensor, *, temperature: float) -> Tensor:
     """The entropy of the student's mean prediction over crops and batch (V, B, K), which MSN maximises (section 3).
 
-    Under torch.distributed the mean is over all processes' batches, and the gradient is scaled so that its mean over
-    the processes, which DDP takes, is the true one.
+    Under torch.distributed the mean is taken over all processes' batches, and the gradient is scaled so that DDP's mean
+    over processes is the true gradient.
     """
     mean = (scores / temperature).softmax(dim=-1).mean(dim=(0, 1))
     if dist.is_available() and dist.is_initialized():
         everywhere = mean.detach().clone()
         dist.all_reduce(everywhere)
-        # Forward takes the mean of all, backward goes through this process's share alone.
+        # Forward uses the global mean, backward only this process's share.
         mean = mean + (everywhere / dist.get_world_size() - mean.detach())
     return -(mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum()
 
 
 class RobMsn(nn.Module):
     """The objective of RoB-MSN, and of MSN with an EMA branch, swapped pairs, Sinkhorn and me-max."""
+
+    # MSN scores targets and anchors with the same prototypes; only its encoder is averaged.
+    traits: ClassVar[Traits] = Traits(
+        title="MSN", teacher="prototypes", drops_patches=True, not_averaged=("head.prototypes",)
+    )
 
     def __init__(
         self,
@@ -64,10 +72,32 @@ class RobMsn(nn.Module):
         self.teacher_temperature, self.student_temperature = teacher_temperature, student_temperature
         self.pairing, self.sinkhorn_iterations, self.me_max = pairing, sinkhorn_iterations, me_max
 
+    @classmethod
+    def of(cls, recipe: Recipe) -> Self:
+        """The objective with the recipe's settings."""
+        return cls(
+            teacher_temperature=recipe.teacher_temperature,
+            student_temperature=recipe.student_temperature,
+            pairing=recipe.pairing,
+            sinkhorn_iterations=recipe.sinkhorn_iterations,
+            me_max=recipe.me_max,
+        )
+
+    @staticmethod
+    def native_head(
+        width: int, recipe: Recipe, *, outputs: int, patch_outputs: int | None, teacher: TeacherSpec | None
+    ) -> nn.Module:
+        """MSN's projection and prototypes."""
+        return MsnHead(width, outputs)
+
     def target_probs(self, scores: Tensor, *, temperature: float | None = None) -> Tensor:
         """Cosines (Q, B, K) -> probabilities (Q, B, K)."""
         tau = self.teacher_temperature if temperature is None else temperature
         return msn_targets(scores, temperature=tau, sinkhorn_iterations=self.sinkhorn_iterations)
+
+    def patch_probs(self, scores: Tensor, *, temperature: float | None = None) -> Tensor:
+        """Not available: this method has no targets for patches."""
+        raise NotImplementedError(f"{self.traits.title} has no targets for patches")
 
     def forward(self, scores: Scores, targets: Targets, views: Views, *, observe: bool = True) -> tuple[Tensor, Stats]:
         """The loss and, with `observe`, its statistics."""

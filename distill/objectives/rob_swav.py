@@ -2,21 +2,25 @@
 
     p_t = Sinkhorn(scores_t / 0.03, 3 iterations)     H(p_t, softmax(z_s / 0.1)), mean over the pairs and the batch
 
-0 iterations mean softmax(scores_t / 0.03). A queue of earlier scores, which makes the batch of Sinkhorn larger, is the
-branch's; it comes in as more rows of `scores`.
+0 iterations mean softmax(scores_t / 0.03). The target branch keeps the queue of earlier images, which enlarges the
+batch of Sinkhorn; its scores come in as additional rows.
 
 Q target crops   V student crops   B batch   K prototypes
 """
 
 from __future__ import annotations
 
+from typing import ClassVar, Self
+
 from torch import Tensor, nn
 
 from robx.distill.batches.views import Scores, Targets, Views
-from robx.distill.objectives.base import Stats, loss_stats
-from robx.distill.objectives.cross_entropy import crops_cross_entropy
-from robx.distill.objectives.pairs import Pairing, crop_pairs
+from robx.distill.objectives.base import Stats, TeacherSpec, Traits, loss_stats
+from robx.distill.objectives.cross_entropy import Pairing, crop_pairs, crops_cross_entropy
 from robx.distill.objectives.sinkhorn import assignments
+from robx.distill.recipes import Recipe
+from robx.distill.students.projection_heads import FrozenPrototypes, SwavHead
+from robx.errors import InputError
 
 
 def swav_targets(scores: Tensor, *, epsilon: float, sinkhorn_iterations: int) -> Tensor:
@@ -25,7 +29,9 @@ def swav_targets(scores: Tensor, *, epsilon: float, sinkhorn_iterations: int) ->
 
 
 class RobSwav(nn.Module):
-    """The objective of RoB-SwAV, and of SwAV with an EMA branch of momentum 0 and swapped pairs."""
+    """The objective of RoB-SwAV, and of SwAV, whose one network makes its own targets, with swapped pairs."""
+
+    traits: ClassVar[Traits] = Traits(title="SwAV", teacher="prototypes", self_targets=True)
 
     def __init__(
         self,
@@ -39,10 +45,36 @@ class RobSwav(nn.Module):
         self.epsilon, self.student_temperature = epsilon, student_temperature
         self.pairing, self.sinkhorn_iterations = pairing, sinkhorn_iterations
 
+    @classmethod
+    def of(cls, recipe: Recipe) -> Self:
+        """The objective with the recipe's settings."""
+        return cls(
+            epsilon=recipe.sinkhorn_epsilon,
+            student_temperature=recipe.student_temperature,
+            pairing=recipe.pairing,
+            sinkhorn_iterations=recipe.sinkhorn_iterations,
+        )
+
+    @staticmethod
+    def native_head(
+        width: int, recipe: Recipe, *, outputs: int, patch_outputs: int | None, teacher: TeacherSpec | None
+    ) -> nn.Module:
+        """SwAV's projection with its own prototypes, or with the teacher's, frozen."""
+        if recipe.swav_prototypes == "own":
+            return SwavHead(width, outputs)
+        prototypes = getattr(getattr(teacher, "head", None), "prototypes", None)
+        if not isinstance(prototypes, Tensor):
+            raise InputError("swav_prototypes = teacher needs a teacher with prototypes: set swav_prototypes = own")
+        return FrozenPrototypes(width, prototypes)
+
     def target_probs(self, scores: Tensor, *, temperature: float | None = None) -> Tensor:
-        """Scores (Q, B, K) -> codes (Q, B, K); `temperature` stands in for epsilon."""
+        """Scores (Q, B, K) -> codes (Q, B, K); `temperature` replaces epsilon."""
         epsilon = self.epsilon if temperature is None else temperature
         return swav_targets(scores, epsilon=epsilon, sinkhorn_iterations=self.sinkhorn_iterations)
+
+    def patch_probs(self, scores: Tensor, *, temperature: float | None = None) -> Tensor:
+        """Not available: this method has no targets for patches."""
+        raise NotImplementedError(f"{self.traits.title} has no targets for patches")
 
     def forward(self, scores: Scores, targets: Targets, views: Views, *, observe: bool = True) -> tuple[Tensor, Stats]:
         """The loss and, with `observe`, its statistics."""

@@ -1,4 +1,4 @@
-"""From scores to assignments: a softmax, or Sinkhorn-Knopp, by which a batch uses every prototype equally.
+"""From scores to assignments: a softmax, or Sinkhorn-Knopp, which makes a batch use all prototypes equally.
 
 SwAV, arXiv 2006.09882, section 3.1.
 
@@ -18,7 +18,7 @@ from torch import Tensor
 def assignments(scores: Tensor, *, temperature: float, iterations: int) -> Tensor:
     """softmax(scores / temperature) of (Q, B, K); with iterations, Sinkhorn over each crop's batch instead.
 
-    In float32, or float64 if that came in.
+    In float32, or in float64 for float64 scores.
     """
     logits = wide(scores) / temperature
     if not iterations:
@@ -28,18 +28,18 @@ def assignments(scores: Tensor, *, temperature: float, iterations: int) -> Tenso
 
 @torch.no_grad()
 def sinkhorn(log_scores: Tensor, *, iterations: int) -> Tensor:
-    """The entropic transport plan from B samples to K prototypes of uniform marginals, a row a sample.
+    """The entropic transport plan between B samples and K prototypes with uniform marginals, one row per sample.
 
     With Q = exp(log_scores), each iteration scales Q's columns to sum to B/K and then its rows to sum to 1
-    (SwAV, arXiv 2006.09882, eq. 4-5). It is done on the two scaling vectors in the log domain, so no score is too
-    large. Under torch.distributed the batch is that of all processes.
+    (SwAV, arXiv 2006.09882, eq. 4-5). Only the two scaling vectors are updated, in the log domain, so that large scores
+    do not overflow. Under torch.distributed the batch is that of all processes.
 
     Args:
         log_scores: (B, K); SwAV's scores / epsilon, or MSN's log of the sharpened probabilities.
         iterations: at least 1; each row of the result sums to 1 after any number of them.
 
     Returns:
-        Probabilities (B, K) in float32, or float64 if that came in.
+        Probabilities (B, K) in float32, or in float64 for float64 scores.
     """
     scores = wide(log_scores)
     log_share = math.log(scores.shape[0] * _processes() / scores.shape[1])
@@ -52,7 +52,7 @@ def sinkhorn(log_scores: Tensor, *, iterations: int) -> Tensor:
 
 
 def wide(scores: Tensor) -> Tensor:
-    """float64 as it is, all else in float32: what half precision has for logits is too coarse to divide by 0.03."""
+    """float64 unchanged, everything else in float32: half precision is too coarse for logits divided by 0.03."""
     return scores if scores.dtype == torch.float64 else scores.float()
 
 

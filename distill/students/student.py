@@ -5,7 +5,7 @@ V = 2 + L student crops   B batch   D width   P patches of a global crop   M mas
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from timm.models import checkpoint_seq
@@ -14,19 +14,12 @@ from torch import Tensor, nn
 
 from robx.distill.batches.masks import kept_patches
 from robx.distill.batches.views import Scores, Views
+from robx.distill.objectives.base import TeacherSpec
+from robx.distill.objectives.build import OBJECTIVES
 from robx.distill.recipes import Recipe
-from robx.distill.students.projection_heads import DinoHead, FrozenPrototypes, IbotHead, MlpHead, MsnHead, SwavHead
+from robx.distill.students.projection_heads import MlpHead
 from robx.errors import InputError
 from robx.trunk import build_trunk, embedding_width, is_vit
-
-
-class TeacherSpec(Protocol):
-    """What a student has to know of its teacher; ``robx.distill.teachers.load.Teacher`` is one."""
-
-    name: str
-    num_prototypes: int
-    patch_size: int | None
-    patch_prototypes: int | None
 
 
 class StudentNet(nn.Module):
@@ -150,18 +143,23 @@ def build_student(name: str, recipe: Recipe, teacher: TeacherSpec | None) -> Stu
     """A student of `teacher`, or of itself (None: the base method), with random weights from torch's generator.
 
     Raises:
-        InputError: an unknown name, or a student or head that cannot serve the recipe.
+        InputError: an unknown name, or a student or head that does not fit the recipe.
     """
+    objective = OBJECTIVES[recipe.objective]
     trunk = build_trunk(name, drop_path=recipe.drop_path if is_vit(name) else 0.0)
     _require_sizes(name, trunk, recipe)
     outputs = teacher.num_prototypes if teacher else recipe.prototypes
-    note = _why_no_patches(name, trunk, recipe, teacher) if recipe.objective == "ibot" else ""
-    patches = recipe.objective == "ibot" and not note
+    note = _why_no_patches(name, trunk, recipe, teacher) if objective.traits.masks_patches else ""
+    patches = objective.traits.masks_patches and not note
     patch_outputs = (teacher.patch_prototypes if teacher else recipe.prototypes) if patches else None
-    drop = recipe.patch_drop if recipe.objective == "msn" else 0.0
+    drop = recipe.patch_drop if objective.traits.drops_patches else 0.0
     if drop and not takes_patches(trunk):
-        drop, note = 0.0, f"{name} has no patches to drop: it sees its global crops whole"
-    head = _head(trunk, recipe, outputs=outputs, patch_outputs=patch_outputs, teacher=teacher)
+        drop, note = 0.0, f"{name} has no patches to drop: it sees its global crops in full"
+    width = embedding_width(trunk)
+    if recipe.head == "mlp":
+        head: nn.Module = MlpHead(width, outputs, batch_norm=not takes_patches(trunk))
+    else:
+        head = objective.native_head(width, recipe, outputs=outputs, patch_outputs=patch_outputs, teacher=teacher)
     return StudentNet(
         trunk, head, num_prototypes=outputs, mask_token=patches, patch_drop=drop, frozen=recipe.freeze_trunk, note=note
     )
@@ -202,33 +200,9 @@ def unwrapped(student: nn.Module) -> StudentNet:
     return inner
 
 
-def _head(
-    trunk: nn.Module, recipe: Recipe, *, outputs: int, patch_outputs: int | None, teacher: TeacherSpec | None
-) -> nn.Module:
-    width = embedding_width(trunk)
-    if recipe.head == "mlp":
-        return MlpHead(width, outputs, batch_norm=not takes_patches(trunk))
-    match recipe.objective:
-        case "dino":
-            return DinoHead(width, outputs)
-        case "ibot":
-            return IbotHead(width, outputs, patch_out_dim=patch_outputs, shared=patch_outputs in (None, outputs))
-        case "msn":
-            return MsnHead(width, outputs)
-        case "swav" if recipe.swav_prototypes == "teacher":
-            prototypes = getattr(getattr(teacher, "head", None), "prototypes", None)
-            if not isinstance(prototypes, Tensor):
-                raise InputError("swav_prototypes = teacher needs a teacher with prototypes: choose own")
-            return FrozenPrototypes(width, prototypes)
-        case "swav":
-            return SwavHead(width, outputs)
-        case "kd":
-            return nn.Linear(width, outputs)
-
-
 def _why_no_patches(name: str, trunk: nn.Module, recipe: Recipe, teacher: TeacherSpec | None) -> str:
-    """Why RoB-iBOT has its CLS part alone with this student, in a sentence; empty when it has both."""
-    alone = "RoB-iBOT runs on its CLS part alone: "
+    """Why this student is trained with RoB-iBOT's CLS part only, in a sentence; empty when it has both parts."""
+    alone = "RoB-iBOT uses only its CLS part: "
     if not recipe.patch_weight:
         return alone + "patch_weight is 0"
     if not takes_patches(trunk):
@@ -240,7 +214,7 @@ def _why_no_patches(name: str, trunk: nn.Module, recipe: Recipe, teacher: Teache
     if _patch_size(trunk) != teacher.patch_size:
         return alone + f"{name} has patches of {_patch_size(trunk)} pixels and {teacher.name} of {teacher.patch_size}"
     if recipe.head == "mlp" and teacher.patch_prototypes != teacher.num_prototypes:
-        return alone + "an mlp head has one output width, and the teacher's patches have another"
+        return alone + "an mlp head has one number of outputs, and the teacher has another for patches"
     return ""
 
 

@@ -23,24 +23,9 @@ from torch import Tensor, nn
 
 from robx.distill.batches.views import Scores, Targets, Views
 from robx.distill.objectives.base import Objective
-from robx.distill.objectives.rob_ibot import RobIbot
-from robx.distill.recipes import Recipe
 from robx.distill.students.student import unwrapped
-from robx.distill.targets.centering import Shaping
-from robx.distill.targets.stored import StoredBranch
-from robx.distill.targets.stored_writer import TargetWriter, WritingBranch
+from robx.distill.targets.centering import TargetProcessor
 from robx.distill.teachers.teacher import Teacher
-
-__all__ = [
-    "EmaBranch",
-    "OwnBranch",
-    "StoredBranch",
-    "TargetBranch",
-    "TargetWriter",
-    "TeacherBranch",
-    "WritingBranch",
-    "build_branch",
-]
 
 
 class TargetBranch(Protocol):
@@ -62,30 +47,30 @@ class TargetBranch(Protocol):
 class _NoAverage:
     """A branch that keeps no network of its own: of what follows the student there are the guards alone."""
 
-    shaping: Shaping
+    processor: TargetProcessor
 
     def update(self, step: int, student: nn.Module) -> None:
         """Only the guards' clock runs."""
-        self.shaping.step = step + 1
+        self.processor.step = step + 1
 
     def state_dict(self) -> dict[str, Any]:
         """The guards' memory."""
-        return {"shaping": self.shaping.state_dict()}
+        return {"processor": self.processor.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the guards' memory."""
-        self.shaping.load_state_dict(state["shaping"])
+        self.processor.load_state_dict(state["processor"])
 
 
 class TeacherBranch(_NoAverage):
     """A frozen teacher: the replaced branch."""
 
     def __init__(
-        self, teacher: Teacher, objective: Objective, *, shaping: Shaping | None = None, crops: int = 2
+        self, teacher: Teacher, objective: Objective, *, processor: TargetProcessor | None = None, crops: int = 2
     ) -> None:
-        """Ask `teacher` about the first `crops` global crops; `shaping` brings a base method's guards back."""
+        """Ask `teacher` about the first `crops` global crops; `processor` brings a base method's guards back."""
         self.teacher, self.crops = teacher, crops
-        self.shaping = shaping or Shaping(objective)
+        self.processor = processor or TargetProcessor(objective)
 
     @torch.no_grad()
     def targets(self, views: Views) -> Targets:
@@ -93,15 +78,15 @@ class TeacherBranch(_NoAverage):
         seen = views.globals[: self.crops]
         masks = None if views.masks is None else views.masks[: self.crops]
         # The centre of the patches, an ablation, is that of all of them.
-        wanted = masks is not None and isinstance(self.shaping.objective, RobIbot)
-        chosen = masks.flatten(0, 1) if masks is not None and wanted and not self.shaping.centering else wanted
+        wanted = masks is not None and self.processor.objective.traits.masks_patches
+        chosen = masks.flatten(0, 1) if masks is not None and wanted and not self.processor.centering else wanted
         scores = self.teacher(seen.flatten(0, 1), patches=chosen)
         patch_probs = None
         if wanted and masks is not None and scores.patches is not None:
-            mean = scores.patches.flatten(0, -2).mean(dim=0) if self.shaping.centering else None
+            mean = scores.patches.flatten(0, -2).mean(dim=0) if self.processor.centering else None
             rows = scores.patches if scores.patches.ndim == 2 else scores.patches[masks.flatten(0, 1)]
-            patch_probs = self.shaping.patch_probs(rows, mean=mean)
-        return Targets(probs=self.shaping.probs(scores.crops.view(*seen.shape[:2], -1)), patch_probs=patch_probs)
+            patch_probs = self.processor.patch_probs(rows, mean=mean)
+        return Targets(probs=self.processor.probs(scores.crops.view(*seen.shape[:2], -1)), patch_probs=patch_probs)
 
 
 class EmaBranch:
@@ -117,7 +102,7 @@ class EmaBranch:
         *,
         steps: int,
         momentum: tuple[float, float] = (0.996, 1.0),
-        shaping: Shaping | None = None,
+        processor: TargetProcessor | None = None,
         copied: tuple[str, ...] = (),
     ) -> None:
         """Start as a copy of the student.
@@ -127,7 +112,7 @@ class EmaBranch:
             objective: whose rule makes the targets.
             steps: optimiser steps of the whole run.
             momentum: first and last, on a cosine.
-            shaping: centre, warm-up and queue.
+            processor: centre, warm-up and queue.
             copied: parameters that are the student's own and not averaged: MSN's prototypes.
         """
         self.network = copy.deepcopy(unwrapped(student)).requires_grad_(False)
@@ -139,7 +124,7 @@ class EmaBranch:
                 module.p = 0.0
         self.network.train()
         self.steps, self.momentum, self.copied = steps, momentum, copied
-        self.shaping = shaping or Shaping(objective)
+        self.processor = processor or TargetProcessor(objective)
 
     @torch.no_grad()
     def targets(self, views: Views) -> Targets:
@@ -149,9 +134,9 @@ class EmaBranch:
         patch_probs = None
         if views.masks is not None and tokens is not None:
             head = cast(Any, self.network.head)
-            mean = head.mean_patch_scores(tokens.flatten(0, 1)) if self.shaping.centering else None
-            patch_probs = self.shaping.patch_probs(head.patches(tokens[views.masks.flatten(0, 1)]), mean=mean)
-        return Targets(probs=self.shaping.probs(scores.view(*views.globals.shape[:2], -1)), patch_probs=patch_probs)
+            mean = head.mean_patch_scores(tokens.flatten(0, 1)) if self.processor.centering else None
+            patch_probs = self.processor.patch_probs(head.patches(tokens[views.masks.flatten(0, 1)]), mean=mean)
+        return Targets(probs=self.processor.probs(scores.view(*views.globals.shape[:2], -1)), patch_probs=patch_probs)
 
     def momentum_at(self, step: int) -> float:
         """The cosine from the first to the last momentum (BYOL, arXiv 2006.07733, section 3.3)."""
@@ -171,16 +156,16 @@ class EmaBranch:
         )
         for name in self.copied:
             mine[name].copy_(theirs[name])
-        self.shaping.step = step + 1
+        self.processor.step = step + 1
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged network and the guards' memory."""
-        return {"network": self.network.state_dict(), "shaping": self.shaping.state_dict()}
+        return {"network": self.network.state_dict(), "processor": self.processor.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore them."""
         self.network.load_state_dict(state["network"])
-        self.shaping.load_state_dict(state["shaping"])
+        self.processor.load_state_dict(state["processor"])
 
 
 class OwnBranch(_NoAverage):
@@ -190,30 +175,10 @@ class OwnBranch(_NoAverage):
     seen them all, and its scores of the global crops without a gradient.
     """
 
-    def __init__(self, shaping: Shaping) -> None:
-        """`shaping` has the rule and the queue."""
-        self.shaping = shaping
+    def __init__(self, processor: TargetProcessor) -> None:
+        """`processor` has the rule and the queue."""
+        self.processor = processor
 
     def read(self, scores: Scores) -> Targets:
         """The targets in the student's scores of a batch."""
-        return Targets(probs=self.shaping.probs(scores.crops[:2].detach()))
-
-
-def build_branch(
-    recipe: Recipe,
-    objective: Objective,
-    *,
-    student: nn.Module,
-    teacher: Teacher | None,
-    steps: int,
-    steps_per_epoch: int,
-) -> TeacherBranch | EmaBranch | OwnBranch:
-    """The branch that `recipe` describes: the teacher's, or a base method's when there is no teacher."""
-    shaping = Shaping.of(recipe, objective, steps_per_epoch=steps_per_epoch)
-    if teacher is not None:
-        return TeacherBranch(teacher, objective, shaping=shaping, crops=recipe.teacher_crops)
-    if recipe.objective == "swav" and not any(recipe.ema_momentum):
-        return OwnBranch(shaping)
-    # MSN scores target and anchors with the same prototypes; only its encoder is averaged.
-    copied = ("head.prototypes",) if recipe.objective == "msn" and recipe.head == "native" else ()
-    return EmaBranch(student, objective, steps=steps, momentum=recipe.ema_momentum, shaping=shaping, copied=copied)
+        return Targets(probs=self.processor.probs(scores.crops[:2].detach()))

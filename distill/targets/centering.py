@@ -14,11 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from robx.distill.objectives.base import Objective
-from robx.distill.objectives.rob_ibot import RobIbot
 from robx.distill.recipes import Recipe
 
 
-class Shaping:
+class TargetProcessor:
     """Turns scores into probabilities by the objective's rule, after the centre, at the step's temperature."""
 
     def __init__(
@@ -51,7 +50,7 @@ class Shaping:
         self.queue: Tensor | None = None  # (Q, at most queue_size, K), newest first
 
     @classmethod
-    def of(cls, recipe: Recipe, objective: Objective, *, steps_per_epoch: int) -> Shaping:
+    def of(cls, recipe: Recipe, objective: Objective, *, steps_per_epoch: int) -> TargetProcessor:
         """What `recipe` asks for."""
         start = recipe.teacher_temperature_start
         return cls(
@@ -93,8 +92,6 @@ class Shaping:
 
         iBOT, arXiv 2111.07832, keeps a centre for the patches beside that of the CLS token.
         """
-        if not isinstance(self.objective, RobIbot):
-            raise TypeError("patches have targets in RoB-iBOT alone")
         shaped = scores
         if self.centering and mean is not None:
             shaped = scores if self.patch_center is None else scores - self.patch_center

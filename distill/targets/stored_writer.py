@@ -5,20 +5,18 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 from torch import nn
 
 from robx.distill.batches.views import Targets, Views
+from robx.distill.targets.branches import TargetBranch
 from robx.distill.targets.stored import TargetsInfo, pack, read_info, require_same, table_path
 from robx.errors import InputError
 from robx.records import to_json
 from robx.store.files import unwritable, write_json
-
-if TYPE_CHECKING:
-    from robx.distill.targets.branches import TargetBranch
 
 
 class TargetWriter:

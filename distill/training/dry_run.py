@@ -18,11 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from robx.distill.batches.loader import CropDataset, collate, epoch_order, steps_per_epoch
 from robx.distill.batches.views import Targets, Views
 from robx.distill.recipes import Recipe
+from robx.distill.targets.build import StoredTeacher
 from robx.distill.teachers.frozen_heads import PrototypeHead
 from robx.distill.teachers.load import Teacher
 from robx.distill.teachers.prototypes import images_to_fit, require_images
 from robx.distill.training.learner import Learner, autocast
-from robx.distill.training.networks import Initial, StoredTeacher, build_networks
+from robx.distill.training.networks import Initial, build_networks
 from robx.distill.training.processes import Processes
 from robx.distill.training.speed import SpeedBound, measure_bound
 from robx.images.sources import ImageSource

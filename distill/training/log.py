@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from robx.distill.objectives.base import Stats
-from robx.distill.targets.branches import TeacherBranch, WritingBranch
+from robx.distill.targets.branches import TeacherBranch
+from robx.distill.targets.stored_writer import WritingBranch
 from robx.distill.training.collapse import embedding_health, warnings
 from robx.distill.training.knn_probe import Probe, build_probe, run_probe, score
 from robx.distill.training.run import Run
@@ -41,7 +42,7 @@ def monitor(run: Run, done: int, pixels: Tensor, stats: list[Stats]) -> None:
             health = embedding_health(learner.trunk, pixels[:64])
             metrics.add({"step": done, "epoch": done / run.per_epoch} | health)
         seen = health | {name: float(value) for name, value in figures.items()}
-        soft = run.recipe.objective == "kd"
+        soft = learner.objective.traits.soft_targets
         for text in warnings(seen, prototypes=None if soft else learner.net.num_prototypes):
             if (kind := f"{learner.name}: {text.split(';')[0][:24]}") not in run.warned:
                 run.warned.add(kind)

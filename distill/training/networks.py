@@ -10,26 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from robx.distill.objectives.base import build_objective
+from robx.distill.objectives.build import build_objective
 from robx.distill.recipes import Recipe, StudentKind
 from robx.distill.students.student import StudentNet, build_student
-from robx.distill.targets.branches import (
-    StoredBranch,
-    TargetBranch,
-    TargetWriter,
-    TeacherBranch,
-    WritingBranch,
-    build_branch,
-)
-from robx.distill.targets.stored import TargetsInfo, read_info
+from robx.distill.targets.branches import TargetBranch, TeacherBranch
+from robx.distill.targets.build import StoredTeacher, build_branch
 from robx.distill.teachers.frozen_heads import PrototypeHead
-from robx.distill.teachers.load import Teacher
+from robx.distill.teachers.teacher import Teacher
 from robx.distill.training.learner import Learner
 from robx.distill.training.processes import Processes
 from robx.errors import InputError
-from robx.images.sources import ImageSource
-from robx.records import TeacherInfo, from_json, to_json
-from robx.store.files import read_json, write_json
 from robx.trunk import build_trunk, load_trunk
 
 
@@ -138,60 +128,6 @@ def student_kind(name: str) -> StudentKind:
     with torch.device("meta"):
         trunk = build_trunk(name)
     return "cnn" if any(isinstance(module, _BatchNorm) for module in trunk.modules()) else "vit"
-
-
-@dataclass
-class StoredTeacher:
-    """Stored targets, and what a student has to know of the teacher that made them: a TeacherSpec."""
-
-    branch: StoredBranch
-    info: TeacherInfo
-    name: str
-    num_prototypes: int
-    patch_size: int | None = None
-    patch_prototypes: int | None = None
-
-
-def open_targets(folder: Path, recipe: Recipe, source: ImageSource) -> StoredTeacher:
-    """Targets that an earlier run stored, for this recipe and these images.
-
-    Raises:
-        ArtifactError: no targets there, or damaged ones.
-        InputError: they were made of other crops or images; the message names the difference.
-    """
-    info = read_info(folder)
-    teacher = from_json(TeacherInfo, read_json(folder / "teacher.json"), where=str(folder / "teacher.json"))
-    expect = TargetsInfo.of(
-        recipe,
-        prototypes=info.prototypes,
-        images=len(source),
-        data_fingerprint=source.fingerprint,
-        teacher_sha256=teacher.sha256,
-    )
-    return StoredTeacher(StoredBranch(folder, expect=expect), teacher, teacher.name, info.prototypes)
-
-
-def store_targets(
-    branch: TargetBranch | None, folder: Path, *, recipe: Recipe, teacher: Teacher | None, source: ImageSource, k: int
-) -> WritingBranch:
-    """The branch, its targets written to `folder` as they are made.
-
-    Raises:
-        InputError: there is no teacher, or the folder holds targets of another run.
-    """
-    if branch is None or teacher is None:
-        raise InputError("--store-targets needs a teacher: an average of the student has no targets worth keeping")
-    info = TargetsInfo.of(
-        recipe,
-        prototypes=teacher.num_prototypes,
-        images=len(source),
-        data_fingerprint=source.fingerprint,
-        teacher_sha256=teacher.info.sha256,
-        k=k,
-    )
-    writer = TargetWriter(folder, info)
-    write_json(folder / "teacher.json", to_json(teacher.info))
-    return WritingBranch(branch, writer)
 
 
 def share_teacher(teacher: Teacher, processes: Processes) -> None:

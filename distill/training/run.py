@@ -14,13 +14,15 @@ from torch import Tensor
 from robx import __version__
 from robx.distill.batches.loader import Skipped, micro_batch, steps_per_epoch
 from robx.distill.recipes import Recipe, recipe_from_json
-from robx.distill.targets.branches import EmaBranch, OwnBranch, TargetBranch, TeacherBranch, WritingBranch
-from robx.distill.targets.centering import Shaping
-from robx.distill.teachers.load import Teacher
+from robx.distill.targets.branches import EmaBranch, OwnBranch, TargetBranch, TeacherBranch
+from robx.distill.targets.build import open_targets, store_targets
+from robx.distill.targets.centering import TargetProcessor
+from robx.distill.targets.stored_writer import WritingBranch
+from robx.distill.teachers.teacher import Teacher
 from robx.distill.teachers.write_checkpoint import published_checkpoint, save_published
 from robx.distill.training import run_checkpoint
 from robx.distill.training.learner import Learner
-from robx.distill.training.networks import Initial, build_networks, open_targets, share_teacher, store_targets
+from robx.distill.training.networks import Initial, build_networks, share_teacher
 from robx.distill.training.processes import Processes
 from robx.distill.training.run_folder import Metrics, student_folders, student_preprocessing, tensorboard_writer
 from robx.distill.training.speed import SpeedBound
@@ -217,8 +219,8 @@ def resume_run(run: Run) -> int:
             if run.branch is not None:
                 run.branch.load_state_dict(state["branch"])
             if len(queues := state.get("queues", [])) == run.processes.world:
-                for shaping, queue in zip(_shapings(run), queues[run.processes.rank], strict=True):
-                    shaping.queue = queue
+                for processor, queue in zip(_processors(run), queues[run.processes.rank], strict=True):
+                    processor.queue = queue
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise InputError(f"{run.out}'s state does not fit these networks ({first}): give --fresh") from error
@@ -241,7 +243,7 @@ def save_run(run: Run, done: int) -> None:
     """Every process says what it skipped; the first one writes the students and the checkpoint."""
     for found in run.processes.gather(run.skipped.found):
         count_skipped(run, found)
-    queues = run.processes.gather([None if s.queue is None else s.queue.cpu() for s in _shapings(run)])
+    queues = run.processes.gather([None if s.queue is None else s.queue.cpu() for s in _processors(run)])
     if not run.processes.first:
         return
     state = {
@@ -278,11 +280,11 @@ def _list_corrupt(run: Run) -> None:
         write_text(run.out / "corrupt.txt", "".join(f"{one_line(reason)}\n" for reason in run.skipped.found.values()))
 
 
-def _shapings(run: Run) -> list[Shaping]:
+def _processors(run: Run) -> list[TargetProcessor]:
     """What keeps a queue in this process."""
     shared = run.branch.branch if isinstance(run.branch, WritingBranch) else run.branch
     branches = (shared, *(learner.branch for learner in run.learners))
-    return [branch.shaping for branch in branches if isinstance(branch, TeacherBranch | EmaBranch | OwnBranch)]
+    return [branch.processor for branch in branches if isinstance(branch, TeacherBranch | EmaBranch | OwnBranch)]
 
 
 def publish_teachers(run: Run) -> None:
@@ -292,9 +294,10 @@ def publish_teachers(run: Run) -> None:
     for learner, folder in zip(run.learners, run.folders, strict=True):
         if learner.branch is not None:
             checkpoint = published_checkpoint(
-                learner.network,
-                learner.net,
-                shaping=learner.branch.shaping,
+                learner.network.state_dict(),
+                learner.net.state_dict(),
+                center=learner.branch.processor.center,
+                patch_center=learner.branch.processor.patch_center,
                 recipe=run.recipe,
                 timm_name=learner.name,
                 epoch=run.recipe.epochs,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from robx.distill.objectives.base import build_objective
+from robx.distill.objectives.build import build_objective
 from robx.distill.objectives.kd import SupervisedKd
 from robx.distill.objectives.rob_dino import RobDino
 from robx.distill.objectives.rob_ibot import RobIbot

@@ -13,7 +13,7 @@ from torch import Tensor
 from robx.distill.objectives.rob_dino import RobDino
 from robx.distill.objectives.rob_msn import mean_entropy
 from robx.distill.objectives.sinkhorn import sinkhorn
-from robx.distill.targets.centering import Shaping
+from robx.distill.targets.centering import TargetProcessor
 
 SCRIPT = """
 import sys
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from robx.distill.objectives.rob_dino import RobDino
 from robx.distill.objectives.rob_msn import mean_entropy
-from robx.distill.targets.centering import Shaping
+from robx.distill.targets.centering import TargetProcessor
 from robx.distill.objectives.sinkhorn import sinkhorn
 
 folder, rank = sys.argv[1], int(sys.argv[2])
@@ -30,9 +30,9 @@ dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, 
 half = torch.load(f"{folder}/scores.pt")[:, rank * 5 : rank * 5 + 5].clone().requires_grad_()
 entropy = mean_entropy(half, temperature=0.2)
 
-shaping = Shaping(RobDino(), centering=True)
-shaping.probs(half.detach())
-shaping.probs(half.detach())
+processor = TargetProcessor(RobDino(), centering=True)
+processor.probs(half.detach())
+processor.probs(half.detach())
 weight = torch.ones((), dtype=half.dtype, requires_grad=True)
 mean_entropy(half.detach() * weight, temperature=0.2).backward()
 dist.all_reduce(weight.grad)
@@ -41,7 +41,7 @@ torch.save(
         "plan": sinkhorn(half.detach()[0], iterations=3),
         "entropy": entropy.detach(),
         "gradient": weight.grad / 2,
-        "center": shaping.center,
+        "center": processor.center,
     },
     f"{folder}/{rank}.pt",
 )
@@ -81,7 +81,7 @@ def test_me_max_and_its_gradient_are_those_of_the_batch_of_all(halves: tuple[Ten
 
 def test_the_centre_is_that_of_the_batch_of_all(halves: tuple[Tensor, list[dict[str, Tensor]]]) -> None:
     scores, parts = halves
-    alone = Shaping(RobDino(), centering=True)
+    alone = TargetProcessor(RobDino(), centering=True)
     alone.probs(scores)
     alone.probs(scores)
     for part in parts:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from robx.distill.batches.views import Scores, Targets, Views
-from robx.distill.objectives.pairs import crop_pairs
+from robx.distill.objectives.cross_entropy import crop_pairs
 from robx.distill.objectives.rob_dino import RobDino, dino_targets
 from robx.distill.objectives.sinkhorn import sinkhorn
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from robx.distill.batches.views import Scores, Targets, Views
-from robx.distill.objectives.pairs import Pairing
+from robx.distill.objectives.cross_entropy import Pairing
 from robx.distill.objectives.rob_dino import RobDino
 from robx.distill.objectives.rob_ibot import RobIbot, masked_patch_loss
 from robx.errors import InputError

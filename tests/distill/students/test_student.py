@@ -164,7 +164,7 @@ def test_who_has_masks() -> None:
         (CNN, {}, {}, "no patch tokens"),
         (VIT, {}, {"patch_size": 8}, "of 16 pixels and big of 8"),
         (VIT, {}, {"patch_prototypes": None}, "no patch prototypes"),
-        (VIT, {"head": "mlp"}, {"patch_prototypes": 9}, "one output width"),
+        (VIT, {"head": "mlp"}, {"patch_prototypes": 9}, "one number of outputs"),
         (VIT, {"patch_weight": 0.0}, {}, "patch_weight is 0"),
     ],
 )
@@ -200,7 +200,7 @@ def test_a_teachers_prototypes_score_the_student() -> None:
     assert isinstance(head, FrozenPrototypes)
     assert torch.equal(head.prototypes, nn.functional.normalize(teacher.head.prototypes, dim=-1))
     assert head.project(torch.randn(2, 96)).shape == (2, 32)
-    with pytest.raises(InputError, match="choose own"):
+    with pytest.raises(InputError, match="set swav_prototypes = own"):
         build_student(CNN, recipe, Spec(**TEACHER))  # type: ignore[arg-type]
 
 

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from robx.distill.batches.masks import block_masks
 from robx.distill.batches.views import Scores, Views
-from robx.distill.objectives.base import build_objective
+from robx.distill.objectives.build import build_objective
 from robx.distill.objectives.rob_dino import RobDino
 from robx.distill.objectives.rob_ibot import RobIbot
 from robx.distill.recipes import Recipe, override, preset
 from robx.distill.students.student import StudentNet, build_student
-from robx.distill.targets.branches import EmaBranch, OwnBranch, TeacherBranch, build_branch
-from robx.distill.targets.centering import Shaping
+from robx.distill.targets.branches import EmaBranch, OwnBranch, TeacherBranch
+from robx.distill.targets.build import build_branch
+from robx.distill.targets.centering import TargetProcessor
 from robx.distill.teachers.frozen_heads import PrototypeHead
 from robx.distill.teachers.teacher import Teacher
 from robx.distill.training.learner import Learner
@@ -81,21 +82,23 @@ def test_teacher_branch_answers_for_the_masked_patches() -> None:
     whole = torch.stack([teacher(crop).patches for crop in held.globals])  # the teacher sees no mask
     assert targets.patch_probs is not None
     torch.testing.assert_close(targets.patch_probs, (whole[held.masks] / 0.07).softmax(dim=-1))
-    centred = TeacherBranch(teacher, objective, shaping=Shaping(objective, centering=True, center_momentum=0.5))
+    centred = TeacherBranch(
+        teacher, objective, processor=TargetProcessor(objective, centering=True, center_momentum=0.5)
+    )
     centred.targets(held)
-    torch.testing.assert_close(centred.shaping.patch_center, 0.5 * whole.mean(dim=(0, 1, 2)))
+    torch.testing.assert_close(centred.processor.patch_center, 0.5 * whole.mean(dim=(0, 1, 2)))
 
 
 def test_teacher_branch_keeps_no_teacher_in_its_state() -> None:
-    branch = TeacherBranch(frozen(), RobDino(), shaping=Shaping(RobDino(), centering=True))
+    branch = TeacherBranch(frozen(), RobDino(), processor=TargetProcessor(RobDino(), centering=True))
     branch.targets(views())
     branch.update(4, nn.Identity())
     state = branch.state_dict()
-    assert set(state) == {"shaping"}
-    other = TeacherBranch(frozen(), RobDino(), shaping=Shaping(RobDino(), centering=True))
+    assert set(state) == {"processor"}
+    other = TeacherBranch(frozen(), RobDino(), processor=TargetProcessor(RobDino(), centering=True))
     other.load_state_dict(state)
-    assert other.shaping.step == 5
-    assert torch.equal(other.shaping.center, branch.shaping.center)  # type: ignore[arg-type]
+    assert other.processor.step == 5
+    assert torch.equal(other.processor.center, branch.processor.center)  # type: ignore[arg-type]
 
 
 def test_ema_by_hand() -> None:
@@ -143,12 +146,14 @@ def test_ema_of_ibot_centres_patches_by_all_of_them() -> None:
     recipe = base("ibot", drop_path=0.0)
     student = build_student(VIT, recipe, None)
     objective = build_objective(recipe)
-    branch = EmaBranch(student, objective, steps=10, shaping=Shaping(objective, centering=True, center_momentum=0.9))
+    branch = EmaBranch(
+        student, objective, steps=10, processor=TargetProcessor(objective, centering=True, center_momentum=0.9)
+    )
     held = views(masked=True)
     branch.targets(held)
     _, tokens = copy.deepcopy(student).eval().embed_globals(held.globals)
     want = 0.1 * student.head.patches(tokens).mean(dim=(0, 1))  # type: ignore[operator]
-    torch.testing.assert_close(branch.shaping.patch_center, want.detach(), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(branch.processor.patch_center, want.detach(), rtol=1e-3, atol=1e-6)
 
 
 def test_swavs_step_is_its_releases() -> None:

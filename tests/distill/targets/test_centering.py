@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from robx.distill.objectives.base import build_objective
+from robx.distill.objectives.build import build_objective
 from robx.distill.objectives.rob_dino import RobDino
 from robx.distill.objectives.rob_ibot import RobIbot
 from robx.distill.objectives.rob_swav import RobSwav, swav_targets
 from robx.distill.recipes import preset
-from robx.distill.targets.centering import Shaping
+from robx.distill.targets.centering import TargetProcessor
 
 
 def batches(number: int, *, batch: int = 4, width: int = 5) -> torch.Tensor:
@@ -17,65 +17,65 @@ def batches(number: int, *, batch: int = 4, width: int = 5) -> torch.Tensor:
 
 
 def test_by_default_it_is_the_objective_alone() -> None:
-    shaping = Shaping(RobDino())
+    processor = TargetProcessor(RobDino())
     for scores in batches(3):
-        torch.testing.assert_close(shaping.probs(scores), (scores / 0.07).softmax(dim=-1))
+        torch.testing.assert_close(processor.probs(scores), (scores / 0.07).softmax(dim=-1))
 
 
 def test_centre_by_hand() -> None:
-    shaping = Shaping(RobDino(), centering=True, center_momentum=0.9)
+    processor = TargetProcessor(RobDino(), centering=True, center_momentum=0.9)
     centre = torch.zeros(5)
     for scores in batches(4):
-        torch.testing.assert_close(shaping.probs(scores), ((scores - centre) / 0.07).softmax(dim=-1))
+        torch.testing.assert_close(processor.probs(scores), ((scores - centre) / 0.07).softmax(dim=-1))
         centre = 0.9 * centre + 0.1 * scores.mean(dim=(0, 1))
-    torch.testing.assert_close(shaping.center, centre)
+    torch.testing.assert_close(processor.center, centre)
 
 
 def test_patches_have_a_centre_of_their_own_that_all_patches_move() -> None:
-    shaping = Shaping(RobIbot(), centering=True, center_momentum=0.5)
+    processor = TargetProcessor(RobIbot(), centering=True, center_momentum=0.5)
     centre = torch.zeros(5)
     for scores in batches(3):
         chosen = scores[:, :2].flatten(0, 1)
         mean = scores.mean(dim=(0, 1))
-        torch.testing.assert_close(shaping.patch_probs(chosen, mean=mean), ((chosen - centre) / 0.07).softmax(dim=-1))
+        torch.testing.assert_close(processor.patch_probs(chosen, mean=mean), ((chosen - centre) / 0.07).softmax(dim=-1))
         centre = 0.5 * centre + 0.5 * mean
-    torch.testing.assert_close(shaping.patch_center, centre)
-    assert shaping.center is None
+    torch.testing.assert_close(processor.patch_center, centre)
+    assert processor.center is None
 
 
 def test_only_ibot_has_patches() -> None:
-    with pytest.raises(TypeError, match="RoB-iBOT alone"):
-        Shaping(RobDino()).patch_probs(torch.zeros(2, 5))
+    with pytest.raises(NotImplementedError, match="no targets for patches"):
+        TargetProcessor(RobDino()).patch_probs(torch.zeros(2, 5))
 
 
 def test_warm_up_is_linear_and_ends() -> None:
-    shaping = Shaping(RobDino(), temperatures=(0.04, 0.07), warmup_steps=10)
+    processor = TargetProcessor(RobDino(), temperatures=(0.04, 0.07), warmup_steps=10)
     seen = []
     for step in (0, 5, 10, 1000):
-        shaping.step = step
-        seen.append(shaping.temperature)
+        processor.step = step
+        seen.append(processor.temperature)
     assert seen == pytest.approx([0.04, 0.055, 0.07, 0.07])
     scores = batches(1)[0]
-    shaping.step = 5
-    torch.testing.assert_close(shaping.probs(scores), (scores / 0.055).softmax(dim=-1))
+    processor.step = 5
+    torch.testing.assert_close(processor.probs(scores), (scores / 0.055).softmax(dim=-1))
 
 
 def test_queue_enlarges_sinkhorns_batch_once_it_is_full() -> None:
     objective = RobSwav()
-    shaping = Shaping(objective, queue=6)
+    processor = TargetProcessor(objective, queue=6)
     first, second, third, fourth = batches(4).unbind(0)
     codes = {"epsilon": 0.03, "sinkhorn_iterations": 3}
-    torch.testing.assert_close(shaping.probs(first), swav_targets(first, **codes))  # type: ignore[arg-type]
-    torch.testing.assert_close(shaping.probs(second), swav_targets(second, **codes))  # type: ignore[arg-type]
+    torch.testing.assert_close(processor.probs(first), swav_targets(first, **codes))  # type: ignore[arg-type]
+    torch.testing.assert_close(processor.probs(second), swav_targets(second, **codes))  # type: ignore[arg-type]
     joined = torch.cat([third, second, first[:, :2]], dim=1)
-    torch.testing.assert_close(shaping.probs(third), swav_targets(joined, **codes)[:, :4])  # type: ignore[arg-type]
+    torch.testing.assert_close(processor.probs(third), swav_targets(joined, **codes)[:, :4])  # type: ignore[arg-type]
     joined = torch.cat([fourth, third, second[:, :2]], dim=1)
-    torch.testing.assert_close(shaping.probs(fourth), swav_targets(joined, **codes)[:, :4])  # type: ignore[arg-type]
+    torch.testing.assert_close(processor.probs(fourth), swav_targets(joined, **codes)[:, :4])  # type: ignore[arg-type]
 
 
 def test_a_resumed_memory_goes_on_alike() -> None:
-    def fresh() -> Shaping:
-        return Shaping(RobSwav(), centering=True, temperatures=(0.05, 0.03), warmup_steps=9, queue=6)
+    def fresh() -> TargetProcessor:
+        return TargetProcessor(RobSwav(), centering=True, temperatures=(0.05, 0.03), warmup_steps=9, queue=6)
 
     whole, first = fresh(), fresh()
     scores = batches(5)
@@ -91,13 +91,13 @@ def test_a_resumed_memory_goes_on_alike() -> None:
 
 def test_presets_of_the_base_methods_shape_and_those_of_rob_do_not() -> None:
     recipe = preset("dino", "vit", base=True)
-    shaping = Shaping.of(recipe, build_objective(recipe), steps_per_epoch=7)
-    assert shaping.centering
-    assert shaping.temperatures == (0.04, 0.07)
-    assert shaping.warmup_steps == 30 * 7
+    processor = TargetProcessor.of(recipe, build_objective(recipe), steps_per_epoch=7)
+    assert processor.centering
+    assert processor.temperatures == (0.04, 0.07)
+    assert processor.warmup_steps == 30 * 7
     for method in ("dino", "ibot", "msn", "swav"):
         recipe = preset(method, "vit")  # type: ignore[arg-type]
-        plain = Shaping.of(recipe, build_objective(recipe), steps_per_epoch=7)
+        plain = TargetProcessor.of(recipe, build_objective(recipe), steps_per_epoch=7)
         assert not plain.centering
         assert plain.temperature is None
         assert not plain.queue_size

@@ -6,22 +6,24 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from robx.distill.batches.views import Views
-from robx.distill.objectives.base import build_objective
+from robx.distill.objectives.build import build_objective
 from robx.distill.recipes import Method, Recipe, override, preset
 from robx.distill.students.student import StudentNet, build_student
-from robx.distill.targets.branches import EmaBranch, OwnBranch, build_branch
-from robx.distill.targets.centering import Shaping
+from robx.distill.targets.branches import EmaBranch, OwnBranch
+from robx.distill.targets.build import build_branch
+from robx.distill.targets.centering import TargetProcessor
 from robx.distill.teachers.load import load_teacher
 from robx.distill.teachers.write_checkpoint import published_checkpoint, save_published
 from robx.errors import InputError
 
 
-def trained(method: Method, name: str) -> tuple[Recipe, StudentNet, StudentNet, Shaping]:
+def trained(method: Method, name: str) -> tuple[Recipe, StudentNet, StudentNet, TargetProcessor]:
     """A base method's student, teacher and guards after a step that moved every weight and statistic."""
     torch.manual_seed(0)
     sizes = {"crop_size": 64, "local_crops": 0, "prototypes": 24, "drop_path": 0.0}
@@ -35,10 +37,24 @@ def trained(method: Method, name: str) -> tuple[Recipe, StudentNet, StudentNet, 
     views = Views(torch.randn(2, 4, 3, 64, 64), torch.zeros(0, 4, 3, 32, 32), torch.arange(4))
     if isinstance(branch, EmaBranch):
         branch.targets(views)
-        return recipe, student, branch.network, branch.shaping
+        return recipe, student, branch.network, branch.processor
     assert isinstance(branch, OwnBranch)
     student(views)
-    return recipe, student, student, branch.shaping
+    return recipe, student, student, branch.processor
+
+
+def published(
+    network: StudentNet, student: StudentNet, processor: TargetProcessor, recipe: Recipe, name: str
+) -> dict[str, Any]:
+    return published_checkpoint(
+        network.state_dict(),
+        student.state_dict(),
+        center=processor.center,
+        patch_center=processor.patch_center,
+        recipe=recipe,
+        timm_name=name,
+        epoch=3,
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,9 +69,9 @@ def trained(method: Method, name: str) -> tuple[Recipe, StudentNet, StudentNet, 
     ],
 )
 def test_the_zoo_reads_it_back(method: Method, name: str, tmp_path: Path) -> None:
-    recipe, student, network, shaping = trained(method, name)
+    recipe, student, network, processor = trained(method, name)
     path = tmp_path / "checkpoint.pth"
-    content = published_checkpoint(network, student, shaping=shaping, recipe=recipe, timm_name=name, epoch=3)
+    content = published(network, student, processor, recipe, name)
     save_published(path, content)
     teacher = load_teacher(method, weights=path, image_size=64)
     assert teacher.method == method
@@ -73,8 +89,8 @@ def test_the_zoo_reads_it_back(method: Method, name: str, tmp_path: Path) -> Non
 
 def test_the_layout_is_dinos(tmp_path: Path) -> None:
     name = "vit_tiny_patch16_224"
-    recipe, student, network, shaping = trained("dino", name)
-    content = published_checkpoint(network, student, shaping=shaping, recipe=recipe, timm_name=name, epoch=3)
+    recipe, student, network, processor = trained("dino", name)
+    content = published(network, student, processor, recipe, name)
     assert set(content) == {"student", "teacher", "epoch", "args", "dino_loss"}
     assert {"backbone.cls_token", "head.mlp.4.bias", "head.last_layer.weight_g"} <= set(content["teacher"])
     assert all(key.startswith(("module.backbone.", "module.head.")) for key in content["student"])
@@ -82,10 +98,10 @@ def test_the_layout_is_dinos(tmp_path: Path) -> None:
 
 
 def test_only_native_heads_have_a_layout() -> None:
-    recipe, student, network, shaping = trained("dino", "test_vit")
+    recipe, student, network, processor = trained("dino", "test_vit")
     other = override(recipe, {"head": "mlp"})
     with pytest.raises(InputError, match="no published layout"):
-        published_checkpoint(network, student, shaping=shaping, recipe=other, timm_name="test_vit", epoch=1)
+        published(network, student, processor, other, "test_vit")
 
 
 @pytest.mark.parametrize("what", ["teacher", "prototypes"])

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from robx.cli import main
+from robx.distill.targets.build import open_targets
 from robx.distill.training.dry_run import dry_run
-from robx.distill.training.networks import open_targets
 from robx.errors import InputError
 from robx.images.sources import ImageSource, open_source
 from robx.trunk import build_trunk

@@ -14,10 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from robx.distill.batches.views import Views
-from robx.distill.objectives.base import build_objective
+from robx.distill.objectives.build import build_objective
 from robx.distill.recipes import Method, override, preset
 from robx.distill.students.student import StudentNet, build_student
-from robx.distill.targets.branches import EmaBranch, OwnBranch, build_branch
+from robx.distill.targets.branches import EmaBranch, OwnBranch
+from robx.distill.targets.build import build_branch
 from robx.distill.teachers.load import build_teacher_skeleton
 from robx.distill.teachers.teacher import Teacher
 

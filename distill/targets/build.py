@@ -1,0 +1,99 @@
+"""From a recipe to the target branch; from a run to stored targets, written or read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from robx.distill.objectives.base import Objective
+from robx.distill.recipes import Recipe
+from robx.distill.targets.branches import EmaBranch, OwnBranch, TargetBranch, TeacherBranch
+from robx.distill.targets.centering import TargetProcessor
+from robx.distill.targets.stored import StoredBranch, TargetsInfo, read_info
+from robx.distill.targets.stored_writer import TargetWriter, WritingBranch
+from robx.distill.teachers.teacher import Teacher
+from robx.errors import InputError
+from robx.images.sources import ImageSource
+from robx.records import TeacherInfo, from_json, to_json
+from robx.store.files import read_json, write_json
+
+
+def build_branch(
+    recipe: Recipe,
+    objective: Objective,
+    *,
+    student: nn.Module,
+    teacher: Teacher | None,
+    steps: int,
+    steps_per_epoch: int,
+) -> TeacherBranch | EmaBranch | OwnBranch:
+    """The branch that `recipe` describes: the teacher's, or a base method's when there is no teacher."""
+    processor = TargetProcessor.of(recipe, objective, steps_per_epoch=steps_per_epoch)
+    if teacher is not None:
+        return TeacherBranch(teacher, objective, processor=processor, crops=recipe.teacher_crops)
+    if objective.traits.self_targets and not any(recipe.ema_momentum):
+        return OwnBranch(processor)
+    return EmaBranch(
+        student,
+        objective,
+        steps=steps,
+        momentum=recipe.ema_momentum,
+        processor=processor,
+        copied=objective.traits.not_averaged,
+    )
+
+
+@dataclass
+class StoredTeacher:
+    """Stored targets, and the facts about the teacher that made them: a TeacherSpec."""
+
+    branch: StoredBranch
+    info: TeacherInfo
+    name: str
+    num_prototypes: int
+    patch_size: int | None = None
+    patch_prototypes: int | None = None
+
+
+def open_targets(folder: Path, recipe: Recipe, source: ImageSource) -> StoredTeacher:
+    """Targets that an earlier run stored, for this recipe and these images.
+
+    Raises:
+        ArtifactError: no targets there, or damaged ones.
+        InputError: they were made from other crops or images; the message names the difference.
+    """
+    info = read_info(folder)
+    teacher = from_json(TeacherInfo, read_json(folder / "teacher.json"), where=str(folder / "teacher.json"))
+    expect = TargetsInfo.of(
+        recipe,
+        prototypes=info.prototypes,
+        images=len(source),
+        data_fingerprint=source.fingerprint,
+        teacher_sha256=teacher.sha256,
+    )
+    return StoredTeacher(StoredBranch(folder, expect=expect), teacher, teacher.name, info.prototypes)
+
+
+def store_targets(
+    branch: TargetBranch | None, folder: Path, *, recipe: Recipe, teacher: Teacher | None, source: ImageSource, k: int
+) -> WritingBranch:
+    """The branch, with its targets written to `folder` as they are made; `k` prototypes are kept of each.
+
+    Raises:
+        InputError: there is no teacher, or the folder holds targets of another run.
+    """
+    if branch is None or teacher is None:
+        raise InputError("--store-targets needs a teacher: a moving average has no reusable targets; drop the option")
+    info = TargetsInfo.of(
+        recipe,
+        prototypes=teacher.num_prototypes,
+        images=len(source),
+        data_fingerprint=source.fingerprint,
+        teacher_sha256=teacher.info.sha256,
+        k=k,
+    )
+    writer = TargetWriter(folder, info)
+    write_json(folder / "teacher.json", to_json(teacher.info))
+    return WritingBranch(branch, writer)
