@@ -73,42 +73,22 @@ def evaluate(
     robx eval runs/r18 --transfer cifar10=/data/cifar --transfer clevr_count=/data/CLEVR_v1.0
     """
     from robx.eval.datasets.duplicates import warning_in
-    from robx.eval.datasets.features import decode_workers
+    from robx.eval.evaluate import EvalSettings
     from robx.eval.evaluate import evaluate as run
-    from robx.eval.plan import Plan, parse_transfers
-    from robx.eval.protocols.lowshot import parse_shots
-    from robx.records import append_measurements, to_json
-    from robx.store.cache import cache_folder
+    from robx.records import to_json
 
-    if no_cache and cache:
-        raise InputError("--cache and --no-cache contradict each other: give one")
-    named = parse_transfers(transfers, data)
-    plan = Plan(
-        data=data,
-        test=test,
-        knn=knn or not (linear or lowshot or transfers or fidelity or save_head),
-        linear=linear,
-        lowshot=parse_shots(lowshot) if lowshot else (),
-        lowshot_splits=lowshot_splits,
-        transfers=named,
-        fidelity=fidelity,
-        reference=reference,
-        margin=margin,
-        cached=cached,
-        save_head=save_head,
-        threads=threads or decode_workers(),
-        batch=batch,
-        cache=None if no_cache else cache or cache_folder() / "features",
-    )
+    settings = EvalSettings(
+        models=folders, data=data, test=test, knn=knn, linear=linear, lowshot=lowshot or "",
+        lowshot_splits=lowshot_splits, transfers=transfers, fidelity=fidelity, reference=reference, margin=margin,
+        cached=cached, save_head=save_head, threads=threads, batch=batch, cache=cache, no_cache=no_cache,
+    )  # fmt: skip
     found: list[Measurement] = []
     with progress_bar(quiet=as_json) as progress:
         try:
-            for result in run(list(dict.fromkeys(folders)), plan, progress=progress):
-                found.append(result.record)
-                append_measurements(result.folder / "measurements.jsonl", [result.record])
+            found.extend(run(settings, progress=progress))
         except RobxError:
             if not as_json:
-                _show(found)  # hours may be in it
+                _show(found)  # what was measured before the error may have taken hours
             raise
     for warning in dict.fromkeys(warning_in(record.settings) for record in found):
         if warning:

@@ -1,69 +1,148 @@
-"""What `robx eval` does: open the models and the images, run the protocols that were asked for, give their records."""
+"""`robx eval`: open the models and the images, run the protocols that were asked for, write and return the records."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from robx.embeddings import KNN_K, KNN_TEMPERATURE, refuse_constant
-from robx.errors import InputError
+from robx.errors import ArtifactError, InputError
 from robx.eval.datasets.duplicates import look_alikes
-from robx.eval.datasets.features import Features, extract_each, model_id
+from robx.eval.datasets.features import BATCH, Features, decode_workers, extract, extract_each, model_id, model_name
+from robx.eval.datasets.layouts import open_dataset, parse_transfers
 from robx.eval.datasets.splits import Split, open_split
-from robx.eval.fidelity.fidelity import Comparison, fidelity, make_bank
-from robx.eval.fidelity.repeat import repeat_difference
-from robx.eval.plan import Plan, Result, accuracy_record, data_facts, device_facts
+from robx.eval.fidelity.fidelity import Comparison
+from robx.eval.fidelity.run import Pair, compare, repeat_difference
 from robx.eval.protocols.knn import knn_accuracy
-from robx.eval.protocols.lowshot import check_splits
+from robx.eval.protocols.lowshot import check_splits, parse_shots
+from robx.eval.protocols.outcome import Model, Outcome
 from robx.images.sources import ImageSource, data_info
 from robx.progress import Progress
-from robx.records import Bundle, Fidelity, Json, Student, Value, to_json, utc_now
+from robx.records import (
+    Accuracy,
+    Bundle,
+    Fidelity,
+    Json,
+    Measurement,
+    Student,
+    Value,
+    append_measurements,
+    to_json,
+    utc_now,
+)
 from robx.runtime.session import Session, SessionSettings, load_record, open_session
-from robx.stats import check_margin, holm
+from robx.stats import check_margin
+from robx.store.cache import cache_folder
 
 
-def evaluate(folders: Sequence[Path], plan: Plan, *, progress: Progress | None = None) -> Iterator[Result]:
-    """Run `plan` on each model folder; records come as soon as they are known.
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    """Which models, which protocols, on which images, and how; the defaults are those of `robx eval`."""
+
+    models: tuple[Path, ...]  # run and bundle folders
+    data: Path | None = None  # training images, and the test images where it has both splits
+    test: Path | None = None
+    knn: bool = False  # the default when no other protocol is asked for
+    linear: bool = False
+    lowshot: str = ""  # "1,2,5,1%": images per class, and shares
+    lowshot_splits: Path | None = None  # the published lists
+    transfers: tuple[str, ...] = ()  # NAME or NAME=DIR
+    fidelity: bool = False
+    reference: Path | None = None  # the student's folder, when it is not the bundle's parent
+    margin: float = 1.0  # accepted drop of accuracy, percentage points
+    cached: bool = False  # train heads on features extracted once, for a student too
+    save_head: Path | None = None  # where to write a linear head on the embedding
+    threads: int | None = None  # of the model; None: all processors
+    batch: int = BATCH
+    cache: Path | None = None  # folder of extracted features; None: robx's own cache
+    no_cache: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """The settings, checked, with everything opened that needs no model."""
+
+    settings: EvalSettings
+    records: dict[Path, Bundle | Student]
+    split: Split | None
+    shots: tuple[str, ...]
+    transfers: tuple[tuple[str, tuple[ImageSource, ImageSource]], ...]  # name, (training, test)
+    references: dict[Path, Path]  # bundle's folder -> its student's
+    knn: bool
+    threads: int
+    cache: Path | None
+    progress: Progress | None
+
+
+def evaluate(settings: EvalSettings, *, progress: Progress | None = None) -> Iterator[Measurement]:
+    """Evaluate the models; each record is appended to measurements.jsonl in its model's folder, then yielded.
 
     Raises:
-        InputError: images or folders that do not serve; the message says which.
-        ArtifactError, MissingExtra, DeviceError: a model cannot be opened or run.
+        InputError: images or folders that cannot be used; the message says which.
+        ArtifactError: a model that is damaged, has collapsed or returns NaN.
+        MissingExtra, DeviceError: a model cannot be opened or run.
     """
-    records = {folder: load_record(folder) for folder in folders}
-    split = open_split(plan.data, plan.test) if plan.data else None
-    if split is None and plan.needs_data:
-        raise InputError("no images to judge on: give --data with a folder that has train/ and test/, or add --test")
-    if plan.fidelity:
-        check_margin(plan.margin)
-    if plan.save_head and len(folders) > 1:
-        raise InputError(f"--save-head keeps the head of one model and {len(folders)} were given: name one")
+    plan = _check(settings, progress)
+    with contextlib.ExitStack() as stack:
+        wanted = dict.fromkeys([*plan.records, *plan.references.values()])
+        sessions = {
+            folder: stack.enter_context(open_session(folder, SessionSettings(threads=plan.threads)))
+            for folder in wanted
+        }
+        for folder, record in _measure(sessions, plan):
+            append_measurements(folder / "measurements.jsonl", [record])
+            yield record
+
+
+def _check(settings: EvalSettings, progress: Progress | None) -> _Plan:
+    """Refuse what cannot work before a model is opened or an image is embedded."""
+    s = settings
+    if s.no_cache and s.cache:
+        raise InputError("--cache and --no-cache contradict each other: give one")
+    transfers = parse_transfers(s.transfers, s.data)
+    shots = parse_shots(s.lowshot) if s.lowshot else ()
+    knn = s.knn or not (s.linear or shots or transfers or s.fidelity or s.save_head)
+    records = {folder: load_record(folder) for folder in dict.fromkeys(s.models)}
+    split = None
+    if knn or s.linear or shots or s.fidelity or s.save_head:  # else --data is where the transfers' data sets are
+        split = open_split(s.data, s.test) if s.data else None
+        if split is None:
+            raise InputError("no images to evaluate on: give --data with train/ and test/ in it, or --data and --test")
+    if s.fidelity:
+        check_margin(s.margin)
+    if s.save_head and len(records) > 1:
+        raise InputError(f"--save-head writes the head of one model, got {len(records)} models: give one")
     if split is not None:
-        for shot in plan.lowshot:
-            check_splits(split.bank, shot, plan.lowshot_splits)
-    references = _references(records, plan) if plan.fidelity else {}
+        for shot in shots:
+            check_splits(split.bank, shot, s.lowshot_splits)
+    references = _references(records, s.reference) if s.fidelity else {}
     for folder, record in records.items():
         _check_calibration(folder, record, split)
-    with contextlib.ExitStack() as stack:
-        settings = SessionSettings(threads=plan.threads)
-        wanted = dict.fromkeys([*folders, *references.values()])
-        sessions = {folder: stack.enter_context(open_session(folder, settings)) for folder in wanted}
-        if split is not None and plan.needs_data:
-            yield from _on_the_data(folders, sessions, references, split, plan, progress)
-        if plan.transfers:
-            from robx.eval.protocols.run import transfers
-
-            yield from transfers(folders, sessions, plan, progress)
+    return _Plan(
+        settings=s,
+        records=records,
+        split=split,
+        shots=shots,
+        transfers=tuple((name, open_dataset(name, root)) for name, root in transfers),
+        references=references,
+        knn=knn,
+        threads=s.threads or decode_workers(),
+        cache=None if s.no_cache else s.cache or cache_folder() / "features",
+        progress=progress,
+    )
 
 
 def find_reference(folder: Path, record: Bundle | Student, given: Path | None) -> Path | None:
-    """The folder of the fp32 student that a bundle was made from; None for a student, which is its own.
+    """The folder of the fp32 student that a bundle was exported from; None for a student, which has none.
 
     Raises:
-        InputError: it is neither `given` nor the folder above the bundle.
+        InputError: it is neither `given` nor the parent folder of the bundle.
     """
     if isinstance(record, Student):
         return None
@@ -73,150 +152,177 @@ def find_reference(folder: Path, record: Bundle | Student, given: Path | None) -
         found = load_record(place)
         if isinstance(found, Student) and found.sha256 == record.student.sha256:
             return place
-    raise InputError(f"{folder}'s student is not in the folder above: give its folder with --reference")
+    raise InputError(f"the student of {folder} is not in its parent folder: give the student's folder with --reference")
 
 
-def _references(records: dict[Path, Bundle | Student], plan: Plan) -> dict[Path, Path]:
-    """bundle's folder -> its student's, under the name that the user gave it, if any: it is opened once."""
+def _references(records: Mapping[Path, Bundle | Student], reference: Path | None) -> dict[Path, Path]:
+    """bundle's folder -> its student's, spelled as the user gave it, if it was given: it is opened once."""
     given = {folder.resolve(): folder for folder in records}
-    found = {folder: find_reference(folder, record, plan.reference) for folder, record in records.items()}
+    found = {folder: find_reference(folder, record, reference) for folder, record in records.items()}
     pairs = {folder: given.get(place.resolve(), place) for folder, place in found.items() if place is not None}
     if not pairs:
         raise InputError("--fidelity compares bundles with their student, and no bundle was given: add one")
     return pairs
 
 
+def _check_calibration(folder: Path, record: Bundle | Student, split: Split | None) -> None:
+    calibration = record.calibration if isinstance(record, Bundle) else None
+    if calibration is not None and split is not None and calibration.source == split.test_source:
+        raise InputError(f"{folder} was calibrated on the test set {split.test.name}: give other images with --test")
+
+
+def _measure(sessions: Mapping[Path, Session], plan: _Plan) -> Iterator[tuple[Path, Measurement]]:
+    """(model's folder, record) of every protocol of the plan, as soon as it is known."""
+    if plan.split is not None:
+        yield from _on_the_data(sessions, plan, plan.split)
+    for name, sources in plan.transfers:
+        from robx.eval.protocols.run import transfer
+
+        for folder in plan.records:
+            model = _model(folder, sessions[folder], plan)
+            split, outcome = transfer(model, name, sources, cached=plan.settings.cached)
+            yield folder, _accuracy(model.session, split, outcome)
+
+
 def _on_the_data(
-    folders: Sequence[Path],
-    sessions: dict[Path, Session],
-    references: dict[Path, Path],
-    split: Split,
-    plan: Plan,
-    progress: Progress | None,
-) -> Iterator[Result]:
-    """Every protocol that is judged on --data."""
-    bank = _extract_all(sessions, split.bank, plan, progress)
-    for folder, found in bank.items():
-        if folder not in references:  # of those that are compared, the verdict says it
-            refuse_constant(found.features, folder)
-    test = {f: split.aligned(found) for f, found in _extract_all(sessions, split.test, plan, progress).items()}
-    split = replace(split, shared=look_alikes(bank[folders[0]].looks, test[folders[0]].looks))
+    sessions: Mapping[Path, Session], plan: _Plan, split: Split
+) -> Iterator[tuple[Path, Measurement]]:  # fmt: skip
+    """Every protocol that is evaluated on --data."""
+    settings = plan.settings
+    bank = _extract_all(sessions, split.bank, plan)
+    test = {folder: split.aligned(found) for folder, found in _extract_all(sessions, split.test, plan).items()}
+    for folder in sessions:
+        if folder not in plan.references:  # a candidate that is compared gets a verdict instead
+            _refuse_broken(folder, bank[folder], test[folder])
+    first = next(iter(plan.records))
+    split = replace(split, shared=look_alikes(bank[first].looks, test[first].looks))
     bundles = [folder for folder, session in sessions.items() if isinstance(session.bundle, Bundle)]
     repeats = {folder: repeat_difference(sessions[folder], split.test) for folder in bundles}
     if plan.knn:
-        for folder in folders:
-            values = _knn(split, bank[folder], test[folder], progress)
-            settings = _knn_settings(bank[folder], test[folder], repeats.get(folder))
-            yield Result(folder=folder, record=accuracy_record(sessions[folder], "knn", split, values, settings))
-    yield from _fidelity(sessions, references, split, bank, test, repeats, plan)
-    if plan.lowshot or plan.linear or plan.save_head:
-        from robx.eval.protocols.run import trained_protocols
+        for folder in plan.records:
+            outcome = _knn(split, bank[folder], test[folder], repeats.get(folder), plan.progress)
+            yield folder, _accuracy(sessions[folder], split, outcome)
+    if plan.references:
+        pairs = [
+            Pair(
+                folder=folder,
+                reference=reference,
+                precision=record.precision if isinstance(record := plan.records[folder], Bundle) else "fp32",
+                bank=bank[folder],
+                test=test[folder],
+                reference_bank=bank[reference],
+                reference_test=test[reference],
+                repeat=repeats.get(folder),
+            )
+            for folder, reference in plan.references.items()
+        ]
+        for pair, comparison in compare(pairs, classes=split.classes, names=split.names, margin=settings.margin):
+            yield pair.folder, _fidelity(sessions[pair.folder], split, comparison, settings.margin)
+    if plan.shots or settings.linear or settings.save_head:
+        for folder in plan.records:
+            for outcome in _trained(_model(folder, sessions[folder], plan), split, bank[folder], test[folder], plan):
+                yield folder, _accuracy(sessions[folder], split, outcome)
 
-        for folder in folders:
-            features = bank[folder], test[folder]
-            yield from trained_protocols(folder, sessions[folder], split, features, plan, progress)
+
+def _trained(model: Model, split: Split, bank: Features, test: Features, plan: _Plan) -> Iterator[Outcome]:
+    """The protocols that train something, for one model."""
+    from robx.eval.protocols.run import kept_head, linear, lowshot
+
+    settings = plan.settings
+    if plan.shots:
+        yield from lowshot(model, split, bank, test, shots=plan.shots, folder=settings.lowshot_splits)
+    if settings.linear:
+        yield linear(model, split, cached=settings.cached)
+    if settings.save_head is not None:
+        yield kept_head(model, split, bank, test, path=settings.save_head)
 
 
-def _extract_all(
-    sessions: dict[Path, Session], source: ImageSource, plan: Plan, progress: Progress | None
-) -> dict[Path, Features]:
-    """Features of every model; those that share a preprocessing share one decoding."""
+def _model(folder: Path, session: Session, plan: _Plan) -> Model:
+    how = partial(extract, batch_size=plan.settings.batch, cache=plan.cache, progress=plan.progress)
+    return Model(folder=folder, session=session, extract=how, threads=plan.threads, progress=plan.progress)
+
+
+def _extract_all(sessions: Mapping[Path, Session], source: ImageSource, plan: _Plan) -> dict[Path, Features]:
+    """Features of every model; models with the same preprocessing share one decoding."""
     groups: dict[str, list[Path]] = {}
     for folder, session in sessions.items():
         groups.setdefault(repr(session.bundle.preprocessing), []).append(folder)
     found: dict[Path, Features] = {}
     for group in groups.values():
+        opened = [sessions[folder] for folder in group]
         features = extract_each(
-            [sessions[folder] for folder in group], source, batch_size=plan.batch, cache=plan.cache, progress=progress
-        )
+            opened, source, batch_size=plan.settings.batch, cache=plan.cache, progress=plan.progress
+        )  # fmt: skip
         found |= dict(zip(group, features, strict=True))
     return found
 
 
-def _knn(split: Split, bank: Features, test: Features, progress: Progress | None) -> dict[str, Value]:
-    return knn_accuracy(
+def _refuse_broken(folder: Path, bank: Features, test: Features) -> None:
+    """A model that returns NaN, or the same embedding for every image, has no accuracy worth a record."""
+    rows = np.concatenate([np.isfinite(found.features).all(axis=1) for found in (bank, test)])
+    if not rows.all():
+        raise ArtifactError(
+            f"{folder} returns NaN or infinity for {np.count_nonzero(~rows)} of {len(rows)} images: its weights are "
+            "damaged or overflow; train or export it again"
+        )
+    refuse_constant(bank.features, folder)
+
+
+def _knn(split: Split, bank: Features, test: Features, repeat: Value | None, progress: Progress | None) -> Outcome:
+    values = knn_accuracy(
         bank.features, bank.labels, test.features, test.labels, classes=split.classes, progress=progress
     )  # fmt: skip
-
-
-def _knn_settings(bank: Features, test: Features, repeat: Value | None) -> dict[str, Json]:
-    return {
+    settings: dict[str, Json] = {
         "k": min(KNN_K, int(np.count_nonzero(bank.labels >= 0))),
         "temperature": KNN_TEMPERATURE,
         "skipped": bank.skipped + test.skipped,
         **({} if repeat is None else {"repeat_max_abs": repeat.value}),
     }
+    return Outcome(protocol="knn", values=values, settings=settings)
 
 
-def _fidelity(
-    sessions: dict[Path, Session],
-    references: dict[Path, Path],
-    split: Split,
-    bank: dict[Path, Features],
-    test: dict[Path, Features],
-    repeats: Mapping[Path, Value | None],
-    plan: Plan,
-) -> Iterator[Result]:
-    compared: list[tuple[Path, Comparison]] = []
-    banks = {}
-    for folder, reference in references.items():
-        record = sessions[folder].bundle
-        if reference not in banks:
-            banks[reference] = make_bank(bank[reference].features, bank[reference].labels, classes=split.classes)
-        keep = bank[folder].labels >= 0
-        comparison = fidelity(
-            test[reference].features,
-            test[folder].features,
-            labels=test[reference].labels,
-            bank=banks[reference],
-            candidate_bank=bank[folder].features[keep],
-            margin=plan.margin,
-            precision=record.precision if isinstance(record, Bundle) else "fp32",
-            class_names=split.names,
-        )
-        compared.append((folder, comparison))
-    # Several bundles are one family of tests: each one's p-value is raised for the company it keeps.
-    adjusted = holm([c.decisions["probe"].p_value if "probe" in c.decisions else 1.0 for _, c in compared])
-    for (folder, comparison), p_value in zip(compared, adjusted, strict=True):
-        comparison = _with_repeat(comparison, repeats.get(folder))
-        yield Result(folder=folder, record=_fidelity_record(sessions[folder], comparison, p_value, split, plan))
+# ------------------------------------------------------------------------------------------------------------- records
 
 
-def _with_repeat(comparison: Comparison, repeat: Value | None) -> Comparison:
-    if repeat is None:
-        return comparison
-    values = comparison.values | {"repeat_max_abs": repeat}
-    if repeat.value == 0:
-        return replace(comparison, values=values)
-    note = f"not deterministic: two runs of the same {repeat.n} images differ by up to {repeat.value:.2g}"
-    return replace(comparison, values=values, reasons=(*comparison.reasons, note))
+def _accuracy(session: Session, split: Split, outcome: Outcome) -> Accuracy:
+    return Accuracy(
+        model_id=model_id(session.bundle),
+        model_name=model_name(session.bundle),
+        protocol=outcome.protocol,
+        device=_device(session),
+        settings=outcome.settings | {"classes": split.classes} | _data(split),
+        data=data_info(split.test),
+        values=outcome.values,
+        started=utc_now(),
+    )
 
 
-def _fidelity_record(session: Session, comparison: Comparison, p_value: float, split: Split, plan: Plan) -> Fidelity:
+def _fidelity(session: Session, split: Split, comparison: Comparison, margin: float) -> Fidelity:
     decision = comparison.decisions.get("probe")
     settings: dict[str, Json] = {
-        "margin": plan.margin,
+        "margin": margin,
         "images": len(split.test),
         "images_needed": decision.needed if decision else None,
         "k": KNN_K,
         "data": to_json(data_info(split.test)),
-        **data_facts(split),
+        **_data(split),
     }
-    values = comparison.values
-    if decision:
-        values = values | {"probe_mcnemar_p_holm": Value(value=p_value, n=decision.n)}
     return Fidelity(
         bundle_id=model_id(session.bundle),
-        device=device_facts(session),
+        device=_device(session),
         settings=settings,
-        values=values,
+        values=comparison.values,
         verdict=comparison.verdict,
         reasons=comparison.reasons,
         started=utc_now(),
     )
 
 
-def _check_calibration(folder: Path, record: Bundle | Student, split: Split | None) -> None:
-    calibration = record.calibration if isinstance(record, Bundle) else None
-    if calibration is not None and split is not None and calibration.source == split.test_source:
-        raise InputError(f"{folder} was calibrated on the images of {split.test.name}: judge it on others, with --test")
+def _data(split: Split) -> dict[str, Json]:
+    """The training images, and how many test images repeat one of them."""
+    return {"bank": to_json(data_info(split.bank)), "look_alikes": to_json(split.shared)}
+
+
+def _device(session: Session) -> dict[str, Json]:
+    """What the model ran on; `robx bench` describes a machine in full."""
+    return {"arch": platform.machine(), "os": platform.system(), **session.facts()}

@@ -57,7 +57,6 @@ LAYERS = {
         ("datasets",),
         ("protocols",),
         ("fidelity",),
-        ("plan",),
         ("evaluate", "report"),
         ("commands",),
     ),

@@ -140,6 +140,23 @@ def open_dataset(name: str, root: Path) -> tuple[ImageSource, ImageSource]:
     raise InputError(f"unknown data set {name!r}: one of {', '.join(DATASETS)}")
 
 
+def parse_transfers(names: Sequence[str], data: Path | None) -> tuple[tuple[str, Path], ...]:
+    """(("cifar10", Path("/data/cifar")), ...) of "cifar10=/data/cifar"; a bare name is looked for in `data`.
+
+    Raises:
+        InputError: an unknown data set, or one without a folder.
+    """
+    found = []
+    for text in names:
+        name, _, root = text.partition("=")
+        if name not in DATASETS:
+            raise InputError(f"unknown transfer {name!r}: give one of {', '.join(DATASETS)}")
+        if not root and data is None:
+            raise InputError(f"--transfer {name} has no folder: give --transfer {name}=DIR")
+        found.append((name, Path(root) if root or data is None else data))
+    return tuple(found)
+
+
 DATASETS = ("folder", "cifar10", "cifar100", "fashion_mnist", "inat18", "places205", "clevr_count", "clevr_dist")
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from robx.errors import InputError
-from robx.eval.datasets.layouts import DATASETS
 from robx.eval.protocols.linear import VISSL
 from robx.eval.protocols.trained_heads import HeadRecipe
 
@@ -15,7 +13,7 @@ class Transfer:
     """How heads are trained on one data set."""
 
     recipe: HeadRecipe
-    crop: bool = True  # False: images are squeezed whole, in training and in judging
+    crop: bool = True  # False: whole images are resized to the square, in training and evaluation
 
 
 TRANSFERS = {
@@ -28,14 +26,3 @@ TRANSFERS = {
     "clevr_count": Transfer(recipe=HeadRecipe(epochs=50)),
     "clevr_dist": Transfer(recipe=HeadRecipe(epochs=100), crop=False),
 }
-
-
-def transfer(name: str) -> Transfer:
-    """The recipe of a data set.
-
-    Raises:
-        InputError: an unknown name.
-    """
-    if name not in TRANSFERS:
-        raise InputError(f"unknown transfer {name!r}: one of {', '.join(DATASETS)}")
-    return TRANSFERS[name]

@@ -37,7 +37,7 @@ from robx.records import (
 )
 from robx.runtime.session import load_record, open_session
 from robx.store.files import sha256_file
-from robx.trunk import build_trunk, embedding_width, save_trunk
+from robx.trunk import build_trunk, embedding_width, load_trunk, save_trunk
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +216,7 @@ def calibrated_on(folder, **splits):
 def test_a_bundle_calibrated_on_the_judged_images_is_refused(bundle, scenes, protocol):
     cheat = bundle("cheat", 0.0, calibrated_on(scenes / "test"))
     result = robx(cheat, "--data", scenes, protocol, "--no-cache")
-    assert result.exit_code == 2 and "calibrated on the images of test" in result.output
+    assert result.exit_code == 2 and "calibrated on the test set test" in result.output
     assert not (cheat / "measurements.jsonl").exists()
     honest = bundle("honest", 0.0, calibrated_on(scenes, split="train"))
     assert robx(honest, "--data", scenes, protocol, "--no-cache").exit_code == 0
@@ -236,7 +236,7 @@ def test_unlabelled_test_images_do_not_hide_a_calibration(bundle, scenes, tmp_pa
     (shards / "classes.json").write_text(json.dumps(names))
     cheat = bundle("cheat", 0.0, calibrated_on(shards))
     result = robx(cheat, "--data", scenes / "train", "--test", shards, "--no-cache")
-    assert result.exit_code == 2 and "calibrated on the images of judged" in result.output, result.output
+    assert result.exit_code == 2 and "calibrated on the test set judged" in result.output, result.output
 
 
 def test_a_bundle_away_from_its_student_needs_the_reference(run, bundle, scene_shards, tmp_path):
@@ -286,7 +286,7 @@ def test_a_class_without_a_test_image_may_have_another_name(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "no images to judge on"),
+        ((), "no images to evaluate on"),
         (("--data", "{scenes}/train"), "no train split"),
         (("--data", "{scenes}/train", "--test", "{scenes}/train"), "judged on the images it is trained on"),
         (("--data", "{scenes}/nowhere"), "does not exist"),
@@ -346,3 +346,24 @@ def test_clevr_distance_sees_the_whole_image(run, tmp_path, monkeypatch):
     assert sum(len(images) for images in seen) == 18
     for images in seen:
         assert images.shape[1:] == (3, 32, 32) and (images[:, :, :, 0] > 1.5).all() and (images[:, :, :, 8] < 0).all()
+
+
+@pytest.mark.parametrize("protocol", ["--knn", "--lowshot=1", "--linear"])
+def test_a_model_that_returns_nan_is_refused_and_nothing_is_recorded(run, scenes, protocol):
+    record, trunk = load_trunk(run)
+    next(trunk.parameters()).data.fill_(float("nan"))
+    save_trunk(run, trunk, record)
+    result = robx(run, "--data", scenes, protocol, "--no-cache")
+    assert result.exit_code == 2 and "returns NaN or infinity for 96 of 96 images" in result.output
+    assert result.output.count("robx: ") == 1 and not (run / "measurements.jsonl").exists()
+
+
+def test_a_transfers_data_folder_need_not_have_the_splits_of_the_other_protocols(run, tmp_path):
+    for split, n in (("train", 8), ("test", 4)):
+        for label in ("a", "b"):
+            for index in range(n):
+                path = tmp_path / "d" / "fashion" / split / label / f"{index}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (40, 40), (20 * index, 200 if label == "a" else 0, 9)).save(path)
+    result = robx(run, "--data", tmp_path / "d", "--transfer", f"folder={tmp_path / 'd' / 'fashion'}", "--cached")
+    assert result.exit_code == 0, result.output

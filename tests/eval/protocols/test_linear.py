@@ -8,9 +8,9 @@ from torch import nn
 
 from robx.errors import InputError
 from robx.eval.datasets.features import Features, extract
-from robx.eval.datasets.layouts import ListSource
+from robx.eval.datasets.layouts import DATASETS, ListSource, parse_transfers
 from robx.eval.protocols import linear, trained_heads
-from robx.eval.protocols.transfer import TRANSFERS, transfer
+from robx.eval.protocols.transfer import TRANSFERS
 from robx.eval.protocols.trunk_outputs import TrunkSession
 from robx.images.arrays import ArraySource
 from robx.records import Preprocessing, Student
@@ -264,17 +264,15 @@ def test_an_extreme_image_still_gives_a_crop():
     ],
 )
 def test_transfer_recipes_are_the_benchmarks(name, epochs, milestones, crop):
-    how = transfer(name)
+    how = TRANSFERS[name]
     assert (how.recipe.epochs, how.recipe.milestones, how.crop) == (epochs, milestones, crop)
     assert (how.recipe.lr, how.recipe.batch, how.recipe.weight_decay) == (0.01, 256, 5e-4)
 
 
 def test_every_data_set_has_a_recipe_and_every_recipe_a_data_set():
-    from robx.eval.datasets.layouts import DATASETS
-
     assert set(TRANSFERS) == set(DATASETS)
     with pytest.raises(InputError, match="unknown transfer 'cifar'"):
-        transfer("cifar")
+        parse_transfers(["cifar"], None)
 
 
 def test_one_labelled_image_is_refused():

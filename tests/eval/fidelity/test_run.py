@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robx.eval.fidelity.repeat import IMAGES, repeat_difference
+from robx.eval.fidelity.run import REPEAT_IMAGES, repeat_difference
 from robx.images.sources import FolderSource
 from robx.records import Preprocessing, Student
 
@@ -51,9 +51,9 @@ def altered(value):
 def test_the_same_answers_differ_by_nothing(source):
     session = Wandering()
     found = repeat_difference(session, source)
-    assert (found.value, found.n) == (0.0, IMAGES)
+    assert (found.value, found.n) == (0.0, REPEAT_IMAGES)
     np.testing.assert_array_equal(session.calls[0], session.calls[1])
-    assert len(session.calls) == 2 and session.calls[0].shape == (IMAGES, 3, 16, 16)
+    assert len(session.calls) == 2 and session.calls[0].shape == (REPEAT_IMAGES, 3, 16, 16)
 
 
 def test_the_largest_difference_is_told(source):
