@@ -201,9 +201,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
-    """FAIL if any fails, else INCONCLUSIVE if any is, else PASS."""
+    """FAIL if any fails, else PASS if all pass, else INCONCLUSIVE; no verdict at all proves nothing either."""
     found = set(verdicts)
-    return "FAIL" if "FAIL" in found else "INCONCLUSIVE" if "INCONCLUSIVE" in found else "PASS"
+    return "FAIL" if "FAIL" in found else "PASS" if found == {"PASS"} else "INCONCLUSIVE"
 
 
 def _tango_statistic(b: int, c: int, n: int, delta: float) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats
 
+from robx.embeddings import centred_cosine, check_pair, is_constant
 from robx.errors import InputError
 from robx.eval.neighbours import nearest, unit_rows
 from robx.records import Value
@@ -21,25 +22,6 @@ NEIGHBOURS = 20
 # More images change these two little and cost in proportion, or in its square; the first of a fixed permutation count.
 MOST_CKA_IMAGES = 10_000
 MOST_PAIRED_IMAGES = 1_000  # 499,500 pairs
-
-
-def centred_cosine(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
-    """Cosine (M,) of each pair of rows after the reference set's mean row is taken from both; (M, D) each.
-
-    A candidate row that is not finite counts as -1. Where both rows are the mean itself the cosine is 1.
-    """
-    check_pair(reference, candidate)
-    mean = reference.mean(axis=0, dtype=np.float64)
-    first, second = reference - mean, candidate.astype(np.float64) - mean
-    finite = np.isfinite(second).all(axis=1)
-    second[~finite] = 0
-    lengths = np.linalg.norm(first, axis=1), np.linalg.norm(second, axis=1)
-    product = lengths[0] * lengths[1]
-    cosine: np.ndarray = np.einsum("md,md->m", first, second) / np.where(product > 0, product, 1)
-    np.clip(cosine, -1, 1, out=cosine)
-    cosine[(lengths[0] == 0) & (lengths[1] == 0)] = 1
-    cosine[~finite] = -1
-    return cosine
 
 
 def relative_error(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
@@ -57,7 +39,7 @@ def broken(reference: np.ndarray, candidate: np.ndarray) -> list[str]:
     finite = np.isfinite(candidate).all(axis=1)
     if not finite.all():
         return [f"{np.count_nonzero(~finite)} of {len(candidate)} embeddings hold NaN or infinity"]
-    if len(candidate) > 1 and _spread(candidate) <= 1e-4 * _spread(reference):
+    if is_constant(candidate, reference=reference):
         return [f"the embedding is the same for all {len(candidate)} images: the output is constant"]
     return []
 
@@ -154,19 +136,3 @@ def overlap(first: np.ndarray, second: np.ndarray) -> Value:
     """The mean share of row numbers (M, k) that two searches have in common, in %."""
     shared = (first[:, :, None] == second[:, None, :]).any(axis=2).sum(axis=1)
     return mean_value(100 * shared / first.shape[1], unit="%")
-
-
-def _spread(features: np.ndarray) -> float:
-    """The root mean square distance of the rows from their mean."""
-    wide = features.astype(np.float64)
-    return float(np.sqrt(((wide - wide.mean(axis=0)) ** 2).sum(axis=1).mean()))
-
-
-def check_pair(reference: np.ndarray, candidate: np.ndarray) -> None:
-    """Refuse sets that are not of the same images, and a reference that is broken itself."""
-    if reference.ndim != 2 or reference.shape != candidate.shape or not len(reference):
-        raise InputError(
-            f"reference {reference.shape} and candidate {candidate.shape} do not pair: give both the same images"
-        )
-    if not np.isfinite(reference).all():
-        raise InputError("the reference's own embeddings hold NaN or infinity: distil the student again")

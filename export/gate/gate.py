@@ -17,6 +17,7 @@ import numpy as np
 
 from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra
 from robx.records import Precision, Value, Verdict
+from robx.stats import worst
 
 # Broken, whatever the labels say: easy classes can survive embeddings that nothing else would.
 COSINE_FLOOR = 0.80
@@ -141,13 +142,6 @@ def judge_speed(blocks: Mapping[str, list[np.ndarray]], limits: Limits) -> Figur
         reason += "; the clock is too noisy to tell: run it on a quiet machine"
     milliseconds = float(np.median(np.concatenate(blocks["candidate"]))) / 1e6
     return verdict, values | {"latency": Value(value=milliseconds, unit="ms")}, reason
-
-
-def worst(verdicts: Sequence[Verdict]) -> Verdict:
-    """FAIL if any fails, else INCONCLUSIVE if any is, or if there is none; else PASS."""
-    if "FAIL" in verdicts:
-        return "FAIL"
-    return "PASS" if verdicts and all(v == "PASS" for v in verdicts) else "INCONCLUSIVE"
 
 
 def _speed_verdict(speedup: Value, least: float) -> Verdict:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from robx.embeddings import refuse_constant
+from robx.embeddings import cosine, refuse_constant
 from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra, RobxError
 from robx.export.formats import to_onnx
 from robx.export.gate import gate
@@ -322,12 +322,11 @@ def check_batches(together: np.ndarray, alone: np.ndarray, *, what: str) -> dict
     Raises:
         ArtifactError: a cosine below .999 between the two.
     """
-    a, b = together.astype(np.float64), alone.astype(np.float64)
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    cosine = float(((a * b).sum(axis=1) / np.maximum(norms, np.finfo(np.float64).tiny)).min())
-    if np.isfinite(a).all() and norms.min() > 0 and not cosine >= 0.999:
-        raise ArtifactError(f"{what} answers otherwise for one image alone than in a batch (cosine {cosine:.4f})")
-    return {"batch_cosine_min": Value(value=cosine, n=len(a))}
+    least = float(cosine(together, alone).min())
+    nothing = not together.any(axis=1).all() or not alone.any(axis=1).all()  # rows of zeros have no direction
+    if np.isfinite(together).all() and not nothing and not least >= 0.999:
+        raise ArtifactError(f"{what} answers otherwise for one image alone than in a batch (cosine {least:.4f})")
+    return {"batch_cosine_min": Value(value=least, n=len(together))}
 
 
 def _model_bytes(folder: Path) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from robx.embeddings import centred_cosine, is_constant
 from robx.errors import RobxError
 from robx.records import Bundle, Value, load_bundle, load_student
 from robx.runtime.session import SessionSettings, open_session
@@ -65,15 +66,15 @@ def check_outputs(
     if not len(answers) or not np.isfinite(answers).all():
         return {}, ["output_mismatch: the model answers with NaN or infinity, or not at all"]
     # The answers to one picture, repeated, are alike as they should be.
-    differ = reference is None or np.ptp(reference.outputs[seen], axis=0).max() > 0
-    if len(answers) > 1 and differ and np.ptp(answers, axis=0).max() == 0:
+    differ = reference is None or not is_constant(reference.outputs[seen])
+    if differ and is_constant(answers):
         return {}, ["output_mismatch: the model gives every image the same answer"]
     if reference is None:
         return {}, ["no_reference: neither the student nor the bundle runs on this machine"]
     expected = reference.outputs[seen]
     if expected.shape != answers.shape:
         return {}, [f"output_mismatch: {answers.shape[1:]} values were answered and {expected.shape[1:]} expected"]
-    cosines = _centred_cosine(expected, answers)
+    cosines = centred_cosine(expected, answers)
     mean = float(cosines.mean())
     values = {
         "output_cosine": Value(value=mean, n=len(cosines)),
@@ -88,14 +89,6 @@ def check_outputs(
 def _floor(bundle: Bundle) -> float:
     kept = [rung.values["cosine_mean"].value for rung in bundle.rungs if rung.kept and "cosine_mean" in rung.values]
     return max([_FLOOR[bundle.precision], *(value - _GATE_SLACK for value in kept)])
-
-
-def _centred_cosine(expected: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    """Cosine of each row, float64 (N,), about the expected rows' mean; about zero where they are all alike."""
-    mean = expected.astype(np.float64).mean(axis=0) if np.ptp(expected, axis=0).max() > 0 else 0.0
-    a, b = expected - mean, answers - mean
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return np.asarray((a * b).sum(axis=1) / np.maximum(norms, 1e-30))
 
 
 def _answers(folder: Path, images: np.ndarray) -> np.ndarray | None:

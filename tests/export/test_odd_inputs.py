@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from robx.cli import main
+from robx.embeddings import centred_cosine
 from robx.errors import ArtifactError, InputError
-from robx.eval.fidelity.similarity import centred_cosine
 from robx.export.build import Options, build
 from robx.export.formats import to_onnx
 from robx.export.gate import gate

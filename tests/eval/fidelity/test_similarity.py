@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from robx.embeddings import centred_cosine
 from robx.errors import InputError
 from robx.eval.fidelity import similarity
 from robx.eval.fidelity.similarity import (
-    centred_cosine,
     linear_cka,
     neighbour_overlap,
     relative_error,

@@ -9,8 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from robx.embeddings import centred_cosine
 from robx.errors import ArtifactError, InputError
-from robx.eval.fidelity.similarity import centred_cosine
 from robx.export.formats.half import to_half
 from robx.export.int8 import by_nncf, by_onnxruntime, for_tensorrt, ranges
 from robx.export.int8.candidate import Candidate
