@@ -14,7 +14,7 @@ import numpy as np
 from robx.embeddings import KNN_K, KNN_TEMPERATURE, refuse_constant
 from robx.errors import ArtifactError, InputError
 from robx.eval.datasets.duplicates import look_alikes
-from robx.eval.datasets.features import BATCH, Features, decode_workers, extract, extract_each, model_id, model_name
+from robx.eval.datasets.features import BATCH, Features, extract, extract_each, model_id, model_name
 from robx.eval.datasets.layouts import open_dataset, parse_transfers
 from robx.eval.datasets.splits import Split, open_split
 from robx.eval.fidelity.fidelity import Comparison
@@ -22,6 +22,7 @@ from robx.eval.fidelity.run import Pair, compare, repeat_difference
 from robx.eval.protocols.knn import knn_accuracy
 from robx.eval.protocols.lowshot import check_splits, parse_shots
 from robx.eval.protocols.outcome import Model, Outcome
+from robx.images.reading import decode_threads
 from robx.images.sources import ImageSource, data_info
 from robx.progress import Progress
 from robx.records import (
@@ -132,7 +133,7 @@ def _check(settings: EvalSettings, progress: Progress | None) -> _Plan:
         transfers=tuple((name, open_dataset(name, root)) for name, root in transfers),
         references=references,
         knn=knn,
-        threads=s.threads or decode_workers(),
+        threads=s.threads or decode_threads(),
         cache=None if s.no_cache else s.cache or cache_folder() / "features",
         progress=progress,
     )

@@ -7,6 +7,7 @@ pixels count as one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from robx.errors import CorruptImage, InputError, NoSplit
+from robx.errors import InputError, NoSplit
 from robx.images.decode import resize_and_crop
+from robx.images.reading import read_batches
 from robx.images.sources import ImageSource, open_part, open_source
 from robx.progress import Progress
 from robx.records import Calibration, Preprocessing
@@ -26,6 +28,7 @@ JUDGING_IMAGES = 3000  # prove a drop below one point where some 5 % of the answ
 SCREENING_IMAGES = 400  # at most, and at most a third of what the training data hold beside the calibration images
 MIN_JUDGING = 16  # to compare at all; the gate says INCONCLUSIVE long before
 _SEED = 20260
+_READ_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -199,27 +202,29 @@ def _read(
     note: str,
 ) -> Images:
     """The first `count` readable images of `order` that differ from each other and from `exclude`."""
+
+    def read(index: int) -> np.ndarray:
+        image = resize_and_crop(source.read(index), preprocessing)
+        return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+
     digests = dict.fromkeys(exclude)
     pixels: list[np.ndarray] = []
     labels: list[int] = []
     excluded = len(digests)
-    for index in order:
-        if len(pixels) == count:
-            break
-        try:
-            image = resize_and_crop(source.read(int(index)), preprocessing)
-        except CorruptImage:
-            continue
-        array = np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
-        digest = hashlib.sha256(array.tobytes()).digest()
-        if digest in digests:
-            continue
-        digests[digest] = None
-        pixels.append(array)
-        label = source.label(int(index))
-        labels.append(-1 if label is None else label)
-        if progress and len(pixels) % 50 == 0:
-            progress(len(pixels), min(count, len(order)), note)
+    batches = read_batches(order.tolist(), read, batch_size=_READ_BATCH)
+    with contextlib.closing(batches):
+        for index, array in ((i, a) for indices, arrays in batches for i, a in zip(indices, arrays, strict=True)):
+            digest = hashlib.sha256(array.tobytes()).digest()
+            if digest in digests:
+                continue
+            digests[digest] = None
+            pixels.append(array)
+            label = source.label(index)
+            labels.append(-1 if label is None else label)
+            if progress and len(pixels) % 50 == 0:
+                progress(len(pixels), min(count, len(order)), note)
+            if len(pixels) == count:
+                break
     crop = preprocessing.crop
     stacked = np.stack(pixels) if pixels else np.zeros((0, 3, crop, crop), np.uint8)
     own = tuple(digests)[excluded:]

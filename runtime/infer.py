@@ -10,6 +10,7 @@ from PIL import Image
 
 from robx.errors import CorruptImage, DeviceError, InputError
 from robx.images.decode import decode, preprocess, read_image_file
+from robx.images.reading import read_batches
 from robx.images.sources import open_source
 from robx.runtime.session import Session
 
@@ -45,24 +46,17 @@ def infer(
         InputError: not one image could be decoded.
         DeviceError: the engine failed.
     """
-    names: list[str] = []
-    arrays: list[np.ndarray] = []
-    answered = 0
-    for name, read in images:
-        try:
-            arrays.append(preprocess(read(), session.bundle.preprocessing))
-        except CorruptImage as error:
-            if on_skip is not None:
-                on_skip(error)
-            continue
-        names.append(name)
-        if len(names) == batch:
-            yield from zip(names, session.run(np.stack(arrays)), strict=True)
-            answered += len(names)
-            names, arrays = [], []
-    if names:
-        yield from zip(names, session.run(np.stack(arrays)), strict=True)
-    elif not answered:
+    answered = False
+    batches = read_batches(
+        images,
+        lambda image: preprocess(image[1](), session.bundle.preprocessing),
+        batch_size=batch,
+        on_skip=lambda _, error: on_skip(error) if on_skip is not None else None,
+    )
+    for found, pixels in batches:
+        answered = True
+        yield from zip((name for name, _ in found), session.run(pixels), strict=True)
+    if not answered:
         raise InputError("no image could be decoded: give others")
 
 

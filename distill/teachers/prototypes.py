@@ -10,9 +10,7 @@ D width of the features   K prototypes
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from robx.distill.teachers.kmeans import StreamingKMeans, spherical_kmeans
 from robx.errors import CorruptImage, InputError
-from robx.images.decode import preprocess
+from robx.images.reading import read_batches, reader
 from robx.images.sources import ImageSource
 from robx.progress import Progress
 from robx.records import Preprocessing
@@ -186,24 +184,21 @@ class _Features:
     def batches(self, order: np.ndarray) -> Iterator[Tensor]:
         """Features (B, D) on the CPU, in the order of `order`."""
         budget = min(max(10, len(order) // 100), len(order) - 1)
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            for start in range(0, len(order), _BATCH):
-                images = list(pool.map(self._pixels, order[start : start + _BATCH].tolist()))
-                good = [image for image in images if image is not None]
-                self.read, self.skipped = self.read + len(good), self.skipped + len(images) - len(good)
-                if self.skipped > budget:
-                    raise InputError(f"{self.source.name}: {self.skipped} images cannot be read: clean it first")
-                if good:
-                    with torch.inference_mode():
-                        yield self.embed(torch.from_numpy(np.stack(good)).to(self.device)).float().cpu().clone()
-                if self.progress is not None:
-                    self.progress(start + len(images), len(order), "teacher features for the prototypes")
 
-    def _pixels(self, index: int) -> np.ndarray | None:
-        try:
-            return preprocess(self.source.read(index), self.preprocessing)
-        except CorruptImage:
-            return None
+        def skip(index: int, error: CorruptImage) -> None:
+            self.skipped += 1
+            if self.skipped > budget:
+                raise InputError(
+                    f"{self.source.name}: {self.skipped} images cannot be read (the last: {error}): clean it first"
+                )
+
+        read = reader(self.source, self.preprocessing)
+        for found, pixels in read_batches(order.tolist(), read, batch_size=_BATCH, on_skip=skip):
+            self.read += len(found)
+            with torch.inference_mode():
+                yield self.embed(torch.from_numpy(pixels).to(self.device)).float().cpu().clone()
+            if self.progress is not None:
+                self.progress(self.read + self.skipped, len(order), "teacher features for the prototypes")
 
 
 def _stream(batches: Iterator[Tensor], k: int, *, seed: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ The bank and the queries are a fixed draw of the source's labelled images. ``rob
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robx.embeddings import KNN_K, knn_vote
-from robx.errors import CorruptImage
-from robx.images.decode import preprocess
+from robx.images.reading import read_batches, reader
 from robx.images.sources import ImageSource, labels_of
 from robx.records import Preprocessing
 
 _BATCH = 128
+_THREADS = 4
 Embed = Callable[[Tensor], Tensor]
 
 
@@ -75,24 +74,8 @@ def weighted_vote(bank: Tensor, bank_labels: Tensor, queries: Tensor) -> Tensor:
 @torch.no_grad()
 def _embed(probe: Probe, indices: Sequence[int], embed: Embed, device: torch.device) -> tuple[Tensor, Tensor]:
     features, labels = [], []
-    with ThreadPoolExecutor(4) as pool:
-        for at in range(0, len(indices), _BATCH):
-            chunk = indices[at : at + _BATCH]
-            found = [
-                (p, i)
-                for p, i in zip(pool.map(lambda i: _pixels(probe, i), chunk), chunk, strict=True)
-                if p is not None
-            ]
-            if not found:
-                continue
-            pixels = torch.from_numpy(np.stack([p for p, _ in found])).to(device)
-            features.append(F.normalize(embed(pixels).float(), dim=1))
-            labels += [probe.source.label(i) or 0 for _, i in found]
+    read = reader(probe.source, probe.preprocessing)
+    for found, pixels in read_batches(indices, read, batch_size=_BATCH, threads=_THREADS):
+        features.append(F.normalize(embed(torch.from_numpy(pixels).to(device)).float(), dim=1))
+        labels += [probe.source.label(index) or 0 for index in found]
     return torch.cat(features), torch.tensor(labels, device=device)
-
-
-def _pixels(probe: Probe, index: int) -> np.ndarray | None:
-    try:
-        return preprocess(probe.source.read(index), probe.preprocessing)
-    except CorruptImage:
-        return None

@@ -8,10 +8,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -22,6 +20,7 @@ import PIL
 from robx.errors import CorruptImage, DeviceError, InputError, RobxError, UnreadableImage
 from robx.eval.datasets.duplicates import LOOK, look
 from robx.images.decode import preprocess
+from robx.images.reading import read_batches
 from robx.images.sources import ImageSource, labels_of
 from robx.progress import Progress
 from robx.records import Bundle, Preprocessing, Student, to_json
@@ -36,7 +35,6 @@ MOST_SKIPPED = 0.1
 _ALWAYS_ALLOWED = 10
 # Counts up when decoding, preprocessing or what is stored changes: older features are then made again.
 _CACHE_FORMAT = 2
-_AHEAD = 2  # batches that are decoded before the model asks for them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,35 +112,6 @@ def extract_each(
     return [features for features in found if features is not None]
 
 
-def decode_workers() -> int:
-    """Threads that decode: the processors that this process may use."""
-    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-def decoded_batches(
-    source: ImageSource, read: Callable[[int], np.ndarray | None], order: Sequence[int] | np.ndarray, batch_size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(indices (B,), pixels (B, ...)) of `order` in batches, read by threads a few batches ahead.
-
-    `read` gives one image's pixels or None, which leaves the image out.
-    """
-    pieces = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    with ThreadPoolExecutor(decode_workers()) as pool:
-        waiting: list[list[Future[np.ndarray | None]]] = []
-        try:
-            for number, piece in enumerate(pieces):
-                while len(waiting) < min(_AHEAD + 1, len(pieces) - number):
-                    waiting.append([pool.submit(read, int(i)) for i in pieces[number + len(waiting)]])
-                pixels = [future.result() for future in waiting.pop(0)]
-                good = [k for k, image in enumerate(pixels) if image is not None]
-                if good:
-                    yield np.asarray(piece)[good], np.stack([image for image in pixels if image is not None])
-        finally:
-            for futures in waiting:
-                for future in futures:
-                    future.cancel()
-
-
 def _run(
     sessions: Sequence[Session],
     source: ImageSource,
@@ -154,27 +123,26 @@ def _run(
     whole = True
     looks = np.zeros((len(source), LOOK), np.uint8)
 
-    def read(index: int) -> np.ndarray | None:
-        nonlocal whole
-        try:
-            pixels = preprocess(source.read(index), preprocessing)
-        except CorruptImage as error:
-            whole = whole and not isinstance(error, UnreadableImage)
-            return None
+    def read(index: int) -> np.ndarray:
+        pixels = preprocess(source.read(index), preprocessing)
         looks[index] = look(pixels)  # each thread writes rows of its own
         return pixels
 
-    kept: list[np.ndarray] = []
+    def skip(index: int, error: CorruptImage) -> None:
+        nonlocal whole
+        whole = whole and not isinstance(error, UnreadableImage)
+
+    kept: list[int] = []
     answers: list[list[np.ndarray]] = [[] for _ in sessions]
-    for indices, pixels in decoded_batches(source, read, range(len(source)), batch_size):
+    for numbers, pixels in read_batches(range(len(source)), read, batch_size=batch_size, on_skip=skip):
         for session, answer in zip(sessions, answers, strict=True):
             answer.append(_embed(session, pixels))
-        kept.append(indices)
+        kept += numbers
         if progress:
-            progress(int(indices[-1]) + 1, len(source), f"embedding {source.name}")
+            progress(kept[-1] + 1, len(source), f"embedding {source.name}")
     if not kept:
         raise InputError(f"none of the {len(source)} images of {source.name} can be read: give other data")
-    indices = np.concatenate(kept).astype(np.int64)
+    indices = np.array(kept, dtype=np.int64)
     skipped = len(source) - len(indices)
     if skipped > max(_ALWAYS_ALLOWED, MOST_SKIPPED * len(source)):
         raise InputError(

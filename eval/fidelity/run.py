@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from robx.errors import CorruptImage
 from robx.eval.datasets.features import Features
 from robx.eval.fidelity.fidelity import Bank, Comparison, fidelity, make_bank
-from robx.images.decode import preprocess
+from robx.images.reading import read_batches, reader
 from robx.images.sources import ImageSource
 from robx.records import Precision, Value
 from robx.runtime.session import Session
@@ -76,24 +75,17 @@ def repeat_difference(session: Session, source: ImageSource) -> Value | None:
     0 means bit-identical answers, as expected of INT8 on a CPU; a GPU that sums in another order each time differs
     slightly. None when no image can be read.
     """
-    pixels = list(islice(_readable(source, session), REPEAT_IMAGES))
-    if not pixels:
+    read = reader(source, session.bundle.preprocessing)
+    with contextlib.closing(read_batches(range(len(source)), read, batch_size=REPEAT_IMAGES)) as batches:
+        _, batch = next(batches, (None, None))
+    if batch is None:
         return None
-    batch = np.stack(pixels)
     first, second = (np.array(session.run(batch), dtype=np.float64) for _ in range(2))
     same = (first == second) | (np.isnan(first) & np.isnan(second))
     with np.errstate(invalid="ignore"):
         gap = np.where(same, 0.0, np.abs(first - second))
     most = float(np.finfo(np.float32).max)  # records hold no NaN and no infinity
-    return Value(value=float(np.nan_to_num(gap, nan=most, posinf=most).max()), n=len(pixels))
-
-
-def _readable(source: ImageSource, session: Session) -> Iterator[np.ndarray]:
-    for index in range(len(source)):
-        try:
-            yield preprocess(source.read(index), session.bundle.preprocessing)
-        except CorruptImage:
-            continue
+    return Value(value=float(np.nan_to_num(gap, nan=most, posinf=most).max()), n=len(batch))
 
 
 def _with_repeat(comparison: Comparison, repeat: Value | None) -> Comparison:

@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from robx.errors import CorruptImage, InputError
-from robx.eval.datasets.features import Features, decoded_batches
+from robx.errors import InputError
+from robx.eval.datasets.features import Features
 from robx.eval.protocols.trained_heads import HeadRecipe, Heads, head_values, headline
 from robx.eval.protocols.trunk_outputs import TrunkSession
+from robx.images.reading import read_batches
 from robx.images.sources import ImageSource, labels_of
 from robx.progress import Progress
 from robx.records import Preprocessing, Value
@@ -151,7 +152,7 @@ def linear_streamed(
         order = usable[np.random.default_rng((seed, epoch)).permutation(len(usable))]
         read = _reader(source, session.bundle.preprocessing, seed=(seed, epoch), crop=crop)
         done = 0
-        for indices, pixels in decoded_batches(source, read, order, batch):
+        for indices, pixels in read_batches(order.tolist(), read, batch_size=batch):
             done += len(indices)
             if len(indices) < 2:  # BatchNorm has no variance of one image
                 continue
@@ -199,14 +200,11 @@ def _draw_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, i
 
 def _reader(
     source: ImageSource, preprocessing: Preprocessing, *, seed: tuple[int, int], crop: bool
-) -> Callable[[int], np.ndarray | None]:
-    def read(index: int) -> np.ndarray | None:
-        try:
-            image = source.read(index)
-        except CorruptImage:
-            return None
+) -> Callable[[int], np.ndarray]:
+    def read(index: int) -> np.ndarray:
         # A crop depends on (seed, epoch, image) alone, whichever thread makes it.
-        return random_resized_crop(image, preprocessing, np.random.default_rng((*seed, index)), crop=crop)
+        rng = np.random.default_rng((*seed, index))
+        return random_resized_crop(source.read(index), preprocessing, rng, crop=crop)
 
     return read
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from robx.errors import CorruptImage, InputError
+from robx.errors import InputError
 from robx.images.decode import decode, preprocess
+from robx.images.reading import read_batches
 from robx.images.scenes import make_scene, render
 from robx.images.sources import ImageSource
 from robx.records import Preprocessing
@@ -37,20 +38,22 @@ def load_inputs(preprocessing: Preprocessing, source: ImageSource | None, *, cou
         InputError: no image of the source can be decoded.
     """
     readers = _from_source(source, count) if source is not None else _drawn(count)
-    arrays: list[np.ndarray] = []
-    times: list[int] = []
-    for read in readers:
+    times: dict[int, int] = {}
+
+    def read(numbered: tuple[int, Callable[[], Image.Image]]) -> np.ndarray:
+        number, decoded = numbered
         start = time.perf_counter_ns()
-        try:
-            arrays.append(preprocess(read(), preprocessing))
-        except CorruptImage:
-            continue
-        times.append(time.perf_counter_ns() - start)
+        pixels = preprocess(decoded(), preprocessing)
+        times[number] = time.perf_counter_ns() - start
+        return pixels
+
+    # One thread: several would slow each other down.
+    arrays = [pixels for _, (pixels,) in read_batches(enumerate(readers), read, batch_size=1, threads=1)]
     if not arrays:
         raise InputError(f"none of the images of {source.name if source else 'the set'} can be decoded: give others")
     images = np.stack([arrays[i % len(arrays)] for i in range(count)])
     name = source.name if source is not None else f"rendered scenes, {_SIZE} x {_SIZE} JPEG"
-    return Inputs(images, np.array(times, dtype=np.int64), name)
+    return Inputs(images, np.array(list(times.values()), dtype=np.int64), name)
 
 
 def _drawn(count: int) -> Iterator[Callable[[], Image.Image]]:

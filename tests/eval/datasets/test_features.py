@@ -1,16 +1,15 @@
 """Extraction: order, labels, unreadable images, and a cache that is right or not used."""
 
 import os
-import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from robx.errors import CorruptImage, DeviceError, InputError, UnreadableImage
+from robx.errors import DeviceError, InputError, UnreadableImage
 from robx.eval.datasets import features
 from robx.eval.datasets.duplicates import look
-from robx.eval.datasets.features import decoded_batches, extract, extract_each, model_id
+from robx.eval.datasets.features import extract, extract_each, model_id
 from robx.images.arrays import ArraySource
 from robx.images.decode import preprocess
 from robx.images.sources import FolderSource
@@ -173,29 +172,6 @@ def test_progress_reaches_the_end():
     extract(MeanColour(), arrays(100), batch_size=32, progress=lambda *call: calls.append(call))
     assert [done for done, _, _ in calls] == [32, 64, 96, 100]
     assert {total for _, total, _ in calls} == {100} and "random" in calls[0][2]
-
-
-def test_only_a_few_batches_are_decoded_ahead():
-    lock, started = threading.Lock(), []
-
-    def read(index):
-        with lock:
-            started.append(index)
-        return np.zeros(2)
-
-    batches = decoded_batches(arrays(100), read, range(100), 10)
-    next(batches)
-    assert len(started) <= 40  # the one that was given, and at most two more beside the one in the making
-    batches.close()
-
-
-def test_a_fault_of_reading_is_not_swallowed():
-    def read(index):
-        raise RuntimeError("a defect")
-
-    with pytest.raises(RuntimeError, match="a defect"):
-        list(decoded_batches(arrays(10), read, range(10), 4))
-    assert issubclass(CorruptImage, InputError)
 
 
 def test_an_answer_of_another_shape_is_the_models_fault():
