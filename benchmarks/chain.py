@@ -46,8 +46,7 @@ from robx.images.sources import ImageSource, open_source
 from robx.records import Value, to_json
 from robx.runtime.session import SessionSettings, open_session
 from robx.stats import mean_value
-from robx.store.cache import cache_folder
-from robx.store.files import read_json, write_json
+from robx.store.files import cache_folder, read_json, write_json
 from robx.trunk import build_trunk
 
 PROTOCOLS = ("knn", "linear")

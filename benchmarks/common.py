@@ -27,8 +27,7 @@ from robx.distill.training.run_folder import student_preprocessing
 from robx.images.sources import ImageSource
 from robx.records import Student, TeacherInfo, Value
 from robx.runtime.device.describe import describe
-from robx.store.cache import cache_folder
-from robx.store.files import sha256_bytes, write_json, write_text
+from robx.store.files import cache_folder, sha256_bytes, write_json, write_text
 from robx.trunk import embedding_width, save_trunk
 
 RESULTS = Path(__file__).parent / "results"

@@ -37,7 +37,7 @@ from robx.distill.teachers.load import load_teacher
 from robx.distill.train import train
 from robx.distill.training.run import Options
 from robx.embeddings import KNN_K
-from robx.errors import RobxError
+from robx.errors import RobxError, first_line
 from robx.eval.fidelity.fidelity import Bank, fidelity, make_bank
 from robx.eval.protocols.knn import weighted_knn
 from robx.export.build import Options as ExportOptions
@@ -261,8 +261,7 @@ class Work:
             except Exception as error:  # a vendor's tool may raise anything, and the other rows stand
                 if not isinstance(error, RobxError) and variant != "vendor int8":
                     raise
-                first = (str(error).strip() or type(error).__name__).splitlines()[0]
-                faults.append(f"{self.student.timm_name}, {engine}: no {variant}: {first}.")
+                faults.append(f"{self.student.timm_name}, {engine}: no {variant}: {first_line(error)}.")
         if engine != "trt":
             self._judge(rows)
         return rows, faults

@@ -109,7 +109,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 def distilled(folders: list[Path], data: Path | None) -> Iterator[Subject]:
     """Students with images of their own kind."""
     from robx.demo.demo_data import prepare_demo_data
-    from robx.store.cache import cache_folder
+    from robx.store.files import cache_folder
 
     if data is None:
         data = prepare_demo_data(cache_folder(), say=print, progress=lambda *_: None).folder

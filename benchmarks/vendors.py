@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from robx.errors import first_line
 from robx.export.quiet import quiet
 from robx.records import Bundle, Student, describe_file, load_bundle, save_bundle
 from robx.trunk import is_vit
@@ -58,8 +59,7 @@ def onnxruntime_default(fp32: Path, folder: Path, calibration: np.ndarray, stude
         try:
             quant_pre_process(source, prepared)
         except Exception as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            prepared, note = source, f"quant_pre_process failed ({first[:80]}) and was left out"
+            prepared, note = source, f"quant_pre_process failed ({first_line(error)[:80]}) and was left out"
         quantize_static(prepared, folder / "model.onnx", Reader())
     return note
 

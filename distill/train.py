@@ -35,7 +35,7 @@ from robx.distill.training.processes import Processes, join_processes
 from robx.distill.training.run import Options, Run, Say, count_skipped, open_run, publish_teachers, resume_run, save_run
 from robx.distill.training.signals import StopRequest, stop_on_signals
 from robx.distill.training.speed import Rate, SpeedBound, measure_bound
-from robx.errors import InputError, Interrupted
+from robx.errors import InputError, Interrupted, first_line
 from robx.images.sources import ImageSource
 from robx.progress import Progress, silent
 from robx.store.folders import lock_folder
@@ -208,7 +208,7 @@ def _batches(run: Run, start: int) -> Generator[Batch, None, None]:
             lives -= 1
             if not lives:
                 raise InputError(f"loader workers die ({error}): give fewer --workers, or more memory") from error
-            cause = (str(error) or type(error).__name__).splitlines()[0]
+            cause = first_line(error)
             run.say(f"a loader worker died ({cause}); starting the loader once more")
         finally:
             # Now, and not when a traceback lets go of the iterator: the interpreter would end its workers with SIGTERM,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +20,6 @@ def open_model(model: onnx.ModelProto, *, literal: bool, outputs: Sequence[str] 
             instructions (int8 times int8 saturates on AVX2, not on a GPU). A float model runs faster without it.
         outputs: names of tensors to return instead of the model's own outputs.
     """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime as ort
 
     options = ort.SessionOptions()

@@ -1,4 +1,4 @@
-"""robx distils a large self-supervised vision model into a small one and proves it on the device that runs it."""
+"""robx distils large self-supervised vision models into small ones and measures them on edge devices."""
 
 import os
 import sys
@@ -6,9 +6,11 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-# robx sends nothing and lets nothing send: onnxruntime's Linux wheel writes a device id when it is imported unless this
-# is set, and OpenVINO and NNCF report through a package they do without when it cannot be imported.
+# The one place where the telemetry of libraries is switched off (runtime/device/runner.py, which runs without robx, has
+# its own). onnxruntime's Linux wheel writes a device id on import unless the variable is set; OpenVINO and NNCF report
+# through a package that they do without when it cannot be imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 # A checkout without symbolic links (core.symlinks=false, a zip) has text files or nothing where the links robx/distill

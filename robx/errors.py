@@ -15,6 +15,9 @@ and keeps its traceback.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class RobxError(Exception):
     """The root: a message that names the offending value and what to do."""
@@ -77,3 +80,14 @@ def one_line(text: str) -> str:
 def visible(text: str) -> str:
     """`text` with every line break, control code and undecodable byte as an escape: a terminal shows it as it is."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or the name of its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def did_you_mean(name: str, known: Iterable[str], *, otherwise: str, prefix: str = "") -> str:
+    """A hint for an error message: the three known names closest to `name`, each after `prefix`, or `otherwise`."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"did you mean {', '.join(prefix + n for n in near)}?" if near else otherwise

@@ -26,6 +26,9 @@ from robx.store.dataclass_json import to_json as to_json
 from robx.store.files import read_bytes, read_json, sha256_bytes, sha256_file, verify_file, write_bytes, write_json
 from robx.store.folders import turn
 
+# Of ImageNet's training images, RGB in [0, 1]; most published models are trained with them.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_SIDE = 8192  # pixels of a model's input: more would only fill the memory
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
@@ -39,8 +42,8 @@ class Preprocessing:
     size: int  # pixels of the shorter side after the resize
     crop: int  # pixels of the square that the model sees
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
         """Refuse what no image can be made into: a record may come from anywhere."""

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from robx.errors import ArtifactError, InputError
-from robx.names import did_you_mean
+from robx.errors import ArtifactError, InputError, did_you_mean, first_line
 from robx.records import Student, load_student, save_student
 from robx.store.files import sha256_file, write_bytes
 
@@ -85,8 +84,9 @@ def load_trunk(folder: Path) -> tuple[Student, nn.Module]:
         # Its bytes, for safetensors opens no file whose name is not UTF-8.
         trunk.load_state_dict(load((folder / "student.safetensors").read_bytes()))
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ArtifactError(f"{folder}: the weights do not fit {student.timm_name} ({first}): distil again") from error
+        raise ArtifactError(
+            f"{folder}: the weights do not fit {student.timm_name} ({first_line(error)}): distil again"
+        ) from error
     return student, trunk.eval()
 
 

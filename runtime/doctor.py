@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robx.errors import DeviceError
+from robx.errors import DeviceError, first_line
 from robx.runtime.bench import result_schema, runner_zip
 from robx.runtime.bench.transports import open_transport
 
@@ -120,5 +120,5 @@ def _cuda() -> Finding:
         torch = importlib.import_module("torch")
         found = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     except Exception as error:  # a torch that is broken must not break the doctor
-        return Finding("training on a GPU", "CUDA", None, f"torch cannot be imported ({str(error).splitlines()[0]})")
+        return Finding("training on a GPU", "CUDA", None, f"torch cannot be imported ({first_line(error)})")
     return Finding("training on a GPU", "CUDA", found, "" if found else remedy)

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
-from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra, RobxError
+from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra, RobxError, first_line
 from robx.records import Bundle, Student, from_json, load_bundle, load_student, to_json
 from robx.runtime.device.runner import run_in_batches
 from robx.store.files import read_json
@@ -99,8 +99,7 @@ def open_session(path: Path, settings: SessionSettings | None = None, *, labels:
     except ImportError as error:
         raise MissingExtra(name, extra_for(name), purpose=f"opening {path}", cause=error) from error
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DeviceError(f"{path} cannot be run here: {first}") from error
+        raise DeviceError(f"{path} cannot be run here: {first_line(error)}") from error
     return OpenModel(record, model, settings.batch)
 
 
@@ -204,8 +203,7 @@ class OpenModel:
             answer: np.ndarray = run_in_batches(self._model, images, self._batch)
             return answer
         except Exception as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise DeviceError(f"the engine failed on a batch of {len(images)}: {first}") from error
+            raise DeviceError(f"the engine failed on a batch of {len(images)}: {first_line(error)}") from error
 
     def facts(self) -> dict[str, Any]:
         """Engine, version, provider, threads, as they really are."""

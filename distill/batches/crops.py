@@ -23,9 +23,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from robx.distill.recipes import Recipe
-
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+from robx.images.decode import IMAGENET_MEAN, IMAGENET_STD
 
 _ATTEMPTS = 10  # of RandomResizedCrop, as torchvision's
 _LOG_ASPECT = (math.log(3 / 4), math.log(4 / 3))
@@ -75,8 +73,8 @@ def normalise(pixels: Tensor, device: torch.device) -> Tensor:
     """
     # Whole rows at a time: a broadcast over three channels alone takes sixteen times as long on a CPU.
     width = pixels.shape[3]
-    scale = torch.tensor([1 / (255 * s) for s in STD] * width, device=device)
-    shift = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)] * width, device=device)
+    scale = torch.tensor([1 / (255 * s) for s in IMAGENET_STD] * width, device=device)
+    shift = torch.tensor([-m / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)] * width, device=device)
     rows = pixels.to(device, non_blocking=True).float().flatten(3)
     return rows.mul_(scale).add_(shift).view(pixels.shape).permute(0, 1, 4, 2, 3)
 

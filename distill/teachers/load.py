@@ -33,8 +33,7 @@ from robx.errors import ArtifactError, InputError
 from robx.images.sources import ImageSource
 from robx.progress import Progress
 from robx.records import Preprocessing, TeacherInfo
-from robx.store.cache import cache_folder
-from robx.store.files import sha256_file
+from robx.store.files import cache_folder, sha256_file
 
 __all__ = ["ZOO", "Method", "Teacher", "TeacherScores", "build_teacher_skeleton", "load_teacher"]
 

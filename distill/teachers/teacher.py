@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from robx.distill.teachers.frozen_heads import PrototypeHead
 from robx.distill.teachers.trunks import has_tokens, patch_size_of, tokens
-from robx.distill.teachers.zoo import IMAGENET_MEAN, IMAGENET_STD
 from robx.errors import InputError
+from robx.images.decode import IMAGENET_MEAN, IMAGENET_STD
 from robx.records import Preprocessing, TeacherInfo
 
 Method = Literal["dino", "ibot", "msn", "swav", "headless", "classifier"]

@@ -12,14 +12,12 @@ import timm
 import torch
 
 from robx.distill.teachers.trunks import ResNetTrunk, SwinTrunk, TimmTrunk, TrunkSpec, VitTrunk
-from robx.errors import InputError
-from robx.names import did_you_mean
+from robx.errors import InputError, did_you_mean
+from robx.records import IMAGENET_MEAN, IMAGENET_STD
 from robx.trunk import build_trunk, embedding_width, is_vit
 
 ZooMethod = Literal["dino", "ibot", "msn", "swav", "headless"]
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 # SwAV's augmentation divides by .228 where everyone else has .229.
 _SWAV_STD = (0.228, 0.224, 0.225)
 _LITE_MEAN = (127 / 255, 127 / 255, 127 / 255)

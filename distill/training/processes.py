@@ -6,6 +6,8 @@ Control messages (stop, save) go over a gloo group of their own, so that the loo
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,9 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from robx.allocator import keep_freed_memory
 from robx.distill.batches.loader import Share
-from robx.errors import DeviceError, InputError
+from robx.errors import DeviceError, InputError, first_line
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def join_processes(device: str | None = None) -> Iterator[Processes]:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         # Its own message says why it ended; this one's traceback would only hide it.
-        why = str(error).strip().splitlines()[0]
+        why = first_line(error)
         raise DeviceError(
             f"another process of the run ended before this one, {rank} of {world} ({why}): see what it said; "
             "the same command goes on from the last checkpoint"
@@ -134,9 +135,24 @@ def pick_device(name: str | None, *, local: int = 0) -> torch.device:
         place = torch.device(f"cuda:{local}" if kind == "cuda" else kind)
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        why = first_line(error)
         raise InputError(f"--device {kind} cannot be used ({why}): give cpu, cuda or cuda:N") from error
     return place
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Make glibc keep freed memory for the next tensor; returns whether the C library supports it.
+
+    By default glibc maps fresh pages for every large tensor and unmaps them when it is freed, so the kernel has to zero
+    the pages of every activation in every step. Peak memory stays about the same, but is not returned to the system.
+    Results do not change.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # no glibc: musl, macOS, Windows
+        return False
+    return bool(mallopt(_MMAP_THRESHOLD, _LARGEST)) and bool(mallopt(_TRIM_THRESHOLD, _LARGEST))
 
 
 def _store_of_attempt() -> Any:
@@ -153,3 +169,6 @@ def _store_of_attempt() -> Any:
 
 
 _TORCHRUN = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
+# Of <malloc.h>. Setting either turns off glibc's own adjustment of both thresholds.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_LARGEST = 2**31 - 1  # mallopt takes an int

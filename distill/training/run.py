@@ -26,7 +26,7 @@ from robx.distill.training.networks import Initial, build_networks, share_teache
 from robx.distill.training.processes import Processes
 from robx.distill.training.run_folder import Metrics, student_folders, student_preprocessing, tensorboard_writer
 from robx.distill.training.speed import SpeedBound
-from robx.errors import InputError, one_line
+from robx.errors import InputError, first_line, one_line
 from robx.images.sources import ImageSource, data_info
 from robx.records import Student, TeacherInfo, to_json
 from robx.store.files import read_json, write_json, write_text
@@ -222,8 +222,9 @@ def resume_run(run: Run) -> int:
                 for processor, queue in zip(_processors(run), queues[run.processes.rank], strict=True):
                     processor.queue = queue
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise InputError(f"{run.out}'s state does not fit these networks ({first}): give --fresh") from error
+            raise InputError(
+                f"{run.out}'s state does not fit these networks ({first_line(error)}): give --fresh"
+            ) from error
         run.best = tuple(state["best"]) if state["best"] else None
         run.skipped.found = {int(index): reason for index, reason in state["skipped"].items()}
         run.say(f"resuming {run.out} after step {done} of {run.steps}")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from robx.errors import ArtifactError, MissingExtra
+from robx.errors import ArtifactError, MissingExtra, first_line
 from robx.export.formats.mobile import example_input, fix_batch, mobile_model
 from robx.export.quiet import quiet
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest, Role
@@ -46,8 +46,9 @@ def build(
             package = _convert(coremltools, mobile, example, request.inputs[0].name, names, request.precision)
             paths = _write(package, folder)
         except Exception as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ArtifactError(f"{request.student.timm_name} cannot be converted to Core ML: {first}") from error
+            raise ArtifactError(
+                f"{request.student.timm_name} cannot be converted to Core ML: {first_line(error)}"
+            ) from error
     notes = ["its answers were not compared with PyTorch's: Core ML runs on Apple's systems only"]
     if sys.platform == "darwin":
         notes = ["its answers were not compared with PyTorch's: robx has no Core ML engine"]

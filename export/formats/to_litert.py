@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from robx.errors import ArtifactError, InputError, MissingExtra
+from robx.errors import ArtifactError, InputError, MissingExtra, first_line
 from robx.export.formats.mobile import calibration_batches, example_input, fix_batch, mobile_model
 from robx.export.quiet import quiet
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest
@@ -46,8 +46,9 @@ def build(
     except (InputError, MissingExtra):
         raise
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ArtifactError(f"{request.student.timm_name} cannot be converted to LiteRT: {first}") from error
+        raise ArtifactError(
+            f"{request.student.timm_name} cannot be converted to LiteRT: {first_line(error)}"
+        ) from error
     write_bytes(folder / "model.tflite", content)
     return BuiltModel(
         files=(BuiltFile(path="model.tflite", role="model"),),

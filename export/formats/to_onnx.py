@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from robx import __version__
-from robx.errors import ArtifactError, InputError
+from robx.embeddings import cosine
+from robx.errors import ArtifactError, InputError, first_line
 from robx.export.quiet import quiet
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest
 from robx.linear_head import Head
@@ -125,8 +126,7 @@ def export_onnx(model: ExportModel, path: Path, *, student: Student, batch: int 
                 verbose=False,
             )
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ArtifactError(f"{student.timm_name} cannot be exported to ONNX: {first}") from error
+        raise ArtifactError(f"{student.timm_name} cannot be exported to ONNX: {first_line(error)}") from error
     if program is None:
         raise ArtifactError(f"{student.timm_name} cannot be exported to ONNX: the exporter gave nothing")
     proto: onnx.ModelProto = program.model_proto
@@ -206,14 +206,13 @@ def parity(
         raise ArtifactError(
             f"{what} answers {b.shape} with NaN or infinity where PyTorch answers {a.shape}: not shipped"
         )
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    cosine = (a * b).sum(1) / np.maximum(norms, np.finfo(np.float64).tiny)
+    least = float(cosine(a, b).min())
     worst, spread = float(np.abs(a - b).max()), float(np.abs(a).max())
-    figures = {"max_abs": Value(value=worst, n=len(a)), "cosine_min": Value(value=float(cosine.min()), n=len(a))}
+    figures = {"max_abs": Value(value=worst, n=len(a)), "cosine_min": Value(value=least, n=len(a))}
     if not refuse:
         return figures
-    if precision in _MIN_COSINE and cosine.min() < _MIN_COSINE[precision]:
-        raise ArtifactError(f"{what} differs from PyTorch: cosine {cosine.min():.5f} on a real image; not shipped")
+    if precision in _MIN_COSINE and least < _MIN_COSINE[precision]:
+        raise ArtifactError(f"{what} differs from PyTorch: cosine {least:.5f} on a real image; not shipped")
     if precision == "fp32" and worst > _FP32_TOLERANCE * max(spread, 1e-6):
         raise ArtifactError(f"{what} differs from PyTorch by {worst:.2e} (values up to {spread:.2e}); not shipped")
     return figures

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from robx.errors import ArtifactError, InputError, MissingExtra
+from robx.errors import ArtifactError, InputError, MissingExtra, first_line
 from robx.export.int8.candidate import Candidate
 from robx.export.quiet import quiet
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest
@@ -51,7 +51,7 @@ def build(
     try:
         ov.save_model(network, folder / "model.xml", compress_to_fp16=request.precision == "fp16")
     except Exception as error:
-        raise ArtifactError(f"OpenVINO cannot write the model: {_first_line(error)}") from error
+        raise ArtifactError(f"OpenVINO cannot write the model: {first_line(error)}") from error
     return BuiltModel(
         files=(BuiltFile(path="model.xml", role="model"), BuiltFile(path="model.bin", role="weights")),
         runtime="openvino",
@@ -78,8 +78,4 @@ def read_onnx(model: bytes, *, where: str) -> Any:
         with quiet():
             return ov.convert_model(io.BytesIO(model))
     except Exception as error:
-        raise ArtifactError(f"OpenVINO cannot read {where}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"OpenVINO cannot read {where}: {first_line(error)}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from robx.errors import ArtifactError
+from robx.errors import ArtifactError, first_line
 from robx.export.quiet import quiet
 from robx.export.request import BuiltFile, BuiltModel, ExportRequest
 from robx.store.files import write_bytes
@@ -29,7 +28,6 @@ def build(
     Raises:
         ArtifactError: ONNX Runtime cannot convert the model.
     """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     from onnxruntime.tools import convert_onnx_models_to_ort as tool
 
     with tempfile.TemporaryDirectory(prefix="robx-") as scratch:
@@ -43,8 +41,7 @@ def build(
                     target_platform="arm" if request.target.device.startswith("arm") else "amd64",
                 )
         except (Exception, SystemExit) as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ArtifactError(f"ONNX Runtime cannot convert this model to .ort: {first}") from error
+            raise ArtifactError(f"ONNX Runtime cannot convert this model to .ort: {first_line(error)}") from error
         written = {path.suffix: path for path in Path(scratch).rglob("*") if path.suffix in (".ort", ".config")}
         if set(written) != {".ort", ".config"}:
             raise ArtifactError("ONNX Runtime wrote no .ort file with its operator list: export --format onnx instead")

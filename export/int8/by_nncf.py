@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from robx.errors import ArtifactError, MissingExtra
+from robx.errors import ArtifactError, MissingExtra, first_line
 from robx.export.image_splits import whole_batches
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.float_scope import kept_nodes, openvino_names
@@ -70,8 +70,7 @@ def _quantize(model: Any, items: list[Any], candidate: Candidate, kept: list[str
                 advanced_parameters=_advanced(nncf, candidate),
             )
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ArtifactError(f"NNCF cannot quantise this model ({candidate.name}): {first}") from error
+        raise ArtifactError(f"NNCF cannot quantise this model ({candidate.name}): {first_line(error)}") from error
 
 
 def _preset(nncf: Any, candidate: Candidate) -> Any:

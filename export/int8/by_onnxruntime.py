@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 import onnx
 
-from robx.errors import ArtifactError
+from robx.errors import ArtifactError, first_line
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.float_scope import kept_nodes
 from robx.export.int8.ranges import Ranges
@@ -38,7 +37,6 @@ def quantize(
     Raises:
         ArtifactError: the quantiser failed, or a node that is to stay in float is not there.
     """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType
     from onnxruntime.quantization.calibrate import TensorData, TensorsData
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
@@ -67,8 +65,9 @@ def quantize(
             quantiser.quantize_model()
             quantiser.model.topological_sort()
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ArtifactError(f"ONNX Runtime cannot quantise this model ({candidate.name}): {first}") from error
+        raise ArtifactError(
+            f"ONNX Runtime cannot quantise this model ({candidate.name}): {first_line(error)}"
+        ) from error
     quantised: onnx.ModelProto = quantiser.model.model
     check_model(quantised, where=f"ONNX Runtime's answer ({candidate.name})")
     return quantised

@@ -16,8 +16,7 @@ from robx.demo.demo_data import DemoData, prepare_demo_data
 from robx.errors import GateFailed, RobxError
 from robx.images.sources import open_source
 from robx.records import load_bundle
-from robx.store.cache import cache_folder
-from robx.store.files import read_json, sha256_bytes, write_json, write_text
+from robx.store.files import cache_folder, read_json, sha256_bytes, write_json, write_text
 from robx.store.folders import lock_folder
 
 TEACHER = "efficientnet_lite0"

@@ -6,15 +6,14 @@ import io
 import stat
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from robx.errors import CorruptImage, UnreadableImage
-
-if TYPE_CHECKING:
-    from robx.records import Preprocessing
+from robx.records import IMAGENET_MEAN as IMAGENET_MEAN
+from robx.records import IMAGENET_STD as IMAGENET_STD
+from robx.records import Preprocessing
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 # 178 megapixels is Pillow's own bomb limit: more than any camera makes, and half a gigabyte once decoded.

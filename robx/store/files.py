@@ -27,6 +27,15 @@ MAX_FILE_BYTES = 16 * 1024**3
 _SAMPLED_FILES, _SAMPLED_BYTES = 64, 64 * 1024  # of a folder, for its fingerprint
 
 
+def cache_folder() -> Path:
+    """Where robx keeps files it can fetch or compute again: ``$ROBX_CACHE``, or ``robx`` in the user's cache folder.
+
+    The user's cache folder is ``$XDG_CACHE_HOME``, or ``~/.cache``.
+    """
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "robx"
+    return Path(os.environ.get("ROBX_CACHE") or default)
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as file:

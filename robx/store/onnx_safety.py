@@ -13,7 +13,7 @@ from pathlib import Path
 
 import onnx
 
-from robx.errors import ArtifactError, InputError
+from robx.errors import ArtifactError, InputError, first_line
 
 MAX_MODEL_BYTES = 2**31 - 1  # protobuf's own limit
 MAX_NODES = 200_000
@@ -35,7 +35,7 @@ def load_checked(path: Path, *, full_check: bool = False) -> onnx.ModelProto:
     try:
         model = onnx.load_model_from_string(path.read_bytes())
     except Exception as error:
-        raise ArtifactError(f"{path} is not an ONNX file ({_first_line(error)}): export it again") from error
+        raise ArtifactError(f"{path} is not an ONNX file ({first_line(error)}): export it again") from error
     check_model(model, where=os.fspath(path), full_check=full_check)
     return model
 
@@ -62,7 +62,7 @@ def check_model(model: onnx.ModelProto, *, where: str, full_check: bool = False)
     try:
         onnx.checker.check_model(model, full_check=full_check)
     except Exception as error:
-        raise ArtifactError(f"{where} is not a valid ONNX model ({_first_line(error)}): export it again") from error
+        raise ArtifactError(f"{where} is not a valid ONNX model ({first_line(error)}): export it again") from error
 
 
 def walk_graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
@@ -118,7 +118,3 @@ def _attribute_tensors(attribute: onnx.AttributeProto) -> Iterator[onnx.TensorPr
     sparse = [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []
     for tensor in [*sparse, *attribute.sparse_tensors]:
         yield from (tensor.values, tensor.indices)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from robx.errors import DeviceError
+from robx.errors import DeviceError, first_line
 from robx.records import Value
 from robx.runtime.bench import latency, result_schema, telemetry
 
@@ -52,7 +52,7 @@ def read_result(path: Path, *, images: int) -> ProcessResult:
     except DeviceError:
         raise
     except Exception as error:  # zipfile, zlib and numpy raise whatever their parsers meet
-        what = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        what = first_line(error)[:120]
         raise DeviceError(f"the device sent a damaged result ({what}): run it again") from error
     if timed and (samples.dtype != np.int64 or samples.ndim != 1 or not len(samples) or samples.min() <= 0):
         raise DeviceError("the device sent samples that are no durations: run it again")

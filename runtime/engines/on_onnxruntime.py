@@ -7,7 +7,6 @@ when a model is opened. Every engine has this form: ``open_model(folder, manifes
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,6 @@ class OnnxRuntimeModel:
     """One session on one explicit provider, with explicit threads and every graph optimisation."""
 
     def __init__(self, folder: str, manifest: dict[str, Any], settings: dict[str, Any]) -> None:
-        # Importing the wheel otherwise writes a device id under the home folder, and may send events.
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         import onnxruntime as ort
 
         if (hint := settings.get("precision_hint") or "f32") != "f32":

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from robx.errors import ArtifactError, InputError
-from robx.store.files import read_json, require_space, sha256_file, write_bytes, write_json
+from robx.store.files import cache_folder, read_json, require_space, sha256_file, write_bytes, write_json
 
 
 def test_sha256_is_the_standard_one(tmp_path: Path) -> None:
@@ -108,3 +108,13 @@ def test_too_little_space_is_said_before_the_work(tmp_path: Path) -> None:
     require_space(tmp_path, 1)
     with pytest.raises(InputError, match="are needed: free some space"):
         require_space(tmp_path, 2**62)
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("ROBX_CACHE", str(tmp_path / "named"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    assert cache_folder() == tmp_path / "named"
+    monkeypatch.delenv("ROBX_CACHE")
+    assert cache_folder() == tmp_path / "user" / "robx"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "robx"

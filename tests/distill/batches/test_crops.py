@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from robx.distill.batches import crops
 from robx.distill.recipes import Recipe, override, preset
+from robx.images.decode import IMAGENET_MEAN, IMAGENET_STD
 
 RECIPE = override(preset("dino", "vit"), {"crop_size": 48, "local_crop_size": 32, "local_crops": 3})
 
@@ -223,7 +224,7 @@ def test_draws_are_uniform_and_far_places_do_not_overlap() -> None:
 def test_normalise_is_the_formula_and_channels_last() -> None:
     pixels = torch.randint(0, 256, (2, 3, 8, 8, 3), dtype=torch.uint8)
     found = crops.normalise(pixels, torch.device("cpu"))
-    mean, std = torch.tensor(crops.MEAN).view(3, 1, 1), torch.tensor(crops.STD).view(3, 1, 1)
+    mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
     expected = (pixels.permute(0, 1, 4, 2, 3).double() / 255 - mean) / std
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
     assert found.dtype == torch.float32

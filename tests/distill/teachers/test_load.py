@@ -19,8 +19,6 @@ from robx.distill.teachers.teacher import fold_normalisation
 from robx.distill.teachers.trunks import TimmTrunk, build_published_trunk, trunk_width
 from robx.distill.teachers.wide_resnet import WideResNet
 from robx.distill.teachers.zoo import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     ZOO,
     ZooEntry,
     find_teacher,
@@ -29,6 +27,7 @@ from robx.distill.teachers.zoo import (
     with_head,
 )
 from robx.errors import ArtifactError, InputError
+from robx.images.decode import IMAGENET_MEAN, IMAGENET_STD
 from robx.records import Preprocessing, TeacherInfo
 
 

@@ -12,7 +12,7 @@ import pytest
 _FAULTS = """
 import resource, sys
 import numpy as np
-from robx.allocator import keep_freed_memory
+from robx.distill.training.processes import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 np.ones(16 << 20, dtype=np.float32)
