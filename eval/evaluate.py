@@ -39,7 +39,7 @@ from robx.records import (
 )
 from robx.runtime.session import Session, SessionSettings, load_record, open_session
 from robx.stats import check_margin
-from robx.store.cache import cache_folder
+from robx.store.files import cache_folder
 
 
 @dataclass(frozen=True, kw_only=True)
