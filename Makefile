@@ -1,6 +1,6 @@
-# make demo   the whole way on real images: data, distil, evaluate, export, measure, report
+# make demo   the whole pipeline on real images: data, distil, export, evaluate, measure, report
 # make test   the tests
-# Both make .venv and install what they need; nothing else has to be done first.
+# Both create .venv and install what they need; no other step is required first.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -15,7 +15,7 @@ export ORT_DISABLE_TELEMETRY = 1
 demo: $(VENV)/.demo
 	$(VENV)/bin/robx demo $(DEMO_FLAGS)
 
-# One thread a process: two processes with two threads each would fight over two cores.
+# One thread per process: two processes with two threads each would oversubscribe two cores.
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
 
@@ -36,13 +36,13 @@ $(VENV)/bin/pip:
 	@test -n "$(PYTHON)" || { echo "robx needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 2; }
 	@$(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv, or make PYTHON=..."; exit 2; }
 
-# torch with CUDA takes 5 GB of the 6.5 that an environment has; pip, out of space, would say so after minutes.
+# The environment takes 6.5 GB, 5 of them for torch with CUDA; pip would run out of space only after minutes.
 ROOM_GB ?= 7
 define ROOM
 @free=$$(df -Pk $(VENV) | awk 'NR == 2 { print int($$4 / 1048576) }'); \
 ls -d $(VENV)/lib/python3*/site-packages/torch > /dev/null 2>&1 || test "$$free" -ge $(ROOM_GB) || { \
-  echo "robx's environment needs $(ROOM_GB) GB of disk and $$free are free under $(VENV):" \
-    "free some, or put it elsewhere with make VENV=/path, or make ROOM_GB=$$free to try"; exit 2; }
+  echo "robx needs $(ROOM_GB) GB of disk space, and $$free GB are free under $(VENV):" \
+    "free some, or choose another folder with make VENV=/path, or try anyway with make ROOM_GB=$$free"; exit 2; }
 endef
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/pip
@@ -55,7 +55,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
-# Each mobile converter pins packages that the others do not bear: an environment each.
+# The mobile converters pin conflicting packages: each has an environment of its own.
 MOBILE = executorch litert coreml ncnn
 test-mobile: $(MOBILE:%=.venv-%/.mobile)
 	for f in $(MOBILE); do \
@@ -67,7 +67,7 @@ test-mobile: $(MOBILE:%=.venv-%/.mobile)
 	  $$(grep -E '^torch(vision)?==' constraints.txt) -e '.[$*]' pytest pytest-timeout hypothesis
 	@touch $@
 
-# An arm64 device under qemu-user, made once (as root: debootstrap, qemu-user-static; 400 MB), behind an sshd.
+# An arm64 device under qemu-user behind an sshd, created once (as root: debootstrap, qemu-user-static; 400 MB).
 ARM64 ?= $(CURDIR)/.venv-arm64
 test-arm64: $(VENV)/.dev $(ARM64)/python
 	OMP_NUM_THREADS=1 ROBX_ARM64_ROOT=$(ARM64) $(VENV)/bin/python -m pytest -q tests/runtime/device/test_arm64.py
@@ -75,22 +75,22 @@ test-arm64: $(VENV)/.dev $(ARM64)/python
 $(ARM64)/python: | $(VENV)/.dev
 	$(VENV)/bin/python tests/runtime/device/arm64_device.py $(ARM64)
 
-# Hundreds of kills instead of the thirty that the tests do: make soak ROBX_SOAK=1000 ROBX_SEED=7
+# Hundreds of kills instead of the thirty in the tests: make soak ROBX_SOAK=1000 ROBX_SEED=7
 soak: $(VENV)/.dev
 	OMP_NUM_THREADS=1 ROBX_SOAK=$(or $(ROBX_SOAK),300) $(VENV)/bin/python -m pytest -q --timeout 14400 tests/faults/test_kill.py
 
-# What is installed, as CycloneDX; it asks nobody.
+# A software bill of materials of the environment, as CycloneDX; needs no network after its tools are installed.
 sbom: $(VENV)/.dev .venv-audit/.tools
 	.venv-audit/bin/cyclonedx-py environment --output-format JSON --output-file sbom.json $(VENV)/bin/python
 
-# What is known against it; it asks the package index's database of vulnerabilities. robx itself is not on the index.
+# Known vulnerabilities, from the package index's database. robx itself is not on the index.
 audit: $(VENV)/.dev .venv-audit/.tools
 	@$(VENV)/bin/pip --disable-pip-version-check freeze --exclude-editable > .venv-audit/installed.txt
 	@.venv-audit/bin/pip-audit --no-deps --disable-pip --progress-spinner off --format json \
 	  -r .venv-audit/installed.txt > .venv-audit/found.json 2> .venv-audit/said.txt; \
 	.venv-audit/bin/python -c "$$AUDIT" .venv-audit/found.json .venv-audit/said.txt
 
-# A package that the database does not know counts as not audited, and all of them as no audit.
+# Packages missing from the database count as not audited; if all are missing, there was no audit.
 define AUDIT
 import json, pathlib, sys
 found, said = (pathlib.Path(name).read_text() for name in sys.argv[1:])
@@ -100,8 +100,8 @@ except ValueError:
     packages = []
 known = [p for p in packages if "skip_reason" not in p]
 if not known:
-    why = (said.strip().splitlines() or ["it knows none of these packages"])[-1][:200]
-    sys.exit(f"audit: not done, no database of vulnerabilities can be asked from here ({why})")
+    why = (said.strip().splitlines() or ["it contains none of these packages"])[-1][:200]
+    sys.exit(f"audit: not done, no vulnerability database is available ({why})")
 for p in known:
     for v in p["vulns"]:
         print(p["name"], p["version"], v["id"], "fixed in", ", ".join(v["fix_versions"]) or "no version")
@@ -111,7 +111,7 @@ sys.exit(bad > 0)
 endef
 export AUDIT
 
-# Tools of their own, so that they change nothing of what they look at.
+# The audit tools have their own environment, so that they do not change the one they examine.
 .venv-audit/.tools:
 	$(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) cyclonedx-bom pip-audit

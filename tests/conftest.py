@@ -1,4 +1,4 @@
-"""What every test may use. Nothing here reaches the network."""
+"""Fixtures for all tests. Nothing here needs the network."""
 
 from __future__ import annotations
 

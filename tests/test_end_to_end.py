@@ -1,4 +1,4 @@
-"""The whole way once through the real commands: distil, evaluate, export, bench, run, report."""
+"""The whole pipeline through the real commands: distil, evaluate, export, bench, run, report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from robx.runtime.session import open_session
 @pytest.fixture(scope="module")
 def run(scene_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student distilled from a tiny teacher whose weights are a file."""
-    root = tmp_path_factory.mktemp("whole-way")
+    root = tmp_path_factory.mktemp("pipeline")
     torch.manual_seed(5)
     save_file(timm.create_model("test_resnet").state_dict(), root / "teacher.safetensors")
     recipe = root / "recipe.toml"
@@ -43,7 +43,7 @@ def _robx(*arguments: str) -> str:
     return result.stdout
 
 
-def test_the_whole_way(run: Path, scene_shards: Path) -> None:
+def test_the_whole_pipeline(run: Path, scene_shards: Path) -> None:
     data = ("--data", str(scene_shards))
     assert load_student(run).images_seen == 96
 
@@ -55,7 +55,7 @@ def test_the_whole_way(run: Path, scene_shards: Path) -> None:
     names = [str(b) for b in bundles]
     _robx("eval", str(run), *names, *data, "--knn", "--fidelity", "--no-cache")
     top1 = [_of(folder, Accuracy)[0].values["top1"].value for folder in (run, *bundles)]
-    assert max(top1) - min(top1) < 3  # one image of 48 may lie on a border
+    assert max(top1) - min(top1) < 3  # one image of 48 may lie on a decision boundary
     assert all(_of(b, Fidelity)[0].values["cosine_min"].value > 0.9999 for b in bundles)
 
     _robx("bench", *names, "--profile", "rapid", "--processes", "1", *data)
@@ -79,7 +79,7 @@ def test_the_whole_way(run: Path, scene_shards: Path) -> None:
     }
 
 
-def test_a_head_from_eval_is_what_an_export_carries(run: Path, scene_shards: Path, tmp_path: Path) -> None:
+def test_an_export_carries_the_head_that_eval_saved(run: Path, scene_shards: Path, tmp_path: Path) -> None:
     data, head, bundle = ("--data", str(scene_shards)), tmp_path / "head.safetensors", tmp_path / "onnx"
     said = _robx("eval", str(run), *data, "--save-head", str(head), "--no-cache", "--json")
     (record,) = [json.loads(line) for line in said.splitlines()]
@@ -92,7 +92,7 @@ def test_a_head_from_eval_is_what_an_export_carries(run: Path, scene_shards: Pat
         logits = session.run(pixels)
     assert names is not None and load_bundle(bundle).labels == names and logits.shape == (48, len(names))
     right = np.mean([source.label(i) == found for i, found in enumerate(logits.argmax(axis=1))])
-    assert 100 * right == pytest.approx(record["values"]["top1"]["value"], abs=2.1)  # one image may lie on a border
+    assert 100 * right == pytest.approx(record["values"]["top1"]["value"], abs=2.1)  # one image may lie on a decision boundary
     assert right > 1 / len(names)
 
 

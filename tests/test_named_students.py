@@ -1,4 +1,4 @@
-"""Each student that robx names, the whole way: distilled, exported, and its answers the same in both engines."""
+"""Each student that robx lists, end to end: distilled, exported, and with the same answers in both engines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ patch_drop = 0.0
 
 
 @pytest.mark.parametrize("name", STUDENTS)
-def test_a_named_student_goes_the_whole_way(name: str, scene_shards: Path, tmp_path: Path) -> None:
+def test_a_listed_student_works_end_to_end(name: str, scene_shards: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
     save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "teacher.safetensors")
     (tmp_path / "recipe.toml").write_text(RECIPE)

@@ -1,4 +1,4 @@
-"""A wheel built from the sdist holds every stage, installs, and runs from anywhere."""
+"""A wheel built from the sdist contains every stage, installs, and runs from any folder."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_constraints_cover_every_dependency_of_the_demo_and_the_tests() -> N
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("dist")
-    # No isolation: the build backend is already installed, and no registry is asked.
+    # No isolation: the build backend is installed already, and no package index is contacted.
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -66,7 +66,7 @@ def test_the_wheel_has_every_module_once(wheel: Path) -> None:
     assert not [n for n in names if n.startswith(("tests/", "distill/", "eval/", "benchmarks/"))]
 
 
-def test_the_sdist_has_no_link_and_no_part_of_the_tests(wheel: Path) -> None:
+def test_the_sdist_has_no_links_and_no_tests(wheel: Path) -> None:
     sdist = next(wheel.parent.glob("*.tar.gz"))
     with tarfile.open(sdist) as tar:
         members = tar.getmembers()

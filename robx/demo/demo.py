@@ -1,4 +1,4 @@
-"""`robx demo`: the whole way on real images, as the commands that a user would type, each shown before it runs."""
+"""`robx demo`: the whole pipeline on real images, as the commands a user would type, each printed before it runs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from robx.store.folders import lock_folder
 
 TEACHER = "efficientnet_lite0"
 STUDENT = "resnet10t"
-# What differs from the published recipe, whose 150 epochs in batches of 1024 are not for minutes on two cores: a rate
-# and a head that learn from the first hundred steps on, milder colours, and softer targets for few images.
+# What differs from the published recipe, whose 150 epochs with batches of 1024 do not fit into minutes on two cores: a
+# learning rate and a head that learn within the first hundred steps, milder colour jitter, and softer targets because
+# there are few images.
 RECIPE = """\
 optimizer = "adamw"
 batch_size = 32
@@ -35,60 +36,60 @@ prototypes = 256
 crop_size = 64
 local_crops = 0
 """
-# A drop below 1 point takes thousands of judged images to prove, more where several candidates are tried. The demo has
-# some 900, which can prove 4.
+# Proving a drop below 1 point takes thousands of test images, and more when several candidates are tried. The demo has
+# about 900, which can prove 4 points.
 GATE_POINTS = "4"
-BUNDLES = "BUNDLES"  # in a command: every bundle there is that this machine can run
+BUNDLES = "BUNDLES"  # in a command: every bundle of the run that this machine can run
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the demo, what it makes, and its share of the time on two cores, in seconds."""
+    """One command of the demo, the files it writes, and how long it takes on two cores, in seconds."""
 
     title: str
     command: tuple[str, ...]
     makes: tuple[Path, ...]
     seconds: float
-    optional: bool = False  # the demo goes on without it, and says so
+    optional: bool = False  # if it fails, the demo says so and continues
 
 
 @dataclass
 class Ledger:
-    """Which steps are done, so that a second run reuses them; written after each one."""
+    """The steps that are done, so that a second run can reuse them; written after each step."""
 
     path: Path
-    done: dict[str, str] = field(default_factory=dict)  # title -> hash of its command and of all before it
+    done: dict[str, str] = field(default_factory=dict)  # title -> hash of its command and of all commands before it
 
     @classmethod
     def open(cls, path: Path) -> Ledger:
-        """Read the ledger, or start one where there is none."""
+        """Read the ledger, or start an empty one."""
         found = read_json(path) if path.is_file() else {}
         return cls(path, found if isinstance(found, dict) else {})
 
     def has(self, step: Step, state: str) -> bool:
-        """Whether the step was done in this state and what it made is still there."""
+        """Whether the step was done in this state and its files still exist."""
         return self.done.get(step.title) == state and all(made.exists() for made in step.makes)
 
     def add(self, step: Step, state: str) -> None:
-        """Note the step as done."""
+        """Record the step as done."""
         self.done[step.title] = state
         write_json(self.path, self.done)
 
 
 @click.command()
 @click.option(
-    "--data", type=click.Path(path_type=Path), help="Labelled images with train/ and test/; default: fetched."
+    "--data", type=click.Path(path_type=Path), help="Labelled images in train/ and test/. [default: downloaded]"
 )
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Folder.")
-@click.option("--teacher", default=TEACHER, show_default=True, help="A name of `robx teachers`.")
-@click.option("--student", default=STUDENT, show_default=True, help="A name of `robx students`, or any timm model.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Output folder.")
+@click.option("--teacher", default=TEACHER, show_default=True, help="A name from `robx teachers`.")
+@click.option("--student", default=STUDENT, show_default=True, help="A name from `robx students`, or any timm model.")
 @click.option("--epochs", type=click.IntRange(1), default=2, show_default=True, help="Passes over the images.")
-@click.option("--fresh", is_flag=True, help="Start over instead of reusing what is there.")
+@click.option("--fresh", is_flag=True, help="Start over instead of reusing earlier results.")
 def demo(data: Path | None, out: Path, teacher: str, student: str, epochs: int, fresh: bool) -> None:
-    """Go the whole way on real images, in minutes on two cores.
+    """Run the whole pipeline on real images, in minutes on two cores.
 
-    Takes real images and a real pretrained teacher, distils a small student, evaluates it, exports it, measures each
-    export on this machine, and writes OUT/report.html. Interrupt it at any time: the same command goes on.
+    Distils a small student from a real pretrained teacher, exports and evaluates it, measures each export on this
+    machine and writes OUT/report.html. It can be interrupted at any time: the same command continues.
 
     \b
     robx demo
@@ -100,9 +101,9 @@ def demo(data: Path | None, out: Path, teacher: str, student: str, epochs: int, 
         steps = plan(images, out=out, teacher=teacher, student=student, epochs=epochs)
         _run_all(steps, images, out, fresh=fresh)
     say("")
-    say(f"{_minutes(time.monotonic() - started)} in all. {images.caveat}")
+    say(f"Total time: {_minutes(time.monotonic() - started)}. {images.caveat}")
     _show(out / "report.json")
-    print_line(f"The report: {out / 'report.html'} (and report.md, report.json beside it)")
+    print_line(f"Report: {out / 'report.html'} (with report.md and report.json beside it)")
 
 
 def plan(images: DemoData, *, out: Path, teacher: str, student: str, epochs: int) -> list[Step]:
@@ -125,7 +126,7 @@ def plan(images: DemoData, *, out: Path, teacher: str, student: str, epochs: int
         ),
         Step("Export to ONNX", (*export, "onnx"), makes=(run / "onnx-fp32",), seconds=15),
         Step("Export to OpenVINO", (*export, "openvino"), makes=(run / "openvino-fp32",), seconds=5),
-        Step("Export to OpenVINO in int8, behind the gate", (*export, "openvino", *gate), makes=(), seconds=20),
+        Step("Export to OpenVINO int8, checked by the gate", (*export, "openvino", *gate), makes=(), seconds=20),
         Step(
             "Build TensorRT engines",
             (*export, "trt", *engines),
@@ -134,13 +135,13 @@ def plan(images: DemoData, *, out: Path, teacher: str, student: str, epochs: int
             optional=True,
         ),
         Step(
-            "Evaluate what was trained and what is shipped",
+            "Evaluate the student and its exports",
             ("eval", str(run), BUNDLES, *data, "--knn", "--fidelity", *margin),
             makes=(run / "measurements.jsonl",),
             seconds=25,
         ),
         Step(
-            "Measure on this machine",
+            "Measure latency on this machine",
             ("bench", BUNDLES, *rapid, *data),
             makes=(),
             seconds=35,
@@ -155,22 +156,22 @@ def _images(data: Path | None) -> DemoData:
             return prepare_demo_data(cache_folder(), say=say, progress=progress)
     for split in ("train", "test"):
         if open_source(data, split=split).classes is None:
-            raise RobxError(f"{data} has no labels in its {split} split: the demo needs train/CLASS/ and test/CLASS/")
-    return DemoData(data, data.name, "yours", "Figures are of your images.")
+            raise RobxError(f"{data} has no labels in its {split} split: give images in train/CLASS/ and test/CLASS/")
+    return DemoData(data, data.name, "yours", "The figures are for your own images.")
 
 
 def _run_all(steps: list[Step], images: DemoData, out: Path, *, fresh: bool) -> None:
     ledger = Ledger.open(out / "demo.json")
     write_text(out / "recipe.toml", RECIPE)
     state = sha256_bytes((open_source(images.folder, split="train").fingerprint + RECIPE).encode())
-    spent = planned = 1.0  # seconds so far, and what they were meant to be: this machine's pace
+    spent = planned = 1.0  # seconds so far, measured and planned; their ratio is the speed of this machine
     for number, step in enumerate(steps, start=1):
         state = sha256_bytes((state + shlex.join(step.command)).encode())
         left = spent / planned * sum(s.seconds for s in steps[number - 1 :])
         say("")
         say(f"[{number}/{len(steps)}] {step.title}  (about {_minutes(left)} left)")
         if not fresh and ledger.has(step, state):
-            say("  done before, reused")
+            say("  already done, reused")
             continue
         began = time.monotonic()
         _run(step, run=out / "student", fresh=fresh)
@@ -191,11 +192,11 @@ def _run(step: Step, *, run: Path, fresh: bool) -> None:
     except RobxError as error:
         if not step.optional:
             raise
-        say(f"  left out: {error}")
+        say(f"  skipped: {error}")
 
 
 def _runnable_bundles(run: Path) -> list[Path]:
-    """The bundles below `run`, but engines for a GPU where there is none."""
+    """The bundles below `run`, without TensorRT engines if there is no GPU."""
     import torch
 
     folders = [manifest.parent for manifest in sorted(run.glob("*/manifest.json"))]
@@ -203,7 +204,7 @@ def _runnable_bundles(run: Path) -> list[Path]:
 
 
 def _call(arguments: list[str]) -> Any:
-    """Run a robx command in this process, as its own command line would."""
+    """Run a robx command in this process, as the command line would."""
     command = main.get_command(click.Context(main), arguments[0])
     if command is None:
         raise RobxError(f"no command {arguments[0]!r}: known are {', '.join(COMMANDS)}")
@@ -211,9 +212,9 @@ def _call(arguments: list[str]) -> Any:
 
 
 def _show(path: Path) -> None:
-    """The report's table: what each model weighs, knows and takes."""
+    """Print size, accuracy and latency of every model in the report."""
     page = read_json(path)
-    headings = ("model", "MB", "kNN %", "drop against fp32, points", "p50 ms", "p90 at most", "latency is")
+    headings = ("model", "MB", "kNN %", "drop against fp32, points", "p50 ms", "p90 bound", "validity")
     rows = []
     for row in page["rows"]:
         latency = row["latency"] or {}
@@ -225,7 +226,7 @@ def _show(path: Path) -> None:
                 f"{_figure(row['drop'], '.2f')} {row['judged'] or ''}",
                 _figure(latency.get("p50"), ".2f"),
                 _figure(latency.get("p90"), ".2f", bound="high"),
-                row["validity"] or "not measured here",
+                row["validity"] or "not measured",
             )
         )
     print_table(headings, rows, title=page["title"], right=(1, 2, 3, 4, 5))

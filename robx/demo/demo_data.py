@@ -1,7 +1,7 @@
-"""The demo's images: Debian's clip art, else CIFAR-10, else rendered scenes; prepared once into a cache of tar shards.
+"""The demo's images: Debian's clip art, or CIFAR-10, or rendered scenes; prepared once as tar shards in the cache.
 
-The shards are read by the same code as a user's data. Clip art is noisy (near-duplicates, blanks, "image not found"
-pictures, up to 600 megapixels): it is cleaned, deduplicated, resized once and split here, the same on any machine.
+The shards are read by the same code as a user's data. The clip art is noisy (near-duplicates, blank images, "image not
+found" pictures, up to 600 megapixels): it is cleaned, deduplicated, resized and split here, identically on every machine.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from robx.store.files import require_space, sha256_bytes, write_json, write_text
 from robx.store.folders import lock_folder, new_folder
 
 CLIP_ART_PACKAGE = "openclipart-png"
-# The folders whose pictures have a meaning that a picture shows; the others are distilled from, but not judged on.
+# The folders whose names describe what their pictures show; the others serve for distillation, not for evaluation.
 CLIP_ART_CLASSES = (
     "animals", "buildings", "computer", "food", "geography", "office",
     "people", "plants", "recreation", "signs_and_symbols", "tools", "transportation",
 )  # fmt: skip
-SIDE = 128  # pixels; every picture is fitted whole into a white square of this side
-_CLASS_CAP = 400  # judged pictures of one class, so that no class dominates
+SIDE = 128  # pixels; every picture is fitted into a white square of this side
+_CLASS_CAP = 400  # labelled pictures per class, so that no class dominates
 _TEST_SHARE = 0.3
-_BLANK_STD = 3.0  # of 255: less contrast than this shows nothing
+_BLANK_STD = 3.0  # of 255; a picture with less contrast is blank
 _PNGS_PER_SHARD = 2048
 
 
 @dataclass(frozen=True)
 class DemoData:
-    """A prepared folder of shards and what has to be said about it wherever a figure from it is shown."""
+    """A prepared folder of shards, and the caveat to print beside every figure that comes from it."""
 
     folder: Path
     name: str
@@ -54,9 +54,9 @@ class DemoData:
 
 
 def prepare_demo_data(cache: Path, *, say: Callable[[str], None], progress: Progress) -> DemoData:
-    """The best images that this machine can get, prepared under `cache`; reused when they are there already.
+    """Prepare the best images that this machine can get under `cache`, or reuse them.
 
-    Falls back from clip art to CIFAR-10 to rendered scenes, and says through `say` what was tried and why it failed.
+    Falls back from clip art to CIFAR-10 to rendered scenes, and reports through `say` what failed and why.
     """
     clip_art = DemoData(
         cache / "demo" / "clip-art-1", "clip art", "public domain",
@@ -84,12 +84,12 @@ def prepare_demo_data(cache: Path, *, say: Callable[[str], None], progress: Prog
                 make(data.folder, progress)
                 return _with_licence(data)
             except (OSError, RobxError, RuntimeError, subprocess.SubprocessError) as error:
-                say(f"{data.name}: not to be had here ({one_line(str(error))[:160]}); trying the next")
-    raise RobxError("no images could be prepared for the demo: give a folder of images with --data")
+                say(f"{data.name}: not available on this machine ({one_line(str(error))[:160]}); trying the next source")
+    raise RobxError("no images could be prepared for the demo: give labelled images with --data")
 
 
 def _with_licence(data: DemoData) -> DemoData:
-    """Write the licence beside the shards, those of an earlier robx too; the images stay as they are."""
+    """Write the licence beside the shards, also for shards of an earlier version; the images are not touched."""
     path = data.folder / LICENCE_FILE
     if not path.is_file():
         write_text(path, f"{data.licence}\n")
@@ -98,7 +98,7 @@ def _with_licence(data: DemoData) -> DemoData:
 
 def _make_clip_art(folder: Path, progress: Progress) -> None:
     with tempfile.TemporaryDirectory(prefix="robx-clip-art-") as scratch:
-        progress(0, 1, "fetching clip art (131 MB)")
+        progress(0, 1, "downloading clip art (131 MB)")
         unpacked = _unpack_debian(CLIP_ART_PACKAGE, Path(scratch))
         root = next(unpacked.rglob("openclipart/png"), None)
         if root is None:
@@ -109,10 +109,10 @@ def _make_clip_art(folder: Path, progress: Progress) -> None:
 def _unpack_debian(package: str, scratch: Path) -> Path:
     """Download a Debian package with apt, without root, and unpack it."""
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
-        raise RobxError("this is no Debian or Ubuntu: apt-get and dpkg-deb are missing")
+        raise RobxError("this is not Debian or Ubuntu: apt-get and dpkg-deb are missing")
     if os.geteuid() == 0 and not _apt(["apt-cache", "show", package], scratch):
         _apt(["apt-get", "update"], scratch)
-    # As root, apt would drop to its own user for the download, which may not write here.
+    # As root, apt would switch to its own user for the download, and that user may not write here.
     if not _apt(["apt-get", "-o", "APT::Sandbox::User=root", "download", package], scratch):
         raise RobxError(f"apt-get download {package} failed")
     archive = next(scratch.glob(f"{package}_*.deb"))
@@ -135,8 +135,8 @@ class _Picture:
 def pack_pictures(root: Path, folder: Path, *, classes: Sequence[str], progress: Progress) -> None:
     """Clean, deduplicate, resize and split the PNG pictures below `root` into train and test shards in `folder`.
 
-    The first-level folder is the label where `classes` has it; all other pictures join the training shards unlabelled.
-    The result depends on the pictures alone.
+    The first-level folder is the label if `classes` contains it; all other pictures become unlabelled training images.
+    The result depends on nothing but the pictures.
     """
     paths = sorted(root.rglob("*.png"))
     pictures: list[_Picture] = []
@@ -156,18 +156,18 @@ def pack_pictures(root: Path, folder: Path, *, classes: Sequence[str], progress:
 
 
 def _shrink(path: str, root: str) -> _Picture | None:
-    """One picture fitted into the square, or None when it is damaged, huge or blank."""
+    """One picture fitted into the square, or None if it is damaged, huge or blank."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image: Image.Image = Image.open(path)
             if image.width * image.height > MAX_PIXELS / 4:
                 return None
-            # Shrunk before it is laid on white: ten times fewer pixels to blend.
+            # Shrink before blending with white: ten times fewer pixels to blend.
             image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC, reducing_gap=3.0)
             image = ImageOps.contain(to_rgb(image), (SIDE, SIDE), Image.Resampling.BICUBIC)
             image.load()
-    except Exception:  # whatever a damaged picture makes Pillow raise, it is one to leave out
+    except Exception:  # Pillow's decoders raise anything on a damaged picture, which is left out
         return None
     square = Image.new("RGB", (SIDE, SIDE), "white")
     square.paste(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
@@ -186,7 +186,7 @@ def _shrink(path: str, root: str) -> _Picture | None:
 
 
 def _without_duplicates(pictures: Sequence[_Picture]) -> list[_Picture]:
-    """The first of each set of look-alikes; a look that stands in many folders ("image not found") goes whole."""
+    """Keep the first of each set of near-duplicates, and none that occurs in many folders ("image not found")."""
     folders = collections.defaultdict(set)
     for picture in pictures:
         folders[picture.near].add(picture.path.split("/", 1)[0])
@@ -201,7 +201,7 @@ Labelled = tuple[_Picture, int | None]
 
 
 def split_pictures(pictures: Sequence[_Picture], classes: Sequence[str]) -> tuple[list[Labelled], list[Labelled]]:
-    """Train and test: of each class at most the cap is judged, ordered by hash; the rest joins train unlabelled."""
+    """Train and test pictures: each class is capped, in the order of the hash; the rest is unlabelled training data."""
     train: list[Labelled] = []
     test: list[Labelled] = []
     taken: collections.Counter[int] = collections.Counter()
@@ -212,7 +212,7 @@ def split_pictures(pictures: Sequence[_Picture], classes: Sequence[str]) -> tupl
             train.append((picture, None))
             continue
         taken[label] += 1
-        # The order comes from the hash's first digits, so the split takes its last ones.
+        # The order uses the first digits of the hash, so the split uses the last ones.
         in_test = int(picture.exact[-8:], 16) / 2**32 < _TEST_SHARE
         (test if in_test else train).append((picture, label))
     return train, test
@@ -224,7 +224,7 @@ def _samples(labelled: Sequence[Labelled]) -> Iterator[tuple[str, bytes, int | N
 
 
 def _make_cifar(folder: Path, progress: Progress) -> None:
-    progress(0, 1, "fetching CIFAR-10 (170 MB)")
+    progress(0, 1, "downloading CIFAR-10 (170 MB)")
     from torchvision.datasets import CIFAR10
 
     with tempfile.TemporaryDirectory(prefix="robx-cifar-") as scratch:

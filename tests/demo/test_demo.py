@@ -1,4 +1,4 @@
-"""The demo types the commands that a user would, reuses what is done, and goes on after an interruption."""
+"""The demo runs the commands a user would type, reuses finished steps, and continues after an interruption."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from robx.errors import GateFailed, InputError
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands that the demo runs; each makes what it promises."""
+    """The commands that the demo runs; each writes the files it promises."""
     made: list[list[str]] = []
 
     def call(arguments: list[str]) -> None:
@@ -43,14 +43,14 @@ def _demo(scene_shards: Path, *more: str) -> str:
     return result.output
 
 
-def test_every_command_of_the_plan_is_one_that_robx_takes(scene_shards: Path) -> None:
+def test_every_command_of_the_plan_is_valid(scene_shards: Path) -> None:
     for step in module.plan(_images(scene_shards), out=Path("run"), teacher="t", student="s", epochs=3):
         command = main.get_command(click.Context(main), step.command[0])
         assert command is not None
         command.make_context("robx", list(step.command[1:]))  # raises on an option that does not exist
 
 
-def test_a_second_run_reuses_and_a_changed_one_does_not(
+def test_a_second_run_reuses_the_steps_and_a_changed_one_does_not(
     calls: list[list[str]], scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -58,12 +58,12 @@ def test_a_second_run_reuses_and_a_changed_one_does_not(
     assert [c[0] for c in calls] == ["distill", "export", "export", "export", "export", "eval", "bench", "report"]
     assert "$ robx distill --teacher" in first and "[8/8]" in first
     calls.clear()
-    assert _demo(scene_shards).count("done before, reused") == 8 and not calls
+    assert _demo(scene_shards).count("already done, reused") == 8 and not calls
     _demo(scene_shards, "--epochs", "4")
     assert len(calls) == 8
 
 
-def test_an_interrupted_demo_goes_on_where_it_was(
+def test_an_interrupted_demo_continues_where_it_stopped(
     calls: list[list[str]], scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -83,7 +83,7 @@ def test_an_interrupted_demo_goes_on_where_it_was(
     assert calls[0][:1] == ["export"] and len(calls) == 7
 
 
-def test_what_the_gate_refuses_and_what_is_not_installed_do_not_end_it(
+def test_a_refused_export_and_a_missing_package_do_not_end_it(
     calls: list[list[str]], scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -98,7 +98,7 @@ def test_what_the_gate_refuses_and_what_is_not_installed_do_not_end_it(
 
     monkeypatch.setattr(module, "_call", picky)
     output = _demo(scene_shards)
-    assert "no int8 candidate passed" in output and "left out: tensorrt_rtx is missing" in output
+    assert "no int8 candidate passed" in output and "skipped: tensorrt_rtx is missing" in output
 
 
 def test_images_without_labels_are_refused_at_once(tmp_path: Path, scenes: Path) -> None:

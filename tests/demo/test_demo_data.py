@@ -1,4 +1,4 @@
-"""The demo's pictures: cleaned, deduplicated, split the same way everywhere; and the fall-back when none can be had."""
+"""The demo's pictures: cleaned, deduplicated, split identically everywhere; and the fallback if none are available."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def art(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pictures_are_cleaned_and_split(art: Path, tmp_path: Path) -> None:
     pack_pictures(art, tmp_path / "packed", classes=("animals", "food"), progress=_quiet)
     train, test = (open_source(tmp_path / "packed", split=s) for s in ("train", "test"))
-    assert len(train) + len(test) == 110  # less the copy, the blank, the cut one and the picture that stands everywhere
+    assert len(train) + len(test) == 110  # without the copy, the blank, the truncated one and the one in every folder
     assert train.classes == ("animals", "food")
     labels = labels_of(train)
-    assert (labels == -1).sum() == 40  # logos: distilled from, never judged
+    assert (labels == -1).sum() == 40  # logos: training images only
     assert set(labels_of(test)) <= {0, 1}
     assert 10 <= len(test) <= 32
     assert not {train.key(i) for i in range(len(train))} & {test.key(i) for i in range(len(test))}
@@ -64,7 +64,7 @@ def test_packing_twice_gives_the_same_shards(art: Path, tmp_path: Path) -> None:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_without_any_source_scenes_are_rendered_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_any_source_scenes_are_rendered_with_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr("torchvision.datasets.CIFAR10.__init__", _no_network)
     monkeypatch.setattr(demo_data, "write_scenes", _few_scenes)
@@ -77,7 +77,7 @@ def test_without_any_source_scenes_are_rendered_and_it_is_said(tmp_path: Path, m
     assert data_info(open_source(data.folder, split="train")).licence == "made by robx"
 
 
-def test_shards_of_an_earlier_robx_get_their_licence_and_stay_as_they_are(tmp_path: Path) -> None:
+def test_shards_of_an_earlier_version_get_a_licence_file_and_are_not_touched(tmp_path: Path) -> None:
     folder = tmp_path / "demo" / "clip-art-1"
     _write_scenes(folder, train=4, test=2, size=32)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -86,7 +86,7 @@ def test_shards_of_an_earlier_robx_get_their_licence_and_stay_as_they_are(tmp_pa
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before | {"licence.txt": b"public domain\n"}
 
 
-def test_a_failed_download_falls_through_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_falls_back_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(command: list[str], **options: object) -> subprocess.CompletedProcess[bytes]:
         return subprocess.CompletedProcess(command, 100)
 
