@@ -92,7 +92,9 @@ def test_an_export_carries_the_head_that_eval_saved(run: Path, scene_shards: Pat
         logits = session.run(pixels)
     assert names is not None and load_bundle(bundle).labels == names and logits.shape == (48, len(names))
     right = np.mean([source.label(i) == found for i, found in enumerate(logits.argmax(axis=1))])
-    assert 100 * right == pytest.approx(record["values"]["top1"]["value"], abs=2.1)  # one image may lie on a decision boundary
+    assert 100 * right == pytest.approx(
+        record["values"]["top1"]["value"], abs=2.1
+    )  # one may lie on a decision boundary
     assert right > 1 / len(names)
 
 

@@ -80,7 +80,9 @@ class Ledger:
 @click.option(
     "--data", type=click.Path(path_type=Path), help="Labelled images in train/ and test/. [default: downloaded]"
 )
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Output folder.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Output folder."
+)
 @click.option("--teacher", default=TEACHER, show_default=True, help="A name from `robx teachers`.")
 @click.option("--student", default=STUDENT, show_default=True, help="A name from `robx students`, or any timm model.")
 @click.option("--epochs", type=click.IntRange(1), default=2, show_default=True, help="Passes over the images.")

@@ -1,7 +1,7 @@
 """The demo's images: Debian's clip art, or CIFAR-10, or rendered scenes; prepared once as tar shards in the cache.
 
 The shards are read by the same code as a user's data. The clip art is noisy (near-duplicates, blank images, "image not
-found" pictures, up to 600 megapixels): it is cleaned, deduplicated, resized and split here, identically on every machine.
+found" pictures, up to 600 megapixels): it is cleaned, deduplicated, resized and split identically on every machine.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def prepare_demo_data(cache: Path, *, say: Callable[[str], None], progress: Prog
                 make(data.folder, progress)
                 return _with_licence(data)
             except (OSError, RobxError, RuntimeError, subprocess.SubprocessError) as error:
-                say(f"{data.name}: not available on this machine ({one_line(str(error))[:160]}); trying the next source")
+                say(f"{data.name}: not available on this machine ({one_line(str(error))[:160]}); trying the next")
     raise RobxError("no images could be prepared for the demo: give labelled images with --data")
 
 
