@@ -23,7 +23,7 @@ from robx.records import load_bundle
 from robx.runtime.bench import runner_zip
 from robx.runtime.bench.bench import bench
 from robx.runtime.bench.latency import summarise
-from robx.runtime.bench.profiles import PROFILES, BenchOptions, Profile
+from robx.runtime.bench.profiles import PROFILES, BenchSettings, Profile
 from robx.runtime.device import runner, timing
 from robx.runtime.session import SessionSettings, open_session
 
@@ -58,7 +58,7 @@ def by_robx(folder: Path, _: Path, threads: int, seconds: float) -> Figures:
         max_seconds=20 * seconds,
         publishable=False,
     )
-    (record,) = bench([folder], BenchOptions(profile="trusted", settings=SessionSettings(threads=threads)))
+    (record,) = bench(BenchSettings(bundles=[folder], profile="trusted", session=SessionSettings(threads=threads)))
     return {"p50": record.values["p50"].value, "p90": record.values["p90"].value}
 
 

@@ -8,127 +8,114 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 
 from robx.console import print_line, print_table, progress_bar, say
 from robx.errors import GateFailed, InputError
-from robx.images.sources import open_source
 from robx.records import Bundle, Latency, Value, to_json
 from robx.runtime.bench.ab import Comparison, compare
 from robx.runtime.bench.bench import bench as run_bench
-from robx.runtime.bench.profiles import PROFILES, BenchOptions
+from robx.runtime.bench.profiles import PROFILES, BenchSettings
 from robx.runtime.doctor import examine
 from robx.runtime.infer import find_images, infer, top_labels
 from robx.runtime.session import SessionSettings, open_session
 from robx.store.files import write_atomically
 
-_BUNDLE = click.Path(path_type=Path)
+_PATH = click.Path(path_type=Path)
+_DEVICE_HELP = "Device: local, ssh://[user@]host[:port] or adb://serial."
+_PYTHON_HELP = "Python command on the device.  [default: python3]"
+_PROVIDER_HELP = "Hardware backend of the engine: cpu, cuda, gpu, npu, ...; never falls back to another."
 
 
 @click.command()
-@click.argument("bundles", nargs=-1, required=True, type=_BUNDLE)
-@click.option("--device", default="local", show_default=True, help="local, ssh://[user@]host[:port] or adb://serial.")
+@click.argument("bundles", nargs=-1, required=True, type=_PATH)
+@click.option("--device", default="local", show_default=True, help=_DEVICE_HELP)
 @click.option(
     "--profile",
     type=click.Choice(list(PROFILES)),
     default="quick",
     show_default=True,
-    help="How long; mlperf, ten minutes, also tells what heat does.",
+    help="Length of the run; mlperf (10 minutes) also shows thermal throttling.",
 )
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of one inference.")
-@click.option("--affinity", help="Cores that the model may use, as 0,1 or 4-7.")
-@click.option("--processes", type=click.IntRange(1), help="Fresh processes of each bundle; the profile's otherwise.")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="More than 1: offline throughput.")
-@click.option("--provider", help="The engine's device: cpu, cuda, gpu, npu, ...; never falls back.")
-@click.option("--precision-hint", type=click.Choice(["f32", "f16", "bf16"]), default="f32", show_default=True)
-@click.option("--data", type=_BUNDLE, help="Images to run; rendered scenes otherwise.")
-@click.option("--python", "device_python", help="The device's Python command; python3 otherwise.")
-@click.option("--emulated", is_flag=True, help="The processor is emulated: check the answers, refuse the times.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the processes.")
-@click.option("--ab", is_flag=True, help="Ratio of each bundle to the first, in alternating blocks, on this machine.")
-@click.option("--json", "as_json", is_flag=True, help="The records as JSON lines.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads per inference.")
+@click.option("--affinity", help="CPU cores that the model may use, e.g. 0,1 or 4-7.")
+@click.option("--processes", type=click.IntRange(1), help="Fresh processes per bundle.  [default: the profile's]")
+@click.option(
+    "--batch", type=click.IntRange(1), default=1, show_default=True, help="Batch size; above 1, offline throughput."
+)
+@click.option("--provider", help=_PROVIDER_HELP)
+@click.option(
+    "--precision-hint",
+    type=click.Choice(["f32", "f16", "bf16"]),
+    default="f32",
+    show_default=True,
+    help="Floating-point type to compute in, where the engine has a choice.",
+)
+@click.option("--data", type=_PATH, help="Images to run.  [default: rendered scenes]")
+@click.option("--python", help=_PYTHON_HELP)
+@click.option("--emulated", is_flag=True, help="The processor is emulated: check the outputs, do not time them.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed for the order of the processes.")
+@click.option("--ab", is_flag=True, help="Compare each bundle with the first in alternating blocks on this machine.")
+@click.option("--json", "as_json", is_flag=True, help="Print the records as JSON lines.")
 def bench(
-    bundles: tuple[Path, ...],
-    device: str,
-    profile: str,
+    *,
     threads: int,
-    affinity: str | None,
-    processes: int | None,
-    batch: int,
     provider: str | None,
-    precision_hint: str,
-    data: Path | None,
-    device_python: str | None,
-    emulated: bool,
-    seed: int,
+    precision_hint: Any,
+    affinity: str | None,
     ab: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
-    """Measure bundles on a device: latency, memory, and that their answers are right.
+    """Measure latency and memory of bundles on a device, and verify their outputs.
 
     \b
     robx bench runs/r18/openvino-int8 runs/r18/onnx-fp32 --profile rapid
     robx bench runs/r18/onnx-int8 --device ssh://pi@raspberrypi --profile standard
     robx bench runs/r18/onnx-fp32 runs/r18/onnx-int8 --ab
 
-    Each record is appended to the bundle's measurements.jsonl, the raw samples beside it; of --ab the samples are kept
-    alone. Figures of a run that is not VALID are marked; exit status 3 says that one was INVALID: the answers were
-    wrong, or it was too short, or it fell back to the CPU.
+    Each record is appended to the bundle's measurements.jsonl, with the raw samples in a file beside it; --ab saves the
+    samples only. Results that are not VALID are marked. Exit status 3 means that one is INVALID: wrong outputs, a run
+    that was too short, or a fallback to the CPU.
     """
-    settings = SessionSettings(threads=threads, provider=provider, precision_hint=precision_hint)  # type: ignore[arg-type]
-    source = open_source(data) if data is not None else None
+    session = SessionSettings(threads=threads, provider=provider, precision_hint=precision_hint)
+    settings = BenchSettings(session=session, affinity=_cores(affinity), **options)
     if ab:
-        _refuse_with_ab(
-            device=device != "local",
-            affinity=affinity,
-            processes=processes,
-            batch=batch > 1,
-            python=device_python,
-            emulated=emulated,
-        )
-        found = compare(bundles, settings, seconds=PROFILES[profile].seconds, source=source, seed=seed)
+        found = compare(settings)
         _print_comparisons(found, as_json=as_json)
         _refuse_invalid(found)
         return
-    options = BenchOptions(
-        device=device,
-        profile=profile,
-        settings=settings,
-        processes=processes,
-        affinity=_cores(affinity),
-        batch=batch,
-        python=device_python,
-        emulated=emulated,
-        seed=seed,
-    )
     with _ended_by_signals(), progress_bar(quiet=as_json) as progress:
-        records = run_bench(bundles, options, source=source, progress=progress)
+        records = run_bench(settings, progress=progress)
     if as_json:
         for record in records:
             click.echo(json.dumps(to_json(record)))
     else:
-        _print_records(bundles, records)
+        _print_records(settings.labels, records)
     _refuse_invalid(records)
 
 
 @click.command()
-@click.argument("bundle", type=_BUNDLE)
-@click.argument("images", nargs=-1, required=True, type=_BUNDLE)
-@click.option("--out", type=_BUNDLE, help="Write the answers to this .npz instead of printing them.")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--provider", help="The engine's device: cpu, cuda, gpu, npu, ...")
-@click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Labels of an image, with a head.")
+@click.argument("bundle", type=_PATH)
+@click.argument("images", nargs=-1, required=True, type=_PATH)
+@click.option("--out", type=_PATH, help="Write the embeddings to this .npz file instead of printing them.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads per inference.")
+@click.option("--provider", help=_PROVIDER_HELP)
+@click.option(
+    "--top", type=click.IntRange(1), default=5, show_default=True, help="Labels per image, if the bundle has a head."
+)
 def run(bundle: Path, images: tuple[Path, ...], out: Path | None, threads: int, provider: str | None, top: int) -> None:
-    """Embed images with a bundle or a student, or label them when the bundle has a head.
+    """Embed images with a bundle or a student, or label them if the bundle has a classification head.
 
     \b
     robx run runs/r18/onnx-int8 cat.jpg dog.png
     robx run runs/r18/onnx-int8 photos/ --out photos.npz
 
-    One JSON line an image, or with --out an .npz of keys (N,) and embeddings (N, D). Images that cannot be decoded are
-    named on standard error and skipped.
+    Prints one JSON line per image; --out writes an .npz with keys (N,) and embeddings (N, D) instead. Images that
+    cannot be decoded are skipped and listed on standard error.
     """
     with open_session(bundle, SessionSettings(threads=threads, provider=provider), labels=out is None) as session:
         labels = session.bundle.labels if isinstance(session.bundle, Bundle) else None
@@ -145,51 +132,51 @@ def run(bundle: Path, images: tuple[Path, ...], out: Path | None, threads: int, 
 
 
 @click.command()
-@click.option("--device", default="local", show_default=True, help="local, ssh://[user@]host[:port] or adb://serial.")
-@click.option("--python", "device_python", help="The device's Python command; python3 otherwise.")
+@click.option("--device", default="local", show_default=True, help=_DEVICE_HELP)
+@click.option("--python", help=_PYTHON_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(device: str, device_python: str | None, as_json: bool) -> None:
-    """Say what this machine, or a device, can do, what it lacks, and the line that installs it.
+def doctor(device: str, python: str | None, as_json: bool) -> None:
+    """Show what this machine or a device can run, what is missing, and how to install it.
 
     \b
     robx doctor
     robx doctor --device ssh://pi@raspberrypi
     """
     with _ended_by_signals():
-        facts, findings = examine(device, python=device_python)
+        facts, findings = examine(device, python=python)
     if as_json:
         click.echo(json.dumps({"facts": facts, "findings": [asdict(finding) for finding in findings]}, indent=2))
         return
     cpu = facts["cpu"]
     memory = f"{facts['memory_bytes'] / 1e9:.1f} GB" if facts["memory_bytes"] else "memory unknown"
     click.echo(f"{facts['board'] or facts['host']}: {facts['os']}, {facts['arch']}, Python {facts['python']}")
-    click.echo(f"{cpu['model'] or 'processor unknown'}, {cpu['usable_cores']} cores, {memory}")
-    lacking = facts["watched"]["energy"]
-    energy = facts["energy_counter"] or (f"not measured, {lacking}" if lacking else "power rails")
-    click.echo(f"accelerator: {facts['accelerator'] or 'none seen'}; energy: {energy}")
+    click.echo(f"{cpu['model'] or 'unknown processor'}, {cpu['usable_cores']} cores, {memory}")
+    missing = facts["watched"]["energy"]
+    energy = facts["energy_counter"] or (f"not measured, {missing}" if missing else "power rails")
+    click.echo(f"accelerator: {facts['accelerator'] or 'none found'}; energy: {energy}")
     click.echo(_watched(facts["watched"]))
     if facts["emulated"]:
-        click.echo(f"emulated ({facts['emulated']}): answers count here, times do not")
+        click.echo(f"emulated ({facts['emulated']}): outputs can be verified, latency cannot be measured")
     rows = [(f.purpose, f.name, f.version or f"missing: {f.remedy}") for f in findings]
-    print_table(("for", "what", "state"), rows)
+    print_table(("purpose", "package or tool", "state"), rows)
 
 
 def _watched(told: Mapping[str, bool]) -> str:
-    """What of a machine's moods a bench will see, and what it will not."""
+    """Which background conditions that affect the measurement are monitored on the device, and which are not."""
     names = ("clocks", "temperatures", "throttling", "load")
     unseen = [name for name in names if not told[name]]
-    seen = f"watched during a bench: {', '.join(name for name in names if told[name]) or 'nothing'}"
-    return seen + (f"; not told here: {', '.join(unseen)}" if unseen else "")
+    seen = f"monitored during a bench: {', '.join(name for name in names if told[name]) or 'nothing'}"
+    return seen + (f"; not readable on this machine: {', '.join(unseen)}" if unseen else "")
 
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a command as Ctrl-C does: by way of its clean-up, so that nothing stays on the device."""
+    """End the command on SIGTERM and SIGHUP as on Ctrl-C: with its clean-up, so that nothing stays on the device."""
     numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
 
     def end(number: int, _: object) -> None:
         for other in numbers:
-            signal.signal(other, signal.SIG_IGN)  # a second one must not end the clean-up
+            signal.signal(other, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
         raise SystemExit(128 + number)
 
     for number in numbers:
@@ -202,15 +189,12 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _refuse_invalid(found: Sequence[Latency | Comparison]) -> None:
-    """Exit status 3 where one is INVALID; but that a processor is emulated is what was expected of it."""
+    """Exit with status 3 if one is INVALID for a reason other than an emulated processor."""
     codes = [reason.split(":")[0] for one in found if one.verdict == "INVALID" for reason in one.reasons]
     if set(codes) - {"emulated"}:
-        raise GateFailed(f"not every measurement is valid ({', '.join(dict.fromkeys(codes))}): they are written")
-
-
-def _refuse_with_ab(**given: object) -> None:
-    if names := [f"--{name}" for name, value in given.items() if value]:
-        raise InputError(f"--ab alternates within one process of this machine: leave out {', '.join(names)}")
+        raise GateFailed(
+            f"some measurements are INVALID ({', '.join(dict.fromkeys(codes))}): measure again"
+        )
 
 
 def _print_comparisons(found: Sequence[Comparison], *, as_json: bool) -> None:
@@ -225,21 +209,21 @@ def _print_comparisons(found: Sequence[Comparison], *, as_json: bool) -> None:
             print_line(reason)
 
 
-def _print_records(folders: Sequence[Path], records: Sequence[Latency]) -> None:
+def _print_records(labels: Sequence[str], records: Sequence[Latency]) -> None:
     figures = ("p50 ms", "95 %", "p90 ms", "p90 bound", "drift %", "first ms", "peak MB", "cosine")
-    rows = [(folder.name, *_record_row(record)) for folder, record in zip(folders, records, strict=True)]
+    rows = [(label, *_record_row(record)) for label, record in zip(labels, records, strict=True)]
     invalid = [number for number, record in enumerate(records) if record.verdict != "VALID"]
     print_table(("bundle", "verdict", *figures), rows, right=range(2, 10), dim=invalid)
-    for folder, record in zip(folders, records, strict=True):
+    for label, record in zip(labels, records, strict=True):
         for reason in record.reasons:
-            print_line(f"{folder.name}: {record.verdict}, {reason}")
+            print_line(f"{label}: {record.verdict}, {reason}")
         if record.settings["batch"] != 1 and "throughput" in record.values:
             throughput = record.values["throughput"].value
-            print_line(f"{folder.name}: {throughput:.0f} images/s in batches of {record.settings['batch']}")
+            print_line(f"{label}: {throughput:.0f} images/s in batches of {record.settings['batch']}")
         if "sustained" in record.values:
-            print_line(f"{folder.name}: {_heat(record.values)}")
+            print_line(f"{label}: {_heat(record.values)}")
     if not PROFILES[records[0].settings["profile"]["name"]].publishable:
-        click.echo("A rapid or quick profile is not for publication: use --profile standard.")
+        click.echo("Results of the rapid and quick profiles are not for publication: use --profile standard.")
 
 
 def _record_row(record: Latency) -> tuple[str, ...]:
@@ -280,15 +264,15 @@ def _cores(text: str | None) -> tuple[int, ...] | None:
             first, _, last = part.partition("-")
             cores |= set(range(int(first), int(last or first) + 1))
     except ValueError:
-        raise InputError(f"affinity {text!r} is no list of cores: write 0,1 or 4-7") from None
+        raise InputError(f"affinity {text!r} is not a list of cores: write 0,1 or 4-7") from None
     if not cores or min(cores) < 0 or max(cores) > 4095:
-        raise InputError(f"affinity {text!r} is no list of cores: write 0,1 or 4-7")
+        raise InputError(f"affinity {text!r} is not a list of cores: write 0,1 or 4-7")
     return tuple(sorted(cores))
 
 
 def _write_npz(path: Path, answers: list[tuple[str, np.ndarray]]) -> None:
     if path.suffix != ".npz":
-        raise InputError(f"--out {path} is to end in .npz")
+        raise InputError(f"--out {path} must end in .npz")
     keys, embeddings = np.array([name for name, _ in answers]), np.stack([answer for _, answer in answers])
 
     def write(temporary: Path) -> None:

@@ -1,10 +1,9 @@
-"""Each bundle against the first, in alternating blocks of one process: the ratio of latencies, and if it counts."""
+"""Compare each bundle with the first one in alternating blocks of one process: the ratio of their latencies."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,73 +11,70 @@ from typing import Any
 import numpy as np
 
 from robx.errors import InputError
-from robx.images.sources import ImageSource
+from robx.images.sources import open_source
 from robx.records import Validity, Value, load_bundle, utc_now
 from robx.runtime.bench import latency, validity
 from robx.runtime.bench.inputs import load_inputs
 from robx.runtime.bench.interleave import interleave
+from robx.runtime.bench.profiles import BenchSettings, find_profile
 from robx.runtime.bench.reference import check_outputs, find_reference
-from robx.runtime.session import Session, SessionSettings, open_session
+from robx.runtime.session import Session, open_session
 from robx.store.files import sha256_bytes, write_bytes
 
-BLOCKS = 20  # of each bundle: the bootstrap's interval wants ten or more
+BLOCKS = 20  # per bundle: a bootstrap interval needs ten or more
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One bundle against another; the raw samples of both lie in `samples`, beside the bundle."""
+    """One bundle against another; the raw samples of both are in the file `samples` in the bundle's folder."""
 
     bundle: str
     against: str
-    ratio: Value  # the bundle's latency over the other's
+    ratio: Value  # the bundle's latency divided by the other's
     verdict: Validity
-    reasons: tuple[str, ...]  # against either of the two
+    reasons: tuple[str, ...]  # to doubt either of the two
     samples: str
     samples_sha256: str
     started: str
-    runtime: tuple[dict[str, Any], dict[str, Any]]  # what the two engines say of themselves
+    runtime: tuple[dict[str, Any], dict[str, Any]]  # `Session.facts` of the two
 
     @property
     def claim(self) -> str:
-        """What may be said; faster or slower only where the interval excludes 1."""
+        """What the figures support: faster or slower only where the interval excludes 1."""
         if self.verdict == "INVALID":
             return "INVALID"
         low, high = self.ratio.low or 0.0, self.ratio.high or 0.0
         return "faster" if high < 1 else "slower" if low > 1 else "no difference shown"
 
 
-def compare(
-    folders: Sequence[Path],
-    settings: SessionSettings,
-    *,
-    seconds: float,
-    source: ImageSource | None = None,
-    seed: int = 0,
-) -> list[Comparison]:
-    """Compare each of `folders` but the first with the first; `seconds` is for each bundle, all blocks together.
+def compare(settings: BenchSettings) -> list[Comparison]:
+    """Compare each of `settings.bundles` but the first with the first, on this machine.
+
+    Each bundle is timed for the profile's seconds, divided into BLOCKS blocks.
 
     Raises:
-        InputError: fewer than two bundles, the same one twice, or bundles of different preprocessing.
+        InputError: fewer than two bundles, the same bundle twice, bundles with different preprocessing, or a setting
+            that only a benchmark in separate processes has.
     """
-    if len(folders) < 2:
-        raise InputError("--ab compares the others with the first: give two bundles or more")
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise InputError("--ab was given the same bundle twice: give each once")
+    _check(settings)
+    folders = settings.folders
     shapes = {load_bundle(folder).preprocessing for folder in folders}
     if len(shapes) > 1:
-        raise InputError("--ab needs bundles of one preprocessing: they are to run the same images")
+        raise InputError("--ab needs bundles with the same preprocessing: they have to run the same images")
+    source = open_source(Path(settings.data)) if settings.data is not None else None
     started, images = utc_now(), load_inputs(shapes.pop(), source).images
+    seconds = find_profile(settings.profile).seconds / BLOCKS
     with contextlib.ExitStack() as stack:
-        one = replace(settings, batch=1)
+        one = replace(settings.session, batch=1)
         sessions = {str(folder): stack.enter_context(open_session(folder, one)) for folder in folders}
-        blocks = interleave(sessions, images, blocks=BLOCKS, seconds=seconds / BLOCKS, seed=seed)
+        blocks = interleave(sessions, images, blocks=BLOCKS, seconds=seconds, seed=settings.seed)
         known: dict[Path, np.ndarray] = {}
-        reasons = [_wrong(folder, sessions[str(folder)], images, known) for folder in folders]
+        reasons = [_wrong_outputs(folder, sessions[str(folder)], images, known) for folder in folders]
         facts = [sessions[str(folder)].facts() for folder in folders]
     first, found = blocks[str(folders[0])], []
     for place, folder in enumerate(folders[1:], 1):
         ours = blocks[str(folder)]
-        both = ((folders[0], reasons[0]), (folder, reasons[place]))
+        both = ((settings.labels[0], reasons[0]), (settings.labels[place], reasons[place]))
         name, digest = _save(folder, ours, first, started)
         found.append(
             Comparison(
@@ -86,7 +82,7 @@ def compare(
                 against=str(folders[0]),
                 ratio=latency.paired_ratio(ours, first),
                 verdict=validity.verdict([*reasons[0], *reasons[place]]),
-                reasons=tuple(f"{reason} ({one.name})" for one, wrong in both for reason in wrong),
+                reasons=tuple(f"{reason} ({label})" for label, wrong in both for reason in wrong),
                 samples=name,
                 samples_sha256=digest,
                 started=started,
@@ -96,8 +92,25 @@ def compare(
     return found
 
 
-def _wrong(folder: Path, session: Session, images: np.ndarray, known: dict[Path, np.ndarray]) -> list[str]:
-    """What speaks against a bundle's answers in this very session."""
+def _check(settings: BenchSettings) -> None:
+    separate = {
+        "device": settings.device != "local",
+        "affinity": settings.affinity,
+        "processes": settings.processes,
+        "batch": settings.batch > 1,
+        "python": settings.python,
+        "emulated": settings.emulated,
+    }
+    if names := [f"--{name}" for name, given in separate.items() if given]:
+        raise InputError(f"--ab runs all bundles in one process on this machine: leave out {', '.join(names)}")
+    if len(settings.bundles) < 2:
+        raise InputError("--ab compares every other bundle with the first: give two bundles or more")
+    if len({folder.resolve() for folder in settings.folders}) < len(settings.bundles):
+        raise InputError("--ab was given the same bundle twice: give each once")
+
+
+def _wrong_outputs(folder: Path, session: Session, images: np.ndarray, known: dict[Path, np.ndarray]) -> list[str]:
+    """Reasons to doubt a bundle's outputs in this very session."""
     bundle = load_bundle(folder)
     answers = session.run(images)
     reference = find_reference(folder, bundle, images, known)
@@ -105,7 +118,7 @@ def _wrong(folder: Path, session: Session, images: np.ndarray, known: dict[Path,
 
 
 def _save(folder: Path, ours: list[np.ndarray], theirs: list[np.ndarray], started: str) -> tuple[str, str]:
-    """Raw samples, int64 ns of each block in order: ``bundle_i`` and ``against_i`` are a pair."""
+    """Save raw samples, int64 ns of each block in order: ``bundle_i`` and ``against_i`` are a pair."""
     buffer = io.BytesIO()
     arrays: dict[str, Any] = {f"bundle_{i}": block for i, block in enumerate(ours)}
     arrays |= {f"against_{i}": block for i, block in enumerate(theirs)}

@@ -1,4 +1,4 @@
-"""Measuring bundles on a device: fresh processes in random order, the answers checked, one Latency record each."""
+"""Benchmark bundles on a device: fresh processes in random order, verified outputs, one Latency record per bundle."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ import json
 import random
 import signal
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from robx.errors import DeviceError, InputError, RobxError
-from robx.images.sources import ImageSource
-from robx.progress import Progress
+from robx.images.sources import open_source
+from robx.progress import Progress, silent
 from robx.records import Latency, Preprocessing, append_measurements, load_bundle, to_json, utc_now
 from robx.runtime.bench import runner_zip
 from robx.runtime.bench.inputs import COUNT, Inputs, load_inputs
-from robx.runtime.bench.profiles import BenchOptions, Profile, find_profile
+from robx.runtime.bench.profiles import BenchSettings, Profile, find_profile
 from robx.runtime.bench.record import Run, make_record
 from robx.runtime.bench.reference import find_reference
 from robx.runtime.bench.results import read_result
@@ -28,75 +27,70 @@ from robx.runtime.device.runner import RESULT
 from robx.runtime.session import check_onnx
 from robx.store.files import sha256_file
 
-_LOAD_SECONDS = 300  # for loading and the first inference: an engine may compile its model then
-_PATIENCE = 2  # failed processes of one bundle, after which its others are not tried
+_LOAD_SECONDS = 300  # for loading and the first inference, in which an engine may compile its model
+_MAX_FAILURES = 2  # failed processes of one bundle, after which its remaining ones are skipped
 
 
-def bench(
-    folders: Sequence[Path],
-    options: BenchOptions,
-    *,
-    source: ImageSource | None = None,
-    progress: Progress | None = None,
-) -> list[Latency]:
-    """Measure each bundle and append its record to its measurements.jsonl, the raw samples beside it.
+def bench(settings: BenchSettings, *, progress: Progress = silent) -> list[Latency]:
+    """Measure each bundle; append its record to its measurements.jsonl and write the raw samples beside it.
 
-    Processes of different bundles are interleaved in random order, so that a machine that warms up or is used meanwhile
-    meets all of them alike.
+    Processes of different bundles run in random order, so that slow phases of the machine affect all bundles equally.
 
     Raises:
-        InputError: no bundle, or an option that the bundles do not take.
-        ArtifactError: a damaged bundle.
-        DeviceError: the device cannot be reached, or no process of any bundle ended well.
+        InputError: a path is not a bundle, or a setting does not fit one.
+        ArtifactError: a bundle is damaged.
+        DeviceError: the device cannot be reached, or no process of any bundle succeeded.
     """
-    profile = find_profile(options.profile)
-    processes = 1 if options.emulated else options.processes or profile.processes
-    runs = _prepare(folders, options, source)
+    profile = find_profile(settings.profile)
+    processes = 1 if settings.emulated else settings.processes or profile.processes
+    runs = _prepare(settings)
     started = utc_now()
     order = [run for run in runs for _ in range(processes)]
-    random.Random(options.seed).shuffle(order)
-    with open_transport(options.device, python=options.python) as transport:
+    random.Random(settings.seed).shuffle(order)
+    with open_transport(settings.device, python=settings.python) as transport:
         for run in runs:
-            _push(transport, run, options, profile, processes)
+            _push(transport, run, settings, profile, processes)
         for done, run in enumerate(order):
-            if progress is not None:
-                progress(done, len(order), f"measuring {run.folder.name}")
+            progress(done, len(order), f"measuring {run.folder.name}")
             _measure(transport, run, _time_limit(profile, processes))
         kind = transport.kind
-    if progress is not None:
-        progress(len(order), len(order), "measured")
+    progress(len(order), len(order), "measured")
     if not any(run.results for run in runs):
-        raise DeviceError(f"{runs[0].folder} could not be measured on {options.device}: {runs[0].failures[0]}")
-    known: dict[Preprocessing, dict[Path, np.ndarray]] = {}
+        raise DeviceError(f"{runs[0].folder} could not be measured on {settings.device}: {runs[0].failures[0]}")
+    return _record(runs, settings, processes=processes, kind=kind, started=started)
+
+
+def _record(runs: list[Run], settings: BenchSettings, *, processes: int, kind: str, started: str) -> list[Latency]:
+    """Write every bundle's record; a folder that cannot be written does not lose the other folders' records."""
+    outputs: dict[Preprocessing, dict[Path, np.ndarray]] = {}  # of the references, by preprocessing and folder
     found, unsaved = [], list[RobxError]()
     for run in runs:
-        cache = known.setdefault(run.bundle.preprocessing, {})
+        cache = outputs.setdefault(run.bundle.preprocessing, {})
         reference = find_reference(run.folder, run.bundle, run.inputs.images, cache)
         try:
-            record = make_record(run, options, processes=processes, kind=kind, started=started, reference=reference)
+            record = make_record(run, settings, processes=processes, kind=kind, started=started, reference=reference)
             append_measurements(run.folder / "measurements.jsonl", [record])
             found.append(record)
-        except RobxError as error:  # one folder that cannot be written loses no other's record
+        except RobxError as error:
             unsaved.append(error)
     if unsaved:
         raise unsaved[0]
     return found
 
 
-def _prepare(folders: Sequence[Path], options: BenchOptions, source: ImageSource | None) -> list[Run]:
-    if not folders:
-        raise InputError("no bundle was given: robx export makes one")
+def _prepare(settings: BenchSettings) -> list[Run]:
+    source = open_source(Path(settings.data)) if settings.data is not None else None
     inputs: dict[Preprocessing, Inputs] = {}
     runs = []
-    for number, folder in enumerate(folders):
+    for number, folder in enumerate(settings.folders):
         if (folder / "student.json").is_file():
-            raise InputError(f"{folder} is a student: export it with robx export, and give the bundle")
+            raise InputError(f"{folder} is a student: export it with robx export, then bench the bundle")
         bundle = load_bundle(folder)
         check_onnx(folder, bundle)
         fixed = bundle.inputs[0].shape[0]
-        if options.batch > 1 and fixed not in (None, options.batch):
-            raise InputError(f"{folder} has a fixed batch of {fixed}: it cannot run batches of {options.batch}")
-        batch = fixed or options.batch
+        if settings.batch > 1 and fixed not in (None, settings.batch):
+            raise InputError(f"{folder} has a fixed batch of {fixed}: it cannot run batches of {settings.batch}")
+        batch = fixed or settings.batch
         if bundle.preprocessing not in inputs:
             count = -(-COUNT // batch) * batch
             inputs[bundle.preprocessing] = load_inputs(bundle.preprocessing, source, count=count)
@@ -104,30 +98,30 @@ def _prepare(folders: Sequence[Path], options: BenchOptions, source: ImageSource
     return runs
 
 
-def _push(transport: Transport, run: Run, options: BenchOptions, profile: Profile, processes: int) -> None:
-    """The runner, the images, the job and the bundle's files, each with the hash that it is to arrive with."""
+def _push(transport: Transport, run: Run, settings: BenchSettings, profile: Profile, processes: int) -> None:
+    """Copy the runner, the images, the job and the bundle's files; the job lists the hash of each."""
     with tempfile.TemporaryDirectory(prefix="robx-") as folder:
         here = Path(folder)
         np.save(here / "images.npy", run.inputs.images)
         (here / runner_zip.NAME).write_bytes(runner_zip.pack_runner(run.bundle))
         hashes = {f"bundle/{f.path}": f.sha256 for f in run.bundle.files}
         hashes["images.npy"] = sha256_file(here / "images.npy")
-        (here / "job.json").write_text(json.dumps(_job(run, options, profile, processes, hashes)))
+        (here / "job.json").write_text(json.dumps(_job(run, settings, profile, processes, hashes)))
         files = {f"bundle/{f.path}": run.folder / f.path for f in run.bundle.files}
         files |= {name: here / name for name in ("images.npy", runner_zip.NAME, "job.json")}
         transport.push(files, run.name)
 
 
-def _job(run: Run, options: BenchOptions, profile: Profile, processes: int, hashes: dict[str, str]) -> Any:
+def _job(run: Run, settings: BenchSettings, profile: Profile, processes: int, hashes: dict[str, str]) -> Any:
     return {
         "engine": run.bundle.runtime,
         "folder": "bundle",
         "manifest": to_json(run.bundle),
-        "settings": to_json(dataclasses.replace(options.settings, batch=run.batch)),
+        "settings": to_json(dataclasses.replace(settings.session, batch=run.batch)),
         "files": hashes,
-        "affinity": list(options.affinity) if options.affinity else None,
+        "affinity": list(settings.affinity) if settings.affinity else None,
         "batch": run.batch,
-        "latency": not options.emulated,
+        "latency": not settings.emulated,
         "cool_down_seconds": profile.cool_down_seconds,
         "queries": -(-profile.queries // processes),
         "seconds": profile.seconds / processes,
@@ -139,14 +133,14 @@ def _job(run: Run, options: BenchOptions, profile: Profile, processes: int, hash
 
 
 def _time_limit(profile: Profile, processes: int) -> int:
-    """Seconds after which a process is hung."""
+    """Seconds after which a process counts as hung."""
     return int(profile.cool_down_seconds + profile.warm_up_limit + profile.max_seconds / processes) + _LOAD_SECONDS
 
 
 def _measure(transport: Transport, run: Run, limit: int) -> None:
-    """One fresh process; what fails is kept as the bundle's failure, for its other processes may do."""
+    """Run one fresh process; an error is kept as a failure of the bundle, whose other processes may still succeed."""
     refused = any(not result.report["timed"] for result in run.results)
-    if refused or len(run.failures) >= _PATIENCE:
+    if refused or len(run.failures) >= _MAX_FAILURES:
         return
     try:
         status, text = transport.run(run.name, [runner_zip.NAME, "job.json"], timeout=limit + 30)
@@ -158,22 +152,22 @@ def _measure(transport: Transport, run: Run, limit: int) -> None:
 
 
 def _pull(transport: Transport, run: Run, into: Path, status: int, text: str) -> Path:
-    """The result's file; when there is none, what the runner said last."""
+    """Fetch the result file; without one, raise with the last line that the runner printed."""
     try:
         return transport.pull(run.name, RESULT, into)
     except DeviceError:
         if status == 0:
             raise
-        last = text.splitlines()[-1].strip()[:300] if text else "it said nothing"
+        last = text.splitlines()[-1].strip()[:300] if text else "it printed nothing"
         raise DeviceError(f"the runner ended {_ending(status)}: {last}") from None
 
 
 def _ending(status: int) -> str:
-    """An exit status in words: a shell's 128 + n, and Python's -n, are the signal n."""
+    """An exit status in words: 128 + n (shell) and -n (Python) mean signal n."""
     number = -status if status < 0 else status - 128
-    told = {signal.SIGALRM: "hung until its time was over", signal.SIGKILL: "killed, as a device out of memory does"}
+    meanings = {signal.SIGALRM: "it exceeded its time limit", signal.SIGKILL: "killed, typically for lack of memory"}
     try:
         name = signal.Signals(number)
     except ValueError:
         return f"with status {status}"
-    return f"by {name.name} ({told[name]})" if name in told else f"by {name.name}"
+    return f"by {name.name} ({meanings[name]})" if name in meanings else f"by {name.name}"

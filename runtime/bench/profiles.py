@@ -1,11 +1,13 @@
-"""What a bench is asked for, and how long it runs.
+"""The settings of a benchmark, and the profiles that say how long it runs.
 
-The lengths are MLPerf Mobile's rapid, quick and normal ones, and MLPerf Inference's ten minutes.
+The lengths follow MLPerf Mobile's rapid, quick and normal runs, and MLPerf Inference's ten minutes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from robx.errors import InputError
 from robx.runtime.session import SessionSettings
@@ -13,17 +15,17 @@ from robx.runtime.session import SessionSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Queries and seconds are totals over the fresh processes, and both must be reached."""
+    """How long a benchmark runs. `queries` and `seconds` are totals over the processes; both must be reached."""
 
     name: str
     queries: int
     seconds: float
     processes: int
-    warm_up_seconds: float  # the least of each process
-    warm_up_limit: float  # after it a process counts as not steady
-    cool_down_seconds: float  # the longest wait before each process
-    max_seconds: float  # of timed queries over all processes; then the run is INVALID
-    publishable: bool  # rapid and quick figures are for oneself
+    warm_up_seconds: float  # minimum per process
+    warm_up_limit: float  # a process that is not steady after this many seconds counts as unsteady
+    cool_down_seconds: float  # longest wait before each process
+    max_seconds: float  # of timed queries over all processes; a run that needs more is INVALID
+    publishable: bool  # rapid and quick figures are for development only
 
 
 PROFILES = {
@@ -78,33 +80,55 @@ PROFILES = {
 
 
 def find_profile(name: str) -> Profile:
-    """The profile of that name.
+    """The profile called `name`.
 
     Raises:
-        InputError: there is none.
+        InputError: no profile has that name.
     """
     if name not in PROFILES:
-        raise InputError(f"unknown profile {name!r}: one of {', '.join(PROFILES)}")
+        raise InputError(f"unknown profile {name!r}: choose one of {', '.join(PROFILES)}")
     return PROFILES[name]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchOptions:
-    """What is measured, and how; every field stands in the record."""
+class BenchSettings:
+    """What `robx bench` measures and how; everything but the paths is written into the record."""
 
+    bundles: Sequence[str | Path]  # folders written by robx export
     device: str = "local"  # local, ssh://[user@]host[:port] or adb://serial
-    profile: str = "quick"  # of PROFILES
-    settings: SessionSettings = field(default_factory=SessionSettings)
-    processes: int | None = None  # None: the profile's
-    affinity: tuple[int, ...] | None = None  # cores that the measured process may use; None: any
-    batch: int = 1  # more than one is offline throughput
-    python: str | None = None  # the device's Python command
-    emulated: bool = False  # an emulated processor: refuse latency, keep the answers
-    seed: int = 0  # of the order
+    profile: str = "quick"  # a key of PROFILES
+    session: SessionSettings = field(default_factory=SessionSettings)  # threads, provider, precision hint
+    processes: int | None = None  # fresh processes per bundle; None: the profile's number
+    affinity: tuple[int, ...] | None = None  # cores that the measured process may use; None: all of them
+    batch: int = 1  # more than 1 measures offline throughput
+    data: str | Path | None = None  # images to run; None: rendered scenes
+    python: str | None = None  # Python command on the device
+    emulated: bool = False  # the processor is emulated: check the answers, refuse to time
+    seed: int = 0  # of the order of the processes
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured."""
+        """Reject settings that cannot be measured."""
         find_profile(self.profile)
+        if not self.bundles:
+            raise InputError("no bundle was given: make one with robx export")
         for name, number in (("processes", self.processes), ("batch", self.batch)):
             if number is not None and number < 1:
-                raise InputError(f"{name} is {number}: give 1 or more")
+                raise InputError(f"{name} must be at least 1, got {number}")
+
+    @property
+    def folders(self) -> list[Path]:
+        """The bundles' folders."""
+        return [Path(bundle) for bundle in self.bundles]
+
+    @property
+    def labels(self) -> list[str]:
+        """A short name for each bundle that no other bundle has: as many of its last folders as that takes."""
+        paths = [folder.resolve().parts for folder in self.folders]
+        found: list[str] = []
+        for parts in paths:
+            others = set(paths) - {parts}
+            depth = next(n for n in range(1, len(parts) + 1) if all(other[-n:] != parts[-n:] for other in others))
+            label = "/".join(parts[-depth:])
+            count = sum(name == label or name.startswith(f"{label} (") for name in found)
+            found.append(f"{label} ({count + 1})" if count else label)  # the same bundle was given again
+        return found

@@ -1,4 +1,4 @@
-"""What the processes of one bundle reported, made into its Latency record with the raw samples beside it."""
+"""Turn the results of one bundle's processes into its Latency record, with the raw samples beside it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from robx import __version__
 from robx.records import Bundle, Latency, Value, to_json
 from robx.runtime.bench import latency, runner_zip, validity
 from robx.runtime.bench.inputs import Inputs
-from robx.runtime.bench.profiles import BenchOptions, Profile, find_profile
+from robx.runtime.bench.profiles import BenchSettings, Profile, find_profile
 from robx.runtime.bench.reference import Reference, check_outputs
 from robx.runtime.bench.results import ProcessResult, figures
 from robx.store.files import sha256_bytes, write_bytes
@@ -22,12 +22,12 @@ from robx.store.files import sha256_bytes, write_bytes
 
 @dataclass
 class Run:
-    """One bundle on its way through the bench."""
+    """One bundle being measured."""
 
     folder: Path
     bundle: Bundle
     inputs: Inputs
-    name: str  # of its folder on the device
+    name: str  # of the bundle's folder on the device
     batch: int
     results: list[ProcessResult] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -35,25 +35,25 @@ class Run:
 
 def make_record(
     run: Run,
-    options: BenchOptions,
+    settings: BenchSettings,
     *,
     processes: int,
     kind: str,
     started: str,
     reference: Reference | None,
 ) -> Latency:
-    """The record of one bundle: its figures, or why they are missing, and every reason against them.
+    """The record of one bundle: its figures, why any are missing, and every reason to doubt them.
 
-    The raw samples are written into the bundle's folder; the record is not.
+    Writes the raw samples into the bundle's folder, but not the record.
     """
-    profile = find_profile(options.profile)
+    profile = find_profile(settings.profile)
     reports, refused = [r.report for r in run.results], [r for r in run.results if not r.report["timed"]]
     reasons = [f"failed: {failure}" for failure in dict.fromkeys(run.failures)]
     values: dict[str, Value] = {}
     missing: dict[str, str] = {}
     if refused or not run.results:
-        told = refused[0].report["device"].get("emulated") if refused else "no process ended well"
-        why = str(told or "the device was said to be emulated")
+        cause = refused[0].report["device"].get("emulated") if refused else "no process succeeded"
+        why = str(cause or "the device was declared to be emulated")
         missing = dict.fromkeys(("p50", "p90", "p99", "load", "first", "peak_memory", "energy"), why)
         reasons += [f"emulated: {why}"] if refused else []
     else:
@@ -61,19 +61,19 @@ def make_record(
         samples, digests = [r.samples for r in run.results], [r.digest() for r in run.results]
         values |= latency.sustained(samples)
         reasons += validity.judge(
-            reports, samples, digests, profile=profile, processes=processes, threads=options.settings.threads
+            reports, samples, digests, profile=profile, processes=processes, threads=settings.session.threads
         )
         _preprocessing(run, kind, values, missing)
     for result in run.results:
         cosines, against = check_outputs(result.outputs, result.seen, reference, run.bundle)
-        # The worst of the processes.
+        # The lowest of all processes.
         values |= {name: min(value, values.get(name, value), key=lambda v: v.value) for name, value in cosines.items()}
         reasons += [reason for reason in against if reason not in reasons]
     name, digest = _save_samples(run, started)
     return Latency(
         bundle_id=run.bundle.id,
-        device={**(reports[0]["device"] if reports else {}), "kind": kind, "address": options.device},
-        settings=_settings(run, options, profile, processes, reference),
+        device={**(reports[0]["device"] if reports else {}), "kind": kind, "address": settings.device},
+        settings=_settings(run, settings, profile, processes, reference),
         values=values,
         verdict=validity.verdict(reasons),
         reasons=tuple(reasons),
@@ -85,7 +85,7 @@ def make_record(
 
 
 def _settings(
-    run: Run, options: BenchOptions, profile: Profile, processes: int, reference: Reference | None
+    run: Run, settings: BenchSettings, profile: Profile, processes: int, reference: Reference | None
 ) -> dict[str, Any]:
     reports = [r.report for r in run.results]
     return {
@@ -93,12 +93,12 @@ def _settings(
         "scenario": "single_stream" if run.batch == 1 else "offline",
         "batch": run.batch,
         "processes": processes,
-        "threads": options.settings.threads,
-        "affinity": list(options.affinity) if options.affinity else None,
+        "threads": settings.session.threads,
+        "affinity": list(settings.affinity) if settings.affinity else None,
         "cores": reports[0]["cores"] if reports else None,
         "environment": dict(reports[0]["environment"]) if reports else {},
-        "precision_hint": options.settings.precision_hint,
-        "includes": "the call of the runtime, with its copies",
+        "precision_hint": settings.session.precision_hint,
+        "includes": "the runtime call, copies included",
         "images": run.inputs.name,
         "reference": reference.name if reference else None,
         "runtime": dict(reports[0]["facts"]) if reports else {},
@@ -106,16 +106,16 @@ def _settings(
         "cool_down": [r.get("cool_down") for r in reports],
         "telemetry": [r.digest() for r in run.results],
         "process_p50_ms": [float(np.median(r.samples)) / 1e6 for r in run.results if len(r.samples)],
-        "order_seed": options.seed,
+        "order_seed": settings.seed,
         "robx_version": __version__,
         "runner_sha256": runner_zip.runner_sha256(run.bundle),
     }
 
 
 def _preprocessing(run: Run, kind: str, values: dict[str, Value], missing: dict[str, str]) -> None:
-    """Decoding, resizing and normalising, apart and in the sum that a product's user waits for."""
+    """Add preprocessing time (decode, resize, normalise), alone and summed with inference."""
     if kind != "local":
-        why = "images are decoded on this machine, and its times are not the device's"
+        why = "images are decoded on the host, so its times do not apply to the device"
         missing |= {"preprocess": why, "end_to_end": why}
         return
     times = run.inputs.preprocess_ns
@@ -125,7 +125,7 @@ def _preprocessing(run: Run, kind: str, values: dict[str, Value], missing: dict[
 
 
 def _save_samples(run: Run, started: str) -> tuple[str | None, str | None]:
-    """Raw samples (int64 ns a process) and telemetry, so that every figure can be computed again."""
+    """Save raw samples (int64 ns per process) and telemetry, so that every figure can be recomputed."""
     timed = [r for r in run.results if len(r.samples)]
     if not timed:
         return None, None

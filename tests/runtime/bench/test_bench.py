@@ -12,7 +12,7 @@ from robx.errors import ArtifactError, DeviceError, InputError
 from robx.images.sources import open_source
 from robx.records import Preprocessing, Value, load_measurements, to_json
 from robx.runtime.bench import interleave, latency
-from robx.runtime.bench.bench import BenchOptions, bench
+from robx.runtime.bench.bench import BenchSettings, bench
 from robx.runtime.bench.inputs import load_inputs
 from robx.runtime.session import SessionSettings, open_session
 from robx.store.files import sha256_file
@@ -27,7 +27,7 @@ def codes(record):
 def test_two_engines_side_by_side(make_bundle, short_profile):
     folders = [make_bundle("onnx-fp32"), make_bundle("openvino-fp32", runtime="openvino")]
     seen = []
-    records = bench(folders, BenchOptions(profile="rapid"), progress=lambda *step: seen.append(step))
+    records = bench(BenchSettings(bundles=folders, profile="rapid"), progress=lambda *step: seen.append(step))
     assert seen[0][:2] == (0, 4) and seen[-1][:2] == (4, 4)
     for folder, record in zip(folders, records, strict=True):
         # The machine that tests run on is not quiet; nothing else may be wrong.
@@ -43,7 +43,7 @@ def test_two_engines_side_by_side(make_bundle, short_profile):
 
 def test_every_figure_can_be_computed_again_from_the_samples(make_bundle, short_profile):
     folder = make_bundle()
-    (record,) = bench([folder], BenchOptions(profile="rapid"))
+    (record,) = bench(BenchSettings(bundles=[folder], profile="rapid"))
     with np.load(folder / record.samples) as arrays:
         runs = [arrays[f"process_{i}"] for i in range(2)]
         assert len(json.loads(str(arrays["telemetry"]))) == 2
@@ -59,7 +59,7 @@ def test_every_figure_can_be_computed_again_from_the_samples(make_bundle, short_
 
 def test_the_p50_is_what_a_bare_session_takes(make_bundle, short_profile):
     folder = make_bundle(runtime="onnxruntime", kernel=np.ones((8, 3, 3, 3), np.float32))
-    (record,) = bench([folder], BenchOptions(profile="rapid"))
+    (record,) = bench(BenchSettings(bundles=[folder], profile="rapid"))
     with open_session(folder) as session:
         images = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
         blocks = interleave.interleave({"x": session}, images, blocks=5, seconds=0.1)["x"]
@@ -73,13 +73,13 @@ def test_a_bench_of_a_broken_model_is_never_valid(make_bundle, short_profile, fa
     make_bundle("onnx-fp32", kernel=right)
     broken = {"nan": np.full_like(right, np.nan), "constant": np.zeros_like(right), "shuffled": right[::-1].copy()}
     folder = make_bundle("onnx-int8", precision="int8", kernel=broken[fault])
-    (record,) = bench([folder], BenchOptions(profile="rapid", processes=1))
+    (record,) = bench(BenchSettings(bundles=[folder], profile="rapid", processes=1))
     assert record.verdict == "INVALID"
     assert "output_mismatch" in codes(record)
 
 
 def test_the_reference_is_the_student_in_torch_when_it_is_there(make_student_bundle, short_profile):
-    (found,) = bench([make_student_bundle()], BenchOptions(profile="rapid", processes=1))
+    (found,) = bench(BenchSettings(bundles=[make_student_bundle()], profile="rapid", processes=1))
     assert found.settings["reference"] == "the fp32 student in torch"
     assert found.values["output_cosine_min"].value > 0.999
     assert "output_mismatch" not in codes(found)
@@ -87,9 +87,9 @@ def test_the_reference_is_the_student_in_torch_when_it_is_there(make_student_bun
 
 def test_without_a_student_the_fp32_bundle_beside_is_the_reference(make_bundle, short_profile):
     make_bundle("onnx-fp32")
-    (record,) = bench([make_bundle("x-int8", precision="int8")], BenchOptions(profile="rapid", processes=1))
+    (record,) = bench(BenchSettings(bundles=[make_bundle("x-int8", precision="int8")], profile="rapid", processes=1))
     assert record.settings["reference"] == "the fp32 bundle onnx-fp32"
-    (record,) = bench([make_bundle("alone-fp32")], BenchOptions(profile="rapid", processes=1))
+    (record,) = bench(BenchSettings(bundles=[make_bundle("alone-fp32")], profile="rapid", processes=1))
     assert record.settings["reference"] == "the same bundle in a session of its own"
 
 
@@ -98,26 +98,25 @@ def test_too_short_a_run_is_invalid_and_kept(make_bundle, monkeypatch, short_pro
 
     monkeypatch.setitem(PROFILES, "rapid", dataclasses.replace(short_profile, queries=10**9, max_seconds=0.5))
     folder = make_bundle()
-    (record,) = bench([folder], BenchOptions(profile="rapid"))
+    (record,) = bench(BenchSettings(bundles=[folder], profile="rapid"))
     assert record.verdict == "INVALID" and "min_queries" in codes(record)
     assert load_measurements(folder / "measurements.jsonl")[0].values["p50"].value > 0
 
 
 def test_offline_batches_and_fixed_ones(make_bundle, short_profile):
-    options = BenchOptions(profile="rapid", processes=1, batch=4)
-    (record,) = bench([make_bundle()], options)
+    (record,) = bench(BenchSettings(bundles=[make_bundle()], profile="rapid", processes=1, batch=4))
     assert record.settings["scenario"] == "offline"
     p50 = record.values["mean"].value
     assert record.values["throughput"].value == pytest.approx(4000 / p50, rel=1e-6)
     assert "output_mismatch" not in codes(record)
     with pytest.raises(InputError, match="fixed batch of 2"):
-        bench([make_bundle("fixed", batch=2)], options)
-    (record,) = bench([make_bundle("two", batch=2)], BenchOptions(profile="rapid", processes=1))
+        bench(BenchSettings(bundles=[make_bundle("fixed", batch=2)], profile="rapid", processes=1, batch=4))
+    (record,) = bench(BenchSettings(bundles=[make_bundle("two", batch=2)], profile="rapid", processes=1))
     assert record.settings["batch"] == 2
 
 
 def test_said_to_be_emulated(make_bundle, short_profile):
-    (record,) = bench([make_bundle()], BenchOptions(profile="rapid", emulated=True))
+    (record,) = bench(BenchSettings(bundles=[make_bundle()], profile="rapid", emulated=True))
     assert record.verdict == "INVALID" and codes(record) == {"emulated"}
     assert set(record.values) == {"output_cosine", "output_cosine_min"}, "no time at all"
     assert record.values["output_cosine"].value > 0.9999
@@ -127,36 +126,36 @@ def test_said_to_be_emulated(make_bundle, short_profile):
 
 def test_affinity_is_kept_to_and_recorded(make_bundle, short_profile):
     core = min(os.sched_getaffinity(0))
-    (record,) = bench([make_bundle()], BenchOptions(profile="rapid", processes=1, affinity=(core,)))
+    (record,) = bench(BenchSettings(bundles=[make_bundle()], profile="rapid", processes=1, affinity=(core,)))
     assert record.settings["affinity"] == record.settings["cores"] == [core]
     with pytest.raises(DeviceError, match="2 threads on the cores"):
-        options = BenchOptions(profile="rapid", processes=1, affinity=(core,), settings=SessionSettings(threads=2))
-        bench([make_bundle("a")], options)
+        pinned = {"affinity": (core,), "session": SessionSettings(threads=2)}
+        bench(BenchSettings(bundles=[make_bundle("a")], profile="rapid", processes=1, **pinned))
     with pytest.raises(DeviceError, match="4000"):
-        bench([make_bundle("b")], BenchOptions(profile="rapid", processes=1, affinity=(4000,)))
+        bench(BenchSettings(bundles=[make_bundle("b")], profile="rapid", processes=1, affinity=(4000,)))
 
 
 def test_one_bundle_that_fails_does_not_take_the_others_down(make_bundle, make_unopenable_bundle, short_profile):
     good, bad = make_bundle("good"), make_unopenable_bundle("bad")
-    first, second = bench([good, bad], BenchOptions(profile="rapid"))
+    first, second = bench(BenchSettings(bundles=[good, bad], profile="rapid"))
     assert "failed" not in codes(first)
     assert second.verdict == "INVALID" and "failed" in codes(second) and second.missing["p50"]
     with pytest.raises(DeviceError, match="bad could not be measured on local"):
-        bench([bad], BenchOptions(profile="rapid"))
+        bench(BenchSettings(bundles=[bad], profile="rapid"))
 
 
 def test_what_cannot_be_benched(tmp_path, make_bundle):
     with pytest.raises(InputError, match="no bundle"):
-        bench([], BenchOptions())
+        bench(BenchSettings(bundles=[]))
     with pytest.raises(ArtifactError, match=r"manifest\.json is missing"):
-        bench([tmp_path], BenchOptions())
+        bench(BenchSettings(bundles=[tmp_path]))
     for wrong in ({"profile": "fast"}, {"processes": 0}, {"batch": 0}):
         with pytest.raises(InputError):
-            BenchOptions(**wrong)
+            BenchSettings(bundles=[tmp_path], **wrong)
 
 
 def test_the_users_images_are_run(make_bundle, short_profile, scenes):
-    (record,) = bench([make_bundle()], BenchOptions(profile="rapid", processes=1), source=open_source(scenes / "test"))
+    (record,) = bench(BenchSettings(bundles=[make_bundle()], profile="rapid", processes=1, data=scenes / "test"))
     assert record.settings["images"] == "test"
 
 
@@ -193,7 +192,7 @@ def test_interleaving_mixes_the_order_and_gives_pairs(make_bundle, images):
 
 
 def test_a_record_survives_its_json(make_bundle, short_profile):
-    (record,) = bench([make_bundle()], BenchOptions(profile="rapid", processes=1))
+    (record,) = bench(BenchSettings(bundles=[make_bundle()], profile="rapid", processes=1))
     assert json.loads(json.dumps(to_json(record), allow_nan=False))["values"]["p50"]["unit"] == "ms"
     assert all(isinstance(value, Value) for value in record.values.values())
     assert not any("/" in str(part) for part in Path(record.samples).parent.parts)

@@ -7,7 +7,7 @@ import pytest
 
 from robx.records import load_bundle
 from robx.runtime.bench.inputs import load_inputs
-from robx.runtime.bench.profiles import BenchOptions
+from robx.runtime.bench.profiles import BenchSettings
 from robx.runtime.bench.record import Run, make_record
 from robx.runtime.bench.reference import Reference, check_outputs
 from robx.runtime.bench.results import ProcessResult
@@ -27,7 +27,12 @@ def record(make_bundle):
         results = [ProcessResult(report, nothing, expected + noise, np.ones(4, bool), []) for noise in noises]
         run = Run(folder, load_bundle(folder), inputs, "b0", 1, results)
         told = {"processes": len(noises), "kind": "ssh", "started": "2026-01-01T00:00:00"}
-        return make_record(run, BenchOptions(device="ssh://box"), reference=Reference(expected, "x", False), **told)
+        return make_record(
+            run,
+            BenchSettings(bundles=[folder], device="ssh://box"),
+            reference=Reference(expected, "x", False),
+            **told,
+        )
 
     return make
 

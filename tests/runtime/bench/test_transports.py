@@ -16,7 +16,7 @@ import pytest
 
 from robx.errors import DeviceError, InputError
 from robx.runtime.bench import transports
-from robx.runtime.bench.bench import BenchOptions, bench
+from robx.runtime.bench.bench import BenchSettings, bench
 from robx.runtime.bench.transports import open_transport
 from robx.runtime.doctor import examine
 
@@ -29,7 +29,7 @@ def script(path: Path, text: str) -> None:
 def test_a_bench_over_ssh(ssh_device, make_bundle, short_profile, monkeypatch):
     folders, trusted = [], transports._folder
     monkeypatch.setattr(transports, "_folder", lambda *a: folders.append(trusted(*a)) or folders[-1])
-    (record,) = bench([make_bundle()], BenchOptions(device=ssh_device, profile="rapid", python=sys.executable))
+    (record,) = bench(BenchSettings(bundles=[make_bundle()], device=ssh_device, profile="rapid", python=sys.executable))
     assert record.device["kind"] == "ssh"
     assert record.values["p50"].value > 0 and record.values["output_cosine"].value > 0.9999
     assert "not the device's" in record.missing["preprocess"]
@@ -124,7 +124,9 @@ def left_over(folder):
 
 
 def test_the_loopback_shims_work(loopback, temporary, make_bundle, short_profile):
-    (record,) = bench([make_bundle()], BenchOptions(device="ssh://box", profile="rapid", python=sys.executable))
+    (record,) = bench(
+        BenchSettings(bundles=[make_bundle()], device="ssh://box", profile="rapid", python=sys.executable)
+    )
     assert "failed" not in {r.split(":")[0] for r in record.reasons}
     assert left_over(temporary) == []
 
@@ -135,7 +137,7 @@ def test_a_connection_that_drops_midway_leaves_an_invalid_record(loopback, tempo
     drop = f'case "$last" in *job.json*) echo x >> {count}; [ $(wc -l < {count}) -gt 1 ] && exit 255;; esac'
     script(loopback / "ssh", f'for last; do :; done; {drop}; exec sh -c "$last"')
     folder = make_bundle()
-    (record,) = bench([folder], BenchOptions(device="ssh://box", profile="rapid", python=sys.executable))
+    (record,) = bench(BenchSettings(bundles=[folder], device="ssh://box", profile="rapid", python=sys.executable))
     assert record.verdict == "INVALID"
     assert {r.split(":")[0] for r in record.reasons} >= {"failed", "incomplete"}
     assert "was lost" in record.reasons[0]
@@ -155,7 +157,7 @@ def test_a_result_that_is_damaged_or_lost(loopback, temporary, make_bundle, shor
     script(loopback / "scp", f"for to; do :; done; {scp}; last=; {LOCAL_SCP}")
     folder = make_bundle()
     with pytest.raises(DeviceError, match=line):
-        bench([folder], BenchOptions(device="ssh://box", profile="rapid", python=sys.executable))
+        bench(BenchSettings(bundles=[folder], device="ssh://box", profile="rapid", python=sys.executable))
     assert not (folder / "measurements.jsonl").exists()
     assert left_over(temporary) == []
 
@@ -168,15 +170,17 @@ def test_a_file_that_is_damaged_on_its_way(loopback, temporary, make_bundle, sho
     )
     script(loopback / "scp", text)
     with pytest.raises(DeviceError, match="arrived damaged"):
-        bench([make_bundle()], BenchOptions(device="ssh://box", profile="rapid", python=sys.executable))
+        bench(BenchSettings(bundles=[make_bundle()], device="ssh://box", profile="rapid", python=sys.executable))
     assert left_over(temporary) == []
 
 
 def test_a_device_without_a_runtime_or_a_python(loopback, temporary, make_bundle, short_profile):
     with pytest.raises(DeviceError, match="No module named"):
-        bench([make_bundle()], BenchOptions(device="ssh://box", profile="rapid", python=f"{sys.executable} -S"))
+        bench(
+            BenchSettings(bundles=[make_bundle()], device="ssh://box", profile="rapid", python=f"{sys.executable} -S")
+        )
     with pytest.raises(DeviceError, match="nopython"):
-        bench([make_bundle("b")], BenchOptions(device="ssh://box", profile="rapid", python="nopython3"))
+        bench(BenchSettings(bundles=[make_bundle("b")], device="ssh://box", profile="rapid", python="nopython3"))
     assert left_over(temporary) == []
 
 
@@ -226,8 +230,10 @@ esac""",
 
 
 def test_a_bench_over_adbs_command_line(adb, make_bundle, short_profile):
-    options = BenchOptions(device="adb://emulator-5554", profile="rapid", python=sys.executable)
-    (record,) = bench([make_bundle()], options)
+    settings = BenchSettings(
+        bundles=[make_bundle()], device="adb://emulator-5554", profile="rapid", python=sys.executable
+    )
+    (record,) = bench(settings)
     assert record.device["kind"] == "adb" and record.values["p50"].value > 0
     assert list(adb.iterdir()) == [], "cleaned up"
 
