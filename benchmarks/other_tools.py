@@ -177,7 +177,12 @@ def start_to_first_answer(folder: Path, images: Path, threads: int, rounds: int)
         (here / runner_zip.NAME).write_bytes(runner_zip.pack_runner(bundle))
         manifest = json.loads((folder / "manifest.json").read_text())
         job = dict.fromkeys(runner._KEYS, 0)
-        job |= {"engine": bundle.runtime, "folder": str(folder.resolve()), "manifest": manifest, "affinity": None}
+        job |= {
+            "engine": runner_zip.engine_name(bundle),
+            "folder": str(folder.resolve()),
+            "manifest": manifest,
+            "affinity": None,
+        }
         job |= {"settings": {"threads": threads, "batch": 1}, "batch": 1, "time_limit": 300}
         job |= {"files": {str((folder / file.path).resolve()): file.sha256 for file in bundle.files}}
         (here / "job.json").write_text(json.dumps(job))

@@ -192,9 +192,7 @@ def _refuse_invalid(found: Sequence[Latency | Comparison]) -> None:
     """Exit with status 3 if one is INVALID for a reason other than an emulated processor."""
     codes = [reason.split(":")[0] for one in found if one.verdict == "INVALID" for reason in one.reasons]
     if set(codes) - {"emulated"}:
-        raise GateFailed(
-            f"some measurements are INVALID ({', '.join(dict.fromkeys(codes))}): measure again"
-        )
+        raise GateFailed(f"some measurements are INVALID ({', '.join(dict.fromkeys(codes))}): measure again")
 
 
 def _print_comparisons(found: Sequence[Comparison], *, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""Session: one opened model, whatever runs it. `open_session` is the visible match from a bundle to its engine."""
+"""Session: an opened model, whichever engine runs it. `open_session` finds the engine in robx/formats.py."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 
 from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra, RobxError, first_line
+from robx.formats import RUNTIMES
 from robx.records import Bundle, Student, from_json, load_bundle, load_student, to_json
 from robx.runtime.device.runner import run_in_batches
 from robx.store.files import read_json
@@ -18,32 +19,32 @@ from robx.store.files import read_json
 
 @dataclass(frozen=True, kw_only=True)
 class SessionSettings:
-    """How a model is run. Nothing is left to the engine's own choice."""
+    """How a model is run. Nothing is left to the engine's defaults."""
 
-    threads: int = 1  # within one operator; between operators there is always one
-    provider: str | None = None  # the engine's device: cpu, cuda, gpu, npu, ...; None is the engine's plainest
-    precision_hint: Literal["f32", "f16", "bf16"] = "f32"  # what floats compute in, where an engine may choose
-    batch: int | None = None  # images of every call, where that is always the same: an engine may plan for it
+    threads: int = 1  # intra-op threads; inter-op parallelism is always 1
+    provider: str | None = None  # hardware backend: cpu, cuda, gpu, npu, ...; None: the engine's basic one
+    precision_hint: Literal["f32", "f16", "bf16"] = "f32"  # floating-point type, where the engine has a choice
+    batch: int | None = None  # images per call, if it never changes: an engine may optimise for it
 
     def __post_init__(self) -> None:
-        """Refuse "automatic" threads: a figure without them says nothing."""
+        """Reject "automatic" threads: a measurement without the number of threads cannot be compared."""
         if self.threads < 1:
-            raise InputError(f"threads is {self.threads}: give the number of threads, 1 or more")
+            raise InputError(f"threads is {self.threads}: it must be at least 1")
         if self.batch is not None and self.batch < 1:
-            raise InputError(f"batch is {self.batch}: give 1 or more")
+            raise InputError(f"batch is {self.batch}: it must be at least 1")
 
 
 class Model(Protocol):
     """What an engine file's ``open_model`` returns."""
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        """Embeddings (N, D) of float32 (N, 3, H, W); N is the bundle's batch where that is fixed."""
+        """Embeddings (N, D) of float32 (N, 3, H, W); N is the bundle's batch if that is fixed."""
 
     def facts(self) -> dict[str, Any]:
-        """Engine, version, provider, threads, as they really are."""
+        """Engine, version, provider and threads that are actually in use."""
 
     def close(self) -> None:
-        """Free what it holds."""
+        """Free the engine's resources."""
 
 
 class Session(Protocol):
@@ -55,10 +56,10 @@ class Session(Protocol):
         """Embeddings, float32 (N, D), of preprocessed images, float32 (N, 3, H, W)."""
 
     def facts(self) -> dict[str, Any]:
-        """Engine, version, provider, threads, as they really are."""
+        """Engine, version, provider and threads that are actually in use."""
 
     def close(self) -> None:
-        """Free what it holds; a second call does nothing."""
+        """Free the engine's resources; a second call does nothing."""
 
     def __enter__(self) -> Self: ...
 
@@ -67,115 +68,99 @@ class Session(Protocol):
     ) -> None: ...
 
 
-def open_session(path: Path, settings: SessionSettings | None = None, *, labels: bool = False) -> Session:
+def open_session(path: str | Path, settings: SessionSettings | None = None, *, labels: bool = False) -> Session:
     """Open a Bundle's folder in its engine, or a Student's folder in torch.
 
-    With `labels`, a bundle that has a head answers with its logits (N, C) in the embedding's place.
+    With `labels`, a bundle that has a classification head returns logits (N, C) instead of embeddings.
 
     Raises:
-        InputError: `path` is neither.
-        ArtifactError: damaged or tampered with.
-        MissingExtra: the engine is not installed; the message has the extra that brings it.
-        DeviceError: the engine is there and cannot run the model on this machine.
+        InputError: `path` is neither a bundle nor a student.
+        ArtifactError: the folder is damaged or was tampered with.
+        MissingExtra: the engine is not installed; the message names the extra that installs it.
+        DeviceError: the engine is installed but cannot run the model on this machine.
     """
-    settings = settings or SessionSettings()
+    path, settings = Path(path), settings or SessionSettings()
     record = load_record(path)
-    if isinstance(record, Student):
-        engine, name = importlib.import_module("robx.runtime.engines.on_torch"), "torch"
-    else:
-        engine, name = engine_module(record), record.runtime
+    engine, name = engine_module(record), record.runtime if isinstance(record, Bundle) else "torch"
     try:
         if isinstance(record, Bundle):
             check_onnx(path, record)
         manifest = to_json(record)
         if labels and isinstance(record, Bundle):
-            manifest["outputs"].sort(key=lambda output: output["name"] != "logits")  # engines give the first
+            manifest["outputs"].sort(key=lambda output: output["name"] != "logits")  # engines return the first output
         model = engine.open_model(str(path), manifest, asdict(settings))
-        if _read_record(path) != record:  # an export may put another bundle there at any moment
+        if _read_record(path) != record:  # an export may replace the bundle at any moment
             model.close()
-            raise ArtifactError(f"{path} was written anew while it was opened: run the same command again")
+            raise ArtifactError(f"{path} was replaced while it was being opened: run the same command again")
     except RobxError:
         raise
     except ImportError as error:
         raise MissingExtra(name, extra_for(name), purpose=f"opening {path}", cause=error) from error
     except Exception as error:
-        raise DeviceError(f"{path} cannot be run here: {first_line(error)}") from error
+        raise DeviceError(f"{path} cannot run on this machine: {first_line(error)}") from error
     return OpenModel(record, model, settings.batch)
 
 
-def load_record(path: Path) -> Bundle | Student:
+def load_record(path: str | Path) -> Bundle | Student:
     """The verified record of a Bundle's or a Student's folder.
 
     Raises:
         InputError: `path` is neither.
-        ArtifactError: damaged or tampered with.
+        ArtifactError: the folder is damaged or was tampered with.
     """
+    path = Path(path)
     if (path / "manifest.json").is_file():
         return load_bundle(path)
     if (path / "student.json").is_file():
         return load_student(path)
     raise InputError(
-        f"{path} is neither a bundle (manifest.json) nor a student (student.json): give one that robx wrote"
+        f"{path} is neither a bundle (manifest.json) nor a student (student.json): give a folder that robx wrote"
     )
 
 
 def check_onnx(path: Path, bundle: Bundle) -> None:
-    """Refuse ONNX that reaches outside of the bundle in `path`, before a runtime follows it; hashes do not tell.
+    """Reject ONNX that refers to files outside the bundle in `path`, before a runtime opens them.
+
+    The bundle's hashes do not tell: whoever made the bundle made them too.
 
     Raises:
-        ArtifactError: a tensor that is stored elsewhere, or no valid ONNX.
+        ArtifactError: a tensor is stored outside the file, or the file is not valid ONNX.
     """
     if bundle.model.path.endswith(".onnx"):
         importlib.import_module("robx.store.onnx_safety").load_checked(path / bundle.model.path)
 
 
 def _read_record(path: Path) -> Bundle | Student:
-    """The record as it stands there now; the files are not verified again."""
+    """The record as it is on disk now; the files are not verified again."""
     bundle, student = path / "manifest.json", path / "student.json"
     if bundle.is_file():
         return from_json(Bundle, read_json(bundle), where=str(bundle))
     return from_json(Student, read_json(student), where=str(student))
 
 
-def engine_module(bundle: Bundle) -> ModuleType:
-    """The engine file that runs `bundle`.
+def engine_module(record: Bundle | Student) -> ModuleType:
+    """The engine file that runs a bundle, or a student in torch.
 
     Raises:
-        ArtifactError: robx cannot run this format (Core ML runs on Apple's systems only).
+        ArtifactError: robx cannot run this format (Core ML runs on Apple systems only).
     """
-    match bundle.runtime:
-        case "onnxruntime":
-            return importlib.import_module("robx.runtime.engines.on_onnxruntime")
-        case "openvino":
-            return importlib.import_module("robx.runtime.engines.on_openvino")
-        case "tensorrt" | "tensorrt_rtx":
-            return importlib.import_module("robx.runtime.engines.on_tensorrt")
-        case "executorch":
-            return importlib.import_module("robx.runtime.engines.on_executorch")
-        case "litert":
-            return importlib.import_module("robx.runtime.engines.on_litert")
-        case "ncnn":
-            return importlib.import_module("robx.runtime.engines.on_ncnn")
-        case other:
-            raise ArtifactError(
-                f"robx has no engine {other!r} for a bundle of format {bundle.format}: run it elsewhere"
-            )
+    if isinstance(record, Student):
+        return importlib.import_module("robx.runtime.engines.on_torch")
+    runtime = RUNTIMES.get(record.runtime)
+    if runtime is None or runtime.engine is None:
+        raise ArtifactError(
+            f"robx has no engine {record.runtime!r} for a bundle of format {record.format}: run it in another tool"
+        )
+    return importlib.import_module(f"robx.runtime.engines.{runtime.engine}")
 
 
 def extra_for(runtime: str) -> str:
-    """The extra of robx that brings an engine; the engines of the core come with "robx[all]" too."""
-    return {
-        "openvino": "openvino",
-        "tensorrt": "trt",
-        "tensorrt_rtx": "trt-rtx",
-        "executorch": "executorch",
-        "litert": "litert",
-        "ncnn": "ncnn",
-    }.get(runtime, "all")
+    """The extra of robx that installs an engine; "all" for those installed with robx itself."""
+    return (RUNTIMES[runtime].extra if runtime in RUNTIMES else None) or "all"
 
 
 class OpenModel:
-    """The Session of any engine: checks the input once, and splits it where the batch is fixed."""
+    """The Session of every engine: validates inputs, and splits them where the batch is fixed."""
 
     def __init__(self, record: Bundle | Student, model: Model, batch: int | None = None) -> None:
         self.bundle = record
@@ -188,7 +173,7 @@ class OpenModel:
         """Embeddings, float32 (N, D), of preprocessed images, float32 (N, 3, H, W).
 
         Raises:
-            InputError: another dtype or shape.
+            InputError: the dtype or shape is not the model's.
             DeviceError: the session is closed, or the engine failed.
         """
         if self._model is None:
@@ -198,7 +183,7 @@ class OpenModel:
         )
         if images.dtype != np.float32 or not fits or not len(images):
             expected = ("N", *self._image_shape)
-            raise InputError(f"images are {images.dtype} {images.shape} and the model takes float32 {expected}")
+            raise InputError(f"images are {images.dtype} {images.shape}, but the model takes float32 {expected}")
         try:
             answer: np.ndarray = run_in_batches(self._model, images, self._batch)
             return answer
@@ -206,13 +191,13 @@ class OpenModel:
             raise DeviceError(f"the engine failed on a batch of {len(images)}: {first_line(error)}") from error
 
     def facts(self) -> dict[str, Any]:
-        """Engine, version, provider, threads, as they really are."""
+        """Engine, version, provider and threads that are actually in use."""
         if self._model is None:
             raise DeviceError("the session is closed: open it again")
         return self._model.facts()
 
     def close(self) -> None:
-        """Free the engine's model; a second call does nothing."""
+        """Free the engine's resources; a second call does nothing."""
         model, self._model = self._model, None
         if model is not None:
             model.close()

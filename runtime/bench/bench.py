@@ -114,7 +114,7 @@ def _push(transport: Transport, run: Run, settings: BenchSettings, profile: Prof
 
 def _job(run: Run, settings: BenchSettings, profile: Profile, processes: int, hashes: dict[str, str]) -> Any:
     return {
-        "engine": run.bundle.runtime,
+        "engine": runner_zip.engine_name(run.bundle),
         "folder": "bundle",
         "manifest": to_json(run.bundle),
         "settings": to_json(dataclasses.replace(settings.session, batch=run.batch)),

@@ -1,4 +1,4 @@
-"""The file that a device runs: a zipapp of `runtime/device/` and one engine, byte for byte the same every time."""
+"""The file that a device runs: a zipapp of `runtime/device/` and one engine, reproducible byte for byte."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from robx.store.files import sha256_bytes
 
 NAME = "robx_runner.pyz"
 _MAIN = "runner.py"  # becomes __main__.py
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can hold
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can store
 
 
 def pack_runner(bundle: Bundle | None) -> bytes:
-    """All of `runtime/device/` and the engine of `bundle`; with none it only describes the device (``--doctor``)."""
+    """All of `runtime/device/` and the engine of `bundle`; without one it can only run ``--doctor``."""
     room = Path(str(device.__file__)).parent
-    # Packages keep the names they have in robx, which is not installed on a device; their own files stay empty.
+    # Packages keep their names in robx, which is not installed on a device; their __init__ files are empty.
     files = {
         "__main__.py": (room / _MAIN).read_bytes(),
         "robx/__init__.py": b"",
@@ -39,6 +39,11 @@ def pack_runner(bundle: Bundle | None) -> bytes:
     return b"#!/usr/bin/env python3\n" + buffer.getvalue()
 
 
+def engine_name(bundle: Bundle) -> str:
+    """The engine's module in `robx.runtime.engines`, as the job names it."""
+    return engine_module(bundle).__name__.rpartition(".")[2]
+
+
 def runner_sha256(bundle: Bundle | None) -> str:
-    """Hex SHA-256 of that file."""
+    """Hex SHA-256 of the runner zip."""
     return sha256_bytes(pack_runner(bundle))

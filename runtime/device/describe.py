@@ -1,4 +1,4 @@
-"""What a device is. It runs on the device too: Python 3.8 and the standard library only."""
+"""Describe the device. Runs on the device: Python 3.8 and the standard library only."""
 
 from __future__ import annotations
 
@@ -12,14 +12,9 @@ from typing import Any
 from robx.runtime.device.sysfs import ask, numbers, read
 from robx.runtime.device.watch import energy, snapshot, throttle_flags
 
-_PACKAGES = (
-    *("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt_rtx", "executorch"),
-    *("ai-edge-litert", "ncnn", "torch", "timm", "nvidia-ml-py"),
-)
-
 
 def describe(root: str = "/") -> dict[str, Any]:
-    """This machine as plain values; None is what it does not tell."""
+    """This machine as plain values; None where the machine does not report one."""
     cpuinfo = read(root, "proc/cpuinfo") or ""
     return {
         "host": platform.node(),
@@ -42,26 +37,26 @@ def describe(root: str = "/") -> dict[str, Any]:
 
 
 def emulation(root: str, machine: str, cpuinfo: str) -> str | None:
-    """Why this is an emulated processor, or None. Times taken on one mean nothing."""
+    """Why this processor counts as emulated, or None. Latency measured on an emulator is meaningless."""
     comm = read(root, "proc/self/comm") or ""
     if comm.startswith("qemu"):
         return "the process is %s" % comm
     kernel_arch = read(root, "proc/sys/kernel/arch")
     if kernel_arch and _family(kernel_arch) != _family(machine):
-        return "the kernel is %s and the processor says %s" % (kernel_arch, machine)
+        return "the kernel is %s but the processor reports %s" % (kernel_arch, machine)
     if _family(machine) == "arm" and ("GenuineIntel" in cpuinfo or "AuthenticAMD" in cpuinfo):
-        return "the processor says %s and /proc/cpuinfo is an x86's" % machine
+        return "the processor reports %s but /proc/cpuinfo is that of an x86" % machine
     if "QEMU TCG" in cpuinfo or "QEMU Virtual CPU" in cpuinfo:
         return "/proc/cpuinfo names QEMU"
     return None
 
 
-def packages() -> dict[str, str]:
-    """The runtimes' installed versions, without importing them."""
+def packages(names: list[str]) -> dict[str, str]:
+    """Versions of the installed ones of these distributions, without importing them."""
     from importlib import metadata
 
     found = {}
-    for name in _PACKAGES:
+    for name in names:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -150,7 +145,7 @@ def _container(root: str) -> str | None:
 
 
 def _watched(root: str) -> dict[str, Any]:
-    """What can be seen while a model is timed; where energy cannot, why."""
+    """What can be monitored while a model is timed; if energy cannot, why."""
     sample = snapshot(root)
     return {
         "clocks": bool(sample["khz"]),

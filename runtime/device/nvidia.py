@@ -1,6 +1,6 @@
-"""An NVIDIA GPU's memory, energy and throttling, through NVML (nvidia-ml-py). It runs on the device too: Python 3.8.
+"""Memory, energy and throttling of an NVIDIA GPU, through NVML (nvidia-ml-py). Runs on the device: Python 3.8.
 
-Where that package, the driver or a counter is not there, the figure is None and the reason says why.
+Without that package, the driver or a counter, the value is None and `reason` says why.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-# Clock event reasons of nvml.h that mean heat or power, not idleness or a user's own limit.
+# Clock event reasons of nvml.h that mean heat or power, not idling or a limit set by the user.
 _THROTTLING = {
     0x08: "hardware slow-down",
     0x20: "software thermal slow-down",
@@ -18,11 +18,11 @@ _THROTTLING = {
 
 
 def reading() -> dict[str, Any]:
-    """Bytes that this process holds on its first GPU, joules that the GPU has used so far, and what slows its clock."""
+    """Bytes that this process uses on its first GPU, joules that the GPU has used so far, and throttling reasons."""
     try:
         import pynvml
     except ImportError:
-        return _nothing("nvidia-ml-py is not installed there: pip install nvidia-ml-py")
+        return _nothing("nvidia-ml-py is not installed on the device: pip install nvidia-ml-py")
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
@@ -47,7 +47,7 @@ def _read(nvml: Any) -> dict[str, Any]:
         used = [p.usedGpuMemory for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
         found["memory"] = sum(used) if used and None not in used else None
         if found["memory"] is None:
-            reasons.append("NVML does not tell the memory of this process (in a container it has another id)")
+            reasons.append("NVML does not report the memory of this process (in a container its id differs)")
     except nvml.NVMLError as error:
         reasons.append("memory: %s" % error)
     try:

@@ -1,17 +1,17 @@
-"""What a device runs: one model, measured and checked. Standard library, numpy and one engine; Python 3.8 and later.
+"""The program that runs on a device and measures one model. Python 3.8, the standard library, numpy and one engine.
 
     python robx_runner.pyz JOB.json
 
-robx packs this file (as ``__main__``), what describes and watches the device, and one engine into ``robx_runner.pyz``
-and pushes it with the bundle, the images and the job. The same file measures this machine. It reads and writes in the
-job's folder alone, where only one may be at work:
+robx packs this file (as ``__main__``), the rest of this folder and one engine into ``robx_runner.pyz`` and copies it to
+the device with the bundle, the images and the job. Local measurements run the same file. It reads and writes only in
+the job's folder, in which one runner at a time may work:
 
     job.json      what to do; the keys are _KEYS
     images.npy    preprocessed, float32 (N, 3, H, W)
     result.zip    written last, by a rename:
-        outputs.npz      ``outputs`` float32 (N, D) and ``seen`` bool (N,): the answers of the timed run itself
+        outputs.npz      ``outputs`` float32 (N, D) and ``seen`` bool (N,): the outputs of the timed run itself
         samples.npy      int64 (n,), nanoseconds of each query in order
-        telemetry.jsonl  what a process beside this one saw five times a second
+        telemetry.jsonl  what a second process recorded five times a second
         result.json      load and first-inference times, memory, steady state, energy, device facts; or ``error``
 """
 
@@ -27,18 +27,13 @@ import threading
 import time
 from typing import Any, Callable
 
-# Before any engine is imported: importing ONNX Runtime's wheel otherwise writes a device id, and may send events.
+# Before any engine is imported: ONNX Runtime's wheel otherwise writes a device id on import, and may send events.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if sys.version_info < (3, 8):
-    raise SystemExit("the device's Python is %s: robx needs 3.8 or later there" % sys.version.split()[0])
+    raise SystemExit("the device's Python is %s: robx needs 3.8 or later on a device" % sys.version.split()[0])
 
-from robx.runtime.device import (
-    describe,
-    nvidia,
-    timing,
-    watch,  # packed beside this file
-)
+from robx.runtime.device import describe, nvidia, timing, watch
 
 SCHEMA = 1
 RESULT = "result.zip"
@@ -48,8 +43,7 @@ _KEYS = {
     *("queries", "seconds", "max_seconds", "warm_up_seconds", "warm_up_limit", "time_limit"),
 }
 
-
-# What an engine's threads or memory may follow beside its settings.
+# Environment variables that may change an engine's threads or memory allocation.
 _ENVIRONMENT = (
     *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "KMP_BLOCKTIME"),
     *("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_ARENA_MAX"),
@@ -57,24 +51,25 @@ _ENVIRONMENT = (
 
 
 def main(arguments: list[str]) -> int:
-    """Do one job, or print what the device is; returns the exit status."""
+    """Do one job, or describe the device and the given packages; returns the exit status."""
     if arguments[:1] == ["--doctor"]:
-        sys.stdout.write(json.dumps({"facts": describe.describe(), "packages": describe.packages()}) + "\n")
+        told = {"facts": describe.describe(), "packages": describe.packages(arguments[1:])}
+        sys.stdout.write(json.dumps(told) + "\n")
         return 0
     if len(arguments) != 1:
-        sys.stderr.write("usage: robx_runner.pyz JOB.json | --doctor\n")
+        sys.stderr.write("usage: robx_runner.pyz JOB.json | --doctor [PACKAGE...]\n")
         return 2
     path = os.path.abspath(arguments[0])
     with open(path) as file:
         job = json.load(file)
     os.chdir(os.path.dirname(path))
-    # CUDA's first GPU is then NVML's first too, whose memory and energy are read.
+    # CUDA then numbers GPUs as NVML does, which reports their memory and energy.
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     try:
         with open("lock", "w") as lock:
             return _alone(job, lock)
-    except OSError as error:  # a full or read-only disk: no result can be written that says so
-        sys.stderr.write("the folder of the job cannot be written: %s\n" % (error.strerror or error))
+    except OSError as error:  # a full or read-only disk: no result file can report it
+        sys.stderr.write("cannot write in the job's folder: %s\n" % (error.strerror or error))
         return 1
 
 
@@ -82,8 +77,8 @@ def _alone(job: dict[str, Any], lock: Any) -> int:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        # One that was cut off from its host may still be at work, and would write the same files.
-        sys.stderr.write("another runner is still at work in this folder\n")
+        # A runner that lost its host may still be running, and would write the same files.
+        sys.stderr.write("another runner is still working in this folder\n")
         return 1
     for stale in (*_PARTS, RESULT):
         if os.path.exists(stale):
@@ -91,7 +86,7 @@ def _alone(job: dict[str, Any], lock: Any) -> int:
     try:
         result = run_job(job)
     except Exception as error:
-        # One line for the host; a traceback would only name this file.
+        # One line for the host; a traceback would only point into this file.
         lines = (str(error).strip() or type(error).__name__).splitlines()
         result = {"schema": SCHEMA, "error": lines[0][:500], "missing": isinstance(error, ImportError)}
     keep(result)
@@ -99,18 +94,18 @@ def _alone(job: dict[str, Any], lock: Any) -> int:
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Open the model, measure it, and keep what it answered."""
+    """Open the model, measure it, and keep its outputs."""
     unknown = sorted(set(job) ^ _KEYS)
     if unknown:
-        raise ValueError("the job has not the keys that this runner takes: %s" % ", ".join(unknown))
-    # A hung engine is ended by the kernel, whatever became of the host.
+        raise ValueError("the job's keys do not match this runner: %s" % ", ".join(unknown))
+    # The kernel ends a hung engine, even if the host is gone.
     signal.alarm(int(job["time_limit"]))
     facts = describe.describe()
     cores = pin(job["affinity"])
     threads = int(job["settings"]["threads"])
     if cores and threads > len(cores):
-        raise ValueError("%d threads on the cores %s: give at most %d threads" % (threads, cores, len(cores)))
-    # Times of an emulated processor are not taken at all, so that none can be mistaken for a figure.
+        raise ValueError("%d threads on the cores %s: use at most %d threads" % (threads, cores, len(cores)))
+    # On an emulated processor nothing is timed, so that no time can be mistaken for a result.
     timed = bool(job["latency"]) and not facts["emulated"]
     cooled = cool_down(job["cool_down_seconds"])
     flags = watch.throttle_flags() or ()
@@ -126,9 +121,9 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(job: dict[str, Any], *, timed: bool) -> dict[str, Any]:
-    """Load, first inference, then either timed queries or all images once; what was answered is kept."""
+    """Load, first inference, then either timed queries or all images once; outputs are kept."""
     verified = beside(lambda: verify(job["files"]))
-    import numpy as np  # takes as long as to verify does
+    import numpy as np  # takes as long as verifying the files
 
     verified()
     clock = time.perf_counter_ns
@@ -137,7 +132,8 @@ def measure(job: dict[str, Any], *, timed: bool) -> dict[str, Any]:
     queries = [images[i : i + batch] for i in range(0, len(images) - batch + 1, batch)]
     before = watch.memory(reset=True)
     start = clock()
-    model = _engine(job["engine"]).open_model(job["folder"], job["manifest"], job["settings"])
+    engine = importlib.import_module("robx.runtime.engines." + job["engine"])
+    model = engine.open_model(job["folder"], job["manifest"], job["settings"])
     try:
         loaded = clock()
         first = run_in_batches(model, queries[0], fixed_batch(job["manifest"]))
@@ -180,7 +176,7 @@ def _timed(job: dict[str, Any], model: Any, queries: list[Any], kept: tuple[Any,
 
 
 def run_in_batches(model: Any, images: Any, batch: int | None) -> Any:
-    """`images` through a model whose batch may be fixed: pieces of `batch`, the last one filled up and cut."""
+    """Run `images` through a model whose batch may be fixed: in pieces of `batch`, the last one padded and cut."""
     import numpy as np
 
     if batch is None or len(images) == batch:
@@ -196,15 +192,15 @@ def run_in_batches(model: Any, images: Any, batch: int | None) -> Any:
 
 
 def fixed_batch(manifest: dict[str, Any]) -> int | None:
-    """The batch that the model was exported with, or None where it is dynamic."""
+    """The batch size that the model was exported with; None if dynamic."""
     batch: int | None = manifest["inputs"][0]["shape"][0]
     return batch
 
 
 def cool_down(limit: float) -> dict[str, Any]:
-    """Wait until no sensor is more than 3 degrees above what the first process of this bench found, or `limit` seconds.
+    """Wait until no sensor is more than 3 °C above the first process's reading, or for `limit` seconds.
 
-    The first process leaves its reading in the folder above the job's, which all bundles of one bench share.
+    The first process stores its reading in the parent folder, which all bundles of one bench share.
     """
     reading = max(watch.snapshot()["celsius"], default=None)
     shared = os.path.join("..", "celsius.json")
@@ -222,7 +218,7 @@ def cool_down(limit: float) -> dict[str, Any]:
 
 
 def beside(work: Callable[[], None]) -> Callable[[], None]:
-    """Start `work` in a thread; what is returned waits for its end, and raises what it raised."""
+    """Start `work` in a thread; the returned function waits for it and raises what it raised."""
     raised: list[BaseException] = []
 
     def run() -> None:
@@ -243,13 +239,13 @@ def beside(work: Callable[[], None]) -> Callable[[], None]:
 
 
 def verify(files: dict[str, str]) -> None:
-    """Every file arrived as it was sent (SHA-256)."""
+    """Check the SHA-256 of every file."""
     import hashlib
 
     for name, expected in sorted(files.items()):
         digest = hashlib.sha256()
         with open(name, "rb") as file:
-            # In large blocks: between two of them this thread waits for the one that imports.
+            # In large blocks: between blocks this thread waits for the importing one.
             for block in iter(lambda: file.read(1 << 24), b""):
                 digest.update(block)
         if digest.hexdigest() != expected:
@@ -257,24 +253,24 @@ def verify(files: dict[str, str]) -> None:
 
 
 def pin(cores: list[int] | None) -> list[int] | None:
-    """Keep this process, and the threads it will start, on `cores`; returns those that it may use, None if unknown."""
+    """Pin this process and its future threads to `cores`; returns the cores it may use, None if unknown."""
     if not hasattr(os, "sched_setaffinity"):
         if cores:
-            raise ValueError("this system cannot pin a process to cores: leave --affinity out")
+            raise ValueError("this system cannot pin a process to cores: leave out --affinity")
         return None
     have = os.sched_getaffinity(0)
     if not cores:
         return sorted(have)
-    # The kernel takes a set of which any core exists, and says nothing of the others.
+    # The kernel accepts a set if any of its cores exists, and silently ignores the others.
     if not set(cores) <= have:
-        raise ValueError("cores %s are not to be had: this process may use %s" % (cores, sorted(have)))
+        raise ValueError("cores %s are not available: this process may use %s" % (cores, sorted(have)))
     os.sched_setaffinity(0, set(cores))
     return sorted(cores)
 
 
 def keep(result: dict[str, Any]) -> None:
-    """Pack what was measured into one file; it appears by a rename, so that it is whole."""
-    import zipfile  # what is not needed for the first answer waits until after it
+    """Pack the results into one file, which appears by a rename and is therefore complete."""
+    import zipfile  # not needed for the first inference, so not imported before it
 
     write_json(result, "result.json")
     with zipfile.ZipFile(RESULT + ".tmp", "w", zipfile.ZIP_STORED) as archive:
@@ -285,19 +281,15 @@ def keep(result: dict[str, Any]) -> None:
 
 
 def write_json(value: Any, path: str) -> None:
-    """Write `value` beside `path`, then rename."""
+    """Write `value` to a temporary file, then rename it to `path`."""
     with open(path + ".tmp", "w") as file:
         json.dump(value, file)
     os.replace(path + ".tmp", path)
 
 
 def _new_flags(before: Any, after: Any) -> Any:
-    """The throttling flags of now, and those "since boot" that were not there before; None where none can be had."""
+    """The current throttling flags and new "since boot" ones; None where the platform reports none."""
     return after and [flag for flag in after if not (flag.endswith("since boot") and flag in before)]
-
-
-def _engine(name: str) -> Any:
-    return importlib.import_module("robx.runtime.engines.on_" + name.replace("tensorrt_rtx", "tensorrt"))
 
 
 if __name__ == "__main__":

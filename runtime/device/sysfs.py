@@ -1,6 +1,6 @@
-"""What the kernel tells in files, and what a tool prints. It runs on the device too: Python 3.8 and its library alone.
+"""Read kernel files and the output of tools. Runs on the device: Python 3.8 and the standard library only.
 
-`root` stands for the file system that is read: the tests lay a Raspberry Pi's or a Jetson's beside this one.
+`root` is the file system to read: tests provide those of a Raspberry Pi and a Jetson.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 
 
 def read(root: str, path: str) -> str | None:
-    """The text of a file below `root`, without white space around it; None where there is none to read."""
+    """The stripped text of a file below `root`; None if it cannot be read."""
     try:
         with open(os.path.join(root, path), errors="replace") as file:
             return file.read().strip()
@@ -19,7 +19,7 @@ def read(root: str, path: str) -> str | None:
 
 
 def numbers(root: str, pattern: str) -> list[int]:
-    """The whole numbers in the files that match, cpu2 before cpu10; what holds none is left out."""
+    """The integers in the files that match, cpu2 before cpu10; files without one are left out."""
     found = []
     for path in sorted(glob.glob(os.path.join(root, pattern)), key=lambda path: (len(path), path)):
         try:
@@ -30,11 +30,11 @@ def numbers(root: str, pattern: str) -> list[int]:
 
 
 def ask(arguments: list[str]) -> str | None:
-    """What a tool prints, or None when it is not on PATH, cannot be run, fails to end, or prints nothing."""
+    """What a tool prints; None if it is not on PATH, cannot be run, does not end, or prints nothing."""
     folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
     if not any(os.access(os.path.join(folder, arguments[0]), os.X_OK) for folder in folders):
         return None
-    import subprocess  # most devices have none of the tools, and to import it takes a hundredth of a runner's start
+    import subprocess  # most devices have none of the tools, and the import takes 1 % of a runner's start-up
 
     try:
         done = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10)

@@ -1,4 +1,4 @@
-"""The timed loop and its warm-up. It runs on the device too: Python 3.8, the standard library and numpy only."""
+"""The timed loop and its warm-up. Runs on the device: Python 3.8, the standard library and numpy only."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import gc
 import time
 from typing import Any
 
-_WINDOW_QUERIES = 10  # the fewest queries of a warm-up window
-_AGREEMENT = 0.02  # three windows' medians within this are a steady state
+_WINDOW_QUERIES = 10  # minimum per warm-up window
+_AGREEMENT = 0.02  # steady: the medians of three windows are this close
 
 
 def warm_up(model: Any, queries: list[Any], least: float, limit: float) -> dict[str, Any]:
-    """Run windows of queries until the medians of three in a row agree within 2 %, or `limit` seconds are over."""
+    """Run windows of queries until three consecutive medians agree within 2 %, or `limit` seconds have passed."""
     clock = time.perf_counter
     start, number = clock(), 0
     medians: list[float] = []
@@ -34,9 +34,9 @@ def warm_up(model: Any, queries: list[Any], least: float, limit: float) -> dict[
 
 
 def time_queries(model: Any, queries: list[Any], job: dict[str, Any], kept: tuple[Any, Any]) -> tuple[Any, bool]:
-    """Issue one query after the other until both the queries and the seconds of the job are reached.
+    """Run one query after the other until both the queries and the seconds of the job are reached.
 
-    Returns int64 (n,) nanoseconds and whether both were reached before ``max_seconds``. Keeping an answer is not timed.
+    Returns int64 (n,) nanoseconds and whether both were reached before ``max_seconds``. Keeping an output is not timed.
     """
     import numpy as np
 
@@ -60,7 +60,7 @@ def time_queries(model: Any, queries: list[Any], job: dict[str, Any], kept: tupl
 
 
 def keep_answer(answer: Any, start: int, kept: tuple[Any, Any]) -> None:
-    """Put the answer (B, D) to images `start` and on into the outputs (N, D), and mark these as seen (N,)."""
+    """Copy the output (B, D) for the images from `start` on into outputs (N, D), and mark them in seen (N,)."""
     outputs, seen = kept
     outputs[start : start + len(answer)] = answer
     seen[start : start + len(answer)] = True

@@ -1,5 +1,6 @@
-"""What a device does while a model is timed: memory, energy, clocks, heat, other load. It runs on the device too:
-Python 3.8 and the standard library only.
+"""Monitor a device while a model is timed: memory, energy, clocks, temperature, other load.
+
+Runs on the device: Python 3.8 and the standard library only.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from typing import Any
 from robx.runtime.device.sysfs import ask, numbers, read
 
 _INTERVAL = 0.2  # seconds between two samples of the telemetry
-# Throttled flags of the Raspberry Pi's firmware: bits 0-3 now, 16-19 since boot (vcgencmd get_throttled).
+# Throttling flags of the Raspberry Pi's firmware (vcgencmd get_throttled): bits 0-3 now, 16-19 since boot.
 _PI_NOW = {0: "under-voltage", 1: "frequency capped", 2: "throttled", 3: "soft temperature limit"}
 
 
 def memory(reset: bool = False) -> dict[str, int] | None:
-    """Resident bytes now and at their peak (VmRSS, VmHWM) of this process; `reset` first sets the peak to now.
+    """Resident bytes of this process, current and peak (VmRSS, VmHWM); `reset` first resets the peak.
 
-    None where the kernel does not say; ``reset_refused`` is 1 where it does not let the peak be set.
+    None where the kernel does not report them; ``reset_refused`` is 1 where it does not allow the reset.
     """
     refused = False
     if reset:
@@ -43,10 +44,10 @@ def memory(reset: bool = False) -> dict[str, int] | None:
 
 
 def energy(root: str = "/", since: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Joules counted so far by the processor packages (RAPL), or `joules` None and the reason.
+    """Joules counted so far by the processor packages (RAPL); `joules` is None, with a reason, where there are none.
 
-    Each package's counter wraps for itself: with the reading `since`, a wrap between the two is added back. The zone
-    psys, the whole platform, holds the packages and is not added to them.
+    Each package's counter wraps separately: given the reading `since`, a wrap between the two is added back. The zone
+    psys, the whole platform, includes the packages and is not added to them.
     """
     folders = sorted(glob.glob(os.path.join(root, "sys/class/powercap/intel-rapl:[0-9]")))
     if not folders:
@@ -57,7 +58,7 @@ def energy(root: str = "/", since: dict[str, Any] | None = None) -> dict[str, An
             continue
         count = read(folder, "energy_uj")
         if count is None:
-            reason = "the energy counter %s/energy_uj can be read by root only" % folder
+            reason = "only root can read the energy counter %s/energy_uj" % folder
             return {"source": None, "joules": None, "reason": reason}
         joules = int(count) / 1e6
         earlier = (since or {}).get("zones", {}).get(folder)
@@ -69,7 +70,7 @@ def energy(root: str = "/", since: dict[str, Any] | None = None) -> dict[str, An
 
 
 def snapshot(root: str = "/") -> dict[str, Any]:
-    """One sample: seconds, jiffies of each kind, current frequencies (kHz), temperatures (°C), throttling counters."""
+    """One sample: time (s), jiffies, clock frequencies (kHz), temperatures (°C), throttling counters, power (mW)."""
     return {
         "t": time.monotonic(),
         "jiffies": _jiffies(root),
@@ -86,18 +87,18 @@ def process_jiffies(pid: int) -> int | None:
     text = read("/", "proc/%d/stat" % pid)
     if text is None:
         return None
-    # The command, in parentheses, may have spaces in it.
+    # The command, in parentheses, may contain spaces.
     fields = text.rsplit(")", 1)[1].split()
     return int(fields[11]) + int(fields[12])
 
 
 def throttle_flags() -> list[str] | None:
-    """What the platform says holds the clock down; None when it does not say (only a Pi's firmware is asked)."""
+    """What limits the clock according to the platform; None where it does not report that (only a Pi does)."""
     return parse_throttled(ask(["vcgencmd", "get_throttled"]) or "")
 
 
 def parse_throttled(text: str) -> list[str] | None:
-    """The flags in ``throttled=0x50005``, of this moment and, marked so, since boot."""
+    """The flags in ``throttled=0x50005``: current ones, and those marked "since boot"."""
     try:
         bits = int(text.strip().split("=")[1], 16)
     except (IndexError, ValueError):
@@ -109,9 +110,9 @@ def parse_throttled(text: str) -> list[str] | None:
 def start_telemetry(path: str, cores: list[int] | None = None) -> tuple[int, int] | None:
     """Fork a process that writes a snapshot line to `path` five times a second until its pipe closes.
 
-    It runs on the cores that `cores` (those of the measured process) leaves, when there are any, and ends the measured
-    process when the host that waits for it is gone. Returns its process id and the pipe's end to close, or None where a
-    process cannot be forked. Call it before any thread is started.
+    It avoids `cores`, those of the measured process, if there are others, and ends the measured process when the host
+    that waits for it is gone. Returns its process id and the end of the pipe to close, or None where a process cannot
+    be forked. Call it before any thread is started.
     """
     reader, writer = os.pipe()
     measured = os.getpid()
@@ -133,7 +134,7 @@ def start_telemetry(path: str, cores: list[int] | None = None) -> tuple[int, int
 
 
 def stop_telemetry(handle: tuple[int, int] | None) -> None:
-    """End the process and wait for it."""
+    """End the telemetry process and wait for it."""
     if handle is not None:
         os.close(handle[1])
         os.waitpid(handle[0], 0)
@@ -150,7 +151,7 @@ def _record(path: str, reader: int, measured: int, cores: list[int] | None) -> N
             sample["own"] = (process_jiffies(measured) or 0) + (process_jiffies(os.getpid()) or 0)
             file.write(json.dumps(sample) + "\n")
             file.flush()
-            # The pipe becomes readable, at its end, when the measured process closes it or dies.
+            # The pipe becomes readable (end of file) when the measured process closes it or dies.
             if select.select([reader], [], [], _INTERVAL)[0]:
                 return
             if _hung_up():
@@ -159,14 +160,14 @@ def _record(path: str, reader: int, measured: int, cores: list[int] | None) -> N
 
 
 def _hung_up() -> bool:
-    """Whether nobody is left to read what this process prints: the connection over which it was started has ended."""
+    """Whether nobody is left to read this process's output: the connection that started it has ended."""
     poll = select.poll()
-    poll.register(1, 0)  # a pipe or socket whose other end is closed is reported unasked; a file or terminal never is
+    poll.register(1, 0)  # a pipe or socket with a closed end is always reported; a file or terminal never is
     return any(event & (select.POLLHUP | select.POLLERR) for _, event in poll.poll(0))
 
 
 def _jiffies(root: str) -> dict[str, int] | None:
-    """Busy, stolen and total time of all cores. Guest time is in user time already."""
+    """Busy, stolen and total time of all cores. User time already includes guest time."""
     for line in (read(root, "proc/stat") or "").splitlines():
         if line.startswith("cpu "):
             n = [int(x) for x in line.split()[1:9]]
@@ -183,7 +184,7 @@ def _cgroup_throttled(root: str) -> int | None:
 
 
 def _milliwatts(root: str) -> float | None:
-    """Power on all rails of a Jetson's INA3221 monitors: mV x mA."""
+    """Power of a Jetson's input rails (INA3221 monitors): mV x mA."""
     total, seen = 0.0, False
     for current in glob.glob(os.path.join(root, "sys/class/hwmon/hwmon*/curr[1-3]_input")):
         folder, number = os.path.dirname(current), os.path.basename(current)[4]

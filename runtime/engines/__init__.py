@@ -1,1 +1,1 @@
-"""One file per inference engine, under the restrictions of `device`; the runner zip contains one of them."""
+"""One file per inference engine, with the same restrictions as `device`; the runner zip contains one of them."""

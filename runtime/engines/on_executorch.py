@@ -1,6 +1,6 @@
-"""ExecuTorch programs; the engine form is on_onnxruntime.py's.
+"""Run ExecuTorch programs; the interface is described in on_onnxruntime.py.
 
-On a phone the same program runs in ExecuTorch's own C++, Java or Swift library; this engine is its Python wheel.
+Phones run the same program in ExecuTorch's C++, Java or Swift library; this engine uses its Python wheel.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from robx.runtime.device.engine import check_settings, first_line, model_path
 
 
 def open_model(folder: str, manifest: dict[str, Any], settings: dict[str, Any]) -> ExecuTorchModel:
@@ -22,13 +24,10 @@ def open_model(folder: str, manifest: dict[str, Any], settings: dict[str, Any]) 
 
     Raises:
         ImportError: executorch is not installed.
-        RuntimeError: the file is no program, needs kernels that this build lacks, or has no part for XNNPACK, and that
-            was asked for.
+        RuntimeError: the file is not a program, needs kernels that this build lacks, or XNNPACK was requested and the
+            program delegates nothing to it.
     """
-    if (settings.get("provider") or "cpu") not in ("cpu", "xnnpack"):
-        raise RuntimeError(f"ExecuTorch runs on the CPU here and {settings['provider']!r} was asked for")
-    if (hint := settings.get("precision_hint") or "f32") != "f32":
-        raise RuntimeError(f"ExecuTorch computes in the types of the file, and {hint} was asked for")
+    check_settings("ExecuTorch", settings, ("cpu", "xnnpack"))
     return ExecuTorchModel(folder, manifest, settings)
 
 
@@ -40,26 +39,26 @@ class ExecuTorchModel:
         from executorch.runtime import Runtime
 
         self._torch, self._threads = torch, _set_threads(int(settings.get("threads") or 1))
-        path = Path(folder, next(f["path"] for f in manifest["files"] if f["role"] == "model"))
-        # The program names the backend of each part that it delegates; what it does not delegate runs on plain kernels.
+        path = Path(model_path(folder, manifest))
+        # The program names the backend of each delegated part; the rest runs on the portable kernels.
         self._provider = "xnnpack" if b"XnnpackBackend" in path.read_bytes() else "cpu"
         if settings.get("provider") == "xnnpack" and self._provider != "xnnpack":
-            raise RuntimeError("no part of the program is for XNNPACK: ExecuTorch would run it on its plain kernels")
+            raise RuntimeError("no part of the program is for XNNPACK: ExecuTorch would run it on its portable kernels")
         try:
             self._program = Runtime.get().load_program(path)
             self._method = self._program.load_method("forward")
         except Exception as error:
-            raise RuntimeError(f"executorch cannot open {path.name}: {str(error).splitlines()[0]}") from error
+            raise RuntimeError(f"executorch cannot open {path.name}: {first_line(error)}") from error
         self._dtype = np.dtype(manifest["inputs"][0]["dtype"])
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """Embeddings, float32 (N, D), of preprocessed images, float32 (N, 3, H, W); N is the bundle's batch."""
         pixels = self._torch.from_numpy(np.ascontiguousarray(images, dtype=self._dtype))
-        # The answer lies in the program's own memory, which the next call overwrites.
+        # The output is in the program's memory, which the next call overwrites.
         return np.array(self._method.execute([pixels])[0].numpy(), dtype=np.float32)
 
     def facts(self) -> dict[str, Any]:
-        """What really runs."""
+        """What is actually in use."""
         return {
             "engine": "executorch",
             "version": metadata.version("executorch"),
@@ -75,7 +74,7 @@ class ExecuTorchModel:
 
 
 def _set_threads(threads: int) -> int | None:
-    """Resize the process's thread pool; the number it has afterwards, or None where the wheel does not say."""
+    """Resize the process's thread pool; returns its size, or None where the wheel does not report it."""
     from executorch.extension.pybindings import portable_lib
 
     if not hasattr(portable_lib, "_unsafe_reset_threadpool"):

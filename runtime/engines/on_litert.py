@@ -1,4 +1,4 @@
-"""LiteRT (.tflite) models; the engine form is on_onnxruntime.py's."""
+"""Run LiteRT (.tflite) models; the interface is described in on_onnxruntime.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from robx.runtime.device.engine import check_settings, first_line, model_path
 
 
 def open_model(folder: str, manifest: dict[str, Any], settings: dict[str, Any]) -> LiteRtModel:
@@ -20,35 +22,32 @@ def open_model(folder: str, manifest: dict[str, Any], settings: dict[str, Any]) 
 
     Raises:
         ImportError: neither ai-edge-litert nor tflite-runtime is installed.
-        RuntimeError: the file is no model, or XNNPACK was asked for and takes no part of it.
+        RuntimeError: the file is not a model, or XNNPACK was requested and takes no part of it.
     """
-    if (settings.get("provider") or "cpu") not in ("cpu", "xnnpack"):
-        raise RuntimeError(f"LiteRT runs on the CPU here and {settings['provider']!r} was asked for")
-    if (hint := settings.get("precision_hint") or "f32") != "f32":
-        raise RuntimeError(f"LiteRT computes in the types of the file, and {hint} was asked for")
+    check_settings("LiteRT", settings, ("cpu", "xnnpack"))
     return LiteRtModel(folder, manifest, settings)
 
 
 class LiteRtModel:
-    """One interpreter with XNNPACK, its default; int8 inputs and outputs are converted here."""
+    """One interpreter with XNNPACK, LiteRT's default; int8 inputs and outputs are converted here."""
 
     def __init__(self, folder: str, manifest: dict[str, Any], settings: dict[str, Any]) -> None:
         interpreter = _find_package()
         self._threads = int(settings.get("threads") or 1)
         self._version = _version(interpreter)
-        path = Path(folder, next(f["path"] for f in manifest["files"] if f["role"] == "model"))
+        path = Path(model_path(folder, manifest))
         try:
             self._interpreter = interpreter.Interpreter(str(path), num_threads=self._threads)
             self._interpreter.allocate_tensors()
         except Exception as error:
-            raise RuntimeError(f"LiteRT cannot open {path.name}: {str(error).splitlines()[0]}") from error
+            raise RuntimeError(f"LiteRT cannot open {path.name}: {first_line(error)}") from error
         self._delegates = _delegates(self._interpreter)
         if settings.get("provider") == "xnnpack" and not self._delegates:
-            raise RuntimeError("XNNPACK takes no part of the model: LiteRT would fall back to its plain kernels")
+            raise RuntimeError("XNNPACK takes no part of the model: LiteRT would fall back to its built-in kernels")
         self._input = self._interpreter.get_input_details()[0]
         width = manifest["outputs"][0]["shape"][-1]
         outputs = self._interpreter.get_output_details()
-        # Outputs come in the order of their names; the embedding is told by its width when there are logits too.
+        # Outputs are sorted by name; where there are logits too, the width identifies the embedding.
         self._output = next((o for o in outputs if o["shape"][-1] == width), outputs[0])
 
     def run(self, images: np.ndarray) -> np.ndarray:
@@ -58,7 +57,7 @@ class LiteRtModel:
         return dequantize(self._interpreter.get_tensor(self._output["index"]), self._output)
 
     def facts(self) -> dict[str, Any]:
-        """What really runs."""
+        """What is actually in use."""
         return {
             "engine": "litert",
             "version": self._version,
@@ -77,7 +76,7 @@ class LiteRtModel:
 
 
 def quantize(values: np.ndarray, details: dict[str, Any]) -> np.ndarray:
-    """Real values as a tensor's integers: round(x / scale) + zero point, saturated; floats pass through."""
+    """Quantise real values for a tensor: round(x / scale) + zero point, saturated; floats pass through."""
     dtype = np.dtype(details["dtype"])
     if dtype.kind == "f":
         return np.ascontiguousarray(values, dtype=dtype)
@@ -88,7 +87,7 @@ def quantize(values: np.ndarray, details: dict[str, Any]) -> np.ndarray:
 
 
 def dequantize(values: np.ndarray, details: dict[str, Any]) -> np.ndarray:
-    """A tensor's integers as real values, float32: (q - zero point) * scale; floats pass through."""
+    """Dequantise a tensor to float32: (q - zero point) * scale; floats pass through."""
     if values.dtype.kind == "f":
         return np.array(values, dtype=np.float32)
     scale, zero = details["quantization"]
@@ -97,7 +96,7 @@ def dequantize(values: np.ndarray, details: dict[str, Any]) -> np.ndarray:
 
 
 def _delegates(interpreter: Any) -> int | None:
-    """How many parts of the graph XNNPACK has taken; None where this version does not say."""
+    """How many parts of the graph run in XNNPACK; None where this version does not report it."""
     if not hasattr(interpreter, "_get_ops_details"):
         return None
     return [operator["op_name"] for operator in interpreter._get_ops_details()].count("DELEGATE")

@@ -1,4 +1,4 @@
-"""ncnn models; the engine form is on_onnxruntime.py's."""
+"""Run ncnn models; the interface is described in on_onnxruntime.py."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from robx.runtime.device.engine import check_settings
+
 
 def open_model(folder: str, manifest: dict[str, Any], settings: dict[str, Any]) -> NcnnModel:
     """Open a bundle's .param and .bin files.
@@ -14,15 +16,14 @@ def open_model(folder: str, manifest: dict[str, Any], settings: dict[str, Any]) 
     Args:
         folder: the bundle's folder.
         manifest: its manifest.json, parsed.
-        settings: ``threads`` (int >= 1), and ``precision_hint`` (f32, f16 or bf16: what layers compute in, where the
-            processor can); ``provider`` may be cpu.
+        settings: ``threads`` (int >= 1), and ``precision_hint`` (f32, f16 or bf16: the type that layers compute in,
+            where the processor supports it); ``provider`` may be cpu.
 
     Raises:
         ImportError: ncnn is not installed.
-        RuntimeError: the files are no model.
+        RuntimeError: the files are not a model.
     """
-    if (settings.get("provider") or "cpu") != "cpu":
-        raise RuntimeError(f"ncnn runs on the CPU here and {settings['provider']!r} was asked for")
+    check_settings("ncnn", {"provider": settings.get("provider")}, ("cpu",))
     return NcnnModel(folder, manifest, settings)
 
 
@@ -41,7 +42,7 @@ class NcnnModel:
         options.use_fp16_packed = options.use_fp16_storage = options.use_fp16_arithmetic = half
         options.use_bf16_storage = self._hint == "bf16"
         files = {f["role"]: str(Path(folder, f["path"])) for f in manifest["files"]}
-        # It answers a broken file with a status, and an unloaded network with empty outputs.
+        # ncnn reports a broken file by a status only, and an unloaded network by empty outputs.
         if self._net.load_param(files["model"]) or self._net.load_model(files["weights"]):
             raise RuntimeError(f"ncnn cannot open {Path(files['model']).name}")
 
@@ -51,7 +52,7 @@ class NcnnModel:
 
     def _run(self, image: np.ndarray) -> np.ndarray:
         extractor = self._net.create_extractor()
-        # A Mat over numpy's memory has another channel stride than ncnn assumes: without a clone the answer is wrong.
+        # A Mat over numpy's memory has another channel stride than ncnn assumes: without clone() the result is wrong.
         extractor.input("in0", self._ncnn.Mat(image).clone())
         status, output = extractor.extract("out0")
         if status or output.empty():
@@ -59,7 +60,7 @@ class NcnnModel:
         return np.array(output, dtype=np.float32).reshape(-1)
 
     def facts(self) -> dict[str, Any]:
-        """What really runs."""
+        """What is actually in use."""
         return {
             "engine": "ncnn",
             "version": str(self._ncnn.__version__),

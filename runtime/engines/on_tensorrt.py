@@ -1,8 +1,8 @@
-"""TensorRT and TensorRT-RTX engines, built on the device from the bundle's ONNX file and recipe on first use.
+"""Run TensorRT and TensorRT-RTX engines, built on the device on first use from the bundle's ONNX file and recipe.
 
-The form is on_onnxruntime.py's. An engine is valid for one ONNX file, one TensorRT version, one GPU and one set of
-flags: those make the key of the cache (``$ROBX_ENGINE_CACHE``, else ``~/.cache/robx/engines``). Opening an engine runs
-native code from it, so only one that this process built, or whose SHA-256 was recorded when it was built, is opened.
+The interface is described in on_onnxruntime.py. An engine is valid for one ONNX file, TensorRT version, GPU and set of
+flags: these form its key in the cache (``$ROBX_ENGINE_CACHE``, else ``~/.cache/robx/engines``). Opening an engine runs
+native code from it, so only engines built by this process, or with the SHA-256 recorded at build time, are opened.
 """
 
 from __future__ import annotations
@@ -17,28 +17,27 @@ from typing import Any
 
 import numpy as np
 
+from robx.runtime.device.engine import check_settings
+
 
 def open_model(folder: str, manifest: dict[str, Any], settings: dict[str, Any]) -> TensorRtModel:
-    """Open a bundle on the first CUDA GPU; the first time on a device this builds the engine, which takes minutes.
+    """Open a bundle on the first CUDA GPU. The first time on a device this builds the engine, which takes minutes.
 
     Args:
         folder: the bundle's folder.
         manifest: its manifest.json, parsed; ``runtime`` is tensorrt or tensorrt_rtx.
-        settings: ``provider`` may be cuda; ``threads`` means nothing here.
+        settings: ``provider`` may be cuda; ``threads`` is ignored.
 
     Raises:
         ImportError: TensorRT is not installed, or neither cuda-python nor torch is.
-        RuntimeError: no GPU, or TensorRT cannot build or open the engine; its own words are in the message.
+        RuntimeError: there is no GPU, or TensorRT cannot build or open the engine; the message has its reason.
     """
-    if (settings.get("provider") or "cuda") != "cuda":
-        raise RuntimeError(f"TensorRT runs on cuda and {settings['provider']!r} was asked for")
-    if (hint := settings.get("precision_hint") or "f32") != "f32":
-        raise RuntimeError(f"TensorRT computes in the types of the file, and {hint} was asked for")
+    check_settings("TensorRT", settings, ("cuda",))
     return TensorRtModel(importlib.import_module(manifest["runtime"]), open_cuda(), folder, manifest)
 
 
 class TensorRtModel:
-    """One execution context with its buffers, allocated once for the largest batch."""
+    """One execution context and its buffers, allocated once for the largest batch."""
 
     def __init__(self, trt: Any, cuda: Any, folder: str, manifest: dict[str, Any]) -> None:
         recipe = json.loads(Path(folder, "recipe.json").read_text())
@@ -68,7 +67,7 @@ class TensorRtModel:
         self._batch = self._allocate(trt)
 
     def _allocate(self, trt: Any) -> int:
-        """Bind a buffer to every input and output; the largest batch they hold."""
+        """Bind a buffer to every input and output; returns the largest batch that they hold."""
         shape = tuple(self._engine.get_tensor_shape(self._input))
         if shape[0] < 0:
             shape = tuple(self._engine.get_tensor_profile_shape(self._input, 0)[2])
@@ -99,7 +98,7 @@ class TensorRtModel:
         return output.astype(np.float32, copy=False)
 
     def facts(self) -> dict[str, Any]:
-        """What really runs, and where its engine came from."""
+        """What is actually in use, and where the engine came from."""
         return dict(self._facts)
 
     def close(self) -> None:
@@ -109,7 +108,7 @@ class TensorRtModel:
 
 
 def load_engine(trt: Any, folder: Path, recipe: dict[str, Any], gpu: dict[str, Any], cache: Path) -> tuple[bytes, str]:
-    """The serialised engine and where it is from: "bundle" (built ahead of time), "cache" or "built"."""
+    """The serialised engine and its origin: "bundle" (built ahead of time), "cache" or "built"."""
     onnx = folder / recipe["onnx"]["path"]
     if hashlib.sha256(onnx.read_bytes()).hexdigest() != recipe["onnx"]["sha256"]:
         raise RuntimeError(f"{onnx} is not the file that the recipe was written for: export the bundle again")
@@ -129,27 +128,27 @@ def load_engine(trt: Any, folder: Path, recipe: dict[str, Any], gpu: dict[str, A
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         _write(path, plan)
         _write(recorded, hashlib.sha256(plan).hexdigest().encode())
-    except OSError:  # a read-only or full device runs all the same, and builds again next time
+    except OSError:  # on a read-only or full device it runs anyway, and builds the engine again next time
         pass
     return plan, "built"
 
 
 def engine_key(trt: Any, recipe: dict[str, Any], gpu: dict[str, Any]) -> str:
-    """Changes with the ONNX file, the TensorRT package and version, the GPU, and all that the builder is told."""
+    """A key that changes with the ONNX file, the TensorRT package and version, the GPU and the builder's settings."""
     parts = [recipe["onnx"]["sha256"], trt.__name__, trt.__version__, gpu, recipe["flags"], recipe["profile"]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def cache_folder() -> Path:
-    """Where engines are kept."""
+    """The folder of the engine cache."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("ROBX_ENGINE_CACHE") or home / "robx" / "engines")
 
 
 def build_engine(trt: Any, onnx: Path, recipe: dict[str, Any]) -> bytes:
-    """A serialised engine for the GPU of this machine: strongly typed, so the ONNX file fixes every precision."""
+    """Build a serialised engine for this machine's GPU: strongly typed, so the ONNX file defines every precision."""
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
-    # Since TensorRT 11 every network is strongly typed and the flag may go.
+    # Since TensorRT 11 every network is strongly typed and the flag may be missing.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))
@@ -165,19 +164,19 @@ def build_engine(trt: Any, onnx: Path, recipe: dict[str, Any]) -> bytes:
         config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise RuntimeError(f"{trt.__name__} {trt.__version__} cannot build {onnx}: its log has the reason")
+        raise RuntimeError(f"{trt.__name__} {trt.__version__} cannot build {onnx}: see its log")
     return bytes(plan)
 
 
 def open_cuda() -> Any:
-    """The first GPU through cuda-python, else through torch."""
+    """The first GPU, through cuda-python or else torch."""
     failures = []
     for opener in (_CudaPython, _CudaTorch):
         try:
             return opener()
         except ImportError as error:
             failures.append(str(error))
-    raise ImportError("cuda-python or torch, to hold TensorRT's buffers: " + "; ".join(failures))
+    raise ImportError("TensorRT needs cuda-python or torch for its buffers: " + "; ".join(failures))
 
 
 class _CudaPython:
@@ -223,7 +222,7 @@ class _CudaPython:
 
 
 class _CudaTorch:
-    """Buffers through torch, for a machine that has it and not cuda-python."""
+    """Buffers through torch, for machines without cuda-python."""
 
     def __init__(self) -> None:
         import torch
@@ -258,7 +257,7 @@ class _CudaTorch:
 
 
 def _read_checked(path: Path, sha256: str) -> bytes | None:
-    """A file's bytes, or None when they are not the recorded ones."""
+    """A file's bytes; None if they do not match the recorded SHA-256."""
     if not path.is_file():
         return None
     data = path.read_bytes()
@@ -266,7 +265,7 @@ def _read_checked(path: Path, sha256: str) -> bytes | None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Another process that builds the same engine at the same time sees a whole file or none."""
+    """Write atomically: a process that builds the same engine at the same time sees a complete file or none."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(data)
     temporary.replace(path)

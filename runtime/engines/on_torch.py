@@ -1,4 +1,4 @@
-"""A Student in torch: the reference that every engine is compared with. It runs on the host only."""
+"""Run a Student in torch: the reference that every engine is compared with. Host only."""
 
 from __future__ import annotations
 
@@ -7,35 +7,33 @@ from typing import Any
 
 import numpy as np
 
+from robx.runtime.device.engine import check_settings
+
 
 def open_model(folder: str, manifest: dict[str, Any], settings: dict[str, Any]) -> TorchModel:
     """Open a Student's folder.
 
     Args:
-        folder: the one with student.safetensors and student.json.
-        manifest: unused; the engine form has it.
+        folder: contains student.safetensors and student.json.
+        manifest: unused; part of the engine interface.
         settings: ``threads`` (int >= 1) and, optionally, ``provider`` (cpu or cuda).
 
     Raises:
         ImportError: torch or timm is not installed.
-        RuntimeError: there is no CUDA device and one was asked for.
+        RuntimeError: CUDA was requested and there is no CUDA device.
     """
-    if (hint := settings.get("precision_hint") or "f32") != "f32":
-        raise RuntimeError(f"the reference computes in float32, and {hint} was asked for")
-    return TorchModel(folder, settings)
+    return TorchModel(folder, settings, check_settings("torch", settings, ("cpu", "cuda")))
 
 
 class TorchModel:
     """The trunk in float32, in eval mode."""
 
-    def __init__(self, folder: str, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: str, settings: dict[str, Any], provider: str) -> None:
         import torch
 
         from robx.trunk import load_trunk
 
-        self._device = str(settings.get("provider") or "cpu")
-        if self._device not in ("cpu", "cuda"):
-            raise RuntimeError(f"unknown provider {self._device!r}: torch runs on cpu or cuda")
+        self._device = provider
         if self._device == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("torch finds no CUDA device")
         self._torch, self._threads = torch, int(settings.get("threads") or 1)
@@ -54,7 +52,7 @@ class TorchModel:
         return features
 
     def facts(self) -> dict[str, Any]:
-        """What really runs."""
+        """What is actually in use."""
         return {
             "engine": "torch",
             "version": str(self._torch.__version__),

@@ -198,7 +198,7 @@ def test_a_bundle_that_is_replaced_while_it_is_opened_is_not_measured(
         return model
 
     monkeypatch.setattr(on_onnxruntime, "open_model", slow)
-    with pytest.raises(ArtifactError, match="was written anew while it was opened"):
+    with pytest.raises(ArtifactError, match="was replaced while it was being opened"):
         session.open_session(bundle)
 
 

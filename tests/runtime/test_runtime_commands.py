@@ -160,7 +160,7 @@ def test_doctor(call):
     result = call("doctor")
     assert result.exit_code == 0
     assert "onnxruntime" in result.output and "pip install" in result.output
-    assert "watched during a bench: " in result.output and "energy: " in result.output
+    assert "monitored during a bench: " in result.output and "energy: " in result.output
     told = json.loads(call("doctor", "--json").output)
     assert told["facts"]["arch"]
     states = {finding["name"]: finding for finding in told["findings"]}

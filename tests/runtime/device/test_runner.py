@@ -97,7 +97,7 @@ def job(make_bundle, images):
     np.save(folder / "images.npy", images)
     (folder / runner_zip.NAME).write_bytes(runner_zip.pack_runner(load_bundle(folder / "bundle")))
     content = {
-        "engine": "onnxruntime",
+        "engine": "on_onnxruntime",
         "folder": "bundle",
         "manifest": manifest,
         "settings": {"threads": 1},
@@ -160,7 +160,7 @@ def test_answers_without_times(job, images):
     [
         ({"files": {"bundle/model.onnx": "0" * 64}}, "arrived damaged"),
         ({"surprise": 1}, "surprise"),
-        ({"affinity": [0, 4000]}, "are not to be had"),
+        ({"affinity": [0, 4000]}, "are not available"),
         ({"settings": {"threads": 1, "provider": "cuda"}}, "CUDAExecutionProvider"),
         ({"settings": {"threads": 4000}}, "4000 threads on the cores"),
         ({"settings": {"threads": 1, "precision_hint": "bf16"}}, "bf16 was asked for"),
@@ -272,7 +272,7 @@ def test_two_are_never_at_work_in_one_folder(hung):
             (hung / "samples.npy").write_text("the first one's")
             command = [sys.executable, runner_zip.NAME, "job.json"]
             second = subprocess.run(command, cwd=hung, capture_output=True, text=True, timeout=20)
-            assert second.returncode == 1 and "another runner is still at work" in second.stderr
+            assert second.returncode == 1 and "another runner is still working" in second.stderr
             assert (hung / "samples.npy").read_text() == "the first one's"
         finally:
             first.kill()

@@ -1,0 +1,45 @@
+"""Helpers shared by the engine files. Runs on the device: Python 3.8, the standard library and numpy only."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Callable
+
+
+def check_settings(engine: str, settings: dict[str, Any], providers: tuple[str, ...]) -> str:
+    """The provider to use: the requested one, or the first of `providers`.
+
+    For engines that compute in the types of the model file.
+
+    Raises:
+        RuntimeError: another provider was requested, or a floating-point type that is not the file's.
+    """
+    provider = str(settings.get("provider") or providers[0])
+    if provider not in providers:
+        known = " or ".join(providers)
+        raise RuntimeError("%s runs on %s and %r was asked for: leave out --provider" % (engine, known, provider))
+    hint = str(settings.get("precision_hint") or "f32")
+    if hint != "f32":
+        raise RuntimeError("%s computes in the types of the file, and %s was asked for" % (engine, hint))
+    return provider
+
+
+def model_path(folder: str, manifest: dict[str, Any]) -> str:
+    """The file that the engine opens."""
+    return os.path.join(folder, next(str(f["path"]) for f in manifest["files"] if f["role"] == "model"))
+
+
+def input_converter(manifest: dict[str, Any]) -> Callable[[Any], Any]:
+    """A function from normalised images (N, 3, H, W) to the model's input: a float type, or uint8 pixels again."""
+    import numpy as np
+
+    dtype = np.dtype(manifest["inputs"][0]["dtype"])
+    if dtype != np.uint8:
+        return lambda images: np.ascontiguousarray(images, dtype=dtype)
+    mean, std = (np.array(manifest["preprocessing"][k], np.float32).reshape(1, 3, 1, 1) for k in ("mean", "std"))
+    return lambda images: np.clip(np.rint((images * std + mean) * 255), 0, 255).astype(np.uint8)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
