@@ -22,6 +22,7 @@ from robx.formats import Precision as Precision
 from robx.store.dataclass_json import SCHEMA as SCHEMA
 from robx.store.dataclass_json import Json as Json
 from robx.store.dataclass_json import from_json as from_json
+from robx.store.dataclass_json import parse_json
 from robx.store.dataclass_json import to_json as to_json
 from robx.store.files import read_bytes, read_json, sha256_bytes, sha256_file, verify_file, write_bytes, write_json
 from robx.store.folders import turn
@@ -325,8 +326,8 @@ def load_measurements(path: Path) -> list[Measurement]:
 
 def _measurement(line: bytes, where: str) -> Measurement:
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(line)
+    except ValueError as error:
         raise ArtifactError(f"{where} is not valid JSON ({error}): remove the line") from error
     kind = value.get("kind") if isinstance(value, dict) else None
     cls = _KINDS.get(kind) if isinstance(kind, str) else None

@@ -83,11 +83,7 @@ def _ask(device: str, python: str | None, packages: list[str]) -> dict[str, Any]
     if status:
         raise DeviceError(f"{device} cannot run the runner: {last[:300] or f'exit status {status}'}")
     try:
-        return dict(
-            result_schema.check(
-                result_schema.parse(last), {"facts": result_schema.DEVICE, "packages": {}}, "its answer"
-            )
-        )
+        return dict(result_schema.check(result_schema.parse(last), result_schema.DoctorAnswer, "answer"))
     except DeviceError as error:
         raise DeviceError(
             f"{device} answered {last[:80]!r} where the runner's facts were expected: check --python"

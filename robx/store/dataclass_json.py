@@ -1,8 +1,9 @@
-"""Frozen dataclasses to plain JSON values and back: what is not exactly as the types say is refused, and named."""
+"""Frozen dataclasses to plain JSON values and back, and checks of foreign JSON; whatever does not match is named."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import reprlib
 import types
@@ -17,7 +18,7 @@ Json = Any  # null, bool, int, float, str, list or dict of these
 Record = TypeVar("Record")
 _short = reprlib.Repr()
 _short.maxstring = _short.maxlong = 80
-_shown = _short.repr  # of a value that a message names
+_shown = _short.repr  # of a value in a message
 
 
 def to_json(record: Any) -> Json:
@@ -35,12 +36,43 @@ def from_json(cls: type[Record], value: Json, *, where: str = "record") -> Recor
     """A record from plain JSON values.
 
     Raises:
-        ArtifactError: a newer schema, an unknown or missing key, or a value of another type; the message names it.
+        ArtifactError: a newer schema, an unknown or missing key, or a value of the wrong type; the message names it.
     """
     schema = value.get("schema") if isinstance(value, dict) else None
     if isinstance(schema, int) and schema > SCHEMA:
-        raise ArtifactError(f"{where} has schema {schema} and this robx reads up to {SCHEMA}: upgrade robx")
+        raise ArtifactError(f"{where} has schema {schema}, but this version of robx reads up to {SCHEMA}: upgrade robx")
     return typing.cast(Record, _parse(cls, value, where))
+
+
+def check_json(kind: Any, value: Json, *, where: str) -> Any:
+    """`value` itself, when it matches the type `kind`: a TypedDict (which allows further keys), or any field's type.
+
+    Raises:
+        ArtifactError: it does not match; the message names the key.
+    """
+    return _parse(kind, value, where)
+
+
+def parse_json(text: str | bytes, *, limit: float = math.inf) -> Json:
+    """JSON without NaN and infinity, and with no number of magnitude `limit` or more.
+
+    Raises:
+        ValueError: it is not that, or is nested too deeply.
+    """
+
+    def number(digits: str) -> int | float:
+        value = float(digits)  # inf, not an error, however many digits there are
+        if not abs(value) < limit:
+            raise ValueError(f"the number {digits[:20]} is too large")
+        return value if "." in digits or "e" in digits.lower() else int(digits)
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not valid JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse, parse_float=number, parse_int=number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _parse(kind: Any, value: Json, where: str) -> Any:
@@ -55,10 +87,14 @@ def _parse(kind: Any, value: Json, where: str) -> Any:
         return value
     if origin is tuple:
         return _parse_tuple(arguments, value, where)
+    if origin is list:
+        return list(_parse_tuple((arguments[0], Ellipsis), value, where))
     if origin is dict:
         if not isinstance(value, dict):
             raise ArtifactError(f"{where}: {_shown(value)} is not an object")
         return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if typing.is_typeddict(kind):
+        return _parse_typed_dict(kind, value, where)
     if dataclasses.is_dataclass(kind):
         return _parse_record(typing.cast(type, kind), value, where)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
@@ -73,7 +109,7 @@ def _parse_float(value: int | float, where: str) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):  # which robx never writes
+    if not math.isfinite(number):  # robx never writes these
         raise ArtifactError(f"{where}: {_shown(value)} is not a finite number")
     return number
 
@@ -98,17 +134,27 @@ def _parse_tuple(kinds: tuple[Any, ...], value: Json, where: str) -> tuple[Any, 
     if len(kinds) == 2 and kinds[1] is Ellipsis:
         return tuple(_parse(kinds[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if len(kinds) != len(value):
-        raise ArtifactError(f"{where}: {len(kinds)} items were expected, and there are {len(value)}")
+        raise ArtifactError(f"{where}: expected {len(kinds)} items, got {len(value)}")
     return tuple(_parse(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+
+
+def _parse_typed_dict(kind: Any, value: Json, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{where}: {_shown(value)} is not an object")
+    for key, wanted in typing.get_type_hints(kind).items():
+        if key not in value:
+            raise ArtifactError(f"{where}: the key {key!r} is missing")
+        _parse(wanted, value[key], f"{where}.{key}")
+    return value
 
 
 def _parse_record(cls: type, value: Json, where: str) -> Any:
     if not isinstance(value, dict):
-        raise ArtifactError(f"{where}: an object was expected, not {type(value).__name__}")
+        raise ArtifactError(f"{where}: expected an object, got {type(value).__name__}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if unknown := sorted(set(value) - set(fields)):
-        raise ArtifactError(f"{where}: unknown key {_shown(unknown[0])}; known are {', '.join(fields)}")
+        raise ArtifactError(f"{where}: unknown key {_shown(unknown[0])}; the known keys are {', '.join(fields)}")
     required = {
         n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     }

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from robx.errors import ArtifactError, InputError, RobxError
+from robx.store.dataclass_json import parse_json
 
 # A manifest, record or recipe larger than this is not one.
 MAX_JSON_BYTES = 64 * 1024 * 1024
@@ -175,8 +176,8 @@ def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
         ArtifactError: missing, unreadable, too large, or not JSON.
     """
     try:
-        return json.loads(read_bytes(path, limit=limit))
-    except (ValueError, RecursionError) as error:
+        return parse_json(read_bytes(path, limit=limit))
+    except ValueError as error:
         raise ArtifactError(f"{path} is not valid JSON ({error}): it is damaged; write it again") from error
 
 

@@ -127,7 +127,8 @@ def _report(archive: zipfile.ZipFile) -> dict[str, Any]:
         raise DeviceError("the device sent a result of another form: is its runner from another robx?")
     if "error" in report:
         raise DeviceError(str(report["error"])[:500])
-    result_schema.check(report, result_schema.REPORT | (result_schema.TIMED if report.get("timed") else {}), "result")
+    kind = result_schema.TimedReport if report.get("timed") else result_schema.Report
+    result_schema.check(report, kind, "result")
     if report["timed"] and len(report["window"]) != 2:
         raise DeviceError("the device sent a window without a beginning and an end: run it again")
     return report

@@ -16,7 +16,7 @@ def parse(text: str) -> list[dict[str, Any]]:
     found = []
     for line in text.splitlines():
         with contextlib.suppress(DeviceError):
-            found.append(result_schema.check(result_schema.parse(line), result_schema.SNAPSHOT, "telemetry"))
+            found.append(result_schema.check(result_schema.parse(line), result_schema.Snapshot, "snapshot"))
     return found
 
 

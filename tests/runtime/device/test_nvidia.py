@@ -44,7 +44,7 @@ def test_its_units_and_this_process_alone(nvml):
     found = nvidia.reading()
     assert found["memory"] == 300 and found["joules"] == 4.5 and found["reason"] is None
     assert found["throttled"] == ["hardware thermal slow-down"], "neither idleness nor a power cap is a fault"
-    assert result_schema.check(found, result_schema.TIMED["gpu"][0]["before"], "gpu") is found
+    assert result_schema.check(found, result_schema.GpuReading, "gpu") is found
     assert nvml.open == 0, "NVML is closed again"
 
 
