@@ -6,37 +6,24 @@ what was asked for passes, the best float model ships instead, under its true pr
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from robx.errors import InputError
 from robx.export.bundle_folder import CACHE, cached_onnx, require_bundle_place, ship
 from robx.export.formats import to_onnx
 from robx.export.gate import gate
+from robx.export.gate.decide import Decision, decide
 from robx.export.gate.judge import Judge
-from robx.export.gate.search import Outcome, climb, ships
+from robx.export.gate.timing import Timer
 from robx.export.image_splits import JUDGING_IMAGES, MIN_IMAGES, SCREENING_IMAGES, Splits, read_splits
-from robx.export.int8.candidate import Candidate
-from robx.export.int8.ladder import ladder, limit, machine_of, sensitive_rungs
 from robx.export.make import Workshop
 from robx.export.request import ExportRequest, ExportTarget
 from robx.images.sources import ImageSource
 from robx.linear_head import load_head
 from robx.progress import Progress, silent
-from robx.records import (
-    Bundle,
-    Precision,
-    Preprocessing,
-    Rung,
-    Value,
-    Verdict,
-    load_bundle,
-    load_student,
-)
+from robx.records import Bundle, Preprocessing, Rung, load_student
 from robx.store.files import sha256_file
 from robx.store.folders import scratch_folder
 from robx.trunk import load_trunk
@@ -113,135 +100,21 @@ def build(
         workshop = Workshop(
             request, model, cached, splits=splits, scratch=scratch, cache=student_folder / CACHE, progress=progress
         )
-        with contextlib.closing(Judge(workshop, options.limits)) as judging:
-            bundle, folder = _decide(judging, options, on_rung)
+        with Timer(workshop, options.limits) as timer:
+            bundle, folder = decide(
+                Decision(
+                    judge=Judge(workshop, options.limits),
+                    timer=timer,
+                    most=options.rungs,
+                    budget=options.budget,
+                    force=options.force,
+                    told=lambda trial: on_rung(trial.record()) if on_rung is not None else None,
+                )
+            )
         if options.sensitivity:
             _ = workshop.layer_costs
         out = out or student_folder / f"{target.format}-{bundle.precision}"
         return ship(bundle, folder, out, layer_costs=workshop.__dict__.get("layer_costs"))
-
-
-def _decide(judge: Judge, options: Options, on_rung: Callable[[Rung], None] | None) -> tuple[Bundle, Path]:
-    """What ships: the bundle's record without its parity, and the folder that holds its files."""
-    asked: Precision = judge.workshop.request.precision
-    fp32 = Candidate(name="fp32", precision="fp32")
-    if asked == "fp32":
-        return _accept(judge, fp32, (), "fp32")
-    rungs: list[Rung] = []
-    if asked == "fp16" or options.force:
-        chosen = Candidate(name="fp16", precision="fp16") if asked == "fp16" else _ladder(judge, options)[0]
-        if (why := judge.unseen(chosen)) is not None:  # nobody here can judge it: it ships as what it is
-            return _accept(judge, chosen, (), asked, note="" if asked == "fp16" else f"forced, and not run here: {why}")
-    if asked == "int8":
-        outcome = _climb(judge, options, on_rung)
-        rungs += outcome.rungs
-        if outcome.winner is not None:
-            return _accept(judge, outcome.winner, tuple(rungs), asked, note=_how_chosen(outcome))
-        if options.force and outcome.best is not None:
-            return _force(judge, outcome.best, rungs, asked)
-    fp16 = Candidate(name="fp16", precision="fp16")
-    half = judge.judge(fp16)
-    if on_rung:
-        on_rung(half)
-    # Asked for, fp16 is taken for its size unless it is to be faster; as a fallback it has to be no slower than fp32.
-    for_size = asked == "fp16" and options.limits.min_speedup <= 1
-    good = ships(half) or (for_size and half.accuracy == "PASS")
-    rungs.append(dataclasses.replace(half, kept=good))
-    if good:
-        return _accept(judge, fp16, tuple(rungs), asked)
-    if asked == "fp16" and options.force and "cosine_mean" in half.values:
-        return _force(judge, fp16, rungs, asked)
-    return _accept(judge, fp32, tuple(rungs), asked)
-
-
-def _climb(judge: Judge, options: Options, on_rung: Callable[[Rung], None] | None) -> Outcome:
-    workshop = judge.workshop
-    rungs = _ladder(judge, options)
-
-    def more(best: Candidate, tried: Sequence[Candidate]) -> list[Candidate]:
-        if options.rungs is not None or best.quantiser in ("converter", "none"):
-            return []
-        return sensitive_rungs(best, list(workshop.layer_costs), tried)
-
-    margin = options.limits.max_drop
-    return climb(
-        rungs, judge.look, judge.hold, race=judge.race, margin=margin, more=more, on_rung=on_rung, budget=options.budget
-    )
-
-
-def _ladder(judge: Judge, options: Options) -> list[Candidate]:
-    workshop = judge.workshop
-    target = workshop.request.target
-    return limit(ladder(target.format, workshop.facts, machine_of(target.device)), options.rungs)
-
-
-def _how_chosen(outcome: Outcome) -> str:
-    """How the winner came to be the one, for the reader who knows that the best of many flatters itself."""
-    if len(outcome.rungs) == 1:
-        return ""
-    held = "the only one held" if outcome.held == 1 else f"number {outcome.held} held"
-    return f"chosen from {len(outcome.rungs)} by speed and by other images, and {held} to the judging images"
-
-
-def _force(judge: Judge, candidate: Candidate, rungs: Sequence[Rung], asked: Precision) -> tuple[Bundle, Path]:
-    """A candidate that did not pass, with its figures on the judging images, marked."""
-    judged = [judge.judge(candidate) if r.name == candidate.name and not r.was_judged else r for r in rungs]
-    kept = tuple(dataclasses.replace(rung, kept=rung.name == candidate.name) for rung in judged)
-    return _accept(judge, candidate, kept, asked, forced=True)
-
-
-def _accept(
-    judge: Judge,
-    candidate: Candidate,
-    rungs: tuple[Rung, ...],
-    asked: Precision,
-    *,
-    forced: bool = False,
-    note: str = "",
-) -> tuple[Bundle, Path]:
-    workshop = judge.workshop
-    folder = workshop.make(candidate)
-    bundle = load_bundle(folder)
-    verdict, reason = _verdict(rungs, forced=forced)
-    reason = "; ".join(part for part in (reason, note) if part)
-    parity: dict[str, Value] = {}
-    if candidate.precision != "int8":
-        parity, unseen = judge.parity(candidate, judged=candidate.precision == "fp16" and bool(rungs))
-        if unseen is not None:
-            reason = f"{reason}; not run here: {unseen}" if reason else f"not run here: {unseen}"
-        if candidate.precision == "fp32":
-            verdict = "PASS" if parity and workshop.splits is not None else "NOT_JUDGED"
-            reason = _fp32_reason(reason, parity, real=workshop.splits is not None)
-    screening = judge.screening if rungs else None
-    bundle = dataclasses.replace(
-        bundle,
-        requested=asked,
-        verdict=verdict,
-        reason="; ".join(part for part in (reason, bundle.reason) if part),
-        rungs=rungs,
-        parity=parity,
-        calibration=workshop.splits.record(screening) if workshop.splits is not None else None,
-    )
-    return bundle, folder
-
-
-def _verdict(rungs: tuple[Rung, ...], *, forced: bool) -> tuple[Verdict | Literal["FORCED", "NOT_JUDGED"], str]:
-    """The bundle's verdict and reason from the rung that was kept."""
-    kept = next((rung for rung in rungs if rung.kept), None)
-    if kept is None:
-        return "NOT_JUDGED", "no candidate passed: fp32 ships instead" if rungs else ""
-    if forced:
-        return "FORCED", f"FAILED the gate and was forced: {kept.reason}"
-    # An accuracy that passed and a speed that was not measured is no whole PASS.
-    return ("PASS" if "speedup_fp32" in kept.values else "INCONCLUSIVE"), kept.reason
-
-
-def _fp32_reason(reason: str, parity: dict[str, Value], *, real: bool) -> str:
-    if not parity:
-        return reason
-    images = "held-out images" if real else "drawn images (give --data to check on real ones)"
-    same = f"as PyTorch within {parity['max_abs'].value:.1e} on {images}"
-    return f"{reason}; {same}" if reason else same
 
 
 def _read(

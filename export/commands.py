@@ -87,8 +87,7 @@ def export(
     if fp16 and int8:
         raise InputError("--fp16 and --int8 are two exports: give one of them")
     from robx.export.build import Options, build
-    from robx.export.gate.advice import gate_error
-    from robx.export.gate.gate import Limits
+    from robx.export.gate.gate import Limits, gate_error
     from robx.export.image_splits import open_data
     from robx.export.request import ExportTarget
 

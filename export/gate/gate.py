@@ -1,13 +1,12 @@
-"""The gate: a candidate ships when it is accurate AND not slower, judged on held-out real images by what will run it.
+"""The gate: a candidate ships when it is accurate AND not slower, judged on held-out real images in its own runtime.
 
 Accuracy is eval's fidelity: a probe trained on fp32 features and frozen, kNN with an fp32 bank, centred cosine, NaN and
-constant outputs; PASS, FAIL or INCONCLUSIVE by non-inferiority. Speed is a paired ratio to fp32 and to fp16 of the same
-runtime, measured in interleaved blocks. Which of several candidates ships is decided in climb.py.
+constant outputs; PASS, FAIL or INCONCLUSIVE by non-inferiority. Speed is a paired ratio to fp32 and fp16 in the same
+runtime, measured in interleaved blocks. Which of several candidates ships is decided in search.py. Pure.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,72 +14,40 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra
-from robx.records import Precision, Value, Verdict
+from robx.errors import GateFailed, InputError
+from robx.records import Bundle, Precision, Rung, Value, Verdict
 from robx.stats import worst
 
-# Broken, whatever the labels say: easy classes can survive embeddings that nothing else would.
+# Below this, a candidate is broken whatever the labels say: easy classes survive even embeddings that are useless.
 COSINE_FLOOR = 0.80
-# A share of the speed asked for: what the clock cannot tell apart on a quiet machine.
+# A share of the speed asked for: what timing on a quiet machine cannot resolve.
 SPEED_TOLERANCE = 0.03
-_BLOCKS = 10
-_BLOCK_SECONDS = 0.05
 
 if TYPE_CHECKING:
-    from robx.runtime.session import Session
-
-Figures = tuple[Verdict, dict[str, Value], str]
+    from robx.eval.fidelity.fidelity import Bank
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a candidate has to keep."""
+    """What a candidate has to achieve."""
 
-    max_drop: float = 1.0  # points of accuracy, by non-inferiority
+    max_drop: float = 1.0  # points of accuracy that may be lost, by non-inferiority
     min_speedup: float = 1.0  # against fp32 and against fp16
 
     def __post_init__(self) -> None:
         if not 0 < self.max_drop < 100:
-            raise InputError(f"--max-drop {self.max_drop:g} is not between 0 and 100 points")
+            raise InputError(f"--max-drop must be between 0 and 100 points, got {self.max_drop:g}")
         if not self.min_speedup > 0:
-            raise InputError(f"--min-speedup {self.min_speedup:g} is not positive")
+            raise InputError(f"--min-speedup must be positive, got {self.min_speedup:g}")
 
 
-def open_judge(folder: Path, *, batch: int | None = None) -> Session | str:
-    """A bundle in the runtime that will run it, or the reason why this machine cannot.
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """A verdict on accuracy or on speed, its figures, and the reasons in words."""
 
-    `batch` is that of every call, where it is always the same, as `robx bench` has it: an engine may plan for it.
-
-    Raises:
-        ArtifactError: the bundle itself is damaged.
-    """
-    from robx.runtime.session import SessionSettings, open_session
-
-    try:
-        return open_session(folder, SessionSettings(batch=batch))
-    except (DeviceError, MissingExtra) as error:
-        # The folder is gone when the reason is read.
-        return str(error).replace(f"{folder}{os.sep}", "").replace(str(folder), "the model")
-    except ArtifactError as error:
-        if "no engine" in str(error):  # a format that robx opens on no machine like this
-            return str(error)
-        raise
-
-
-def make_bank(features: np.ndarray, labels: np.ndarray, *, classes: int) -> object:
-    """What accuracy is judged with: fp32 features (N, D) of labelled images, and a probe trained on them."""
-    from robx.eval.fidelity.fidelity import make_bank as make
-
-    return make(features, labels, classes=classes)
-
-
-def time_interleaved(
-    sessions: Mapping[str, Session], images: np.ndarray, *, times: int = 1
-) -> dict[str, list[np.ndarray]]:
-    """Blocks of latencies in ns of each session, in random order, `times` as many as usual; for `judge_speed`."""
-    from robx.runtime.bench.interleave import interleave
-
-    return interleave(sessions, images, blocks=times * _BLOCKS, seconds=_BLOCK_SECONDS, seed=times)
+    verdict: Verdict
+    values: dict[str, Value]
+    reasons: tuple[str, ...]
 
 
 def judge_accuracy(
@@ -88,60 +55,116 @@ def judge_accuracy(
     candidate: np.ndarray,
     *,
     labels: np.ndarray | None,
-    bank: object | None,
+    bank: Bank | None,
     limits: Limits,
     level: float,
     precision: Precision,
     class_names: Sequence[str] | None = None,
-) -> Figures:
-    """Compare a candidate's embeddings (M, D) with the fp32 student's; the bank is eval's (``make_bank``).
+) -> Judgement:
+    """Compare a candidate's embeddings (M, D) with the fp32 student's of the same images.
 
-    `level` is how often a drop as large as the limit may pass by chance.
+    Args:
+        reference: the fp32 student's embeddings (M, D).
+        candidate: the candidate's (M, D).
+        labels: int64 (M,) in the bank's numbering, -1 where unknown; None without a bank.
+        bank: labelled fp32 features and the probe trained on them (``eval.fidelity``); None without labels.
+        limits: the drop that is tolerated.
+        level: the probability that a drop as large as the limit passes by chance.
+        precision: the candidate's; it sets the cosine limits that decide without labels.
+        class_names: names for the reasons.
     """
-    from robx.eval.fidelity.fidelity import Bank, fidelity
+    from robx.eval.fidelity.fidelity import fidelity
 
     compared = fidelity(
         reference,
         candidate,
         labels=labels,
-        bank=bank if isinstance(bank, Bank) else None,
+        bank=bank,
         margin=limits.max_drop,
         level=level,
         precision=precision,
         class_names=class_names,
     )
-    verdict, reasons = compared.verdict, list(compared.reasons)
-    if (knn := compared.decisions.get("knn")) is not None and knn.verdict == "FAIL":
-        verdict = "FAIL"
-        reasons.insert(0, f"kNN: {knn.reasons[0]}")
+    failures = []
     if (mean := compared.values["cosine_mean"].value) < COSINE_FLOOR:
-        verdict = "FAIL"
-        reasons.insert(0, f"centred cosine {mean:.3f}: the embeddings are others than the student's")
-    return verdict, compared.values, reasons[0] if reasons else ""
+        failures.append(f"centred cosine {mean:.3f} is below {COSINE_FLOOR:.2f}: not the student's embeddings any more")
+    if (knn := compared.decisions.get("knn")) is not None and knn.verdict == "FAIL":
+        failures.append(f"kNN: {knn.reasons[0]}")
+    return Judgement(
+        verdict="FAIL" if failures else compared.verdict,
+        values=compared.values,
+        reasons=tuple(failures) or compared.reasons[:1],
+    )
 
 
-def judge_speed(blocks: Mapping[str, list[np.ndarray]], limits: Limits) -> Figures:
+def judge_speed(blocks: Mapping[str, list[np.ndarray]], limits: Limits) -> Judgement:
     """Speed-ups of ``blocks["candidate"]`` against every other name ("fp32", "fp16"), from interleaved blocks.
 
-    By non-inferiority, as accuracy is: PASS when every interval is above the minimum less what a clock cannot tell
-    apart, FAIL when one is below, else INCONCLUSIVE. Two models of one speed pass, whichever comes out ahead.
+    By non-inferiority, as for accuracy: PASS when every interval lies above the minimum less the tolerance of timing,
+    FAIL when one lies below, else INCONCLUSIVE. Two models of equal speed pass, whichever comes out ahead.
+
+    Args:
+        blocks: name -> latencies in ns, int64 (n_i,) for each block; the same number of blocks for every name.
+        limits: the speed-up asked for.
     """
     from robx.runtime.bench.latency import paired_ratio
 
-    values, verdicts, words = {}, [], []
+    values, verdicts, words = {}, list[Verdict](), []
     for name in (n for n in blocks if n != "candidate"):
         ratio = paired_ratio(blocks["candidate"], blocks[name])
         speedup = Value(value=1 / ratio.value, low=_inverse(ratio.high), high=_inverse(ratio.low), n=ratio.n)
         values[f"speedup_{name}"] = speedup
         verdicts.append(_speed_verdict(speedup, limits.min_speedup))
         words.append(f"{speedup.value:.2f}x {name}")
-    verdict = worst(verdicts)
-    said = " and ".join(words) or "no float model of the same runtime to be timed against"
-    reason = f"{said} (at least {limits.min_speedup:g}x is asked for, within {SPEED_TOLERANCE:.0%})"
-    if verdict == "INCONCLUSIVE" and verdicts:
-        reason += "; the clock is too noisy to tell: run it on a quiet machine"
     milliseconds = float(np.median(np.concatenate(blocks["candidate"]))) / 1e6
-    return verdict, values | {"latency": Value(value=milliseconds, unit="ms")}, reason
+    values["latency"] = Value(value=milliseconds, unit="ms")
+    if not verdicts:
+        return Judgement(
+            verdict="INCONCLUSIVE", values=values, reasons=("there is no float model in this runtime to compare with",)
+        )
+    verdict = worst(verdicts)
+    reasons = [f"{' and '.join(words)} (at least {limits.min_speedup:g}x is required, within {SPEED_TOLERANCE:.0%})"]
+    if verdict == "INCONCLUSIVE":
+        reasons.append("the timing is too noisy to decide: run it again on a quiet machine")
+    return Judgement(verdict=verdict, values=values, reasons=tuple(reasons))
+
+
+def gate_error(bundle: Bundle, folder: Path) -> GateFailed | None:
+    """The error that ends an export whose bundle is not in the precision asked for; None otherwise, or with --force."""
+    if bundle.precision == bundle.requested or bundle.verdict == "FORCED":
+        return None
+    return GateFailed(
+        f"no {bundle.requested} candidate passed the gate, and {folder} was written in {bundle.precision}: "
+        f"{_advice([rung for rung in bundle.rungs if rung.precision == bundle.requested])}, or ship "
+        f"{bundle.requested} anyway with --force"
+    )
+
+
+def _advice(tried: Sequence[Rung]) -> str:
+    """Why none of the candidates shipped, judged by the one that came closest, and what to do."""
+    accurate = [rung for rung in tried if rung.accuracy == "PASS" or (rung.accuracy != "FAIL" and not rung.was_judged)]
+    if any(rung.speed == "INCONCLUSIVE" and "speedup_fp32" in rung.values for rung in accurate):
+        return "an accurate one could not be timed precisely enough; run it again on a quiet machine"
+    if accurate:
+        return "the accurate ones are slower than required; allow that with a lower --min-speedup"
+    open_ones = [rung for rung in tried if rung.accuracy == "INCONCLUSIVE" and rung.was_judged]
+    if open_ones:
+        judged = (rung.values.get("probe_drop", rung.values.get("cosine_mean")) for rung in open_ones)
+        images = max((value.n or 0 for value in judged if value is not None), default=0)
+        probed = any("probe_drop" in rung.values for rung in open_ones)
+        more = ", or allow a larger drop with --max-drop" if probed else ""
+        return (
+            f"the drop of {len(open_ones)} of them is neither proven nor refuted by {images} images; "
+            f"give more test images (--test, --judging-images){more}"
+        )
+    if any("probe_drop" in rung.values for rung in tried):
+        return "all of them lose more accuracy than allowed; allow a larger drop with --max-drop"
+    if any(rung.values for rung in tried):
+        return (
+            "their embeddings differ too much from the student's; "
+            "give labelled test images of classes that --data has too, so that accuracy can decide"
+        )
+    return "none could be built or run, for the reasons listed with each; choose another --format or --target"
 
 
 def _speed_verdict(speedup: Value, least: float) -> Verdict:

@@ -1,9 +1,9 @@
-"""The climb up the ladder: which candidates are tried, and which one ships.
+"""The search for the int8 candidate that ships: build, time and screen all; judge the best one; repeat if it fails.
 
-A candidate is looked at first: built, timed, and screened on images that neither calibrate nor judge. Those that look
-sound are timed side by side, for figures of different minutes do not compare, and then held to the judging images, one
-after the other, the best first, until one passes: so the one that ships is not the one that was lucky on them. Pure but
-for what `look`, `race` and `hold` do.
+A candidate is first looked at: built, timed, and screened on images that neither calibrate nor judge. The promising
+ones are then timed side by side, because speeds measured in different minutes do not compare. Only the best of them is
+judged on the judging images; when it fails, the next best, at a stricter level. So what ships is not the candidate that
+was lucky on those images. Pure, apart from what `look`, `race` and `judge` do.
 """
 
 from __future__ import annotations
@@ -17,214 +17,244 @@ from statistics import median
 from robx.errors import MissingExtra, RobxError
 from robx.export.gate.gate import SPEED_TOLERANCE
 from robx.export.int8.candidate import Candidate
-from robx.records import Rung
+from robx.records import Rung, Value, Verdict
 
-# Of all candidates of one export together: how rarely an inaccurate one may ship by chance.
+# The probability that an inaccurate candidate ships by chance, over all candidates of one export.
 LEVEL = 0.05
-# A rung this slow will not be saved by giving more of it back to float.
+# A candidate slower than this does not become fast enough by keeping more layers in float.
 HOPELESS = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What the climb found."""
+class Trial:
+    """One candidate with its verdicts so far, the figures behind them, and the reasons in words."""
 
-    rungs: tuple[Rung, ...]
+    candidate: Candidate
+    accuracy: Verdict
+    speed: Verdict
+    values: dict[str, Value]  # "screened": the number of screening images, until it was judged
+    accuracy_reasons: tuple[str, ...]
+    speed_reasons: tuple[str, ...] = ()
+    kept: bool = False
+
+    @property
+    def was_judged(self) -> bool:
+        """Whether its accuracy was measured on the judging images, not on the screening images."""
+        return "screened" not in self.values
+
+    @property
+    def is_fast(self) -> bool:
+        """Not slower than asked for, or not measurable on this machine."""
+        return self.speed == "PASS" or "speedup_fp32" not in self.values
+
+    @property
+    def is_promising(self) -> bool:
+        """Good enough so far to be judged."""
+        return not self.was_judged and self.accuracy != "FAIL" and self.is_fast
+
+    @property
+    def ships(self) -> bool:
+        """Accurate on the judging images, and not slower where that can be measured."""
+        return self.was_judged and self.accuracy == "PASS" and self.is_fast
+
+    def record(self) -> Rung:
+        """As it is written into the manifest."""
+        return Rung(
+            name=self.candidate.name,
+            settings=self.candidate.settings(),
+            precision=self.candidate.precision,
+            accuracy=self.accuracy,
+            speed=self.speed,
+            values=self.values,
+            reason="; ".join((*self.accuracy_reasons, *self.speed_reasons)),
+            kept=self.kept,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """What a search does with candidates; an error that `look` or `judge` raises is that candidate's failure."""
+
+    look: Callable[[Candidate], Trial]  # build, time and screen it; the values have "screened"
+    judge: Callable[[Trial, float], Trial]  # judge it on the judging images, at a level
+    race: Callable[[Sequence[Trial]], Sequence[Trial]]  # measure the speeds of several side by side
+    more: Callable[[Candidate, Sequence[Candidate]], Sequence[Candidate]]  # from the closest, and all tried
+    told: Callable[[Trial], None] = lambda trial: None  # after every look and every judgement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The result of a search."""
+
+    trials: tuple[Trial, ...]  # in the order tried
     winner: Candidate | None  # the best that is accurate and not slower
-    best: Candidate | None  # the one that came nearest, for --force; None when none could be built
-    held: int  # how many were held to the judging images
+    best: Candidate | None  # the one closest to fp32, for --force; None when none could be built
+    judged: int  # how many were judged on the judging images
 
 
 def level_of(count: int) -> float:
-    """The level at which the `count`-th candidate that is held to the judging images has to pass.
+    """The significance level for the `count`-th candidate that is judged on the judging images.
 
-    5 % / (count (count + 1)): 2.5 % for the first, which is the 95 % interval on the screen. Over any number of them
-    that adds up to less than 5 %: so rarely does an inaccurate candidate ship by chance, however many were tried.
+    5 % / (count (count + 1)): 2.5 % for the first, which matches the 95 % interval that is shown. The levels add up to
+    5 %, so however many are judged, an inaccurate one ships by chance in at most 5 % of exports.
     """
     return LEVEL / (count * (count + 1))
 
 
-def ships(rung: Rung) -> bool:
-    """Accurate on the judging images, and not slower where that can be measured."""
-    return rung.was_judged and rung.accuracy == "PASS" and _is_fast(rung)
-
-
-def climb(
+def search(
     candidates: Sequence[Candidate],
-    look: Callable[[Candidate], Rung],
-    hold: Callable[[Candidate, Rung, float], Rung],
+    steps: Steps,
     *,
-    race: Callable[[Sequence[tuple[Candidate, Rung]]], Sequence[Rung]] | None = None,
     margin: float = 100.0,
-    more: Callable[[Candidate, Sequence[Candidate]], Sequence[Candidate]] | None = None,
-    on_rung: Callable[[Rung], None] | None = None,
     budget: float | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Outcome:
-    """Find the best candidate that is accurate and not slower: of the fastest, the closest to fp32.
+    """Find the best candidate that is accurate and not slower: among the fastest, the one closest to fp32.
 
-    Once one looks sound and fast, careful ones after it that leave no less in float wait: they are there for accuracy
-    alone, and are tried when it does not pass; then `more`.
+    Careful candidates wait while a plain one that is not slower looks promising: they exist for accuracy alone. They
+    are tried when it fails, and after them what ``steps.more`` gives.
 
     Args:
         candidates: from plain to careful.
-        look: builds and times a candidate and screens it; ``values["screened"]`` says on how many images. A RobxError
-            (but a missing package) is that rung's failure.
-        hold: the same rung, judged on the judging images at a level; a RobxError is its failure too.
-        race: the rungs of several sound candidates with their speeds measured in one run; None keeps those of `look`.
-        margin: points that may be lost; see `preference`.
-        more: further candidates made from the closest one that is not too slow, and all that were tried.
-        on_rung: told of every rung as it is looked at and as it is held.
-        budget: seconds after which no further candidate is looked at.
+        steps: how a candidate is looked at, timed and judged.
+        margin: points of accuracy that may be lost; see `preference`.
+        budget: seconds after which no further candidate is looked at; None: no limit.
         clock: seconds, monotonic.
     """
-    deadline = None if budget is None else clock() + budget
-    search = _Search(look, hold, on_rung, race=race, margin=margin, deadline=deadline, clock=clock)
-    pending = list(candidates)
+    state = _State(steps, margin=margin, deadline=None if budget is None else clock() + budget, clock=clock)
+    pending, more = list(candidates), True
     while pending:
-        pending = search.look_at(pending)
-        winner = search.hold_best()
+        pending = state.look_at(pending)
+        winner = state.judge_best()
         if winner is not None:
-            return Outcome(rungs=search.rungs, winner=winner, best=winner, held=search.held)
-        if search.is_late():
+            return Outcome(trials=tuple(state.trials), winner=winner, best=winner, judged=state.judged)
+        if state.is_late():
             break
-        if not pending and more is not None:
-            best = search.closest(quick=True)
-            pending = list(more(best, [c for c, _ in search.tried])) if best is not None else []
-            more = None
-    return Outcome(rungs=search.rungs, winner=None, best=search.closest(), held=search.held)
+        if not pending and more:
+            best, more = state.closest(fast=True), False
+            pending = list(steps.more(best, [t.candidate for t in state.trials])) if best is not None else []
+    return Outcome(trials=tuple(state.trials), winner=None, best=state.closest(), judged=state.judged)
 
 
-def preference(sound: Sequence[tuple[Candidate, Rung]], *, margin: float = 100.0) -> list[tuple[Candidate, Rung]]:
-    """The order in which sound candidates are held: of the fastest, as far as a clock can tell, the closest first.
+def preference(promising: Sequence[Trial], *, margin: float = 100.0) -> list[Trial]:
+    """The order in which promising candidates are judged: among the fastest, within timing noise, the closest first.
 
-    Candidates of one form are as fast as their median: what the clock says beyond that is noise. Where no speed was
-    measured all are as fast. Of equals the first, which is the plainest. Those that lost more than `margin` points in
-    screening come after all others: each one that is held makes the next test stricter.
+    Candidates of one form count as equally fast, at their median speed: differences between them are noise. Where no
+    speed was measured, all count as equally fast. Ties go to the first, which is the plainest. Those that lost more
+    than `margin` points in screening come last, because each candidate that is judged makes the next test stricter.
     """
-    left, order = [(_speedup(candidate, sound), candidate, rung) for candidate, rung in sound], []
+    left, order = [(_speedup(trial, promising), trial) for trial in promising], list[Trial]()
     while left:
-        likely = [each for each in left if _screened_drop(each[2]) <= margin] or left
-        fastest = max(speedup for speedup, _, _ in likely)
+        likely = [each for each in left if _screened_drop(each[1]) <= margin] or left
+        fastest = max(speedup for speedup, _ in likely)
         as_fast = [each for each in likely if each[0] >= fastest * (1 - SPEED_TOLERANCE)]
-        best = max(as_fast, key=lambda each: _closeness(each[2]))
+        best = max(as_fast, key=lambda each: _closeness(each[1]))
         left.remove(best)
-        order.append(best[1:])
+        order.append(best[1])
     return order
 
 
-def failed_rung(candidate: Candidate, error: RobxError) -> Rung:
-    """The rung of a candidate that could not be built or run."""
-    return Rung(
-        name=candidate.name,
-        settings=candidate.settings(),
-        precision=candidate.precision,
+def failed_trial(candidate: Candidate, error: RobxError) -> Trial:
+    """The trial of a candidate that could not be built or run."""
+    return Trial(
+        candidate=candidate,
         accuracy="FAIL",
         speed="INCONCLUSIVE",
         values={},
-        reason=f"could not be made or run: {error}",
+        accuracy_reasons=(f"could not be built or run: {error}",),
     )
 
 
-@dataclass
-class _Search:
-    """What a climb has tried, and what it has learnt from it."""
+def attempt(candidate: Candidate, step: Callable[[], Trial]) -> Trial:
+    """The trial that `step` returns, or a failed one when it raises.
 
-    look: Callable[[Candidate], Rung]
-    hold: Callable[[Candidate, Rung, float], Rung]
-    on_rung: Callable[[Rung], None] | None
-    race: Callable[[Sequence[tuple[Candidate, Rung]]], Sequence[Rung]] | None
+    Raises:
+        MissingExtra: a package is not installed; that is not the candidate's fault.
+    """
+    try:
+        return step()
+    except MissingExtra:
+        raise
+    except RobxError as error:
+        return failed_trial(candidate, error)
+
+
+@dataclass
+class _State:
+    """What a search has tried, and what it has learnt from it."""
+
+    steps: Steps
     margin: float
     deadline: float | None
     clock: Callable[[], float]
-    tried: list[tuple[Candidate, Rung]] = field(default_factory=list)
-    slow: set[Candidate] = field(default_factory=set)  # families whose further rungs would be slower still
-    held: int = 0
-
-    @property
-    def rungs(self) -> tuple[Rung, ...]:
-        """In the order tried."""
-        return tuple(rung for _, rung in self.tried)
+    trials: list[Trial] = field(default_factory=list)
+    slow: set[Candidate] = field(default_factory=set)  # families whose other candidates would be slower still
+    judged: int = 0
 
     def is_late(self) -> bool:
-        """Whether the budget is spent."""
+        """Whether the time budget is spent."""
         return self.deadline is not None and self.clock() > self.deadline
 
     def look_at(self, pending: Sequence[Candidate]) -> list[Candidate]:
-        """Look at all but careful ones that cannot be faster than one that looks sound; those, in order."""
-        left_out: list[Candidate] = []
+        """Look at all but careful candidates that cannot be faster than a promising one; return those, in order."""
+        waiting: list[Candidate] = []
         for candidate in pending:
             if candidate.family in self.slow:
                 continue
-            if candidate.careful and any(_is_sound(r) and candidate.keeps_no_less_float_than(c) for c, r in self.tried):
-                left_out.append(candidate)
+            promising = (trial.candidate for trial in self.trials if trial.is_promising)
+            if candidate.careful and any(candidate.keeps_no_less_float_than(other) for other in promising):
+                waiting.append(candidate)
                 continue
-            if self.tried and self.is_late():
+            if self.trials and self.is_late():
                 break
-            rung = self._try(candidate, partial(self.look, candidate))
-            self.tried.append((candidate, rung))
-            if _is_hopeless(rung) or (rung.accuracy != "FAIL" and not _is_fast(rung)):
-                self.slow.add(candidate.family)  # its careful rungs leave more in float: slower still
-        return left_out
+            trial = attempt(candidate, partial(self.steps.look, candidate))
+            self.steps.told(trial)
+            self.trials.append(trial)
+            if _is_hopeless(trial) or (trial.accuracy != "FAIL" and not trial.is_fast):
+                self.slow.add(candidate.family)
+        return waiting
 
-    def hold_best(self) -> Candidate | None:
-        """Hold the sound candidates to the judging images, the best first, until one passes; that one."""
-        sound = [pair for pair in self.tried if _is_sound(pair[1])]
-        if self.race is not None and len(sound) > 1:
-            raced = dict(zip((candidate for candidate, _ in sound), self.race(sound), strict=True))
-            self.tried = [(candidate, raced.get(candidate, rung)) for candidate, rung in self.tried]
-            sound = [pair for pair in self.tried if _is_sound(pair[1])]
-        for candidate, rung in preference(sound, margin=self.margin):
-            self.held += 1
-            judged = self._try(candidate, partial(self.hold, candidate, rung, level_of(self.held)))
-            judged = replace(judged, kept=ships(judged))
-            self.tried = [(c, judged if c is candidate else r) for c, r in self.tried]
-            if judged.kept:
-                return candidate
+    def judge_best(self) -> Candidate | None:
+        """Judge the promising candidates, the best first, until one passes; return that one."""
+        promising = [trial for trial in self.trials if trial.is_promising]
+        if len(promising) > 1:
+            for trial in self.steps.race(promising):
+                self._replace(trial)
+            promising = [trial for trial in self.trials if trial.is_promising]
+        for trial in preference(promising, margin=self.margin):
+            self.judged += 1
+            judged = attempt(trial.candidate, partial(self.steps.judge, trial, level_of(self.judged)))
+            self.steps.told(judged)
+            self._replace(replace(judged, kept=judged.ships))
+            if judged.ships:
+                return judged.candidate
         return None
 
-    def closest(self, *, quick: bool = False) -> Candidate | None:
-        """The candidate that came closest to fp32; None when none ran. `quick`: of those that are not too slow."""
-        ran = [(c, r) for c, r in self.tried if "cosine_mean" in r.values and not (quick and c.family in self.slow)]
-        return max(ran, key=lambda pair: _closeness(pair[1]))[0] if ran else None
+    def closest(self, *, fast: bool = False) -> Candidate | None:
+        """The candidate closest to fp32; None when none ran. `fast`: among those that are not too slow."""
+        ran = [t for t in self.trials if "cosine_mean" in t.values and not (fast and t.candidate.family in self.slow)]
+        return max(ran, key=_closeness).candidate if ran else None
 
-    def _try(self, candidate: Candidate, attempt: Callable[[], Rung]) -> Rung:
-        try:
-            rung = attempt()
-        except MissingExtra:
-            raise
-        except RobxError as error:
-            rung = failed_rung(candidate, error)
-        if self.on_rung:
-            self.on_rung(rung)
-        return rung
+    def _replace(self, trial: Trial) -> None:
+        self.trials = [trial if trial.candidate is old.candidate else old for old in self.trials]
 
 
-def _is_sound(rung: Rung) -> bool:
-    """Looked at and good enough to be held to the judging images."""
-    return not rung.was_judged and rung.accuracy != "FAIL" and _is_fast(rung)
+def _is_hopeless(trial: Trial) -> bool:
+    highs = [v.high for name, v in trial.values.items() if name.startswith("speedup_") and v.high is not None]
+    return trial.speed == "FAIL" and bool(highs) and min(highs) < HOPELESS
 
 
-def _is_fast(rung: Rung) -> bool:
-    return rung.speed == "PASS" or "speedup_fp32" not in rung.values
+def _speedup(trial: Trial, among: Sequence[Trial]) -> float:
+    """Against fp32, the median over its form; 1 where it was not measured."""
+    values = [other.values for other in among if other.candidate.form == trial.candidate.form]
+    return median(v["speedup_fp32"].value if "speedup_fp32" in v else 1.0 for v in values)
 
 
-def _is_hopeless(rung: Rung) -> bool:
-    highs = [v.high for name, v in rung.values.items() if name.startswith("speedup_") and v.high is not None]
-    return rung.speed == "FAIL" and bool(highs) and min(highs) < HOPELESS
+def _screened_drop(trial: Trial) -> float:
+    """Points that the frozen probe loses on the screening images; 0 where they have no labels."""
+    return trial.values["probe_drop"].value if "probe_drop" in trial.values else 0.0
 
 
-def _speedup(candidate: Candidate, among: Sequence[tuple[Candidate, Rung]]) -> float:
-    """Against fp32, the median of its form; 1 where it was not measured."""
-    rungs = [rung for other, rung in among if other.form == candidate.form]
-    return median(r.values["speedup_fp32"].value if "speedup_fp32" in r.values else 1.0 for r in rungs)
-
-
-def _screened_drop(rung: Rung) -> float:
-    """Points of the frozen probe on the screening images; 0 where they have no labels."""
-    return rung.values["probe_drop"].value if "probe_drop" in rung.values else 0.0
-
-
-def _closeness(rung: Rung) -> float:
-    """The mean centred cosine on the screening images, which a rung keeps when it is held."""
-    return rung.values.get("screen_cosine", rung.values["cosine_mean"]).value
+def _closeness(trial: Trial) -> float:
+    """The mean centred cosine on the screening images, which a trial keeps when it is judged."""
+    return trial.values.get("screen_cosine", trial.values["cosine_mean"]).value

@@ -18,7 +18,7 @@ from pathlib import Path
 from robx.errors import InputError
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.graph_facts import GraphFacts
-from robx.records import Format
+from robx.formats import FORMATS, Format
 
 # Published results disagree on the best alpha (.15 for ViT-B, none for Swin-B; NNCF's default is .95), so it is
 # searched. ViT-Tiny of the export table ships with .95.
@@ -47,13 +47,15 @@ def machine_of(device: str) -> Machine:
 
 def ladder(fmt: Format, facts: GraphFacts, machine: Machine) -> list[Candidate]:
     """The int8 candidates of a format before layer sensitivity is measured, from plain to careful."""
-    if fmt in ("onnx", "ort"):
-        return _onnx_ladder(facts, machine)
-    if fmt == "openvino":
-        return _nncf_vit_ladder() if facts.kind == "vit" else _nncf_cnn_ladder()
-    if fmt == "trt":
-        return _trt_ladder(facts, machine)
-    return [Candidate(name="the converter's own", quantiser="converter")]
+    match FORMATS[fmt].quantiser:
+        case "onnxruntime":
+            return _onnx_ladder(facts, machine)
+        case "nncf":
+            return _nncf_vit_ladder() if facts.kind == "vit" else _nncf_cnn_ladder()
+        case "tensorrt":
+            return _trt_ladder(facts, machine)
+        case _:  # None where the format has no int8: its builder refuses it
+            return [Candidate(name="the converter's own", quantiser="converter")]
 
 
 def sensitive_rungs(best: Candidate, ranking: Sequence[str], tried: Sequence[Candidate] = ()) -> list[Candidate]:

@@ -21,8 +21,7 @@ from robx.errors import ArtifactError, DeviceError, GateFailed, InputError
 from robx.export.build import Options, build
 from robx.export.bundle_folder import CACHE
 from robx.export.formats import to_onnx
-from robx.export.gate.advice import gate_error
-from robx.export.gate.gate import Limits
+from robx.export.gate.gate import Limits, gate_error
 from robx.export.image_splits import open_data
 from robx.export.inspect_bundle import inspect_bundle
 from robx.export.int8.candidate import Candidate
@@ -97,7 +96,7 @@ def test_of_several_candidates_the_chosen_one_alone_meets_the_judging_images(
     plain = Candidate(name="min-max", quantiser="onnxruntime")
     wide = dataclasses.replace(plain, name="broken", percentile=50.0, ranges="percentile")
     close = dataclasses.replace(plain, name="percentile", ranges="percentile")
-    monkeypatch.setattr("robx.export.build.ladder", lambda *_: [wide, plain, close])
+    monkeypatch.setattr("robx.export.gate.decide.ladder", lambda *_: [wide, plain, close])
     options = dataclasses.replace(LENIENT, rungs=None, calibration_images=16)
     bundle = _export(cnn_run, scenes, tmp_path / "b", options, format="onnx", precision="int8")
     assert bundle.precision == "int8" and bundle.verdict == "PASS"
@@ -158,9 +157,9 @@ def _rung(accuracy: str, speed: str, *, measured: bool = True, by: str = "probe_
         ([_rung("FAIL", "PASS"), _rung("INCONCLUSIVE", "PASS")], "of 1 of them .* 500 images.* --judging-images"),
         ([_rung("INCONCLUSIVE", "PASS"), _rung("PASS", "FAIL")], "slower .* --min-speedup"),
         ([_rung("PASS", "FAIL"), _rung("PASS", "INCONCLUSIVE")], "quiet machine"),
-        ([_rung("FAIL", "INCONCLUSIVE", measured=False)], "none could be made or run"),
+        ([_rung("FAIL", "INCONCLUSIVE", measured=False)], "none could be built or run"),
         # Without labels --max-drop decides nothing.
-        ([_rung("FAIL", "PASS", by="cosine_mean")], "give labelled images, of classes that --data has too"),
+        ([_rung("FAIL", "PASS", by="cosine_mean")], "give labelled test images of classes that --data has too"),
         ([_rung("INCONCLUSIVE", "PASS", by="cosine_mean")], r"--judging-images\), or ship int8"),
     ],
 )
@@ -197,7 +196,7 @@ def test_int8_of_a_fixed_batch_and_of_uint8_pixels(
 def test_every_quantiser_takes_a_fixed_batch(
     candidate: Candidate, cnn_run: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("robx.export.build.ladder", lambda *_: [candidate])
+    monkeypatch.setattr("robx.export.gate.decide.ladder", lambda *_: [candidate])
     bundle = _export(cnn_run, scenes, tmp_path / "b", format="onnx", precision="int8", batch=3)
     assert bundle.precision == "int8", bundle.rungs
 
@@ -249,7 +248,8 @@ def test_a_session_is_closed_when_its_judgement_fails(
             monkeypatch.setattr(session, "run", lambda images: np.full((len(images), 1), np.nan, np.float32))
         return session
 
-    monkeypatch.setattr("robx.export.gate.gate.open_judge", open_broken)
+    for module in ("judge", "timing"):
+        monkeypatch.setattr(f"robx.export.gate.{module}.open_candidate", open_broken)
     bundle = _export(cnn_run, scenes, tmp_path / "b", format="onnx", precision="fp16")
     assert bundle.precision == "fp32" and "do not pair" in bundle.rungs[0].reason
     for session in opened:
@@ -265,9 +265,9 @@ def test_the_gate_times_what_was_planned_for_one_image(
     def watch(sessions: dict[str, Any], images: np.ndarray, **more: Any) -> Any:
         for name, session in sessions.items():
             timed.setdefault(name, set()).add(session.facts()["input_shape"])
-        return interleave(sessions, images, blocks=10, seconds=0.01, seed=more.get("times", 1))
+        return interleave(sessions, images, **more | {"blocks": 10, "seconds": 0.01})
 
-    monkeypatch.setattr("robx.export.gate.gate.time_interleaved", watch)
+    monkeypatch.setattr("robx.runtime.bench.interleave.interleave", watch)
     _export(cnn_run, scenes, tmp_path / "b", format="openvino", precision="int8")
     assert timed.keys() == {"candidate", "fp32", "fp16"}
     assert {shape[:3] for shapes in timed.values() for shape in shapes} == {"[1,"}

@@ -16,7 +16,7 @@ from robx.embeddings import centred_cosine
 from robx.errors import ArtifactError, InputError
 from robx.export.build import Options, build
 from robx.export.formats import to_onnx
-from robx.export.gate import gate
+from robx.export.gate import judge, timing
 from robx.export.gate.gate import Limits
 from robx.export.image_splits import open_data
 from robx.export.int8 import by_nncf, for_tensorrt
@@ -82,7 +82,8 @@ def test_what_no_engine_here_can_judge_ships_as_such(
     cnn_run: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As Core ML off macOS."""
-    monkeypatch.setattr(gate, "open_judge", lambda *_, **__: "robx has no engine for it")
+    for module in (judge, timing):
+        monkeypatch.setattr(module, "open_candidate", lambda *_, **__: "robx has no engine for it")
     half = _export(cnn_run, scenes, tmp_path / "half", format="openvino", precision="fp16")
     assert (half.precision, half.verdict) == ("fp16", "NOT_JUDGED") and "not run here: robx has no" in half.reason
     refused = _export(cnn_run, scenes, tmp_path / "refused", format="openvino", precision="int8")

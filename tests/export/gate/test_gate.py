@@ -1,17 +1,18 @@
-"""The gate, with made-up embeddings and clocks: what is broken fails, what is slower is refused."""
+"""The gate, with made-up embeddings and latencies: a broken candidate fails, and so does a slower one."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from robx.errors import DeviceError, InputError
 from robx.eval.fidelity.fidelity import make_bank
-from robx.export.gate import gate
-from robx.export.gate.gate import Limits, judge_accuracy, judge_speed
-from robx.records import Value, Verdict
+from robx.export.gate.gate import Judgement, Limits, judge_accuracy, judge_speed
+from robx.export.gate.sessions import open_candidate
+from robx.records import Verdict
 
 CLASSES, WIDTH = 5, 32
 
@@ -23,17 +24,17 @@ def _features(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return (centres[labels] + 0.3 * random.normal(size=(count, WIDTH)) + 5).astype(np.float32), labels
 
 
-def _judge(candidate: np.ndarray, reference: np.ndarray, labels: np.ndarray) -> tuple[Verdict, dict[str, Value], str]:
+def _judge(candidate: np.ndarray, reference: np.ndarray, labels: np.ndarray) -> Judgement:
     bank = make_bank(*_features(300, 1), classes=CLASSES)
     return judge_accuracy(reference, candidate, labels=labels, bank=bank, limits=Limits(), level=0.05, precision="int8")
 
 
 def test_the_same_embeddings_pass() -> None:
     reference, labels = _features(600, 2)
-    verdict, values, _ = _judge(reference.copy(), reference, labels)
-    assert verdict == "PASS"
-    assert values["cosine_mean"].value == pytest.approx(1)
-    assert values["knn_drop"].value == 0
+    judged = _judge(reference.copy(), reference, labels)
+    assert judged.verdict == "PASS"
+    assert judged.values["cosine_mean"].value == pytest.approx(1)
+    assert judged.values["knn_drop"].value == 0
 
 
 def _constant(x: np.ndarray) -> np.ndarray:
@@ -51,16 +52,16 @@ def _shuffled(x: np.ndarray) -> np.ndarray:
 
 
 def _mean_alone(x: np.ndarray) -> np.ndarray:
-    """Plain cosine with the reference stays above .99: what tools report as success."""
+    """Plain cosine with the reference stays above .99: which other tools report as success."""
     return (x.mean(axis=0) + 0.05 * np.random.default_rng(4).normal(size=x.shape)).astype(np.float32)
 
 
 @pytest.mark.parametrize("breaking", [_constant, _with_nan, _shuffled, _mean_alone])
 def test_a_broken_candidate_fails(breaking) -> None:  # type: ignore[no-untyped-def]
     reference, labels = _features(600, 2)
-    verdict, _, reason = _judge(breaking(reference), reference, labels)
-    assert verdict == "FAIL"
-    assert reason
+    judged = _judge(breaking(reference), reference, labels)
+    assert judged.verdict == "FAIL"
+    assert judged.reasons and all(judged.reasons)
 
 
 def test_plain_cosine_would_have_passed_what_the_gate_refuses() -> None:
@@ -73,7 +74,7 @@ def test_plain_cosine_would_have_passed_what_the_gate_refuses() -> None:
 def test_too_few_images_are_inconclusive_and_not_a_pass() -> None:
     reference, labels = _features(60, 2)
     noisy = reference + 0.02 * np.random.default_rng(5).normal(size=reference.shape).astype(np.float32)
-    assert _judge(noisy, reference, labels)[0] == "INCONCLUSIVE"
+    assert _judge(noisy, reference, labels).verdict == "INCONCLUSIVE"
 
 
 def _blocks(milliseconds: float, seed: int) -> list[np.ndarray]:
@@ -87,14 +88,14 @@ def _blocks(milliseconds: float, seed: int) -> list[np.ndarray]:
 )
 def test_speed_is_judged_against_fp32_and_fp16(candidate: float, fp32: float, fp16: float, expected: Verdict) -> None:
     blocks = {"candidate": _blocks(candidate, 1), "fp32": _blocks(fp32, 1), "fp16": _blocks(fp16, 1)}
-    verdict, values, _ = judge_speed(blocks, Limits())
-    assert verdict == expected
-    assert values["speedup_fp32"].value == pytest.approx(fp32 / candidate, rel=0.02)
-    assert values["speedup_fp16"].value == pytest.approx(fp16 / candidate, rel=0.02)
+    judged = judge_speed(blocks, Limits())
+    assert judged.verdict == expected
+    assert judged.values["speedup_fp32"].value == pytest.approx(fp32 / candidate, rel=0.02)
+    assert judged.values["speedup_fp16"].value == pytest.approx(fp16 / candidate, rel=0.02)
 
 
 def _noisy(milliseconds: float, seed: int, noise: float) -> list[np.ndarray]:
-    """Blocks whose level wanders by `noise`, as on a machine that is shared."""
+    """Blocks whose level drifts by `noise`, as on a shared machine."""
     random = np.random.default_rng(seed)
     return [block * random.lognormal(0, noise) for block in _blocks(milliseconds, seed)]
 
@@ -102,36 +103,39 @@ def _noisy(milliseconds: float, seed: int, noise: float) -> list[np.ndarray]:
 def test_two_models_of_one_speed_pass_whichever_comes_out_ahead() -> None:
     for candidate, fp32 in ((5.0, 5.02), (5.02, 5.0)):
         blocks = {"candidate": _noisy(candidate, 1, 0.005), "fp32": _noisy(fp32, 2, 0.005)}
-        assert judge_speed(blocks, Limits())[0] == "PASS"
+        assert judge_speed(blocks, Limits()).verdict == "PASS"
 
 
 def test_a_noisy_clock_is_inconclusive_and_says_what_to_do() -> None:
-    verdict, _, reason = judge_speed({"candidate": _noisy(5, 1, 0.3), "fp32": _noisy(5, 2, 0.3)}, Limits())
-    assert verdict == "INCONCLUSIVE"
-    assert "quiet machine" in reason
+    judged = judge_speed({"candidate": _noisy(5, 1, 0.3), "fp32": _noisy(5, 2, 0.3)}, Limits())
+    assert judged.verdict == "INCONCLUSIVE"
+    assert "quiet machine" in judged.reasons[-1]
 
 
-def test_nothing_to_be_timed_against_is_said() -> None:
-    verdict, values, reason = judge_speed({"candidate": _blocks(5, 1)}, Limits())
-    assert verdict == "INCONCLUSIVE" and "speedup_fp32" not in values
-    assert "no float model" in reason
+def test_a_missing_baseline_is_reported() -> None:
+    judged = judge_speed({"candidate": _blocks(5, 1)}, Limits())
+    assert judged.verdict == "INCONCLUSIVE" and "speedup_fp32" not in judged.values
+    assert "no float model" in judged.reasons[0]
 
 
-def test_the_least_speedup_is_asked_for() -> None:
+def test_the_minimum_speedup_is_a_setting() -> None:
     blocks = {"candidate": _blocks(5, 1), "fp32": _blocks(9, 2)}
-    assert judge_speed(blocks, Limits(min_speedup=1.5))[0] == "PASS"
-    assert judge_speed(blocks, Limits(min_speedup=2.0))[0] == "FAIL"
+    assert judge_speed(blocks, Limits(min_speedup=1.5)).verdict == "PASS"
+    assert judge_speed(blocks, Limits(min_speedup=2.0)).verdict == "FAIL"
 
 
 @pytest.mark.parametrize("limits", [{"max_drop": 0}, {"max_drop": 100}, {"min_speedup": 0}, {"max_drop": -1}])
-def test_senseless_limits_are_refused(limits: dict[str, float]) -> None:
+def test_limits_out_of_range_are_refused(limits: dict[str, float]) -> None:
     with pytest.raises(InputError, match="--m"):
         Limits(**limits)
 
 
-def test_why_a_model_is_not_run_here_names_no_scratch_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_for_not_running_a_model_hides_the_scratch_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(folder: Path, _: object) -> None:
         raise DeviceError(f"{folder} cannot be run here: {folder}/model.plan needs a GPU")
 
     monkeypatch.setattr("robx.runtime.session.open_session", refuse)
-    assert gate.open_judge(tmp_path / "tmpx1") == "the model cannot be run here: model.plan needs a GPU"
+    monkeypatch.setattr("robx.export.gate.sessions.load_bundle", lambda _: SimpleNamespace(runtime="tensorrt"))
+    assert open_candidate(tmp_path / "tmpx1") == "the model cannot be run here: model.plan needs a GPU"

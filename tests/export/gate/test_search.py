@@ -1,9 +1,9 @@
-"""The climb, with made-up rungs: the best that is right ships, luck on the judging images helps nobody."""
+"""The search, with made-up trials: the best accurate candidate ships, and luck on the judging images does not help."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,28 +11,30 @@ import numpy as np
 import pytest
 
 from robx.errors import ArtifactError, MissingExtra
-from robx.export.gate.search import Outcome, climb, level_of, preference, ships
+from robx.export.gate.search import Outcome, Steps, Trial, level_of, preference, search
 from robx.export.int8.candidate import Candidate
-from robx.records import Rung, Value, Verdict
+from robx.records import Value, Verdict
 from robx.stats import non_inferiority
 
 Verdicts = dict[str, Verdict]
 
 
-def _rung(candidate: Candidate, accuracy: Verdict, speedup: float | None, cosine: float = 0.9) -> Rung:
-    """What a look at a candidate finds."""
+def _trial(candidate: Candidate, accuracy: Verdict, speedup: float | None, cosine: float = 0.9) -> Trial:
+    """The result of a look at a candidate."""
     values = {"cosine_mean": Value(value=cosine), "screen_cosine": Value(value=cosine), "screened": Value(value=400)}
     if speedup is not None:
         values["speedup_fp32"] = Value(value=speedup, low=speedup * 0.99, high=speedup * 1.01)
     speed: Verdict = "INCONCLUSIVE" if speedup is None else "PASS" if speedup >= 1 else "FAIL"
-    return Rung(
-        name=candidate.name, settings={}, precision="int8", accuracy=accuracy, speed=speed, values=values, reason=""
-    )
+    return Trial(candidate=candidate, accuracy=accuracy, speed=speed, values=values, accuracy_reasons=("screened",))
 
 
-def _judged(rung: Rung, accuracy: Verdict) -> Rung:
-    values = {name: value for name, value in rung.values.items() if name != "screened"}
-    return replace(rung, accuracy=accuracy, values=values)
+def _judged(trial: Trial, accuracy: Verdict) -> Trial:
+    values = {name: value for name, value in trial.values.items() if name != "screened"}
+    return replace(trial, accuracy=accuracy, values=values)
+
+
+def _none(best: Candidate, tried: Sequence[Candidate]) -> list[Candidate]:
+    return []
 
 
 def _names(*names: str, quantiser: str = "nncf", **settings: Any) -> list[Candidate]:
@@ -48,90 +50,94 @@ def _careful(*names: str) -> list[Candidate]:
     return _names(*names, float_nodes=("stem",))
 
 
-def _climb(
+def _search(
     candidates: Sequence[Candidate],
     *,
     screened: Verdicts | None = None,
     judged: Verdicts | None = None,
     speeds: dict[str, float] | None = None,
     cosines: dict[str, float] | None = None,
-    **more: Any,
+    race: Callable[[Sequence[Trial]], Sequence[Trial]] = list,
+    more: Callable[[Candidate, Sequence[Candidate]], Sequence[Candidate]] = _none,
+    **settings: Any,
 ) -> Outcome:
-    """A climb in which everything is sound, accurate, twice as fast and equally close unless it is said otherwise."""
+    """A search in which every candidate is promising, accurate, twice as fast and equally close, unless given."""
 
-    def look(candidate: Candidate) -> Rung:
+    def look(candidate: Candidate) -> Trial:
         name = candidate.name
         verdict: Verdict = (screened or {}).get(name, "INCONCLUSIVE")
-        return _rung(candidate, verdict, (speeds or {}).get(name, 2.0), (cosines or {}).get(name, 0.9))
+        return _trial(candidate, verdict, (speeds or {}).get(name, 2.0), (cosines or {}).get(name, 0.9))
 
-    def hold(candidate: Candidate, rung: Rung, level: float) -> Rung:
-        return _judged(rung, (judged or {}).get(candidate.name, "PASS"))
+    def judge(trial: Trial, level: float) -> Trial:
+        return _judged(trial, (judged or {}).get(trial.candidate.name, "PASS"))
 
-    return climb(candidates, look, hold, **more)
+    return search(candidates, Steps(look=look, judge=judge, race=race, more=more), **settings)
 
 
 def _tried(outcome: Outcome) -> list[str]:
-    return [rung.name for rung in outcome.rungs]
+    return [trial.candidate.name for trial in outcome.trials]
 
 
 def test_the_fastest_ships_and_of_equally_fast_ones_the_closest() -> None:
     speeds = {"a": 1.5, "b": 2.0, "c": 1.99, "d": 2.02}
     cosines = {"a": 0.99, "b": 0.93, "c": 0.97, "d": 0.95}
-    outcome = _climb(_forms("a", "b", "c", "d"), speeds=speeds, cosines=cosines)
+    outcome = _search(_forms("a", "b", "c", "d"), speeds=speeds, cosines=cosines)
     assert outcome.winner is not None and outcome.winner.name == "c"
-    assert [r.kept for r in outcome.rungs] == [False, False, True, False]
+    assert [t.kept for t in outcome.trials] == [False, False, True, False]
 
 
-def test_the_clock_does_not_choose_among_candidates_of_one_graph() -> None:
+def test_noise_in_timing_does_not_choose_among_candidates_of_one_graph() -> None:
     speeds = {"a": 2.0, "b": 2.2, "c": 1.9}
-    outcome = _climb(_names("a", "b", "c"), speeds=speeds, cosines={"a": 0.95, "b": 0.91, "c": 0.97})
+    outcome = _search(_names("a", "b", "c"), speeds=speeds, cosines={"a": 0.95, "b": 0.91, "c": 0.97})
     assert outcome.winner is not None and outcome.winner.name == "c"
 
 
-def test_sound_candidates_are_timed_side_by_side_and_that_decides() -> None:
+def test_promising_candidates_are_timed_side_by_side_and_that_decides() -> None:
     raced: list[list[str]] = []
 
-    def race(sound: Sequence[tuple[Candidate, Rung]]) -> list[Rung]:
-        raced.append([candidate.name for candidate, _ in sound])
+    def race(trials: Sequence[Trial]) -> list[Trial]:
+        raced.append([trial.candidate.name for trial in trials])
         speeds = {"a": 2.0, "b": 1.5, "d": 0.9}
-        return [_rung(candidate, "INCONCLUSIVE", speeds[candidate.name]) for candidate, _ in sound]
+        return [_trial(t.candidate, "INCONCLUSIVE", speeds[t.candidate.name]) for t in trials]
 
     looked = {"a": 1.9, "b": 2.3, "c": 9.0, "d": 3.0}  # of different minutes
-    outcome = _climb(_forms("a", "b", "c", "d"), speeds=looked, screened={"c": "FAIL"}, race=race)
+    outcome = _search(_forms("a", "b", "c", "d"), speeds=looked, screened={"c": "FAIL"}, race=race)
     assert raced == [["a", "b", "d"]]
-    assert outcome.winner is not None and outcome.winner.name == "a" and outcome.held == 1
-    assert {r.name: r.values["speedup_fp32"].value for r in outcome.rungs} == {"a": 2.0, "b": 1.5, "c": 9.0, "d": 0.9}
-    assert {r.name: r.speed for r in outcome.rungs}["d"] == "FAIL"
-    assert _climb(_names("a"), race=race).winner is not None and len(raced) == 1  # one alone races nobody
+    assert outcome.winner is not None and outcome.winner.name == "a" and outcome.judged == 1
+    found = {t.candidate.name: t for t in outcome.trials}
+    assert {k: t.values["speedup_fp32"].value for k, t in found.items()} == {"a": 2.0, "b": 1.5, "c": 9.0, "d": 0.9}
+    assert found["d"].speed == "FAIL"
+    assert _search(_names("a"), race=race).winner is not None and len(raced) == 1  # a single one is not timed again
 
 
-def test_what_lost_too_much_in_screening_is_held_last() -> None:
-    def screened(candidate: Candidate, drop: float, cosine: float) -> tuple[Candidate, Rung]:
-        rung = _rung(candidate, "INCONCLUSIVE", 2.0, cosine)
-        return candidate, replace(rung, values=rung.values | {"probe_drop": Value(value=drop)})
+def test_what_lost_too_much_in_screening_is_judged_last() -> None:
+    def screened(candidate: Candidate, drop: float, cosine: float) -> Trial:
+        trial = _trial(candidate, "INCONCLUSIVE", 2.0, cosine)
+        return replace(trial, values=trial.values | {"probe_drop": Value(value=drop)})
 
     a, b, c = _names("a", "b", "c")
-    pairs = [screened(a, 4.1, 0.99), screened(b, 0.3, 0.95), screened(c, 2.2, 0.97)]
-    assert [candidate.name for candidate, _ in preference(pairs, margin=3)] == ["c", "b", "a"]
-    assert [candidate.name for candidate, _ in preference(pairs, margin=5)] == ["a", "c", "b"]
+    trials = [screened(a, 4.1, 0.99), screened(b, 0.3, 0.95), screened(c, 2.2, 0.97)]
+    assert [t.candidate.name for t in preference(trials, margin=3)] == ["c", "b", "a"]
+    assert [t.candidate.name for t in preference(trials, margin=5)] == ["a", "c", "b"]
 
 
-def test_one_candidate_alone_is_held_to_the_judging_images_when_it_passes() -> None:
-    outcome = _climb(_names("a", "b", "c"), cosines={"b": 0.95})
-    assert outcome.held == 1
-    assert [rung.was_judged for rung in outcome.rungs] == [False, True, False]
+def test_only_one_candidate_is_judged_when_it_passes() -> None:
+    outcome = _search(_names("a", "b", "c"), cosines={"b": 0.95})
+    assert outcome.judged == 1
+    assert [trial.was_judged for trial in outcome.trials] == [False, True, False]
 
 
-def test_when_the_best_does_not_pass_the_next_best_is_held_at_a_stricter_level() -> None:
+def test_when_the_best_fails_the_next_best_is_judged_at_a_stricter_level() -> None:
     levels: list[float] = []
 
-    def hold(candidate: Candidate, rung: Rung, level: float) -> Rung:
+    def judge(trial: Trial, level: float) -> Trial:
         levels.append(level)
-        return _judged(rung, "PASS" if candidate.name == "a" else "FAIL")
+        return _judged(trial, "PASS" if trial.candidate.name == "a" else "FAIL")
 
     speeds = {"a": 1.5, "b": 3.0, "c": 2.0}
-    outcome = climb(_forms("a", "b", "c"), lambda c: _rung(c, "PASS", speeds[c.name]), hold)
-    assert outcome.winner is not None and outcome.winner.name == "a" and outcome.held == 3
+    steps = Steps(look=lambda c: _trial(c, "PASS", speeds[c.name]), judge=judge, race=list, more=_none)
+    outcome = search(_forms("a", "b", "c"), steps)
+    assert outcome.winner is not None and outcome.winner.name == "a" and outcome.judged == 3
     assert levels == [level_of(1), level_of(2), level_of(3)]
 
 
@@ -141,61 +147,61 @@ def test_the_levels_add_up_to_five_percent() -> None:
 
 
 def test_trying_many_inaccurate_candidates_ships_one_as_rarely_as_it_says() -> None:
-    """Eight candidates that lose exactly the margin, each with errors of its own: the worst that luck can do."""
+    """Eight candidates that lose exactly the margin, each with errors of its own: the worst that chance can do."""
     random = np.random.default_rng(0)
     n, margin, shipped, first_alone = 400, 5.0, 0, 0
     for _ in range(400):
         lost = {c.name: random.multinomial(n, [0.08, 0.03, 0.89]) for c in _names(*"abcdefgh")}
 
-        def hold(candidate: Candidate, rung: Rung, level: float, lost: Any = lost) -> Rung:
-            b, c, same = lost[candidate.name]
+        def judge(trial: Trial, level: float, lost: Any = lost) -> Trial:
+            b, c, same = lost[trial.candidate.name]
             reference = np.repeat([True, False, True], [b, c, same])
             answer = np.repeat([False, True, True], [b, c, same])
-            return _judged(rung, non_inferiority(reference, answer, margin, level=level).verdict)
+            return _judged(trial, non_inferiority(reference, answer, margin, level=level).verdict)
 
-        outcome = climb(_names(*"abcdefgh"), lambda c: _rung(c, "INCONCLUSIVE", 2.0), hold)
-        shipped += outcome.winner is not None
-        plain = [hold(c, _rung(c, "PASS", 2.0), 0.05) for c in _names(*"abcdefgh")]
-        first_alone += any(rung.accuracy == "PASS" for rung in plain)
+        steps = Steps(look=lambda c: _trial(c, "INCONCLUSIVE", 2.0), judge=judge, race=list, more=_none)
+        shipped += search(_names(*"abcdefgh"), steps).winner is not None
+        plain = [judge(_trial(c, "PASS", 2.0), 0.05) for c in _names(*"abcdefgh")]
+        first_alone += any(trial.accuracy == "PASS" for trial in plain)
     assert shipped / 400 < 0.075  # 5 % and what 400 draws leave to chance
     assert first_alone / 400 > 0.2  # what taking the first that passes at 5 % would have shipped
 
 
-def test_what_screening_finds_broken_is_never_held() -> None:
-    outcome = _climb(_names("a", "b"), screened={"a": "FAIL"}, speeds={"a": 9.0})
-    assert outcome.winner is not None and outcome.winner.name == "b" and outcome.held == 1
+def test_what_screening_finds_broken_is_never_judged() -> None:
+    outcome = _search(_names("a", "b"), screened={"a": "FAIL"}, speeds={"a": 9.0})
+    assert outcome.winner is not None and outcome.winner.name == "b" and outcome.judged == 1
 
 
-def test_careful_rungs_wait_and_are_tried_when_the_plain_ones_do_not_pass() -> None:
+def test_careful_candidates_wait_and_are_tried_when_the_plain_ones_fail() -> None:
     candidates = [*_names("plain"), *_careful("careful")]
-    assert _tried(_climb(candidates)) == ["plain"]
-    rescued = _climb(candidates, judged={"plain": "FAIL"})
+    assert _tried(_search(candidates)) == ["plain"]
+    rescued = _search(candidates, judged={"plain": "FAIL"})
     assert _tried(rescued) == ["plain", "careful"]
     assert rescued.winner is not None and rescued.winner.name == "careful"
-    straight = _climb(candidates, screened={"plain": "FAIL"})
-    assert straight.winner is not None and straight.winner.name == "careful" and straight.held == 1
+    straight = _search(candidates, screened={"plain": "FAIL"})
+    assert straight.winner is not None and straight.winner.name == "careful" and straight.judged == 1
 
 
-def test_a_careful_rung_that_may_be_faster_does_not_wait_for_one_that_looks_sound() -> None:
-    """After the plain one failed, all of it in int8 with corrected biases is worth a look beside the stem in float."""
+def test_a_careful_candidate_that_may_be_faster_does_not_wait_for_a_promising_one() -> None:
+    """After the plain one failed, full bias correction (all int8) is worth a look beside the stem in float."""
     candidates = [*_names("plain"), *_careful("stem in float"), *_names("full bias", full_bias=True)]
     speeds = {"plain": 2.0, "stem in float": 1.5, "full bias": 2.0}
-    outcome = _climb(candidates, judged={"plain": "FAIL"}, speeds=speeds)
+    outcome = _search(candidates, judged={"plain": "FAIL"}, speeds=speeds)
     assert _tried(outcome) == ["plain", "stem in float", "full bias"]
     assert outcome.winner is not None and outcome.winner.name == "full bias"
 
 
 @pytest.mark.parametrize("accuracy", ["FAIL", "INCONCLUSIVE"])
 def test_nothing_ships_without_proof(accuracy: Verdict) -> None:
-    outcome = _climb(_names("a", "b"), judged={"a": accuracy, "b": accuracy}, cosines={"a": 0.8, "b": 0.7})
-    assert outcome.winner is None and outcome.held == 2
+    outcome = _search(_names("a", "b"), judged={"a": accuracy, "b": accuracy}, cosines={"a": 0.8, "b": 0.7})
+    assert outcome.winner is None and outcome.judged == 2
     assert outcome.best is not None and outcome.best.name == "a"
-    assert not any(r.kept for r in outcome.rungs)
+    assert not any(t.kept for t in outcome.trials)
 
 
-def test_a_rung_that_is_slower_is_refused_and_its_kin_are_not_tried() -> None:
+def test_a_slower_candidate_fails_and_the_rest_of_its_family_is_not_tried() -> None:
     candidates = [*_names("a", "b"), *_names("c", quantiser="onnxruntime")]
-    outcome = _climb(candidates, speeds={"a": 0.5, "b": 2.0, "c": 1.5})
+    outcome = _search(candidates, speeds={"a": 0.5, "b": 2.0, "c": 1.5})
     assert _tried(outcome) == ["a", "c"]
     assert outcome.winner is not None and outcome.winner.name == "c"
 
@@ -203,48 +209,49 @@ def test_a_rung_that_is_slower_is_refused_and_its_kin_are_not_tried() -> None:
 def test_a_slow_one_stops_those_that_leave_more_in_float_and_no_other_graph() -> None:
     slow, other = _forms("slow", "other")
     kin = replace(slow, name="kin", float_nodes=("stem",))
-    outcome = _climb([slow, kin, other], speeds={"slow": 0.5})
+    outcome = _search([slow, kin, other], speeds={"slow": 0.5})
     assert _tried(outcome) == ["slow", "other"]
     assert outcome.winner is not None and outcome.winner.name == "other"
 
 
-def test_an_unmeasurable_speed_does_not_stop_an_accurate_rung() -> None:
-    rung = _rung(Candidate(name="a"), "PASS", None)
-    assert not ships(rung)  # only screened
-    assert ships(_judged(rung, "PASS")) and not ships(_judged(rung, "INCONCLUSIVE"))
-    order = preference([(c, _rung(c, "PASS", None, cosine)) for c, cosine in zip(_names("a", "b"), (0.8, 0.9))])  # noqa: B905
-    assert [c.name for c, _ in order] == ["b", "a"]
+def test_an_unmeasurable_speed_does_not_stop_an_accurate_candidate() -> None:
+    trial = _trial(Candidate(name="a"), "PASS", None)
+    assert not trial.ships  # only screened
+    assert _judged(trial, "PASS").ships and not _judged(trial, "INCONCLUSIVE").ships
+    a, b = _names("a", "b")
+    order = preference([_trial(a, "PASS", None, 0.8), _trial(b, "PASS", None, 0.9)])
+    assert [t.candidate.name for t in order] == ["b", "a"]
 
 
-@pytest.mark.parametrize("when", ["looked at", "held"])
-def test_a_candidate_that_cannot_be_run_is_a_failed_rung_and_the_climb_goes_on(when: str) -> None:
-    def look(candidate: Candidate) -> Rung:
+@pytest.mark.parametrize("when", ["looked at", "judged"])
+def test_a_candidate_that_cannot_be_run_has_failed_and_the_search_continues(when: str) -> None:
+    def look(candidate: Candidate) -> Trial:
         if candidate.name == "a" and when == "looked at":
             raise ArtifactError("cannot")
-        return _rung(candidate, "PASS", 2.0)
+        return _trial(candidate, "PASS", 2.0)
 
-    def hold(candidate: Candidate, rung: Rung, level: float) -> Rung:
-        if candidate.name == "a":
+    def judge(trial: Trial, level: float) -> Trial:
+        if trial.candidate.name == "a":
             raise ArtifactError("cannot")
-        return _judged(rung, "PASS")
+        return _judged(trial, "PASS")
 
-    told: list[Rung] = []
-    outcome = climb(_names("a", "b"), look, hold, on_rung=told.append)
-    assert [r.name for r in told] == (["a", "b", "b"] if when == "looked at" else ["a", "b", "a", "b"])
-    assert outcome.rungs[0].accuracy == "FAIL" and "cannot" in outcome.rungs[0].reason
+    told: list[Trial] = []
+    outcome = search(_names("a", "b"), Steps(look=look, judge=judge, race=list, more=_none, told=told.append))
+    assert [t.candidate.name for t in told] == (["a", "b", "b"] if when == "looked at" else ["a", "b", "a", "b"])
+    assert outcome.trials[0].accuracy == "FAIL" and "cannot" in outcome.trials[0].record().reason
     assert outcome.winner is not None and outcome.winner.name == "b"
 
 
-def test_a_missing_package_is_no_failed_rung() -> None:
-    def look(candidate: Candidate) -> Rung:
+def test_a_missing_package_is_not_a_failed_candidate() -> None:
+    def look(candidate: Candidate) -> Trial:
         raise MissingExtra("nncf", "openvino", purpose="x")
 
     with pytest.raises(MissingExtra):
-        climb(_names("a"), look, lambda c, rung, level: rung)
+        search(_names("a"), Steps(look=look, judge=lambda trial, level: trial, race=list, more=_none))
 
 
-def test_more_rungs_are_made_from_the_closest_one() -> None:
-    outcome = _climb(
+def test_more_candidates_are_made_from_the_closest_one() -> None:
+    outcome = _search(
         _names("a", "b"),
         judged={"a": "FAIL", "b": "FAIL"},
         cosines={"a": 0.7, "b": 0.9, "b+": 0.95},
@@ -254,14 +261,14 @@ def test_more_rungs_are_made_from_the_closest_one() -> None:
     assert outcome.winner is not None and outcome.winner.name == "b+"
 
 
-def test_more_rungs_know_what_was_tried_and_start_from_one_that_is_not_too_slow() -> None:
+def test_more_candidates_know_what_was_tried_and_start_from_one_that_is_not_too_slow() -> None:
     seen: list[str] = []
 
     def more(best: Candidate, tried: Sequence[Candidate]) -> list[Candidate]:
         seen.extend(c.name for c in tried)
         return _names(best.name + "+", quantiser=best.quantiser)
 
-    outcome = _climb(
+    outcome = _search(
         [*_names("slow"), *_names("fast", quantiser="onnxruntime")],
         judged={"fast": "FAIL"},
         speeds={"slow": 0.5},
@@ -272,20 +279,20 @@ def test_more_rungs_know_what_was_tried_and_start_from_one_that_is_not_too_slow(
     assert seen == ["slow", "fast"]
 
 
-def test_no_more_rungs_are_made_when_the_budget_is_spent() -> None:
+def test_no_more_candidates_are_made_when_the_budget_is_spent() -> None:
     ticks = iter(range(0, 1000, 60))
 
     def never(best: Candidate, tried: Sequence[Candidate]) -> list[Candidate]:
         raise AssertionError("sensitivity takes minutes, and the budget is spent")
 
-    outcome = _climb(
+    outcome = _search(
         _names("a", "b"), judged={"a": "FAIL", "b": "FAIL"}, more=never, budget=100, clock=lambda: float(next(ticks))
     )
     assert _tried(outcome) == ["a", "b"]
 
 
-def test_the_budget_ends_the_climb_but_what_was_tried_may_ship() -> None:
+def test_the_budget_ends_the_search_but_what_was_tried_may_ship() -> None:
     ticks = iter(range(0, 1000, 60))
-    outcome = _climb(_names("a", "b", "c", "d"), budget=100, clock=lambda: float(next(ticks)))
-    assert 1 <= len(outcome.rungs) < 4
+    outcome = _search(_names("a", "b", "c", "d"), budget=100, clock=lambda: float(next(ticks)))
+    assert 1 <= len(outcome.trials) < 4
     assert outcome.winner is not None

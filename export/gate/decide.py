@@ -1,0 +1,170 @@
+"""What ships: fp32 when it answers like PyTorch, fp16 and int8 when they pass the gate, the best float model otherwise.
+
+int8 asked for    search -> the winner, else fp16 if accurate and not slower, else fp32
+fp16 asked for    fp16 if accurate (it is taken for its size), and faster only where --min-speedup is above 1
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from robx.export.gate.judge import Judge
+from robx.export.gate.search import Outcome, Steps, Trial, attempt, level_of, search
+from robx.export.gate.timing import Timer
+from robx.export.int8.candidate import Candidate
+from robx.export.int8.ladder import ladder, limit, machine_of, sensitive_rungs
+from robx.records import Bundle, Precision, Value, Verdict, load_bundle
+
+FP32, FP16 = Candidate(name="fp32", precision="fp32"), Candidate(name="fp16", precision="fp16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """One export's judge and timer, and how far its search may go."""
+
+    judge: Judge
+    timer: Timer
+    most: int | None = None  # int8 candidates to try; None: all
+    budget: float | None = None  # seconds after which no further candidate is tried
+    force: bool = False  # ship the best candidate although it failed
+    told: Callable[[Trial], None] = lambda trial: None  # after every candidate that is looked at or judged
+
+    @property
+    def asked(self) -> Precision:
+        """The precision asked for."""
+        return self.judge.workshop.request.precision
+
+
+def decide(given: Decision) -> tuple[Bundle, Path]:
+    """Search, judge and choose; the record of what ships, and the scratch folder that holds its files."""
+    if given.asked == "fp32":
+        return _accept(given, FP32, ())
+    if given.asked == "fp16" or given.force:
+        chosen = FP16 if given.asked == "fp16" else _ladder(given)[0]
+        if (why := given.judge.why_not_run(chosen)) is not None:  # not judged here: the record says so
+            return _accept(given, chosen, (), note="" if given.asked == "fp16" else f"forced, and not run here: {why}")
+    trials: list[Trial] = []
+    if given.asked == "int8":
+        outcome = _search(given)
+        trials += outcome.trials
+        if outcome.winner is not None:
+            return _accept(given, outcome.winner, trials, note=_how_chosen(outcome))
+        if given.force and outcome.best is not None:
+            return _force(given, outcome.best, trials)
+    half = _look_and_judge(given, FP16)
+    given.told(half)
+    for_size = given.asked == "fp16" and given.judge.limits.min_speedup <= 1
+    good = half.ships or (for_size and half.accuracy == "PASS")
+    trials.append(dataclasses.replace(half, kept=good))
+    if good:
+        return _accept(given, FP16, trials)
+    if given.asked == "fp16" and given.force and "cosine_mean" in half.values:
+        return _force(given, FP16, trials)
+    return _accept(given, FP32, trials)
+
+
+def _search(given: Decision) -> Outcome:
+    workshop = given.judge.workshop
+
+    def more(best: Candidate, tried: Sequence[Candidate]) -> list[Candidate]:
+        if given.most is not None or best.quantiser in ("converter", "none"):
+            return []
+        return sensitive_rungs(best, list(workshop.layer_costs), tried)
+
+    steps = Steps(
+        look=lambda candidate: _look(given, candidate),
+        judge=given.judge.judge,
+        race=given.timer.race,
+        more=more,
+        told=given.told,
+    )
+    return search(_ladder(given), steps, margin=given.judge.limits.max_drop, budget=given.budget)
+
+
+def _ladder(given: Decision) -> list[Candidate]:
+    target = given.judge.workshop.request.target
+    return limit(ladder(target.format, given.judge.workshop.facts, machine_of(target.device)), given.most)
+
+
+def _look(given: Decision, candidate: Candidate) -> Trial:
+    """Build, screen and time a candidate."""
+    trial, timed = given.judge.screen(candidate), given.timer.time(candidate)
+    return dataclasses.replace(
+        trial, speed=timed.verdict, values=trial.values | timed.values, speed_reasons=timed.reasons
+    )
+
+
+def _look_and_judge(given: Decision, candidate: Candidate) -> Trial:
+    """Look at a candidate and judge it whatever the look showed: the only one there is."""
+    return attempt(candidate, lambda: given.judge.judge(_look(given, candidate), level_of(1)))
+
+
+def _how_chosen(outcome: Outcome) -> str:
+    """How the winner was chosen, as the best of many flatters itself."""
+    if len(outcome.trials) == 1:
+        return ""
+    order = "the only one judged" if outcome.judged == 1 else f"number {outcome.judged} judged"
+    return f"chosen from {len(outcome.trials)} by speed and on other images, and {order} on the judging images"
+
+
+def _force(given: Decision, candidate: Candidate, trials: Sequence[Trial]) -> tuple[Bundle, Path]:
+    """A candidate that did not pass, with its figures on the judging images, marked FORCED."""
+    kept = []
+    for trial in trials:
+        chosen = trial.candidate == candidate
+        if chosen and not trial.was_judged:
+            trial = attempt(candidate, partial(given.judge.judge, trial, level_of(1)))
+        kept.append(dataclasses.replace(trial, kept=chosen))
+    return _accept(given, candidate, kept, forced=True)
+
+
+def _accept(
+    given: Decision, candidate: Candidate, trials: Sequence[Trial], *, forced: bool = False, note: str = ""
+) -> tuple[Bundle, Path]:
+    judge, splits = given.judge, given.judge.workshop.splits
+    folder = judge.workshop.make(candidate)
+    bundle = load_bundle(folder)
+    verdict, reasons = _verdict(trials, forced=forced)
+    reasons.append(note)
+    parity: dict[str, Value] = {}
+    if candidate.precision != "int8":
+        parity, why_not = judge.parity(candidate, judged=candidate.precision == "fp16" and bool(trials))
+        reasons.append(f"not run here: {why_not}" if why_not is not None else "")
+        if candidate.precision == "fp32":
+            verdict = "PASS" if parity and splits is not None else "NOT_JUDGED"
+            reasons.append(_parity_reason(parity, real=splits is not None))
+    reasons.append(bundle.reason)
+    bundle = dataclasses.replace(
+        bundle,
+        requested=given.asked,
+        verdict=verdict,
+        reason="; ".join(reason for reason in reasons if reason),
+        rungs=tuple(trial.record() for trial in trials),
+        parity=parity,
+        calibration=splits.record(judge.screening if trials else None) if splits is not None else None,
+    )
+    return bundle, folder
+
+
+def _verdict(trials: Sequence[Trial], *, forced: bool) -> tuple[Verdict | Literal["FORCED", "NOT_JUDGED"], list[str]]:
+    """The bundle's verdict and reasons, from the trial that was kept."""
+    kept = next((trial for trial in trials if trial.kept), None)
+    if kept is None:
+        return "NOT_JUDGED", ["no candidate passed: fp32 ships instead"] if trials else []
+    reason = kept.record().reason
+    if forced:
+        return "FORCED", [f"FAILED the gate and was forced: {reason}"]
+    # Accurate, but its speed could not be measured here: not a full PASS.
+    return ("PASS" if "speedup_fp32" in kept.values else "INCONCLUSIVE"), [reason]
+
+
+def _parity_reason(parity: dict[str, Value], *, real: bool) -> str:
+    if not parity:
+        return ""
+    images = "held-out images" if real else "generated images (give --data to check on real ones)"
+    return f"equal to PyTorch within {parity['max_abs'].value:.1e} on {images}"

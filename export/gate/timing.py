@@ -1,0 +1,115 @@
+"""How fast a candidate is, against plain fp32 and fp16 in the same runtime, on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from robx.errors import ArtifactError, DeviceError, InputError
+from robx.export.gate.gate import Judgement, Limits, judge_speed
+from robx.export.gate.search import Trial
+from robx.export.gate.sessions import open_candidate
+from robx.export.int8.candidate import Candidate
+from robx.export.make import Workshop
+
+if TYPE_CHECKING:
+    from robx.runtime.session import Session
+
+_IMAGES = 16
+_BATCH = 1  # as in `robx bench`: OpenVINO is faster with the batch size that it compiled for
+_BLOCKS, _BLOCK_SECONDS = 10, 0.05
+Blocks = Mapping[str, list[np.ndarray]]  # name -> latencies in ns, int64 (n_i,) for each block
+
+
+class Timer:
+    """Times the candidates of one export against its float baselines, whose sessions it keeps open."""
+
+    def __init__(self, workshop: Workshop, limits: Limits) -> None:
+        self.workshop, self.limits = workshop, limits
+        self._baselines: dict[str, Session] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for session in self._baselines.values():
+            session.close()
+
+    def time(self, candidate: Candidate) -> Judgement:
+        """The candidate's speed; where a first measurement is inconclusive, a longer one is added to it.
+
+        Raises:
+            RobxError: it cannot be built or run here.
+        """
+        if not self.workshop.request.target.is_local:
+            return not_timed()
+        session = open_candidate(self.workshop.make(candidate), batch=_BATCH)
+        if isinstance(session, str):
+            return not_timed()
+        with session:
+            sessions = {"candidate": session, **self._open_baselines(candidate)}
+            self.workshop.progress(0, 1, f"timing {candidate.name}")
+            blocks = self._interleave(sessions, times=1)
+            judged = judge_speed(blocks, self.limits)
+            if judged.verdict == "INCONCLUSIVE" and len(sessions) > 1:
+                more = self._interleave(sessions, times=3)
+                judged = judge_speed({name: [*first, *more[name]] for name, first in blocks.items()}, self.limits)
+        return judged
+
+    def race(self, trials: Sequence[Trial]) -> list[Trial]:
+        """The trials with their speeds measured again, all candidates and baselines taking turns in one run."""
+        if not self.workshop.request.target.is_local:
+            return list(trials)
+        self.workshop.progress(0, 1, f"timing {len(trials)} candidates side by side")
+        baselines = self._open_baselines(trials[0].candidate)
+        with contextlib.ExitStack() as stack:
+            sessions = {}
+            for trial in trials:
+                session = open_candidate(self.workshop.make(trial.candidate), batch=_BATCH)
+                if isinstance(session, str):  # nothing in this runtime was timed before either
+                    return list(trials)
+                sessions[trial.candidate.name] = stack.enter_context(session)
+            blocks = self._interleave({**sessions, **baselines}, times=2)
+        return [self._with_speed(trial, blocks, baselines) for trial in trials]
+
+    def _with_speed(self, trial: Trial, blocks: Blocks, baselines: Collection[str]) -> Trial:
+        own = {"candidate": blocks[trial.candidate.name]} | {name: blocks[name] for name in baselines}
+        judged = judge_speed(own, self.limits)
+        return dataclasses.replace(
+            trial, speed=judged.verdict, values=trial.values | judged.values, speed_reasons=judged.reasons
+        )
+
+    def _interleave(self, sessions: Mapping[str, Session], *, times: int) -> dict[str, list[np.ndarray]]:
+        from robx.runtime.bench.interleave import interleave
+
+        images = self.workshop.images.judging.normalised(self.workshop.request.student.preprocessing, slice(_IMAGES))
+        return interleave(sessions, images, blocks=times * _BLOCKS, seconds=_BLOCK_SECONDS, seed=times)
+
+    def _open_baselines(self, candidate: Candidate) -> dict[str, Session]:
+        """The float models to compare with, apart from the candidate itself; without those that cannot be made here."""
+        names = [name for name in ("fp32", "fp16") if name != candidate.precision]
+        for name in names:
+            if name not in self._baselines and (session := self._open_baseline(name)) is not None:
+                self._baselines[name] = session
+        return {name: self._baselines[name] for name in names if name in self._baselines}
+
+    def _open_baseline(self, name: str) -> Session | None:
+        plain = Candidate(name=name, precision="fp32" if name == "fp32" else "fp16")
+        try:
+            session = open_candidate(self.workshop.make(plain), batch=_BATCH)
+        except (InputError, ArtifactError, DeviceError):
+            return None
+        return None if isinstance(session, str) else session
+
+
+def not_timed() -> Judgement:
+    """What is said of the speed where this machine is not the target."""
+    reasons = ("the speed is to be measured on the device, with robx bench",)
+    return Judgement(verdict="INCONCLUSIVE", values={}, reasons=reasons)
