@@ -32,7 +32,8 @@ from vit_weights import vit_small
 
 from robx.distill.batches.crops import STD
 from robx.distill.recipes import Method, Recipe, override, preset, read_toml
-from robx.distill.teachers.load import Teacher, load_teacher
+from robx.distill.teachers.load import load_teacher
+from robx.distill.teachers.teacher import Teacher
 from robx.distill.train import train
 from robx.distill.training.networks import student_kind
 from robx.distill.training.run import Options

@@ -28,7 +28,8 @@ from robx.distill.batches.loader import build_loader
 from robx.distill.recipes import Method, Recipe, override, preset
 from robx.distill.targets.build import open_targets
 from robx.distill.targets.stored import read_info, table_path
-from robx.distill.teachers.load import Teacher, build_teacher_skeleton, load_teacher
+from robx.distill.teachers.load import build_teacher_skeleton, load_teacher
+from robx.distill.teachers.teacher import Teacher
 from robx.distill.train import train
 from robx.distill.training.networks import build_networks
 from robx.distill.training.processes import join_processes

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from robx.console import print_line, print_table, progress_bar, say
+from robx.distill.presets import ROB
 from robx.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from robx.distill.training.dry_run import RunCost
     from robx.distill.training.networks import Initial
 
-_OBJECTIVES = click.Choice(["dino", "ibot", "msn", "swav", "kd"])
+_OBJECTIVES = click.Choice(list(ROB))
 _POSITIVE = click.FloatRange(0, min_open=True)
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _FOLDER = click.Path(path_type=Path, file_okay=False)

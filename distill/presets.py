@@ -83,7 +83,7 @@ ROB: dict[str, dict[str, Any]] = {"dino": _DINO, "ibot": _IBOT, "msn": _MSN, "sw
 TINY: dict[str, dict[str, Any]] = {"ibot": {"drop_path": 0.1}, "msn": {"patch_drop": 0.1}}
 
 # CNN students of DINO, iBOT and MSN teachers; the authors take the best peak of .002, .02 and .2.
-CNN: dict[str, Any] = {
+_CNN: dict[str, Any] = {
     "optimizer": "larc",
     "lr": 0.2,
     "final_lr": 1e-5,
@@ -93,6 +93,7 @@ CNN: dict[str, Any] = {
     "drop_path": 0.0,
     "patch_drop": 0.0,
 }
+CNN: dict[str, dict[str, Any]] = dict.fromkeys(("dino", "ibot", "msn"), _CNN)
 
 # What the base methods need against collapse, and RoB drops.
 BASE: dict[str, dict[str, Any]] = {

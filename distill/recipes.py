@@ -23,11 +23,11 @@ from robx.records import from_json, to_json
 
 _MAX_RECIPE_BYTES = 1024 * 1024
 
-Method = Literal["dino", "ibot", "msn", "swav", "kd"]
+Method = str  # one of METHODS
 StudentKind = Literal["vit", "cnn"]
 Pair = tuple[float, float]
 
-METHODS: tuple[Method, ...] = ("dino", "ibot", "msn", "swav", "kd")
+METHODS: tuple[Method, ...] = tuple(ROB)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +100,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, by name."""
+        if self.objective not in METHODS:
+            raise InputError(f"recipe: unknown objective {self.objective!r}: choose one of {', '.join(METHODS)}")
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -119,8 +121,8 @@ class Recipe:
             raise InputError(f"recipe: mask_ratios = {self.mask_ratios} are not shares (ratio, +/-) within 0 .. 1")
         if self.batch_size % self.accumulate:
             raise InputError(f"recipe: batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}")
-        if self.objective == "kd" and self.base:
-            raise InputError("recipe: supervised distillation (kd) has no base method: give a classifier teacher")
+        if self.base and self.objective not in BASE:
+            raise InputError(f"recipe: {self.objective} has no base method: give a teacher instead of --teacher ema")
         if self.teacher_crops != 2 and self.base:
             raise InputError("recipe: teacher_crops is a teacher's: a base method has targets of both global crops")
         if self.teacher_crops != 2 and self.objective == "ibot" and self.patch_weight:
@@ -198,10 +200,10 @@ def preset(method: Method, student: StudentKind, *, base: bool = False) -> Recip
     the baseline that RoB has to beat.
     """
     if method not in ROB:
-        raise InputError(f"unknown objective {method!r}: known are {', '.join(METHODS)}")
+        raise InputError(f"unknown objective {method!r}: choose one of {', '.join(METHODS)}")
     values = dict(ROB[method])
-    if student == "cnn" and method in ("dino", "ibot", "msn"):
-        values |= CNN
+    if student == "cnn":
+        values |= CNN.get(method, {})
     if base:
         values |= {"base": True, "pairing": "swapped", **BASE.get(method, {})}
     return Recipe(**values)

@@ -10,7 +10,7 @@ from typing import Any
 from robx.distill.presets import TINY
 from robx.distill.recipes import Recipe, override, preset, read_toml
 from robx.distill.targets.stored import read_info
-from robx.distill.teachers.zoo import find_teacher
+from robx.distill.teachers.choose import default_objective
 from robx.distill.training.networks import student_kind
 from robx.errors import InputError
 
@@ -67,7 +67,4 @@ def _default_objective(teacher: str | None) -> Any:
     """The method that the teacher was pretrained with; msn for one whose prototypes are fitted; dino for ema."""
     if teacher is None or teacher == "ema":
         return "dino"
-    if teacher in ("dino", "ibot", "msn", "swav"):
-        return teacher
-    method = find_teacher(teacher).method
-    return "msn" if method == "headless" else method
+    return default_objective(teacher)

@@ -25,7 +25,7 @@ from robx.distill.batches.views import Targets, Views
 from robx.distill.objectives.base import Stats
 from robx.distill.recipes import Recipe
 from robx.distill.targets.stored_writer import WritingBranch
-from robx.distill.teachers.load import Teacher
+from robx.distill.teachers.teacher import Teacher
 from robx.distill.training import run_checkpoint
 from robx.distill.training.collapse import require_finite
 from robx.distill.training.knn_probe import Probe

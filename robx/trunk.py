@@ -95,3 +95,17 @@ def embed(trunk: nn.Module, pixels: Tensor) -> Tensor:
     """Embeddings (N, D) in float32 of preprocessed pixels (N, 3, H, W)."""
     features: Tensor = trunk(pixels)
     return features.float()
+
+
+@torch.no_grad()
+def size_error(trunk: nn.Module, size: int) -> str:
+    """The trunk's error message for square images of `size` pixels; empty if it can process them."""
+    training = trunk.training
+    device = next(trunk.parameters()).device
+    try:
+        trunk.eval()(torch.zeros(1, 3, size, size, device=device))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        return first_line(error)
+    finally:
+        trunk.train(training)
+    return ""

@@ -18,8 +18,8 @@ from robx.distill.objectives.base import TeacherSpec
 from robx.distill.objectives.build import OBJECTIVES
 from robx.distill.recipes import Recipe
 from robx.distill.students.projection_heads import MlpHead
-from robx.errors import InputError, first_line
-from robx.trunk import build_trunk, embedding_width, is_vit
+from robx.errors import InputError
+from robx.trunk import build_trunk, embedding_width, is_vit, size_error
 
 
 class StudentNet(nn.Module):
@@ -222,20 +222,6 @@ def _patch_size(trunk: nn.Module) -> int:
     return int(cast(Any, trunk).patch_embed.patch_size[0])
 
 
-@torch.no_grad()
-def refusal(trunk: nn.Module, size: int) -> str:
-    """What a network says to an image of `size` pixels that it cannot take; empty when it takes it."""
-    training = trunk.training
-    device = next(trunk.parameters()).device
-    try:
-        trunk.eval()(torch.zeros(1, 3, size, size, device=device))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        return first_line(error)
-    finally:
-        trunk.train(training)
-    return ""
-
-
 def _require_sizes(name: str, trunk: nn.Module, recipe: Recipe) -> None:
     """Refuse crops that the trunk does not take: it has one fixed size, or patches that do not divide them."""
     patch_embed = getattr(trunk, "patch_embed", None)
@@ -248,7 +234,7 @@ def _require_sizes(name: str, trunk: nn.Module, recipe: Recipe) -> None:
                 f"{name} takes images of {fixed[0]} pixels alone, and a crop has {size}: "
                 f"set crop_size = {fixed[0]} and local_crops = 0, or choose another student"
             )
-        if why := refusal(trunk, size):
+        if why := size_error(trunk, size):
             raise InputError(
                 f"{name} takes no crops of {size} pixels ({why}): set crop_size and local_crop_size to what it takes, "
                 "or choose another student"

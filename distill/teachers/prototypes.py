@@ -1,8 +1,8 @@
-"""Prototypes for teachers that were published without a head, fitted to their own features on the user's images.
+"""Prototypes for teachers that were published without a head, fitted to their features of the user's images.
 
-This goes beyond the paper, whose teachers bring the prototypes that they were pretrained with: here the K centres of
-a spherical k-means over the trunk's features take their place, and the MSN or SwAV objective applies as it is. Features
-are centred on their mean first, for pooled activations share a large common part that would make all cosines alike.
+This goes beyond the paper, whose teachers have the prototypes that they were pretrained with: here the K centres of a
+spherical k-means over the trunk's features replace them, and the MSN or SwAV objective applies unchanged. Features are
+centred on their mean first: pooled activations share a large common component that would make all cosines alike.
 
 D width of the features   K prototypes
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from robx.distill.teachers.frozen_heads import fitted_head
 from robx.distill.teachers.kmeans import StreamingKMeans, spherical_kmeans
+from robx.distill.teachers.teacher import Teacher
 from robx.errors import CorruptImage, InputError
 from robx.images.reading import read_batches, reader
 from robx.images.sources import ImageSource
@@ -29,9 +31,9 @@ from robx.records import Preprocessing
 from robx.store.files import sha256_bytes, write_bytes
 from robx.store.folders import wait_for
 
-# Beyond this many points a centre, more of them no longer move it (the rule of thumb of FAISS).
+# Above this many points per centre, more points hardly move it (FAISS's rule of thumb).
 _POINTS_PER_CENTRE = 256
-# Of the features that are kept; k-means holds three such tensors.
+# Limit on the features kept in memory; k-means holds three such tensors.
 _FEATURE_BYTES = 2 * 1024**3
 _BATCH = 64
 _VERSION = 1
@@ -41,16 +43,16 @@ Embed = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class FitSettings:
-    """All that decides the fitted prototypes; two equal ones give the same file."""
+    """Everything that determines the fitted prototypes; equal settings share one cached file."""
 
     teacher: str  # SHA-256 of the teacher's weights
     data: str  # ImageSource.fingerprint
     prototypes: int  # K
     size: int  # pixels of the shorter side after the resize
-    crop: int  # pixels of the square that the teacher sees
+    crop: int  # side of the square that the teacher sees, in pixels
     seed: int = 0
     streaming: bool = False
-    normalisation: tuple[float, ...] = ()  # mean and std of the teacher's pixels: one file may serve two names
+    normalisation: tuple[float, ...] = ()  # the teacher's mean and std: one file may be loaded under two names
     version: int = _VERSION
 
     @property
@@ -61,25 +63,58 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class Prototypes:
-    """What was fitted, and to how much."""
+    """Fitted prototypes, and how many images they were fitted to."""
 
     mean: Tensor  # (D,)
     vectors: Tensor  # (K, D), unit rows
-    images: int  # that were read
-    skipped: int  # that could not be
+    images: int  # read
+    skipped: int  # could not be read
     objective: float  # mean cosine between an image's centred feature and its nearest prototype; nan when streaming
 
 
 def images_to_fit(images: int, *, prototypes: int, width: int) -> int:
-    """How many of `images` a fit reads: all of them where no feature can be kept, else at most 256 a prototype."""
+    """Number of `images` that a fit reads: all of them when streaming, else at most 256 per prototype."""
     if has_to_stream(images=images, prototypes=prototypes, width=width):
         return images
     return min(images, _POINTS_PER_CENTRE * prototypes)
 
 
 def has_to_stream(*, images: int, prototypes: int, width: int) -> bool:
-    """Whether the features (N, D) that a fit would keep are more than fit in memory."""
+    """Whether the features (N, D) that a fit would keep exceed the memory limit."""
     return min(images, _POINTS_PER_CENTRE * prototypes) * width * 4 > _FEATURE_BYTES
+
+
+def fit_teacher(
+    teacher: Teacher,
+    source: ImageSource,
+    *,
+    prototypes: int,
+    seed: int,
+    streaming: bool | None,
+    folder: Path,
+    progress: Progress | None,
+) -> None:
+    """Give a teacher without a head prototypes fitted to `source`, or those fitted earlier and kept in `folder`."""
+    if streaming is None:
+        streaming = has_to_stream(images=len(source), prototypes=prototypes, width=teacher.width)
+    settings = FitSettings(
+        teacher=teacher.info.sha256,
+        data=source.fingerprint,
+        prototypes=prototypes,
+        size=teacher.preprocessing.size,
+        crop=teacher.preprocessing.crop,
+        seed=seed,
+        streaming=streaming,
+        normalisation=(*teacher.mean, *teacher.std),
+    )
+    device = teacher.scale.device
+    found = fit_or_load(
+        teacher.features, source, teacher.preprocessing, settings, folder=folder, device=device, progress=progress
+    )
+    teacher.set_head(fitted_head(found.mean, found.vectors))
+    way = "streaming spherical k-means" if streaming else "spherical k-means"
+    how = f"{prototypes} fitted by {way} to {found.images} images of {source.name} ({source.fingerprint})"
+    teacher.info = replace(teacher.info, prototypes=f"{how}, seed {seed}")
 
 
 def fit_or_load(
@@ -92,7 +127,7 @@ def fit_or_load(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> Prototypes:
-    """The prototypes of `settings` from `folder`, or fitted now and kept there."""
+    """The prototypes of `settings`: from `folder`, or fitted now and saved there."""
     path = folder / f"prototypes-{settings.id}.safetensors"
     with wait_for(path):
         found = load_prototypes(path, settings)
@@ -103,10 +138,10 @@ def fit_or_load(
 
 
 def require_images(source: ImageSource, k: int) -> None:
-    """Refuse a source that has fewer images than K."""
+    """Refuse a source with fewer than K images."""
     if len(source) < k:
         few = f"{source.name} has {len(source)}"
-        raise InputError(f"{k} prototypes need at least {k} images and {few}: lower --prototypes")
+        raise InputError(f"{k} prototypes need at least {k} images, and {few}: lower --prototypes")
 
 
 def fit_prototypes(
@@ -118,12 +153,12 @@ def fit_prototypes(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> Prototypes:
-    """Fit K prototypes to what `embed` makes of pixels (N, 3, H, W), in one pass over at most 256 K images.
+    """Fit K prototypes to the features that `embed` returns for pixels (N, 3, H, W), from at most 256 K images.
 
-    With ``settings.streaming`` no feature is kept, and every image of the source is read.
+    With ``settings.streaming`` no features are kept, and every image of the source is read.
 
     Raises:
-        InputError: fewer images than prototypes, or more than one image in a hundred that cannot be read.
+        InputError: fewer images than prototypes, or more than 1 % of the images cannot be read.
     """
     k = settings.prototypes
     require_images(source, k)
@@ -149,24 +184,24 @@ def save_prototypes(path: Path, prototypes: Prototypes, settings: FitSettings) -
         "objective": repr(prototypes.objective),
     }
     tensors = {"mean": prototypes.mean.contiguous(), "vectors": prototypes.vectors.contiguous()}
-    write_bytes(path, save(tensors, metadata=facts))  # save_file has errors of its own for a full disk
+    write_bytes(path, save(tensors, metadata=facts))  # save_file raises other errors on a full disk
 
 
 def load_prototypes(path: Path, settings: FitSettings) -> Prototypes | None:
-    """What `path` holds; None when it is missing, damaged or of other settings, for it can be fitted again."""
+    """The prototypes in `path`; None if it is missing, damaged or of other settings, as they can be fitted again."""
     try:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata() or {}
             if facts.get("settings") != json.dumps(asdict(settings), sort_keys=True):
                 return None
             mean, vectors = file.get_tensor("mean"), file.get_tensor("vectors")
-    except Exception:  # safetensors raises its own kind for a damaged file
+    except Exception:  # safetensors raises its own type for a damaged file
         return None
     return Prototypes(mean, vectors, int(facts["images"]), int(facts["skipped"]), float(facts["objective"]))
 
 
 class _Features:
-    """Reads, preprocesses and embeds images in order, and counts what could not be read."""
+    """Reads, preprocesses and embeds images in order, and counts those that cannot be read."""
 
     def __init__(
         self,
@@ -189,7 +224,7 @@ class _Features:
             self.skipped += 1
             if self.skipped > budget:
                 raise InputError(
-                    f"{self.source.name}: {self.skipped} images cannot be read (the last: {error}): clean it first"
+                    f"{self.source.name}: {self.skipped} images cannot be read (the last: {error}): remove them"
                 )
 
         read = reader(self.source, self.preprocessing)
@@ -202,7 +237,7 @@ class _Features:
 
 
 def _stream(batches: Iterator[Tensor], k: int, *, seed: int) -> tuple[Tensor, Tensor]:
-    """The mean of the warm-up and streamed centres around it: once the centres exist, the mean has to stay."""
+    """The mean of the warm-up and the streamed centres around it; the mean must stay fixed once centres exist."""
     clusters, waiting, mean = StreamingKMeans(k, seed=seed), list[Tensor](), None
     for batch in batches:
         if mean is None:

@@ -1,7 +1,7 @@
-"""What a teacher is: a network that never learns, in eval mode, out of every graph.
+"""The teacher: a frozen network, always in eval mode and outside of every graph.
 
-A Teacher takes pixels that were normalised with ImageNet's mean and standard deviation, which is what the crops give;
-one that was trained with another normalisation folds the change in. Its scores are BEFORE any temperature.
+A Teacher takes pixels that are normalised with ImageNet's mean and standard deviation, as the crops are; if it was
+trained with another normalisation, the change is folded in. Its scores are BEFORE any temperature.
 
 N images   D width of the trunk   K prototypes (or head outputs, or classes)   P patches
 """
@@ -9,31 +9,30 @@ N images   D width of the trunk   K prototypes (or head outputs, or classes)   P
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from robx.distill.teachers.frozen_heads import PrototypeHead
-from robx.distill.teachers.trunks import has_tokens, patch_size_of, tokens
+from robx.distill.teachers.trunks import has_tokens, patch_size_of, tokens, trunk_width
+from robx.distill.teachers.zoo import Method, ZooEntry
 from robx.errors import InputError
 from robx.images.decode import IMAGENET_MEAN, IMAGENET_STD
 from robx.records import Preprocessing, TeacherInfo
 
-Method = Literal["dino", "ibot", "msn", "swav", "headless", "classifier"]
-
 
 @dataclass(frozen=True)
 class TeacherScores:
-    """What a teacher says of N images, in float32, before the temperature."""
+    """A teacher's scores of N images, in float32, before the temperature."""
 
     crops: Tensor  # (N, K): dino, ibot: head logits; msn, headless: cosines; swav: prototype scores; classifier: logits
-    patches: Tensor | None  # (N, P, Kp), the patch tokens' head logits, or (M, Kp) of the chosen ones; iBOT only
-    features: Tensor  # (N, D), what the trunk answers
+    patches: Tensor | None  # (N, P, Kp), the patch tokens' head logits, or (M, Kp) of the selected ones; iBOT only
+    features: Tensor  # (N, D), the output of the trunk
 
 
 class Teacher(nn.Module):
-    """A frozen network with its head: no gradient, and always in eval mode, whatever ``.train()`` is asked for."""
+    """A frozen network with its head: no gradients, and always in eval mode, even after ``.train()``."""
 
     scale: Tensor
     shift: Tensor
@@ -52,7 +51,7 @@ class Teacher(nn.Module):
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
-        """Freeze `trunk` and `head`; `mean` and `std` are those that the trunk was trained with."""
+        """Freeze `trunk` and `head`; `mean` and `std` are the normalisation that the trunk was trained with."""
         super().__init__()
         self.trunk, self.head = trunk, head
         self.name, self.method, self.info, self.preprocessing = name, method, info, preprocessing
@@ -61,11 +60,39 @@ class Teacher(nn.Module):
         if method == "ibot" and head is not None and has_tokens(trunk):
             shared = head.patch_prototypes is None
             self.patch_prototypes = len(head.prototypes if shared else cast(Tensor, head.patch_prototypes))
+        self.mean, self.std = mean, std
         scale, shift = fold_normalisation(mean, std)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
         self.requires_grad_(False)
         self.eval()
+
+    @classmethod
+    def of(cls, entry: ZooEntry, trunk: nn.Module, head: PrototypeHead | None, *, sha256: str, image_size: int) -> Self:
+        """The teacher of `entry` on square crops of `image_size` pixels; `head` is None for timm's models.
+
+        `sha256` is that of the weights, empty for random ones.
+        """
+        classes = cast(int, trunk.num_classes) if entry.method == "classifier" else 0
+        how = {"classifier": {"prototypes": "none: class logits"}, "headless": {"prototypes": "not fitted"}}
+        return cls(
+            trunk,
+            head,
+            name=entry.name,
+            method=entry.method,
+            info=TeacherInfo(name=entry.name, sha256=sha256, licence=entry.licence, **how.get(entry.method, {})),
+            # Resize to 256 and crop 224 is the protocol of all these releases; other sizes keep the ratio.
+            preprocessing=Preprocessing(size=round(image_size * 256 / 224), crop=image_size),
+            width=trunk_width(trunk),
+            num_prototypes=classes if head is None else len(head.prototypes),
+            mean=entry.mean,
+            std=entry.std,
+        )
+
+    def set_head(self, head: PrototypeHead) -> None:
+        """Give a teacher that was published without a head its fitted one, frozen and on the teacher's device."""
+        self.head = head.to(self.scale.device).requires_grad_(False).eval()
+        self.num_prototypes = len(head.prototypes)
 
     def train(self, mode: bool = True) -> Teacher:
         """Stay in eval mode: BatchNorm keeps its running statistics, dropout and drop path stay off."""
@@ -76,8 +103,8 @@ class Teacher(nn.Module):
     def forward(self, pixels: Tensor, *, patches: bool | Tensor = True) -> TeacherScores:
         """Score pixels (N, 3, H, W) that are normalised with ImageNet's mean and standard deviation.
 
-        `patches` False spares an iBOT teacher the patch logits, for a student without patch tokens; a mask (N, P)
-        chooses those of M patches, in the order of its ``nonzero()``.
+        `patches` False skips an iBOT teacher's patch logits, for a student without patch tokens; a mask (N, P) selects
+        those of M patches, in the order of its ``nonzero()``.
         """
         pixels = pixels * self.scale + self.shift
         if self.method == "classifier":
@@ -85,11 +112,11 @@ class Teacher(nn.Module):
             logits = cast(Any, self.trunk).forward_head(maps)
             return TeacherScores(logits.float(), None, self._pooled(maps))
         if self.head is None:
-            raise InputError(f"teacher {self.name} has no prototypes: fit them to images first")
+            raise InputError(f"teacher {self.name} has no prototypes: give images (--data) to fit them to")
         if self.patch_prototypes is not None and patches is not False:
             features, places = tokens(self.trunk, pixels)
-            chosen = places[patches][None] if isinstance(patches, Tensor) else places
-            logits = self.head.patches(chosen).float()
+            selected = places[patches][None] if isinstance(patches, Tensor) else places
+            logits = self.head.patches(selected).float()
             logits = logits[0] if isinstance(patches, Tensor) else logits
             return TeacherScores(self.head(features).float(), logits, features.float())
         features = self.trunk(pixels)

