@@ -326,7 +326,7 @@ class Work:
                 sessions[row["variant"]] = stack.enter_context(open_session(path, SessionSettings(threads=1, batch=1)))
             say(f"{self.student.timm_name}: timing {len(sessions)} models of {engine}, interleaved")
             images = self.splits.judging.normalised(self.student.preprocessing, slice(0, 16))
-            blocks = interleave(sessions, images, blocks=self.given.blocks, seconds=self.given.seconds)
+            blocks = interleave(sessions, images, blocks=self.given.blocks, seconds=self.given.seconds).blocks
         return {
             name: (float(np.median(np.concatenate(mine))) / 1e6, paired_ratio(mine, blocks["fp32"]))
             for name, mine in blocks.items()

@@ -90,7 +90,7 @@ class Timer:
         from robx.runtime.bench.interleave import interleave
 
         images = self.workshop.images.judging.normalised(self.workshop.request.student.preprocessing, slice(_IMAGES))
-        return interleave(sessions, images, blocks=times * _BLOCKS, seconds=_BLOCK_SECONDS, seed=times)
+        return interleave(sessions, images, blocks=times * _BLOCKS, seconds=_BLOCK_SECONDS, seed=times).blocks
 
     def _open_baselines(self, candidate: Candidate) -> dict[str, Session]:
         """The float models to compare with, apart from the candidate itself; without those that cannot be made here."""

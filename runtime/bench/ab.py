@@ -40,9 +40,9 @@ class Comparison:
 
     @property
     def claim(self) -> str:
-        """What the figures support: faster or slower only where the interval excludes 1."""
-        if self.verdict == "INVALID":
-            return "INVALID"
+        """What the figures support: faster or slower only if the run is VALID and the interval excludes 1."""
+        if self.verdict != "VALID":
+            return self.verdict
         low, high = self.ratio.low or 0.0, self.ratio.high or 0.0
         return "faster" if high < 1 else "slower" if low > 1 else "no difference shown"
 
@@ -64,29 +64,35 @@ def compare(settings: BenchSettings) -> list[Comparison]:
     source = open_source(Path(settings.data)) if settings.data is not None else None
     started, images = utc_now(), load_inputs(shapes.pop(), source).images
     seconds = find_profile(settings.profile).seconds / BLOCKS
+    labels = settings.labels
     with contextlib.ExitStack() as stack:
         one = replace(settings.session, batch=1)
-        sessions = {str(folder): stack.enter_context(open_session(folder, one)) for folder in folders}
-        blocks = interleave(sessions, images, blocks=BLOCKS, seconds=seconds, seed=settings.seed)
+        sessions = {
+            label: stack.enter_context(open_session(folder, one)) for label, folder in zip(labels, folders, strict=True)
+        }
+        timed = interleave(sessions, images, blocks=BLOCKS, seconds=seconds, seed=settings.seed)
         known: dict[Path, np.ndarray] = {}
-        reasons = [_wrong_outputs(folder, sessions[str(folder)], images, known) for folder in folders]
-        facts = [sessions[str(folder)].facts() for folder in folders]
-    first, found = blocks[str(folders[0])], []
-    for place, folder in enumerate(folders[1:], 1):
-        ours = blocks[str(folder)]
-        both = ((settings.labels[0], reasons[0]), (settings.labels[place], reasons[place]))
+        wrong = {
+            label: [f"{reason} ({label})" for reason in _wrong_outputs(folder, sessions[label], images, known)]
+            for label, folder in zip(labels, folders, strict=True)
+        }
+        facts = {label: session.facts() for label, session in sessions.items()}
+    found = []
+    for label, folder in zip(labels[1:], folders[1:], strict=True):
+        ours, first = timed.blocks[label], timed.blocks[labels[0]]
+        reasons = (*wrong[labels[0]], *wrong[label], *timed.reasons(labels[0], label))
         name, digest = _save(folder, ours, first, started)
         found.append(
             Comparison(
                 bundle=str(folder),
                 against=str(folders[0]),
                 ratio=latency.paired_ratio(ours, first),
-                verdict=validity.verdict([*reasons[0], *reasons[place]]),
-                reasons=tuple(f"{reason} ({label})" for label, wrong in both for reason in wrong),
+                verdict=validity.verdict(reasons),
+                reasons=reasons,
                 samples=name,
                 samples_sha256=digest,
                 started=started,
-                runtime=(facts[place], facts[0]),
+                runtime=(facts[label], facts[labels[0]]),
             )
         )
     return found

@@ -122,6 +122,7 @@ class TimedReport(Report):
     warm_up: WarmUp
     window: list[float]
     wall_seconds: float
+    cpu_seconds: float
     energy: EnergyPair
     gpu: GpuPair | None
 

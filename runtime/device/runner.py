@@ -116,7 +116,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         watch.stop_telemetry(telemetry)
     result.update(cores=cores, environment={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ})
     result.update(telemetry_process=telemetry is not None, cool_down=cooled)
-    result.update(timed=timed, device=facts, throttled=_new_flags(flags, watch.throttle_flags()))
+    result.update(timed=timed, device=facts, throttled=watch.new_flags(flags, watch.throttle_flags()))
     return result
 
 
@@ -160,15 +160,16 @@ def _timed(job: dict[str, Any], model: Any, queries: list[Any], kept: tuple[Any,
     provider = str(model.facts().get("provider")).lower()
     gpu = "cuda" in provider or "tensorrt" in provider
     gpu_before, before = nvidia.reading() if gpu else None, watch.energy()
-    began, wall = time.monotonic(), time.time()
+    began, wall, cpu = time.monotonic(), time.time(), time.process_time()
     samples, complete = timing.time_queries(model, queries, job, kept)
-    ended, wall = time.monotonic(), time.time() - wall
+    ended, wall, cpu = time.monotonic(), time.time() - wall, time.process_time() - cpu
     after, gpu_after = watch.energy(since=before), nvidia.reading() if gpu else None
     np.save("samples.npy", samples)
     return {
         "warm_up": warm,
         "window": [began, ended],
         "wall_seconds": wall,
+        "cpu_seconds": cpu,
         "complete": complete,
         "energy": {"before": before, "after": after},
         "gpu": {"before": gpu_before, "after": gpu_after} if gpu else None,
@@ -285,11 +286,6 @@ def write_json(value: Any, path: str) -> None:
     with open(path + ".tmp", "w") as file:
         json.dump(value, file)
     os.replace(path + ".tmp", path)
-
-
-def _new_flags(before: Any, after: Any) -> Any:
-    """The current throttling flags and new "since boot" ones; None where the platform reports none."""
-    return after and [flag for flag in after if not (flag.endswith("since boot") and flag in before)]
 
 
 if __name__ == "__main__":

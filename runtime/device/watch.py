@@ -107,6 +107,11 @@ def parse_throttled(text: str) -> list[str] | None:
     return now + [name + " since boot" for bit, name in _PI_NOW.items() if bits >> (bit + 16) & 1]
 
 
+def new_flags(before: Any, after: list[str] | None) -> list[str] | None:
+    """The current throttling flags and new "since boot" ones; None where the platform reports none."""
+    return after and [flag for flag in after if not (flag.endswith("since boot") and flag in before)]
+
+
 def start_telemetry(path: str, cores: list[int] | None = None) -> tuple[int, int] | None:
     """Fork a process that writes a snapshot line to `path` five times a second until its pipe closes.
 

@@ -33,7 +33,8 @@ REPORT: dict[str, Any] = {
                "python": "3", "board": None, "accelerator": None, "energy_counter": None, "watched": WATCHED},
     "throttled": None, "cool_down": {"reached": True}, "warm_up": {"steady": True, "queries": 9, "seconds": 1.0},
     "cores": [0, 1], "environment": {},
-    "window": [1.0, 3.0], "wall_seconds": 2.0, "complete": True, "energy": {"before": READING, "after": READING},
+    "window": [1.0, 3.0], "wall_seconds": 2.0, "cpu_seconds": 2.0, "complete": True,
+    "energy": {"before": READING, "after": READING},
     "gpu": {"before": GPU, "after": GPU},
 }  # fmt: skip
 SNAPSHOT = {

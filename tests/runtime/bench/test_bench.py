@@ -17,7 +17,16 @@ from robx.runtime.bench.inputs import load_inputs
 from robx.runtime.session import SessionSettings, open_session
 from robx.store.files import sha256_file
 
-QUIET_CODES = {"steal", "background_load", "drift", "high_cov", "process_spread", "not_steady", "cgroup_throttle"}
+QUIET_CODES = {
+    "steal",
+    "cpu_wait",
+    "background_load",
+    "drift",
+    "high_cov",
+    "process_spread",
+    "not_steady",
+    "cgroup_throttle",
+}
 
 
 def codes(record):
@@ -62,7 +71,7 @@ def test_the_p50_is_what_a_bare_session_takes(make_bundle, short_profile):
     (record,) = bench(BenchSettings(bundles=[folder], profile="rapid"))
     with open_session(folder) as session:
         images = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
-        blocks = interleave.interleave({"x": session}, images, blocks=5, seconds=0.1)["x"]
+        blocks = interleave.interleave({"x": session}, images, blocks=5, seconds=0.1).blocks["x"]
     bare = float(np.median(np.concatenate(blocks))) / 1e6
     assert 0.4 < record.values["p50"].value / bare < 2.5
 
@@ -182,7 +191,10 @@ def test_interleaving_mixes_the_order_and_gives_pairs(make_bundle, images):
             calls.append(self.name)
             return _
 
-    blocks = interleave.interleave({"a": Recorder("a"), "b": Recorder("b")}, images, blocks=12, seconds=0.002)
+        def facts(self):
+            return {"provider": "cpu", "threads": 1}
+
+    blocks = interleave.interleave({"a": Recorder("a"), "b": Recorder("b")}, images, blocks=12, seconds=0.002).blocks
     assert [len(blocks[name]) for name in "ab"] == [12, 12]
     assert all(
         len(block) >= 5 and block.dtype == np.int64 and (block > 0).all() for b in blocks.values() for block in b
