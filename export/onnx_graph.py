@@ -42,6 +42,13 @@ class Graph:
         return name in self.initializers or (node is not None and node.op_type == "Constant")
 
 
+def channel_axis(node: onnx.NodeProto, ndim: int) -> int:
+    """The axis of the output channels in the weight, of `ndim` axes, of one of the WEIGHTED operators."""
+    if node.op_type == "Conv" or any(a.name == "transB" and a.i for a in node.attribute):
+        return 0
+    return 1 if node.op_type == "ConvTranspose" else ndim - 1
+
+
 def input_batch(model: onnx.ModelProto) -> int | None:
     """The batch of the model's first input; None where it is dynamic."""
     axis = model.graph.input[0].type.tensor_type.shape.dim[0]

@@ -17,7 +17,7 @@ from robx.export.gate.judge import Judge
 from robx.export.gate.search import Outcome, Steps, Trial, attempt, level_of, search
 from robx.export.gate.timing import Timer
 from robx.export.int8.candidate import Candidate
-from robx.export.int8.ladder import ladder, limit, machine_of, sensitive_rungs
+from robx.export.int8.ladder import ladder, limit, machine_of, sensitive_candidates
 from robx.records import Bundle, Precision, Value, Verdict, load_bundle
 
 FP32, FP16 = Candidate(name="fp32", precision="fp32"), Candidate(name="fp16", precision="fp16")
@@ -74,7 +74,7 @@ def _search(given: Decision) -> Outcome:
     def more(best: Candidate, tried: Sequence[Candidate]) -> list[Candidate]:
         if given.most is not None or best.quantiser in ("converter", "none"):
             return []
-        return sensitive_rungs(best, list(workshop.layer_costs), tried)
+        return sensitive_candidates(best, list(workshop.layer_costs), tried)
 
     steps = Steps(
         look=lambda candidate: _look(given, candidate),

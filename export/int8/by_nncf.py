@@ -22,11 +22,11 @@ def quantize_onnx(model: onnx.ModelProto, calibration: np.ndarray, candidate: Ca
     Args:
         model: float32 ONNX, input ``pixels``.
         calibration: its inputs, (N, 3, H, W).
-        candidate: ranges, bias correction, SmoothQuant, what stays in float.
+        candidate: ranges, bias correction, SmoothQuant, which nodes stay in float.
 
     Raises:
         MissingExtra: NNCF is not installed.
-        ArtifactError: NNCF failed, or a node that is to stay in float is not there.
+        ArtifactError: NNCF failed, or a node that should stay in float is not in the graph.
     """
     kept = [node.name for node in kept_nodes(model, candidate)]
     name = model.graph.input[0].name
@@ -42,10 +42,13 @@ def quantize_openvino(network: Any, source: onnx.ModelProto, calibration: np.nda
     """A quantised copy of an ``openvino.Model``; see `quantize_onnx`.
 
     Args:
-        network: as OpenVINO read it from `source`.
-        source: float32 ONNX, whose nodes the candidate names.
+        network: as OpenVINO converted it from `source`.
+        source: float32 ONNX, whose node names the candidate uses.
         calibration: its inputs, (N, 3, H, W).
-        candidate: see `quantize_onnx`.
+        candidate: as for `quantize_onnx`.
+
+    Raises:
+        MissingExtra, ArtifactError: as `quantize_onnx`.
     """
     kept = openvino_names(network, source, candidate)
     return _quantize(network.clone(), whole_batches(calibration, input_batch(source) or 1), candidate, kept)
@@ -55,8 +58,8 @@ def _quantize(model: Any, items: list[Any], candidate: Candidate, kept: list[str
     try:
         with quiet():
             import nncf
-    except Exception as error:  # missing, or made for another version of what it builds on
-        raise MissingExtra("nncf", "openvino", purpose="this rung of the INT8 ladder", cause=error) from error
+    except Exception as error:  # not installed, or incompatible with an installed dependency
+        raise MissingExtra("nncf", "openvino", purpose=f"the int8 candidate {candidate.name!r}", cause=error) from error
     try:
         with quiet():
             return nncf.quantize(
@@ -74,7 +77,7 @@ def _quantize(model: Any, items: list[Any], candidate: Candidate, kept: list[str
 
 
 def _preset(nncf: Any, candidate: Candidate) -> Any:
-    """How activations are quantised; by default NNCF gives a transformer's a zero point, which TensorRT refuses."""
+    """Symmetric or asymmetric activations; NNCF's default for transformers is asymmetric, which TensorRT refuses."""
     if candidate.signed:
         return nncf.QuantizationPreset.PERFORMANCE
     return nncf.QuantizationPreset.MIXED if candidate.asymmetric else None

@@ -1,4 +1,4 @@
-"""Static Q/DQ quantisation by ONNX Runtime's quantiser, from ranges that robx measured itself."""
+"""Static Q/DQ quantisation by ONNX Runtime's quantiser, with activation ranges that robx measured."""
 
 from __future__ import annotations
 
@@ -20,22 +20,20 @@ def quantize(
     ranges: Ranges,
     candidate: Candidate,
     *,
-    nodes: list[str] | None = None,
     op_types: list[str] | None = None,
     options: dict[str, Any] | None = None,
 ) -> onnx.ModelProto:
-    """A Q/DQ copy of a float32 model: per-channel int8 weights, activations as the candidate says.
+    """A Q/DQ copy of a float32 model with per-channel int8 weights.
 
     Args:
         model: float32 ONNX.
         ranges: (low, high) of every activation.
-        candidate: activation type, 7-bit weights, what stays in float.
-        nodes: quantise these nodes only.
-        op_types: quantise these operators only; None: all that the quantiser knows.
-        options: more of the quantiser's own.
+        candidate: the activations' type, 7-bit weights, which nodes stay in float.
+        op_types: the operators to quantise; None: all that the quantiser supports.
+        options: further options of the quantiser (``extra_options``).
 
     Raises:
-        ArtifactError: the quantiser failed, or a node that is to stay in float is not there.
+        ArtifactError: the quantiser failed, or a node that should stay in float is not in the graph.
     """
     from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType
     from onnxruntime.quantization.calibrate import TensorData, TensorsData
@@ -47,7 +45,7 @@ def quantize(
         name: TensorData(lowest=np.array(low, np.float32), highest=np.array(high, np.float32))
         for name, (low, high) in ranges.items()
     }
-    # What quantize_static ends in; it would measure ranges of its own first.
+    # quantize_static ends with these calls, but would measure ranges of its own first.
     try:
         with quiet():
             quantiser = QDQQuantizer(
@@ -57,7 +55,7 @@ def quantize(
                 weight_qType=QuantType.QInt8,
                 activation_qType=QuantType.QInt8 if candidate.signed else QuantType.QUInt8,
                 tensors_range=TensorsData(CalibrationMethod.MinMax, data),
-                nodes_to_quantize=nodes or [],
+                nodes_to_quantize=[],
                 nodes_to_exclude=kept,
                 op_types_to_quantize=known,
                 extra_options={"ActivationSymmetric": candidate.signed, "WeightSymmetric": True, **(options or {})},

@@ -1,7 +1,7 @@
-"""The Q/DQ form that TensorRT reads: symmetric int8, float biases, weights per channel, additions on both sides.
+"""Q/DQ models in the form that TensorRT reads: symmetric int8, float biases, per-channel weights.
 
-Inputs of convolutions and matrix products are quantised and their outputs are not, so that each Q fuses into the kernel
-before it; LayerNorm, Softmax and GELU stay in float (NVIDIA's rules for explicit quantisation).
+The inputs of convolutions, matrix products and residual additions are quantised and their outputs are not, so that each
+Q fuses into the kernel before it; LayerNorm, Softmax and GELU stay in float (NVIDIA's rules for explicit quantisation).
 """
 
 from __future__ import annotations
@@ -14,13 +14,18 @@ from robx.export.int8.by_onnxruntime import quantize as quantize_static
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.ranges import Ranges
 from robx.export.int8.tensorrt_qdq import FLOAT_ONLY, check_trt_qdq, rescale_to_int8
-from robx.export.onnx_graph import Graph
+from robx.export.onnx_graph import WEIGHTED, Graph
 
-_OPERATORS = ["Conv", "ConvTranspose", "Gemm", "MatMul", "Add"]
+_OPERATORS = [*WEIGHTED, "Add"]
 
 
 def quantize(model: onnx.ModelProto, ranges: Ranges, candidate: Candidate) -> onnx.ModelProto:
-    """A Q/DQ copy of a float32 model in TensorRT's form, checked.
+    """A Q/DQ copy of a float32 ONNX model in TensorRT's form, checked.
+
+    Args:
+        model: float32 ONNX.
+        ranges: (low, high) of every activation.
+        candidate: which nodes stay in float.
 
     Raises:
         ArtifactError: the quantiser failed.
@@ -44,10 +49,10 @@ def quantize(model: onnx.ModelProto, ranges: Ranges, candidate: Candidate) -> on
 
 
 def from_uint8(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of another quantiser's Q/DQ model in TensorRT's form: uint8 rescaled, biases back to float, checked.
+    """A copy of another quantiser's Q/DQ model in TensorRT's form: uint8 rescaled to int8, biases in float, checked.
 
     Raises:
-        InputError: what cannot be rescaled without loss of meaning.
+        InputError: something cannot be rescaled.
     """
     signed = onnx.ModelProto()
     signed.CopyFrom(model)
@@ -57,14 +62,16 @@ def from_uint8(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _bias_additions(model: onnx.ModelProto) -> list[str]:
-    """Additions of a constant: a bias behind a MatMul, a position embedding. TensorRT keeps them in float."""
+    """Additions of a constant, which TensorRT keeps in float: a bias after a MatMul, a position embedding."""
     constants = {i.name for i in model.graph.initializer}
     return [n.name for n in model.graph.node if n.op_type == "Add" and any(name in constants for name in n.input)]
 
 
 def _keep_float(model: onnx.ModelProto) -> None:
-    """Let LayerNorm, Softmax and GELU read the float tensor: the quantiser hands every reader of a tensor the Q/DQ
-    that one of them asked for, such as the addition that shares a ViT's residual with its LayerNorm; in place.
+    """Let LayerNorm, Softmax and GELU read the float tensor, in place.
+
+    The quantiser gives every consumer of a tensor the Q/DQ that one of them needs, such as the residual addition of a
+    ViT, which shares its input with a LayerNorm.
     """
     graph = Graph(model)
     for node in graph.nodes:
@@ -73,7 +80,7 @@ def _keep_float(model: onnx.ModelProto) -> None:
             source = graph.producers.get(pair.input[0]) if pair is not None else None
             if source is not None and source.op_type == "QuantizeLinear":
                 node.input[position] = source.input[0]
-    for kind in ("DequantizeLinear", "QuantizeLinear"):  # pairs that nobody reads any more
+    for kind in ("DequantizeLinear", "QuantizeLinear"):  # pairs without a consumer
         read = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
         for node in [n for n in model.graph.node if n.op_type == kind and n.output[0] not in read]:
             model.graph.node.remove(node)

@@ -58,7 +58,7 @@ def ladder(fmt: Format, facts: GraphFacts, machine: Machine) -> list[Candidate]:
             return [Candidate(name="the converter's own", quantiser="converter")]
 
 
-def sensitive_rungs(best: Candidate, ranking: Sequence[str], tried: Sequence[Candidate] = ()) -> list[Candidate]:
+def sensitive_candidates(best: Candidate, ranking: Sequence[str], tried: Sequence[Candidate] = ()) -> list[Candidate]:
     """Candidates like `best` with the 1, 2, 4, ... most sensitive layers of `ranking` (worst first) back in float.
 
     A set of layers that is in `tried` already, with the same settings, is enlarged by one layer instead.

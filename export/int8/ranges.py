@@ -1,8 +1,8 @@
-"""Activation ranges from calibration images: one pass of the model, every range rule from the same histograms.
+"""Activation ranges from calibration images: one pass of the model, and every range rule from the same histograms.
 
-min-max keeps all that was seen; percentile cuts the tails; MSE and entropy cut where the expected quantisation error,
-or the divergence of the distributions, is least (Krishnamoorthi 2018; Migacz 2017, with 2048 bins: with as many bins as
-levels, which is a common default, entropy changes nothing).
+min-max keeps the extremes; percentile cuts the tails; MSE and entropy clip where the expected quantisation error, or
+the divergence between the distributions, is smallest (Krishnamoorthi 2018; Migacz 2017). 2048 bins, because with as
+many bins as levels, a common default, entropy never clips.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from robx.export.onnx_run import open_model
 
 BINS = 2048
 _LEVELS = 128
-# Where a lone value is all that is left inside, both distributions are one spike and diverge by nothing.
+# Entropy may clip no more than this: with a single value left inside, both distributions are one spike and are equal.
 _MOST_CLIPPED = 0.01
-# A histogram needs no more than this of one tensor in one batch; the extremes are taken over all of it.
+# Values of one tensor that go into the histogram per batch; the extremes are taken over all values.
 _SAMPLE = 100_000
 
 Ranges = dict[str, tuple[float, float]]
@@ -29,7 +29,7 @@ Ranges = dict[str, tuple[float, float]]
 
 @dataclass
 class Histogram:
-    """What was seen of one tensor."""
+    """The values of one tensor over all calibration images."""
 
     low: float
     high: float
@@ -62,13 +62,13 @@ def collect(model: onnx.ModelProto, batches: Iterable[np.ndarray], *, input_name
 def choose(
     histograms: dict[str, Histogram], method: RangeMethod, *, percentile: float = 99.99, symmetric: bool = False
 ) -> Ranges:
-    """The range (low, high) of every tensor by one rule; each contains 0, as zero must be exact.
+    """The range (low, high) of every tensor by one rule; each contains 0, which has to be exact.
 
     Args:
-        histograms: what `collect` saw.
+        histograms: from `collect`.
         method: the rule.
-        percentile: of the rule of that name; what lies outside of it is clipped.
-        symmetric: the quantiser spends its 255 steps on [-m, m] whatever the range is.
+        percentile: for the rule of that name; values beyond it are clipped.
+        symmetric: the quantiser spreads its 255 steps over [-m, m], whatever the range is.
     """
     return {name: _choose_one(histogram, method, percentile, symmetric) for name, histogram in histograms.items()}
 
@@ -93,7 +93,7 @@ def _choose_one(histogram: Histogram, method: RangeMethod, percentile: float, sy
 
 
 def _least_mse(histogram: Histogram, low: float, high: float) -> float:
-    """The share of the range whose 8-bit quantisation has the least squared error."""
+    """The share of the range whose 8-bit quantisation has the smallest squared error."""
     edges = histogram.edges()
     centres = (edges[:-1] + edges[1:]) / 2
     factors = np.linspace(0.3, 1.0, 71)
@@ -104,11 +104,11 @@ def _least_mse(histogram: Histogram, low: float, high: float) -> float:
 
 
 def _least_divergence(histogram: Histogram) -> float:
-    """The share of max |x| at which the clipped, quantised distribution diverges least (Kullback-Leibler)."""
+    """The share of max |x| at which the clipped, quantised distribution has the smallest KL divergence."""
     edges = histogram.edges()
     reach = max(abs(histogram.low), abs(histogram.high))
     counts, _ = np.histogram(np.abs((edges[:-1] + edges[1:]) / 2), BINS, (0, reach), weights=histogram.counts)
-    counts[0] = counts[1]  # zeros of a ReLU are exact in int8; as a spike they would hide the rest
+    counts[0] = counts[1]  # a ReLU's zeros are exact in int8; their spike would dominate the divergence
     best, best_width = np.inf, BINS
     inside = np.cumsum(counts) / max(counts.sum(), 1e-30)
     for width in range(_LEVELS, BINS + 1, 16):
@@ -139,7 +139,7 @@ def _add(found: dict[str, Histogram], name: str, value: np.ndarray) -> None:
         counts = np.histogram(sample, BINS, (low, high))[0].astype(np.float64) if high > low else _spike()
         found[name] = Histogram(low, high, counts)
         return
-    if low < old.low or high > old.high:  # widen: the old bins' centres move into the new bins
+    if low < old.low or high > old.high:  # widen: counts move to the new bins at the old centres
         centres = (old.edges()[:-1] + old.edges()[1:]) / 2
         wide = (min(low, old.low), max(high, old.high))
         old.counts = np.histogram(centres, BINS, wide, weights=old.counts)[0]
@@ -149,7 +149,7 @@ def _add(found: dict[str, Histogram], name: str, value: np.ndarray) -> None:
 
 
 def _stride(size: int) -> int:
-    """The step of a sample of a tensor; one that shares a factor with an axis would see some channels alone."""
+    """The sampling step of a tensor; coprime to its size, so that the sample covers every channel."""
     step = max(1, size // _SAMPLE)
     while math.gcd(step, size) > 1:
         step += 1

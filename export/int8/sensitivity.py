@@ -1,4 +1,4 @@
-"""How much each layer alone costs when it is quantised, in the output's centred cosine; the worst go back to float."""
+"""How much quantising each layer alone changes the output; the most sensitive layers go back to float."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from onnx import helper, numpy_helper
 
 from robx.errors import ArtifactError
 from robx.export.int8.ranges import Ranges
-from robx.export.onnx_graph import Graph
+from robx.export.onnx_graph import Graph, channel_axis
 from robx.export.onnx_run import run_model
 from robx.progress import Progress
 
@@ -25,18 +25,18 @@ def measure(
 ) -> dict[str, float]:
     """1 - mean centred cosine of the output with only that layer quantised, for each of `nodes`; the worst first.
 
-    As half the squared distance of the unit vectors, which is the same: 1 minus a float32 cosine is 0 for every cost
-    below 6e-8, and the layers of a residual branch that begins at zero are all there.
+    Computed as half the squared distance of the unit vectors, which is the same but exact for small costs: 1 minus a
+    float32 cosine is 0 below 6e-8, where all layers of a residual branch that starts at zero lie.
 
     Args:
         model: float32 ONNX whose first output is the embedding.
         ranges: (low, high) of every activation.
         images: the model's input, (N, 3, H, W).
         nodes: convolutions and matrix products with constant weights.
-        progress: told after every layer.
+        progress: called after every layer.
 
     Raises:
-        ArtifactError: a layer that is not in the graph, or whose input has no range: it would seem to cost nothing.
+        ArtifactError: a layer is not in the graph, or its input has no range: it would appear to cost nothing.
     """
     reference = run_model(model, images).astype(np.float64)
     mean = reference.mean(axis=0)
@@ -51,20 +51,20 @@ def measure(
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
-    """Rows (N, D) of length 1; a row of zeros stays."""
+    """The rows (N, D) scaled to length 1; rows of zeros stay."""
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     unit: np.ndarray = rows / np.where(lengths > 0, lengths, 1)
     return unit
 
 
 def _quantise_one(model: onnx.ModelProto, name: str, ranges: Ranges) -> onnx.ModelProto:
-    """A copy with one layer's input through Q/DQ (uint8) and its weights rounded to int8, per channel."""
+    """A copy with Q/DQ (uint8) on one layer's input and its weights rounded to int8, per channel."""
     one = onnx.ModelProto()
     one.CopyFrom(model)
     graph = Graph(one)
     position, node = next(((i, n) for i, n in enumerate(graph.nodes) if n.name == name), (0, None))
     if node is None or node.input[0] not in ranges:
-        raise ArtifactError(f"the layer {name!r} is not in the graph, or no range of its input was measured")
+        raise ArtifactError(f"layer {name!r} is not in the graph, or has no measured input range: export again")
     weight = graph.constant(node.input[1])
     if weight is not None:
         rounded = numpy_helper.from_array(_round(weight, node), f"{name}_weight")
@@ -88,8 +88,8 @@ def _quantise_one(model: onnx.ModelProto, name: str, ranges: Ranges) -> onnx.Mod
 
 
 def _round(weight: np.ndarray, node: onnx.NodeProto) -> np.ndarray:
-    """Weights rounded to symmetric int8, one scale an output channel."""
-    axis = 0 if node.op_type == "Conv" or any(a.name == "transB" and a.i for a in node.attribute) else weight.ndim - 1
+    """Weights rounded to symmetric int8, with one scale per output channel."""
+    axis = channel_axis(node, weight.ndim)
     others = tuple(i for i in range(weight.ndim) if i != axis)
     scale = np.maximum(np.abs(weight).max(axis=others, keepdims=True), 1e-12) / 127
     rounded: np.ndarray = (np.round(weight / scale) * scale).astype(np.float32)

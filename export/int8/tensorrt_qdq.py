@@ -1,7 +1,7 @@
-"""Explicit Q/DQ in ONNX: what is quantised, what TensorRT would misread, and the change from uint8 to its int8 form.
+"""Explicit Q/DQ in ONNX for TensorRT: what it would refuse or misread, and the conversion from uint8 to its int8 form.
 
-TensorRT knows symmetric int8 alone. Its parser turns a uint8 QuantizeLinear with zero point 0 into int8 with a mere
-warning, which halves every range: EfficientNet-Lite0's embeddings fall to a cosine of .24 and no tool objects.
+TensorRT supports only symmetric int8. Its parser turns a uint8 QuantizeLinear with zero point 0 into int8 with no more
+than a warning, which halves every range: EfficientNet-Lite0's embeddings drop to a cosine of .24 without an error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import onnx
 from onnx import numpy_helper
 
 from robx.errors import InputError
-from robx.export.onnx_graph import WEIGHTED, Graph
+from robx.export.onnx_graph import WEIGHTED, Graph, channel_axis
 from robx.store.onnx_safety import load_checked
 
 FLOAT_ONLY = ("LayerNormalization", "Softmax", "Gelu", "Erf")
@@ -30,7 +30,7 @@ class Linear:
     node: onnx.NodeProto
     scale: np.ndarray | None  # None: computed at run time
     zero: np.ndarray | None
-    dtype: str  # int8, uint8, int32, ...
+    dtype: str  # of the quantised side: int8, uint8, int32, ...
 
 
 def linears(graph: Graph) -> Iterator[Linear]:
@@ -43,7 +43,7 @@ def linears(graph: Graph) -> Iterator[Linear]:
 
 
 def quantized_nodes(model: onnx.ModelProto) -> list[str]:
-    """Names of the weighted nodes (Conv, Gemm, MatMul) whose inputs are all dequantised: what runs in int8."""
+    """Names of the weighted nodes (Conv, Gemm, MatMul) whose inputs are all dequantised, so that they run in int8."""
     graph = Graph(model)
     return [
         node.name
@@ -53,7 +53,7 @@ def quantized_nodes(model: onnx.ModelProto) -> list[str]:
 
 
 def trt_faults(model: onnx.ModelProto) -> list[str]:
-    """What TensorRT would refuse or silently misread in a Q/DQ model; [] for a sound one."""
+    """What TensorRT would refuse or silently misread in a Q/DQ model; [] if nothing."""
     graph, faults = Graph(model), []
     pairs = list(linears(graph))
     if not pairs:
@@ -61,10 +61,10 @@ def trt_faults(model: onnx.ModelProto) -> list[str]:
     for pair in pairs:
         name = pair.node.name or pair.node.output[0]
         if pair.dtype != "int8":
-            why = "biases stay in float" if pair.dtype == "int32" else "it is read as int8, with only a warning"
-            faults.append(f"{name} is {pair.dtype} where TensorRT takes int8 alone ({why})")
+            why = "biases stay in float" if pair.dtype == "int32" else "it would be read as int8, with only a warning"
+            faults.append(f"{name} is {pair.dtype}, and TensorRT takes only int8 ({why})")
         if pair.zero is not None and np.any(pair.zero):
-            faults.append(f"{name} has a zero point that is not 0: TensorRT takes symmetric int8 alone")
+            faults.append(f"{name} has a non-zero zero point, and TensorRT takes only symmetric int8")
         if pair.scale is None:
             faults.append(f"{name} has a scale that is computed at run time")
         elif not np.all(pair.scale > 0) or not np.all(np.isfinite(pair.scale)):
@@ -73,7 +73,7 @@ def trt_faults(model: onnx.ModelProto) -> list[str]:
 
 
 def trt_advice(model: onnx.ModelProto) -> list[str]:
-    """What costs TensorRT speed without being wrong: residual additions with one side quantised."""
+    """What slows TensorRT down without being wrong: residual additions with only one side quantised."""
     graph, advice = Graph(model), []
     for node in graph.nodes:
         if node.op_type == "Add" and not any(graph.is_weight(name) for name in node.input):
@@ -84,13 +84,13 @@ def trt_advice(model: onnx.ModelProto) -> list[str]:
 
 
 def check_trt_qdq(model: onnx.ModelProto | Path) -> None:
-    """Refuse a Q/DQ model that TensorRT would misread.
+    """Refuse a Q/DQ model that TensorRT would refuse or misread.
 
-    Rules: int8 with zero point 0 everywhere, constant positive scales, no int32 bias, per-channel weights, and
+    The rules: int8 with zero point 0 everywhere, constant positive scales, no int32 biases, per-channel weights, and
     LayerNorm, Softmax and GELU in float.
 
     Raises:
-        InputError: the first of what `trt_faults` found, and how many more.
+        InputError: names the first of `trt_faults` and counts the others.
     """
     where = str(model) if isinstance(model, Path) else "the model"
     faults = trt_faults(load_checked(model) if isinstance(model, Path) else model)
@@ -104,19 +104,19 @@ def check_trt_qdq(model: onnx.ModelProto | Path) -> None:
 def rescale_to_int8(model: onnx.ModelProto) -> None:
     """Turn every uint8 Q/DQ into symmetric int8 of the same or a wider range, in place.
 
-    A uint8 range [lo, hi] becomes [-m, m] with m = max(|lo|, |hi|), scale m / 127: nothing saturates that did not
-    before, and the step of a one-sided range doubles. A uint8 with zero point 0 is a ReLU as well, and quantisers take
-    the real one away: it is put back. Biases in int32 go back to float.
+    A uint8 range [lo, hi] becomes [-m, m] with m = max(|lo|, |hi|) and scale m / 127: no additional value saturates,
+    and the step of a one-sided range doubles. uint8 with zero point 0 also acts as a ReLU, and quantisers remove the
+    real one, so it is put back. int32 biases become float.
 
     Raises:
-        InputError: a uint8 weight, or a scale or zero point that is no constant.
+        InputError: a uint8 weight, or a scale or zero point that is not constant.
     """
     graph = Graph(model)
     for pair in list(linears(graph)):
         if pair.dtype != "uint8":
             continue
         if pair.scale is None or graph.is_weight(pair.node.input[0]):
-            raise InputError(f"{pair.node.name} is uint8 and cannot be rescaled: quantise with symmetric int8 weights")
+            raise InputError(f"{pair.node.name} is uint8 and cannot be rescaled: use symmetric int8 weights")
         zero = np.zeros_like(pair.scale, dtype=np.float64) if pair.zero is None else pair.zero.astype(np.float64)
         reach = np.maximum(zero, 255 - zero) * pair.scale
         if pair.node.op_type == "QuantizeLinear" and not zero.any():
@@ -126,11 +126,11 @@ def rescale_to_int8(model: onnx.ModelProto) -> None:
         pair.node.input.extend([scale, point])
     _float_biases(graph)
     _drop_unused(model)
-    del model.graph.value_info[:]  # it still says uint8
+    del model.graph.value_info[:]  # stale: it still says uint8
 
 
 def _clamp_below(graph: Graph, node: onnx.NodeProto) -> None:
-    """Put a ReLU in front of a QuantizeLinear, unless there is one."""
+    """Insert a ReLU before a QuantizeLinear, unless its input is non-negative already."""
     producer = graph.producers.get(node.input[0])
     if producer is not None and producer.op_type in ("Relu", "Sigmoid", "HardSigmoid", "Softmax"):
         return
@@ -144,30 +144,29 @@ def _placement_faults(graph: Graph) -> list[str]:
     faults = []
     for node in graph.nodes:
         if node.op_type in FLOAT_ONLY and any(graph.dequantized(name) is not None for name in node.input):
-            faults.append(f"{node.name} ({node.op_type}) is quantised: LayerNorm, Softmax and GELU stay in float")
+            faults.append(f"{node.name} ({node.op_type}) is quantised, but LayerNorm, Softmax and GELU stay in float")
         if node.op_type in WEIGHTED and len(node.input) > 1 and graph.is_weight(node.input[1]):
             weight = graph.dequantized(node.input[1])
             scale = graph.constant(weight.input[1]) if weight is not None else None
-            axis, channels = _output_channels(graph, node)
+            axes, channels = _output_channels(graph, node)
             if weight is None or scale is None or channels == 1:
                 continue
             if scale.size == 1:
                 faults.append(f"{node.name} ({node.op_type}) has one scale for all channels: weights are per channel")
-            elif next((a.i for a in weight.attribute if a.name == "axis"), 1) not in axis:
+            elif next((a.i for a in weight.attribute if a.name == "axis"), 1) not in axes:
                 faults.append(f"{node.name} ({node.op_type}) has its scales along another axis than its channels")
     return faults
 
 
 def _output_channels(graph: Graph, node: onnx.NodeProto) -> tuple[tuple[int, int], int]:
-    """The weight's axis of output channels, counted from both ends, and how many there are; 1 where it is unknown."""
+    """The output channels' axis in the weight, counted from both ends, and their number; 1 where it is unknown."""
     name = node.input[1]
     while (producer := graph.producers.get(name)) is not None and producer.op_type != "Constant":
         name = producer.input[0]
     value = graph.constant(name)
     if value is None:
         return (0, 0), 1
-    transposed = any(a.name == "transB" and a.i for a in node.attribute)
-    axis = 0 if node.op_type == "Conv" or transposed else 1 if node.op_type == "ConvTranspose" else value.ndim - 1
+    axis = channel_axis(node, value.ndim)
     return (axis, axis - value.ndim), int(value.shape[axis])
 
 
@@ -195,7 +194,7 @@ def _float_biases(graph: Graph) -> None:
             continue
         value = graph.constant(pair.node.input[0])
         if value is None or pair.scale is None:
-            raise InputError(f"{pair.node.name} is int32 and no constant bias: it cannot be put back to float")
+            raise InputError(f"{pair.node.name} is int32 and not a constant bias, so it cannot become float")
         name = _fresh(graph, value.astype(np.float64) * pair.scale, pair.scale.dtype)
         for consumer in graph.consumers.get(pair.node.output[0], []):
             for position, current in enumerate(consumer.input):

@@ -1,4 +1,4 @@
-"""What is to stay in float does, in each quantiser's graph; what is not there is refused."""
+"""Named nodes stay in float in each quantiser's graph, and names that are not in the graph are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from robx.export.int8 import by_nncf, by_onnxruntime, ranges
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.float_scope import kept_nodes, openvino_names
 from robx.export.int8.graph_facts import read_facts
-from robx.export.int8.ladder import sensitive_rungs
+from robx.export.int8.ladder import sensitive_candidates
 from robx.export.int8.tensorrt_qdq import quantized_nodes
 from robx.export.onnx_run import run_model
 
@@ -46,7 +46,7 @@ def _convolutions(network: Any) -> dict[str, Any]:
     return {op.get_friendly_name().removesuffix("/WithoutBiases"): op for op in found}
 
 
-def test_the_openvino_names_of_a_convolution_hold_the_convolution(cnn_onnx: onnx.ModelProto) -> None:
+def test_the_openvino_names_of_a_convolution_include_the_convolution(cnn_onnx: onnx.ModelProto) -> None:
     facts, network = read_facts(cnn_onnx), _read(cnn_onnx)
     types = {op.get_friendly_name(): op.get_type_name() for op in network.get_ops()}
     for node in facts.weighted:
@@ -55,10 +55,10 @@ def test_the_openvino_names_of_a_convolution_hold_the_convolution(cnn_onnx: onnx
         assert not any(types[n] in ("Relu", "Parameter", "Constant", "Result") for n in names)
 
 
-def test_openvino_leaves_in_float_what_is_named(cnn_onnx: onnx.ModelProto, scene_pixels: np.ndarray) -> None:
+def test_openvino_keeps_named_nodes_in_float(cnn_onnx: onnx.ModelProto, scene_pixels: np.ndarray) -> None:
     names, network, images = read_facts(cnn_onnx).weighted, _read(cnn_onnx), scene_pixels[:16]
     plain = Candidate(name="nncf", quantiser="nncf")
-    rungs = [plain, *sensitive_rungs(plain, list(names))[:2]]
+    rungs = [plain, *sensitive_candidates(plain, list(names))[:2]]
     assert len({rung.float_nodes for rung in rungs}) == len(rungs) == 3
     answers = []
     for rung in rungs:
@@ -71,9 +71,7 @@ def test_openvino_leaves_in_float_what_is_named(cnn_onnx: onnx.ModelProto, scene
 
 
 @pytest.mark.parametrize("quantiser", ["nncf", "onnxruntime"])
-def test_onnx_leaves_in_float_what_is_named(
-    cnn_onnx: onnx.ModelProto, scene_pixels: np.ndarray, quantiser: str
-) -> None:
+def test_onnx_keeps_named_nodes_in_float(cnn_onnx: onnx.ModelProto, scene_pixels: np.ndarray, quantiser: str) -> None:
     names, images = read_facts(cnn_onnx).weighted, scene_pixels[:16]
     chosen = ranges.choose(ranges.collect(cnn_onnx, [images], input_name="pixels"), "minmax")
     int8, answers = [], []
@@ -91,7 +89,7 @@ def test_onnx_leaves_in_float_what_is_named(
         assert np.abs(answers[first] - answers[second]).max() > 1e-3 * np.abs(answers[0]).max()
 
 
-def test_a_node_that_is_not_there_is_refused(cnn_onnx: onnx.ModelProto, scene_pixels: np.ndarray) -> None:
+def test_a_node_that_is_not_in_the_graph_is_refused(cnn_onnx: onnx.ModelProto, scene_pixels: np.ndarray) -> None:
     candidate, images = Candidate(name="careful", float_nodes=("no_such_node",)), scene_pixels[:2]
     calls = (
         lambda: kept_nodes(cnn_onnx, candidate),

@@ -15,7 +15,7 @@ from robx.export.formats.half import to_half
 from robx.export.int8 import by_nncf, by_onnxruntime, for_tensorrt, ranges
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.graph_facts import read_facts
-from robx.export.int8.ladder import Machine, ladder, limit, sensitive_rungs
+from robx.export.int8.ladder import Machine, ladder, limit, sensitive_candidates
 from robx.export.int8.ranges import Histogram, choose
 from robx.export.int8.sensitivity import _quantise_one, measure
 from robx.export.int8.tensorrt_qdq import check_trt_qdq, linears, quantized_nodes, rescale_to_int8, trt_faults
@@ -62,8 +62,8 @@ def test_range_rules_on_a_known_distribution() -> None:
 
 
 @pytest.mark.parametrize("centre", [1.0, -1.0])
-def test_entropy_does_not_clip_what_nearly_all_values_are(centre: float) -> None:
-    """A gate's output lies in a narrow band far from 0: cut below it, a lone value is left and nothing diverges."""
+def test_entropy_does_not_clip_the_bulk_of_the_values(centre: float) -> None:
+    """A gate's output lies in a narrow band far from 0: clipped below it, a single value is left, with divergence 0."""
     values = centre * np.abs(1 + 0.1 * np.random.default_rng(0).normal(size=400_000))
     low, high = float(values.min()), float(values.max())
     counts, _ = np.histogram(values, ranges.BINS, (low, high))
@@ -72,8 +72,8 @@ def test_entropy_does_not_clip_what_nearly_all_values_are(centre: float) -> None
     assert min(bounds) <= 0 <= max(bounds)
 
 
-def test_least_squared_error_counts_the_steps_that_a_symmetric_quantiser_has() -> None:
-    """Behind a ReLU half of a signed quantiser's steps are idle: it pays to clip more."""
+def test_least_squared_error_uses_the_steps_of_a_symmetric_quantiser() -> None:
+    """After a ReLU, half of a signed quantiser's steps are unused, so more clipping pays off."""
     values = np.abs(np.random.default_rng(0).normal(size=200_000)) ** 3
     counts, _ = np.histogram(values, ranges.BINS, (0, values.max()))
     seen = {"x": Histogram(0.0, float(values.max()), counts.astype(np.float64))}
@@ -117,7 +117,7 @@ def test_onnxruntime_quantises_accurately(
     assert max(np.abs(w.astype(int)).max() for w in weights if w.ndim == 4) <= 64
 
 
-def test_nodes_asked_for_stay_in_float(cnn_onnx: onnx.ModelProto, cnn_ranges: dict[str, Histogram]) -> None:
+def test_named_nodes_stay_in_float(cnn_onnx: onnx.ModelProto, cnn_ranges: dict[str, Histogram]) -> None:
     first = read_facts(cnn_onnx).weighted[:1]
     candidate = Candidate(name="x", quantiser="onnxruntime", float_nodes=first)
     quantised = by_onnxruntime.quantize(cnn_onnx, choose(cnn_ranges, "minmax"), candidate)
@@ -136,7 +136,7 @@ def test_the_tensorrt_form(trt_model: onnx.ModelProto, cnn_onnx: onnx.ModelProto
     assert centred_cosine(run_model(cnn_onnx, scene_pixels), run_model(trt_model, scene_pixels)).mean() > 0.95
     half = to_half(trt_model)
     check_trt_qdq(half)
-    # Not nearer: a half's rounding moves some values to the next of 256 steps.
+    # Not closer: float16 rounding moves some values to the next of 256 steps.
     assert centred_cosine(run_model(trt_model, scene_pixels), run_model(half, scene_pixels)).mean() > 0.98
     assert centred_cosine(run_model(cnn_onnx, scene_pixels), run_model(half, scene_pixels)).mean() > 0.95
 
@@ -153,7 +153,7 @@ def test_uint8_is_refused_for_tensorrt_and_can_be_rescaled(
     signed = for_tensorrt.from_uint8(unsigned)
     check_trt_qdq(signed)
     assert centred_cosine(run_model(cnn_onnx, scene_pixels), run_model(signed, scene_pixels)).mean() > 0.95
-    # What the parser does instead, same scales read as int8, is not the same model.
+    # What the parser does instead (the same scales read as int8) is a different model.
     misread = onnx.ModelProto()
     misread.CopyFrom(unsigned)
     for tensor in misread.graph.initializer:
@@ -208,8 +208,8 @@ def test_a_quantised_softmax_and_per_tensor_weights_are_faults() -> None:
     assert any("product" in f and "per channel" in f for f in faults)
 
 
-def test_rescaling_covers_the_range_it_had() -> None:
-    """[lo, hi] in uint8 becomes [-m, m]: values survive to half a step, and none saturates."""
+def test_rescaling_keeps_the_range() -> None:
+    """[lo, hi] in uint8 becomes [-m, m]: values are exact to half a step, and none saturates."""
     scale, zero = 0.02, 30
     values = np.linspace(-zero * scale, (255 - zero) * scale, 400, dtype=np.float32)[None]
     constants = [numpy_helper.from_array(np.float32(scale), "s"), numpy_helper.from_array(np.uint8(zero), "z")]
@@ -237,10 +237,10 @@ def test_half_precision_computes_the_same(which: str, scene_pixels: np.ndarray, 
 
 
 @pytest.mark.parametrize("dead", [1e-12, 1e-7, 1e-4])
-def test_a_dead_channel_does_not_cost_tensorrt_its_int8(
+def test_a_dead_channel_does_not_prevent_int8_for_tensorrt(
     dead: float, cnn_onnx: onnx.ModelProto, cnn_ranges: dict[str, Histogram], scene_pixels: np.ndarray
 ) -> None:
-    """Its weights' scale is nothing in float16: a zero scale is refused, and a rounded one changes the weights."""
+    """Its scale underflows in float16: a zero scale would be refused, and a rounded one changes the weights."""
     model = onnx.ModelProto()
     model.CopyFrom(cnn_onnx)
     stem = next(n for n in model.graph.node if n.op_type == "Conv")
@@ -302,7 +302,7 @@ def test_sensitivity_ranks_the_layer_that_was_made_bad_first(
 def test_sensitivity_tells_the_smallest_costs_apart(
     cnn_onnx: onnx.ModelProto, cnn_ranges: dict[str, Histogram], scene_pixels: np.ndarray
 ) -> None:
-    """Residual branches that do next to nothing, as a short training leaves those that began at zero."""
+    """Residual branches that contribute almost nothing, as after a short training that starts them at zero."""
     faint = onnx.ModelProto()
     faint.CopyFrom(cnn_onnx)
     graph, random = Graph(faint), np.random.default_rng(0)
@@ -317,7 +317,7 @@ def test_sensitivity_tells_the_smallest_costs_apart(
     chosen = choose(ranges.collect(faint, [images], input_name="pixels"), "minmax")
     names = read_facts(faint).weighted
     costs = measure(faint, chosen, images, names)
-    assert branches and all(0 < costs[name] < 6e-8 for name in branches)  # what 1 minus a float32 cosine calls 0
+    assert branches and all(0 < costs[name] < 6e-8 for name in branches)  # 0 as 1 minus a float32 cosine
     assert len(set(costs.values())) == len(names)
     worst = next(iter(costs))
     one = run_model(_quantise_one(faint, worst, chosen), images)
@@ -329,7 +329,7 @@ def test_sensitivity_refuses_a_layer_that_it_cannot_quantise(
 ) -> None:
     chosen = choose(cnn_ranges, "minmax")
     for names, known in ((["nobody"], chosen), (read_facts(cnn_onnx).weighted[:1], {})):
-        with pytest.raises(ArtifactError, match=f"{names[0]}.* is not in the graph, or no range"):
+        with pytest.raises(ArtifactError, match=f"{names[0]}.* is not in the graph, or has no measured input range"):
             measure(cnn_onnx, known, scene_pixels[:2], names)
 
 
@@ -342,7 +342,7 @@ def test_graph_facts(cnn_onnx: onnx.ModelProto, vit_onnx: onnx.ModelProto) -> No
 
 
 @pytest.mark.parametrize("fmt", ["onnx", "openvino", "trt"])
-def test_the_ladder_holds_every_rung_that_it_promises(fmt: str, cnn_onnx: onnx.ModelProto) -> None:
+def test_the_ladder_has_every_range_rule_and_correction(fmt: str, cnn_onnx: onnx.ModelProto) -> None:
     facts = read_facts(cnn_onnx)
     rungs = ladder(fmt, facts, Machine())  # type: ignore[arg-type]
     assert rungs[0].ranges == "minmax"
@@ -356,7 +356,7 @@ def test_the_ladder_holds_every_rung_that_it_promises(fmt: str, cnn_onnx: onnx.M
 
 @pytest.mark.parametrize("kind", ["cnn_onnx", "vit_onnx"])
 @pytest.mark.parametrize("fmt", ["onnx", "ort", "openvino", "trt", "executorch", "litert"])
-def test_ladders_go_from_plain_to_careful(kind: str, fmt: str, request: pytest.FixtureRequest) -> None:
+def test_ladders_start_plain(kind: str, fmt: str, request: pytest.FixtureRequest) -> None:
     facts = read_facts(request.getfixturevalue(kind))
     rungs = ladder(fmt, facts, Machine())  # type: ignore[arg-type]
     assert len({r.name for r in rungs}) == len(rungs)
@@ -366,7 +366,7 @@ def test_ladders_go_from_plain_to_careful(kind: str, fmt: str, request: pytest.F
     assert limit(rungs, 1) == rungs[:1]
 
 
-def test_the_cpu_decides_the_form(cnn_onnx: onnx.ModelProto) -> None:
+def test_the_cpu_decides_the_activation_type(cnn_onnx: onnx.ModelProto) -> None:
     facts = read_facts(cnn_onnx)
     plain = ladder("onnx", facts, Machine())[0]
     assert plain.reduce_range and not plain.signed
@@ -375,23 +375,23 @@ def test_the_cpu_decides_the_form(cnn_onnx: onnx.ModelProto) -> None:
     assert arm.signed and not arm.reduce_range
 
 
-def test_sensitive_rungs_keep_the_worst_layers_in_float() -> None:
+def test_sensitive_candidates_keep_the_worst_layers_in_float() -> None:
     ranking = [f"layer{i}" for i in range(20)]
-    rungs = sensitive_rungs(Candidate(name="best", float_nodes=("stem",)), ranking)
+    rungs = sensitive_candidates(Candidate(name="best", float_nodes=("stem",)), ranking)
     assert [r.float_nodes[1:] for r in rungs] == [tuple(ranking[:count]) for count in (1, 2, 4)]
     assert [r.name for r in rungs[:2]] == ["best, worst layer in float", "best, 2 worst layers in float"]
 
 
-def test_sensitive_rungs_try_no_set_of_layers_twice() -> None:
+def test_sensitive_candidates_repeat_no_set_of_layers() -> None:
     plain, ranking = Candidate(name="plain"), [f"layer{i}" for i in range(20)]
     stem = dataclasses.replace(plain, name="stem in float", float_nodes=("layer0",))
     pair = dataclasses.replace(plain, name="pair in float", float_nodes=("layer2", "layer1", "layer0"))
     other = dataclasses.replace(plain, name="other ranges", ranges="mse", float_nodes=("layer0", "layer1"))
-    kept = [set(r.float_nodes) for r in sensitive_rungs(plain, ranking, [plain, stem, pair, other])]
+    kept = [set(r.float_nodes) for r in sensitive_candidates(plain, ranking, [plain, stem, pair, other])]
     assert kept == [set(ranking[:2]), set(ranking[:4])]
-    # What the best keeps in float already is not given back again.
-    assert sensitive_rungs(stem, ranking, [stem])[0].float_nodes == ("layer0", "layer1")
-    assert sensitive_rungs(plain, ["only"]) == []
+    # What the best one keeps in float already is not added again.
+    assert sensitive_candidates(stem, ranking, [stem])[0].float_nodes == ("layer0", "layer1")
+    assert sensitive_candidates(plain, ["only"]) == []
 
 
 @pytest.mark.parametrize("smooth", [None, 0.5])
