@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from robx.console import print_line, print_table, progress_bar, say
-from robx.errors import InputError, RobxError
+from robx.errors import RobxError
 from robx.records import Accuracy, Fidelity, Measurement, Value
 
 # ---------------------------------------------------------------------------------------------------------------- eval
@@ -156,16 +156,7 @@ def report(folders: tuple[Path, ...], out: Path, margin: float, budgets: tuple[f
     robx report runs/r18 -o report.html
     robx report runs/ --budget 10 --budget 33
     """
-    from robx.eval.report.render import collect, render
-    from robx.store.files import write_text
+    from robx.eval.report.render import render
 
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"{out} is no HTML file's name: give one that ends in .html")
-    pages = render(collect(folders), margin=margin, budgets=budgets)
-    for path, text in (
-        (out.with_suffix(".json"), pages.json),
-        (out.with_suffix(".md"), pages.markdown),
-        (out, pages.html),
-    ):
-        write_text(path, text)
+    pages = render(folders, out=out, margin=margin, budgets=budgets)
     print_line(f"{pages.title}: {out}")

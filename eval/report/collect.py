@@ -1,17 +1,19 @@
-"""What a report is made from: the Students, Bundles and Measurements under some folders, and their files."""
+"""What a report is made of: the Students, Bundles and Measurements below some folders, and what to call them."""
 
 from __future__ import annotations
 
 import json
 import os
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
+from pathlib import Path, PurePath
 
 import numpy as np
 
 from robx.errors import ArtifactError, InputError, RobxError
+from robx.eval.report.samples import read_samples
 from robx.records import (
     Accuracy,
     Bundle,
@@ -24,15 +26,16 @@ from robx.records import (
     load_measurements,
     load_student,
 )
-from robx.store.files import MAX_JSON_BYTES, sha256_file
+from robx.store.files import MAX_JSON_BYTES
 
-MAX_SAMPLES_BYTES = 256 * 1024 * 1024
-_LARGEST = 1e300  # NaN and infinity are not below it, nor an integer that no float holds
+_LARGEST = 1e300  # comparing with it also refuses NaN, infinity and integers that no float holds
+# The keys of a device description that may name it; the others (load, temperature, clocks) change by the minute.
+_DEVICE_NAMES = ("name", "board", "cpu", "model", "soc", "host", "id")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One distillation: its Student and its curves, one dict of numbers a line of ``metrics.jsonl``."""
+    """One distillation run: its Student, and its curves as one dict of numbers per line of ``metrics.jsonl``."""
 
     folder: str
     student: Student
@@ -42,7 +45,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """One Bundle and where it lies."""
+    """A Bundle and its folder."""
 
     folder: str
     bundle: Bundle
@@ -50,7 +53,7 @@ class Packed:
 
 @dataclass(frozen=True, kw_only=True)
 class Sourced:
-    """One measurement and the line of the file that holds it."""
+    """A measurement, and the file and line that it was read from."""
 
     record: Measurement
     file: str
@@ -61,10 +64,15 @@ class Sourced:
         """``file:line``."""
         return f"{self.file}:{self.line}"
 
+    @property
+    def model_id(self) -> str:
+        """The id of the model that was measured."""
+        return self.record.model_id if isinstance(self.record, Accuracy) else self.record.bundle_id
+
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Something that was found and could not be used, and why."""
+    """Something that was found but cannot be used, and why."""
 
     where: str
     what: str
@@ -72,7 +80,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """Everything that a report says; `samples` maps a file's SHA-256 to its latencies in ms, one array a process."""
+    """Everything a report is made of; `samples` maps a file's SHA-256 to its latencies in ms, one array per process."""
 
     runs: tuple[Run, ...] = ()
     bundles: tuple[Packed, ...] = ()
@@ -80,24 +88,99 @@ class ReportData:
     samples: dict[str, tuple[np.ndarray, ...]] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
 
-    @property
+    @cached_property
     def students(self) -> dict[str, Student]:
-        """Every student by its SHA-256: those of the runs, and those that only a bundle remembers."""
+        """Every student by its SHA-256: those of the runs, and those known only from a bundle."""
         found = {packed.bundle.student.sha256: packed.bundle.student for packed in self.bundles}
         return found | {run.student.sha256: run.student for run in self.runs}
 
-    def of_kind(self, kind: type[Fidelity] | type[Accuracy] | type[Latency]) -> Iterator[Sourced]:
-        """The measurements of one kind, oldest first."""
-        return (m for m in sorted(self.measurements, key=lambda m: m.record.started) if isinstance(m.record, kind))
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """A unique name per student, by SHA-256: timm's; where that is ambiguous with the run's folder, or the hash."""
+        folders = {run.student.sha256: PurePath(run.folder).name for run in reversed(self.runs)}
+        plain = {sha256: student.timm_name for sha256, student in self.students.items()}
+        placed = {sha256: f"{name} ({folders.get(sha256, sha256[:8])})" for sha256, name in plain.items()}
+        once, twice = Counter(plain.values()), Counter(placed.values())
+
+        def unique(sha256: str) -> str:
+            if once[plain[sha256]] == 1:
+                return plain[sha256]
+            return placed[sha256] if twice[placed[sha256]] == 1 else f"{plain[sha256]} ({sha256[:8]})"
+
+        return {sha256: unique(sha256) for sha256 in self.students}
+
+    @cached_property
+    def labels(self) -> dict[str, str]:
+        """``resnet18 · openvino int8`` by model id, for every student and bundle."""
+        students = {sha256[:16]: model_label(name, "torch", "fp32") for sha256, name in self.names.items()}
+        return students | {
+            b.id: model_label(self.names[b.student.sha256], b.format, b.precision)
+            for b in (packed.bundle for packed in self.bundles)
+        }
+
+    @cached_property
+    def accuracies(self) -> list[tuple[Sourced, Accuracy]]:
+        """The Accuracy measurements, oldest first."""
+        return [(m, m.record) for m in self._by_age if isinstance(m.record, Accuracy)]
+
+    @cached_property
+    def fidelities(self) -> list[tuple[Sourced, Fidelity]]:
+        """The Fidelity measurements, oldest first."""
+        return [(m, m.record) for m in self._by_age if isinstance(m.record, Fidelity)]
+
+    @cached_property
+    def latencies(self) -> list[tuple[Sourced, Latency]]:
+        """The Latency measurements, oldest first."""
+        return [(m, m.record) for m in self._by_age if isinstance(m.record, Latency)]
+
+    @property
+    def _by_age(self) -> list[Sourced]:
+        return sorted(self.measurements, key=lambda m: m.record.started)
+
+
+def model_label(name: str, format_: str, precision: str) -> str:
+    """What the report calls one model: ``resnet18 · openvino int8``."""
+    return f"{name} · {format_} {precision}"
+
+
+def device_label(record: Latency) -> str:
+    """What the report calls a device and the way it was used, e.g. ``Raspberry Pi 5, 4 threads``."""
+    device, settings = record.device, record.settings
+    # A PC's board is an order number or a cloud's name: its processor says more.
+    pc = str(device.get("arch", "")).lower() in ("x86_64", "amd64", "i686")
+    names = ("name", "cpu", "board") if pc else _DEVICE_NAMES
+    parts = [next((text for key in names if (text := text_of(device.get(key)))), "unnamed device")]
+    facts = settings.get("runtime")
+    provider = text_of(facts.get("provider")) if isinstance(facts, Mapping) else ""
+    if provider and "cpu" not in provider.lower():
+        parts.append(" ".join(filter(None, (provider, text_of(device.get("accelerator"))))))
+    if isinstance(threads := settings.get("threads"), int):
+        parts.append("1 thread" if threads == 1 else f"{threads} threads")
+    if (batch := settings.get("batch", 1)) != 1:
+        parts.append(f"batch {text_of(batch)}")
+    if isinstance(cores := settings.get("affinity"), list):
+        parts.append(f"cores {' '.join(map(str, cores))}")
+    if (hint := settings.get("precision_hint", "f32")) != "f32":
+        parts.append(f"computing in {text_of(hint)}")
+    if device.get("emulated"):
+        parts.append("emulated")
+    return ", ".join(parts)
+
+
+def text_of(value: Json) -> str:
+    """A short text for a JSON value of a device's description."""
+    if isinstance(value, dict):
+        return next((text for key in ("name", "model") if (text := text_of(value.get(key)))), "")
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value)
 
 
 def collect(folders: Sequence[Path]) -> ReportData:
-    """Read all that robx wrote under `folders`: run folders, bundle folders, or folders that contain them.
+    """Read everything robx wrote below `folders`: run folders, bundle folders, or folders that contain them.
 
-    A damaged or incomplete artifact becomes a Problem of the page instead of stopping it.
+    A damaged or incomplete artifact becomes a Problem on the page and does not stop it.
 
     Raises:
-        InputError: a folder does not exist, or nothing in them was written by robx.
+        InputError: a folder does not exist, or holds nothing that robx wrote.
     """
     runs: list[Run] = []
     bundles: list[Packed] = []
@@ -132,7 +215,7 @@ def collect(folders: Sequence[Path]) -> ReportData:
 
 
 def _walk(folders: Sequence[Path], problems: list[Problem]) -> Iterator[tuple[Path, set[str]]]:
-    """Each folder once, in order of name; hidden ones (half-written, caches) and links are left out."""
+    """Each folder once, in order of name, without hidden folders (half-written, caches) and links."""
 
     def unreadable(error: OSError) -> None:
         problems.append(Problem(where=str(error.filename), what=f"cannot be read ({error.strerror})"))
@@ -171,7 +254,7 @@ def _read_measurements(path: Path, problems: list[Problem]) -> list[Sourced]:
 
 def _read_curves(path: Path, problems: list[Problem]) -> tuple[dict[str, float], ...]:
     if path.stat().st_size > MAX_JSON_BYTES:
-        problems.append(Problem(where=str(path), what=f"larger than {MAX_JSON_BYTES} bytes: the curves are left out"))
+        problems.append(Problem(where=str(path), what=f"larger than {MAX_JSON_BYTES} bytes: its curves are left out"))
         return ()
     found = []
     lines = path.read_text(errors="replace").splitlines()
@@ -179,8 +262,8 @@ def _read_curves(path: Path, problems: list[Problem]) -> tuple[dict[str, float],
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
-            if number < len(lines):  # the last line may be half a line of a run that was cut off
-                problems.append(Problem(where=f"{path}:{number}", what="not valid JSON: the line is left out"))
+            if number < len(lines):  # an interrupted run may leave half a last line
+                problems.append(Problem(where=f"{path}:{number}", what="not valid JSON: this line is left out"))
             continue
         if isinstance(value, dict):
             found.append(_numbers(value))
@@ -202,32 +285,10 @@ def _read_samples(folder: Path, found: list[Sourced], problems: list[Problem]) -
     samples = {}
     for measurement in found:
         record = measurement.record
-        if not isinstance(record, Latency) or record.samples is None:
+        if not isinstance(record, Latency) or record.samples is None or not record.samples_sha256:
             continue
         try:
-            samples[record.samples_sha256 or ""] = _read_raw(folder, record)
-        except (ArtifactError, OSError, ValueError, zipfile.BadZipFile) as error:
+            samples[record.samples_sha256] = read_samples(folder, record.samples, record.samples_sha256)
+        except ArtifactError as error:
             problems.append(Problem(where=measurement.place, what=f"raw samples {record.samples!r}: {error}"))
-    samples.pop("", None)
     return samples
-
-
-def _read_raw(folder: Path, record: Latency) -> tuple[np.ndarray, ...]:
-    """Latencies in ms, one array a process, of the samples file that `record` names and hashes."""
-    name = record.samples or ""
-    path = folder / name
-    if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
-        raise ArtifactError("outside of the bundle's folder: not read")
-    if not path.is_file():
-        raise ArtifactError("the file is missing: measure again")
-    if path.stat().st_size > MAX_SAMPLES_BYTES or sha256_file(path) != record.samples_sha256:
-        raise ArtifactError("not the file that was measured (its SHA-256 differs): measure again")
-    with zipfile.ZipFile(path) as parts:
-        if sum(part.file_size for part in parts.infolist()) > MAX_SAMPLES_BYTES:
-            raise ArtifactError(f"larger than {MAX_SAMPLES_BYTES} bytes: not read")
-    with np.load(path, allow_pickle=False) as archive:
-        arrays = [(key, archive[key]) for key in sorted(archive.files)]
-    kept = [a for key, a in arrays if a.ndim == 1 and a.size and a.dtype.kind in "iu" and "warm" not in key]
-    if not kept:
-        raise ArtifactError("holds no integer nanoseconds: measure again")
-    return tuple(array.astype(np.float64) / 1e6 for array in kept)

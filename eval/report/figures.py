@@ -11,7 +11,6 @@ from markupsafe import Markup
 
 from robx.eval.report import plots
 from robx.eval.report.collect import ReportData
-from robx.eval.report.report_names import student_names
 from robx.eval.report.rows import Figure, Row
 from robx.eval.report.svg import draw
 from robx.eval.report.text import clean, hundredths, number, percent
@@ -35,7 +34,7 @@ def pareto_figure(
     picked: Row | None,
     device: str,
 ) -> Picture | None:
-    """Accuracy against p90's upper bound, the size as area; None when no row has both."""
+    """Accuracy against the upper bound of p90, with the file size as area; None when no row has both."""
     shown = [(row, y) for row in rows if row.bound and row.validity != "INVALID" and (y := _height(row, protocol))]
     if not shown:
         return None
@@ -67,14 +66,14 @@ def pareto_figure(
         text=clean(words),
         size=(7.0, 4.5),
     )
-    caption = f"Up and left is better. Area: size of the file. Dashed line: {margin:g} pt below the best fp32."
+    caption = f"Up and left is better. Area: file size. Dashed line: {margin:g} pt below the best fp32 model."
     if any(not p["valid"] for p in points):
         caption += " Hollow: UNSTABLE."
     return Picture(svg=Markup(svg), caption=caption)
 
 
 def latency_figures(rows: Sequence[Row], samples: Mapping[str, tuple[np.ndarray, ...]]) -> list[Picture]:
-    """For each device, how the raw samples of each model spread."""
+    """For each device, the latency distribution of each model from its raw samples."""
     found = []
     for index, device in enumerate(sorted({row.device for row in rows})):
         here = [r for r in rows if r.device == device and r.samples in samples and r.validity != "INVALID"]
@@ -98,17 +97,17 @@ def latency_figures(rows: Sequence[Row], samples: Mapping[str, tuple[np.ndarray,
         svg = draw(
             plots.distributions(bands),
             name=f"latency-{index}",
-            title=f"Spread of latency on {clean(device)}",
+            title=f"Latency distribution on {clean(device)}",
             text=clean(words),
             size=(9.6, 0.9 + 0.52 * len(bands)),
         )
-        caption = f"{device}: every call of the raw samples. Long tick: median; short: p90. Hollow and ▲: UNSTABLE."
+        caption = f"{device}: all raw samples. Long tick: median. Short tick: p90. Hollow, ▲: UNSTABLE."
         found.append(Picture(svg=Markup(svg), caption=caption))
     return found
 
 
 def pair_figure(pairs: Sequence[tuple[Row, Row, Figure | None]], *, margin: float) -> Picture | None:
-    """How much faster and how much less accurate each low precision is, with intervals."""
+    """How much faster and how much less accurate each lower precision is, with intervals."""
     rows: list[dict[str, Any]] = [
         {
             "label": short(f"{row.name} {row.format} {row.precision} / {base.precision}", 44),
@@ -124,49 +123,48 @@ def pair_figure(pairs: Sequence[tuple[Row, Row, Figure | None]], *, margin: floa
         return None
     words = "; ".join(
         f"{r['label']}: {r['speedup'][0]:.2f} times as fast"
-        + (f", {hundredths(r['drop'][0])} points lost" if r["drop"] else "")
+        + (f", accuracy drop {hundredths(r['drop'][0])} points" if r["drop"] else "")
         for r in rows
         if r["speedup"]
     )
     svg = draw(
         plots.pairs(rows, margin=margin),
         name="pairs",
-        title="Speed gained and accuracy lost",
+        title="Speed-up and accuracy drop",
         text=clean(words),
         size=(9.6, 1.0 + 0.42 * len(rows)),
     )
     caption = (
-        "Right of 1 is faster; a gain is claimed only where the whole interval is. "
-        f"Left of {margin:g} pt is within the margin. Hollow: one of the two is UNSTABLE."
+        "Faster is right of 1, and certain where the whole interval is. "
+        f"A drop left of {margin:g} pt is within the margin. Hollow: one of the two is UNSTABLE."
     )
     return Picture(svg=Markup(svg), caption=caption)
 
 
 def curve_figures(data: ReportData) -> list[tuple[str, Picture]]:
-    """For each run, its loss and what was watched meanwhile."""
-    names = student_names(data)
+    """For each run, its loss and the kNN accuracy that was monitored."""
     found = []
     for index, run in enumerate(data.runs):
         x_key = next((k for k in ("step", "epoch", "images_seen") if any(k in line for line in run.curves)), None)
         panels = [
             (title, lines)
-            for title, wanted in (("Loss", _is_loss), ("kNN top-1 of the probe (%)", _is_probe))
+            for title, wanted in (("Loss", _is_loss), ("Monitored kNN top-1 (%)", _is_probe))
             if x_key and (lines := _lines(run.curves, x_key, wanted))
         ]
         if not panels or x_key is None:
             continue
         words = "; ".join(
-            f"{name} from {y[0]:.4g} to {y[-1]:.4g} in {len(y)} readings" for _, lines in panels for name, _, y in lines
+            f"{name} from {y[0]:.4g} to {y[-1]:.4g} in {len(y)} points" for _, lines in panels for name, _, y in lines
         )
         svg = draw(
-            plots.curves(panels, axis=x_key),
+            plots.curves(panels, axis=x_key.replace("_", " ")),
             name=f"curves-{index}",
-            title=f"Training of {clean(names[run.student.sha256])}",
+            title=f"Training of {clean(data.names[run.student.sha256])}",
             text=clean(words),
             size=(9.6, 3.0),
         )
-        caption = f"{run.folder}/metrics.jsonl, {len(run.curves)} readings."
-        found.append((names[run.student.sha256], Picture(svg=Markup(svg), caption=caption)))
+        caption = f"{run.folder}/metrics.jsonl, {len(run.curves)} lines."
+        found.append((data.names[run.student.sha256], Picture(svg=Markup(svg), caption=caption)))
     return found
 
 
@@ -183,7 +181,7 @@ def _lines(curves: Sequence[Mapping[str, float]], x_key: str, wanted: Any) -> li
         pairs = [(line[x_key], line[key]) for line in curves if key in line and x_key in line]
         if pairs:
             x, y = np.array(sorted(pairs)).T
-            if key.startswith("teacher") and len(x) == 1:  # a level to compare with, all along
+            if key.startswith("teacher") and len(x) == 1:  # a constant level to compare with
                 x, y = np.array([x[0], max(line.get(x_key, x[0]) for line in curves)]), np.repeat(y, 2)
             found.append((short(key), x, y))
     return found
@@ -198,7 +196,7 @@ def _is_probe(key: str) -> bool:
 
 
 def _height(row: Row, protocol: str | None) -> tuple[float, float | None, float | None] | None:
-    """Top-1 when there is a protocol; else the drop turned over, with fp32 at zero."""
+    """Top-1 when there is a protocol; else the negated drop, with fp32 at zero."""
     if protocol is not None:
         return _triple(row.accuracy.get(protocol))
     if row.drop:
@@ -208,7 +206,7 @@ def _height(row: Row, protocol: str | None) -> tuple[float, float | None, float 
 
 
 def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other beats in both, by latency."""
+    """The points that no other beats in both, ordered by latency."""
     found: list[tuple[float, float]] = []
     for x, y in sorted(points, key=lambda p: (p[0], -p[1])):
         if not found or y > found[-1][1]:

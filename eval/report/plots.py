@@ -1,6 +1,6 @@
-"""What the report's figures show: each function gives a painter of one kind of plot.
+"""The report's plots: each function returns a painter of one kind of plot.
 
-Each precision has its own colour (Okabe and Ito's palette) and its own shape.
+Each precision has its own colour (Okabe and Ito's palette) and its own marker.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from robx.eval.report.svg import FP16, FP32, INK, INT8, MUTED, PAPER, RULE
 
 COLOUR = {"fp32": FP32, "fp16": FP16, "int8": INT8}
 SHAPE = {"fp32": "o", "fp16": "s", "int8": "D"}
-# Where a label may stand about its point: offset in points, horizontal and vertical alignment.
+# Where a label may be placed around its point: offset in points, horizontal and vertical alignment.
 _PLACES = (
     *((0.0, 17.0, "center", "bottom"), (0.0, -17.0, "center", "top")),
     *((17.0, 0.0, "left", "center"), (-17.0, 0.0, "right", "center")),
@@ -30,12 +30,12 @@ _PLACES = (
 def pareto(
     points: Sequence[Mapping[str, Any]], *, mark: float | None, axis: str, front: Sequence[tuple[float, float]]
 ) -> Callable[[Canvas], None]:
-    """Accuracy against latency, one point a model.
+    """Accuracy against latency, one point per model.
 
     Args:
         points: each with ``x`` (ms), ``y`` (%), ``low`` and ``high`` (% or None), ``bytes``, ``precision``, ``label``,
             ``valid`` (a hollow, dashed point when false) and ``picked``.
-        mark: a level to show (%), such as fp32 minus a point; None for no line.
+        mark: a level to show (%), such as fp32 minus the margin; None for no line.
         axis: the label of the y axis.
         front: the corners (ms, %) of the Pareto front.
     """
@@ -62,9 +62,9 @@ def pareto(
 
 
 def distributions(rows: Sequence[Mapping[str, Any]]) -> Callable[[Canvas], None]:
-    """One band a model: how its latencies (``ms``, an array) spread, with ticks at ``p50`` and ``p90``.
+    """One band per model: the distribution of its latencies (``ms``, an array), with ticks at ``p50`` and ``p90``.
 
-    Two panels: milliseconds, to compare models; and per cent above each one's own median, to compare tails.
+    Two panels: milliseconds, to compare models; and per cent above each model's own median, to compare tails.
     """
 
     def paint(canvas: Canvas) -> None:
@@ -73,8 +73,8 @@ def distributions(rows: Sequence[Mapping[str, Any]]) -> Callable[[Canvas], None]
         _bands(left, rows, scales=[1.0] * len(rows), log=True)
         _bands(right, rows, scales=medians, log=False)
         left.set_yticks([len(rows) - 1 - i + 0.3 for i in range(len(rows))], [row["label"] for row in rows])
-        left.set_xlabel("latency of one call (ms)")
-        right.set_xlabel("above its own median (%)")
+        left.set_xlabel("latency per call (ms)")
+        right.set_xlabel("relative to its median (%)")
 
     return paint
 
@@ -114,8 +114,8 @@ def pairs(rows: Sequence[Mapping[str, Any]], *, margin: float) -> Callable[[Canv
     def paint(canvas: Canvas) -> None:
         left, right = canvas.subplots(1, 2, sharey=True)
         for axes, key, at, name in (
-            (left, "speedup", 1.0, "times faster (ratio of medians)"),
-            (right, "drop", margin, "points of top-1 lost"),
+            (left, "speedup", 1.0, "speed-up (ratio of medians)"),
+            (right, "drop", margin, "top-1 drop (points)"),
         ):
             for place, row in enumerate(rows):
                 _whisker(axes, row[key], len(rows) - 1 - place, row)
@@ -133,7 +133,7 @@ def pairs(rows: Sequence[Mapping[str, Any]], *, margin: float) -> Callable[[Canv
 
 
 def curves(panels: Sequence[tuple[str, Sequence[tuple[str, np.ndarray, np.ndarray]]]], *, axis: str) -> Any:
-    """One panel a quantity: its name and, for each line, a name with x and y; lines differ in colour and dash."""
+    """One panel per quantity: its name, and a name with x and y for each line; lines differ in colour and dash."""
     colours, dashes = (FP32, INT8, FP16, INK, MUTED), ("-", (0, (6, 2)), (0, (2, 2)), (0, (6, 2, 1, 2)), (0, (1, 1)))
 
     def paint(canvas: Canvas) -> None:

@@ -1,4 +1,4 @@
-"""What a reader checks a report by: provenance, licences, what the images are, what to doubt, and the sources."""
+"""What a reader checks a report by: provenance, licences, what the images are, caveats, and sources."""
 
 from __future__ import annotations
 
@@ -7,26 +7,25 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from robx.eval.datasets.duplicates import warning_in
-from robx.eval.report.collect import Packed, ReportData
+from robx.eval.report.collect import Packed, ReportData, device_label
 from robx.eval.report.recommend import Advice
-from robx.eval.report.report_names import device_label, student_names
 from robx.eval.report.rows import Row
 from robx.eval.report.tables import Cell, Table
-from robx.eval.report.text import DASH, brief, spell
+from robx.eval.report.text import DASH, brief, figure
 from robx.records import Accuracy, Bundle, DataInfo, Latency
 
 _NON_COMMERCIAL = re.compile(r"\bnc\b|non-?\s?commercial", re.IGNORECASE)
 _KINDS_OF_DATA = (
     (r"clip[ _-]?art", "clip art: drawings, not natural photographs, and not ImageNet"),
-    (r"cifar", "CIFAR: photographs of 32 x 32 pixels, enlarged, and not ImageNet"),
+    (r"cifar", "CIFAR: upscaled photographs of 32 x 32 pixels, and not ImageNet"),
     (r"scene|render|clevr|shapes", "rendered scenes of simple shapes: not photographs, and not ImageNet"),
-    (r"mnist|digits", "small grey pictures of single things: not natural photographs, and not ImageNet"),
-    (r"imagenette|imagewoof|tiny|100|10pct|subset", "not the whole of ImageNet"),
+    (r"mnist|digits", "small greyscale pictures of single objects: not natural photographs, and not ImageNet"),
+    (r"imagenette|imagewoof|tiny|100|10pct|subset", "a subset of ImageNet"),
 )
 
 
 class Doubt(NamedTuple):
-    """Something that a reader should not trust, or does not have."""
+    """Something that is not reliable, or missing."""
 
     kind: str
     what: str
@@ -34,7 +33,7 @@ class Doubt(NamedTuple):
 
 
 def licence_warnings(data: ReportData) -> list[str]:
-    """One line for each teacher or data set whose licence forbids or does not state commercial use."""
+    """One line for each teacher or data set whose licence forbids commercial use, or is unknown."""
     found = []
     for student in data.students.values():
         for what, made in (("teacher", student.teacher), ("training data", student.data)):
@@ -46,17 +45,16 @@ def licence_warnings(data: ReportData) -> list[str]:
             elif _NON_COMMERCIAL.search(made.licence):
                 found.append(
                     f"{student.timm_name} was distilled with the {what} {made.name}, licensed {made.licence}: "
-                    "non-commercial use only. Ask a lawyer before this student is sold or shipped."
+                    "non-commercial use only. Get legal advice before you sell or ship this student."
                 )
     return list(dict.fromkeys(found))
 
 
 def data_notes(data: ReportData) -> list[str]:
-    """For each set of images that figures come from: what it is not, and how many doubles it has in training."""
+    """For each set of images: what it is not, and how many test images repeat a training image."""
     infos = [student.data for student in data.students.values() if student.data]
-    judged = [m.record for m in data.of_kind(Accuracy) if isinstance(m.record, Accuracy)]
-    infos += [record.data for record in judged]
-    doubles = [(record.data.name, warning_in(record.settings)) for record in judged]
+    infos += [record.data for _, record in data.accuracies]
+    doubles = [(record.data.name, warning_in(record.settings)) for _, record in data.accuracies]
     named: dict[str, dict[DataInfo, None]] = {}
     for info in infos:
         named.setdefault(info.name, {})[info] = None
@@ -66,68 +64,74 @@ def data_notes(data: ReportData) -> list[str]:
 
 def _data_note(name: str, infos: Sequence[DataInfo]) -> str:
     kind = next((text for pattern, text in _KINDS_OF_DATA if re.search(pattern, name, re.IGNORECASE)), None)
-    alone = "figures compare only with figures on the same images"
+    compare = "Compare its figures only with figures on the same images."
     if kind:
         counts = " and ".join(str(info.images) for info in infos)
-        return f"{name} ({counts} images) is {kind}. Its {alone}."
+        return f"{name} ({counts} images) is {kind}. {compare}"
     prints = "; ".join(f"{info.images} images, fingerprint {info.fingerprint[:12]}" for info in infos)
-    return f"{name} ({prints}): its {alone}."
+    return f"{name} ({prints}). {compare}"
 
 
-def provenance(data: ReportData, labels: dict[str, str]) -> list[Table]:
+def provenance(data: ReportData) -> list[Table]:
     """Students, bundles and devices, each as a table of what identifies it."""
     found = [_student_table(data)] if data.students else []
     if data.bundles:
-        found.append(_bundle_table(data.bundles, labels))
-    devices: dict[str, tuple[Latency, str]] = {}
-    for measurement in data.of_kind(Latency):
-        if isinstance(measurement.record, Latency):
-            record = measurement.record
-            devices[device_label(record.device, record.settings)] = record, measurement.place
+        found.append(_bundle_table(data))
+    devices = {device_label(record): (record, measurement.place) for measurement, record in data.latencies}
     if devices:
         found.append(_device_table(devices))
     return found
 
 
-def doubts(data: ReportData, rows: Sequence[Row], advice: Sequence[Advice], labels: dict[str, str]) -> list[Doubt]:
+def doubts(data: ReportData, rows: Sequence[Row], advice: Sequence[Advice]) -> list[Doubt]:
     """What is UNSTABLE, INVALID, undecided, missing or damaged: the kind, the model, and why."""
     found = [Doubt("DAMAGED", problem.where, problem.what) for problem in data.problems]
     for row in rows:
-        if row.validity in ("UNSTABLE", "INVALID"):
-            why = "; ".join(row.reasons) or "no reason was recorded"
-            found.append(Doubt(row.validity, f"{row.label} on {row.device}", why))
-        if row.profile in ("rapid", "quick"):
-            found.append(Doubt("SHORT", f"{row.label} on {row.device}", f"{row.profile} profile: not for publication"))
-        found += [Doubt("MISSING", f"{row.label}: {what}", why) for what, why in sorted(row.missing.items())]
-        if row.samples and row.samples not in data.samples:
-            found.append(Doubt("MISSING", f"{row.label}: raw samples", "its distribution cannot be checked"))
-        if not row.device and row.format != "torch":
-            found.append(Doubt("MISSING", f"{row.label}: latency", f"never measured: robx bench {row.folder}"))
+        found += _latency_doubts(row, data)
     for row in {row.model_id: row for row in rows}.values():
-        if row.format != "torch" and row.gate != "PASS":
-            found.append(Doubt(f"GATE {row.gate}", row.label, row.gate_reason))
-        if row.judged in ("FAIL", "INCONCLUSIVE"):
-            found.append(Doubt(row.judged, f"{row.label}: accuracy", row.judged_why))
-        if not row.accuracy:
-            found.append(Doubt("MISSING", f"{row.label}: accuracy", f"never measured: robx eval {row.folder}"))
-    found += [Doubt("LEFT OUT", f"{out.row.label} on {one.device}", out.why) for one in advice for out in one.left_out]
-    known = set(labels)
-    for m in data.measurements:
-        who = m.record.model_id if isinstance(m.record, Accuracy) else m.record.bundle_id
-        if who not in known:
-            found.append(Doubt("UNKNOWN", f"model {who}", f"{m.place} measured a model that is not in these folders"))
+        found += _accuracy_doubts(row)
+    found += [Doubt("EXCLUDED", f"{out.row.label} on {one.device}", out.why) for one in advice for out in one.left_out]
+    found += [
+        Doubt("UNKNOWN", f"model {m.model_id}", f"{m.place} measures a model that is not in these folders")
+        for m in data.measurements
+        if m.model_id not in data.labels
+    ]
     return list(dict.fromkeys(found))
+
+
+def _latency_doubts(row: Row, data: ReportData) -> list[Doubt]:
+    found, where = [], f"{row.label} on {row.device}"
+    if row.validity in ("UNSTABLE", "INVALID"):
+        found.append(Doubt(row.validity, where, "; ".join(row.reasons) or "no reason was recorded"))
+    if row.profile in ("rapid", "quick"):
+        found.append(Doubt("SHORT", where, f"{row.profile} profile: not for publication"))
+    found += [Doubt("MISSING", f"{row.label}: {what}", why) for what, why in sorted(row.missing.items())]
+    if row.samples and row.samples not in data.samples:
+        found.append(Doubt("MISSING", f"{row.label}: raw samples", "its latency distribution cannot be checked"))
+    if not row.device and row.format != "torch":
+        found.append(Doubt("MISSING", f"{row.label}: latency", f"not measured: run robx bench {row.folder}"))
+    return found
+
+
+def _accuracy_doubts(row: Row) -> list[Doubt]:
+    found = []
+    if row.format != "torch" and row.gate != "PASS":
+        found.append(Doubt(f"GATE {row.gate}", row.label, row.gate_reason))
+    if row.judged in ("FAIL", "INCONCLUSIVE"):
+        found.append(Doubt(row.judged, f"{row.label}: accuracy", row.judged_why))
+    if not row.accuracy:
+        found.append(Doubt("MISSING", f"{row.label}: accuracy", f"not measured: run robx eval {row.folder}"))
+    return found
 
 
 def _student_table(data: ReportData) -> Table:
     folders = {run.student.sha256: run.folder for run in data.runs}
-    names = student_names(data)
     body = []
     for sha256, student in data.students.items():
         teacher, info, form = student.teacher, student.data, student.preprocessing
         body.append(
             (
-                Cell(names[sha256], folders.get(sha256, "known from its bundles only")),
+                Cell(data.names[sha256], folders.get(sha256, "known from its bundles only")),
                 Cell(sha256, f"width {student.width}, {form.size}/{form.crop} px, {form.interpolation}"),
                 Cell(teacher.name, f"{teacher.sha256} prototypes: {teacher.prototypes}") if teacher else Cell("none"),
                 Cell(teacher.licence) if teacher else Cell(DASH),
@@ -136,36 +140,37 @@ def _student_table(data: ReportData) -> Table:
                 Cell(str(student.images_seen), f"robx {student.robx_version or '?'}"),
             )
         )
-    heads = ("Student", "SHA-256", "Teacher", "Its licence", "Data", "Its licence ", "Images seen")
+    heads = ("Student", "SHA-256", "Teacher", "Teacher licence", "Training data", "Data licence", "Images seen")
     lines = tuple(Cell("Recipe", brief(student.recipe)) for student in data.students.values())
     return Table(caption="Students", heads=heads, rows=tuple(body), lines=lines)
 
 
-def _bundle_table(bundles: Sequence[Packed], labels: dict[str, str]) -> Table:
-    heads = ("Bundle", "Id", "Calibration", "Parity with torch", "Export gate")
-    rows = tuple(_bundle_cells(packed.bundle, packed.folder, labels) for packed in bundles)
-    return Table(caption="Bundles", heads=heads, rows=rows, lines=tuple(_bundle_line(p.bundle) for p in bundles))
+def _bundle_table(data: ReportData) -> Table:
+    heads = ("Bundle", "Id", "Calibration", "Parity with PyTorch", "Export gate")
+    rows = tuple(_bundle_cells(packed, data.labels[packed.bundle.id]) for packed in data.bundles)
+    return Table(caption="Bundles", heads=heads, rows=rows, lines=tuple(_bundle_line(p.bundle) for p in data.bundles))
 
 
 def _bundle_line(bundle: Bundle) -> Cell:
-    """What is shipped, byte for byte, and what made it."""
+    """The files with their hashes, and the versions that made them."""
     files = "; ".join(f"{f.path} {f.bytes} B {f.sha256}" for f in bundle.files)
     versions = ", ".join(f"{k} {v}" for k, v in sorted(bundle.versions.items()))
     return Cell("Files", f"{files}. Made with {versions}, robx {bundle.robx_version or '?'}.")
 
 
-def _bundle_cells(bundle: Bundle, folder: str, labels: dict[str, str]) -> tuple[Cell, ...]:
+def _bundle_cells(packed: Packed, label: str) -> tuple[Cell, ...]:
+    bundle = packed.bundle
     seen = bundle.calibration
     calibration = Cell("none")
     if seen:
         prints = " ".join(filter(None, (seen.fingerprint, seen.screened_fingerprint, seen.judged_fingerprint)))
-        chosen = f", chosen by {seen.screened_images}" if seen.screened_images else ""
-        calibration = Cell(f"{seen.images} images{chosen}, judged on {seen.judged_images} others", prints)
+        screened = f", screened on {seen.screened_images}" if seen.screened_images else ""
+        calibration = Cell(f"{seen.images} images{screened}, evaluated on {seen.judged_images} others", prints)
     return (
-        Cell(labels.get(bundle.id, bundle.id), folder),
+        Cell(label, packed.folder),
         Cell(bundle.id, f"target {bundle.target}, {bundle.runtime}, opset {bundle.opset}"),
         calibration,
-        Cell(", ".join(f"{key} {spell(value)}" for key, value in bundle.parity.items()) or DASH),
+        Cell(", ".join(f"{key} {figure(value)}" for key, value in bundle.parity.items()) or DASH),
         Cell(bundle.verdict, bundle.reason, mark=bundle.verdict.lower()),
     )
 
@@ -173,26 +178,26 @@ def _bundle_cells(bundle: Bundle, folder: str, labels: dict[str, str]) -> tuple[
 def _device_table(devices: dict[str, tuple[Latency, str]]) -> Table:
     found = sorted(devices.items())
     return Table(
-        caption="Devices, as they described themselves",
+        caption="Devices",
         heads=("Device", "Description"),
         rows=tuple((Cell(name, place), Cell(brief(record.device))) for name, (record, place) in found),
         lines=tuple(Cell("Settings", brief(record.settings)) for _, (record, _) in found),
     )
 
 
-def source_table(data: ReportData, labels: dict[str, str]) -> Table:
-    """Which line of which file each measurement is, and the raw samples behind it."""
+def source_table(data: ReportData) -> Table:
+    """The file and line of each measurement, and the raw samples behind it."""
     rows, lines = [], []
     for measurement in sorted(data.measurements, key=lambda m: (m.file, m.line)):
         record = measurement.record
-        who = record.model_id if isinstance(record, Accuracy) else record.bundle_id
         what = f"{record.kind} {record.protocol}" if isinstance(record, Accuracy) else record.kind
         raw = Cell(DASH)
         if isinstance(record, Latency):
-            what += f" on {device_label(record.device, record.settings)}"
+            what += f" on {device_label(record)}"
             raw = Cell(record.samples or DASH, record.samples_sha256 or "")
-        rows.append((Cell(measurement.place), Cell(what, labels.get(who, who)), Cell(record.started), raw))
+        model = data.labels.get(measurement.model_id, measurement.model_id)
+        rows.append((Cell(measurement.place), Cell(what, model), Cell(record.started), raw))
         plain = brief({key: item for key, item in record.settings.items() if not isinstance(item, dict | list)})
         lines.append(Cell("Settings", plain))
     heads = ("File and line", "Measurement", "Started (UTC)", "Raw samples")
-    return Table(caption="Where each figure comes from", heads=heads, rows=tuple(rows), lines=tuple(lines))
+    return Table(caption="Measurements", heads=heads, rows=tuple(rows), lines=tuple(lines))

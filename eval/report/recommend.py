@@ -1,9 +1,9 @@
-"""What to deploy: for each device and latency budget, the fastest model that gives away at most a point of accuracy.
+"""What to deploy: for each device and latency budget, the fastest model that gives up at most a point of accuracy.
 
-The rule, in full. A *candidate* is a bundle whose latency on the device is VALID, and whose accuracy was shown not to
-fall more than `margin` points below its own fp32 student's (verdict PASS with a margin no wider than this one, or PASS
-and the upper end of the paired drop within it). It *fits* a budget when the upper confidence bound of its p90 does. Of
-those that fit, the most accurate sets the mark, and the fastest within `margin` points of the mark is recommended.
+The rule. A *candidate* is a bundle whose latency on the device is VALID and whose accuracy was shown to be within
+`margin` points of its own fp32 student's (verdict PASS with a margin no wider than this one, or PASS and the upper end
+of the paired drop within it). It *fits* a budget when the upper confidence bound of its p90 does. Of those that fit,
+the most accurate sets the level, and the fastest within `margin` points of that level is recommended.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MARGIN = 1.0  # points of top-1
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """The recommendation for every budget of at least `start` and less than `end` ms; no row: nothing fits."""
+    """The recommendation for every budget of at least `start` and less than `end` ms; None: no model fits."""
 
     start: float
     end: float
@@ -38,19 +38,19 @@ class LeftOut:
 class Advice:
     """The recommendations on one device.
 
-    `steps` cover every budget from zero up. `provisional` is the same rule applied to UNSTABLE latencies as well,
-    filled only where no VALID candidate is: what to look at, not what to deploy.
+    `steps` cover every budget from zero up. `provisional` applies the same rule to UNSTABLE latencies too, only where
+    there is no VALID candidate: what to look at, not what to deploy.
     """
 
     device: str
     steps: tuple[Step, ...]
-    asked: tuple[tuple[float, Row | None], ...] = ()  # (budget, row) for the budgets that were asked for
+    asked: tuple[tuple[float, Row | None], ...] = ()  # (budget, row) of the requested budgets
     provisional: tuple[Step, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
 
     @property
     def best(self) -> Row | None:
-        """The recommendation when latency has no limit."""
+        """The recommendation without a latency limit."""
         return self.steps[-1].row if self.steps else None
 
 
@@ -65,7 +65,7 @@ def advise(
 
 
 def why_not(row: Row, margin: float) -> str | None:
-    """Why a row is no candidate, or None when it is one; the validity of its latency is not looked at here."""
+    """Why a row is not a candidate, or None when it is; the validity of its latency is checked elsewhere."""
     if row.format == "torch":
         return "the reference, not a bundle"
     if row.gate in ("FAIL", "FORCED"):
@@ -82,15 +82,15 @@ def why_not(row: Row, margin: float) -> str | None:
         return None
     high = row.drop.value.high if row.drop else None
     if high is None:
-        return "no paired drop of its accuracy: run robx eval with labelled images"
-    return None if high <= margin else f"it may lose {high:.2f} points, more than {margin:g}"
+        return "its accuracy drop was not measured: run robx eval --fidelity with labelled images"
+    return None if high <= margin else f"its accuracy drop may be {high:.2f} points, more than {margin:g}"
 
 
 def pick(rows: Sequence[Row], *, budget: float, score: Callable[[Row], float], margin: float = MARGIN) -> Row | None:
     """Of the rows whose bound is within `budget` ms: the fastest within `margin` points of the best of them."""
     fits = [row for row in rows if _bound(row) <= budget]
-    mark = max((score(row) for row in fits), default=0.0)
-    near = [row for row in fits if score(row) >= mark - margin]
+    level = max((score(row) for row in fits), default=0.0)
+    near = [row for row in fits if score(row) >= level - margin]
     return min(near, key=lambda row: (_bound(row), -score(row), row.bytes or 0, row.model_id), default=None)
 
 
@@ -131,9 +131,9 @@ def _advise_one(
 
 
 def _score(rows: Sequence[Row], protocol: str | None) -> tuple[Callable[[Row], float], list[Row]]:
-    """How accurate a row is, and the rows that can be compared so.
+    """The score of a row's accuracy, and the rows that can be compared by it.
 
-    By top-1 where it is known. Bundles of one student compare without it, by what each loses.
+    That is top-1 where it is known. Bundles of one student can be compared without it, by their drops.
     """
     if protocol is not None and any(protocol in row.accuracy for row in rows):
         known = [row for row in rows if protocol in row.accuracy]
@@ -147,7 +147,7 @@ def _score(rows: Sequence[Row], protocol: str | None) -> tuple[Callable[[Row], f
 def _latency_why(row: Row) -> str:
     if row.validity != "VALID":
         return f"latency {row.validity}: {'; '.join(row.reasons) or 'no reason was recorded'}"
-    return "its top-1 is not known and other students are here to compare: run robx eval"
+    return "its top-1 is not known, so it cannot be compared with other students: run robx eval"
 
 
 def _bound(row: Row) -> float:

@@ -1,7 +1,7 @@
-"""The report that decides: records in, one page out, with Markdown and JSON beside it.
+"""`robx report`: records in, one page out that says what to deploy, with Markdown and JSON beside it.
 
-It measures nothing and opens no model. `collect` reads what robx wrote; `render` is pure and gives the same bytes for
-the same records. The first screen recommends (recommend.py), the rest lets a reader check it.
+It measures nothing and opens no model. `collect` reads what robx wrote; `make_pages` is pure and returns the same bytes
+for the same records. The first screen recommends (recommend.py), the rest lets a reader check it.
 """
 
 from __future__ import annotations
@@ -12,23 +12,25 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
 
+from robx.errors import InputError
 from robx.eval.report import accuracy_tables as accuracy
 from robx.eval.report import provenance as provenance
 from robx.eval.report import tables as tables
 from robx.eval.report.collect import ReportData, collect
 from robx.eval.report.figures import curve_figures, latency_figures, pair_figure, pareto_figure
 from robx.eval.report.recommend import MARGIN, Advice, Step, advise
-from robx.eval.report.rows import Row, build_rows, headline_data, images_of, model_labels
-from robx.eval.report.text import at_most, clean, hundredths, megabytes, percent
-from robx.records import Accuracy, Latency, to_json
+from robx.eval.report.rows import Row, build_rows, headline_data, images_of, precision_pairs
+from robx.eval.report.text import MS_AT_MOST, PERCENT, POINTS, SIZE, TIMES, at_most, clean, figure
+from robx.records import Latency, Value, to_json
+from robx.store.files import write_text
 
 _PROTOCOLS = {"knn": "kNN", "linear": "Linear"}
-__all__ = ["Pages", "ReportData", "collect", "render"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +43,30 @@ class Pages:
     json: str
 
 
-def render(data: ReportData, *, margin: float = MARGIN, budgets: Sequence[float] = ()) -> Pages:
-    """The page, the Markdown and the JSON of `data`.
+def render(
+    folders: Sequence[Path], *, out: Path, margin: float = MARGIN, budgets: Sequence[float] = ()
+) -> Pages:  # fmt: skip
+    """Write the report on everything below `folders` to `out`, and the same figures beside it as .md and .json.
 
     Args:
-        data: from `collect`.
-        margin: the points of top-1 that a recommendation may lose, against its fp32 student and the best that fits.
-        budgets: latencies in ms to answer for by name; every other budget is answered as well.
+        folders: runs, bundles, or folders that contain some.
+        out: the page, a name that ends in .html.
+        margin: the accepted drop of top-1 in points, against the fp32 student and the best model that fits.
+        budgets: latency budgets in ms to list by name; the page covers every other budget as well.
+
+    Raises:
+        InputError: no such folder, nothing of robx in it, or a name that is not an HTML file's.
     """
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{out} is not the name of an HTML file: give one that ends in .html")
+    pages = make_pages(collect(folders), margin=margin, budgets=budgets)
+    for suffix, text in ((".json", pages.json), (".md", pages.markdown), (out.suffix, pages.html)):
+        write_text(out.with_suffix(suffix), text)
+    return pages
+
+
+def make_pages(data: ReportData, *, margin: float = MARGIN, budgets: Sequence[float] = ()) -> Pages:
+    """The page, the Markdown and the JSON of `data`; see `render`."""
     rows = build_rows(data)
     headline = headline_data(data)
     protocol = headline[0] if headline else None
@@ -65,15 +83,15 @@ def render(data: ReportData, *, margin: float = MARGIN, budgets: Sequence[float]
 def _view(
     data: ReportData, rows: Sequence[Row], advice: Sequence[Advice], protocol: str | None, margin: float
 ) -> dict[str, Any]:
-    """What the templates show: text, tables and figures, and no record."""
-    labels = model_labels(data, rows)
-    pairs = tables.pair_rows(rows)
+    """What the templates show: text, figures and tables, but no records."""
+    pairs = precision_pairs(rows)
     measured = [row for row in rows if row.device]
+    axis = _axis(data)
     return {
         "title": _title(advice, rows),
         "margin": f"{margin:g}",
-        "axis": _axis(data, protocol),
-        "devices": [_device(i, one, rows, protocol, margin, _axis(data, protocol)) for i, one in enumerate(advice)],
+        "axis": axis,
+        "devices": [_device(i, one, rows, protocol, margin, axis) for i, one in enumerate(advice)],
         "unmeasured": _unmeasured(rows),
         "warnings": provenance.licence_warnings(data),
         "data_notes": provenance.data_notes(data),
@@ -81,17 +99,23 @@ def _view(
         "latency_figures": latency_figures(measured, data.samples),
         "pair_table": tables.pair_table(pairs) if pairs else None,
         "pair_figure": pair_figure(pairs, margin=margin),
-        "rungs": [tables.rung_table(p, labels.get(p.bundle.id, p.folder)) for p in data.bundles if p.bundle.rungs],
+        "candidates": [tables.candidate_table(p, data.labels[p.bundle.id]) for p in data.bundles if p.bundle.rungs],
         "curves": curve_figures(data),
-        "protocol_table": accuracy.protocol_table(data, labels),
-        "fidelity_table": accuracy.fidelity_table(data, labels),
-        "figure_table": accuracy.figure_table(data, labels),
-        "provenance": provenance.provenance(data, labels),
-        "doubts": provenance.doubts(data, rows, advice, labels),
-        "source_table": provenance.source_table(data, labels) if data.measurements else None,
-        "span": tables.measured_span(data.measurements),
+        "protocol_table": accuracy.protocol_table(data),
+        "fidelity_table": accuracy.fidelity_table(data),
+        "figure_table": accuracy.figure_table(data),
+        "provenance": provenance.provenance(data),
+        "doubts": provenance.doubts(data, rows, advice),
+        "source_table": provenance.source_table(data) if data.measurements else None,
+        "span": _span(data),
         "robx": ", ".join(sorted({b.bundle.robx_version for b in data.bundles if b.bundle.robx_version})),
     }
+
+
+def _span(data: ReportData) -> tuple[str, str] | None:
+    """When the first and the last measurement started."""
+    times = sorted(m.record.started for m in data.measurements)
+    return (times[0], times[-1]) if times else None
 
 
 def _title(advice: Sequence[Advice], rows: Sequence[Row]) -> str:
@@ -101,27 +125,26 @@ def _title(advice: Sequence[Advice], rows: Sequence[Row]) -> str:
     if not any(row.validity == "VALID" for row in rows):
         return "Nothing to recommend yet: no latency is VALID"
     if not best:
-        return "Nothing to recommend: no candidate passed"
+        return "Nothing to recommend: no model qualifies"
     if len(best) == 1 and all(one.best for one in advice):
         return f"Deploy {best.pop()}"
     decided = sum(one.best is not None for one in advice)
     return f"What to deploy on {decided} of {len(advice)} devices"
 
 
-def _axis(data: ReportData, protocol: str | None) -> str:
+def _axis(data: ReportData) -> str:
+    """What accuracy is called in the first screen's figure."""
     headline = headline_data(data)
     if not headline:
-        return "minus the drop (points)"
-    found = [m.record for m in data.of_kind(Accuracy) if isinstance(m.record, Accuracy)]
-    info = next(r.data for r in found if (r.protocol, *images_of(r)) == headline)
-    name = _PROTOCOLS.get(protocol or "", protocol or "")
-    return f"{name} top-1 on {info.name} (%)"
+        return "negated drop (points)"
+    info = next(r.data for _, r in data.accuracies if (r.protocol, *images_of(r)) == headline)
+    return f"{_PROTOCOLS.get(headline[0], headline[0])} top-1 on {info.name} (%)"
 
 
 def _device(
     index: int, advice: Advice, rows: Sequence[Row], protocol: str | None, margin: float, axis: str
 ) -> dict[str, Any]:
-    """One device's part of the first screen."""
+    """The section of one device on the first screen."""
     here = [row for row in rows if row.device == advice.device]
     students = {row.student for row in here}
     references = [row for row in rows if row.format == "torch" and not row.device and row.student in students]
@@ -133,56 +156,58 @@ def _device(
         "why_none": None if best else _why_none(advice, here),
         "again": _again(here),
         "steps": [_step(step) for step in advice.steps],
-        "asked": [{"budget": f"{b:g} ms", "pick": row.label if row else "nothing fits"} for b, row in advice.asked],
+        "asked": [{"budget": f"{b:g} ms", "pick": row.label if row else "no model fits"} for b, row in advice.asked],
         "provisional": [_step(step) for step in advice.provisional if step.row],
         "pareto": pareto_figure(
             f"pareto-{index}", here, protocol=protocol, margin=margin, axis=axis, picked=best, device=advice.device
         ),
-        "table": tables.model_table([*references, *here], caption=f"Every model on {advice.device}", picked=best),
+        "table": tables.model_table([*references, *here], caption=f"All models on {advice.device}", picked=best),
     }
 
 
 def _pick(row: Row, protocol: str | None) -> dict[str, Any]:
-    """The recommended model and the four figures that speak for it."""
-    facts = []
-    accuracy = row.accuracy.get(protocol or "")
-    if accuracy:
+    """The recommended model and the figures that speak for it: (value, form, what it is, source)."""
+    facts: list[tuple[Value, Any, str, str]] = []
+    if found := row.accuracy.get(protocol or ""):
         what = f"{_PROTOCOLS.get(protocol or '', protocol)} top-1"
-        facts.append((f"{percent(accuracy.value.value)} %", what, accuracy.source))
+        facts.append((found.value, PERCENT, what, found.source))
     if row.drop:
-        facts.append((f"{hundredths(row.drop.value.value)} pt", "lost against fp32", row.drop.source))
+        facts.append((row.drop.value, POINTS, "drop vs fp32", row.drop.source))
     if row.bound:
-        facts.append((f"{at_most(row.bound.value.value)} ms", "p90, at most", row.bound.source))
+        facts.append((row.bound.value, MS_AT_MOST, "p90, upper bound", row.bound.source))
     if row.speedup and not row.speedup_shaky:
-        facts.append((f"{row.speedup.value.value:.2f} ×", "as fast as fp32", row.speedup.source))
+        facts.append((row.speedup.value, TIMES, "speed-up vs fp32", row.speedup.source))
     if row.bytes:
-        facts.append((megabytes(row.bytes), "shipped", row.folder))
+        facts.append((Value(value=row.bytes), SIZE, "model size", row.folder))
     return {"name": row.name, "what": f"{row.format} {row.precision}", "folder": row.folder, "facts": facts}
 
 
 def _step(step: Step) -> dict[str, str]:
     start, end = at_most(step.start), at_most(step.end)
-    span = f"{start} ms and more" if math.isinf(step.end) else f"{start} to {end} ms"
+    span = f"{start} ms or more" if math.isinf(step.end) else f"{start} to {end} ms"
     if step.start == 0:
         span = f"less than {end} ms"
-    pick = step.row.label if step.row else "nothing fits"
+    pick = step.row.label if step.row else "no model fits"
     return {"span": span, "pick": pick, "mark": step.row.precision if step.row else ""}
 
 
 def _why_none(advice: Advice, here: Sequence[Row]) -> str:
     if any(row.validity == "VALID" for row in here):
-        return f"No model here is both fast for certain and right for certain: {len(advice.left_out)} were left out."
+        return (
+            "No model on this device has both a VALID latency and an accuracy that was shown to be within the margin: "
+            f"{len(advice.left_out)} were excluded."
+        )
     likely = advice.provisional[-1].row if advice.provisional else None
     if likely is None or likely.bound is None:
-        return "No latency on this device is VALID, and no model here would be a candidate if one were."
+        return "No latency on this device is VALID, and no model would qualify if one were."
     return (
-        "No latency on this device is VALID, so none decides. If the UNSTABLE figures held, "
-        f"{likely.label} would be chosen (p90 at most {at_most(likely.bound.value.value)} ms)."
+        "No latency on this device is VALID. If the UNSTABLE measurements hold, "
+        f"{likely.label} would be recommended (p90 at most {at_most(likely.bound.value.value)} ms)."
     )
 
 
 def _again(here: Sequence[Row]) -> str:
-    """The command that measures the device's bundles as figures that decide are measured; none where some are."""
+    """The command that measures the device's bundles again; empty where a latency is VALID."""
     folders = list(dict.fromkeys(row.folder for row in here if row.format != "torch"))
     if any(row.validity == "VALID" for row in here):
         return ""
@@ -190,14 +215,14 @@ def _again(here: Sequence[Row]) -> str:
 
 
 def _unmeasured(rows: Sequence[Row]) -> tables.Table | None:
-    """Bundles, and students with none that was measured, that ran on no device."""
+    """Bundles without a latency, and students of which no bundle has one."""
     devices = {row.student for row in rows if row.device}
     left = [row for row in rows if not row.device and (row.format != "torch" or row.student not in devices)]
-    return tables.model_table(left, caption="What is known of them", picked=None) if left else None
+    return tables.model_table(left, caption="Known figures", picked=None) if left else None
 
 
 def _machine_form(data: ReportData, rows: Sequence[Row], advice: Sequence[Advice], view: dict[str, Any]) -> str:
-    """Every figure with the file, line and field that it was read from, the recommendations, and the records."""
+    """The recommendations, every figure with the file, line and field that it was read from, and the records."""
     form = {
         "schema": 1,
         "title": view["title"],
@@ -220,7 +245,7 @@ def _machine_form(data: ReportData, rows: Sequence[Row], advice: Sequence[Advice
 
 
 def _raw(record: Any, data: ReportData) -> int | None:
-    """How many raw samples of a latency were found and are the ones it hashed."""
+    """How many raw samples of a latency were found and match its hash."""
     if not isinstance(record, Latency) or record.samples_sha256 not in data.samples:
         return None
     return sum(len(process) for process in data.samples[record.samples_sha256])
@@ -248,7 +273,7 @@ def _advice_json(advice: Advice) -> dict[str, Any]:
 
 @cache
 def _templates(*, html: bool) -> jinja2.Environment:
-    """Jinja with every string cleaned and, for HTML, escaped; only figures made here are markup."""
+    """Jinja with every string cleaned and, for HTML, escaped; only the figures drawn here are markup."""
 
     def finish(value: object) -> object:
         return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
@@ -262,11 +287,12 @@ def _templates(*, html: bool) -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters["md"] = _markdown
+    environment.filters["figure"] = figure
     return environment
 
 
 def _markdown(text: object) -> str:
-    """`text` as plain text of a Markdown table: on one line, its marks and tags inert."""
+    """`text` as plain text in a Markdown table: on one line, with its markup escaped."""
     line = " ".join(clean(str(text)).split())
     for mark in "\\`*_[]|#~$!":
         line = line.replace(mark, f"\\{mark}")

@@ -1,15 +1,14 @@
-"""Joins the records of a report into one row a model and device; every figure keeps the place it was read from."""
+"""Joins the records into one row per model and device; every figure keeps the place that it was read from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from robx.eval.report.collect import Packed, ReportData, Sourced
-from robx.eval.report.report_names import device_label, student_names, text_of
-from robx.records import Accuracy, Bundle, Fidelity, Latency, Rung, Validity, Value
+from robx.eval.report.collect import Packed, ReportData, Sourced, device_label, model_label, text_of
+from robx.records import Accuracy, Bundle, Latency, Rung, Validity, Value
 
-# The headline drop first: the customer's head is already trained on fp32 features.
+# The drop that decides comes first: a user's head is already trained on fp32 features.
 DROPS = ("probe_drop", "knn_drop", "drop")
 PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -29,7 +28,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model on one device; `device` is "" when it was never measured on one."""
+    """One model on one device; `device` is "" when no latency was measured."""
 
     model_id: str
     student: str  # SHA-256 of the fp32 student
@@ -42,14 +41,14 @@ class Row:
     gate_reason: str
     device: str = ""
     accuracy: dict[str, Figure] = field(default_factory=dict)  # protocol -> top-1 in %, all on the headline's images
-    drop: Figure | None = None  # points of top-1 lost against the fp32 student, paired
+    drop: Figure | None = None  # top-1 drop against the fp32 student in points, paired
     judged: str = "NOT_JUDGED"  # PASS, FAIL or INCONCLUSIVE of the drop
     judged_why: str = ""
-    margin: float | None = None  # points that PASS allowed, where the record says
+    margin: float | None = None  # the drop that PASS accepts, where the record says it
     latency: dict[str, Figure] = field(default_factory=dict)  # every value of the Latency record
     bound: Figure | None = None  # upper confidence bound of p90, ms
-    speedup: Figure | None = None  # over the fp32 sibling, ratio of medians
-    speedup_shaky: bool = False  # the sibling's latency is not VALID
+    speedup: Figure | None = None  # over the fp32 bundle of the same format, ratio of medians
+    speedup_shaky: bool = False  # that bundle's latency is not VALID
     validity: Validity | None = None
     reasons: tuple[str, ...] = ()
     missing: dict[str, str] = field(default_factory=dict)
@@ -59,15 +58,14 @@ class Row:
     @property
     def label(self) -> str:
         """``resnet18 · openvino int8``."""
-        return f"{self.name} · {self.format} {self.precision}"
+        return model_label(self.name, self.format, self.precision)
 
 
 def build_rows(data: ReportData) -> tuple[Row, ...]:
-    """One row a model and device, ordered by device, student, format and precision."""
-    names = student_names(data)
-    models = [_student_row(data, sha256, name) for sha256, name in names.items()]
+    """One row per model and device, ordered by device, student, format and precision."""
+    models = [_student_row(data, sha256, name) for sha256, name in data.names.items()]
     unique = {packed.bundle.id: packed for packed in reversed(data.bundles)}
-    models += [_bundle_row(packed, names[packed.bundle.student.sha256]) for packed in unique.values()]
+    models += [_bundle_row(packed, data.names[packed.bundle.student.sha256]) for packed in unique.values()]
     judged = [_with_drop(row, data, unique.get(row.model_id)) for row in models]
     accurate = _with_accuracy(judged, data)
     rows = [measured for row in accurate for measured in _with_latency(row, data)]
@@ -75,36 +73,29 @@ def build_rows(data: ReportData) -> tuple[Row, ...]:
     return tuple(sorted(rows, key=_order))
 
 
-def model_labels(data: ReportData, rows: Iterable[Row]) -> dict[str, str]:
-    """model id -> label."""
-    names = {sha256[:16]: f"{name} · torch fp32" for sha256, name in student_names(data).items()}
-    return names | {row.model_id: row.label for row in rows}
-
-
 def kept_rung(bundle: Bundle) -> tuple[int, Rung] | None:
-    """The rung that was shipped and its index."""
+    """The index of the candidate that was shipped, and the candidate."""
     return next(((i, rung) for i, rung in enumerate(bundle.rungs) if rung.kept), None)
 
 
 def headline_data(data: ReportData) -> tuple[str, str, str] | None:
-    """(protocol, fingerprint of the judged and of the training images) that most models have; kNN on a tie."""
+    """(protocol, fingerprint of the test and of the training images) that most models share; kNN on a tie."""
     seen: dict[tuple[str, str, str], set[str]] = {}
-    for measurement in data.of_kind(Accuracy):
-        record = measurement.record
-        if isinstance(record, Accuracy) and top1(record.values):
+    for _, record in data.accuracies:
+        if top1(record.values):
             seen.setdefault((record.protocol, *images_of(record)), set()).add(record.model_id)
     order = {"knn": 0, "linear": 1}
     return min(seen, key=lambda key: (-len(seen[key]), order.get(key[0], 2), key), default=None)
 
 
 def images_of(record: Accuracy) -> tuple[str, str]:
-    """Fingerprints of the images that were judged, and of those that they were judged by: of others is another task."""
+    """Fingerprints of the test and of the training images: with others, an accuracy is another task's."""
     bank = record.settings.get("bank")
     return record.data.fingerprint, str(bank.get("fingerprint", "")) if isinstance(bank, Mapping) else ""
 
 
 def top1(values: Mapping[str, Value]) -> str | None:
-    """The name of the top-1 figure among `values`: ``top1`` itself, or the first that ends in it."""
+    """The key of the top-1 figure: ``top1``, or the first that begins with it."""
     return "top1" if "top1" in values else next((key for key in sorted(values) if key.startswith("top1")), None)
 
 
@@ -139,17 +130,15 @@ def _bundle_row(packed: Packed, name: str) -> Row:
 
 
 def _with_drop(row: Row, data: ReportData, packed: Packed | None) -> Row:
-    """The paired drop: the latest Fidelity's; else the shipped rung's, as the export gate measured it."""
+    """The paired drop: of the latest Fidelity, else of the shipped candidate as the export gate measured it."""
     if packed is None:
         return row
-    for measurement in reversed(list(data.of_kind(Fidelity))):
-        record = measurement.record
-        if isinstance(record, Fidelity) and record.bundle_id == row.model_id:
-            drop = _drop_of(record.values, measurement.place)
+    for measurement, record in reversed(data.fidelities):
+        if record.bundle_id == row.model_id:
             margin = record.settings.get("margin")
             return replace(
                 row,
-                drop=drop,
+                drop=_drop_of(record.values, measurement.place),
                 judged=record.verdict,
                 judged_why="; ".join(record.reasons),
                 margin=float(margin) if isinstance(margin, int | float) else None,
@@ -158,8 +147,14 @@ def _with_drop(row: Row, data: ReportData, packed: Packed | None) -> Row:
     if kept is None:
         return replace(row, judged_why=packed.bundle.reason)
     index, rung = kept
-    drop = _drop_of(rung.values, f"{packed.folder}/manifest.json rungs[{index}]")
-    return replace(row, drop=drop, judged=rung.accuracy, judged_why=f"export gate: {rung.reason}")
+    allowed = rung.values.get("margin")
+    return replace(
+        row,
+        drop=_drop_of(rung.values, f"{packed.folder}/manifest.json rungs[{index}]"),
+        judged=rung.accuracy,
+        judged_why=f"export gate: {rung.reason}",
+        margin=allowed.value if allowed else None,
+    )
 
 
 def _drop_of(values: Mapping[str, Value], place: str) -> Figure | None:
@@ -168,21 +163,18 @@ def _drop_of(values: Mapping[str, Value], place: str) -> Figure | None:
 
 
 def _with_accuracy(rows: Iterable[Row], data: ReportData) -> list[Row]:
-    """Each row's top-1 by protocol, on the headline's data only: figures on other images do not compare."""
+    """Each row's top-1 by protocol, on the headline's images only: figures on others cannot be compared."""
     headline = headline_data(data)
     found: dict[str, dict[str, Figure]] = {}
-    for measurement in data.of_kind(Accuracy):
-        record = measurement.record
-        if not isinstance(record, Accuracy) or not headline or images_of(record) != headline[1:]:
-            continue
-        if key := top1(record.values):
+    for measurement, record in data.accuracies:
+        if headline and images_of(record) == headline[1:] and (key := top1(record.values)):
             figure = Figure(value=record.values[key], source=f"{measurement.place} values.{key}")
             found.setdefault(record.model_id, {})[record.protocol] = figure
     return [replace(row, accuracy=_accuracy_of(row, found)) for row in rows]
 
 
 def _accuracy_of(row: Row, found: Mapping[str, dict[str, Figure]]) -> dict[str, Figure]:
-    """Measured where it was; an fp32 bundle whose gate passed has its student's; else the student's minus the drop."""
+    """As measured; else the student's for an fp32 bundle that passed its gate, and the student's minus the drop."""
     own = dict(found.get(row.model_id, {}))
     for protocol, figure in found.get(row.student[:16], {}).items():
         if protocol in own:
@@ -200,19 +192,15 @@ def _drop_for(protocol: str) -> str:
 
 
 def _with_latency(row: Row, data: ReportData) -> list[Row]:
-    """One row a device: its latest Latency there. The latest counts, whatever it says, so that none can be picked."""
-    latest: dict[str, Sourced] = {}
-    for measurement in data.of_kind(Latency):
-        record = measurement.record
-        if isinstance(record, Latency) and record.bundle_id == row.model_id:
-            latest[device_label(record.device, record.settings)] = measurement
-    return [_measured(row, device, measurement) for device, measurement in latest.items()] or [row]
+    """One row per device, with its latest Latency there: taking the latest, whatever it says, leaves no choice."""
+    latest: dict[str, tuple[Sourced, Latency]] = {}
+    for measurement, record in data.latencies:
+        if record.bundle_id == row.model_id:
+            latest[device_label(record)] = measurement, record
+    return [_measured(row, device, *found) for device, found in latest.items()] or [row]
 
 
-def _measured(row: Row, device: str, measurement: Sourced) -> Row:
-    record = measurement.record
-    if not isinstance(record, Latency):
-        return row
+def _measured(row: Row, device: str, measurement: Sourced, record: Latency) -> Row:
     latency = {
         key: Figure(value=value, source=f"{measurement.place} values.{key}") for key, value in record.values.items()
     }
@@ -230,7 +218,7 @@ def _measured(row: Row, device: str, measurement: Sourced) -> Row:
 
 
 def _bound(latency: Mapping[str, Figure]) -> Figure | None:
-    """The upper confidence bound of p90, sustained where that was measured. A bare p90 is no bound."""
+    """The upper confidence bound of p90, of the sustained p90 where measured. A p90 without an interval has none."""
     p90 = latency.get("sustained_p90", latency.get("p90"))
     if p90 is None or p90.value.high is None:
         return None
@@ -238,7 +226,7 @@ def _bound(latency: Mapping[str, Figure]) -> Figure | None:
 
 
 def _speedup(row: Row, rows: Iterable[Row]) -> Figure | None:
-    """Over the fp32 bundle of the same student, format and device: paired if it was, else from the two medians."""
+    """Over the fp32 bundle of the same student, format and device: measured in pairs, else from the two medians."""
     if "speedup_fp32" in row.latency:
         return row.latency["speedup_fp32"]
     base = _base(row, rows)
@@ -250,7 +238,7 @@ def _base(row: Row, rows: Iterable[Row]) -> Row | None:
 
 
 def _shaky(row: Row, rows: Iterable[Row]) -> bool:
-    """Whether the speed-up stands on a latency of fp32 that is not VALID; a paired one was measured with it."""
+    """Whether the speed-up rests on an fp32 latency that is not VALID; a paired one was measured along with it."""
     base = _base(row, rows)
     return "speedup_fp32" not in row.latency and base is not None and base.validity != "VALID"
 
@@ -265,6 +253,18 @@ def ratio(base: Row, row: Row) -> Figure | None:
     high = a.high / b.low if a.high is not None and b.low else None
     value = Value(value=a.value / b.value, low=low, high=high)
     return Figure(value=value, source=f"{slow.source} / {fast.source}", how="derived")
+
+
+def precision_pairs(rows: Sequence[Row]) -> list[tuple[Row, Row, Figure | None]]:
+    """(higher precision, lower precision, times faster) on the same student, format and device; none INVALID."""
+    valid = [row for row in rows if row.validity != "INVALID"]
+    return [
+        (base, row, row.speedup if high == "fp32" else ratio(base, row))
+        for low, high in (("int8", "fp32"), ("int8", "fp16"), ("fp16", "fp32"))
+        for row in valid
+        for base in valid
+        if (base.precision, row.precision) == (high, low) and _same_place(row, base)
+    ]
 
 
 def _same_place(a: Row, b: Row) -> bool:

@@ -1,7 +1,7 @@
-"""From a painted canvas to inline SVG: matplotlib in, an element of the page out, the same bytes for the same data.
+"""matplotlib figures as inline SVG elements: the same bytes for the same data.
 
-Colours are written as markers and come out as CSS variables, so that one figure serves light, dark and print. Text
-stays text, in the page's font.
+Colours are drawn as placeholders and replaced by CSS variables, so that one figure works in light, dark and print.
+Text stays text, in the page's font.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 
-# marker colour -> CSS variable of the page
+# placeholder colour -> CSS variable of the page
 _INKS = {
     "#010101": "--ink",
     "#020202": "--muted",
@@ -63,11 +63,11 @@ def draw(paint: Callable[[Canvas], None], *, name: str, title: str, text: str, s
         size: width and height in inches; on the page the width is the column's.
     """
     with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
-        # The page's font shows the text, not matplotlib's, which may lack the letters of a name.
+        # The text is shown in the page's font, so glyphs missing from matplotlib's do not matter.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         canvas = Canvas(figsize=size, layout="constrained")
         canvas.patch.set_alpha(0)
-        FigureCanvasAgg(canvas)  # measures text, for the labels
+        FigureCanvasAgg(canvas)  # measures text, to place the labels
         paint(canvas)
         FigureCanvasSVG(canvas)
         buffer = io.StringIO()
@@ -76,10 +76,10 @@ def draw(paint: Callable[[Canvas], None], *, name: str, title: str, text: str, s
 
 
 def _inline(svg: str, *, name: str, title: str, text: str) -> str:
-    """matplotlib's file as an element of the page: no header, no metadata, own ids, the page's colours and font."""
+    """matplotlib's SVG as an element of the page: no header or metadata, own ids, the page's colours and font."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    # matplotlib escapes < and > in text, so this sees tags alone and never what the user wrote.
+    # matplotlib escapes < and > in text, so this matches tags only, never a user's text.
     svg = re.sub(r"<[^<>]+>", lambda tag: _own(tag.group(), name), svg)
     box = re.search(r'viewBox="[^"]*"', svg)
     head = (

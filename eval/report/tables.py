@@ -1,16 +1,29 @@
-"""The report's tables: rows and records in, text cells out. What is shown is here; how it looks is not."""
+"""The report's tables: rows and records in, cells with figures out. The templates write the figures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from robx.eval.report.collect import Packed, Sourced
-from robx.eval.report.rows import Figure, Row, ratio
-from robx.eval.report.text import DASH, at_most, brief, hundredths, interval, megabytes, number, percent, spell
+from robx.eval.report.collect import Packed
+from robx.eval.report.rows import Figure, Row
+from robx.eval.report.text import (
+    DASH,
+    FOUR_DECIMALS,
+    IN_THE_HEAD,
+    MS,
+    PERCENT,
+    POINTS,
+    SIZE,
+    TIMES,
+    Form,
+    brief,
+    interval,
+    verdict_text,
+)
 from robx.records import Rung, Value
 
-# What the page shows of a record, in this order; the JSON beside it holds every other figure as well.
+# The figures of a latency record that the page shows, in this order, with their units; the JSON holds all of them.
 _LATENCIES = {
     "p50": ("p50", "ms"),
     "p90": ("p90", "ms"),
@@ -28,34 +41,46 @@ _LATENCIES = {
     "gpu_energy": ("GPU energy", "J"),
     "throughput": ("Throughput", "images/s"),
 }
-_RUNG_FIGURES = {
-    "probe_drop": "Probe drop",
-    "knn_drop": "kNN drop",
-    "cosine_mean": "Cosine mean",
-    "cosine_p1": "Cosine p1",
-    "cosine_min": "Cosine min",
-    "speedup_fp32": "Speed-up vs fp32",
-    "speedup_fp16": "Speed-up vs fp16",
-    "bytes": "Size",
+# The figures of an export candidate: heading and form.
+_CANDIDATE_FIGURES = {
+    "probe_drop": ("Probe drop", POINTS),
+    "knn_drop": ("kNN drop", POINTS),
+    "cosine_mean": ("Mean cosine", FOUR_DECIMALS),
+    "cosine_p1": ("p1 cosine", FOUR_DECIMALS),
+    "cosine_min": ("Min cosine", FOUR_DECIMALS),
+    "speedup_fp32": ("Speed-up vs fp32", TIMES),
+    "speedup_fp16": ("Speed-up vs fp16", TIMES),
+    "bytes": ("Size", SIZE),
 }
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: its text, a smaller second line, where the figure comes from, and the style of its state."""
+    """A text, or a figure and the form to write it in.
 
-    text: str
+    `note` is a smaller second line, after a figure's interval; `source` is where the figure was read; `mark` names the
+    style of its state.
+    """
+
+    what: str | Value
     note: str = ""
     source: str = ""
     mark: str = ""
+    form: Form | None = None
+
+    @property
+    def second_line(self) -> str:
+        """The figure's interval and the note."""
+        known = interval(self.what, self.form) if isinstance(self.what, Value) and self.form else ""
+        return ", ".join(filter(None, (known, self.note)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """A caption, column heads (those in `numeric` are right-aligned), and rows whose first cell is their head.
 
-    `lines` is empty or holds one cell a row: what is too long for a column, shown below its row at full width.
-    `notes` are what several rows have in common: cells refer to them by number, from 1.
+    `lines` is empty or holds one cell per row, shown below the row at full width. `notes` are shared by several rows,
+    whose cells refer to them by number, from 1.
     """
 
     caption: str
@@ -66,210 +91,162 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
+def figure_cell(found: Figure | None, form: Form, *, mark: str = "", note: str = "") -> Cell:
+    """The cell of a figure; a dash where there is none."""
+    return Cell(found.value, note, found.source, mark, form) if found else Cell(DASH, mark="missing")
+
+
 def model_table(rows: Sequence[Row], *, caption: str, picked: Row | None) -> Table:
-    """The table of the first screen: one row a model on one device."""
+    """The table of the first screen: one row per model on one device."""
     linear = any("linear" in row.accuracy for row in rows)  # a column of dashes says nothing
-    accuracies = ("kNN top-1", "Linear top-1") if linear else ("kNN top-1",)
-    numeric = ("Size", *accuracies, "p50", "p90", "Speed-up")
-    heads = ("Model", "Size", *accuracies, "Drop vs fp32", "p50", "p90", "Speed-up", "Latency is")
+    accuracies = {"knn": "kNN top-1"} | ({"linear": "Linear top-1"} if linear else {})
+    heads = ("Model", "Size", *accuracies.values(), "Drop vs fp32", "p50", "p90", "Speed-up", "Latency validity")
     body = tuple(
         (
             Cell(
                 row.name,
                 f"{row.format} {row.precision}",
                 row.folder,
-                _precision(row) + (" picked" if row is picked else ""),
+                row.precision + (" picked" if row is picked else ""),
             ),
-            Cell(megabytes(row.bytes), source=row.folder) if row.bytes else Cell(DASH),
-            _accuracy(row.accuracy.get("knn")),
-            *([_accuracy(row.accuracy.get("linear"))] if linear else []),
+            Cell(Value(value=row.bytes), source=row.folder, form=SIZE) if row.bytes else Cell(DASH),
+            *(_accuracy(row.accuracy.get(protocol)) for protocol in accuracies),
             _drop(row),
-            _ms(row, row.latency.get("p50")),
+            figure_cell(row.latency.get("p50"), MS, mark=_state(row)),
             _p90(row),
             _speedup(row),
             validity(row),
         )
         for row in rows
     )
-    return Table(caption=caption, heads=heads, rows=body, numeric=frozenset(numeric))
+    numeric = frozenset({"Size", *accuracies.values(), "p50", "p90", "Speed-up"})
+    return Table(caption=caption, heads=heads, rows=body, numeric=numeric)
 
 
 def latency_table(rows: Sequence[Row]) -> Table:
-    """The figures of every latency record that a reader compares, and its verdict with the reasons in full below."""
+    """The figures of every latency record that readers compare, with the verdict and its reasons below."""
     keys = [key for key in _LATENCIES if any(key in row.latency for row in rows)]
     heads = {key: _LATENCIES[key][0] + f" ({_LATENCIES[key][1]})" for key in keys}
     return Table(
-        caption="Every latency, with its interval",
+        caption="All latencies",
         heads=("Model", *heads.values()),
         rows=tuple(
-            (Cell(row.label, row.device, row.folder, _precision(row)), *(_latency(row, key) for key in keys))
+            (Cell(row.label, row.device, row.folder, row.precision), *(_latency(row, key) for key in keys))
             for row in rows
         ),
         numeric=frozenset(heads.values()),
-        lines=tuple(_verdict(row) for row in rows),
+        lines=tuple(_reasons(row) for row in rows),
     )
-
-
-def pair_rows(rows: Sequence[Row]) -> list[tuple[Row, Row, Figure | None]]:
-    """(slower precision, quicker precision, times faster) on the same student, format and device."""
-    found = []
-    for low, high in (("int8", "fp32"), ("int8", "fp16"), ("fp16", "fp32")):
-        for row in rows:
-            if row.precision != low or not row.device or row.validity == "INVALID":
-                continue
-            for base in rows:
-                same = (base.student, base.format, base.device) == (row.student, row.format, row.device)
-                if same and base.precision == high and base.validity != "INVALID":
-                    found.append((base, row, row.speedup if high == "fp32" else ratio(base, row)))
-    return found
 
 
 def pair_table(pairs: Sequence[tuple[Row, Row, Figure | None]]) -> Table:
-    """Each low precision against the higher one of the same student and format on the same device."""
+    """Each lower precision against a higher one of the same student and format on the same device."""
     body = tuple(
         (
-            Cell(row.label, f"against {base.precision} on {row.device}", row.folder, _precision(row)),
-            _ms(base, base.latency.get("p50")),
-            _ms(row, row.latency.get("p50")),
-            Cell(*_times(figure), _state(row) or _state(base)),
-            Cell(f"{base.bytes / row.bytes:.2f} ×" if base.bytes and row.bytes else DASH),
+            Cell(row.label, f"against {base.precision} on {row.device}", row.folder, row.precision),
+            figure_cell(base.latency.get("p50"), MS, mark=_state(base)),
+            figure_cell(row.latency.get("p50"), MS, mark=_state(row)),
+            figure_cell(speedup, TIMES, mark=_state(row) or _state(base)),
+            Cell(Value(value=base.bytes / row.bytes), form=TIMES) if base.bytes and row.bytes else Cell(DASH),
             _drop(row),
-            _worse(base, row),
+            validity(base if base.validity == "UNSTABLE" else row),
         )
-        for base, row, figure in pairs
+        for base, row, speedup in pairs
     )
-    heads = ("Pair", "p50 before", "p50 after", "Times faster", "Times smaller", "Drop vs fp32", "Latency is")
-    return Table(caption="Precisions in pairs", heads=heads, rows=body, numeric=frozenset(heads[1:5]))
+    heads = ("Model", "p50 before", "p50 after", "Speed-up", "Size reduction", "Drop vs fp32", "Latency validity")
+    return Table(caption="Lower precision vs higher", heads=heads, rows=body, numeric=frozenset(heads[1:5]))
 
 
-def rung_table(packed: Packed, label: str) -> Table:
-    """What the export ladder tried for one bundle: the figures that decide, and below each rung why it stands so."""
+def candidate_table(packed: Packed, label: str) -> Table:
+    """What export tried for one bundle: the figures that decide, and the reason of each verdict below."""
     bundle = packed.bundle
-    keys = [key for key in _RUNG_FIGURES if any(key in rung.values for rung in bundle.rungs)]
-    heads = [_RUNG_FIGURES[key] for key in keys]
+    keys = [key for key in _CANDIDATE_FIGURES if any(key in rung.values for rung in bundle.rungs)]
+    heads = [_CANDIDATE_FIGURES[key][0] for key in keys]
     return Table(
-        caption=f"{label}: asked for {bundle.requested}, shipped {bundle.precision}, gate {bundle.verdict}",
-        heads=("Rung", "Accuracy", "Speed", *heads),
-        rows=tuple(_rung(rung, i, packed, keys) for i, rung in enumerate(bundle.rungs)),
+        caption=f"{label}: requested {bundle.requested}, shipped {bundle.precision}, gate {bundle.verdict}",
+        heads=("Candidate", "Accuracy", "Speed", *heads),
+        rows=tuple(_candidate(rung, i, packed, keys) for i, rung in enumerate(bundle.rungs)),
         numeric=frozenset(heads),
         lines=tuple(Cell(brief(rung.settings), rung.reason) for rung in bundle.rungs),
     )
 
 
 def validity(row: Row) -> Cell:
-    """VALID, UNSTABLE or INVALID, with the reasons' codes; what to doubt has them in full."""
+    """VALID, UNSTABLE or INVALID, with the codes of its reasons."""
     if row.validity is None:
         return Cell("not measured", mark="missing")
     codes = ", ".join(dict.fromkeys(reason.split(":", 1)[0] or reason for reason in row.reasons))
     return Cell(row.validity, "; ".join(filter(None, (codes, _profile(row)))), mark=row.validity.lower())
 
 
-def measured_span(measurements: Iterable[Sourced]) -> tuple[str, str] | None:
-    """First and last start of the measurements."""
-    times = sorted(m.record.started for m in measurements)
-    return (times[0], times[-1]) if times else None
+def _reasons(row: Row) -> Cell:
+    """As `validity`, with the reasons in full."""
+    return replace(validity(row), note="; ".join(filter(None, (*row.reasons, _profile(row)))))
 
 
-def _worse(base: Row, row: Row) -> Cell:
-    return validity(base if base.validity == "UNSTABLE" else row)
-
-
-def _rung(rung: Rung, index: int, packed: Packed, keys: Sequence[str]) -> tuple[Cell, ...]:
+def _candidate(rung: Rung, index: int, packed: Packed, keys: Sequence[str]) -> tuple[Cell, ...]:
     place = f"{packed.folder}/manifest.json rungs[{index}]"
-    name = rung.name + (" (shipped)" if rung.kept else "")
+    margin = rung.values.get("margin")
+    allowed = f"margin {margin.value:g} pt" if margin and rung.was_judged else ""
     return (
-        Cell(name, source=place, mark="picked" if rung.kept else ""),
-        Cell(rung.accuracy_said, mark=rung.accuracy.lower() if rung.was_judged else "missing"),
+        Cell(rung.name + (" (shipped)" if rung.kept else ""), source=place, mark="picked" if rung.kept else ""),
+        Cell(rung.accuracy_said, allowed, mark=rung.accuracy.lower() if rung.was_judged else "missing"),
         Cell(rung.speed, mark=rung.speed.lower()),
-        *(_rung_figure(key, rung.values.get(key), place) for key in keys),
+        *(
+            Cell(rung.values[key], source=f"{place} values.{key}", form=_CANDIDATE_FIGURES[key][1])
+            if key in rung.values
+            else Cell(DASH)
+            for key in keys
+        ),
     )
 
 
-def _rung_figure(key: str, value: Value | None, place: str) -> Cell:
-    if value is None:
-        return Cell(DASH)
-    source = f"{place} values.{key}"
-    if key.endswith("_drop"):
-        return Cell(f"{hundredths(value.value)} pt", interval(value, hundredths), source)
-    if key.startswith("speedup"):
-        return Cell(*_times(Figure(value=value, source=source)))
-    if key == "bytes":
-        return Cell(megabytes(int(value.value)), source=source)
-    return Cell(f"{value.value:.4f}", interval(value, lambda x: f"{x:.3f}"), source)
-
-
 def _latency(row: Row, key: str) -> Cell:
-    """One figure of a latency record, without the unit when that is its column's."""
-    figure = row.latency.get(key)
-    if figure is None:
+    """One figure of a latency record, without its unit when that is in the column's head."""
+    found = row.latency.get(key)
+    if found is None:
         return Cell(DASH, row.missing.get(key, ""), mark="missing")
-    value = figure.value
-    text = number(value.value) if value.unit == _LATENCIES[key][1] else spell(value)
-    bound = f"at most {at_most(value.high)}" if value.low is None and value.high is not None else ""
-    return Cell(text, interval(value) or bound, figure.source, _state(row))
-
-
-def _verdict(row: Row) -> Cell:
-    """As `validity`, with the reasons in full."""
-    return replace(validity(row), note="; ".join(filter(None, (*row.reasons, _profile(row)))))
+    unit = found.value.unit
+    form = IN_THE_HEAD if unit == _LATENCIES[key][1] else replace(IN_THE_HEAD, unit=f" {unit}" if unit else "")
+    return figure_cell(found, form, mark=_state(row))
 
 
 def _profile(row: Row) -> str:
     return f"{row.profile} profile, not for publication" if row.profile in ("rapid", "quick") else ""
 
 
-def _accuracy(figure: Figure | None) -> Cell:
-    if figure is None:
+def _accuracy(found: Figure | None) -> Cell:
+    if found is None:
         return Cell(DASH, "not measured", mark="missing")
-    note = interval(figure.value, percent)
-    if figure.how != "measured":
-        note = "as its student" if figure.how == "inherited" else "student minus drop"
-    return Cell(f"{percent(figure.value.value)} %", note, figure.source, figure.how)
+    if found.how == "measured":
+        return figure_cell(found, PERCENT, mark="measured")
+    bare = replace(found, value=replace(found.value, low=None, high=None))  # the interval is another model's
+    note = "same as its student" if found.how == "inherited" else "student minus drop"
+    return figure_cell(bare, PERCENT, mark=found.how, note=note)
 
 
 def _drop(row: Row) -> Cell:
     if row.gate == "REFERENCE":
         return Cell("reference")
-    verdict = row.judged if row.precision != "fp32" or row.drop else row.gate
     if row.drop is None:
+        verdict = row.judged if row.precision != "fp32" else row.gate
         return Cell(verdict.replace("_", " "), row.judged_why or row.gate_reason, mark=verdict.lower())
-    value = row.drop.value
-    span = interval(value, hundredths)
-    return Cell(
-        f"{hundredths(value.value)} pt", ", ".join(filter(None, (span, verdict))), row.drop.source, verdict.lower()
-    )
-
-
-def _ms(row: Row, figure: Figure | None) -> Cell:
-    if figure is None:
-        return Cell(DASH, mark="missing")
-    return Cell(f"{number(figure.value.value)} ms", interval(figure.value), figure.source, _state(row))
+    return figure_cell(row.drop, POINTS, mark=row.judged.lower(), note=verdict_text(row.judged, row.margin))
 
 
 def _p90(row: Row) -> Cell:
-    figure = row.latency.get("p90") or row.bound
-    if figure is None:
+    found = row.latency.get("p90") or row.bound
+    if found is None:
         return Cell(DASH, mark="missing")
-    note = f"at most {at_most(row.bound.value.value)}" if row.bound else "no upper bound"
-    return Cell(f"{number(figure.value.value)} ms", note, figure.source, _state(row))
+    value = replace(found.value, low=None, high=row.bound.value.value if row.bound else None)
+    return Cell(value, "" if row.bound else "no upper bound", found.source, _state(row), MS)
 
 
 def _speedup(row: Row) -> Cell:
     if row.speedup is None:
-        return (
-            Cell("1 ×", "baseline") if row.precision == "fp32" and row.device and row.format != "torch" else Cell(DASH)
-        )
-    return Cell(*_times(row.speedup), _state(row) or ("shaky" if row.speedup_shaky else ""))
-
-
-def _times(figure: Figure | None) -> tuple[str, str, str]:
-    if figure is None:
-        return DASH, "", ""
-    return f"{figure.value.value:.2f} ×", interval(figure.value, lambda x: f"{x:.2f}"), figure.source
-
-
-def _precision(row: Row) -> str:
-    return row.precision
+        baseline = row.precision == "fp32" and row.device and row.format != "torch"
+        return Cell("1 ×", "baseline") if baseline else Cell(DASH)
+    return figure_cell(row.speedup, TIMES, mark=_state(row) or ("shaky" if row.speedup_shaky else ""))
 
 
 def _state(row: Row) -> str:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from robx.cli import main
 from robx.errors import InputError
 from robx.eval.report import collect as collecting
-from robx.eval.report.collect import ReportData, Run
-from robx.eval.report.render import collect, render
+from robx.eval.report.collect import ReportData, Run, collect
+from robx.eval.report.render import make_pages
 from robx.eval.report.rows import build_rows
 from robx.eval.report.text import at_most, clean, number
 from robx.records import Latency, Value, append_measurements
@@ -83,7 +83,7 @@ def data(runs: Path) -> ReportData:
 
 @pytest.fixture(scope="module")
 def pages(data: ReportData):
-    return render(data)
+    return make_pages(data)
 
 
 def test_everything_under_a_folder_is_found_once(runs, data):
@@ -98,7 +98,7 @@ def test_everything_under_a_folder_is_found_once(runs, data):
 
 
 def test_the_same_records_give_the_same_bytes(runs, pages):
-    assert render(collect([runs])) == pages
+    assert make_pages(collect([runs])) == pages
 
 
 def test_html_is_well_formed_with_headings_in_order_and_ids_once(pages):
@@ -145,7 +145,7 @@ def test_light_dark_and_print_have_every_colour_that_figures_use(pages):
 
 
 def test_every_latency_a_reader_compares_is_shown_as_recorded_in_its_column(data, pages):
-    heads, rows = _markdown_table(pages.markdown, "Every latency, with its interval")
+    heads, rows = _markdown_table(pages.markdown, "All latencies")
     columns = {"p50": "p50 (ms)", "p90": "p90 (ms)", "load": "Load (ms)", "first": "First call (ms)"}
     columns["peak_memory"] = "Peak memory (MB)"
     assert heads == ["Model", *(columns[k] for k in ("p50", "p90", "first", "load", "peak_memory"))]
@@ -167,8 +167,8 @@ def test_what_no_reader_compares_is_in_the_machine_form_alone(records, tmp_path)
     more = {"cov": Value(value=4.321, unit="%"), "throughput": Value(value=198.7, unit="images/s")}
     late = replace(latency, values=latency.values | more, started="2026-11-21T00:00:00Z")
     append_measurements(place / "measurements.jsonl", [late])
-    pages = render(collect([tmp_path]))
-    heads, rows = _markdown_table(pages.markdown, "Every latency, with its interval")
+    pages = make_pages(collect([tmp_path]))
+    heads, rows = _markdown_table(pages.markdown, "All latencies")
     assert heads[-1] == "Throughput (images/s)" and rows[0][-1] == "199"
     assert "4.32" not in Page(pages.html).text and "4.32" not in pages.markdown
     (row,) = [r for r in json.loads(pages.json)["rows"] if r["device"]]
@@ -176,9 +176,9 @@ def test_what_no_reader_compares_is_in_the_machine_form_alone(records, tmp_path)
 
 
 def test_a_rung_shows_what_decides_and_its_reason_below_its_row(pages):
-    heads, rows = _markdown_table(pages.markdown, "resnet18 · openvino int8: asked for int8, shipped int8, gate PASS")
-    shown = ["Probe drop", "Cosine mean", "Cosine p1", "Speed-up vs fp32", "Size"]
-    assert heads == ["Rung", "Accuracy", "Speed", *shown]
+    heads, rows = _markdown_table(pages.markdown, "resnet18 · openvino int8: requested int8, shipped int8, gate PASS")
+    shown = ["Probe drop", "Mean cosine", "p1 cosine", "Speed-up vs fp32", "Size"]
+    assert heads == ["Candidate", "Accuracy", "Speed", *shown]
     assert rows[0][:3] == ["plain per-channel", "FAIL", "PASS"] and rows[0][-1] == "11.3 MB"
     assert rows[0][3] == "5.22 pt (4.82 to 5.67)" and rows[0][6] == "2.13 × (2.08 to 2.17)"
     assert "- **plain per-channel**: images 300, preset performance; loses more than 1 point" in pages.markdown
@@ -191,8 +191,8 @@ def test_a_rung_without_a_verdict_on_the_judged_images_says_so(records, tmp_path
     rungs = (replace(judged, accuracy="FAIL", values=judged.values | look), replace(other, accuracy="INCONCLUSIVE"))
     rungs = (*rungs, replace(rungs[1], name="third", kept=False, values=other.values | look))
     records.write_bundle(tmp_path / "r" / "openvino-int8", student, "int8", 900, rungs=rungs)
-    markdown = render(collect([tmp_path])).markdown
-    heading = re.search(r"^.*: asked for int8, shipped int8.*$", markdown, re.MULTILINE)
+    markdown = make_pages(collect([tmp_path])).markdown
+    heading = re.search(r"^.*: requested int8, shipped int8.*$", markdown, re.MULTILINE)
     assert heading is not None
     _, rows = _markdown_table(markdown, heading[0].strip("*"))
     assert [row[1] for row in rows] == ["screened out", "INCONCLUSIVE", "not judged"]
@@ -211,23 +211,26 @@ def test_a_full_width_line_spans_its_table_and_belongs_to_its_row(data, pages):
 
 def test_each_protocol_is_one_row_and_each_comparison_one_with_its_reasons_below(data, pages):
     heads, rows = _markdown_table(pages.markdown, "Accuracy by protocol")
-    assert heads == ["Model and protocol", "Top-1", "Top-5", "Judged", "On"]
+    assert heads == ["Model and protocol", "Top-1", "Top-5", "Evaluated", "Test set"]
     assert len(rows) == sum(m.record.kind == "accuracy" for m in data.measurements)
     assert ["resnet18 · torch fp32 (knn)", "61.3 % (58.1 to 64.4)", "81.3 % (79.0 to 83.4)", "905"] in [
         row[:4] for row in rows
     ]
-    heads, rows = _markdown_table(pages.markdown, "Bundles against their fp32 student, on the same images")
-    shown = ["Probe drop", "kNN drop", "Cosine mean", "CKA", "Rank correlation", "Repeat differs by"]
+    heads, rows = _markdown_table(pages.markdown, "Bundles vs their fp32 student, on the same images")
+    shown = ["Probe drop", "kNN drop", "Mean cosine", "CKA", "Rank correlation", "Repeat difference"]
     assert heads == ["Bundle", *shown] and len(rows) == 4
     (int8,) = [row for row in rows if row[0] == "resnet18 · openvino int8"]
     assert int8[1] == "0.22 pt (−0.19 to 0.74)" and int8[4:] == ["0.9874", "0.9752", "0"]
-    assert "**vit\\_tiny\\_patch16\\_224 · openvino int8**: INCONCLUSIVE; frozen probe: drop 1.9" in pages.markdown
+    assert (
+        "**vit\\_tiny\\_patch16\\_224 · openvino int8**: INCONCLUSIVE, margin 1 pt; frozen probe: drop 1.9"
+        in pages.markdown
+    )
 
 
 def test_equal_reasons_are_one_note_below_the_table_of_all_figures(data, pages):
-    heads, rows = _markdown_table(pages.markdown, "Every accuracy figure")
+    heads, rows = _markdown_table(pages.markdown, "All accuracy figures")
     assert len(rows) == sum(len(m.record.values) for m in data.measurements if m.record.kind != "latency")
-    below = pages.markdown[pages.markdown.index("**Every accuracy figure**") : pages.markdown.index("## Provenance")]
+    below = pages.markdown[pages.markdown.index("**All accuracy figures**") : pages.markdown.index("## Provenance")]
     notes = re.findall(r"^(\d+)\. (.*)$", below, re.MULTILINE)
     assert [int(n) for n, _ in notes] == list(range(1, len(notes) + 1)) and len({text for _, text in notes}) == len(
         notes
@@ -236,13 +239,13 @@ def test_equal_reasons_are_one_note_below_the_table_of_all_figures(data, pages):
     by_record = {}
     for row in rows:
         by_record.setdefault(row[0], set()).add(row[heads.index("Note")])
-    (number,) = by_record["vit_tiny_patch16_224 · openvino int8 (against fp32)"]
-    assert said[number] == "INCONCLUSIVE; frozen probe: drop 1.9 of at most 1 point"
+    (number,) = by_record["vit_tiny_patch16_224 · openvino int8 (vs fp32)"]
+    assert said[number] == "INCONCLUSIVE, margin 1 pt; frozen probe: drop 1.9 of at most 1 point"
     (number,) = by_record["resnet18 · torch fp32 (knn)"]
     assert said[number] == "openclipart-png test, 905 images"
     assert pages.html.count("frozen probe: drop 1.9 of at most 1 point") <= 5  # two tables, the first screen, doubts
     folded = pages.html[pages.html.index("<details>") : pages.html.index("</details>")]
-    assert f"Every accuracy figure ({len(rows)})" in folded and '<ol class="footnotes">' in folded
+    assert f"All accuracy figures ({len(rows)})" in folded and '<ol class="footnotes">' in folded
 
 
 def test_doubles_between_training_and_test_are_told_before_anybody_relies_on_it(records, tmp_path):
@@ -250,7 +253,7 @@ def test_doubles_between_training_and_test_are_told_before_anybody_relies_on_it(
     found = {"images": 905, "identical": 2, "near": 5}
     late = records.accuracy(student.sha256[:16], "knn", 60.0, settings={"look_alikes": found})
     append_measurements(tmp_path / "r" / "measurements.jsonl", [late, late])
-    text = Page(render(collect([tmp_path])).html).text
+    text = Page(make_pages(collect([tmp_path])).html).text
     assert text.count("7 of 905 test images look like a training image (2 with the same pixels)") == 1
 
 
@@ -267,10 +270,10 @@ def test_students_of_one_name_are_told_apart_wherever_they_lie(records, tmp_path
 
 def test_a_column_of_linear_accuracy_is_there_only_when_a_model_has_one(records, tmp_path):
     student = records.write_run(tmp_path / "r")
-    assert "Linear top-1" in render(collect([tmp_path])).html
+    assert "Linear top-1" in make_pages(collect([tmp_path])).html
     (tmp_path / "r" / "measurements.jsonl").unlink()
     append_measurements(tmp_path / "r" / "measurements.jsonl", [records.accuracy(student.sha256[:16], "knn", 61.3)])
-    pages = render(collect([tmp_path]))
+    pages = make_pages(collect([tmp_path]))
     assert "kNN top-1" in pages.html and "Linear top-1" not in pages.html + pages.markdown
 
 
@@ -336,11 +339,13 @@ def test_a_device_of_unstable_figures_gets_a_page_that_says_so_and_shows_them_ma
     latency = records.write_latency(
         tmp_path / "r" / "openvino-fp32", bundle.id, 7.31, verdict="UNSTABLE", reasons=reasons
     )
-    pages = render(collect([tmp_path]))
+    pages = make_pages(collect([tmp_path]))
     page = Page(pages.html)
     bound = at_most(latency.values["p90"].high)
     assert page.text.startswith("Nothing to recommend yet: no latency is VALID")
-    would = f"If the UNSTABLE figures held, resnet18 · openvino fp32 would be chosen (p90 at most {bound} ms)."
+    would = (
+        f"If the UNSTABLE measurements hold, resnet18 · openvino fp32 would be recommended (p90 at most {bound} ms)."
+    )
     command = f"robx bench {tmp_path / 'r' / 'openvino-fp32'} --profile standard"
     for form in (page.text, " ".join(pages.markdown.replace("\\", "").split())):
         assert would in form and command in form and "governor" in form
@@ -355,11 +360,11 @@ def test_an_invalid_latency_is_struck_and_in_no_figure(records, tmp_path):
     place = tmp_path / "r" / "openvino-fp32"
     bundle = records.write_bundle(place, student, "fp32", 900)
     records.write_latency(place, bundle.id, 7.31, verdict="INVALID", reasons=("output_mismatch: cosine 0.2",))
-    pages = render(collect([tmp_path]))
+    pages = make_pages(collect([tmp_path]))
     assert 'class="n void"' in pages.html and "output_mismatch: cosine 0.2" in pages.html
     assert 'id="pareto-0' not in pages.html and 'id="latency-0' not in pages.html
     assert json.loads(pages.json)["devices"][0]["provisional"] == []
-    assert "no model here would be a candidate if one were" in pages.html and "would be chosen" not in pages.html
+    assert "no model would qualify if one were" in pages.html and "would be recommended" not in pages.html
 
 
 def test_the_latest_latency_counts_even_when_it_is_worse(records, tmp_path):
@@ -387,7 +392,7 @@ def test_figures_on_other_images_are_kept_out_of_the_comparison(records, tmp_pat
         student.sha256[:16]: 61.3,
         bundle.id: 61.2,
     }
-    assert "another set" in render(data).html
+    assert "another set" in make_pages(data).html
 
 
 def test_what_is_damaged_or_missing_is_named_and_the_rest_is_shown(records, tmp_path):
@@ -406,8 +411,8 @@ def test_what_is_damaged_or_missing_is_named_and_the_rest_is_shown(records, tmp_
         "openvino-int8",
     ]
     assert data.samples == {} and len(data.runs[0].curves) == 2
-    text = Page(render(data).html).text
-    assert "its SHA-256 differs" in text and "its distribution cannot be checked" in text
+    text = Page(make_pages(data).html).text
+    assert "its SHA-256 differs" in text and "its latency distribution cannot be checked" in text
     assert "Deploy resnet18 · openvino fp32" in text
 
 
@@ -427,7 +432,7 @@ def test_what_cannot_be_opened_is_a_problem_and_no_end(records, tmp_path, monkey
     monkeypatch.setattr(collecting, "load_student", refused)
     data = collect([tmp_path])
     assert data.runs == () and any("Permission denied" in problem.what for problem in data.problems)
-    assert "Permission denied" in render(data).html
+    assert "Permission denied" in make_pages(data).html
 
 
 def test_samples_outside_of_the_folder_or_pickled_are_not_read(records, tmp_path):
@@ -450,7 +455,7 @@ def test_licences_and_images_are_said_plainly(pages):
     text = Page(pages.html).text
     assert "licensed CC-BY-NC 4.0: non-commercial use only" in text
     assert "clip art: drawings, not natural photographs, and not ImageNet" in text
-    assert "rungs" in text.lower() and "loses more than 1 point" in text
+    assert "candidates" in text.lower() and "loses more than 1 point" in text
     assert "the device has no energy counter (RAPL)" in text
 
 
@@ -461,7 +466,7 @@ def test_licences_and_images_are_said_plainly(pages):
 def test_only_non_commercial_licences_warn(records, licence, warned):
     student = records.student_of("resnet18", b"x")
     student = replace(student, teacher=replace(student.teacher, licence=licence))
-    html = render(ReportData(runs=(Run(folder="r", student=student),))).html
+    html = make_pages(ReportData(runs=(Run(folder="r", student=student),))).html
     assert ("non-commercial use only" in html) is warned
 
 
@@ -487,14 +492,14 @@ hostile = st.one_of(
 
 @pytest.fixture(scope="module")
 def plain(data: ReportData) -> list[str]:
-    return _tags(Page(render(_renamed(data, "N")).html))
+    return _tags(Page(make_pages(_renamed(data, "N")).html))
 
 
 @settings(max_examples=16, deadline=None)
 @given(text=hostile)
 @example(text=":")
 def test_whatever_a_name_says_it_stays_text(text, data, plain):
-    html = render(_renamed(data, text)).html
+    html = make_pages(_renamed(data, text)).html
     page = Page(html)
     assert _tags(page) == plain
     assert not page.tags("script", "img", "b") and not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", html)
@@ -506,7 +511,7 @@ def test_whatever_a_name_says_it_stays_text(text, data, plain):
 def test_whatever_a_name_says_every_figure_holds(data):
     text = '</svg><script>$x_{1}^ id="a" url(#b) #010101'
     everything = replace(_renamed(data, text), samples=data.samples, runs=data.runs)
-    page = Page(render(everything).html)
+    page = Page(make_pages(everything).html)
     assert not page.tags("script") and len(page.tags("svg")) == 4  # Pareto, latency, two runs' curves
     assert '</svg><script>$x_{1}^ id="a" url(#b) #0101' in page.text  # the label, as it was written
 
@@ -572,7 +577,7 @@ def _renamed(data: ReportData, text: str) -> ReportData:
 
 
 def test_markdown_tables_keep_their_columns_and_no_tag_lives(data):
-    text = render(_renamed(data, "| a | <b>x</b>\n`q` [l](javascript:1)")).markdown
+    text = make_pages(_renamed(data, "| a | <b>x</b>\n`q` [l](javascript:1)")).markdown
     assert "<b>" not in text and not re.search(r"(?<!\\)\[l(?<!\\)\]", text)
     width = None
     for line in text.splitlines():
@@ -590,7 +595,7 @@ def test_folders_without_anything_are_refused_and_a_lone_student_is_not(records,
     with pytest.raises(InputError, match="is not a folder"):
         collect([tmp_path / "nowhere"])
     records.write_run(tmp_path / "r")
-    page = Page(render(collect([tmp_path])).html)
+    page = Page(make_pages(collect([tmp_path])).html)
     assert "no latency was measured" in page.text and "61.3 %" in page.text
 
 
@@ -613,8 +618,8 @@ def test_a_speed_up_over_an_fp32_that_is_not_valid_decides_nothing(records, tmp_
         place = tmp_path / "r" / f"openvino-{precision}"
         bundle = records.write_bundle(place, student, precision, size)
         records.write_latency(place, bundle.id, ms, verdict=verdict, reasons=("drift",) if verdict != "VALID" else ())
-    pages = render(collect([tmp_path]))
-    assert "as fast as fp32" not in pages.markdown.split("##")[0]
+    pages = make_pages(collect([tmp_path]))
+    assert "speed-up vs fp32" not in pages.markdown.split("##")[0]
     row = next(row for row in build_rows(collect([tmp_path])) if row.precision == "int8")
     assert row.speedup is not None and row.speedup_shaky
 

@@ -6,7 +6,8 @@ from types import ModuleType
 
 import pytest
 
-from robx.eval.report.render import collect, render
+from robx.eval.report.collect import collect
+from robx.eval.report.render import make_pages
 
 WIDTHS = (1280, 768, 360)
 
@@ -17,7 +18,7 @@ def browser(devtools: ModuleType, records: ModuleType, tmp_path_factory: pytest.
         pytest.skip("chromium is not installed")
     root = tmp_path_factory.mktemp("browser")
     records.write_everything(root / "runs")
-    (root / "report.html").write_text(render(collect([root / "runs"])).html)
+    (root / "report.html").write_text(make_pages(collect([root / "runs"])).html)
     browser = devtools.Browser(root / "profile")
     try:
         browser.url = (root / "report.html").as_uri()
