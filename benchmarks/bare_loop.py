@@ -1,9 +1,10 @@
-"""The least that Python can do with an engine: what robx's runner is set against. Nothing of robx is in it.
+"""A minimal loop around an engine, as the baseline for robx's runner. It uses nothing of robx.
 
     python benchmarks/bare_loop.py openvino|onnxruntime MODEL IMAGES.npy THREADS SECONDS
 
-It answers once, and prints when, in seconds of the monotonic clock; then it goes on for SECONDS, after a fifth of these
-for warm-up, and prints p50 and p90 in ms as JSON. With 0 seconds it ends after the first answer.
+It runs the model once and prints the time of that answer, in seconds of the monotonic clock. Then it warms up for a
+fifth of SECONDS, measures for SECONDS and prints p50 and p90 in ms as JSON. With 0 seconds it ends after the first
+answer.
 """
 
 import json
@@ -36,7 +37,7 @@ def open_openvino(path, shape, threads):
 
 
 def open_onnxruntime(path, shape, threads):
-    """As open_openvino; the shape is the session's own affair."""
+    """As open_openvino; ONNX Runtime needs no shape."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -47,7 +48,7 @@ def open_onnxruntime(path, shape, threads):
 
 
 def main(engine, path, images, threads, seconds):
-    """One answer, then the loop."""
+    """Print the time of the first answer, then run the loop."""
     images = np.load(images)
     opened = {"openvino": open_openvino, "onnxruntime": open_onnxruntime}[engine]
     answer = opened(path, images.shape[1:], int(threads))

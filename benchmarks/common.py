@@ -1,4 +1,4 @@
-"""What the benchmarks share: the demo's images, the time of robx's own steps, and how a result is written down."""
+"""Shared by the benchmarks: the demo's images, the timing of robx's own steps, and the writing of results."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ from robx.trunk import embedding_width, save_trunk
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("robx", "torch", "torchvision", "timm", "numpy", "pillow", "onnx", "onnxruntime", "openvino", "nncf")
 CLIP_ART = (
-    "Images: the demo's clip art (Debian openclipart-png, cleaned), 5,188 to train on, of which 1,917 are labelled, "
-    "and 867 to judge on, 12 noisy classes. It is neither ImageNet nor photographs."
+    "Images: the demo's clip art (Debian openclipart-png, cleaned), 5,188 for training, of which 1,917 are labelled, "
+    "and 867 for testing, in 12 noisy classes. It is neither ImageNet nor photographs."
 )
 _BEGAN, _BEGAN_LOAD = datetime.now(UTC), os.getloadavg()[0]
 
 
 def demo_images() -> Path:
-    """The demo's prepared shards; fetched where they are not there yet."""
+    """The demo's prepared shards; downloaded if they are missing."""
     return prepare_demo_data(cache_folder(), say=say, progress=lambda *_: None).folder
 
 
 def say(text: str) -> None:
-    """News on stderr: the table alone goes to stdout."""
+    """Print a message to stderr: only the table goes to stdout."""
     print(f"{datetime.now(UTC):%H:%M:%S} {text}", file=sys.stderr, flush=True)
 
 
 class Chosen:
-    """A source of some places of another, in the order given; a place may come more than once."""
+    """A source with some images of another, in the given order; an image may occur more than once."""
 
     def __init__(self, source: ImageSource, places: Sequence[int]) -> None:
         self.name, self.classes, self.licence = source.name, source.classes, source.licence
@@ -66,7 +66,7 @@ class Chosen:
         return len(self._places)
 
     def key(self, index: int) -> str:
-        """The image's name, with its place to keep it unique."""
+        """The image's name, with its index to keep it unique."""
         return f"{index}/{self._source.key(self._places[index])}"
 
     def label(self, index: int) -> int | None:
@@ -79,7 +79,7 @@ class Chosen:
 
 
 def first_images(source: ImageSource, count: int) -> ImageSource:
-    """The first `count` images of a source, over and over when it has fewer."""
+    """The first `count` images of a source, repeated if it has fewer."""
     return Chosen(source, [index % len(source) for index in range(count)])
 
 
@@ -93,9 +93,9 @@ def step_seconds(
     log_every: int = 10,
     **branch: Any,
 ) -> list[float]:
-    """Seconds of each step of a whole run of ``robx.distill.train``, loader, optimiser, checks and log included.
+    """Seconds per step of a complete run of ``robx.distill.train``, with loader, optimiser, checks and log.
 
-    The first step is left out: it waits for the loader to start. `branch` has teacher, targets or store.
+    The first step is excluded: it waits for the loader to start. `branch` has teacher, targets or store.
     """
     moments: list[float] = []
     options = Options(
@@ -116,7 +116,7 @@ def step_seconds(
 def save_student(
     trunk: nn.Module, timm_name: str, folder: Path, size: int, *, teacher: TeacherInfo | None = None, **pixels: Any
 ) -> None:
-    """A Student's folder with this trunk, for images of `size`; `pixels` changes fields of its preprocessing."""
+    """Write a Student with this trunk, for images of `size`; `pixels` overrides fields of its preprocessing."""
     record = Student(
         timm_name=timm_name,
         width=embedding_width(trunk),
@@ -180,7 +180,7 @@ def _machine() -> dict[str, Any]:
         "virtual": facts["cpu"]["hypervisor"],
         "os": facts["os"],
         "python": platform.python_version(),
-        "threads": os.environ.get("OMP_NUM_THREADS", "the libraries' own choice"),
+        "threads": os.environ.get("OMP_NUM_THREADS", "the libraries' default"),
         "nice": os.nice(0),
         "load_before_and_after": [round(_BEGAN_LOAD, 1), round(os.getloadavg()[0], 1)],
         "started": _BEGAN.isoformat(timespec="seconds"),

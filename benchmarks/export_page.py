@@ -1,4 +1,4 @@
-"""How export_table.py tells what it measured: one row a bundle, and where the vendor's default is the better one."""
+"""The page of export_table.py: one row per bundle, and the cases in which the vendor's default is better."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from common import CLIP_ART, publish, shown
 
 from robx.records import Value, from_json, to_json
 
-ENGINES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "trt": "TensorRT form"}
+ENGINES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "trt": "TensorRT file"}
 Row = dict[str, Any]
 _HEADINGS = (
     "student", "engine", "variant", "ships", "MB", "centred cosine", "kNN drop", "probe drop", "latency / fp32",
@@ -17,14 +17,14 @@ _HEADINGS = (
 
 
 def row_from_json(stored: Row) -> Row:
-    """A row as it was before `robx.records.to_json`."""
+    """The inverse of `robx.records.to_json` for a row."""
     values = {name: from_json(Value, value) for name, value in stored["values"].items()}
     ratio = stored["latency_ratio"]
     return stored | {"values": values, "latency_ratio": None if ratio is None else from_json(Value, ratio)}
 
 
 def write_down(rows: list[Row], missing: list[str], learnt: list[str], given: argparse.Namespace) -> None:
-    """The table of what is known so far."""
+    """Write the table of the results so far."""
     cells = [
         [
             r["student"], ENGINES[r["engine"]], r["variant"],
@@ -36,28 +36,28 @@ def write_down(rows: list[Row], missing: list[str], learnt: list[str], given: ar
     ]  # fmt: skip
     publish(
         given.name,
-        title="Exports of one student, side by side",
+        title="Exports of each student side by side",
         headings=_HEADINGS,
         rows=cells,
         data=to_json(rows),
         notes=[
-            "Latency is that of one image, one thread, as a ratio to fp32 in the same engine, the engine's models of a "
-            f"student interleaved in random order ({given.blocks} blocks of {given.seconds} s); below 1 is faster.",
-            "Centred cosine and the drops, in points, are against the fp32 student in PyTorch: kNN with the fp32 bank, "
-            "a linear probe trained on fp32 features and frozen.",
+            "Latency is for one image and one thread, as a ratio to fp32 in the same engine; a student's models are "
+            f"interleaved in random order ({given.blocks} blocks of {given.seconds} s); below 1 is faster.",
+            "Centred cosine and the drops, in points, are against the fp32 student in PyTorch: kNN with the fp32 "
+            "embeddings as the bank, and a frozen linear probe trained on fp32 features.",
             "The vendor's default and robx calibrate on the same "
-            f"{given.calibration_images} images and are judged on the same others.",
-            f"robx's gate allows a drop of {given.max_drop:g} points and nothing slower than fp32 or fp16. It chose by "
-            "speed and by other images which of its candidates to hold to the judged ones.",
+            f"{given.calibration_images} images and are judged on the same test images.",
+            f"robx's gate allows a drop of {given.max_drop:g} points and nothing slower than fp32 or fp16. It selects "
+            "the candidate to judge by speed and on separate images.",
             *_trt_note(rows, given.trt),
             *exceptions(rows),
             *missing,
-            f"kNN top-1 of the fp32 students, in %: {'; '.join(learnt)}. The table is about exports, not about them.",
+            f"kNN top-1 of the fp32 students, in %: {'; '.join(learnt)}. The table compares exports, not students.",
             *dict.fromkeys(f"{r['student']}, {ENGINES[r['engine']]}: {r['note']}." for r in rows if r["note"]),
             *_warm_note(given.warm),
             *([CLIP_ART] if given.data is None else []),
             *_held_out_note(given.hold_out),
-            "Where robx ships fp32 its row is the fp32 file once more: how far its ratio is from 1 is this run's "
+            "Where robx ships fp32, its row is the fp32 file again: the distance of its ratio from 1 is this run's "
             "noise, whatever the interval says.",
         ],
         settings={k: str(v) for k, v in vars(given).items() if k not in ("data", "out", "runs")},
@@ -65,7 +65,7 @@ def write_down(rows: list[Row], missing: list[str], learnt: list[str], given: ar
 
 
 def exceptions(rows: list[Row]) -> list[str]:
-    """Where the vendor's default beats what robx ships: clearly faster, or as fast and closer to fp32."""
+    """The cases in which the vendor's default beats what robx ships: clearly faster, or as fast and closer to fp32."""
     found = []
     pairs = {(r["student"], r["engine"], r["variant"]): r for r in rows}
     for (student, engine, variant), vendor in pairs.items():
@@ -77,9 +77,9 @@ def exceptions(rows: list[Row]) -> list[str]:
         if faster > 1.03:
             drops = (shown(vendor["values"].get(f"{name}_drop"), 1) for name in ("knn", "probe"))
             found.append(
-                f"{student}, {ENGINES[engine]}: the vendor's default is {faster:.2f} times as fast as what robx ships "
+                f"{student}, {ENGINES[engine]}: the vendor's default is {faster:.2f} times as fast as robx's export "
                 f"({ours['ships']}), at centred cosine {theirs:.4f} against {mine:.4f} and drops of "
-                f"{' (kNN) and '.join(drops)} (probe) points. robx's own int8 rungs: {_rungs_of(ours)}."
+                f"{' (kNN) and '.join(drops)} (probe) points. robx's own int8 candidates: {_rungs_of(ours)}."
             )
         elif theirs > mine + 0.001:
             found.append(
@@ -87,12 +87,12 @@ def exceptions(rows: list[Row]) -> list[str]:
                 f"{theirs:.4f} against {mine:.4f}."
             )
     return found or [
-        "Nowhere is the vendor's default faster (by 3 %) than what robx ships, or as fast and closer to fp32."
+        "In no case is the vendor's default faster (by 3 %) than robx's export, or as fast and closer to fp32."
     ]
 
 
 def _rungs_of(row: Row) -> str:
-    """Why each int8 rung did not ship, in a few words."""
+    """Why each int8 candidate did not ship, briefly."""
     said = []
     for rung in row["rungs"]:
         values = rung["values"]
@@ -107,8 +107,8 @@ def _warm_note(names: list[str]) -> list[str]:
     if not names:
         return []
     return [
-        f"{', '.join(names)} began from EfficientNet-Lite0's ImageNet weights in every tensor that both have alike, "
-        "the other students from random ones."
+        f"{', '.join(names)} started from EfficientNet-Lite0's ImageNet weights in every tensor that matches, the "
+        "other students from random weights."
     ]
 
 
@@ -116,8 +116,8 @@ def _held_out_note(count: int) -> list[str]:
     if not count:
         return []
     return [
-        f"Here {count:,} of the labelled images to train on are judged instead, and no student was distilled from "
-        "them: the more are judged, the smaller the drops that show."
+        f"{count:,} of the labelled training images were moved to the test set, and no student was distilled from "
+        "them: a larger test set can show smaller drops."
     ]
 
 
@@ -126,6 +126,6 @@ def _trt_note(rows: list[Row], target: str | None) -> list[str]:
         return []
     built = f" Its engines for {target} were built ahead of time." if target.startswith("rtx:") else ""
     return [
-        "TensorRT form: the checked file, computed literally on the CPU where no GPU is: its accuracy is that of the "
-        f"file, its speed is measured on the device.{built}"
+        "TensorRT file: the checked ONNX, evaluated on the CPU if there is no GPU: its accuracy is that of the file, "
+        f"its speed is measured on the device.{built}"
     ]

@@ -3,15 +3,15 @@
     python benchmarks/export_table.py --distil resnet18 mobilenetv3_large_100 vit_tiny_patch16_224 --lite0
     python benchmarks/export_table.py --runs runs/r18 runs/mnv3 --trt rtx:sm86+sm89
 
---distil trains short students on the demo's images; --lite0 takes EfficientNet-Lite0 with its real ImageNet weights as
-a student; --runs takes folders of ``robx distill``; --trt adds the form for TensorRT. The vendor's default is what its
-manual shows, on the same calibration images that robx gets: onnxruntime's quant_pre_process and quantize_static, and
-nncf.quantize (with ModelType.TRANSFORMER for a ViT). robx's int8 is what ``robx export --int8`` ships: where no int8 is
-accurate and not slower, that is fp16 or fp32, and the table says so.
+--distil trains students briefly on the demo's images; --lite0 uses EfficientNet-Lite0 with its real ImageNet weights as
+a student; --runs takes folders written by ``robx distill``; --trt adds the bundle for TensorRT. The vendor's default is
+what its manual shows, with the same calibration images as robx: onnxruntime's quant_pre_process and quantize_static,
+and nncf.quantize (with ModelType.TRANSFORMER for a ViT). robx's int8 is what ``robx export --int8`` ships: if no int8
+is accurate and not slower, that is fp16 or fp32, and the table says so.
 
-The table is written after each student's engine. Stop it at any time: the same command goes on with what is there.
---stage does it in parts: students, then bundles, then times, which measures all latencies anew and wants some minutes
-of a machine that does nothing else.
+The table is written after each student and engine. It can be stopped at any time: the same command continues.
+--stage runs a part: students, then bundles, then times, which repeats all latency measurements and takes a few minutes
+on a machine that should be idle otherwise.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ FIGURES = ("cosine_mean", "cosine_p1", "cosine_min", "knn_top1_reference", "knn_
 
 
 def main() -> None:
-    """Measure every student's engines, one after the other, and write the table after each."""
+    """Measure every student in every engine, and write the table after each."""
     given = arguments()
     data = given.data or demo_images()
     if given.hold_out:
@@ -89,28 +89,40 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="students' folders")
     parser.add_argument("--distil", nargs="*", default=[], metavar="NAME[:EPOCHS]", help="timm names to distil first")
     parser.add_argument(
-        "--warm", nargs="*", default=[], metavar="NAME", help="of --distil: starts from Lite0's weights where they fit"
+        "--warm",
+        nargs="*",
+        default=[],
+        metavar="NAME",
+        help="students of --distil that start from Lite0's weights where they match",
     )
-    parser.add_argument("--lite0", action="store_true", help="EfficientNet-Lite0's real weights as a student")
-    parser.add_argument("--epochs", type=int, default=5, help="of --distil")
-    parser.add_argument("--images", type=int, help="of --distil, drawn at random; default: all")
-    parser.add_argument("--size", type=int, default=96, help="of --distil and --lite0, in pixels")
-    parser.add_argument("--stage", choices=("all", "students", "bundles", "times"), default="all", help="do a part")
-    parser.add_argument("--trt", metavar="TARGET", help="add the form for TensorRT, e.g. rtx:sm86+sm89 or jetson-orin")
-    parser.add_argument("--max-drop", type=float, default=3.0, help="of robx's gate; few images cannot prove 1 point")
-    parser.add_argument("--budget", type=float, help="seconds of an int8 search after which it tries no further rung")
-    parser.add_argument("--calibration-images", type=int, default=MIN_IMAGES, help="of robx and the vendors alike")
-    parser.add_argument("--blocks", type=int, default=20, help="of each model in the interleaved timing")
-    parser.add_argument("--seconds", type=float, default=0.1, help="of a block")
-    parser.add_argument("--data", type=Path, help="labelled images with train and test; default: the demo's")
-    parser.add_argument("--hold-out", type=int, default=0, help="so many labelled training images are judged instead")
+    parser.add_argument(
+        "--lite0", action="store_true", help="add EfficientNet-Lite0 with its real weights as a student"
+    )
+    parser.add_argument("--epochs", type=int, default=5, help="epochs of --distil")
+    parser.add_argument("--images", type=int, help="random training images of --distil; default: all")
+    parser.add_argument("--size", type=int, default=96, help="image size of --distil and --lite0, in pixels")
+    parser.add_argument("--stage", choices=("all", "students", "bundles", "times"), default="all", help="run a part")
+    parser.add_argument(
+        "--trt", metavar="TARGET", help="add the bundle for TensorRT, e.g. rtx:sm86+sm89 or jetson-orin"
+    )
+    parser.add_argument(
+        "--max-drop", type=float, default=3.0, help="points that robx's gate allows; few images cannot prove 1 point"
+    )
+    parser.add_argument("--budget", type=float, help="seconds after which an int8 search starts no further candidate")
+    parser.add_argument(
+        "--calibration-images", type=int, default=MIN_IMAGES, help="calibration images of robx and of the vendors"
+    )
+    parser.add_argument("--blocks", type=int, default=20, help="blocks of each model in the interleaved timing")
+    parser.add_argument("--seconds", type=float, default=0.1, help="seconds of a block")
+    parser.add_argument("--data", type=Path, help="labelled images in train/ and test/; default: the demo's")
+    parser.add_argument("--hold-out", type=int, default=0, help="labelled training images to move into the test set")
     parser.add_argument("--out", type=Path, default=Path("runs/export-table"))
-    parser.add_argument("--name", default="export-table", help="of the result's files")
+    parser.add_argument("--name", default="export-table", help="name of the result files")
     return parser.parse_args()
 
 
 def students(given: argparse.Namespace, data: Path) -> Iterator[Path]:
-    """The students' folders, each made when its turn comes."""
+    """Yield the students' folders, creating each when it is needed."""
     yield from given.runs
     if given.lite0:
         yield save_lite0(given.out / "efficientnet_lite0", given.size)
@@ -120,12 +132,12 @@ def students(given: argparse.Namespace, data: Path) -> Iterator[Path]:
 
 
 def distil(name: str, epochs: int, given: argparse.Namespace, data: Path) -> Path:
-    """A student of EfficientNet-Lite0 with fitted prototypes; resumed, and reused when done."""
+    """Distil a student from EfficientNet-Lite0 with fitted prototypes; resumed, and reused when complete."""
     source = open_source(data, split="train")
     if given.images is not None:
         places = np.random.default_rng(0).permutation(len(source))[: given.images]
         source = Chosen(source, [int(place) for place in places])
-    # robx's demo learns with these from the first hundred steps on; the published rates and head want hours.
+    # As in robx's demo, these learn within the first hundred steps; the published rates and head need hours.
     changes = {
         "optimizer": "adamw", "lr": 0.001, "lr_batch": 32, "epochs": epochs, "batch_size": 32, "head": "native",
         "teacher_temperature": 0.05, "color_strength": 0.4, "crop_size": given.size, "local_crops": 0,
@@ -135,7 +147,7 @@ def distil(name: str, epochs: int, given: argparse.Namespace, data: Path) -> Pat
     if (out / "student.json").is_file():
         made, whole = read_json(out / "recipe.json"), epochs * (len(source) // 32) * 32
         same = made["data"]["fingerprint"] == source.fingerprint and changes.items() <= made["recipe"].items()
-        if same and load_student(out).images_seen == whole:  # a run that was stopped leaves a student too
+        if same and load_student(out).images_seen == whole:  # an interrupted run leaves a student too
             return out
     teacher = load_teacher("efficientnet_lite0", source=source, prototypes=256, objective="msn", image_size=given.size)
     recipe = override(preset("msn", "cnn"), changes)
@@ -147,14 +159,14 @@ def distil(name: str, epochs: int, given: argparse.Namespace, data: Path) -> Pat
 
 
 def warm_start(name: str, given: argparse.Namespace) -> Path:
-    """A student's folder with EfficientNet-Lite0's weights in every tensor that `name` has alike, by name and shape."""
+    """A Student with EfficientNet-Lite0's weights in every tensor whose name and shape match those of `name`."""
     torch.manual_seed(0)
     trunk = build_trunk(name)
     real = load_teacher("efficientnet_lite0", objective="kd", image_size=given.size).trunk.state_dict()
     own = trunk.state_dict()
     shared = {key: value for key, value in real.items() if key in own and own[key].shape == value.shape}
     trunk.load_state_dict(own | shared)
-    say(f"{name} starts from EfficientNet-Lite0 in {len(shared)} of its {len(own)} tensors")
+    say(f"{name} starts from EfficientNet-Lite0 for {len(shared)} of its {len(own)} tensors")
     folder = given.out / f"{name}-start"
     save_student(trunk, name, folder, given.size)
     return folder
@@ -172,14 +184,14 @@ def save_lite0(folder: Path, size: int) -> Path:
 
 @dataclass
 class Work:
-    """One student's bundles and rows, kept below its folder as they are made."""
+    """One student's bundles and rows, stored below its folder."""
 
     folder: Path
     data: Path
     given: argparse.Namespace
 
     def learnt(self) -> str:
-        """The kNN top-1 of the student in fp32 and of the same network before training, in words; measured once."""
+        """kNN top-1 of the fp32 student and of the untrained network, as text; measured once."""
         path = self.folder / "table" / "knn.json"
         stored = read_json(path) if path.is_file() else {}
         if stored.get("student") != self.student.sha256:
@@ -199,7 +211,7 @@ class Work:
         return text
 
     def rows(self, engine: str) -> tuple[list[Row], list[str]]:
-        """The rows of an engine and what could not be made; read back when the same command made them already."""
+        """The rows of an engine, and what failed; read back if the same command has made them already."""
         path = self.folder / "table" / f"{engine}.json"
         stored = read_json(path) if path.is_file() else {}
         if stored.get("settings") != self._settings(engine):
@@ -209,7 +221,7 @@ class Work:
         return [row_from_json(row) for row in stored["rows"]], stored["faults"]
 
     def time(self, engine: str, rows: list[Row]) -> None:
-        """Put the latencies of one interleaved run into the rows; --stage all takes those that are there."""
+        """Put the latencies of one interleaved run into the rows; --stage all reuses existing ones."""
         path = self.folder / "table" / f"{engine}-times.json"
         bundles = {row["variant"]: load_bundle(self.folder / "table" / row["folder"]).id for row in rows}
         settings = {"bundles": bundles, "blocks": self.given.blocks, "seconds": self.given.seconds}
@@ -228,7 +240,7 @@ class Work:
 
     @cached_property
     def splits(self) -> Splits:
-        """The images that robx's export reads: the same calibration and judging images for everyone."""
+        """The images that robx's export reads: the same calibration and test images for all."""
         train_source, test_source = open_data(self.data)
         count = self.given.calibration_images
         pre = self.student.preprocessing
@@ -236,7 +248,7 @@ class Work:
 
     @cached_property
     def reference(self) -> tuple[np.ndarray, Bank]:
-        """The fp32 student's embeddings of the judging images in PyTorch, and what accuracy is judged with."""
+        """The fp32 student's embeddings of the test images in PyTorch, and the bank for kNN and probe."""
         bank = self.splits.bank
         with open_session(self.folder, SessionSettings(threads=torch.get_num_threads())) as session:
             features = self._answers(session, bank)
@@ -244,7 +256,7 @@ class Work:
         return wanted, make_bank(features, bank.labels, classes=len(bank.classes or ()))
 
     def _settings(self, engine: str) -> dict[str, Any]:
-        """What the rows of an engine depend on."""
+        """Everything that the rows of an engine depend on."""
         names = ("max_drop", "budget", "calibration_images")
         kept = {name: getattr(self.given, name) for name in names}
         kept["trt"] = self.given.trt if engine == "trt" else None
@@ -258,7 +270,7 @@ class Work:
             say(f"{self.student.timm_name}: {engine}, {variant}")
             try:
                 rows.append(self._make(engine, variant))
-            except Exception as error:  # a vendor's tool may raise anything, and the other rows stand
+            except Exception as error:  # a vendor's tool may raise anything; the other rows remain valid
                 if not isinstance(error, RobxError) and variant != "vendor int8":
                     raise
                 faults.append(f"{self.student.timm_name}, {engine}: no {variant}: {first_line(error)}.")
@@ -267,9 +279,9 @@ class Work:
         return rows, faults
 
     def _make(self, engine: str, variant: str) -> Row:
-        """Build one bundle, or take the one that is there; a row without its latency."""
+        """Build one bundle, or reuse it; returns a row without its latency."""
         out = self.folder / "table" / f"{engine}-{variant.replace(' ', '-')}"
-        done = out.with_name(f"{out.name}.json")  # written last: what `out` was made with
+        done = out.with_name(f"{out.name}.json")  # written last: the settings that `out` was made with
         note, settings = "", self._settings(engine) | {"fp32": ""}
         if variant == "vendor int8":
             fp32 = out.with_name(f"{engine}-fp32")
@@ -309,7 +321,7 @@ class Work:
         )  # fmt: skip
 
     def _judge(self, rows: list[Row]) -> None:
-        """Put the fidelity to the student in PyTorch into the rows."""
+        """Put the fidelity to the PyTorch student into the rows."""
         wanted, bank = self.reference
         labels = self.splits.judging.labels
         for row in rows:
@@ -318,7 +330,7 @@ class Work:
             row["values"] = {key: values[key] for key in FIGURES if key in values}
 
     def _time(self, engine: str, rows: list[Row]) -> dict[str, tuple[float, Value]]:
-        """Variant -> median latency in ms, and its ratio to fp32, all interleaved."""
+        """Variant -> median latency in ms, and its ratio to fp32, from one interleaved run."""
         with contextlib.ExitStack() as stack:
             sessions = {}
             for row in rows:
@@ -333,7 +345,7 @@ class Work:
         }
 
     def _knn(self, folder: Path) -> Value:
-        """Top-1 of weighted kNN of a student's own embeddings in PyTorch."""
+        """Weighted kNN top-1 of a student's embeddings in PyTorch."""
         bank, judging = self.splits.bank, self.splits.judging
         with open_session(folder, SessionSettings(threads=torch.get_num_threads())) as session:
             known, asked = self._answers(session, bank), self._answers(session, judging)
@@ -348,7 +360,7 @@ class Work:
 
 
 def _fp32_values() -> dict[str, Value]:
-    """Of a TensorRT form that ships in fp32: the student itself."""
+    """For a TensorRT bundle in fp32: the student itself."""
     return {"cosine_mean": Value(value=1.0)}
 
 

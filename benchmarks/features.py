@@ -1,11 +1,11 @@
-"""Embedding a set of images against the bare forward, and exact kNN against the matrix product that it cannot avoid.
+"""Feature extraction against the bare forward pass, and exact kNN against its matrix product.
 
     python benchmarks/features.py
 
-Extraction: ``eval/datasets/features.py::extract`` from image files to features, against the same Session on tensors
-that are in memory; .9 of the bare rate is the aim. kNN: ``nearest`` (normalise, multiply, keep the best 20) on a
-block of ImageNet's problem against one float32 matrix product of the same shape, and both stretched to 50,000 queries,
-a bank of 1,280,000 and width 192: every block is alike, so the time is proportional.
+Extraction: ``eval/datasets/features.py::extract`` from image files to features, against the same Session on tensors in
+memory; the aim is .9 of the bare rate. kNN: ``nearest`` (normalise, multiply, keep the best 20) on one block of the
+ImageNet problem against one float32 matrix product of the same shape, both extrapolated to 50,000 queries, 1,280,000
+training images and width 192: all blocks are equal, so the time is proportional.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--threads", type=int, default=1, help="of the model, and of the matrix product")
-    parser.add_argument("--queries", type=int, default=1024, help="of a measured block")
-    parser.add_argument("--bank", type=int, default=65_536, help="of a measured block")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the model and of the matrix product")
+    parser.add_argument("--queries", type=int, default=1024, help="queries in the measured block")
+    parser.add_argument("--bank", type=int, default=65_536, help="training images in the measured block")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     source = first_images(open_source(demo_images(), split="test"), given.images)
@@ -54,15 +54,15 @@ def main() -> None:
     publish(
         "features",
         title="Features and neighbours against the bare computation",
-        headings=["what", "bare", "robx", "bare time / robx's [95 %]", "50,000 x 1,280,000 x 192"],
+        headings=["what", "bare", "robx", "bare time / robx's time [95 %]", "50,000 x 1,280,000 x 192"],
         rows=cells,
         data=to_json(rows),
         notes=[
             f"Extraction at {given.size} px from PNG files in tar shards, batch {BATCH}, model on {given.threads} "
-            "thread(s), PyTorch, random weights (time does not depend on them); as many threads as there are "
-            "processors decode while the model runs. A share above 1 would be noise.",
+            "thread(s), PyTorch, random weights (time does not depend on them); one thread per "
+            "processor decodes while the model runs. A ratio above 1 would be noise.",
             f"kNN on a block of {given.queries:,} x {given.bank:,} x {WIDTH} of random features, k = 20; the last "
-            "column is that block's time stretched, not a run of the whole. NumPy's BLAS multiplies for both sides.",
+            "column is the extrapolated time of that block, not a complete run. Both sides multiply with NumPy's BLAS.",
             CLIP_ART,
         ],
         settings=vars(given),
@@ -107,7 +107,7 @@ def neighbours(given: argparse.Namespace) -> Row:
     minutes = {side: median(found) * stretch / 60 for side, found in blocks.items()}
     return {
         "what": "kNN, k = 20",
-        **{side: f"{median(found):.2f} s a block" for side, found in blocks.items()},
+        **{side: f"{median(found):.2f} s per block" for side, found in blocks.items()},
         "share": share(blocks),
         "whole": f"{minutes['bare']:.1f} and {minutes['robx']:.1f} min",
         "whole_minutes": minutes,

@@ -1,14 +1,14 @@
-"""Sizes and parity of the mobile formats, each converted and run in its own environment.
+"""Size and parity of the mobile formats, each converted and run in its own environment.
 
     .venv-executorch/bin/python benchmarks/mobile.py executorch --runs runs/export-table/resnet18
     .venv-litert/bin/python benchmarks/mobile.py litert
     .venv-ncnn/bin/python benchmarks/mobile.py ncnn
     .venv-coreml/bin/python benchmarks/mobile.py coreml
 
-Each puts its rows into benchmarks/results/mobile.json and .md, in the place of those of the same format and weights.
---runs takes students that were distilled, on the demo's images or those of --data. Without it the weights are random,
-with batch statistics fitted on rendered scenes: that says whether a conversion is right; int8 of random weights is a
-harsh case. `centred` is the cosine after the fp32 set's mean is removed. No latencies: this is no phone.
+Each command replaces the rows of its format and weights in benchmarks/results/mobile.json and .md. --runs takes
+distilled students, with the demo's images or those of --data. Without it the weights are random, with batch statistics
+of rendered scenes: that shows whether a conversion is correct; int8 of random weights is a hard case. `centred` is the
+cosine after subtracting the mean of the fp32 embeddings. No latencies are measured: this is not a phone.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SIZE, FITTED, CALIBRATION, JUDGED = 96, 64, 64, 64
 
 @dataclass(frozen=True)
 class Subject:
-    """A network and the images that it is converted and compared with, preprocessed, float32 (N, 3, H, W)."""
+    """A network and the preprocessed images to calibrate and compare it with, float32 (N, 3, H, W)."""
 
     weights: str  # random, or distilled
     trunk: nn.Module
@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("format", choices=sorted(PRECISIONS))
     parser.add_argument("--runs", type=Path, nargs="+", help="students' folders; default: random weights")
-    parser.add_argument("--data", type=Path, help="images for --runs, with train and test; default: the demo's")
+    parser.add_argument("--data", type=Path, help="images for --runs, in train/ and test/; default: the demo's")
     given = parser.parse_args()
     rows = []
     for subject in distilled(given.runs, given.data) if given.runs else random_ones():
@@ -82,11 +82,11 @@ def write_down(rows: list[dict[str, Any]]) -> None:
     settings = {"calibration": CALIBRATION, "judged": JUDGED, "batch": 1}
     RESULTS.parent.mkdir(exist_ok=True)
     write_json(RESULTS, {"command": "python benchmarks/mobile.py FORMAT", "settings": settings, "rows": rows})
-    lines = ["# Mobile formats: size, and answers against PyTorch's", "", *_table(rows), ""]
+    lines = ["# Mobile formats: size, and parity with PyTorch", "", *_table(rows), ""]
     lines += [
-        f"- {JUDGED} judged images and, for int8, {CALIBRATION} others to calibrate on. Distilled: the students of "
+        f"- {JUDGED} test images and, for int8, {CALIBRATION} others for calibration. Distilled: the students of "
         "export_table.py on the demo's clip art; random: random weights on rendered scenes.",
-        "- Centred cosine after the fp32 set's mean is removed. Core ML runs on Apple's systems alone.",
+        "- Centred cosine: after subtracting the mean of the fp32 embeddings. Core ML runs on Apple's systems only.",
         "",
     ]
     write_text(RESULTS.with_suffix(".md"), "\n".join(lines))
@@ -97,7 +97,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [headings, ["---"] * len(headings)]
     for row in rows:
         found = row["parity"]
-        figures = ["not verifiable here", "", "", ""]
+        figures = ["not testable here", "", "", ""]
         if isinstance(found, dict):
             figures = [f"{found[name]:.4f}" for name in ("centred_mean", "centred_p5", "centred_min")]
             figures.append(f"{found['max_abs']:.1e}")
@@ -107,7 +107,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def distilled(folders: list[Path], data: Path | None) -> Iterator[Subject]:
-    """Students with images of their own kind."""
+    """Distilled students, with real images."""
     from robx.demo.demo_data import prepare_demo_data
     from robx.store.files import cache_folder
 
@@ -124,7 +124,7 @@ def distilled(folders: list[Path], data: Path | None) -> Iterator[Subject]:
 
 
 def random_ones() -> Iterator[Subject]:
-    """Networks with random weights."""
+    """Networks with random weights, with rendered scenes."""
     for name in MODELS:
         trunk, student = fitted(name)
         sets = (scenes(first, count, student.preprocessing) for first, count in ((1000, CALIBRATION), (5000, JUDGED)))
@@ -138,14 +138,14 @@ def scenes(first: int, count: int, preprocessing: Preprocessing) -> np.ndarray:
 
 
 def fitted(name: str) -> tuple[nn.Module, Student]:
-    """A network with random weights whose batch normalisation knows the scenes."""
+    """A network with random weights and BatchNorm statistics of the scenes."""
     torch.manual_seed(0)
     trunk = build_trunk(name)
     preprocessing = Preprocessing(size=SIZE, crop=SIZE)
     for module in trunk.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # the plain mean over what it sees
-            # timm starts residual branches at zero, which a compiler folds away.
+            module.momentum = None  # the plain mean over all batches
+            # timm initialises residual branches to zero, which a compiler removes.
             nn.init.uniform_(module.weight, 0.5, 1.5)
     trunk.train()
     with torch.no_grad():
@@ -158,14 +158,14 @@ def fitted(name: str) -> tuple[nn.Module, Student]:
 
 
 def measure(format_: Any, precision: Any, subject: Subject) -> dict[str, Any]:
-    """One row: the conversion, its size and, where the format runs here, its answers against PyTorch's."""
+    """One row: the conversion, its size and, if the format runs here, its parity with PyTorch."""
     trunk, student = subject.trunk, subject.student
     model = export_model(trunk, student)
     inputs, outputs = tensor_specs(student, batch=None, uint8_input=False, labels=None)
     target = ExportTarget(format=format_, precision=precision)
     request = ExportRequest(target=target, student=student, inputs=inputs, outputs=outputs)
     calibration = subject.calibration if precision == "int8" else None
-    builder = importlib.import_module(f"robx.export.to_{format_}")
+    builder = importlib.import_module(f"robx.export.formats.to_{format_}")
     with tempfile.TemporaryDirectory() as name:
         folder, started = Path(name), time.monotonic()
         built = builder.build(model, Path("unused.onnx"), request, folder, calibration)

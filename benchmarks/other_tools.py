@@ -1,6 +1,6 @@
-"""The tools that trusted_tools.py sets beside robx: each in a process of its own, or all over one opened model.
+"""The tools that trusted_tools.py compares with robx: each in its own process, or all on one opened model.
 
-The first kind take a bundle's folder, the file of its preprocessed images (N, 3, H, W), threads, and seconds.
+The former take a bundle's folder, the file of its preprocessed images (N, 3, H, W), threads and seconds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from robx.runtime.session import SessionSettings, open_session
 Figures = dict[str, float]  # p50 and p90 in ms
 OWN_TIMER = "robx, by OpenVINO's timer"
 _HERE = Path(__file__).parent
-# Its own loop and its own times; only that they are printed in full, where it rounds to 10 microseconds.
+# benchmark_app with its own loop and times, but printed in full: it rounds to 10 microseconds.
 _BENCHMARK_APP = """
 import json
 from openvino.tools.benchmark.benchmark import Benchmark
@@ -63,7 +63,7 @@ def by_robx(folder: Path, _: Path, threads: int, seconds: float) -> Figures:
 
 
 def by_benchmark_app(folder: Path, _: Path, threads: int, seconds: float) -> Figures:
-    """OpenVINO's own tool, with an input of its own."""
+    """OpenVINO's own tool, with its own input."""
     model = folder / load_bundle(folder).model.path
     crop = load_bundle(folder).preprocessing.crop
     command = [sys.executable, "-c", _BENCHMARK_APP, "-m", str(model), "-d", "CPU", "-api", "sync", "-hint", "none"]
@@ -74,7 +74,7 @@ def by_benchmark_app(folder: Path, _: Path, threads: int, seconds: float) -> Fig
 
 
 def by_bare_loop(folder: Path, images: Path, threads: int, seconds: float) -> Figures:
-    """The engine alone."""
+    """The bare engine."""
     done = subprocess.run(_bare(folder, images, threads, seconds), capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
@@ -86,14 +86,14 @@ def _bare(folder: Path, images: Path, threads: int, seconds: float) -> list[str]
 
 
 def in_one_session(folder: Path, images: Path, threads: int, seconds: float, blocks: int) -> dict[str, list[Figures]]:
-    """As alternate(), in a process that has nothing else in it."""
+    """As alternate(), in a fresh process."""
     command = [sys.executable, __file__, str(folder), str(images), str(threads), str(seconds), str(blocks)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def alternate(folder: Path, images: np.ndarray, threads: int, seconds: float, blocks: int) -> dict[str, list[Figures]]:
-    """Every tool's timed loop over one and the same opened model, in blocks of random order: name -> its blocks."""
+    """Every tool's timed loop on the same opened model, in blocks of random order: name -> its blocks."""
     queries = [images[i : i + 1] for i in range(len(images))]
     with open_session(folder, SessionSettings(threads=threads, batch=1)) as session:
         tools = {"robx": by_robxs_loop, "loadgen": by_loadgen}
@@ -109,7 +109,7 @@ def alternate(folder: Path, images: np.ndarray, threads: int, seconds: float, bl
 
 
 def by_robxs_loop(session: Any, queries: list[np.ndarray], seconds: float) -> Figures:
-    """What the runner does."""
+    """The runner's own loop."""
     kept = np.empty((len(queries), session.bundle.outputs[0].shape[1]), np.float32), np.zeros(len(queries), bool)
     job = {"queries": 64, "seconds": seconds, "max_seconds": 100 * seconds}
     values = summarise([timing.time_queries(session, queries, job, kept)[0]])
@@ -144,18 +144,18 @@ def by_loadgen(session: Any, queries: list[np.ndarray], seconds: float) -> Figur
 
 
 def by_benchmark_apps_loop(session: Any, queries: list[np.ndarray], seconds: float) -> Figures:
-    """benchmark_app's loop over the session's own request: one input that lies there, and OpenVINO's timer."""
+    """benchmark_app's loop on the session's own request: one input already in place, and OpenVINO's timer."""
     from openvino.tools.benchmark.benchmark import Benchmark
 
     session.run(queries[0])
     app = Benchmark("CPU", duration_seconds=1, api_type="sync", inference_only=True)
-    app.duration_seconds = seconds  # it takes whole ones
+    app.duration_seconds = seconds  # its constructor takes whole seconds
     one = types.SimpleNamespace(get_next_batch_size=lambda: 1)
     return _figures(app.sync_inference(session._model._request, one)[0])
 
 
 def by_openvinos_timer(session: Any, queries: list[np.ndarray], seconds: float) -> Figures:
-    """The timer that benchmark_app reads, read beside robx's own calls."""
+    """The timer that benchmark_app reads, during robx's own calls."""
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 64 or time.perf_counter() < end:
@@ -169,7 +169,7 @@ def _figures(times: list[float]) -> Figures:
 
 
 def start_to_first_answer(folder: Path, images: Path, threads: int, rounds: int) -> list[tuple[float, float]]:
-    """Seconds from the start of a process to its first answer, a pair a round: robx's runner, and the bare script."""
+    """Seconds from process start to first answer, one pair per round: robx's runner and the bare script."""
     bundle = load_bundle(folder)
     with tempfile.TemporaryDirectory() as root:
         here = Path(root)
@@ -197,14 +197,14 @@ def start_to_first_answer(folder: Path, images: Path, threads: int, rounds: int)
             command, start = _bare(folder, here / "images.npy", threads, 0), time.monotonic()
             return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) - start
 
-        ours(), bare()  # once for the caches of the disk
+        ours(), bare()  # once to warm the disk cache
         return [(ours(), bare()) if number % 2 else (bare(), ours())[::-1] for number in range(rounds)]
 
 
 def _after(text: str, pattern: str) -> str:
     match = re.search(pattern, text)
     if match is None:
-        raise SystemExit(f"the tool printed no {pattern}:\n{text[-2000:]}")
+        raise SystemExit(f"the tool's output does not match {pattern}:\n{text[-2000:]}")
     return match.group(1)
 
 

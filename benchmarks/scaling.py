@@ -1,11 +1,11 @@
-"""What a training step costs as batch, crops and prototypes grow, and what a second process changes.
+"""Time and memory of a training step against batch, crops and prototypes, and the effect of a second process.
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py
 
-Each point is a fresh process that runs a few steps of ``robx.distill.train`` and says their median time and its peak
-memory (VmHWM: weights, activations, optimiser and libraries). One setting is changed at a time. Two processes under
-torchrun (gloo) share the same global batch: their losses have to be those of one process, to 1e-5 for a student without
-BatchNorm. Weights are random: neither time nor memory depends on them.
+Each point is a fresh process that runs a few steps of ``robx.distill.train`` and reports their median time and its peak
+memory (VmHWM: weights, activations, optimiser and libraries). One setting changes at a time. Two processes under
+torchrun (gloo) share the same global batch: their losses have to equal those of one process to 1e-5 for a student
+without BatchNorm. The weights are random: neither time nor memory depends on them.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ SWEEPS: dict[str, list[int]] = {
     "local_crops": [0, 2, 4, 8],
     "prototypes": [1024, 4096, 16384, 65536],
 }
-TITLES = {"batch": "images a step", "local_crops": "local crops an image", "prototypes": "prototypes K"}
+TITLES = {"batch": "images per step", "local_crops": "local crops per image", "prototypes": "prototypes K"}
 
 
 def main() -> None:
     """Measure every point and write the tables and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=64, help="of the global crops, in pixels")
-    parser.add_argument("--steps", type=int, default=5, help="of a point, the first one left out")
+    parser.add_argument("--size", type=int, default=64, help="pixels of the global crops")
+    parser.add_argument("--steps", type=int, default=5, help="steps per point, including the first, which is excluded")
     parser.add_argument("--teacher", default="timm:tf_efficientnet_lite0")
     parser.add_argument("--students", nargs="+", default=["vit_tiny_patch16_224", "resnet18"])
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
@@ -65,14 +65,14 @@ def main() -> None:
     publish(
         "scaling",
         title=f"Time and memory of a training step, {given.size} px",
-        headings=["student", "batch", "local crops", "K", "processes", "ms a step", "peak MB", "losses differ by"],
+        headings=["student", "batch", "local crops", "K", "processes", "ms per step", "peak MB", "losses differ by"],
         rows=[cells(row) for row in [*rows, *pairs]],
         data={"sweeps": rows, "processes": pairs},
         notes=[
             f"Teacher {given.teacher} with prototypes, objective MSN, 2 global crops of {given.size} px and local ones "
             f"of {given.size // 2} px, AdamW, 1 loader worker in each process; median of {given.steps - 1} steps. A "
-            "point is one short run: look at the course, not at a single figure.",
-            "Peak memory is of one whole process, libraries included; of two processes it is the larger.",
+            "point is one short run: look at the trend, not at a single figure.",
+            "Peak memory is that of one complete process, libraries included; of two processes, the larger.",
             "A student with BatchNorm sees half the batch in each of two processes, so its losses differ: "
             "SyncBatchNorm needs a GPU.",
             CLIP_ART,
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def measured(point: Point, given: argparse.Namespace, *, sweep: str) -> Point:
-    """A point with its milliseconds a step, its peak bytes and its losses, from processes of its own."""
+    """Measure a point in fresh processes: milliseconds per step, peak bytes and losses."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable]
         if point["processes"] > 1:
@@ -102,7 +102,7 @@ def measured(point: Point, given: argparse.Namespace, *, sweep: str) -> Point:
 
 
 def two_processes(student: str, given: argparse.Namespace) -> Point:
-    """Two processes at the global batch of one, and how far their losses are apart."""
+    """Two processes with the global batch of one, and the largest difference of the losses."""
     one = measured(BASE | {"student": student}, given, sweep="processes")
     two = measured(BASE | {"student": student, "processes": 2}, given, sweep="processes")
     apart = max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True))
@@ -110,7 +110,7 @@ def two_processes(student: str, given: argparse.Namespace) -> Point:
 
 
 def measure_here(point: Point, given: argparse.Namespace) -> None:
-    """Run the steps in this process and leave what they took in ``rank-N.json``."""
+    """Run the steps in this process and write their time and memory to ``rank-N.json``."""
     recipe = recipe_of(point, given)
     source = first_images(open_source(demo_images(), split="train"), recipe.batch_size * given.steps)
     torch.manual_seed(0)  # the same random teacher in every process
@@ -149,7 +149,7 @@ def cells(row: Point) -> list[str]:
 
 
 def picture(rows: list[Point], students: list[str], path: Path) -> None:
-    """Time above, memory below, a column a setting, a line a student."""
+    """Plot time above and memory below: one column per setting, one line per student."""
     canvas = Figure(figsize=(9, 5), layout="constrained")
     axes = canvas.subplots(2, len(SWEEPS))
     styles = [("o", "-"), ("s", "--"), ("D", ":")]
@@ -163,10 +163,10 @@ def picture(rows: list[Point], students: list[str], path: Path) -> None:
         axes[1, column].set_xlabel(TITLES[name])
     for axis in axes[:, list(SWEEPS).index("prototypes")]:
         axis.set_xscale("log", base=2)
-    for axis in axes.flat:  # only now: a limit that is set ends the search for the other
+    for axis in axes.flat:  # last: setting one limit freezes the other
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("ms a step")
+    axes[0, 0].set_ylabel("ms per step")
     axes[1, 0].set_ylabel("peak memory, MB")
     axes[0, 0].legend(fontsize="small")
     canvas.savefig(path, format="svg", metadata={"Date": None})

@@ -1,14 +1,13 @@
-"""robx's training step, loader included, against the floor: the bare forward and backward of the same networks.
+"""robx's training step, with data loading, against a floor: the bare forward and backward of the same networks.
 
     python benchmarks/step.py --size 64 --batch 64
     python benchmarks/step.py --size 224 --batch 32 --rounds 8
 
-A round is a whole run of ``robx.distill.train`` (loader, crops, targets, loss, checks, optimiser, log; its first step,
-which waits for the loader to start, is left out) and, in random order, as many bare steps: the teacher's forward
-without gradients, the student's forward, and a backward from a fixed gradient, on tensors that are in memory. The floor
-has no loss, no optimiser and no data. The ratio is of the medians, with a bootstrap interval over the rounds; 1.10 is
-the aim.
-Weights are random: time does not depend on them.
+A round is a complete run of ``robx.distill.train`` (loader, crops, targets, loss, checks, optimiser, log; without its
+first step, which waits for the loader to start) and, in random order, as many bare steps: the teacher's forward without
+gradients, the student's forward, and a backward from a fixed gradient, on tensors in memory. The floor has no loss, no
+optimiser and no data loading. The ratio is of the medians, with a bootstrap interval over the rounds; the aim is 1.10.
+The weights are random: time does not depend on them.
 """
 
 from __future__ import annotations
@@ -43,10 +42,12 @@ SCENES = 64
 def main() -> None:
     """Measure each student and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=64, help="of the global crops, in pixels")
+    parser.add_argument("--size", type=int, default=64, help="pixels of the global crops")
     parser.add_argument("--local-crops", type=int, default=None, help="default: the published recipe's")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=6, help="of robx in a round, the first one left out")
+    parser.add_argument(
+        "--steps", type=int, default=6, help="robx's steps per round, including the first, which is excluded"
+    )
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--teacher", default="dino_vits16")
     parser.add_argument("--students", nargs="+", default=STUDENTS)
@@ -70,10 +71,10 @@ def main() -> None:
             f"Teacher {given.teacher} and students with random weights; RoB's recipe of that method; batch "
             f"{given.batch}, 2 global crops of {given.size} px and {found[0]['local_crops']} local ones of "
             f"{found[0]['local_size']} px; {given.workers} loader worker(s); {given.rounds} rounds of "
-            f"{given.steps - 1} steps each side, interleaved.",
+            f"{given.steps - 1} steps per side, interleaved.",
             CLIP_ART if given.size <= 96 else f"Images: {SCENES} rendered scenes of 400 x 400 pixels as JPEG.",
-            "The floor has no loss, no optimiser, no checks and no data: a ratio of 1 cannot be reached.",
-            "It says nothing of a GPU, where the loader has to be many times as fast.",
+            "The floor has no loss, optimiser, checks or data loading: a ratio of 1 cannot be reached.",
+            "These figures do not apply to a GPU, where the loader has to be many times as fast.",
         ],
         settings=vars(given) | {"students": list(given.students)},
     )
@@ -82,7 +83,7 @@ def main() -> None:
 def measure(
     student: str, teacher: Teacher, source: ImageSource, given: argparse.Namespace, folder: Path
 ) -> dict[str, Any]:
-    """Rounds of robx's own steps and of bare ones, in random order."""
+    """Time rounds of robx's own steps and of bare steps, in random order."""
     recipe = recipe_of(student, teacher, given)
     few = first_images(source, given.batch * given.steps)
     bare = bare_step(student, teacher, recipe, few)
@@ -111,7 +112,7 @@ def measure(
 
 
 def recipe_of(student: str, teacher: Teacher, given: argparse.Namespace) -> Recipe:
-    """The method's own recipe at this size; local crops keep their share of a global one's side (96 of 224)."""
+    """The method's recipe at this size; local crops keep their ratio to the global ones (96 to 224)."""
     method = teacher.method if teacher.method in ("dino", "ibot", "msn", "swav") else "msn"
     recipe = preset(method, student_kind(student))
     local = max(32, 16 * round(given.size * 96 / 224 / 16))
@@ -129,7 +130,7 @@ def recipe_of(student: str, teacher: Teacher, given: argparse.Namespace) -> Reci
 
 
 def bare_step(student: str, teacher: Teacher, recipe: Recipe, source: ImageSource) -> Callable[[], float]:
-    """A function that does one bare step on crops in memory and returns its seconds."""
+    """A function that runs one bare step on crops in memory and returns its duration in seconds."""
     with join_processes("cpu") as processes:
         networks = build_networks(recipe, [student], teacher=teacher, processes=processes, steps=1, steps_per_epoch=1)
     net = networks.learners[0].net
@@ -151,7 +152,7 @@ def bare_step(student: str, teacher: Teacher, recipe: Recipe, source: ImageSourc
 
 
 def images(size: int, folder: Path) -> ImageSource:
-    """Clip art of 128 pixels for small crops; larger scenes as JPEG for large ones: decoding costs its share."""
+    """128-pixel clip art for small crops, larger JPEG scenes for large ones, so that decoding costs are realistic."""
     if size <= 96:
         return open_source(demo_images(), split="train")
     scenes = folder / "scenes"

@@ -1,14 +1,14 @@
-"""Stored targets against a live teacher: the same losses, how many bytes an image, how much faster.
+"""Stored targets against a live teacher: difference of the losses, bytes per image, and speed-up.
 
     python benchmarks/targets.py
     python benchmarks/targets.py --dino-weights dino_deitsmall16_pretrain_full_checkpoint.pth
 
-Loss: the same run twice, once with the teacher in it (its targets stored on the way) and once from what was stored; and
-at the weights that the first one ends with, batch by batch, the loss by both kinds of targets, whose largest difference
-is to stay below 1e-3. The teachers are real: MSN's loss on EfficientNet-Lite0 with fitted prototypes at k = 64, and
-DINO's at k = 256 with a head that DINO itself has taught on EfficientNet-Lite0's trunk, or with a published checkpoint.
- Speed: a ViT-S/14 teacher (random weights: time does not depend on
-them) and MobileNetV3 at 224 px, both sides whole runs of robx's loop, interleaved; 3 is the aim.
+Loss: the same run twice, once with the teacher (storing its targets) and once from the stored targets; and, at the
+final weights of the first run, the loss of each batch with both kinds of targets, whose largest difference should stay
+below 1e-3. The teachers are real: MSN's loss on EfficientNet-Lite0 with fitted prototypes at k = 64, and DINO's loss at
+k = 256 with a head that DINO trained on EfficientNet-Lite0's trunk, or with a published checkpoint.
+Speed: a ViT-S/14 teacher (random weights: time does not depend on them) and MobileNetV3 at 224 px, both sides complete
+runs of robx's loop, interleaved; the aim is 3.
 """
 
 from __future__ import annotations
@@ -46,18 +46,20 @@ TRUNK, STUDENT, BATCH = "tf_efficientnet_lite0", "mobilenetv3_small_100", 64
 def main() -> None:
     """Compare losses, then speeds, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=80, help="of the runs whose losses are compared")
-    parser.add_argument("--dino-weights", type=Path, help="a full checkpoint of DINO; default: one made here")
-    parser.add_argument("--dino-epochs", type=int, default=12, help="of the one made here")
-    parser.add_argument("--dino-outputs", type=int, default=1024, help="of the one made here")
-    parser.add_argument("--teacher", default="dinov2_vits14", help="of the speed")
-    parser.add_argument("--student", default="mobilenetv3_large_100", help="of the speed")
-    parser.add_argument("--size", type=int, default=224, help="of the speed's global crops")
-    parser.add_argument("--batch", type=int, default=16, help="of the speed")
-    parser.add_argument("--speed-steps", type=int, default=4, help="of a round, the first one left out")
+    parser.add_argument("--steps", type=int, default=80, help="steps of the runs whose losses are compared")
+    parser.add_argument("--dino-weights", type=Path, help="a full DINO checkpoint; default: one trained here")
+    parser.add_argument("--dino-epochs", type=int, default=12, help="epochs of the one trained here")
+    parser.add_argument("--dino-outputs", type=int, default=1024, help="outputs of the one trained here")
+    parser.add_argument("--teacher", default="dinov2_vits14", help="teacher of the speed test")
+    parser.add_argument("--student", default="mobilenetv3_large_100", help="student of the speed test")
+    parser.add_argument("--size", type=int, default=224, help="pixels of the speed test's global crops")
+    parser.add_argument("--batch", type=int, default=16, help="batch size of the speed test")
+    parser.add_argument(
+        "--speed-steps", type=int, default=4, help="steps per round, including the first, which is excluded"
+    )
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("runs/targets"), help="where the teacher made here is kept")
+    parser.add_argument("--out", type=Path, default=Path("runs/targets"), help="where the teacher trained here is kept")
     given = parser.parse_args()
     source = open_source(demo_images(), split="train")
     with tempfile.TemporaryDirectory() as name:
@@ -81,19 +83,19 @@ def main() -> None:
         "targets",
         title="Stored targets against a live teacher",
         headings=[
-            "what", "K", "k", "bytes an image and epoch", "mass beyond k", "largest difference", "loss, live",
-            "loss, stored", "times as fast",
+            "what", "K", "k", "bytes per image and epoch", "mass beyond k", "largest difference", "loss, live",
+            "loss, stored", "speed-up",
         ],
         rows=cells,
         data=to_json(rows),
         notes=[
             f"Losses of {STUDENT} at 64 px, batch {BATCH}, {given.steps} steps. Largest difference: of the losses of "
-            "one batch by live and by stored targets, at the weights that the live run ends with. Loss, live and "
-            "stored: the mean over the last ten steps of each run, whose courses part by and by, as those of any two "
-            "runs that differ in a rounding.",
+            "one batch with live and with stored targets, at the final weights of the live run. Loss, live and "
+            "stored: the mean over the last ten steps of each run; the runs gradually diverge, as any two runs do that "
+            "differ by a rounding error.",
             f"Speed: {given.teacher} and {given.student} at {given.size} px, batch {given.batch}, 2 global crops and "
-            f"no local one, {given.workers} loader worker(s), {given.rounds} interleaved rounds; whole steps of robx's "
-            "loop, whose data loading both sides pay.",
+            f"no local crops, {given.workers} loader worker(s), {given.rounds} interleaved rounds; complete steps of "
+            "robx's loop, with data loading on both sides.",
             *([] if given.dino_weights else [_of_the_head(source, given)]),
             CLIP_ART,
         ],
@@ -103,14 +105,14 @@ def main() -> None:
 
 def _of_the_head(source: ImageSource, given: argparse.Namespace) -> str:
     return (
-        f"DINO's head of {given.dino_outputs} outputs was taught by DINO itself on EfficientNet-Lite0's frozen trunk, "
+        f"DINO's head of {given.dino_outputs} outputs was trained by DINO itself on EfficientNet-Lite0's frozen trunk, "
         f"{given.dino_epochs} epochs of {len(source):,} images, and read back from its published layout."
     )
 
 
 def dino_checkpoint(source: ImageSource, given: argparse.Namespace) -> Path:
-    """A DINO teacher in its published layout: EfficientNet-Lite0's real trunk, and a head that DINO taught on it."""
-    say("dino: teaching a head")
+    """A DINO teacher in its published layout: EfficientNet-Lite0's real trunk and a head that DINO trained on it."""
+    say("dino: training a head")
     recipe = override(
         preset("dino", "cnn", base=True),
         {"optimizer": "adamw", "lr": 1e-3, "lr_batch": None, "warmup_share": 0.1, "epochs": given.dino_epochs,
@@ -127,7 +129,7 @@ def dino_checkpoint(source: ImageSource, given: argparse.Namespace) -> Path:
 def compare(
     method: Method, teacher: Teacher, k: int, source: ImageSource, folder: Path, given: argparse.Namespace
 ) -> Row:
-    """The losses of a live run and of the run from its stored targets, and of both at the same weights."""
+    """Losses of a live run, of the run from its stored targets, and of both at the same weights."""
     say(f"{method}: live and stored losses")
     recipe = recipe_of(method, teacher, 64, BATCH, local_crops=2)
     few = first_images(source, BATCH * given.steps)
@@ -152,7 +154,7 @@ def compare(
 def at_the_same_weights(
     recipe: Recipe, teacher: Teacher, source: ImageSource, stored: Path, run: Path, *, batches: int = 8
 ) -> list[tuple[float, float]]:
-    """The loss by live and by stored targets of some batches, at the weights that `run` ended with."""
+    """The losses of some batches with live and with stored targets, at the final weights of `run`."""
     steps = len(source) // recipe.batch_size
     with join_processes("cpu") as processes:
         networks = build_networks(
@@ -160,7 +162,7 @@ def at_the_same_weights(
         )
     (learner,), found = networks.learners, load_newest(run)
     if found is None or networks.branch is None:
-        raise SystemExit(f"{run} holds no checkpoint")
+        raise SystemExit(f"{run} has no checkpoint")
     learner.load(found[1]["learners"][STUDENT])
     kept = open_targets(stored, recipe, source).branch
     pairs = []
@@ -182,7 +184,7 @@ def losses(recipe: Recipe, source: ImageSource, out: Path, workers: int, k: int,
 
 
 def speed(source: ImageSource, folder: Path, given: argparse.Namespace) -> Row:
-    """How many times as fast a run is without its teacher."""
+    """The speed-up of a run without its teacher."""
     teacher = build_teacher_skeleton(given.teacher, objective="msn", prototypes=1024, image_size=given.size)
     recipe = recipe_of("msn", teacher, given.size, given.batch, local_crops=0)
     few = first_images(source, given.batch * given.speed_steps)

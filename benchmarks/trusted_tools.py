@@ -1,23 +1,23 @@
-"""robx's latency against two trusted tools': run it on a quiet machine.
+"""robx's latency against that of two trusted tools; run it on an idle machine.
 
     OMP_NUM_THREADS=1 python benchmarks/trusted_tools.py runs/demo/student/openvino-int8 --name trusted-tools-64
     OMP_NUM_THREADS=1 python benchmarks/trusted_tools.py --networks resnet18 mobilenetv3_large_100
 
-**One model**: in one process, over one opened model, in blocks of random order: robx's timed loop; MLCommons' loadgen
-(SingleStream), which drives robx's Session; and, for OpenVINO, the loop of its benchmark_app over the same request.
-Nothing but the measuring differs then. A tool's p50 and p90 are set against those of robx's block of the same round;
-shown is the median over rounds with its 95 % bootstrap interval. Within 3 % is agreement.
+**One model**: in one process, on one opened model, in blocks of random order: robx's timed loop; MLCommons' loadgen
+(SingleStream), which drives robx's Session; and, for OpenVINO, the loop of its benchmark_app on the same request. Only
+the measurement differs. A tool's p50 and p90 are divided by those of robx's block in the same round; the table shows
+the median over rounds with its 95 % bootstrap interval. A difference within 3 % counts as agreement.
 
-**Own process**: each whole tool in a fresh process, in random order: robx bench, a second time too, for how far two
-equal processes differ; a bare loop over the engine (bare_loop.py); and benchmark_app (synchronous, one stream, the same
-threads and precision, batch 1; it refuses a latency hint together with threads). That the tools open the model alike
-shows here, as far as the processes allow.
+**Own process**: each complete tool in a fresh process, in random order: robx bench, twice, to show how much two equal
+processes differ; a bare loop around the engine (bare_loop.py); and benchmark_app (synchronous, one stream, the same
+threads and precision, batch 1; it refuses a latency hint together with threads). This shows that the tools configure
+the model equally, as far as the variation between processes allows.
 
-benchmark_app reads OpenVINO's own timer, which begins when the input lies ready and ends before the answer is read, and
-it runs one input. The row "robx, by OpenVINO's timer" reads that timer beside robx's calls, in the same process.
+benchmark_app reads OpenVINO's own timer, which starts when the input is in place and stops before the output is read,
+and it runs one input. The row "robx, by OpenVINO's timer" reads that timer during robx's calls, in the same process.
 
-The runner's time from its start to its first answer is set against that of the bare script: at most 1.2 times is the
-aim. ``--networks`` makes bundles of timm's networks with random weights, which take the time that trained ones take.
+The runner's time from its start to its first answer is compared with that of the bare script; the aim is at most 1.2
+times as long. ``--networks`` makes bundles of timm networks with random weights, which are as fast as trained ones.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _AGREEMENT, _START = 0.03, 1.2
 
 
 def make_bundles(networks: Sequence[str], size: int, out: Path) -> list[Path]:
-    """fp32 bundles in ONNX and OpenVINO of networks with random weights; those that are there are taken."""
+    """fp32 bundles in ONNX and OpenVINO of networks with random weights; existing ones are reused."""
     folders = []
     for network in networks:
         student = out / f"{network}-{size}"
@@ -71,7 +71,7 @@ def make_bundles(networks: Sequence[str], size: int, out: Path) -> list[Path]:
 
 
 def random_trunk(network: str, size: int) -> Any:
-    """A trunk whose BatchNorm has the statistics of rendered scenes, so that no activation shrinks to denormals."""
+    """A trunk with BatchNorm statistics of rendered scenes, so that no activation becomes a denormal."""
     torch.manual_seed(0)
     trunk = build_trunk(network).train()
     images = torch.from_numpy(load_inputs(student_preprocessing(size), None).images)
@@ -82,9 +82,9 @@ def random_trunk(network: str, size: int) -> Any:
 
 
 def compare(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """All rounds of one bundle."""
+    """Run all rounds for one bundle."""
     with tempfile.TemporaryDirectory() as root:
-        # Of a copy: the records of a benchmark are none of the bundle's own.
+        # Measure a copy: the bundle should not collect a benchmark's records.
         copy, images = Path(root) / folder.resolve().name, Path(root) / "images.npy"
         one: dict[str, list[Figures]] = {}
         own: dict[str, list[Figures]] = {}
@@ -104,7 +104,7 @@ def compare(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def in_own_processes(folder: Path, images: Path, given: argparse.Namespace) -> dict[str, list[Figures]]:
-    """Each tool in a fresh process, `given.rounds` times: name -> its rounds."""
+    """Run each tool in a fresh process, `given.rounds` times: name -> its rounds."""
     tools: dict[str, Callable[[Path, Path, int, float], Figures]]
     tools = {"robx": by_robx, "robx again": by_robx, "bare loop": by_bare_loop}
     if load_bundle(folder).runtime == "openvino":
@@ -118,22 +118,22 @@ def in_own_processes(folder: Path, images: Path, given: argparse.Namespace) -> d
 
 
 def main() -> None:
-    """Compare on every bundle, and publish."""
+    """Compare the tools on every bundle, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("bundles", type=Path, nargs="*")
-    parser.add_argument("--networks", nargs="*", default=[], help="timm networks to make bundles of")
-    parser.add_argument("--size", type=int, default=224, help="of --networks, in pixels")
-    parser.add_argument("--out", type=Path, default=Path("runs/trusted-tools"), help="of --networks")
-    parser.add_argument("--blocks", type=int, default=20, help="of each tool over one model")
-    parser.add_argument("--rounds", type=int, default=7, help="of each tool in its own process")
-    parser.add_argument("--seconds", type=float, default=1, help="of each block and round")
+    parser.add_argument("--networks", nargs="*", default=[], help="timm networks to export")
+    parser.add_argument("--size", type=int, default=224, help="image size of --networks, in pixels")
+    parser.add_argument("--out", type=Path, default=Path("runs/trusted-tools"), help="folder of --networks")
+    parser.add_argument("--blocks", type=int, default=20, help="blocks of each tool on one model")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of each tool in its own process")
+    parser.add_argument("--seconds", type=float, default=1, help="seconds of each block and round")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--start-only", action="store_true", help="only the time from start to first answer")
-    parser.add_argument("--name", default="trusted-tools", help="of the result")
+    parser.add_argument("--start-only", action="store_true", help="measure only the time from start to first answer")
+    parser.add_argument("--name", default="trusted-tools", help="name of the result")
     given = parser.parse_args()
     folders = [*given.bundles, *make_bundles(given.networks, given.size, given.out)]
     if not folders:
-        parser.error("give bundles, or --networks to make some of")
+        parser.error("give bundles, or --networks to export")
     data = []
     for folder in folders:
         say(str(folder))
@@ -143,8 +143,8 @@ def main() -> None:
         return
     publish(
         given.name,
-        title="robx's latency against trusted tools'",
-        headings=("bundle", "how", "tool", "p50 ms", "p50 to robx's", "p90 ms", "p90 to robx's", "within 3 %"),
+        title="robx's latency against trusted tools",
+        headings=("bundle", "how", "tool", "p50 ms", "p50 / robx's", "p90 ms", "p90 / robx's", "within 3 %"),
         rows=[row for found in data for row in _rows(found)],
         data=[to_json(found) for found in data],
         notes=_notes(data, given),
@@ -159,7 +159,7 @@ def main() -> None:
 
 
 def publish_starts(data: list[dict[str, Any]], given: argparse.Namespace) -> None:
-    """The table of --start-only."""
+    """Write the table of --start-only."""
     rows = []
     for found in data:
         runner, bare = np.median(found["starts"], axis=0)
@@ -168,11 +168,11 @@ def publish_starts(data: list[dict[str, Any]], given: argparse.Namespace) -> Non
         rows.append([found["bundle"], f"{runner:.3f}", f"{bare:.3f}", _shown(ratio), agrees])
     publish(
         given.name,
-        title="From the start of a process to its first answer",
+        title="Time from process start to first answer",
         headings=("bundle", "robx's runner, s", "a bare script, s", "ratio", f"at most {_START:g}"),
         rows=rows,
         data=[{key: to_json(found[key]) for key in ("bundle", "starts", "start_ratio")} for found in data],
-        notes=[f"Medians over {2 * given.rounds} pairs in alternating order, and their 95 % bootstrap interval."],
+        notes=[f"Medians over {2 * given.rounds} pairs in alternating order, with 95 % bootstrap intervals."],
         settings={"rounds": given.rounds, "threads": given.threads, "batch": 1},
     )
 
@@ -192,7 +192,7 @@ def _rows(found: dict[str, Any]) -> list[list[str]]:
 
 
 def _verdict(ratios: Iterable[Value]) -> str:
-    """Whether both agree; open where an interval reaches to both sides of the 3 %."""
+    """Whether both agree; "open" if an interval contains the limit of 3 %."""
     verdicts = set()
     for ratio in ratios:
         low, high = (ratio.low or 0.0) - 1, (ratio.high or 9.0) - 1
@@ -203,12 +203,12 @@ def _verdict(ratios: Iterable[Value]) -> str:
 
 def _notes(data: list[dict[str, Any]], given: argparse.Namespace) -> list[str]:
     notes = [
-        f"One model: {given.blocks} blocks of {given.seconds:g} s a tool in one process; own process: {given.rounds} "
-        f"rounds of {given.seconds:g} s. Ratios are medians over these, in brackets the 95 % bootstrap interval.",
-        f"loadgen is MLCommons' {version('mlcommons-loadgen')}, SingleStream, over robx's own Session.",
-        "benchmark_app runs one input that lies in the engine's memory and reads OpenVINO's timer: neither handing "
-        "over an input nor reading the answer is in it. The robx row by that timer reads it beside robx's calls.",
-        "'robx again' is the same command a second time in each round: what it differs by is the processes' own.",
+        f"One model: {given.blocks} blocks of {given.seconds:g} s per tool in one process; own process: {given.rounds} "
+        f"rounds of {given.seconds:g} s. Ratios are medians with 95 % bootstrap intervals in brackets.",
+        f"loadgen is MLCommons' {version('mlcommons-loadgen')}, SingleStream, on robx's own Session.",
+        "benchmark_app runs one input in the engine's memory and reads OpenVINO's timer, which covers neither setting "
+        "the input nor reading the output. The row 'robx, by OpenVINO's timer' reads it during robx's calls.",
+        "'robx again' is the same command a second time in each round: it shows the variation between processes.",
     ]
     for found in data:
         notes += _left_out(found)
@@ -216,28 +216,28 @@ def _notes(data: list[dict[str, Any]], given: argparse.Namespace) -> list[str]:
         ratio = found["start_ratio"]
         verdict = "at most" if ratio.value <= _START else "above"
         notes.append(
-            f"{found['bundle']}: from the start of a process to its first answer the runner takes {runner:.3f} s and a "
-            f"bare script {bare:.3f} s, {_shown(ratio)} times as long: {verdict} {_START:g}."
+            f"{found['bundle']}: from process start to first answer the runner takes {runner:.3f} s and a bare script "
+            f"{bare:.3f} s, a ratio of {_shown(ratio)}: {verdict} {_START:g}."
         )
     return notes
 
 
 def _left_out(found: dict[str, Any]) -> list[str]:
-    """What a call of robx takes outside of OpenVINO's timer, and how benchmark_app stands to that same timer."""
+    """The part of robx's call outside OpenVINO's timer, and benchmark_app's ratio to that timer."""
     blocks = found["one model"]["blocks"]
-    if OWN_TIMER not in blocks:  # another engine's
+    if OWN_TIMER not in blocks:  # a bundle of another engine
         return []
     robx, timer, app = ([f["p50"] for f in blocks[name]] for name in ("robx", OWN_TIMER, "benchmark_app"))
     outside = float(np.median(np.subtract(robx, timer)))
     return [
-        f"{found['bundle']}: {1000 * outside:.0f} microseconds, {100 * outside / np.median(robx):.1f} %, of a call of "
-        f"robx are outside of OpenVINO's timer; by that timer benchmark_app's p50 is {_shown(_ratio(app, timer))} of "
+        f"{found['bundle']}: {1000 * outside:.0f} microseconds, {100 * outside / np.median(robx):.1f} %, of robx's "
+        f"call are outside OpenVINO's timer; by that timer benchmark_app's p50 is {_shown(_ratio(app, timer))} of "
         "robx's."
     ]
 
 
 def _ratios(found: dict[str, list[Figures]]) -> dict[str, dict[str, Value]]:
-    """Each tool's p50 and p90 over robx's of the same round."""
+    """Each tool's p50 and p90, divided by robx's of the same round."""
     return {
         name: {p: _ratio([f[p] for f in figures], [r[p] for r in found["robx"]]) for p in ("p50", "p90")}
         for name, figures in found.items()

@@ -1,4 +1,4 @@
-"""Int8 as the vendors' own manuals make it: the other side of export_table.py."""
+"""Int8 as the vendors' manuals recommend it: the baseline of export_table.py."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from robx.trunk import is_vit
 
 
 def vendor_bundle(engine: str, fp32: Path, folder: Path, calibration: np.ndarray) -> tuple[Bundle, str]:
-    """The vendor's int8 of the bundle `fp32`, as a bundle in `folder`, so that the same Session opens both.
+    """Write the vendor's int8 of the bundle `fp32` as a bundle in `folder`, so that the same Session opens both.
 
     Args:
         engine: onnx or openvino.
-        fp32: the float bundle that the vendor's tool starts from.
+        fp32: the float bundle to quantise.
         folder: where the files go.
         calibration: the images that robx calibrates on, float32 (N, 3, H, W).
 
     Returns:
-        The bundle, and what has to be said about it.
+        The bundle, and a note about it, which may be empty.
     """
     bundle = load_bundle(fp32)
     shutil.rmtree(folder, ignore_errors=True)
@@ -41,7 +41,7 @@ def vendor_bundle(engine: str, fp32: Path, folder: Path, calibration: np.ndarray
 
 
 def onnxruntime_default(fp32: Path, folder: Path, calibration: np.ndarray, student: Student) -> str:
-    """quant_pre_process, then quantize_static with nothing but its three required arguments."""
+    """quant_pre_process, then quantize_static with its three required arguments only."""
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -59,13 +59,13 @@ def onnxruntime_default(fp32: Path, folder: Path, calibration: np.ndarray, stude
         try:
             quant_pre_process(source, prepared)
         except Exception as error:
-            prepared, note = source, f"quant_pre_process failed ({first_line(error)[:80]}) and was left out"
+            prepared, note = source, f"quant_pre_process failed ({first_line(error)[:80]}) and was skipped"
         quantize_static(prepared, folder / "model.onnx", Reader())
     return note
 
 
 def openvino_default(fp32: Path, folder: Path, calibration: np.ndarray, student: Student) -> str:
-    """nncf.quantize with its defaults, and with ModelType.TRANSFORMER for a ViT, as its manual says."""
+    """nncf.quantize with its defaults, and with ModelType.TRANSFORMER for a ViT, as its manual recommends."""
     import nncf
     import openvino as ov
 

