@@ -40,10 +40,9 @@ from robx.embeddings import KNN_K
 from robx.errors import RobxError, first_line
 from robx.eval.fidelity.fidelity import Bank, fidelity, make_bank
 from robx.eval.protocols.knn import weighted_knn
-from robx.export.build import Options as ExportOptions
-from robx.export.build import build
+from robx.export.build import ExportSettings, export
 from robx.export.gate.gate import Limits
-from robx.export.image_splits import MIN_IMAGES, Splits, open_data, read_splits
+from robx.export.image_splits import MIN_IMAGES, Splits, SplitSizes, open_data, read_splits
 from robx.export.request import ExportTarget
 from robx.images.sources import open_source
 from robx.records import Bundle, Student, Value, from_json, load_bundle, load_student, to_json
@@ -244,7 +243,7 @@ class Work:
         train_source, test_source = open_data(self.data)
         count = self.given.calibration_images
         pre = self.student.preprocessing
-        return read_splits(train_source, test_source, pre, calibration_images=count, least=count)
+        return read_splits(train_source, test_source, pre, sizes=SplitSizes(calibration=count, least=count))
 
     @cached_property
     def reference(self) -> tuple[np.ndarray, Bank]:
@@ -304,21 +303,21 @@ class Work:
         }  # fmt: skip
 
     def _export(self, engine: str, precision: Any, out: Path) -> Bundle:
-        source, held_out = open_data(self.data)
         target = ExportTarget(
             format=engine,  # type: ignore[arg-type]
             precision=precision,
             device=self.given.trt if engine == "trt" else "local",
         )
-        options = ExportOptions(
+        settings = ExportSettings(
+            run=self.folder,
+            target=target,
+            data=self.data,
+            out=out,
             limits=Limits(max_drop=self.given.max_drop),
             budget=self.given.budget,
             calibration_images=self.given.calibration_images,
         )
-        return build(
-            self.folder, target, source=source, judge=held_out, out=out, options=options,
-            on_rung=lambda r: say(f"  {r.name}: {r.accuracy} / {r.speed}: {r.reason[:90]}"),
-        )  # fmt: skip
+        return export(settings, on_candidate=lambda r: say(f"  {r.name}: {r.accuracy} / {r.speed}: {r.reason[:90]}"))
 
     def _judge(self, rows: list[Row]) -> None:
         """Put the fidelity to the PyTorch student into the rows."""

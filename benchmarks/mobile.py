@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from robx.export.formats.to_onnx import export_model, tensor_specs
+from robx.export.formats.builder import Source
+from robx.export.formats.network import export_model, tensor_specs
 from robx.export.request import ExportRequest, ExportTarget
 from robx.images.decode import preprocess
 from robx.images.scenes import make_scene, render
@@ -168,7 +169,7 @@ def measure(format_: Any, precision: Any, subject: Subject) -> dict[str, Any]:
     builder = importlib.import_module(f"robx.export.formats.to_{format_}")
     with tempfile.TemporaryDirectory() as name:
         folder, started = Path(name), time.monotonic()
-        built = builder.build(model, Path("unused.onnx"), request, folder, calibration)
+        built = builder.build(Source(model=model, onnx=Path("unused.onnx"), calibration=calibration), request, folder)
         files = [describe_file(folder, file.path, file.role) for file in built.files]
         row: dict[str, Any] = {
             "format": format_,

@@ -45,7 +45,7 @@ from other_tools import (
 )
 
 from robx.distill.training.run_folder import student_preprocessing
-from robx.export.build import build
+from robx.export.build import ExportSettings, export
 from robx.export.request import ExportTarget
 from robx.records import Value, load_bundle, to_json
 from robx.runtime.bench.inputs import load_inputs
@@ -65,7 +65,8 @@ def make_bundles(networks: Sequence[str], size: int, out: Path) -> list[Path]:
         for fmt in ("openvino", "onnx"):
             folder = student / f"{fmt}-fp32"
             if not (folder / "manifest.json").is_file():
-                build(student, ExportTarget(format=fmt, precision="fp32"), out=folder)  # type: ignore[arg-type]
+                target = ExportTarget(format=fmt)  # type: ignore[arg-type]
+                export(ExportSettings(run=student, target=target, out=folder))
             folders.append(folder)
     return folders
 

@@ -1,48 +1,20 @@
-"""The folders of an export: its cache below the student's, and the bundle's own."""
+"""The bundle's folder: where it may be written, and writing it as a whole."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 
-from robx import __version__
-from robx.errors import ArtifactError, InputError
-from robx.export.formats import to_onnx
-from robx.export.request import ExportRequest
-from robx.records import Bundle, BundleFile, describe_file, save_bundle, to_json
-from robx.store.files import sha256_bytes, write_json
+from robx.errors import InputError
+from robx.records import Bundle, BundleFile, describe_file, save_bundle
+from robx.store.files import write_json
 from robx.store.folders import new_folder
-from robx.store.onnx_safety import load_checked
-
-CACHE = "export-cache"
-
-
-def cached_onnx(student_folder: Path, model: to_onnx.ExportModel, request: ExportRequest, *, head: str | None) -> Path:
-    """The float32 ONNX of a student, exported once for each of the settings that change it."""
-    target = request.target
-    key = [request.student.sha256, target.batch, target.opset, target.uint8_input, head, __version__]
-    key += [version(name) for name in ("torch", "onnxscript", "onnx")]
-    key.append(to_json(request.student.preprocessing))
-    path = student_folder / CACHE / f"{sha256_bytes(repr(key).encode())[:24]}.onnx"
-    if not _is_sound(path):
-        to_onnx.export_onnx(model, path, student=request.student, batch=target.batch, opset=target.opset)
-    return path
-
-
-def _is_sound(path: Path) -> bool:
-    """Whether a cached model is there and can be read: a damaged one is made again."""
-    try:
-        load_checked(path)
-    except (ArtifactError, InputError):
-        return False
-    return True
 
 
 def _has_bundle(folder: Path) -> bool:
-    """Whether its manifest is robx's, damaged or not: others call a file of theirs manifest.json too."""
+    """Whether `folder` has a manifest of robx, damaged or not; other tools write a manifest.json too."""
     try:
         text = (folder / "manifest.json").read_text(errors="replace")
     except OSError:
@@ -51,18 +23,18 @@ def _has_bundle(folder: Path) -> bool:
 
 
 def require_bundle_place(out: Path) -> None:
-    """Raise InputError where a bundle put at `out` would replace anything but a bundle."""
+    """Raise InputError if a bundle written to `out` would replace anything but a bundle."""
     if out.is_dir() and any(out.iterdir()) and not _has_bundle(out):
-        raise InputError(f"{out} has files in it and is no bundle: choose another folder, for it would be replaced")
+        raise InputError(f"{out} is not empty and is not a bundle: choose another folder")
     if (out / "student.json").exists():
         raise InputError(f"{out} holds a student: choose another folder for the bundle")
 
 
 def ship(bundle: Bundle, folder: Path, out: Path, *, layer_costs: Mapping[str, float] | None) -> Bundle:
-    """Copy a bundle's files from `folder` to `out`, with its notes, and write the manifest last; whole or not at all.
+    """Copy a bundle's files from `folder` to `out` and write the manifest last; `out` is complete or unchanged.
 
     Raises:
-        InputError: `out` holds something else than a bundle, which would be lost.
+        InputError: `out` is not a bundle and would be replaced.
     """
     require_bundle_place(out)
     with new_folder(out) as temporary:

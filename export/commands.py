@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,77 +18,71 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--format", "fmt", type=click.Choice(list(FORMATS)), required=True, help="Format to export to.")
-@click.option("--fp16", is_flag=True, help="Half-precision weights; float32 in and out.")
+@click.option("--fp16", is_flag=True, help="Half-precision weights; inputs and outputs stay float32.")
 @click.option("--int8", is_flag=True, help="Search for an int8 model that is accurate and not slower.")
 @click.option("--data", type=click.Path(path_type=Path), help="Images: calibration from train/, judging from test/.")
+@click.option("--test", type=click.Path(path_type=Path), help="Judging images, where --data has training images only.")
+@click.option("--out", type=click.Path(path_type=Path), help="Bundle folder. [default: RUN/<format>-<precision>]")
+@click.option("--head", type=click.Path(path_type=Path), help="Linear head to append; adds the output logits.")
+@click.option("--max-drop", default=1.0, show_default=True, help="Largest accuracy drop allowed, in points.")
 @click.option(
-    "--test", type=click.Path(path_type=Path), help="The judging images, when --data holds training images only."
+    "--min-speedup", default=1.0, show_default=True, help="Smallest speed-up over fp32 and fp16 in the same runtime."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="The bundle's folder. [default: RUN/<format>-<precision>]")
-@click.option("--head", type=click.Path(path_type=Path), help="A linear head to append: the output logits is added.")
-@click.option("--max-drop", default=1.0, show_default=True, help="Accuracy that int8 may lose, in points.")
-@click.option("--min-speedup", default=1.0, show_default=True, help="Against fp32 and fp16 in the same runtime.")
-@click.option("--opset", default=20, show_default=True, help="Of ONNX.")
-@click.option("--batch", default="dynamic", show_default=True, help="A number, or dynamic.")
+@click.option("--opset", default=20, show_default=True, help="ONNX opset.")
+@click.option("--batch", default="dynamic", show_default=True, help="Batch size: a number, or dynamic.")
 @click.option(
-    "--target", default="local", show_default=True, help="local or arm64; for trt also rtx:sm86+sm89 or jetson-orin."
+    "--target",
+    default="local",
+    show_default=True,
+    help="Device: local or arm64; for trt also rtx:sm86+sm89 or jetson-orin.",
 )
-@click.option("--uint8-input", is_flag=True, help="Take uint8 pixels; the normalisation becomes a part of the model.")
-@click.option("--rungs", type=click.IntRange(1), help="Int8 candidates to try at most.")
-@click.option("--budget", type=click.FloatRange(min=0), help="Seconds after which no further candidate is begun.")
+@click.option("--uint8-input", is_flag=True, help="Take uint8 pixels; the normalisation becomes part of the model.")
+@click.option("--rungs", type=click.IntRange(1), help="Maximum number of int8 candidates to try.")
+@click.option("--budget", type=click.FloatRange(min=0), help="Seconds after which no further candidate is started.")
 @click.option(
     "--calibration-images",
     type=click.IntRange(1),
     default=300,
     show_default=True,
-    help="Fewer than 300 only for a demonstration.",
+    help="Number of calibration images; below 300 for demonstrations only.",
 )
 @click.option(
     "--judging-images",
     type=click.IntRange(16),
     default=3000,
     show_default=True,
-    help="At most; more of them decide smaller drops.",
+    help="Maximum number of judging images; more of them can prove a smaller drop.",
 )
-@click.option("--sensitivity", is_flag=True, help="Measure what each layer costs in int8, for robx inspect.")
-@click.option("--force", is_flag=True, help="Ship the best int8 even if it failed, marked FORCED.")
+@click.option("--sensitivity", is_flag=True, help="Measure the cost of each layer in int8, for robx inspect.")
+@click.option("--force", is_flag=True, help="Ship the best int8 candidate even if it failed, marked FORCED.")
 def export(
     run: Path,
     fmt: str,
     fp16: bool,
     int8: bool,
-    data: Path | None,
-    test: Path | None,
-    out: Path | None,
-    head: Path | None,
+    target: str,
+    batch: str,
+    opset: int,
+    uint8_input: bool,
     max_drop: float,
     min_speedup: float,
-    opset: int,
-    batch: str,
-    target: str,
-    uint8_input: bool,
     rungs: int | None,
-    budget: float | None,
-    calibration_images: int,
-    judging_images: int,
-    sensitivity: bool,
-    force: bool,
+    **settings: Any,
 ) -> None:
-    """Turn a student into ONNX, OpenVINO, TensorRT or a mobile format.
+    """Export a student to ONNX, OpenVINO, TensorRT or a mobile format.
 
-    RUN is a folder that robx distill wrote. An int8 model ships only if it is accurate and not slower, judged on
-    held-out images by the runtime that will run it; otherwise the float model ships, and the exit status is 3. An fp16
-    model, which is taken for its size, has to be accurate, and faster only where --min-speedup is above 1.
+    RUN is a folder written by robx distill. An int8 model ships only if it is accurate and not slower, judged on
+    held-out images in the runtime that will execute it; otherwise the float model ships and the exit status is 3. An
+    fp16 model, which is chosen for its size, has to be accurate, and faster only if --min-speedup is above 1.
 
     \b
     robx export runs/r18 --format openvino --int8 --data images/
     robx export runs/r18 --format trt --int8 --target rtx:sm89 --data images/
     """
     if fp16 and int8:
-        raise InputError("--fp16 and --int8 are two exports: give one of them")
-    from robx.export.build import Options, build
+        raise InputError("--fp16 and --int8 are two different exports: give one of them")
+    from robx.export import build
     from robx.export.gate.gate import Limits, gate_error
-    from robx.export.image_splits import open_data
     from robx.export.request import ExportTarget
 
     wanted = ExportTarget(
@@ -99,32 +93,16 @@ def export(
         opset=opset,
         uint8_input=uint8_input,
     )
-    options = Options(
-        limits=Limits(max_drop=max_drop, min_speedup=min_speedup),
-        rungs=rungs,
-        budget=budget,
-        force=force,
-        sensitivity=sensitivity,
-        calibration_images=calibration_images,
-        judging_images=judging_images,
-    )
-    if test is not None and data is None:
-        raise InputError("--test has images to judge by, and calibration needs others: give --data too")
-    source, judge = open_data(data, test) if data else (None, None)
+    limits = Limits(max_drop=max_drop, min_speedup=min_speedup)
+    chosen = build.ExportSettings(run=run, target=wanted, limits=limits, candidates=rungs, **settings)
     with progress_bar() as progress:
-        bundle = build(
-            run,
-            wanted,
-            source=source,
-            judge=judge,
-            out=out,
-            head=head,
-            options=options,
+        bundle = build.export(
+            chosen,
             progress=progress,
-            on_rung=lambda rung: say(f"{rung.name}: accuracy {rung.accuracy_said}, speed {rung.speed}"),
+            on_candidate=lambda rung: say(f"{rung.name}: accuracy {rung.accuracy_said}, speed {rung.speed}"),
         )
-    folder = out or run / f"{fmt}-{bundle.precision}"
-    _show_rungs(bundle)
+    folder = chosen.folder(bundle)
+    _show_candidates(bundle)
     _show_result(bundle, folder)
     if (error := gate_error(bundle, folder)) is not None:
         raise error
@@ -132,11 +110,11 @@ def export(
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--layers", is_flag=True, help="Every layer, not the counts alone.")
+@click.option("--layers", is_flag=True, help="List every layer, not only the counts.")
 def inspect(bundle: Path, layers: bool) -> None:
-    """Show what is in a bundle: layers, precisions, sizes, verdict, and which layers are sensitive.
+    """Show the contents of a bundle: layers, precisions, sizes, verdict, and the sensitive layers.
 
-    BUNDLE is a folder that robx export wrote. Nothing is run.
+    BUNDLE is a folder written by robx export. Nothing is executed.
 
     \b
     robx inspect runs/r18/openvino-int8
@@ -147,15 +125,15 @@ def inspect(bundle: Path, layers: bool) -> None:
 
     record = load_bundle(bundle)
     _show_result(record, bundle)
-    _show_rungs(record)
+    _show_candidates(record)
     found = inspect_bundle(bundle, record)
     files = [(file.path, file.role, _size(file.bytes), file.sha256[:16]) for file in record.files]
     print_table(("file", "role", "size", "SHA-256"), files, title="Files", right=(2,))
     if found.operators:
         counts = [(o.name, str(o.count), str(o.int8 or ""), _size(o.bytes) if o.bytes else "") for o in found.operators]
         print_table(("operator", "count", "in int8", "weights"), counts, title="Operators", right=(1, 2, 3))
-    for line in found.foreign:
-        print_line(f"outside of the target's set: {line}")
+    for line in found.unsupported:
+        print_line(f"not supported by the target: {line}")
     if layers and found.layers:
         shown = [
             (o.name, o.operator, o.precision, _size(o.bytes), "" if o.cost is None else f"{o.cost:.1e}")
@@ -166,7 +144,7 @@ def inspect(bundle: Path, layers: bool) -> None:
     if found.sensitivity:
         _show_sensitivity(found.sensitivity)
     elif record.requested == "int8":
-        print_line("The layers' sensitivity was not measured, as no rung needed it: robx export --sensitivity does")
+        print_line("Layer sensitivity was not measured, as no candidate needed it: robx export --sensitivity does")
     for note in found.notes:
         print_line(note)
 
@@ -175,21 +153,21 @@ def _batch(text: str) -> int | None:
     if text == "dynamic":
         return None
     if not (text.isascii() and text.isdigit()) or int(text) < 1:
-        raise InputError(f"--batch {text!r} is neither a positive number nor dynamic")
+        raise InputError(f"--batch must be a positive number or dynamic, got {text!r}: give one of them")
     return int(text)
 
 
-def _show_rungs(bundle: Bundle) -> None:
+def _show_candidates(bundle: Bundle) -> None:
     if not bundle.rungs:
         return
     headings = ("", "candidate", "accuracy", "drop", "centred cosine", "vs fp32", "vs fp16", "speed", "size")
-    print_table(headings, [_rung_row(rung) for rung in bundle.rungs], title="Rungs tried", right=range(2, 9))
+    print_table(headings, [_candidate_row(rung) for rung in bundle.rungs], title="Candidates tried", right=range(2, 9))
     for rung in bundle.rungs:
         if not rung.kept:
             print_line(f"{rung.name}: {rung.reason}", dim=True)
 
 
-def _rung_row(rung: Rung) -> tuple[str, ...]:
+def _candidate_row(rung: Rung) -> tuple[str, ...]:
     values = rung.values
     return (
         "*" if rung.kept else "",
@@ -213,8 +191,8 @@ def _show_result(bundle: Bundle, folder: Path) -> None:
 
 
 def _show_sensitivity(costs: dict[str, float]) -> None:
-    """A bar for each layer, the worst first: 1 - centred cosine of the embedding with that layer alone in int8."""
-    print_line("Sensitivity: 1 - centred cosine with that layer alone in int8; the worst go back to float first")
+    """A bar for each layer, the largest cost first."""
+    print_line("Sensitivity: 1 - centred cosine with only that layer in int8; the largest return to float first")
     top = max(max(costs.values()), 1e-12)
     for name, cost in sorted(costs.items(), key=lambda item: -item[1])[:20]:
         print_line(f"  {name:<32} {cost:.1e} {'█' * round(32 * cost / top)}")

@@ -108,27 +108,35 @@ def open_data(data: Path, judge: Path | None = None) -> tuple[ImageSource, Image
     return open_source(data), _test_split(data)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SplitSizes:
+    """How many images each part gets at most."""
+
+    calibration: int = MIN_IMAGES
+    bank: int = 1000
+    screening: int = SCREENING_IMAGES
+    judging: int = JUDGING_IMAGES
+    least: int = MIN_IMAGES  # calibration images that must be there
+
+
 def read_splits(
     train: ImageSource,
     held_out: ImageSource | None,
     preprocessing: Preprocessing,
     *,
-    calibration_images: int = MIN_IMAGES,
-    bank_images: int = 1000,
-    screening_images: int = SCREENING_IMAGES,
-    judging_images: int = JUDGING_IMAGES,
-    least: int = MIN_IMAGES,
+    sizes: SplitSizes | None = None,
     progress: Progress | None = None,
 ) -> Splits:
     """Read the images of an export; without `held_out` the judging images are a part of `train` that nothing else sees.
 
     Raises:
-        InputError: fewer than `least` calibration images, too few to judge with, or images on both sides.
+        InputError: too few calibration or judging images, or images that are in both `train` and `held_out`.
     """
-    wanted = max(calibration_images, bank_images) + screening_images
+    sizes = sizes or SplitSizes()
+    wanted = max(sizes.calibration, sizes.bank) + sizes.screening
     order = _order(train)
     if held_out is None:
-        spare = min(judging_images, max(0, len(order) - least), len(order) // 2)
+        spare = min(sizes.judging, max(0, len(order) - sizes.least), len(order) // 2)
         mine = _labelled_first(train, order[: len(order) - spare])
         own = _read(train, mine, wanted, preprocessing, (), progress, "reading training images")
         rest, held_out = order[len(order) - spare :], train
@@ -137,18 +145,18 @@ def read_splits(
         mine = _labelled_first(train, order)
         own = _read(train, mine, wanted, preprocessing, (), progress, "reading training images")
         rest, seen = _order(held_out), set()
-    require_enough(min(len(own), calibration_images), least=least, where=train.name)
-    judging = _read(held_out, rest, judging_images, preprocessing, seen, progress, "reading held-out images")
+    require_enough(min(len(own), sizes.calibration), least=sizes.least, where=train.name)
+    judging = _read(held_out, rest, sizes.judging, preprocessing, seen, progress, "reading held-out images")
     if len(judging) < MIN_JUDGING:
         raise InputError(
             f"{held_out.name} leaves {len(judging)} images to judge with and {MIN_JUDGING} are needed: add images"
         )
     require_disjoint(own, judging, where=held_out.name)
-    spared = min(screening_images, max(0, len(own) - calibration_images) // 3)
+    spared = min(sizes.screening, max(0, len(own) - sizes.calibration) // 3)
     # Evenly from what follows the calibration images, so that labelled ones, which come first, go to both.
-    places = np.linspace(calibration_images, len(own) - 1, spared).astype(int) if spared else np.zeros(0, int)
+    places = np.linspace(sizes.calibration, len(own) - 1, spared).astype(int) if spared else np.zeros(0, int)
     return Splits(
-        calibration=own.part(np.arange(min(calibration_images, len(own)))),
+        calibration=own.part(np.arange(min(sizes.calibration, len(own)))),
         bank=own.part(np.setdiff1d(np.arange(len(own)), places)),
         screening=own.part(places),
         judging=judging,

@@ -1,4 +1,4 @@
-"""What is inside a bundle: operators, precisions, sizes, what its target does not know, the sensitive layers."""
+"""The contents of a bundle: operators, precisions, sizes, what its target does not support, sensitive layers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,15 @@ from robx.store.onnx_safety import load_checked
 
 _MAX_XML_BYTES = 256 * 1024 * 1024
 _NOT_LAYERS = ("QuantizeLinear", "DequantizeLinear", "Constant", "Const", "Parameter", "Result", "FakeQuantize")
-# What TensorRT 10 and 11 and TensorRT-RTX have no kernel for among what a vision model may hold.
-_FOREIGN_TO_TRT = ("Attention", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear")
+# Operators of vision models that TensorRT 10, 11 and TensorRT-RTX have no kernel for.
+_NOT_IN_TRT = (
+    "Attention",
+    "QLinearConv",
+    "QLinearMatMul",
+    "ConvInteger",
+    "MatMulInteger",
+    "DynamicQuantizeLinear",
+)
 _STANDARD_DOMAINS = ("", "ai.onnx")
 
 
@@ -30,7 +37,7 @@ class Operators:
 
     name: str
     count: int
-    int8: int  # how many of them run on int8
+    int8: int  # how many of them run in int8
     bytes: int  # of their weights
 
 
@@ -42,22 +49,22 @@ class Layer:
     operator: str
     precision: str
     bytes: int
-    cost: float | None  # 1 - centred cosine with it alone in int8
+    cost: float | None  # 1 - centred cosine with only this layer in int8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """All that `robx inspect` shows beside the manifest."""
+    """What `robx inspect` shows besides the manifest."""
 
     operators: tuple[Operators, ...] = ()
     layers: tuple[Layer, ...] = ()
-    foreign: tuple[str, ...] = ()
+    unsupported: tuple[str, ...] = ()
     sensitivity: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
 def inspect_bundle(folder: Path, bundle: Bundle) -> Inspection:
-    """Read the model file of a bundle that was verified already; nothing is run.
+    """Read the model file of an already verified bundle; nothing is executed.
 
     Raises:
         ArtifactError: the model file is damaged.
@@ -72,16 +79,16 @@ def inspect_bundle(folder: Path, bundle: Bundle) -> Inspection:
         case ".ort":
             return _of_ort(folder, bundle, costs)
         case other:
-            return Inspection(sensitivity=costs, notes=(f"the layers of a {other} file are not listed",))
+            return Inspection(sensitivity=costs, notes=(f"layers of {other} files cannot be listed",))
 
 
 def _of_onnx(model: onnx.ModelProto, bundle: Bundle, costs: dict[str, float]) -> Inspection:
     graph = Graph(model)
     counts, int8, sizes = Counter[str](), Counter[str](), Counter[str]()
-    layers, foreign = [], set()
+    layers, unsupported = [], set()
     for node in graph.nodes:
         if node.domain not in _STANDARD_DOMAINS:
-            foreign.add(f"{node.domain}.{node.op_type}")
+            unsupported.add(f"{node.domain}.{node.op_type}")
         if node.op_type in _NOT_LAYERS:
             continue
         quantised = _is_int8(graph, node)
@@ -97,16 +104,16 @@ def _of_onnx(model: onnx.ModelProto, bundle: Bundle, costs: dict[str, float]) ->
     operators = tuple(
         Operators(name=name, count=count, int8=int8[name], bytes=sizes[name]) for name, count in counts.most_common()
     )
-    lines, advice = sorted(foreign), list[str]()
+    lines, advice = sorted(unsupported), list[str]()
     if bundle.format == "trt":
-        lines += sorted({n.op_type for n in graph.nodes if n.op_type in _FOREIGN_TO_TRT})
+        lines += sorted({n.op_type for n in graph.nodes if n.op_type in _NOT_IN_TRT})
         if bundle.precision == "int8":
             lines, advice = lines + trt_faults(model), trt_advice(model)
     opset = next((o.version for o in model.opset_import if o.domain in _STANDARD_DOMAINS), None)
     return Inspection(
         operators=operators,
         layers=tuple(layers),
-        foreign=tuple(lines),
+        unsupported=tuple(lines),
         sensitivity=costs,
         notes=(f"opset {opset}, IR {model.ir_version}, {len(graph.nodes)} nodes", *advice),
     )
@@ -114,10 +121,10 @@ def _of_onnx(model: onnx.ModelProto, bundle: Bundle, costs: dict[str, float]) ->
 
 def _of_openvino(path: Path, costs: dict[str, float]) -> Inspection:
     if path.stat().st_size > _MAX_XML_BYTES:
-        raise ArtifactError(f"{path} is larger than {_MAX_XML_BYTES} bytes: not an OpenVINO model of robx")
+        raise ArtifactError(f"{path} is larger than {_MAX_XML_BYTES} bytes, so robx did not write it: export it again")
     text = path.read_bytes()
-    if b"<!DOCTYPE" in text or b"<!ENTITY" in text:  # entities can make a small file huge
-        raise ArtifactError(f"{path} declares XML entities: not an OpenVINO model of robx")
+    if b"<!DOCTYPE" in text or b"<!ENTITY" in text:  # entities can expand a small file without limit
+        raise ArtifactError(f"{path} declares XML entities, so robx did not write it: export it again")
     try:
         root = ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
@@ -154,11 +161,12 @@ def _of_openvino(path: Path, costs: dict[str, float]) -> Inspection:
 def _openvino_input(
     nodes: dict[str, ElementTree.Element], inputs: dict[str, list[str]], start: str
 ) -> tuple[set[str], int]:
-    """Element types and bytes of the constants behind an input, through what only converts, scales or reshapes them;
-    a FakeQuantize counts as "i8".
+    """Element types and bytes of the constants behind an input, looking through conversions, scales and reshapes.
+
+    A FakeQuantize counts as "i8".
     """
     types, size, seen, key = set(), 0, set(), start
-    while (node := nodes.get(key)) is not None and key not in seen:  # a hostile file goes in circles
+    while (node := nodes.get(key)) is not None and key not in seen:  # a hostile file may contain cycles
         seen.add(key)
         kind, data = node.get("type"), node.find("data")
         if kind == "Const" and data is not None:
@@ -174,7 +182,7 @@ def _openvino_input(
 
 
 def _openvino_product(sides: list[tuple[set[str], int]]) -> tuple[str, int]:
-    """A product's precision, and the bytes of its weights: int8 weights, or two quantised activations, make int8."""
+    """A product's precision and the bytes of its weights; it is int8 with int8 weights or two quantised activations."""
     types = set().union(*(side for side, _ in sides))
     weights = max((size for _, size in sides), default=0)
     quantised = [bool(side & {"i8", "u8"}) for side, _ in sides]
@@ -218,5 +226,5 @@ def _sensitivity(folder: Path, bundle: Bundle) -> dict[str, float]:
         return {}
     value = read_json(path)
     if not isinstance(value, dict) or not all(isinstance(v, int | float) for v in value.values()):
-        raise ArtifactError(f"{path} is no map of layers to numbers: export the bundle again")
+        raise ArtifactError(f"{path} does not map layers to numbers: export the bundle again")
     return {str(name): float(cost) for name, cost in value.items()}

@@ -1,4 +1,4 @@
-"""One export at work: what its candidates share, and how one of them becomes a folder that a runtime opens."""
+"""Building the candidates of one export: what they share, and how one of them becomes a folder that a runtime opens."""
 
 from __future__ import annotations
 
@@ -9,25 +9,30 @@ import io
 import shutil
 import tempfile
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
+from torch import nn
 
 from robx import __version__
-from robx.errors import InputError
+from robx.errors import ArtifactError, InputError
 from robx.export.formats import to_onnx
+from robx.export.formats.builder import Source, build_model, draft_manifest
 from robx.export.formats.half import to_half
-from robx.export.formats.write import draft, write_model
+from robx.export.formats.network import PIXELS, ExportModel
 from robx.export.image_splits import Images, Splits, normalise, whole_batches
 from robx.export.int8 import by_nncf, by_onnxruntime, for_tensorrt, ranges, sensitivity
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.graph_facts import GraphFacts, read_facts
 from robx.export.onnx_run import run_model
+from robx.export.parity import parity
 from robx.export.request import ExportRequest
+from robx.formats import FORMATS
 from robx.progress import Progress, silent
-from robx.records import save_bundle
+from robx.records import save_bundle, to_json
 from robx.store.files import sha256_bytes, write_bytes
 from robx.store.onnx_safety import load_checked
 from robx.trunk import embed
@@ -37,34 +42,65 @@ _RANGE_BATCH = 4  # every activation of these images is in memory at once
 _SENSITIVITY_IMAGES = 64
 
 
-class Workshop:
-    """The float models, the images and the candidates of one export; what it writes into `scratch` is unfinished."""
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """One student in the forms that an export works with."""
+
+    trunk: nn.Module  # as timm builds it: the reference, never rewritten
+    model: ExportModel  # its copy, rewritten for export, with the head
+    head_sha256: str | None = None
+
+
+def cached_onnx(networks: Networks, request: ExportRequest, cache: Path) -> Path:
+    """The float32 ONNX of a student in `cache`, exported once for each combination of settings that changes it."""
+    target = request.target
+    key = [request.student.sha256, target.batch, target.opset, target.uint8_input, networks.head_sha256, __version__]
+    key += [version(name) for name in ("torch", "onnxscript", "onnx")]
+    key.append(to_json(request.student.preprocessing))
+    path = cache / f"{sha256_bytes(repr(key).encode())[:24]}.onnx"
+    if not _is_sound(path):
+        to_onnx.export_onnx(networks.model, path, student=request.student, batch=target.batch, opset=target.opset)
+    return path
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether a cached model is there and can be read: a damaged one is exported again."""
+    try:
+        load_checked(path)
+    except (ArtifactError, InputError):
+        return False
+    return True
+
+
+class CandidateBuilder:
+    """The float models, the images and the candidates of one export; unfinished files go into `scratch`."""
 
     def __init__(
         self,
         request: ExportRequest,
-        model: to_onnx.ExportModel,
-        float_onnx: Path,
+        networks: Networks,
         *,
         splits: Splits | None,
         scratch: Path,
         cache: Path,
         progress: Progress = silent,
     ) -> None:
-        self.request, self.model, self.float_onnx = request, model, float_onnx
+        self.request, self.networks = request, networks
         self.splits, self.progress = splits, progress
         self.scratch, self.cache = scratch, cache
+        self.float_onnx = cached_onnx(networks, request, cache)
         self.folders: dict[str, Path] = {}  # candidate name -> the folder of its bundle
         self.sources: dict[str, Path] = {}  # candidate name -> the ONNX that its builder started from
+        self.measured_costs: dict[str, float] | None = None  # of `layer_costs`, where they were needed
 
-    # What is read or computed once -----------------------------------------------------------------------------------
+    # Read or computed once -------------------------------------------------------------------------------------------
 
     @property
     def images(self) -> Splits:
         """The real images of this export.
 
         Raises:
-            InputError: it was given none.
+            InputError: there are none.
         """
         if self.splits is None:
             raise InputError("this export has to be judged on real images: give --data")
@@ -77,12 +113,12 @@ class Workshop:
 
     @cached_property
     def facts(self) -> GraphFacts:
-        """The graph's kind and the layers that quantise badly."""
+        """The kind of the network and its weighted layers."""
         return read_facts(self.proto)
 
     @cached_property
     def calibration(self) -> np.ndarray:
-        """The calibration images as the model takes them."""
+        """The calibration images as the model takes them, (N, 3, H, W)."""
         return self.as_input(self.images.calibration.pixels)
 
     @cached_property
@@ -90,23 +126,24 @@ class Workshop:
         """Of every activation of the float32 model, over the calibration images."""
         self.progress(0, 1, "measuring activation ranges")
         batch = self.request.target.batch or _RANGE_BATCH
-        return ranges.collect(self.proto, whole_batches(self.calibration, batch), input_name=to_onnx.PIXELS)
+        return ranges.collect(self.proto, whole_batches(self.calibration, batch), input_name=PIXELS)
 
-    @cached_property
     def layer_costs(self) -> dict[str, float]:
-        """1 - centred cosine with that layer alone quantised; the worst first."""
-        return sensitivity.measure(
-            self.proto,
-            ranges.choose(self.histograms, "minmax"),
-            self.calibration[:_SENSITIVITY_IMAGES],
-            self.facts.weighted,
-            progress=self.progress,
-        )
+        """1 - centred cosine of the embedding with one layer quantised, for each layer, the largest first."""
+        if self.measured_costs is None:
+            self.measured_costs = sensitivity.measure(
+                self.proto,
+                ranges.choose(self.histograms, "minmax"),
+                self.calibration[:_SENSITIVITY_IMAGES],
+                self.facts.weighted,
+                progress=self.progress,
+            )
+        return self.measured_costs
 
     def embeddings(self, images: Images, note: str) -> np.ndarray:
-        """The student's embeddings (N, D) in fp32, kept in the cache for the next export.
+        """The student's fp32 embeddings (N, D), cached for the next export.
 
-        By the float32 ONNX model, which is a few times as fast as PyTorch and is held against it on the first images.
+        Computed by the float32 ONNX model, several times as fast as PyTorch and compared with it on the first images.
         """
         student = self.request.student
         key = sha256_bytes(f"{student.sha256} {images.fingerprint} {self.float_onnx.stem}".encode())[:24]
@@ -119,17 +156,20 @@ class Workshop:
         self.progress(0, 1, note)
         features = self.simulate(self.proto, images, literal=False)
         first = images.normalised(student.preprocessing, slice(16))
-        expected = embed(self.model.trunk, torch.from_numpy(first)).numpy()
-        to_onnx.parity(expected, features[:16], precision="fp32", what="the float32 ONNX model")
+        parity(self.reference(first), features[:16], precision="fp32", what="the float32 ONNX model")
         buffer = io.BytesIO()
         np.save(buffer, features)
         write_bytes(path, buffer.getvalue())
         return features
 
-    # Making ----------------------------------------------------------------------------------------------------------
+    def reference(self, images: np.ndarray) -> np.ndarray:
+        """The embeddings (n, D) of normalised images (n, 3, H, W) by the student in PyTorch, as timm builds it."""
+        return embed(self.networks.trunk, torch.from_numpy(images)).numpy()
+
+    # Building --------------------------------------------------------------------------------------------------------
 
     def make(self, candidate: Candidate) -> Path:
-        """Build a candidate as a bundle's folder, not judged yet; made once.
+        """Build a candidate as a bundle's folder, not judged yet; once.
 
         Raises:
             RobxError: it cannot be built.
@@ -148,26 +188,27 @@ class Workshop:
         target = dataclasses.replace(self.request.target, precision=candidate.precision)
         request = dataclasses.replace(self.request, target=target)
         if candidate.precision == "int8":
-            # The head is a small part of the time, and its logits are what nobody judges: they follow the embedding.
+            # The head takes little of the time, and the gate does not judge its logits: it stays in float.
             candidate = dataclasses.replace(candidate, float_nodes=(*candidate.float_nodes, *self.facts.head))
-        source = _source_of(folder)
-        write_bytes(source, self.onnx_for(candidate).SerializeToString())
-        images = self.calibration if request.precision == "int8" else None
-        built = write_model(self.model, source, request, folder, images=images, candidate=candidate)
-        versions = {"robx": __version__, **built.versions}
-        if candidate.quantiser == "nncf":
-            versions["nncf"] = importlib.metadata.version("nncf")
-        save_bundle(draft(request, built, folder, versions=versions), folder)
+        source = Source(
+            model=self.networks.model,
+            onnx=_source_of(folder),
+            calibration=self.calibration if request.precision == "int8" else None,
+            candidate=candidate,
+        )
+        write_bytes(source.onnx, self.onnx_for(candidate).SerializeToString())
+        built = build_model(source, request, folder)
+        versions = {"nncf": importlib.metadata.version("nncf")} if candidate.quantiser == "nncf" else {}
+        save_bundle(draft_manifest(request, built, folder, versions=versions), folder)
 
     def graph_of(self, candidate: Candidate) -> onnx.ModelProto:
-        """The ONNX that a candidate's builder was given, which is what ships as ``.onnx`` or ``.ort``."""
+        """The ONNX that a candidate's builder started from, which is what ships as ``.onnx`` or ``.ort``."""
         self.make(candidate)
         return load_checked(self.sources[candidate.name])
 
     def onnx_for(self, candidate: Candidate) -> onnx.ModelProto:
-        """The ONNX that the candidate's builder starts from, in the candidate's precision where the format reads it."""
-        carried = self.request.target.format in ("onnx", "ort", "trt")
-        if candidate.precision == "fp32" or not carried:
+        """The ONNX that the candidate's builder starts from: see ``FormatRow.onnx_precision``."""
+        if candidate.precision == "fp32" or not FORMATS[self.request.target.format].onnx_precision:
             return self.proto
         model = to_half(self.proto) if candidate.precision == "fp16" else self._quantise(candidate)
         to_onnx.finish(model, self.request.student, opset=self.request.target.opset)
@@ -184,11 +225,11 @@ class Workshop:
             )
             quantize = for_tensorrt.quantize if candidate.quantiser == "tensorrt" else by_onnxruntime.quantize
             quantised = quantize(self.proto, chosen, candidate)
-        # What is not int8 runs in fp16 on a GPU: types are fixed in the file, and float32 would make it the slowest.
+        # The file fixes all types: layers that are not int8 run in fp16 on a GPU, where float32 would be the slowest.
         return to_half(quantised) if is_trt else quantised
 
     def as_input(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 pixels (n, 3, H, W) as the model takes them: normalised, or themselves."""
+        """uint8 pixels (n, 3, H, W) as the model takes them: normalised, or unchanged with --uint8-input."""
         if self.request.target.uint8_input:
             return pixels
         return normalise(pixels, self.request.student.preprocessing)

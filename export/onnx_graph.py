@@ -22,7 +22,7 @@ class Graph:
                 self.consumers.setdefault(name, []).append(node)
 
     def constant(self, name: str) -> np.ndarray | None:
-        """The value of an initializer or a Constant node, else None."""
+        """The value of an initialiser or a Constant node, else None."""
         if name in self.initializers:
             return numpy_helper.to_array(self.initializers[name])
         node = self.producers.get(name)

@@ -1,7 +1,7 @@
 """Core ML (an ML program for iOS 16, macOS 13 and later): fp32, fp16, and int8 weights with fp16 activations.
 
-Core ML runs on Apple's systems alone, so off macOS the conversion is made and its answers cannot be compared with
-PyTorch's: the bundle says so, and nothing here pretends otherwise.
+Core ML runs on Apple's systems only. robx converts on any system but cannot run the result, so its outputs are not
+compared with PyTorch's; the bundle says so.
 """
 
 from __future__ import annotations
@@ -17,25 +17,24 @@ import torch
 from torch import nn
 
 from robx.errors import ArtifactError, MissingExtra, first_line
+from robx.export.formats.builder import BuiltFile, BuiltModel, Role, Source
 from robx.export.formats.mobile import example_input, fix_batch, mobile_model
 from robx.export.quiet import quiet
-from robx.export.request import BuiltFile, BuiltModel, ExportRequest, Role
+from robx.export.request import ExportRequest
 from robx.store.files import write_bytes
 
 _PACKAGE = "model.mlpackage"
 _ROLES: dict[str, Role] = {"Manifest.json": "model", "model.mlmodel": "weights", "weight.bin": "weights"}
 
 
-def build(
-    model: nn.Module | None, onnx_path: Path, request: ExportRequest, folder: Path, calibration: np.ndarray | None
-) -> BuiltModel:
+def build(source: Source, request: ExportRequest, folder: Path) -> BuiltModel:
     """Write model.mlpackage, with a fixed batch and float32 at both ends; int8 needs no calibration images.
 
     Raises:
         MissingExtra: coremltools is not installed.
-        ArtifactError: the converter failed; its own words are in the message.
+        ArtifactError: the converter failed; the message has its own error.
     """
-    mobile, example = mobile_model(model, request), example_input(request)
+    mobile, example = mobile_model(source.model, request), example_input(request)
     names = [spec.name for spec in request.outputs]
     with quiet():
         try:
@@ -47,13 +46,12 @@ def build(
             paths = _write(package, folder)
         except Exception as error:
             raise ArtifactError(
-                f"{request.student.timm_name} cannot be converted to Core ML: {first_line(error)}"
+                f"Core ML cannot convert {request.student.timm_name} ({first_line(error)}): choose another format"
             ) from error
-    notes = ["its answers were not compared with PyTorch's: Core ML runs on Apple's systems only"]
-    if sys.platform == "darwin":
-        notes = ["its answers were not compared with PyTorch's: robx has no Core ML engine"]
+    why = "robx has no Core ML engine" if sys.platform == "darwin" else "Core ML runs on Apple's systems only"
+    notes = [f"outputs not compared with PyTorch's: {why}"]
     if request.precision == "int8":
-        notes.append("weights are int8, one scale a channel; activations stay in fp16")
+        notes.append("weights are int8 with one scale per channel; activations stay in fp16")
     return BuiltModel(
         files=tuple(BuiltFile(path=path, role=_ROLES[Path(path).name]) for path in paths),
         runtime="coreml",
@@ -86,7 +84,7 @@ def _convert(
 
 
 def _write(package: Any, folder: Path) -> list[str]:
-    """The package's files below `folder`; what the converter leaves for its own debugging is not shipped."""
+    """Write the package's files below `folder`, without the converter's debugging files; returns their paths."""
     with tempfile.TemporaryDirectory() as scratch:
         saved = Path(scratch) / _PACKAGE
         package.save(str(saved))

@@ -6,47 +6,45 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from robx.errors import ArtifactError, InputError, MissingExtra, first_line
+from robx.export.formats.builder import BuiltFile, BuiltModel, Source
 from robx.export.formats.mobile import calibration_batches, example_input, fix_batch, mobile_model
 from robx.export.quiet import quiet
-from robx.export.request import BuiltFile, BuiltModel, ExportRequest
+from robx.export.request import ExportRequest
 from robx.store.files import write_bytes
 
 
-def build(
-    model: nn.Module | None, onnx_path: Path, request: ExportRequest, folder: Path, calibration: np.ndarray | None
-) -> BuiltModel:
+def build(source: Source, request: ExportRequest, folder: Path) -> BuiltModel:
     """Write model.pte, with a fixed batch.
 
+    fp16 is not offered: XNNPACK would compute it in float32 on most CPUs.
+
     Raises:
-        InputError: fp16, which XNNPACK would compute in float32 on most CPUs, or too few calibration images.
+        InputError: too few calibration images.
         MissingExtra: executorch is not installed.
-        ArtifactError: the converter failed; its own words are in the message.
+        ArtifactError: the converter failed; the message has its own error.
     """
-    if request.precision == "fp16":
-        raise InputError("ExecuTorch's XNNPACK delegate is exported as fp32 or int8: drop --fp16, or choose --int8")
     try:
         import executorch.exir
     except ImportError as error:
         raise MissingExtra("executorch", "executorch", purpose="exporting to ExecuTorch", cause=error) from error
-    mobile, example = mobile_model(model, request), (example_input(request),)
+    mobile, example = mobile_model(source.model, request), (example_input(request),)
     try:
         with quiet():
             if request.precision == "int8":
-                mobile = _quantise(mobile, example, calibration_batches(calibration, request))
+                mobile = _quantise(mobile, example, calibration_batches(source.calibration, request))
             program, delegates, portable = _lower(executorch.exir, mobile, example)
     except InputError:
         raise
     except Exception as error:
         raise ArtifactError(
-            f"{request.student.timm_name} cannot be converted to ExecuTorch: {first_line(error)}"
+            f"ExecuTorch cannot convert {request.student.timm_name} ({first_line(error)}): choose another format"
         ) from error
     write_bytes(folder / "model.pte", program)
-    left = f", and {', '.join(portable)} on ExecuTorch's portable kernels" if portable else ""
+    left = f"; {', '.join(portable)} run on ExecuTorch's portable kernels" if portable else ""
     return BuiltModel(
         files=(BuiltFile(path="model.pte", role="model"),),
         runtime="executorch",
@@ -58,7 +56,7 @@ def build(
 
 
 def _quantise(model: nn.Module, example: tuple[torch.Tensor], batches: list[torch.Tensor]) -> nn.Module:
-    """The exported graph with static int8 Q/DQ around what XNNPACK has int8 kernels for."""
+    """The exported graph with static int8 Q/DQ around the operators that XNNPACK has int8 kernels for."""
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
         get_symmetric_quantization_config,
@@ -76,7 +74,7 @@ def _quantise(model: nn.Module, example: tuple[torch.Tensor], batches: list[torc
 
 
 def _lower(exir: Any, model: nn.Module, example: tuple[torch.Tensor]) -> tuple[bytes, int, list[str]]:
-    """The serialised program, its number of delegated partitions, and the operators that were left out of them."""
+    """The serialised program, the number of XNNPACK partitions, and the operators outside of them."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
     exported = torch.export.export(model, example)

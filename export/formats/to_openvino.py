@@ -7,28 +7,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import nn
-
 from robx.errors import ArtifactError, InputError, MissingExtra, first_line
+from robx.export.formats.builder import BuiltFile, BuiltModel, Source
 from robx.export.int8.candidate import Candidate
 from robx.export.quiet import quiet
-from robx.export.request import BuiltFile, BuiltModel, ExportRequest
+from robx.export.request import ExportRequest
 from robx.store.onnx_safety import load_checked
 
 
-def build(
-    model: nn.Module | None,
-    onnx_path: Path,
-    request: ExportRequest,
-    folder: Path,
-    calibration: np.ndarray | None,
-    candidate: Candidate | None = None,
-) -> BuiltModel:
+def build(source: Source, request: ExportRequest, folder: Path) -> BuiltModel:
     """Write model.xml and model.bin from float32 ONNX.
 
-    fp16 is the weights' form: a CPU computes in float32 whatever the file says, unless its hint says otherwise. int8 is
-    quantised on the OpenVINO graph itself, with `candidate`'s settings.
+    fp16 concerns the stored weights: a CPU computes in float32 unless the inference precision hint says otherwise. int8
+    is quantised on the OpenVINO graph itself, with the candidate's settings.
 
     Raises:
         MissingExtra: openvino or nncf is not installed.
@@ -39,19 +30,19 @@ def build(
     except ImportError as error:
         raise MissingExtra("openvino", "openvino", purpose="exporting to OpenVINO", cause=error) from error
     versions = {name: version(name) for name in ("onnx", "openvino", "torch")}
-    network = read_onnx(onnx_path.read_bytes(), where=onnx_path.name)
+    network = read_onnx(source.onnx.read_bytes(), where=source.onnx.name)
     if request.precision == "int8":
         from robx.export.int8.by_nncf import quantize_openvino
 
-        if calibration is None:
+        if source.calibration is None:
             raise InputError("an int8 export needs calibration images: give --data")
-        chosen = candidate or Candidate(name="nncf", quantiser="nncf")
-        network = quantize_openvino(network, load_checked(onnx_path), calibration, chosen)
+        candidate = source.candidate or Candidate(name="nncf", quantiser="nncf")
+        network = quantize_openvino(network, load_checked(source.onnx), source.calibration, candidate)
         versions["nncf"] = version("nncf")
     try:
         ov.save_model(network, folder / "model.xml", compress_to_fp16=request.precision == "fp16")
     except Exception as error:
-        raise ArtifactError(f"OpenVINO cannot write the model: {first_line(error)}") from error
+        raise ArtifactError(f"OpenVINO cannot write the model ({first_line(error)}): choose another format") from error
     return BuiltModel(
         files=(BuiltFile(path="model.xml", role="model"), BuiltFile(path="model.bin", role="weights")),
         runtime="openvino",
@@ -63,11 +54,11 @@ def build(
 
 
 def read_onnx(model: bytes, *, where: str) -> Any:
-    """The ``openvino.Model`` of a float32 ONNX model, with OpenVINO's own simplifications.
+    """The ``openvino.Model`` of a float32 ONNX model, simplified by OpenVINO's converter.
 
-    Not ``Core.read_model``: where the batch is free it leaves each bias a computation with shapes, which is slower to
-    run and no constant that NNCF could correct, and NNCF says nothing of that. From bytes, so that no weight stays
-    mapped to a file that may go away.
+    Not ``Core.read_model``: with a dynamic batch it leaves each bias as a computation on shapes instead of a constant.
+    That is slower to run, and NNCF silently corrects no bias. Read from bytes, so that no weight stays mapped to a file
+    that is removed later.
 
     Raises:
         ArtifactError: OpenVINO cannot read it; the message names `where`.
@@ -78,4 +69,4 @@ def read_onnx(model: bytes, *, where: str) -> Any:
         with quiet():
             return ov.convert_model(io.BytesIO(model))
     except Exception as error:
-        raise ArtifactError(f"OpenVINO cannot read {where}: {first_line(error)}") from error
+        raise ArtifactError(f"OpenVINO cannot read {where} ({first_line(error)}): choose another format") from error

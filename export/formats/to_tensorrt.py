@@ -1,11 +1,11 @@
 """TensorRT and TensorRT-RTX: the checked ONNX file, the recipe that turns it into an engine, and RTX engines.
 
-A TensorRT engine runs on the GPU model and the TensorRT version that built it, and nowhere else. So the artifact is the
-ONNX file, whose types and explicit Q/DQ fix every precision (TensorRT 11 knows no other way), with ``recipe.json``; the
-device builds on first use and keeps the engine as a cache. TensorRT-RTX alone compiles ahead of time, without a GPU,
-for the compute capabilities it is told: ``--target rtx:sm86+sm89`` puts such an engine beside the ONNX file.
+A TensorRT engine runs only on the GPU model and TensorRT version that built it. The bundle therefore holds the ONNX
+file, whose types and explicit Q/DQ fix every precision (the only way since TensorRT 11), and ``recipe.json``; the
+device builds the engine on first use and caches it. TensorRT-RTX can also compile ahead of time, without a GPU, for
+given compute capabilities: ``--target rtx:sm86+sm89`` puts such an engine beside the ONNX file.
 
-One code path serves tensorrt 10, tensorrt 11 and tensorrt_rtx, which has no binary form in common with them.
+One code path serves tensorrt 10, tensorrt 11 and tensorrt_rtx, although their engines are not interchangeable.
 """
 
 from __future__ import annotations
@@ -16,56 +16,52 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import nn
-
-from robx.errors import InputError, MissingExtra
+from robx.errors import InputError, MissingExtra, first_line
+from robx.export.formats.builder import BuiltFile, BuiltModel, Source
 from robx.export.int8.tensorrt_qdq import check_trt_qdq
-from robx.export.request import BuiltFile, BuiltModel, ExportRequest
+from robx.export.request import ExportRequest
 from robx.records import Json, TensorSpec
 from robx.store.files import sha256_bytes, sha256_file, write_bytes, write_json
 from robx.store.onnx_safety import load_checked
 
 JETSONS = {"jetson-orin": "SM87"}
-MAX_BATCH = 32  # the largest batch of an engine whose batch is dynamic
+MAX_BATCH = 32  # largest batch of an engine with a dynamic batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorRtTarget:
-    """Where the engine will run."""
+    """A parsed --target."""
 
-    runtime: str | None  # tensorrt, tensorrt_rtx, or None: whichever this machine has
+    runtime: str | None  # tensorrt, tensorrt_rtx, or None: whichever is installed
     capabilities: tuple[str, ...] = ()  # to compile for, ahead of time: SM86, ...
 
 
-def build(
-    model: nn.Module | None, onnx_path: Path, request: ExportRequest, folder: Path, calibration: np.ndarray | None
-) -> BuiltModel:
+def build(source: Source, request: ExportRequest, folder: Path) -> BuiltModel:
     """Write model.onnx, recipe.json and, for an ``rtx:`` target, the engine.
 
     Raises:
-        InputError: an unknown target, or an ONNX file that TensorRT refuses or would silently misread.
-        MissingExtra: an ``rtx:`` target without tensorrt_rtx.
+        InputError: an unknown target, or an ONNX file that TensorRT rejects or would silently misread.
+        MissingExtra: an ``rtx:`` target, and tensorrt_rtx is not installed.
     """
     target = parse_target(request.target.device)
     trt = _find_package(target)
     if request.precision == "int8":
-        check_trt_qdq(load_checked(onnx_path))
+        check_trt_qdq(load_checked(source.onnx))
     shipped = folder / "model.onnx"
-    write_bytes(shipped, onnx_path.read_bytes())
+    write_bytes(shipped, source.onnx.read_bytes())
     files = [BuiltFile(path="model.onnx", role="model"), BuiltFile(path="recipe.json", role="recipe")]
     runtime = target.runtime or (trt.__name__ if trt is not None else "tensorrt")
     recipe = make_recipe(request, runtime=runtime, onnx_sha256=sha256_file(shipped))
     versions: dict[str, str] = {}
     if trt is None:
-        note = "not parsed by TensorRT, which this machine does not have"
+        note = "not parsed: TensorRT is not installed on this machine"
     elif target.capabilities:
         plan = build_engine(trt, shipped, recipe, target.capabilities)
         name = f"model.{'-'.join(target.capabilities).lower()}.engine"
         write_bytes(folder / name, plan)
         files.append(BuiltFile(path=name, role="engine"))
         recipe["engines"].append(_describe_engine(trt, name, plan, target.capabilities))
-        note = f"the engine for {' and '.join(target.capabilities)} was built and not run: that takes such a GPU"
+        note = f"the engine for {' and '.join(target.capabilities)} was built but not run, as that needs such a GPU"
     else:
         note = _parse_only(trt, shipped)
     if trt is not None:
@@ -83,7 +79,7 @@ def build(
 
 
 def parse_target(device: str) -> TensorRtTarget:
-    """``local``, ``jetson-orin``, ``rtx:sm89`` or ``rtx:sm86+sm89`` (a comma does as well).
+    """Parse ``local``, ``jetson-orin``, ``rtx:sm89`` or ``rtx:sm86+sm89`` (or ``rtx:sm86,sm89``).
 
     Raises:
         InputError: anything else.
@@ -96,12 +92,12 @@ def parse_target(device: str) -> TensorRtTarget:
     capabilities = tuple(part.strip().upper() for part in listed.replace(",", "+").split("+"))
     if family != "rtx" or not all(c.startswith("SM") and c[2:].isdigit() for c in capabilities):
         known = ", ".join(("local", *JETSONS, "rtx:sm89", "rtx:sm86+sm89"))
-        raise InputError(f"unknown TensorRT target {device!r}: give one like {known}")
+        raise InputError(f"unknown TensorRT target {device!r}: give one such as {known}")
     return TensorRtTarget(runtime="tensorrt_rtx", capabilities=tuple(dict.fromkeys(capabilities)))
 
 
 def make_recipe(request: ExportRequest, *, runtime: str, onnx_sha256: str) -> dict[str, Json]:
-    """Everything that decides what the engine is, but the TensorRT version and the GPU that build it."""
+    """Everything that determines the engine, except the TensorRT version and the GPU that build it."""
     profile = make_profile(request.inputs)
     return {
         "schema": 1,
@@ -118,7 +114,7 @@ def make_recipe(request: ExportRequest, *, runtime: str, onnx_sha256: str) -> di
 
 
 def make_profile(inputs: tuple[TensorSpec, ...]) -> dict[str, list[list[int]]]:
-    """The optimisation profile of the inputs with a dynamic batch: 1, 1 (what is tuned) and MAX_BATCH images."""
+    """The optimisation profile of inputs with a dynamic batch: min 1, opt 1, max MAX_BATCH images."""
     return {
         spec.name: [[batch, *(side or 1 for side in spec.shape[1:])] for batch in (1, 1, MAX_BATCH)]
         for spec in inputs
@@ -127,7 +123,7 @@ def make_profile(inputs: tuple[TensorSpec, ...]) -> dict[str, list[list[int]]]:
 
 
 def trtexec_line(profile: dict[str, list[list[int]]]) -> str:
-    """The command that builds the same engine with NVIDIA's own tool (TensorRT 10 and 11), to be run in the bundle."""
+    """The trtexec command (TensorRT 10 and 11) that builds the same engine; run it in the bundle's folder."""
     words = ["trtexec", "--onnx=model.onnx", "--stronglyTyped", "--saveEngine=model.engine", "--skipInference"]
     for index, option in enumerate(("minShapes", "optShapes", "maxShapes")):
         shapes = [f"{name}:{'x'.join(map(str, three[index]))}" for name, three in profile.items()]
@@ -136,14 +132,14 @@ def trtexec_line(profile: dict[str, list[list[int]]]) -> str:
 
 
 def build_engine(trt: Any, onnx_path: Path, recipe: dict[str, Json], capabilities: tuple[str, ...] = ()) -> bytes:
-    """A serialised engine, for `capabilities` where the package compiles ahead of time.
+    """A serialised engine, compiled for `capabilities` where the package supports that.
 
     Raises:
-        InputError: an unknown capability, or the parser or the builder refuses; their own words are in the message.
+        InputError: an unknown capability, or the parser or builder fails; the message has its own error.
     """
     logger = _logger(trt)
     builder = trt.Builder(logger)
-    network, parser = _parse(trt, builder, onnx_path)  # the network uses the parser's memory: keep both
+    network, parser = _parse(trt, builder, onnx_path)  # the parser owns memory that the network uses
     config = builder.create_builder_config()
     _set_flag(config, trt.BuilderFlag.TF32, on=recipe["flags"]["tf32"])
     if recipe["profile"]:
@@ -162,10 +158,7 @@ def build_engine(trt: Any, onnx_path: Path, recipe: dict[str, Json], capabilitie
 
 
 def _find_package(target: TensorRtTarget) -> Any | None:
-    """The TensorRT package that checks or builds; None where a recipe alone will do.
-
-    A Jetson's own TensorRT has the last word, and any parser that is here the first.
-    """
+    """The TensorRT package that parses or builds here; None where neither is installed and the device has to do it."""
     if target.capabilities:
         try:
             return importlib.import_module("tensorrt_rtx")
@@ -175,24 +168,24 @@ def _find_package(target: TensorRtTarget) -> Any | None:
     for name in ("tensorrt", "tensorrt_rtx"):
         try:
             return importlib.import_module(name)
-        except (ImportError, OSError):  # not here, or without the libraries that it loads
+        except (ImportError, OSError):  # not installed, or its shared libraries are missing
             continue
     return None
 
 
 def _parse_only(trt: Any, onnx_path: Path) -> str:
-    """Parse, and say who did; TensorRT proper makes no builder without a GPU, and then its parser cannot be asked."""
+    """Parse the file and say with what; without a GPU tensorrt cannot create the builder that its parser needs."""
     try:
         builder = trt.Builder(_logger(trt))
     except Exception as error:
-        return f"not parsed: {trt.__name__} {trt.__version__} does not start here ({error})"
+        return f"not parsed: {trt.__name__} {trt.__version__} does not start on this machine ({first_line(error)})"
     _parse(trt, builder, onnx_path)
     return f"parsed by {trt.__name__} {trt.__version__}"
 
 
 def _parse(trt: Any, builder: Any, onnx_path: Path) -> tuple[Any, Any]:
     """The strongly typed network, and the parser that owns its weights."""
-    # Since TensorRT 11 every network is strongly typed and the flag may go.
+    # Since TensorRT 11 every network is strongly typed, and the flag may disappear.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     logger = _logger(trt)
@@ -201,7 +194,7 @@ def _parse(trt: Any, builder: Any, onnx_path: Path) -> tuple[Any, Any]:
     if not parser.parse_from_file(str(onnx_path)):
         errors = [_describe_error(parser.get_error(i)) for i in range(parser.num_errors)]
         raise InputError(f"{trt.__name__} {trt.__version__} cannot parse {onnx_path.name}: {'; '.join(errors[:3])}")
-    # Only a warning to TensorRT, and fatal to the answers: an EfficientNet-Lite0 fell to a cosine of 0.24.
+    # TensorRT only warns, but the outputs are wrong: an EfficientNet-Lite0 fell to a cosine of 0.24.
     if any("UINT8" in line and "QuantizeLinear" in line for _, line in logger.lines):
         raise InputError(
             f"{trt.__name__} would read the uint8 Q/DQ of {onnx_path.name} as int8: quantise to symmetric int8"
@@ -245,7 +238,7 @@ def _describe_error(error: Any) -> str:
 
 @functools.cache
 def _logger(trt: Any) -> Any:
-    """The process's listener: TensorRT keeps the first logger it is given and ignores every later one."""
+    """The process's one logger: TensorRT keeps the first that it is given and ignores later ones."""
 
     class Listener(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -261,4 +254,4 @@ def _logger(trt: Any) -> Any:
 
 def _complaint(logger: Any) -> str:
     errors = [line for severity, line in logger.lines if "WARNING" not in str(severity)]
-    return " ".join((errors or ["it gave no reason"])[0].split())
+    return " ".join((errors or ["no error message"])[0].split())

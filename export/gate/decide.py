@@ -37,7 +37,7 @@ class Decision:
     @property
     def asked(self) -> Precision:
         """The precision asked for."""
-        return self.judge.workshop.request.precision
+        return self.judge.builder.request.precision
 
 
 def decide(given: Decision) -> tuple[Bundle, Path]:
@@ -69,12 +69,12 @@ def decide(given: Decision) -> tuple[Bundle, Path]:
 
 
 def _search(given: Decision) -> Outcome:
-    workshop = given.judge.workshop
+    builder = given.judge.builder
 
     def more(best: Candidate, tried: Sequence[Candidate]) -> list[Candidate]:
         if given.most is not None or best.quantiser in ("converter", "none"):
             return []
-        return sensitive_candidates(best, list(workshop.layer_costs), tried)
+        return sensitive_candidates(best, list(builder.layer_costs()), tried)
 
     steps = Steps(
         look=lambda candidate: _look(given, candidate),
@@ -87,8 +87,8 @@ def _search(given: Decision) -> Outcome:
 
 
 def _ladder(given: Decision) -> list[Candidate]:
-    target = given.judge.workshop.request.target
-    return limit(ladder(target.format, given.judge.workshop.facts, machine_of(target.device)), given.most)
+    target = given.judge.builder.request.target
+    return limit(ladder(target.format, given.judge.builder.facts, machine_of(target.device)), given.most)
 
 
 def _look(given: Decision, candidate: Candidate) -> Trial:
@@ -126,8 +126,8 @@ def _force(given: Decision, candidate: Candidate, trials: Sequence[Trial]) -> tu
 def _accept(
     given: Decision, candidate: Candidate, trials: Sequence[Trial], *, forced: bool = False, note: str = ""
 ) -> tuple[Bundle, Path]:
-    judge, splits = given.judge, given.judge.workshop.splits
-    folder = judge.workshop.make(candidate)
+    judge, splits = given.judge, given.judge.builder.splits
+    folder = judge.builder.make(candidate)
     bundle = load_bundle(folder)
     verdict, reasons = _verdict(trials, forced=forced)
     reasons.append(note)

@@ -10,22 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from robx.embeddings import cosine, refuse_constant
 from robx.errors import ArtifactError, DeviceError, MissingExtra, RobxError
-from robx.export.formats import to_onnx
 from robx.export.gate.gate import Judgement, Limits, judge_accuracy
 from robx.export.gate.search import Trial
 from robx.export.gate.sessions import open_candidate
 from robx.export.image_splits import MIN_JUDGING, Images, normalise
 from robx.export.int8.candidate import Candidate
-from robx.export.make import Workshop
+from robx.export.make import CandidateBuilder
 from robx.export.onnx_run import run_model
+from robx.export.parity import parity
 from robx.formats import FORMATS, FormatRow
 from robx.images.sources import class_numbers, renumbered
 from robx.records import Value
-from robx.trunk import embed
 
 if TYPE_CHECKING:
     from robx.eval.fidelity.fidelity import Bank
@@ -40,14 +38,14 @@ _KEPT = ("latency", "bytes", "screen_cosine")  # figures of the first look that 
 class Judge:
     """Compares the candidates of one export with its fp32 student, whose embeddings are computed once."""
 
-    def __init__(self, workshop: Workshop, limits: Limits) -> None:
-        self.workshop, self.limits = workshop, limits
+    def __init__(self, builder: CandidateBuilder, limits: Limits) -> None:
+        self.builder, self.limits = builder, limits
 
     @cached_property
     def reference(self) -> np.ndarray:
         """The fp32 student's embeddings of the judging images, (M, D)."""
-        found = self.workshop.embeddings(self.workshop.images.judging, "computing the student's own embeddings")
-        refuse_constant(found, self.workshop.request.student.timm_name)
+        found = self.builder.embeddings(self.builder.images.judging, "computing the student's own embeddings")
+        refuse_constant(found, self.builder.request.student.timm_name)
         return found
 
     @cached_property
@@ -55,12 +53,12 @@ class Judge:
         """The fp32 student's features of labelled training images and a probe trained on them; None without labels."""
         from robx.eval.fidelity.fidelity import make_bank
 
-        bank = self.workshop.images.bank
+        bank = self.builder.images.bank
         if bank.classes is None or len(bank.classes) < 2 or (bank.labels >= 0).sum() < 2:
             return None
-        if not (self._labels_of(self.workshop.images.judging) >= 0).any():
+        if not (self._labels_of(self.builder.images.judging) >= 0).any():
             return None
-        features = self.workshop.embeddings(bank, "computing the bank's embeddings")
+        features = self.builder.embeddings(bank, "computing the bank's embeddings")
         return make_bank(features, bank.labels, classes=len(bank.classes))
 
     @cached_property
@@ -70,7 +68,7 @@ class Judge:
         The calibration images where there are too few others, or none with a label for the probe: they flatter all
         candidates alike, which is good enough for a choice between them.
         """
-        images = self.workshop.images
+        images = self.builder.images
         labelled = self.bank is None or (images.screening.labels >= 0).any()
         return images.screening if labelled and len(images.screening) >= MIN_JUDGING else images.calibration
 
@@ -80,8 +78,8 @@ class Judge:
         Raises:
             RobxError: it cannot be built, or its runtime fails on it.
         """
-        folder = self.workshop.make(candidate)
-        expected = self.workshop.embeddings(self.screening, "computing the student's own embeddings")
+        folder = self.builder.make(candidate)
+        expected = self.builder.embeddings(self.screening, "computing the student's own embeddings")
         judged = self._compare(candidate, expected, self.screening, level=SCREEN_LEVEL)
         values = judged.values | {
             "screened": Value(value=float(len(self.screening))),
@@ -103,7 +101,7 @@ class Judge:
         Raises:
             RobxError: its runtime fails on them.
         """
-        judged = self._compare(trial.candidate, self.reference, self.workshop.images.judging, level=level)
+        judged = self._compare(trial.candidate, self.reference, self.builder.images.judging, level=level)
         kept = {k: v for k, v in trial.values.items() if k.startswith("speedup_") or k in _KEPT}
         return dataclasses.replace(
             trial, accuracy=judged.verdict, values=judged.values | kept, accuracy_reasons=judged.reasons
@@ -118,7 +116,7 @@ class Judge:
         if self._row.onnx_precision:  # its ONNX graph can be computed instead
             return None
         try:
-            session = open_candidate(self.workshop.make(candidate))
+            session = open_candidate(self.builder.make(candidate))
         except MissingExtra:
             raise
         except RobxError:  # it cannot be built or opened, and its trial says why
@@ -136,21 +134,21 @@ class Judge:
         Raises:
             ArtifactError: it differs from PyTorch, or its answer depends on the batch.
         """
-        request = self.workshop.request
+        request = self.builder.request
         preprocessing = request.student.preprocessing
-        if self.workshop.splits is not None:
-            images = self.workshop.images.judging.normalised(preprocessing, slice(16))
+        if self.builder.splits is not None:
+            images = self.builder.images.judging.normalised(preprocessing, slice(16))
         else:
             images = normalise(_smooth_pixels(8, request.image_size), preprocessing)
-        expected = embed(self.workshop.model.trunk, torch.from_numpy(images)).numpy()
+        expected = self.builder.reference(images)
         refuse_constant(expected, request.student.timm_name)
         what = f"the {request.target.format} model in {candidate.precision}"
-        compare = partial(to_onnx.parity, expected, precision=candidate.precision, what=what, refuse=not judged)
-        session = open_candidate(self.workshop.make(candidate))
+        compare = partial(parity, expected, precision=candidate.precision, what=what, refuse=not judged)
+        session = open_candidate(self.builder.make(candidate))
         if isinstance(session, str):
             if not self._row.onnx_precision:
                 return {}, session
-            return compare(run_model(self.workshop.graph_of(candidate), images)), session  # its input is never uint8
+            return compare(run_model(self.builder.graph_of(candidate), images)), session  # its input is never uint8
         with session:
             together = session.run(images)
             alone = np.concatenate([session.run(images[i : i + 1]) for i in range(len(images))])
@@ -158,7 +156,7 @@ class Judge:
 
     @property
     def _row(self) -> FormatRow:
-        return FORMATS[self.workshop.request.target.format]
+        return FORMATS[self.builder.request.target.format]
 
     @contextlib.contextmanager
     def _opened(self, candidate: Candidate) -> Iterator[Session | None]:
@@ -170,10 +168,10 @@ class Judge:
         Raises:
             DeviceError: it cannot be run here, and there is no ONNX graph to compute instead.
         """
-        if self._row.runtimes == ("onnxruntime",) and not self.workshop.request.target.is_local:
+        if self._row.runtimes == ("onnxruntime",) and not self.builder.request.target.is_local:
             yield None
             return
-        session = open_candidate(self.workshop.make(candidate))
+        session = open_candidate(self.builder.make(candidate))
         if isinstance(session, str):
             if not self._row.onnx_precision:
                 raise DeviceError(session)
@@ -188,8 +186,8 @@ class Judge:
             if session is not None:
                 answers, engine = self._run(candidate, session, images), str(session.facts().get("engine", ""))
             else:
-                self.workshop.progress(0, 1, f"judging {candidate.name}")
-                answers = self.workshop.simulate(self.workshop.graph_of(candidate), images)
+                self.builder.progress(0, 1, f"judging {candidate.name}")
+                answers = self.builder.simulate(self.builder.graph_of(candidate), images)
                 engine = "the same ONNX graph, computed literally on the CPU"
         judged = judge_accuracy(
             expected,
@@ -199,7 +197,7 @@ class Judge:
             limits=self.limits,
             level=level,
             precision=candidate.precision,
-            class_names=self.workshop.images.bank.classes,
+            class_names=self.builder.images.bank.classes,
         )
         first, *others = judged.reasons
         return dataclasses.replace(judged, reasons=(f"{first} (computed by {engine})", *others))
@@ -210,11 +208,11 @@ class Judge:
         Raises:
             ArtifactError: the answer for an image depends on its batch.
         """
-        preprocessing, pieces = self.workshop.request.student.preprocessing, []
-        note = f"{'judging' if images is self.workshop.images.judging else 'screening'} {candidate.name}"
+        preprocessing, pieces = self.builder.request.student.preprocessing, []
+        note = f"{'judging' if images is self.builder.images.judging else 'screening'} {candidate.name}"
         for piece in images.batches(preprocessing, _BATCH):
             pieces.append(session.run(piece))
-            self.workshop.progress(min(len(pieces) * _BATCH, len(images)), len(images), note)
+            self.builder.progress(min(len(pieces) * _BATCH, len(images)), len(images), note)
         embeddings = np.concatenate(pieces)
         first = images.normalised(preprocessing, slice(8))
         alone = np.concatenate([session.run(first[i : i + 1]) for i in range(len(first))])
@@ -223,7 +221,7 @@ class Judge:
 
     def _labels_of(self, images: Images) -> np.ndarray:
         """Labels in the bank's numbering, int64 (N,): matched by class name, -1 for a class that the bank lacks."""
-        classes = self.workshop.images.bank.classes
+        classes = self.builder.images.bank.classes
         if images.classes == classes:
             return images.labels
         if images.classes is None or classes is None:

@@ -15,7 +15,7 @@ from robx.export.gate.gate import Judgement, Limits, judge_speed
 from robx.export.gate.search import Trial
 from robx.export.gate.sessions import open_candidate
 from robx.export.int8.candidate import Candidate
-from robx.export.make import Workshop
+from robx.export.make import CandidateBuilder
 
 if TYPE_CHECKING:
     from robx.runtime.session import Session
@@ -29,8 +29,8 @@ Blocks = Mapping[str, list[np.ndarray]]  # name -> latencies in ns, int64 (n_i,)
 class Timer:
     """Times the candidates of one export against its float baselines, whose sessions it keeps open."""
 
-    def __init__(self, workshop: Workshop, limits: Limits) -> None:
-        self.workshop, self.limits = workshop, limits
+    def __init__(self, builder: CandidateBuilder, limits: Limits) -> None:
+        self.builder, self.limits = builder, limits
         self._baselines: dict[str, Session] = {}
 
     def __enter__(self) -> Self:
@@ -48,14 +48,14 @@ class Timer:
         Raises:
             RobxError: it cannot be built or run here.
         """
-        if not self.workshop.request.target.is_local:
+        if not self.builder.request.target.is_local:
             return not_timed()
-        session = open_candidate(self.workshop.make(candidate), batch=_BATCH)
+        session = open_candidate(self.builder.make(candidate), batch=_BATCH)
         if isinstance(session, str):
             return not_timed()
         with session:
             sessions = {"candidate": session, **self._open_baselines(candidate)}
-            self.workshop.progress(0, 1, f"timing {candidate.name}")
+            self.builder.progress(0, 1, f"timing {candidate.name}")
             blocks = self._interleave(sessions, times=1)
             judged = judge_speed(blocks, self.limits)
             if judged.verdict == "INCONCLUSIVE" and len(sessions) > 1:
@@ -65,14 +65,14 @@ class Timer:
 
     def race(self, trials: Sequence[Trial]) -> list[Trial]:
         """The trials with their speeds measured again, all candidates and baselines taking turns in one run."""
-        if not self.workshop.request.target.is_local:
+        if not self.builder.request.target.is_local:
             return list(trials)
-        self.workshop.progress(0, 1, f"timing {len(trials)} candidates side by side")
+        self.builder.progress(0, 1, f"timing {len(trials)} candidates side by side")
         baselines = self._open_baselines(trials[0].candidate)
         with contextlib.ExitStack() as stack:
             sessions = {}
             for trial in trials:
-                session = open_candidate(self.workshop.make(trial.candidate), batch=_BATCH)
+                session = open_candidate(self.builder.make(trial.candidate), batch=_BATCH)
                 if isinstance(session, str):  # nothing in this runtime was timed before either
                     return list(trials)
                 sessions[trial.candidate.name] = stack.enter_context(session)
@@ -89,7 +89,7 @@ class Timer:
     def _interleave(self, sessions: Mapping[str, Session], *, times: int) -> dict[str, list[np.ndarray]]:
         from robx.runtime.bench.interleave import interleave
 
-        images = self.workshop.images.judging.normalised(self.workshop.request.student.preprocessing, slice(_IMAGES))
+        images = self.builder.images.judging.normalised(self.builder.request.student.preprocessing, slice(_IMAGES))
         return interleave(sessions, images, blocks=times * _BLOCKS, seconds=_BLOCK_SECONDS, seed=times).blocks
 
     def _open_baselines(self, candidate: Candidate) -> dict[str, Session]:
@@ -103,7 +103,7 @@ class Timer:
     def _open_baseline(self, name: str) -> Session | None:
         plain = Candidate(name=name, precision="fp32" if name == "fp32" else "fp16")
         try:
-            session = open_candidate(self.workshop.make(plain), batch=_BATCH)
+            session = open_candidate(self.builder.make(plain), batch=_BATCH)
         except (InputError, ArtifactError, DeviceError):
             return None
         return None if isinstance(session, str) else session

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from robx.export.formats import to_onnx
+from robx.export.formats.network import export_model
 from robx.images.decode import preprocess
 from robx.images.sources import open_source
 from robx.records import Preprocessing, Student
@@ -67,4 +68,4 @@ def scene_pixels(scenes: Path) -> np.ndarray:
 
 def export_onnx(run: Path, path: Path) -> onnx.ModelProto:
     student, trunk = load_trunk(run)
-    return to_onnx.export_onnx(to_onnx.export_model(trunk, student), path, student=student, batch=None, opset=20)
+    return to_onnx.export_onnx(export_model(trunk, student), path, student=student, batch=None, opset=20)

@@ -18,14 +18,13 @@ from safetensors.numpy import save_file
 
 from robx.cli import main
 from robx.errors import ArtifactError, DeviceError, GateFailed, InputError
-from robx.export.build import Options, build
-from robx.export.bundle_folder import CACHE
+from robx.export.build import CACHE, ExportSettings, export
 from robx.export.formats import to_onnx
 from robx.export.gate.gate import Limits, gate_error
-from robx.export.image_splits import open_data
 from robx.export.inspect_bundle import inspect_bundle
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.tensorrt_qdq import check_trt_qdq
+from robx.export.parity import parity
 from robx.export.request import ExportTarget
 from robx.linear_head import load_head
 from robx.records import Bundle, Rung, Value, load_bundle
@@ -33,15 +32,18 @@ from robx.runtime.bench.interleave import interleave
 from robx.runtime.session import open_session
 from robx.trunk import embed, load_trunk
 
-LENIENT = Options(limits=Limits(max_drop=60, min_speedup=0.01), calibration_images=32, rungs=1)
+LENIENT: dict[str, Any] = {
+    "limits": Limits(max_drop=60, min_speedup=0.01), "calibration_images": 32, "candidates": 1,
+}  # fmt: skip
 # No model is a thousand times as fast as itself.
-HOPELESS = Options(limits=Limits(max_drop=60, min_speedup=1000), calibration_images=32, rungs=1)
+HOPELESS = LENIENT | {"limits": Limits(max_drop=60, min_speedup=1000)}
 
 
-def _export(run: Path, data: Path | None, out: Path, options: Options = LENIENT, **target: object) -> Bundle:
-    source, judge = open_data(data) if data else (None, None)
+def _export(run: Path, data: Path | None, out: Path, options: dict[str, Any] | None = None, **target: object) -> Bundle:
     wanted = ExportTarget(**target)  # type: ignore[arg-type]
-    return build(run, wanted, source=source, judge=judge, out=out, options=options)
+    return export(
+        ExportSettings(run=run, target=wanted, data=data, out=out, **(LENIENT if options is None else options))
+    )
 
 
 def _torch(run: Path, pixels: np.ndarray) -> np.ndarray:
@@ -97,7 +99,7 @@ def test_of_several_candidates_the_chosen_one_alone_meets_the_judging_images(
     wide = dataclasses.replace(plain, name="broken", percentile=50.0, ranges="percentile")
     close = dataclasses.replace(plain, name="percentile", ranges="percentile")
     monkeypatch.setattr("robx.export.gate.decide.ladder", lambda *_: [wide, plain, close])
-    options = dataclasses.replace(LENIENT, rungs=None, calibration_images=16)
+    options = LENIENT | {"candidates": None, "calibration_images": 16}
     bundle = _export(cnn_run, scenes, tmp_path / "b", options, format="onnx", precision="int8")
     assert bundle.precision == "int8" and bundle.verdict == "PASS"
     judged = [rung.name for rung in bundle.rungs if rung.was_judged]
@@ -133,7 +135,7 @@ def test_an_unproven_drop_does_not_ship_and_says_what_would_prove_it(
     cnn_run: Path, scenes: Path, tmp_path: Path
 ) -> None:
     """32 judging images cannot prove a drop below one point, however good the model is."""
-    options = Options(limits=Limits(max_drop=1, min_speedup=0.01), calibration_images=32, rungs=1)
+    options = LENIENT | {"limits": Limits(max_drop=1, min_speedup=0.01)}
     bundle = _export(cnn_run, scenes, tmp_path / "b", options, format="onnx", precision="int8")
     (int8,) = [rung for rung in bundle.rungs if rung.precision == "int8"]
     assert int8.accuracy == "INCONCLUSIVE" and not int8.kept
@@ -166,7 +168,7 @@ def _rung(accuracy: str, speed: str, *, measured: bool = True, by: str = "probe_
 def test_what_to_do_follows_from_the_rung_that_came_nearest(
     rungs: list[Rung], words: str, cnn_run: Path, tmp_path: Path
 ) -> None:
-    plain = build(cnn_run, ExportTarget(format="onnx"), out=tmp_path / "b")
+    plain = _export(cnn_run, None, tmp_path / "b", format="onnx")
     refused = dataclasses.replace(plain, requested="int8", rungs=tuple(rungs))
     assert re.search(words, str(gate_error(refused, tmp_path / "b")))
 
@@ -204,9 +206,7 @@ def test_every_quantiser_takes_a_fixed_batch(
 @pytest.mark.parametrize("fmt", ["onnx", "openvino"])
 def test_a_head_stays_in_float_where_the_trunk_is_int8(fmt: str, cnn_run: Path, scenes: Path, tmp_path: Path) -> None:
     head = _save_head(tmp_path, load_trunk(cnn_run)[0].width)
-    source, judge = open_data(scenes)
-    target = ExportTarget(format=fmt, precision="int8")  # type: ignore[arg-type]
-    bundle = build(cnn_run, target, source=source, judge=judge, out=tmp_path / "b", head=head, options=LENIENT)
+    bundle = _export(cnn_run, scenes, tmp_path / "b", LENIENT | {"head": head}, format=fmt, precision="int8")
     assert bundle.precision == "int8" and bundle.labels == ("x", "y", "z")
     layers = inspect_bundle(tmp_path / "b", bundle).layers
     assert {layer.precision for layer in layers if layer.operator in ("Gemm", "MatMul")} == {"fp32"}
@@ -276,7 +276,7 @@ def test_the_gate_times_what_was_planned_for_one_image(
 
 
 def test_force_ships_int8_marked(cnn_run: Path, scenes: Path, tmp_path: Path) -> None:
-    options = Options(limits=HOPELESS.limits, calibration_images=32, rungs=1, force=True)
+    options = HOPELESS | {"force": True}
     bundle = _export(cnn_run, scenes, tmp_path / "b", options, format="onnx", precision="int8")
     assert (bundle.precision, bundle.verdict) == ("int8", "FORCED")
     assert "FAILED" in bundle.reason
@@ -338,14 +338,14 @@ def test_a_head_adds_logits(cnn_run: Path, scene_pixels: np.ndarray, tmp_path: P
 
     path = _save_head(tmp_path, load_trunk(cnn_run)[0].width)
     head = load_head(path)
-    bundle = build(cnn_run, ExportTarget(format="onnx"), out=tmp_path / "b", head=path)
+    bundle = _export(cnn_run, None, tmp_path / "b", {"head": path}, format="onnx")
     assert bundle.labels == ("x", "y", "z") and [o.name for o in bundle.outputs] == ["embedding", "logits"]
     session = onnxruntime.InferenceSession(tmp_path / "b" / "model.onnx")
     embedding, logits = session.run(None, {"pixels": scene_pixels[:4]})
     np.testing.assert_allclose(logits, embedding @ head.weight.T + head.bias, atol=1e-3)
     save_file({"weight": head.weight[:, :5].copy(), "bias": head.bias}, tmp_path / "narrow.safetensors")
     with pytest.raises(InputError, match="the head takes 5 features"):
-        build(cnn_run, ExportTarget(format="onnx"), out=tmp_path / "c", head=tmp_path / "narrow.safetensors")
+        _export(cnn_run, None, tmp_path / "c", {"head": tmp_path / "narrow.safetensors"}, format="onnx")
 
 
 def test_the_onnx_is_exported_once(cnn_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,7 +363,7 @@ def test_what_cannot_be_judged_or_is_not_whole_writes_nothing(cnn_run: Path, sce
     with pytest.raises(InputError, match="give --data"):
         _export(cnn_run, None, tmp_path / "b", format="onnx", precision="int8")
     with pytest.raises(InputError, match="at least 300"):
-        _export(cnn_run, scenes, tmp_path / "b", Options(), format="onnx", precision="int8")
+        _export(cnn_run, scenes, tmp_path / "b", {}, format="onnx", precision="int8")
     damaged = tmp_path / "run"
     shutil.copytree(cnn_run, damaged)
     with (damaged / "student.safetensors").open("r+b") as file:
@@ -379,7 +379,7 @@ def test_what_cannot_be_judged_or_is_not_whole_writes_nothing(cnn_run: Path, sce
     [
         ({"format": "tflite"}, "unknown format"),
         ({"format": "onnx", "opset": 13}, "opset 13"),
-        ({"format": "onnx", "batch": 0}, "batch 0"),
+        ({"format": "onnx", "batch": 0}, "at least 1, got 0"),
         ({"format": "trt", "uint8_input": True}, "--uint8-input"),
         ({"format": "onnx", "device": "rtx:sm89"}, "--target 'rtx:sm89' is not for onnx: give local or arm64"),
         ({"format": "openvino", "device": "banana"}, "--target 'banana'"),
@@ -399,10 +399,10 @@ def test_another_opset_than_asked_is_an_error(cnn_onnx: onnx.ModelProto, cnn_run
 
 def test_parity_refuses_what_differs() -> None:
     reference = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
-    assert to_onnx.parity(reference, reference + 1e-6, precision="fp32", what="x")["max_abs"].value < 1e-5
+    assert parity(reference, reference + 1e-6, precision="fp32", what="x")["max_abs"].value < 1e-5
     for wrong in (reference * np.float32(1.01), reference[:, ::-1], np.full_like(reference, np.nan)):
         with pytest.raises(ArtifactError, match="not shipped"):
-            to_onnx.parity(reference, wrong, precision="fp32", what="x")
+            parity(reference, wrong, precision="fp32", what="x")
 
 
 def test_the_commands(cnn_run: Path, scenes: Path, tmp_path: Path) -> None:
@@ -411,7 +411,7 @@ def test_the_commands(cnn_run: Path, scenes: Path, tmp_path: Path) -> None:
     base = ["export", str(cnn_run), "--format", "onnx", "--int8", "--out", str(tmp_path / "b"), *options]
     refused = run.invoke(main, [*base, "--min-speedup", "1000"])
     assert refused.exit_code == 3, refused.output
-    assert "Rungs tried" in refused.output and "static, min-max" in refused.output
+    assert "Candidates tried" in refused.output and "static, min-max" in refused.output
     shipped = run.invoke(main, [*base, "--min-speedup", "0.01"])
     assert shipped.exit_code == 0, shipped.output
     plain = run.invoke(main, ["inspect", str(tmp_path / "b")])
@@ -425,4 +425,4 @@ def test_the_commands(cnn_run: Path, scenes: Path, tmp_path: Path) -> None:
     unseen = run.invoke(main, ["export", str(cnn_run), "--format", "onnx", "--sensitivity"])
     assert unseen.exit_code == 2 and "--data" in unseen.output
     both = run.invoke(main, ["export", str(cnn_run), "--format", "onnx", "--int8", "--fp16"])
-    assert both.exit_code == 2 and "two exports" in both.output
+    assert both.exit_code == 2 and "two different exports" in both.output

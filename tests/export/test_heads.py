@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save
 
 from robx.errors import InputError
-from robx.export.build import build
+from robx.export.build import ExportSettings, export
 from robx.export.request import ExportTarget
 from robx.linear_head import load_head
 from robx.records import load_student
@@ -66,7 +66,8 @@ def test_a_bundle_with_a_head_gives_its_logits_to_who_asks_for_labels(
         "bias": random.normal(size=3).astype(np.float32),
     }
     (tmp_path / "head").write_bytes(save(head, metadata={"classes": '["x", "y", "z"]'}))
-    build(cnn_run, ExportTarget(format=fmt), out=tmp_path / "bundle", head=tmp_path / "head")
+    target = ExportTarget(format=fmt)
+    export(ExportSettings(run=cnn_run, target=target, out=tmp_path / "bundle", head=tmp_path / "head"))
     with open_session(tmp_path / "bundle") as session:
         embedding = session.run(scene_pixels[:4])
     with open_session(tmp_path / "bundle", labels=True) as session:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from robx.errors import InputError
-from robx.export.image_splits import open_data, read_splits, require_disjoint
+from robx.export.image_splits import SplitSizes, open_data, read_splits, require_disjoint
 from robx.images.arrays import ArraySource
 from robx.images.decode import preprocess
 from robx.images.sources import open_source
@@ -28,7 +28,7 @@ def _source(name: str, seed: int, count: int) -> ArraySource:
 
 def test_the_pixels_are_those_of_the_deployment(scenes: Path) -> None:
     train, test = open_data(scenes)
-    splits = read_splits(train, test, PRE, calibration_images=20, bank_images=30, least=20)
+    splits = read_splits(train, test, PRE, sizes=SplitSizes(calibration=20, bank=30, least=20))
     source = open_source(scenes)
     own = {preprocess(source.read(i), PRE).tobytes() for i in range(len(source))}
     assert all(image.tobytes() in own for image in splits.calibration.normalised(PRE))
@@ -36,7 +36,7 @@ def test_the_pixels_are_those_of_the_deployment(scenes: Path) -> None:
 
 def test_images_are_the_same_every_time_and_on_one_side_only(scenes: Path) -> None:
     train, test = open_data(scenes)
-    first, second = (read_splits(train, test, PRE, calibration_images=20, least=20) for _ in range(2))
+    first, second = (read_splits(train, test, PRE, sizes=SplitSizes(calibration=20, least=20)) for _ in range(2))
     assert first.record() == second.record()
     assert not set(first.bank.digests) & set(first.judging.digests)
     assert first.record().fingerprint != first.record().judged_fingerprint
@@ -46,7 +46,7 @@ def test_images_are_the_same_every_time_and_on_one_side_only(scenes: Path) -> No
 def test_one_source_is_split_and_duplicates_do_not_cross() -> None:
     source = _source("own", 0, 100)
     doubled = ArraySource("doubled", np.concatenate([source._pixels] * 2), None, None)
-    splits = read_splits(doubled, None, PRE, calibration_images=30, bank_images=60, least=30)
+    splits = read_splits(doubled, None, PRE, sizes=SplitSizes(calibration=30, bank=60, least=30))
     assert len(splits.calibration) == 30 and len(splits.judging) >= 16
     assert not set(splits.bank.digests) & set(splits.judging.digests)
     assert len(set(splits.judging.digests)) == len(splits.judging)
@@ -80,20 +80,21 @@ def test_unreadable_images_are_left_out(scenes: Path, tmp_path: Path) -> None:
     broken = sorted((folder / "train").rglob("*.png"))[0]
     broken.write_bytes(b"not a picture")
     train, test = open_data(folder)
-    splits = read_splits(train, test, PRE, calibration_images=20, bank_images=1000, least=20)
+    splits = read_splits(train, test, PRE, sizes=SplitSizes(calibration=20, bank=1000, least=20))
     assert len(splits.bank) + len(splits.screening) == len(train) - 1
 
 
 def test_screening_images_are_no_ones_else() -> None:
-    splits = read_splits(_source("train", 0, 400), _source("test", 1, 40), PRE, bank_images=350, screening_images=50)
+    sizes = SplitSizes(bank=350, screening=50)
+    splits = read_splits(_source("train", 0, 400), _source("test", 1, 40), PRE, sizes=sizes)
     assert (len(splits.calibration), len(splits.bank), len(splits.screening)) == (300, 367, 33)  # a third of 100
     assert not set(splits.screening.digests) & {*splits.bank.digests, *splits.judging.digests}
     assert not len(read_splits(_source("train", 0, 300), _source("test", 1, 40), PRE).screening)
     assert splits.calibration.digests == splits.bank.digests[:300]
     partly = _PartlyLabelled("partly", splits.bank.pixels.transpose(0, 2, 3, 1), splits.bank.labels, tuple("abcd"))
-    shared = read_splits(partly, _source("test", 1, 40), PRE, calibration_images=20, bank_images=300, least=20)
+    shared = read_splits(partly, _source("test", 1, 40), PRE, sizes=SplitSizes(calibration=20, bank=300, least=20))
     assert 10 < (shared.screening.labels >= 0).sum() < (shared.bank.labels >= 0).sum()
-    roomy = read_splits(_source("train", 0, 400), None, PRE, calibration_images=20, bank_images=30, least=20)
+    roomy = read_splits(_source("train", 0, 400), None, PRE, sizes=SplitSizes(calibration=20, bank=30, least=20))
     assert len(roomy.screening) > 16 and not set(roomy.screening.digests) & set(roomy.judging.digests)
 
 
@@ -115,7 +116,7 @@ def test_labelled_images_are_read_first() -> None:
     whole = _source("partly", 3, 100)
     source = _PartlyLabelled("partly", whole._pixels, whole._labels, whole.classes)
     splits = read_splits(
-        source, _source("test", 1, 40), PRE, calibration_images=12, bank_images=30, screening_images=0, least=4
+        source, _source("test", 1, 40), PRE, sizes=SplitSizes(calibration=12, bank=30, screening=0, least=4)
     )
     assert (splits.bank.labels[:20] >= 0).all() and (splits.bank.labels[20:] == -1).all()
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,27 +14,30 @@ from click.testing import CliRunner
 from robx.cli import main
 from robx.embeddings import centred_cosine
 from robx.errors import ArtifactError, InputError
-from robx.export.build import Options, build
-from robx.export.formats import to_onnx
+from robx.export.build import ExportSettings, export
 from robx.export.gate import judge, timing
 from robx.export.gate.gate import Limits
-from robx.export.image_splits import open_data
 from robx.export.int8 import by_nncf, for_tensorrt
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.graph_facts import read_facts
 from robx.export.int8.ladder import Machine, ladder
 from robx.export.int8.tensorrt_qdq import quantized_nodes
-from robx.export.make import Workshop
+from robx.export.make import CandidateBuilder
 from robx.export.onnx_run import run_model
+from robx.export.parity import MIN_COSINE
 from robx.export.request import ExportTarget
 from robx.records import Bundle
 
-LENIENT = Options(limits=Limits(max_drop=60, min_speedup=0.01), calibration_images=32, rungs=1)
+LENIENT: dict[str, Any] = {
+    "limits": Limits(max_drop=60, min_speedup=0.01), "calibration_images": 32, "candidates": 1,
+}  # fmt: skip
 
 
-def _export(run: Path, data: Path | None, out: Path, options: Options = LENIENT, **target: object) -> Bundle:
-    source, judge = open_data(data) if data else (None, None)
-    return build(run, ExportTarget(**target), source=source, judge=judge, out=out, options=options)  # type: ignore[arg-type]
+def _export(run: Path, data: Path | None, out: Path, options: dict[str, Any] | None = None, **target: object) -> Bundle:
+    wanted = ExportTarget(**target)  # type: ignore[arg-type]
+    return export(
+        ExportSettings(run=run, target=wanted, data=data, out=out, **(LENIENT if options is None else options))
+    )
 
 
 @pytest.mark.parametrize("name", ["nncf, SmoothQuant 0.5", "nncf, no SmoothQuant"])
@@ -52,7 +55,7 @@ def test_a_manifest_of_others_makes_no_bundle(cnn_run: Path, tmp_path: Path) -> 
     (site / "js").mkdir(parents=True)
     (site / "manifest.json").write_text('{"name": "my web app"}')
     (site / "js" / "app.js").write_text("hi")
-    with pytest.raises(InputError, match="is no bundle"):
+    with pytest.raises(InputError, match="is not a bundle"):
         _export(cnn_run, None, site, format="onnx")
     assert (site / "js" / "app.js").read_text() == "hi"
     _export(cnn_run, None, tmp_path / "b", format="onnx")
@@ -88,7 +91,7 @@ def test_what_no_engine_here_can_judge_ships_as_such(
     assert (half.precision, half.verdict) == ("fp16", "NOT_JUDGED") and "not run here: robx has no" in half.reason
     refused = _export(cnn_run, scenes, tmp_path / "refused", format="openvino", precision="int8")
     assert (refused.precision, refused.requested, refused.verdict) == ("fp32", "int8", "NOT_JUDGED")
-    forcing = dataclasses.replace(LENIENT, force=True)
+    forcing = LENIENT | {"force": True}
     forced = _export(cnn_run, scenes, tmp_path / "forced", forcing, format="openvino", precision="int8")
     assert (forced.precision, forced.verdict) == ("int8", "NOT_JUDGED") and "forced, and not run here" in forced.reason
 
@@ -101,14 +104,14 @@ def test_pixels_without_images_are_the_same_for_both(cnn_run: Path, tmp_path: Pa
 def test_fp16_is_judged_by_the_gate_alone(
     cnn_run: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(to_onnx._MIN_COSINE, "fp16", 1.1)  # no model reaches it
+    monkeypatch.setitem(MIN_COSINE, "fp16", 1.1)  # no model reaches it
     bundle = _export(cnn_run, scenes, tmp_path / "b", format="onnx", precision="fp16")
     assert bundle.precision == "fp16" and bundle.rungs[0].accuracy == "PASS" and "cosine_min" in bundle.parity
 
 
 def test_fp16_ships_for_its_size_unless_it_is_to_be_faster(cnn_run: Path, scenes: Path, tmp_path: Path) -> None:
     for speed, precision in ((1.0, "fp16"), (1000.0, "fp32")):
-        options = dataclasses.replace(LENIENT, limits=Limits(max_drop=60, min_speedup=speed))
+        options = LENIENT | {"limits": Limits(max_drop=60, min_speedup=speed)}
         bundle = _export(cnn_run, scenes, tmp_path / precision, options, format="onnx", precision="fp16")
         assert bundle.precision == precision
 
@@ -117,8 +120,8 @@ def test_fp16_ships_for_its_size_unless_it_is_to_be_faster(cnn_run: Path, scenes
     ("more", "said"),
     [
         (["--test", "nowhere"], "give --data too"),
-        (["--batch", "²"], "neither a positive number nor dynamic"),
-        (["--format", "trt", "--int8", "--opset", "18"], "give 19 to 22"),
+        (["--batch", "²"], "must be a positive number or dynamic"),
+        (["--format", "trt", "--int8", "--opset", "18"], "needs opset 19 or later"),
     ],
 )
 def test_what_would_be_ignored_is_refused(more: list[str], said: str, cnn_run: Path) -> None:
@@ -130,15 +133,15 @@ def test_what_would_be_ignored_is_refused(more: list[str], said: str, cnn_run: P
 def test_what_cannot_be_built_falls_back_although_forced(
     precision: str, cnn_run: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Workshop.make
+    real = CandidateBuilder.make
 
-    def failing(self: Workshop, candidate: Candidate) -> Path:
+    def failing(self: CandidateBuilder, candidate: Candidate) -> Path:
         if candidate.precision != "fp32":
             raise ArtifactError("no such operator")
         return real(self, candidate)
 
-    monkeypatch.setattr(Workshop, "make", failing)
-    forcing = dataclasses.replace(LENIENT, force=True)
+    monkeypatch.setattr(CandidateBuilder, "make", failing)
+    forcing = LENIENT | {"force": True}
     bundle = _export(cnn_run, scenes, tmp_path / "b", forcing, format="openvino", precision=precision)
     assert (bundle.precision, bundle.requested) == ("fp32", precision)
     assert "no such operator" in bundle.rungs[0].reason

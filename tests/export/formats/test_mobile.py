@@ -23,9 +23,10 @@ from torch import nn
 
 from robx.errors import InputError, MissingExtra
 from robx.export.formats import to_coreml, to_executorch, to_litert, to_ncnn
+from robx.export.formats.builder import BuiltModel, Source
 from robx.export.formats.mobile import PlainAttention, calibration_batches, example_input, mobile_model
-from robx.export.formats.to_onnx import export_model, tensor_specs
-from robx.export.request import BuiltModel, ExportRequest, ExportTarget
+from robx.export.formats.network import export_model, tensor_specs
+from robx.export.request import ExportRequest, ExportTarget
 from robx.records import Preprocessing, Student, describe_file, to_json
 from robx.runtime.engines import on_litert
 
@@ -89,7 +90,8 @@ def convert(format_: str, precision: str, trunk: nn.Module, folder: Path, **opti
     request = make_request(format_, precision, trunk, **options)
     model = export_model(trunk, request.student)
     calibration = images(64, seed=1) if precision == "int8" else None
-    built: BuiltModel = BUILDERS[format_].build(model, folder / "unused.onnx", request, folder, calibration)
+    source = Source(model=model, onnx=folder / "unused.onnx", calibration=calibration)
+    built: BuiltModel = BUILDERS[format_].build(source, request, folder)
     return built
 
 
@@ -217,9 +219,9 @@ def test_a_missing_converter_names_its_extra(format_: str, tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("format_", "precision", "options", "words"),
     [
-        ("executorch", "fp16", {}, "fp32 or int8"),
-        ("litert", "fp16", {}, "fp32 .* or int8"),
-        ("ncnn", "int8", {}, "no int8 converter: export ncnn as fp32 or fp16"),
+        ("executorch", "fp16", {}, "ExecuTorch is exported as fp32 or int8, not fp16"),
+        ("litert", "fp16", {}, "LiteRT is exported as fp32 or int8, not fp16"),
+        ("ncnn", "int8", {}, "ncnn is exported as fp32 or fp16, not int8"),
         ("ncnn", "fp32", {"batch": 2}, "one image"),
     ],
 )

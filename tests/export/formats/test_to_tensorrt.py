@@ -18,13 +18,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 from robx.errors import InputError, MissingExtra
 from robx.export.formats import to_tensorrt
+from robx.export.formats.builder import BuiltModel, Source
 from robx.export.formats.half import to_half
-from robx.export.formats.to_onnx import export_model, export_onnx, tensor_specs
+from robx.export.formats.network import export_model, tensor_specs
+from robx.export.formats.to_onnx import export_onnx
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.for_tensorrt import quantize
 from robx.export.int8.ranges import choose, collect
 from robx.export.int8.tensorrt_qdq import quantized_nodes
-from robx.export.request import BuiltModel, ExportRequest, ExportTarget
+from robx.export.request import ExportRequest, ExportTarget
 from robx.records import Preprocessing, Student
 from robx.store.files import read_json, sha256_file
 
@@ -85,7 +87,7 @@ def build(
     target = ExportTarget(format="trt", precision=precision, device=device, batch=batch)
     request = ExportRequest(target=target, student=exported.student, inputs=inputs, outputs=outputs)
     out.mkdir(exist_ok=True)
-    return to_tensorrt.build(None, path or exported.path(precision), request, out, None)
+    return to_tensorrt.build(Source(model=None, onnx=path or exported.path(precision)), request, out)
 
 
 @pytest.mark.parametrize("network", ["cnn", "vit"])

@@ -1,0 +1,125 @@
+"""The PyTorch network that every exporter and converter starts from: the trunk and its head, rewritten for export.
+
+Pixels (N, 3, H, W) in; embedding (N, D) and, with a head, logits (N, C) out; float32 at both ends.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robx.errors import InputError
+from robx.export.quiet import quiet
+from robx.linear_head import Head
+from robx.records import Preprocessing, Student, TensorSpec
+
+PIXELS, EMBEDDING, LOGITS = "pixels", "embedding", "logits"
+
+
+class ExportModel(nn.Module):
+    """The network that is exported."""
+
+    def __init__(self, trunk: nn.Module, *, head: Head | None, uint8: Preprocessing | None) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head: nn.Linear | None = None
+        if head is not None:
+            self.head = nn.Linear(head.weight.shape[1], head.weight.shape[0])
+            self.head.weight = nn.Parameter(torch.from_numpy(head.weight.copy()), requires_grad=False)
+            self.head.bias = nn.Parameter(torch.from_numpy(head.bias.copy()), requires_grad=False)
+        self.uint8 = uint8 is not None
+        self.mean: Tensor
+        self.scale: Tensor
+        if uint8 is not None:
+            self.register_buffer("mean", 255 * torch.tensor(uint8.mean).view(1, 3, 1, 1))
+            self.register_buffer("scale", 1 / (255 * torch.tensor(uint8.std)).view(1, 3, 1, 1))
+
+    def forward(self, pixels: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Embedding (N, D), and logits (N, C) with a head, of pixels (N, 3, H, W)."""
+        if self.uint8:
+            pixels = (pixels.float() - self.mean) * self.scale
+        embedding: Tensor = self.trunk(pixels)
+        return embedding if self.head is None else (embedding, self.head(embedding))
+
+
+class _MeanPool(nn.Module):
+    """Global average pooling of (N, C, H, W) as a plain mean, which every converter and quantiser understands."""
+
+    def __init__(self, *, keep: bool) -> None:
+        super().__init__()
+        self.keep = keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=self.keep)
+
+
+def export_model(
+    trunk: nn.Module, student: Student, *, head: Head | None = None, uint8_input: bool = False
+) -> ExportModel:
+    """A copy of `trunk` ready for any exporter: pools as means, position embedding fixed at the crop, eval, float32.
+
+    With a dynamic batch the ONNX exporter turns an adaptive pool and its flatten into a chain of Shape, Range and
+    Gather, which silently costs an int8 OpenVINO model half of its accuracy; a mean becomes one ReduceMean.
+
+    Raises:
+        InputError: the head's width differs from the student's.
+    """
+    if head is not None and head.weight.shape[1] != student.width:
+        raise InputError(
+            f"the head takes {head.weight.shape[1]} features and the student gives {student.width}: give a head that "
+            "was trained on this student"
+        )
+    trunk = copy.deepcopy(trunk).float().cpu().eval().requires_grad_(False)
+    _replace_pools(trunk)
+    _fix_image_size(trunk, student.preprocessing.crop)
+    return ExportModel(trunk, head=head, uint8=student.preprocessing if uint8_input else None).eval()
+
+
+def tensor_specs(
+    student: Student, *, batch: int | None, uint8_input: bool, labels: int | None
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """The inputs and outputs of the exported model."""
+    crop = student.preprocessing.crop
+    pixels = TensorSpec(name=PIXELS, dtype="uint8" if uint8_input else "float32", shape=(batch, 3, crop, crop))
+    outputs = [TensorSpec(name=EMBEDDING, dtype="float32", shape=(batch, student.width))]
+    if labels is not None:
+        outputs.append(TensorSpec(name=LOGITS, dtype="float32", shape=(batch, labels)))
+    return (pixels,), tuple(outputs)
+
+
+def _replace_pools(module: nn.Module) -> None:
+    """Replace torch's adaptive average pools, in place.
+
+    timm's own FastAdaptiveAvgPool stays: it is a plain mean already, over the axes of its layout (NCHW or NHWC).
+    """
+    from timm.layers.adaptive_avgmax_pool import SelectAdaptivePool2d
+
+    for name, child in module.named_children():
+        if (
+            isinstance(child, SelectAdaptivePool2d)
+            and _is_average(child.pool)
+            and isinstance(child.flatten, nn.Flatten)
+        ):
+            setattr(module, name, _MeanPool(keep=False))
+        elif _is_average(child):
+            setattr(module, name, _MeanPool(keep=True))
+        else:
+            _replace_pools(child)
+
+
+def _is_average(module: nn.Module) -> bool:
+    return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
+
+
+def _fix_image_size(trunk: nn.Module, crop: int) -> None:
+    """A ViT with a dynamic size resizes its position embedding in every forward pass; do it once, for the crop."""
+    if not getattr(trunk, "dynamic_img_size", False):
+        return
+    with quiet():
+        trunk.set_input_size(img_size=(crop, crop))  # type: ignore[operator]
+    trunk.dynamic_img_size = False  # type: ignore[assignment]
+    patches: Any = trunk.patch_embed
+    patches.dynamic_img_pad, patches.strict_img_size, patches.flatten, patches.output_fmt = False, True, True, None
