@@ -1,35 +1,215 @@
-"""robx from Python.
+"""robx from Python: a function for each command, with the same settings.
 
     from robx import api
+
+    api.bench(["runs/r18/onnx-fp32", "runs/r18/openvino-int8"])
+    api.evaluate("runs/r18", data="images/", linear=True)
+    api.report("runs/r18", out="report.html")
 
     model = api.load("runs/r18")                            # the distilled timm model with its weights
     with api.open("runs/r18/openvino-int8") as exported:    # an exported model in its runtime
         embeddings = exported.embed("photos/")              # (N, D)
 
 Paths may be `str` or `Path`. Whatever is wrong with the caller's input raises a child of `robx.errors.RobxError`, whose
-message says what to do. Nothing heavy is imported before the first call.
+message says what to do. Long calls show their progress on a terminal and in a notebook, and write it to the logger
+"robx" elsewhere; `progress=None` switches that off. Nothing heavy is imported before the first call.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from robx.errors import CorruptImage, InputError
+from robx.reporting import Reporting, reporting
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
     from torch import nn
 
-    from robx.records import Bundle, Student
+    from robx.eval.report.render import Pages
+    from robx.records import Bundle, Latency, Measurement, Student
     from robx.runtime.session import Session
 
     StrPath = str | os.PathLike[str]
     Images = StrPath | Image.Image | np.ndarray | Iterable[StrPath | Image.Image | np.ndarray]
+
+
+def bench(
+    bundles: StrPath | Sequence[StrPath],
+    *,
+    device: str = "local",
+    profile: str = "quick",
+    threads: int = 1,
+    provider: str | None = None,
+    precision_hint: Literal["f32", "f16", "bf16"] = "f32",
+    processes: int | None = None,
+    affinity: Sequence[int] | None = None,
+    batch: int = 1,
+    data: StrPath | None = None,
+    python: str | None = None,
+    emulated: bool = False,
+    seed: int = 0,
+    progress: Reporting = "auto",
+) -> list[Latency]:
+    """Measure latency and memory of bundles on a device, and verify their outputs.
+
+    Args:
+        bundles: one or more bundles' folders.
+        device: "local", "ssh://[user@]host[:port]" or "adb://serial".
+        profile: length of the run: "rapid", "quick", "standard" or "mlperf".
+        threads: threads of one inference.
+        provider: the runtime's device: "cpu", "cuda", "gpu", "npu"; None is the runtime's default. It never falls back.
+        precision_hint: floating-point type to compute in, if the runtime offers a choice.
+        processes: fresh processes for each bundle; None is the profile's number.
+        affinity: CPU cores that the measured process may use; None allows all.
+        batch: images in one inference; more than 1 measures offline throughput.
+        data: images to run; None renders scenes.
+        python: the Python command on the device.
+        emulated: the processor is emulated: verify the outputs, but measure no latency.
+        seed: seed for the order of the processes.
+        progress: "auto", a callable of (done, total, note), or None; see `robx.reporting`.
+
+    Returns:
+        One record for each bundle, in their order; it is also appended to the bundle's measurements.jsonl. Its values
+        are in ms (p50, p90, p99, first, ...) and MB (peak_memory). Its verdict is VALID, UNSTABLE or INVALID.
+
+    Raises:
+        InputError: no bundle, or a setting that a bundle does not support.
+        ArtifactError: a bundle is damaged.
+        DeviceError: the device cannot be reached, or no process of any bundle succeeded.
+    """
+    from robx.runtime.bench.bench import bench
+    from robx.runtime.bench.profiles import BenchSettings
+    from robx.runtime.session import SessionSettings
+
+    settings = BenchSettings(
+        bundles=_paths(bundles),
+        device=device,
+        profile=profile,
+        session=SessionSettings(threads=threads, provider=provider, precision_hint=precision_hint),
+        processes=processes,
+        affinity=None if affinity is None else tuple(affinity),
+        batch=batch,
+        data=_path(data),
+        python=python,
+        emulated=emulated,
+        seed=seed,
+    )
+    with reporting(progress) as (shown, _):
+        return bench(settings, progress=shown)
+
+
+def evaluate(
+    models: StrPath | Sequence[StrPath],
+    *,
+    data: StrPath | None = None,
+    test: StrPath | None = None,
+    knn: bool = False,
+    linear: bool = False,
+    lowshot: str = "",
+    lowshot_splits: StrPath | None = None,
+    transfers: Sequence[str] = (),
+    fidelity: bool = False,
+    reference: StrPath | None = None,
+    margin: float = 1.0,
+    cached: bool = False,
+    save_head: StrPath | None = None,
+    threads: int | None = None,
+    batch: int = 64,
+    cache: StrPath | None = None,
+    no_cache: bool = False,
+    progress: Reporting = "auto",
+) -> list[Measurement]:
+    """Evaluate students and bundles on labelled images.
+
+    Args:
+        models: one or more folders of runs or bundles.
+        data: labelled images with a training split and, unless `test` is given, a test split.
+        test: test images, if `data` holds training images only.
+        knn: weighted k nearest neighbours; the default if no other protocol is chosen.
+        linear: a linear classifier.
+        lowshot: images per class and shares, for example "1,2,5,1%".
+        lowshot_splits: a folder with the published lists of low-shot images.
+        transfers: other data sets, each "NAME" or "NAME=FOLDER".
+        fidelity: compare bundles with their fp32 student, with a non-inferiority verdict.
+        reference: the student's folder, if it is not the bundle's parent.
+        margin: accuracy drop that `fidelity` accepts, in percentage points.
+        cached: train classifiers on features that are extracted once, without augmentation.
+        save_head: where to write a linear classifier on the embedding, for `export(head=...)`.
+        threads: threads of the model; None uses all processors.
+        batch: images in one run of the model.
+        cache: folder for extracted features; None is robx's cache.
+        no_cache: extract all features again, and keep none.
+        progress: "auto", a callable of (done, total, note), or None; see `robx.reporting`.
+
+    Returns:
+        The records, which are also appended to measurements.jsonl in each model's folder. Accuracies are in %, with
+        95 % intervals.
+
+    Raises:
+        InputError: images or folders that cannot be used.
+        ArtifactError: a model is damaged.
+        MissingExtra, DeviceError: a model cannot be opened or run.
+    """
+    from robx.eval.datasets.duplicates import warning_in
+    from robx.eval.evaluate import EvalSettings, evaluate
+
+    settings = EvalSettings(
+        models=_paths(models),
+        data=_path(data),
+        test=_path(test),
+        knn=knn,
+        linear=linear,
+        lowshot=lowshot,
+        lowshot_splits=_path(lowshot_splits),
+        transfers=tuple(transfers),
+        fidelity=fidelity,
+        reference=_path(reference),
+        margin=margin,
+        cached=cached,
+        save_head=_path(save_head),
+        threads=threads,
+        batch=batch,
+        cache=_path(cache),
+        no_cache=no_cache,
+    )
+    with reporting(progress) as (shown, say):
+        records = list(evaluate(settings, progress=shown))
+        for warning in dict.fromkeys(warning_in(record.settings) for record in records):
+            if warning:
+                say(f"warning: {warning}")
+    return records
+
+
+def report(
+    folders: StrPath | Sequence[StrPath],
+    *,
+    out: StrPath = "report.html",
+    margin: float = 1.0,
+    budgets: Sequence[float] = (),
+) -> Pages:
+    """Write one page that says what to deploy, from everything that was measured.
+
+    Args:
+        folders: one or more runs, bundles, or folders that contain some.
+        out: the page, a name that ends in .html; the same figures are written beside it as .md and .json.
+        margin: accuracy drop that a recommendation may have, in percentage points.
+        budgets: p90 latency budgets in ms to list by name; the page covers every other budget as well.
+
+    Returns:
+        The page as written: its title, which is the recommendation, and its html, markdown and json.
+
+    Raises:
+        InputError: no such folder, nothing of robx in it, or another file name.
+    """
+    from robx.eval.report.render import render
+
+    return render(_paths(folders), out=Path(out), margin=margin, budgets=tuple(budgets))
 
 
 def load(run: StrPath) -> nn.Module:
@@ -56,6 +236,15 @@ def load(run: StrPath) -> nn.Module:
     record, model = load_trunk(folder)
     model.preprocessing = torchvision_transform(record.preprocessing)
     return model
+
+
+def _path(path: StrPath | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def _paths(paths: StrPath | Iterable[StrPath]) -> tuple[Path, ...]:
+    """One path or several."""
+    return (Path(paths),) if isinstance(paths, str | os.PathLike) else tuple(map(Path, paths))
 
 
 def open(folder: StrPath, *, threads: int = 1, provider: str | None = None) -> Embedder:

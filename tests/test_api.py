@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +17,17 @@ import torch
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
+import robx.eval.evaluate
+import robx.runtime.bench.bench
 from robx import api
 from robx.errors import CorruptImage, InputError
+from robx.eval.evaluate import EvalSettings
 from robx.images.decode import decode, preprocess, read_image_file
 from robx.images.sources import open_source
 from robx.images.transform import torchvision_transform
 from robx.records import Preprocessing, Student, load_student
+from robx.runtime.bench.profiles import BenchSettings
+from robx.runtime.session import SessionSettings
 from robx.trunk import build_trunk, embedding_width, load_trunk, save_trunk
 
 
@@ -52,6 +61,58 @@ def test_importing_the_api_loads_nothing_heavy() -> None:
     code = "import sys\nfrom robx import api\nprint(*{m.split('.')[0] for m in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not set(loaded) & {"torch", "timm", "torchvision", "numpy", "PIL", "onnx", "onnxruntime", "click", "rich"}
+
+
+# ----------------------------------------------------------------------------------------------------- settings
+
+# keyword -> a value that is not its default
+EVALUATE: dict[str, Any] = {
+    "data": "images", "test": "held-out", "knn": True, "linear": True, "lowshot": "1,5%", "lowshot_splits": "lists",
+    "transfers": ["cifar10=c"], "fidelity": True, "reference": "run", "margin": 2.0, "cached": True, "save_head": "h",
+    "threads": 3, "batch": 7, "cache": "features", "no_cache": True,
+}  # fmt: skip
+BENCH: dict[str, Any] = {
+    "device": "ssh://host", "profile": "rapid", "threads": 2, "provider": "gpu", "precision_hint": "f16",
+    "processes": 4, "affinity": [0, 1], "batch": 5, "data": "images", "python": "python3.9", "emulated": True,
+    "seed": 6,
+}  # fmt: skip
+PATHS = {"data", "test", "lowshot_splits", "reference", "save_head", "cache"}
+
+
+def _as_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """The keywords as a settings class holds them."""
+    found = {name: Path(value) if name in PATHS else value for name, value in given.items()}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+def _keywords(function: Callable[..., Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "progress"}
+
+
+def test_evaluate_takes_every_setting_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[EvalSettings] = []
+    monkeypatch.setattr(robx.eval.evaluate, "evaluate", lambda settings, progress: seen.append(settings) or iter(()))
+    api.evaluate(["run", Path("bundle")], **EVALUATE)
+    api.evaluate("run")
+    assert seen[0] == EvalSettings(models=(Path("run"), Path("bundle")), **_as_settings(EVALUATE))
+    assert seen[1] == EvalSettings(models=(Path("run"),))
+    assert set(_keywords(api.evaluate)) == set(EVALUATE) == {f.name for f in fields(EvalSettings)} - {"models"}
+
+
+def test_bench_takes_every_setting_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[BenchSettings] = []
+    monkeypatch.setattr(robx.runtime.bench.bench, "bench", lambda settings, progress: seen.append(settings) or [])
+    api.bench(("a", Path("b")), **BENCH)
+    api.bench("a")
+    of_session = {name: BENCH[name] for name in ("threads", "provider", "precision_hint")}
+    others = {name: value for name, value in BENCH.items() if name not in of_session}
+    assert seen[0] == BenchSettings(
+        bundles=(Path("a"), Path("b")), session=SessionSettings(**of_session), **_as_settings(others)
+    )
+    assert seen[1] == BenchSettings(bundles=(Path("a"),))
+    assert set(_keywords(api.bench)) == set(BENCH)
+    assert set(others) == {f.name for f in fields(BenchSettings)} - {"bundles", "session"}
 
 
 # --------------------------------------------------------------------------------------------------------- load
