@@ -100,7 +100,7 @@ def test_a_dry_run_counts_and_writes_nothing(scenes: Path, tmp_path: Path) -> No
         ),
         (
             ("--student", "test_vit", "--data", "DATA", "--teacher", "ema", "--batch-size", "8", "--crop-size", "100"),
-            "test_vit takes no crops of 100 pixels",
+            "test_vit cannot process crops of 100 pixels",
         ),
         (
             (

@@ -188,7 +188,7 @@ def test_targets_of_one_teacher_crop_are_stored_and_read(tiny: ModuleType, sourc
     tiny.tiny_run(source, tmp_path / "stored", recipe=one, targets=tmp_path / "targets")
     pairs = zip(tiny.losses(tmp_path / "stored"), tiny.losses(tmp_path / "live"), strict=True)
     assert all(abs(a - b) < 1e-3 for (_, a), (_, b) in pairs)
-    with pytest.raises(InputError, match="crops = 1 and not 2"):
+    with pytest.raises(InputError, match="crops = 1, not 2"):
         two = override(one, {"teacher_crops": 2})
         tiny.tiny_run(source, tmp_path / "two", recipe=two, targets=tmp_path / "targets")
 
