@@ -38,7 +38,7 @@ from robx.distill.training.speed import Rate, SpeedBound, measure_bound
 from robx.errors import InputError, Interrupted, first_line
 from robx.images.sources import ImageSource
 from robx.progress import Progress, silent
-from robx.store.folders import lock_folder
+from robx.store.locks import lock_folder
 
 
 def train(

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from robx.errors import ArtifactError, InputError
 from robx.progress import Progress
 from robx.store.files import require_space, sha256_file, unwritable, write_atomically, write_text
-from robx.store.folders import wait_for
+from robx.store.locks import wait_for
 
 MAX_DOWNLOAD_BYTES = 16 * 1024**3
 _CHUNK = 1024 * 1024
@@ -133,6 +133,7 @@ def _finish(part: Path, path: Path, sha256: str, *, url: str) -> Path:
 def _same(part: Path, path: Path) -> None:
     """Hard-link the finished file, or copy it where the file system has no hard links."""
     try:
+        path.unlink(missing_ok=True)
         os.link(part, path)
     except OSError:
         shutil.copyfile(part, path)

@@ -29,7 +29,7 @@ from robx.store.files import (
     write_atomically,
     write_json,
 )
-from robx.store.folders import new_folder, remove_abandoned
+from robx.store.folders import new_folder, remove_leftovers
 
 SCHEMA = 1
 _PREFIX = "step-"
@@ -51,7 +51,7 @@ def save_checkpoint(run: Path, state: Mapping[str, Any], *, step: int, keep: int
     except OSError as error:
         raise unwritable(folder.parent, error) from error
     require_space(folder.parent, int(1.1 * sum(t.nbytes for t in tensors.values())))
-    with new_folder(folder) as temporary:
+    with new_folder(folder, ours=("state.safetensors", "state.json")) as temporary:
         weights = temporary / "state.safetensors"
         write_atomically(weights, lambda path: _save(tensors, path))
         record = {"schema": SCHEMA, "step": step, "sha256": sha256_file(weights), "tree": tree}
@@ -115,9 +115,8 @@ def read_checkpoint(folder: Path) -> tuple[int, dict[str, Any]]:
 
 def clean(run: Path) -> None:
     """Remove what a killed process left half-written; call it under the run's lock."""
-    for pattern in ("*/.*.tmp", "*/.*.old", ".*.tmp"):  # of checkpoints, of several students, of the run itself
-        for path in run.glob(pattern):
-            remove_abandoned(path)
+    for folder in (run, *(path for path in run.iterdir() if path.is_dir() and not path.is_symlink())):
+        remove_leftovers(folder)  # of the run, its checkpoints and each of several students
 
 
 def start_over(run: Path) -> None:
