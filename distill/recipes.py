@@ -78,6 +78,7 @@ class Recipe:
     flip_p: float = 0.5
     blur_p: tuple[float, float, float] = (1.0, 0.1, 0.5)  # global 1, global 2, local
     solarize_p: tuple[float, float, float] = (0.0, 0.2, 0.0)
+    augment: Literal["pillow", "device"] = "pillow"  # crops are made by the workers, or in batches on the device
 
     # The optimiser.
     optimizer: Literal["adamw", "sgd", "larc"] = "adamw"

@@ -30,11 +30,25 @@ _LOG_ASPECT = (math.log(3 / 4), math.log(4 / 3))
 _SIGMA = (0.1, 2.0)  # of the blur
 # What one crop may draw: 4 an attempt at its box; then flip, jitter, 4 factors, order, gray, blur, sigma, solarize.
 _DRAWS = 4 * _ATTEMPTS + 11
-_ORDERS = tuple(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue
+ORDERS = tuple(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue
 _CIRCLE, _SAME = list(range(256)) * 2, list(range(256))
 _LEVELS = np.arange(256)
 
 Pixels = NDArray[np.uint8]
+
+# Everything that is drawn for one crop; the images of a batch have one record for each crop.
+PLAN = np.dtype(
+    [
+        ("box", np.int32, 4),  # left, top, right, bottom in the decoded image
+        ("flip", np.bool_),
+        ("order", np.int8),  # of the colour jitter, a place in ORDERS; -1: no jitter
+        ("factors", np.float32, 3),  # brightness, contrast, saturation; 1 changes nothing
+        ("hue", np.int16),  # steps of 256 around the hue circle; -1: hue is left alone
+        ("gray", np.bool_),
+        ("sigma", np.float32),  # of the blur, pixels; 0: no blur
+        ("solarize", np.bool_),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -45,14 +59,45 @@ class Crops:
     locals: Pixels  # (L, S, S, 3)
 
 
+@dataclass(frozen=True)
+class Planned:
+    """One decoded image and the crops to make of it elsewhere."""
+
+    pixels: Pixels  # (H, W, 3)
+    plans: NDArray[np.void]  # PLAN records (2 + L,)
+    sizes: tuple[int, int]  # sides of the global and the local crops
+
+
 def multi_crop(image: Image.Image, recipe: Recipe, *, epoch: int, index: int) -> Crops:
-    """Cut and augment all crops of one RGB image."""
-    draws = uniforms(recipe.seed, epoch=epoch, index=index, count=(2 + recipe.local_crops) * _DRAWS)
-    rows = draws.reshape(-1, _DRAWS).tolist()
-    large = [_crop(image, rows[view], recipe, view) for view in range(2)]
-    small = [_crop(image, rows[view], recipe, view) for view in range(2, len(rows))]
+    """Cut and augment all crops of one RGB image with Pillow."""
+    plans = plan_crops(image.width, image.height, recipe, epoch=epoch, index=index)
+    large = [apply_plan(image, plan, recipe.crop_size) for plan in plans[:2]]
     side = recipe.local_crop_size
+    small = [apply_plan(image, plan, side) for plan in plans[2:]]
     return Crops(np.stack(large), np.stack(small) if small else np.empty((0, side, side, 3), dtype=np.uint8))
+
+
+def plan_image(image: Image.Image, recipe: Recipe, *, epoch: int, index: int) -> Planned:
+    """Draw all crops of one RGB image, and make none.
+
+    An image more than twice as large as its most magnified crop needs is reduced first, by 2, 4 or 8: fewer pixels are
+    sent to the device, and a box of a few megapixels needs no more memory than another.
+    """
+    needed = max(
+        recipe.crop_size / math.sqrt(recipe.global_scale[0]), recipe.local_crop_size / math.sqrt(recipe.local_scale[0])
+    )
+    surplus = min(image.size) / needed
+    if surplus >= 2:
+        image = image.reduce(2 ** min(3, int(math.log2(surplus))))
+    plans = plan_crops(image.width, image.height, recipe, epoch=epoch, index=index)
+    return Planned(np.asarray(image), plans, (recipe.crop_size, recipe.local_crop_size))
+
+
+def plan_crops(width: int, height: int, recipe: Recipe, *, epoch: int, index: int) -> NDArray[np.void]:
+    """PLAN records (2 + L,) of the crops of an image of `width` x `height` pixels, the two global ones first."""
+    number = 2 + recipe.local_crops
+    rows = uniforms(recipe.seed, epoch=epoch, index=index, count=number * _DRAWS).reshape(-1, _DRAWS).tolist()
+    return np.array([_plan(width, height, row, recipe, view) for view, row in enumerate(rows)], dtype=PLAN)
 
 
 def uniforms(seed: int, *, epoch: int, index: int, count: int, stream: int = 0) -> NDArray[np.float64]:
@@ -67,7 +112,7 @@ def uniforms(seed: int, *, epoch: int, index: int, count: int, stream: int = 0) 
 
 
 def normalise(pixels: Tensor, device: torch.device) -> Tensor:
-    """Crops (V, B, H, W, 3) uint8 as (V, B, 3, H, W) float32 on the device, with ImageNet's mean and std.
+    """Crops (V, B, H, W, 3) of values 0 .. 255 as (V, B, 3, H, W) float32 on the device, by ImageNet's mean and std.
 
     They stay channels last in memory, which is what convolutions on CPU and GPU want.
     """
@@ -75,7 +120,11 @@ def normalise(pixels: Tensor, device: torch.device) -> Tensor:
     width = pixels.shape[3]
     scale = torch.tensor([1 / (255 * s) for s in IMAGENET_STD] * width, device=device)
     shift = torch.tensor([-m / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)] * width, device=device)
-    rows = pixels.to(device, non_blocking=True).float().flatten(3)
+    rows = (
+        pixels.to(device, non_blocking=True)
+        .to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        .flatten(3)
+    )
     return rows.mul_(scale).add_(shift).view(pixels.shape).permute(0, 1, 4, 2, 3)
 
 
@@ -95,48 +144,61 @@ def crop_box(width: int, height: int, scale: tuple[float, float], draws: list[fl
     return x, y, x + w, y + h
 
 
-def _crop(image: Image.Image, draws: list[float], recipe: Recipe, view: int) -> Pixels:
-    """One crop, (size, size, 3); `view` 0 and 1 are the global ones."""
-    is_global = view < 2
-    size = recipe.crop_size if is_global else recipe.local_crop_size
-    scale = recipe.global_scale if is_global else recipe.local_scale
-    box = crop_box(image.width, image.height, scale, draws[: 4 * _ATTEMPTS])
-    crop = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
+def _plan(width: int, height: int, draws: list[float], recipe: Recipe, view: int) -> tuple[object, ...]:
+    """One PLAN record; `view` 0 and 1 are the global crops."""
+    scale = recipe.global_scale if view < 2 else recipe.local_scale
+    box = crop_box(width, height, scale, draws[: 4 * _ATTEMPTS])
     flip, jitter, *factors, order, gray, blur, sigma, solarize = draws[4 * _ATTEMPTS :]
     kind = min(view, 2)
-    if flip < recipe.flip_p:
+    return (
+        box,
+        flip < recipe.flip_p,
+        int(order * len(ORDERS)) if jitter < recipe.color_p else -1,
+        *jitter_values(recipe, factors),
+        gray < recipe.gray_p,
+        _SIGMA[0] + sigma * (_SIGMA[1] - _SIGMA[0]) if blur < recipe.blur_p[kind] else 0.0,
+        solarize < recipe.solarize_p[kind],
+    )
+
+
+def jitter_values(recipe: Recipe, draws: list[float]) -> tuple[tuple[float, float, float], int]:
+    """torchvision's ColorJitter from 4 draws in [0, 1): the factors and the hue's steps, as PLAN has them."""
+    *limits, hue = (limit * recipe.color_strength for limit in recipe.color)
+    low = [max(0.0, 1 - limit) for limit in limits]
+    factors = [least + draw * (1 + limit - least) for least, draw, limit in zip(low, draws, limits, strict=False)]
+    turn = min(hue, 0.5) * (2 * draws[3] - 1)
+    return (factors[0], factors[1], factors[2]), int(turn * 255) % 256 if hue else -1
+
+
+def apply_plan(image: Image.Image, plan: np.void, size: int) -> Pixels:
+    """Cut and augment one crop with Pillow: uint8 (size, size, 3)."""
+    crop = image.crop(tuple(plan["box"].tolist())).resize((size, size), Image.Resampling.BILINEAR)
+    if plan["flip"]:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if jitter < recipe.color_p:
-        crop = color_jitter(crop, recipe, factors, _ORDERS[int(order * len(_ORDERS))])
-    if gray < recipe.gray_p:
+    if plan["order"] >= 0:
+        crop = color_jitter(crop, plan)
+    if plan["gray"]:
         crop = crop.convert("L").convert("RGB")
-    if blur < recipe.blur_p[kind]:
-        crop = crop.filter(ImageFilter.GaussianBlur(_SIGMA[0] + sigma * (_SIGMA[1] - _SIGMA[0])))
-    if solarize < recipe.solarize_p[kind]:
+    if plan["sigma"] > 0:
+        crop = crop.filter(ImageFilter.GaussianBlur(float(plan["sigma"])))
+    if plan["solarize"]:
         crop = ImageOps.solarize(crop)
     return np.asarray(crop)
 
 
-def color_jitter(crop: Image.Image, recipe: Recipe, draws: list[float], order: tuple[int, ...]) -> Image.Image:
-    """torchvision's ColorJitter: brightness, contrast, saturation and hue by `draws` in [0, 1), in the order given."""
-    limits = [limit * recipe.color_strength for limit in recipe.color]
-    for what in order:
-        limit = limits[what]
-        if not limit:
-            continue
-        if what == 3:
-            limit = min(limit, 0.5)
-            crop = shift_hue(crop, limit * (2 * draws[3] - 1))
-            continue
-        low = max(0.0, 1 - limit)
-        factor = low + draws[what] * (1 + limit - low)
-        crop = _CHANGES[what](crop, factor)
+def color_jitter(crop: Image.Image, plan: np.void) -> Image.Image:
+    """torchvision's ColorJitter: brightness, contrast, saturation and hue in the plan's order."""
+    factors = plan["factors"].tolist()
+    for what in ORDERS[plan["order"]]:
+        if what < 3:
+            crop = _CHANGES[what](crop, factors[what])
+        elif plan["hue"] >= 0:
+            crop = shift_hue(crop, int(plan["hue"]))
     return crop
 
 
-def shift_hue(crop: Image.Image, turn: float) -> Image.Image:
-    """The colours turned by `turn` of the hue circle, -0.5 .. 0.5."""
-    step = int(turn * 255) % 256
+def shift_hue(crop: Image.Image, step: int) -> Image.Image:
+    """Turn the hue by `step` of 256."""
     table = _CIRCLE[step : step + 256] + _SAME + _SAME  # one pass over the three bands
     return crop.convert("HSV").point(table).convert("RGB")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from robx.distill.batches.crops import multi_crop, normalise
+from robx.distill.batches.crops import Crops, Planned, multi_crop, normalise, plan_image
+from robx.distill.batches.device_crops import device_crops
 from robx.distill.batches.masks import block_masks, drop_masks
 from robx.distill.batches.views import Views
 from robx.distill.recipes import Recipe
@@ -100,11 +101,50 @@ class Skipped:
 
 
 @dataclass
-class Batch:
-    """What a worker hands over: one process's crops of one micro-batch, uint8."""
+class CutCrops:
+    """Crops that a worker made with Pillow."""
 
     globals: Tensor  # (2, B, G, G, 3) uint8
     locals: Tensor  # (L, B, S, S, 3) uint8
+
+    def pin_memory(self) -> CutCrops:
+        """The same in page-locked memory."""
+        return CutCrops(self.globals.pin_memory(), self.locals.pin_memory())
+
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Normalised global and local crops on the device."""
+        return normalise(self.globals, device), normalise(self.locals, device)
+
+
+@dataclass
+class DecodedImages:
+    """Decoded images and what is to be cut from them, for `device_crops`."""
+
+    pixels: Tensor  # (sum of H * W * 3,) uint8, image after image
+    shapes: list[tuple[int, int]]  # (H, W) of each
+    plans: NDArray[np.void]  # PLAN records (2 + L, B)
+    sizes: tuple[int, int]  # sides of the global and the local crops
+
+    def pin_memory(self) -> DecodedImages:
+        """The same in page-locked memory."""
+        return replace(self, pixels=self.pixels.pin_memory())
+
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Normalised global and local crops, made on the device."""
+        parts = torch.split(self.pixels.to(device, non_blocking=True), [h * w * 3 for h, w in self.shapes])
+        images = [part.view(h, w, 3) for part, (h, w) in zip(parts, self.shapes, strict=True)]
+        large, small = (
+            device_crops(images, plans, size=size)
+            for plans, size in zip((self.plans[:2], self.plans[2:]), self.sizes, strict=True)
+        )
+        return normalise(large.permute(0, 1, 3, 4, 2), device), normalise(small.permute(0, 1, 3, 4, 2), device)
+
+
+@dataclass
+class Batch:
+    """What a worker returns: one process's part of one micro-batch."""
+
+    crops: CutCrops | DecodedImages
     index: Tensor  # (B,) int64, of the images that were read
     epoch: int
     masks: Tensor | None  # (2, B, P) bool
@@ -112,14 +152,14 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """The same in page-locked memory, for asynchronous copies to a GPU."""
-        self.globals, self.locals = self.globals.pin_memory(), self.locals.pin_memory()
-        return self
+        return replace(self, crops=self.crops.pin_memory())
 
     def views(self, device: torch.device) -> Views:
         """Normalised crops on the device."""
+        large, small = self.crops.to(device)
         return Views(
-            globals=normalise(self.globals, device),
-            locals=normalise(self.locals, device),
+            globals=large,
+            locals=small,
             index=self.index,
             epoch=self.epoch,
             masks=None if self.masks is None else self.masks.to(device, non_blocking=True),
@@ -152,11 +192,14 @@ class CropDataset(Dataset[tuple[Any, ...]]):
             except CorruptImage as error:
                 skipped[at] = f"{self.source.key(at)}: {error}"
                 continue
-            crops = multi_crop(image, self.recipe, epoch=epoch, index=at)
-            return crops, at, epoch, self._masks(epoch, at), skipped
+            return self._crops(image, epoch, at), at, epoch, self._masks(epoch, at), skipped
         # Past the budget already: whoever counts `skipped` ends the run before this blank is used.
-        blank = multi_crop(Image.new("RGB", (1, 1)), self.recipe, epoch=epoch, index=index)
-        return blank, index, epoch, self._masks(epoch, index), skipped
+        return self._crops(Image.new("RGB", (1, 1)), epoch, index), index, epoch, self._masks(epoch, index), skipped
+
+    def _crops(self, image: Image.Image, epoch: int, index: int) -> Crops | Planned:
+        if self.recipe.augment == "pillow":
+            return multi_crop(image, self.recipe, epoch=epoch, index=index)
+        return plan_image(image, self.recipe, epoch=epoch, index=index)
 
     def _masks(self, epoch: int, index: int) -> Any:
         if self.mask_grid is None:
@@ -226,15 +269,28 @@ def build_loader(
 
 
 def collate(samples: Sequence[tuple[Any, ...]]) -> Batch:
-    """Stack samples view by view; the only copy between the crops and the device."""
+    """Stack crops view by view, or pack decoded images; the only copy between a sample and the device."""
     crops, index, epochs, masks, skipped = zip(*samples, strict=True)
     return Batch(
-        globals=torch.from_numpy(np.stack([c.globals for c in crops], axis=1)),
-        locals=torch.from_numpy(np.stack([c.locals for c in crops], axis=1)),
+        crops=_pack(crops) if isinstance(crops[0], Planned) else _stack(crops),
         index=torch.tensor(index, dtype=torch.int64),
         epoch=epochs[0],
         masks=None if masks[0] is None else torch.as_tensor(np.stack(masks, axis=1)),
         skipped={at: reason for found in skipped for at, reason in found.items()},
+    )
+
+
+def _stack(crops: Sequence[Crops]) -> CutCrops:
+    large, small = ([getattr(one, name) for one in crops] for name in ("globals", "locals"))
+    return CutCrops(torch.from_numpy(np.stack(large, axis=1)), torch.from_numpy(np.stack(small, axis=1)))
+
+
+def _pack(images: Sequence[Planned]) -> DecodedImages:
+    return DecodedImages(
+        pixels=torch.from_numpy(np.concatenate([image.pixels.reshape(-1) for image in images])),
+        shapes=[image.pixels.shape[:2] for image in images],
+        plans=np.stack([image.plans for image in images], axis=1),
+        sizes=images[0].sizes,
     )
 
 

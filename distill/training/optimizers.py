@@ -1,4 +1,4 @@
-"""AdamW, SGD, and SGD with LARC, without weight decay on biases and norm parameters."""
+"""AdamW, SGD, and SGD with LARC; no weight decay on biases and norm parameters."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from robx.distill.recipes import Recipe
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups of the trainable parameters: with weight decay and without.
+    """Two groups of the trainable parameters: matrices and kernels, which decay, and all else, which does not.
 
-    Without: biases, norm parameters (one axis), and the names that timm's ``no_weight_decay`` lists.
+    All else is biases, norm parameters, tokens and position embeddings: by shape (one axis) or by the name that timm's
+    ``no_weight_decay`` gives.
     """
     listed = {
         f"{prefix}.{name}" if prefix else name
@@ -47,7 +48,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:
-    """Set this step's learning rate, and the weight decay of the group that has one."""
+    """Set this step's learning rate, and the weight decay of the group that decays."""
     for group in optimizer.param_groups:
         group["lr"] = lr
         if group["decays"]:
@@ -55,10 +56,10 @@ def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: floa
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load `state`, each tensor with the memory layout of its parameter.
+    """Take `state` over, each tensor laid out in memory as its parameter is.
 
-    A checkpoint keeps values but not strides, and the fused AdamW walks parameter, gradient and moments in memory
-    order: with a channels-last kernel and a contiguous moment it would pair the wrong elements.
+    A checkpoint keeps values and no strides, and the fused AdamW walks parameter, gradient and moments by their place
+    in memory: with a channels-last kernel and a contiguous moment it would pair the wrong elements.
     """
     optimizer.load_state_dict(state)
     for parameter, values in optimizer.state.items():
@@ -71,18 +72,18 @@ class Larc(torch.optim.Optimizer):
     """SGD with momentum whose gradient is scaled layer by layer (You, Gitman, Ginsburg 2017, arXiv 1708.03888).
 
     Each tensor's gradient with decay, g + wd p, is multiplied by trust |p| / (|g| + wd |p|), unless |p| or |g| is zero,
-    in which case it is a plain SGD step. The factor is not clipped, as in SwAV's release.
+    when the tensor takes a plain SGD step. No clipping of that factor, as in SwAV's release.
     """
 
     def __init__(
         self, params: Iterable[Any], *, lr: float, weight_decay: float, momentum: float = 0.9, trust: float = 0.001
     ) -> None:
-        """Optimise `params`, tensors or groups; `trust` is the trust coefficient."""
+        """Hold `params`, tensors or groups; `trust` is the trust coefficient."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+        """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -105,7 +106,7 @@ class Larc(torch.optim.Optimizer):
 
 
 def _trust_ratios(params: list[Tensor], grads: list[Any], *, trust: float, weight_decay: float) -> list[Tensor]:
-    """One factor per tensor, 0-dim, on its device, without synchronisation."""
+    """One factor a tensor, 0-dim, on its device: no synchronisation."""
     p = torch.stack(torch._foreach_norm(params))
     g = torch.stack(torch._foreach_norm(grads))
     ratio = trust * p / (g + weight_decay * p + 1e-8)

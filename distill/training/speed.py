@@ -1,6 +1,6 @@
-"""Measured upper bound on a run's speed, and its actual speed.
+"""How fast a run could be, measured, and how fast it is.
 
-The bound is the speed of the computation alone on tensors in memory, without data loading, optimiser or logging:
+The bound is that of the bare computation on tensors in memory, without loader, optimiser or log:
 
     images/s <= 1 / (1 / teacher forward + 1 / student step)
 """
@@ -20,20 +20,21 @@ from robx.distill.training.learner import Learner, autocast
 
 @dataclass(frozen=True)
 class SpeedBound:
-    """Images per second of each part alone, for this process."""
+    """Images per second of each part alone, of this process."""
 
-    teacher: float | None  # forward of the target branch; None if the student's own scores are the targets
-    student: float  # forward and backward of all students
+    teacher: float | None  # of the target branch's forward; None when the student's own scores are the targets
+    student: float  # of all students' forward and backward
 
     @property
     def images_per_s(self) -> float:
-        """Both parts together."""
+        """What both allow together."""
         return 1 / ((1 / self.teacher if self.teacher else 0.0) + 1 / self.student)
 
     @property
     def parts(self) -> str:
-        """Both parts as text."""
-        teacher = "no target branch" if self.teacher is None else f"target branch alone {self.teacher:.1f}"
+        """Both in words."""
+        own = "the targets are the student's own scores"
+        teacher = own if self.teacher is None else f"target branch alone {self.teacher:.1f}"
         return f"{teacher}, students alone {self.student:.1f}"
 
 
@@ -45,13 +46,13 @@ def measure_bound(
     recipe: Recipe,
     repeats: int = 2,
 ) -> SpeedBound:
-    """Time the computation of one micro-batch; the learners' state is restored, bit for bit.
+    """Time the bare computation of one micro-batch; the learners are what they were before, bit for bit.
 
-    `targets_of` returns one Targets per learner, or None where they come from the student's own forward.
+    `targets_of` gives one Targets a learner, or None where the student's forward makes them.
     """
     device, images = views.globals.device, views.globals.shape[1]
     teacher = student = float("inf")
-    for _ in range(repeats + 1):  # the first is a warm-up
+    for _ in range(repeats + 1):  # the first one warms up
         started = _now(device)
         with autocast(recipe, device):
             targets = targets_of(views)
@@ -69,18 +70,18 @@ def measure_bound(
 
 
 class Rate:
-    """Steps per second over the last steps, excluding pauses."""
+    """Images per second over the last steps, pauses taken out."""
 
     def __init__(self, *, window: int = 50) -> None:
-        """Average over at most `window` steps. The first step, which waits for the loader to start, is excluded."""
+        """Look back at most `window` steps. The first step, which waits for the loader to start, is left out."""
         self._window, self._times = window, list[float]()
 
     def tick(self) -> None:
-        """Record the end of a step."""
+        """A step has ended."""
         self._times = [*self._times[-self._window :], time.perf_counter()]
 
     def pause(self, seconds: float) -> None:
-        """Exclude the time of a checkpoint or an evaluation."""
+        """Take out what a checkpoint or a probe took."""
         self._times = [moment + seconds for moment in self._times]
 
     def steps_per_s(self) -> float:

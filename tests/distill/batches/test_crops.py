@@ -95,13 +95,16 @@ def test_colours_change_as_torchvisions_do(order: tuple[int, ...]) -> None:
         limit = limits[what]
         low, high = (-limit, limit) if what == 3 else (1 - limit, 1 + limit)
         expected = ways[what](expected, low + draws[what] * (high - low))
-    assert np.array_equal(np.asarray(crops.color_jitter(picture(), recipe, draws, order)), np.asarray(expected))
+    plan = np.zeros((), dtype=crops.PLAN)
+    plan["order"] = crops.ORDERS.index(order)
+    plan["factors"], plan["hue"] = crops.jitter_values(recipe, draws)
+    assert np.array_equal(np.asarray(crops.color_jitter(picture(), plan)), np.asarray(expected))
 
 
 @given(turn=st.floats(-0.5, 0.5))
 @settings(max_examples=30, deadline=None)
 def test_hue_is_torchvisions(turn: float) -> None:
-    ours, theirs = crops.shift_hue(picture(20, 20), turn), tv.adjust_hue(picture(20, 20), turn)
+    ours, theirs = crops.shift_hue(picture(20, 20), int(turn * 255) % 256), tv.adjust_hue(picture(20, 20), turn)
     assert np.array_equal(np.asarray(ours), np.asarray(theirs))
 
 

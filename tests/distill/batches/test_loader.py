@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from robx.distill.batches.crops import plan_image
 from robx.distill.batches.loader import Batch, PlaceSampler, Share, Skipped, build_loader, epoch_order, steps_per_epoch
 from robx.distill.recipes import Recipe, override, preset
 from robx.errors import InputError
+from robx.images.decode import IMAGENET_STD
 from robx.images.sources import ImageSource, open_source
 
 RECIPE = override(
@@ -29,7 +31,11 @@ def load(
 
 
 def same(a: Batch, b: Batch) -> bool:
-    return torch.equal(a.globals, b.globals) and torch.equal(a.locals, b.locals) and torch.equal(a.index, b.index)
+    return (
+        torch.equal(a.crops.globals, b.crops.globals)
+        and torch.equal(a.crops.locals, b.crops.locals)
+        and torch.equal(a.index, b.index)
+    )
 
 
 def test_workers_do_not_matter_and_any_step_can_be_the_first(scenes: Path) -> None:
@@ -38,6 +44,37 @@ def test_workers_do_not_matter_and_any_step_can_be_the_first(scenes: Path) -> No
     assert all(same(a, b) for a, b in zip(alone, load(source, end=12, workers=2), strict=True))
     assert all(same(a, b) for a, b in zip(alone[7:], load(source, start=7, end=12), strict=True))
     assert [batch.epoch for batch in alone] == [0] * 8 + [1] * 4
+
+
+def test_crops_made_on_the_device_are_those_of_the_workers(scenes: Path) -> None:
+    source, device = open_source(scenes), torch.device("cpu")
+    on_device = override(RECIPE, {"augment": "device"})
+    made = [batch.views(device) for batch in load(source, on_device)]
+    again = [batch.views(device) for batch in load(source, on_device, start=2, workers=2)]
+    cut = [batch.views(device) for batch in load(source)]
+    level = 1 / (255 * min(IMAGENET_STD))  # one of 255 levels, normalised
+    for ours, theirs in zip(made, cut, strict=True):
+        assert torch.equal(ours.index, theirs.index)
+        for a, b in ((ours.globals, theirs.globals), (ours.locals, theirs.locals)):
+            assert a.shape == b.shape and a.stride() == b.stride()
+            assert (a - b).abs().mean() < 0.05 * level and (a - b).abs().mean(dim=(2, 3, 4)).max() < 1.5 * level
+    assert all(torch.equal(a.globals, b.globals) for a, b in zip(made[2:], again, strict=True))
+    assert all(torch.equal(a.locals, b.locals) for a, b in zip(made[2:], again, strict=True))
+
+
+def test_no_local_crops_on_the_device(scenes: Path) -> None:
+    recipe = override(RECIPE, {"augment": "device", "local_crops": 0})
+    (batch,) = load(open_source(scenes), recipe, end=1)
+    views = batch.views(torch.device("cpu"))
+    assert views.globals.shape == (2, 8, 3, 32, 32) and views.locals.shape == (0, 8, 3, 16, 16)
+
+
+def test_large_images_are_reduced_before_they_are_sent() -> None:
+    recipe = override(RECIPE, {"global_scale": [0.25, 1.0], "local_scale": [0.25, 1.0]})  # 64 pixels are needed
+    for size, expected in (((127, 300), (127, 300)), ((128, 300), (64, 150)), ((600, 511), (150, 128))):
+        planned = plan_image(Image.new("RGB", size, (9, 80, 200)), recipe, epoch=0, index=0)
+        assert planned.pixels.shape == (expected[1], expected[0], 3) and (planned.pixels == (9, 80, 200)).all()
+        assert (planned.plans["box"][:, 2] <= expected[0]).all() and (planned.plans["box"][:, 3] <= expected[1]).all()
 
 
 def test_an_epoch_sees_every_image_once_and_the_next_in_another_order(scenes: Path) -> None:
@@ -91,7 +128,7 @@ def pictures(tmp_path: Path) -> Path:
 def test_corrupt_images_are_replaced_and_named(pictures: Path, workers: int) -> None:
     bad = spoil(pictures, 3)
     batches = load(open_source(pictures), end=5, corrupt_budget=0.1, workers=workers)
-    assert all(len(batch.index) == 8 and batch.globals.shape[1] == 8 for batch in batches)
+    assert all(len(batch.index) == 8 and batch.crops.globals.shape[1] == 8 for batch in batches)
     skipped = Skipped(images=40, budget=0.1)
     said = [reason for batch in batches for reason in skipped.add(batch.skipped)]
     assert len(said) == 3 and all(any(path in reason for reason in said) for path in bad)

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from robx.distill.batches import device_crops
+from robx.distill.batches.crops import plan_crops
 from robx.distill.batches.views import Views
 from robx.distill.objectives.build import build_objective
 from robx.distill.recipes import Method, override, preset
@@ -60,6 +63,17 @@ def crops(student: StudentNet, device: torch.device) -> Views:
         torch.arange(4, device=device),
         masks,
     )
+
+
+def test_crops_are_made_on_the_gpu(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = override(preset("dino", "vit"), {"crop_size": 32, "local_crop_size": 16, "local_crops": 2})
+    plans = np.stack([plan_crops(40, 30, recipe, epoch=0, index=i) for i in range(8)], axis=1)
+    for name, value in (("flip", True), ("order", 3), ("hue", 9), ("gray", True), ("sigma", 1.0), ("solarize", True)):
+        plans[name] = value  # every operation takes part
+    monkeypatch.setattr(device_crops, "_to", lambda values, device: torch.from_numpy(np.array(values)).to(device))
+    images = [torch.empty(30, 40, 3, dtype=torch.uint8, device=gpu) for _ in range(8)]
+    found = device_crops.device_crops(images, plans[2:], size=16)
+    assert found.device.type == "cuda" and found.shape == (2, 8, 3, 16, 16)
 
 
 @pytest.mark.parametrize("guards", [False, True])
