@@ -15,7 +15,7 @@ from typing import Literal
 
 from robx.export.gate.judge import Judge
 from robx.export.gate.search import Outcome, Steps, Trial, attempt, level_of, search
-from robx.export.gate.timing import Timer
+from robx.export.gate.timing import Timer, with_speed
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.ladder import ladder, limit, machine_of, sensitive_candidates
 from robx.records import Bundle, Precision, Value, Verdict, load_bundle
@@ -39,6 +39,11 @@ class Decision:
         """The precision asked for."""
         return self.judge.builder.request.precision
 
+    @property
+    def takes_for_size(self) -> bool:
+        """Whether a candidate only has to be accurate: fp16, unless it is asked to be faster."""
+        return self.asked == "fp16" and self.judge.limits.min_speedup <= 1
+
 
 def decide(given: Decision) -> tuple[Bundle, Path]:
     """Search, judge and choose; the record of what ships, and the scratch folder that holds its files."""
@@ -58,8 +63,7 @@ def decide(given: Decision) -> tuple[Bundle, Path]:
             return _force(given, outcome.best, trials)
     half = _look_and_judge(given, FP16)
     given.told(half)
-    for_size = given.asked == "fp16" and given.judge.limits.min_speedup <= 1
-    good = half.ships or (for_size and half.accuracy == "PASS")
+    good = half.ships or (given.takes_for_size and half.accuracy == "PASS")
     trials.append(dataclasses.replace(half, kept=good))
     if good:
         return _accept(given, FP16, trials)
@@ -93,10 +97,8 @@ def _ladder(given: Decision) -> list[Candidate]:
 
 def _look(given: Decision, candidate: Candidate) -> Trial:
     """Build, screen and time a candidate."""
-    trial, timed = given.judge.screen(candidate), given.timer.time(candidate)
-    return dataclasses.replace(
-        trial, speed=timed.verdict, values=trial.values | timed.values, speed_reasons=timed.reasons
-    )
+    trial = given.judge.screen(candidate)
+    return with_speed(trial, given.timer.time(candidate))
 
 
 def _look_and_judge(given: Decision, candidate: Candidate) -> Trial:
@@ -129,7 +131,7 @@ def _accept(
     judge, splits = given.judge, given.judge.builder.splits
     folder = judge.builder.make(candidate)
     bundle = load_bundle(folder)
-    verdict, reasons = _verdict(trials, forced=forced)
+    verdict, reasons = _verdict(trials, forced=forced, for_size=given.takes_for_size)
     reasons.append(note)
     parity: dict[str, Value] = {}
     if candidate.precision != "int8":
@@ -151,7 +153,9 @@ def _accept(
     return bundle, folder
 
 
-def _verdict(trials: Sequence[Trial], *, forced: bool) -> tuple[Verdict | Literal["FORCED", "NOT_JUDGED"], list[str]]:
+def _verdict(
+    trials: Sequence[Trial], *, forced: bool, for_size: bool
+) -> tuple[Verdict | Literal["FORCED", "NOT_JUDGED"], list[str]]:
     """The bundle's verdict and reasons, from the trial that was kept."""
     kept = next((trial for trial in trials if trial.kept), None)
     if kept is None:
@@ -159,8 +163,9 @@ def _verdict(trials: Sequence[Trial], *, forced: bool) -> tuple[Verdict | Litera
     reason = kept.record().reason
     if forced:
         return "FORCED", [f"FAILED the gate and was forced: {reason}"]
-    # Accurate, but its speed could not be measured here: not a full PASS.
-    return ("PASS" if "speedup_fp32" in kept.values else "INCONCLUSIVE"), [reason]
+    # Accurate, but with a speed that could not be measured here, or only on a busy machine: not a full PASS.
+    proven = "speedup_fp32" in kept.values and (kept.speed == "PASS" or for_size)
+    return ("PASS" if proven else "INCONCLUSIVE"), [reason]
 
 
 def _parity_reason(parity: dict[str, Value], *, real: bool) -> str:

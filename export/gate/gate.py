@@ -2,7 +2,8 @@
 
 Accuracy is eval's fidelity: a probe trained on fp32 features and frozen, kNN with an fp32 bank, centred cosine, NaN and
 constant outputs; PASS, FAIL or INCONCLUSIVE by non-inferiority. Speed is a paired ratio to fp32 and fp16 in the same
-runtime, measured in interleaved blocks. Which of several candidates ships is decided in search.py. Pure.
+runtime, measured in interleaved blocks, and it proves nothing unless the machine was quiet, by the verdict that `robx
+bench` uses. Which of several candidates ships is decided in search.py. Pure.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Judgement:
     verdict: Verdict
     values: dict[str, Value]
     reasons: tuple[str, ...]
+    is_fast: bool = True  # of speed: what was measured suffices, though an UNSTABLE timing does not prove it
 
 
 def judge_accuracy(
@@ -97,16 +99,21 @@ def judge_accuracy(
     )
 
 
-def judge_speed(blocks: Mapping[str, list[np.ndarray]], limits: Limits) -> Judgement:
+def judge_speed(
+    blocks: Mapping[str, list[np.ndarray]], limits: Limits, *, disturbances: Sequence[str] = ()
+) -> Judgement:
     """Speed-ups of ``blocks["candidate"]`` against every other name ("fp32", "fp16"), from interleaved blocks.
 
     By non-inferiority, as for accuracy: PASS when every interval lies above the minimum less the tolerance of timing,
-    FAIL when one lies below, else INCONCLUSIVE. Two models of equal speed pass, whichever comes out ahead.
+    FAIL when one lies below, else INCONCLUSIVE. Two models of equal speed pass, whichever comes out ahead. On a machine
+    that was not quiet the verdict is INCONCLUSIVE, whatever the ratio.
 
     Args:
         blocks: name -> latencies in ns, int64 (n_i,) for each block; the same number of blocks for every name.
         limits: the speed-up asked for.
+        disturbances: "code: text" for everything that makes the timing UNSTABLE (``runtime.bench.validity``).
     """
+    from robx.runtime.bench import validity
     from robx.runtime.bench.latency import paired_ratio
 
     values, verdicts, words = {}, list[Verdict](), []
@@ -124,9 +131,14 @@ def judge_speed(blocks: Mapping[str, list[np.ndarray]], limits: Limits) -> Judge
         )
     verdict = worst(verdicts)
     reasons = [f"{' and '.join(words)} (at least {limits.min_speedup:g}x is required, within {SPEED_TOLERANCE:.0%})"]
-    if verdict == "INCONCLUSIVE":
+    is_fast = verdict == "PASS"
+    if (validity_of := validity.verdict(disturbances)) != "VALID":
+        verdict = "INCONCLUSIVE"
+        more = f" (and {len(disturbances) - 1} more)" if len(disturbances) > 1 else ""
+        reasons.append(f"timing {validity_of}: {disturbances[0]}{more}; measure again on a quiet machine")
+    elif verdict == "INCONCLUSIVE":
         reasons.append("the timing is too noisy to decide: run it again on a quiet machine")
-    return Judgement(verdict=verdict, values=values, reasons=tuple(reasons))
+    return Judgement(verdict=verdict, values=values, reasons=tuple(reasons), is_fast=is_fast)
 
 
 def gate_error(bundle: Bundle, folder: Path) -> GateFailed | None:

@@ -35,17 +35,13 @@ class Trial:
     values: dict[str, Value]  # "screened": the number of screening images, until it was judged
     accuracy_reasons: tuple[str, ...]
     speed_reasons: tuple[str, ...] = ()
+    is_fast: bool = True  # not slower than asked for, though perhaps UNSTABLE, or not measurable on this machine
     kept: bool = False
 
     @property
     def was_judged(self) -> bool:
         """Whether its accuracy was measured on the judging images, not on the screening images."""
         return "screened" not in self.values
-
-    @property
-    def is_fast(self) -> bool:
-        """Not slower than asked for, or not measurable on this machine."""
-        return self.speed == "PASS" or "speedup_fp32" not in self.values
 
     @property
     def is_promising(self) -> bool:

@@ -8,8 +8,6 @@ from collections.abc import Collection, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-import numpy as np
-
 from robx.errors import ArtifactError, DeviceError, InputError
 from robx.export.gate.gate import Judgement, Limits, judge_speed
 from robx.export.gate.search import Trial
@@ -18,12 +16,12 @@ from robx.export.int8.candidate import Candidate
 from robx.export.make import CandidateBuilder
 
 if TYPE_CHECKING:
+    from robx.runtime.bench.interleave import Interleaved
     from robx.runtime.session import Session
 
 _IMAGES = 16
 _BATCH = 1  # as in `robx bench`: OpenVINO is faster with the batch size that it compiled for
 _BLOCKS, _BLOCK_SECONDS = 10, 0.05
-Blocks = Mapping[str, list[np.ndarray]]  # name -> latencies in ns, int64 (n_i,) for each block
 
 
 class Timer:
@@ -43,7 +41,7 @@ class Timer:
             session.close()
 
     def time(self, candidate: Candidate) -> Judgement:
-        """The candidate's speed; where a first measurement is inconclusive, a longer one is added to it.
+        """The candidate's speed; where a first measurement is inconclusive or disturbed, a longer one joins it.
 
         Raises:
             RobxError: it cannot be built or run here.
@@ -56,11 +54,16 @@ class Timer:
         with session:
             sessions = {"candidate": session, **self._open_baselines(candidate)}
             self.builder.progress(0, 1, f"timing {candidate.name}")
-            blocks = self._interleave(sessions, times=1)
-            judged = judge_speed(blocks, self.limits)
+            timed = self._interleave(sessions, times=1)
+            judged = judge_speed(timed.blocks, self.limits, disturbances=timed.reasons())
             if judged.verdict == "INCONCLUSIVE" and len(sessions) > 1:
                 more = self._interleave(sessions, times=3)
-                judged = judge_speed({name: [*first, *more[name]] for name, first in blocks.items()}, self.limits)
+                quiet = [each for each in (timed, more) if not each.reasons()] or [timed, more]
+                judged = judge_speed(
+                    {name: [block for each in quiet for block in each.blocks[name]] for name in sessions},
+                    self.limits,
+                    disturbances=[reason for each in quiet for reason in each.reasons()],
+                )
         return judged
 
     def race(self, trials: Sequence[Trial]) -> list[Trial]:
@@ -76,21 +79,21 @@ class Timer:
                 if isinstance(session, str):  # nothing in this runtime was timed before either
                     return list(trials)
                 sessions[trial.candidate.name] = stack.enter_context(session)
-            blocks = self._interleave({**sessions, **baselines}, times=2)
-        return [self._with_speed(trial, blocks, baselines) for trial in trials]
+            timed = self._interleave({**sessions, **baselines}, times=2)
+            if timed.reasons():
+                timed = self._interleave({**sessions, **baselines}, times=2)
+        return [self._with_speed(trial, timed, baselines) for trial in trials]
 
-    def _with_speed(self, trial: Trial, blocks: Blocks, baselines: Collection[str]) -> Trial:
-        own = {"candidate": blocks[trial.candidate.name]} | {name: blocks[name] for name in baselines}
-        judged = judge_speed(own, self.limits)
-        return dataclasses.replace(
-            trial, speed=judged.verdict, values=trial.values | judged.values, speed_reasons=judged.reasons
-        )
+    def _with_speed(self, trial: Trial, timed: Interleaved, baselines: Collection[str]) -> Trial:
+        name = trial.candidate.name
+        blocks = {"candidate": timed.blocks[name]} | {other: timed.blocks[other] for other in baselines}
+        return with_speed(trial, judge_speed(blocks, self.limits, disturbances=timed.reasons(name, *baselines)))
 
-    def _interleave(self, sessions: Mapping[str, Session], *, times: int) -> dict[str, list[np.ndarray]]:
+    def _interleave(self, sessions: Mapping[str, Session], *, times: int) -> Interleaved:
         from robx.runtime.bench.interleave import interleave
 
         images = self.builder.images.judging.normalised(self.builder.request.student.preprocessing, slice(_IMAGES))
-        return interleave(sessions, images, blocks=times * _BLOCKS, seconds=_BLOCK_SECONDS, seed=times).blocks
+        return interleave(sessions, images, blocks=times * _BLOCKS, seconds=_BLOCK_SECONDS, seed=times)
 
     def _open_baselines(self, candidate: Candidate) -> dict[str, Session]:
         """The float models to compare with, apart from the candidate itself; without those that cannot be made here."""
@@ -110,6 +113,17 @@ class Timer:
 
 
 def not_timed() -> Judgement:
-    """What is said of the speed where this machine is not the target."""
-    reasons = ("the speed is to be measured on the device, with robx bench",)
+    """The verdict on speed where this machine is not the target."""
+    reasons = ("speed not measured on this machine; measure it on the device with robx bench",)
     return Judgement(verdict="INCONCLUSIVE", values={}, reasons=reasons)
+
+
+def with_speed(trial: Trial, judged: Judgement) -> Trial:
+    """The trial with another judgement of its speed."""
+    return dataclasses.replace(
+        trial,
+        speed=judged.verdict,
+        values=trial.values | judged.values,
+        speed_reasons=judged.reasons,
+        is_fast=judged.is_fast,
+    )

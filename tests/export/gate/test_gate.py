@@ -139,3 +139,15 @@ def test_the_reason_for_not_running_a_model_hides_the_scratch_folder(
     monkeypatch.setattr("robx.runtime.session.open_session", refuse)
     monkeypatch.setattr("robx.export.gate.sessions.load_bundle", lambda _: SimpleNamespace(runtime="tensorrt"))
     assert open_candidate(tmp_path / "tmpx1") == "the model cannot be run here: model.plan needs a GPU"
+
+
+def test_a_busy_machine_proves_nothing_about_speed() -> None:
+    """The ratio may be far from the truth (41.9x by wall-clock time where CPU time says 7.5x): it is not a PASS."""
+    load = ["background_load: other processes took 90 % of a core", "cpu_wait: the model had a CPU core for 40 %"]
+    for milliseconds, fast in ((5.0, True), (12.0, False)):
+        blocks = {"candidate": _blocks(milliseconds, 1), "fp32": _blocks(9, 2)}
+        judged = judge_speed(blocks, Limits(), disturbances=load)
+        assert judged.verdict == "INCONCLUSIVE" and judged.is_fast is fast
+        assert judged.reasons[-1].startswith("timing UNSTABLE: background_load: other processes took 90 % of a core")
+        assert "1 more" in judged.reasons[-1] and "quiet machine" in judged.reasons[-1]
+        assert judge_speed(blocks, Limits()).verdict == ("PASS" if fast else "FAIL")

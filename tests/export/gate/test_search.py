@@ -25,7 +25,14 @@ def _trial(candidate: Candidate, accuracy: Verdict, speedup: float | None, cosin
     if speedup is not None:
         values["speedup_fp32"] = Value(value=speedup, low=speedup * 0.99, high=speedup * 1.01)
     speed: Verdict = "INCONCLUSIVE" if speedup is None else "PASS" if speedup >= 1 else "FAIL"
-    return Trial(candidate=candidate, accuracy=accuracy, speed=speed, values=values, accuracy_reasons=("screened",))
+    return Trial(
+        candidate=candidate,
+        accuracy=accuracy,
+        speed=speed,
+        is_fast=speed != "FAIL",
+        values=values,
+        accuracy_reasons=("screened",),
+    )
 
 
 def _judged(trial: Trial, accuracy: Verdict) -> Trial:
