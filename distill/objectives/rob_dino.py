@@ -67,8 +67,13 @@ class RobDino(nn.Module):
     def native_head(
         width: int, recipe: Recipe, *, outputs: int, patch_outputs: int | None, teacher: TeacherSpec | None
     ) -> nn.Module:
-        """DINO's MLP, bottleneck and weight-normed last layer."""
-        return DinoHead(width, outputs)
+        """DINO's MLP, bottleneck and weight-normed last layer.
+
+        RoB learns the norms of the last layer (``normalize_last_layer: false`` in its released configurations): with
+        the target at temperature .07 and the student at .1, matching the teacher's logits needs 1.43 times its norms.
+        The base method fixes them at 1.
+        """
+        return DinoHead(width, outputs, train_norm=not recipe.base)
 
     def target_probs(self, scores: Tensor, *, temperature: float | None = None) -> Tensor:
         """Scores (Q, B, K) -> probabilities (Q, B, K)."""

@@ -66,8 +66,14 @@ class RobIbot(RobDino):
     def native_head(
         width: int, recipe: Recipe, *, outputs: int, patch_outputs: int | None, teacher: TeacherSpec | None
     ) -> nn.Module:
-        """iBOT's head; the last layer is shared by crops and patches where both have as many outputs."""
-        return IbotHead(width, outputs, patch_out_dim=patch_outputs, shared=patch_outputs in (None, outputs))
+        """iBOT's head; crops and patches share the last layer if both have as many outputs. Norms as in RoB-DINO."""
+        return IbotHead(
+            width,
+            outputs,
+            patch_out_dim=patch_outputs,
+            shared=patch_outputs in (None, outputs),
+            train_norm=not recipe.base,
+        )
 
     def patch_probs(self, scores: Tensor, *, temperature: float | None = None) -> Tensor:
         """Scores (..., K) of patch tokens -> probabilities of the same shape; always a softmax."""

@@ -117,11 +117,6 @@ class StudentNet(nn.Module):
         """
         return patch_grid(self.trunk, crop_size) if self.patch_drop else None
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters with more than one axis that weight decay has to leave alone."""
-        of_trunk = getattr(self.trunk, "no_weight_decay", set)
-        return {"masked_embed"} | {f"trunk.{name}" for name in of_trunk()}
-
     @property
     def _head(self) -> Any:
         return self.head

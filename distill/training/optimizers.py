@@ -12,22 +12,16 @@ from robx.distill.recipes import Recipe
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups of the trainable parameters: matrices and kernels, which decay, and all else, which does not.
+    """Two groups of the trainable parameters: those with weight decay, and biases and norm parameters without.
 
-    All else is biases, norm parameters, tokens and position embeddings: by shape (one axis) or by the name that timm's
-    ``no_weight_decay`` gives.
+    As in DINO's release, which RoB follows, only biases and one-dimensional parameters are spared: position embedding,
+    CLS token and mask token decay, whatever timm's ``no_weight_decay`` lists.
     """
-    listed = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        if callable(getattr(module, "no_weight_decay", None))
-        for name in module.no_weight_decay()
-    }
     decay: list[Tensor] = []
     plain: list[Tensor] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            flat = parameter.ndim <= 1 or name.endswith(".bias") or name in listed
+            flat = parameter.ndim <= 1 or name.endswith(".bias")
             (plain if flat else decay).append(parameter)
     groups = [{"params": decay, "decays": True}, {"params": plain, "decays": False, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,9 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from robx.distill.batches.views import Scores, Targets, Views
+from robx.distill.objectives.build import OBJECTIVES
 from robx.distill.objectives.cross_entropy import crop_pairs
-from robx.distill.objectives.rob_dino import RobDino, dino_targets
+from robx.distill.objectives.rob_dino import RobDino, dino_loss, dino_targets
 from robx.distill.objectives.sinkhorn import sinkhorn
+from robx.distill.recipes import preset
 
 
 def views(batch: int) -> Views:
@@ -114,3 +118,33 @@ def test_one_or_two_teacher_crops(crops: int) -> None:
     pairs = crop_pairs("same", student_crops=4, teacher_crops=crops)
     want = torch.stack([-(probs[q] * logs[v]).sum(dim=-1).mean() for q, v in pairs]).mean()
     torch.testing.assert_close(loss, want)
+
+
+def test_a_copied_head_learns_the_norm_that_matches_its_teacher() -> None:
+    """With targets at .07 and scores at .1, the loss is at its floor for g_s = .1 / .07 g_t = 1.43 g_t."""
+    torch.manual_seed(0)
+    recipe = preset("dino", "vit")
+    head = RobDino.native_head(8, recipe, outputs=12, patch_outputs=None, teacher=None)
+    teacher = copy.deepcopy(head)
+    trained = [parameter for name, parameter in head.named_parameters() if name == "last_layer.weight_g"]
+    assert len(trained) == 1 and trained[0].requires_grad
+    features = torch.randn(256, 8)
+    targets = Targets(dino_targets(teacher(features).detach()[None], temperature=0.07))
+    optimizer = torch.optim.Adam(trained, lr=0.02)
+    for _ in range(200):
+        loss = dino_loss(head(features)[None], targets, pairing="same", temperature=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(trained[0].detach(), torch.full((12, 1), 0.1 / 0.07), rtol=0.02, atol=0)
+    floor = torch.special.entr(targets.probs).sum(dim=-1).mean()
+    torch.testing.assert_close(loss.detach(), floor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["dino", "ibot"])
+def test_the_norm_is_learned_in_rob_and_fixed_in_the_base_method(method: str) -> None:
+    for base in (False, True):
+        recipe = preset(method, "vit", base=base)
+        head = OBJECTIVES[method].native_head(8, recipe, outputs=6, patch_outputs=6, teacher=None)
+        norms = [parameter for name, parameter in head.named_parameters() if name.endswith("weight_g")]
+        assert norms and all(parameter.requires_grad is not base for parameter in norms)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,17 +121,27 @@ def test_larc_resumes_from_its_state() -> None:
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
-def test_biases_norms_tokens_and_positions_do_not_decay(name: str) -> None:
+def test_only_biases_and_one_dimensional_parameters_do_not_decay(name: str) -> None:
     net = build_student(name, override(preset("dino", "vit"), {"head": "mlp", "prototypes": 8, "base": True}), None)
     groups = parameter_groups(net)
     names = {id(parameter): key for key, parameter in net.named_parameters()}
     plain = {names[id(p)] for p in groups[1]["params"]}
     decayed = {names[id(p)] for p in groups[0]["params"]}
     assert plain | decayed == {key for key, p in net.named_parameters() if p.requires_grad} and not plain & decayed
-    assert {key for key in plain | decayed if key.endswith("bias")} <= plain
-    assert all(dict(net.named_parameters())[key].ndim >= 2 for key in decayed)
+    # DINO's rule, written a second time: a bias or a single axis is spared, everything else decays.
+    trained = {key: p for key, p in net.named_parameters() if p.requires_grad}
+    assert plain == {key for key, p in trained.items() if key.endswith(".bias") or len(p.shape) == 1}
     if name == "test_vit":
-        assert {"trunk.pos_embed", "trunk.cls_token"} <= plain
+        assert {"trunk.pos_embed", "trunk.cls_token"} <= decayed
+
+
+def test_ibots_mask_token_and_learned_norms_decay() -> None:
+    recipe = override(preset("ibot", "vit"), {"crop_size": 32, "local_crops": 0})
+    teacher = SimpleNamespace(name="t", num_prototypes=8, patch_size=16, patch_prototypes=8)
+    net = build_student("test_vit", recipe, teacher)
+    names = {id(parameter): key for key, parameter in net.named_parameters()}
+    decayed = {names[id(p)] for p in parameter_groups(net)[0]["params"]}
+    assert {"masked_embed", "head.last_layer.weight_g", "head.last_layer.weight_v"} <= decayed
 
 
 @pytest.mark.parametrize("kind", ["adamw", "larc", "sgd"])
