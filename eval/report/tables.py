@@ -100,7 +100,7 @@ def model_table(rows: Sequence[Row], *, caption: str, picked: Row | None) -> Tab
     """The table of the first screen: one row per model on one device."""
     linear = any("linear" in row.accuracy for row in rows)  # a column of dashes says nothing
     accuracies = {"knn": "kNN top-1"} | ({"linear": "Linear top-1"} if linear else {})
-    heads = ("Model", "Size", *accuracies.values(), "Drop vs fp32", "p50", "p90", "Speed-up", "Latency validity")
+    heads = ("Model", "Size", *accuracies.values(), "Drop vs fp32", "p50", "p90", "Speed-up", "Latency")
     body = tuple(
         (
             Cell(
@@ -153,7 +153,7 @@ def pair_table(pairs: Sequence[tuple[Row, Row, Figure | None]]) -> Table:
         )
         for base, row, speedup in pairs
     )
-    heads = ("Model", "p50 before", "p50 after", "Speed-up", "Size reduction", "Drop vs fp32", "Latency validity")
+    heads = ("Model", "p50 before", "p50 after", "Speed-up", "Size reduction", "Drop vs fp32", "Latency")
     return Table(caption="Lower precision vs higher", heads=heads, rows=body, numeric=frozenset(heads[1:5]))
 
 
