@@ -31,11 +31,11 @@ from common import CLIP_ART, demo_images, publish, save_student, say, shown
 from vit_weights import vit_small
 
 from robx.distill.recipes import Method, Recipe, override, preset, read_toml
+from robx.distill.resolve import student_kind
 from robx.distill.teachers.load import load_teacher
 from robx.distill.teachers.teacher import Teacher
 from robx.distill.train import train
-from robx.distill.training.networks import student_kind
-from robx.distill.training.run import Options
+from robx.distill.training.run import Options, RunSpec
 from robx.distill.training.run_folder import student_preprocessing
 from robx.errors import Interrupted
 from robx.eval.datasets.features import extract
@@ -215,7 +215,10 @@ def fit(
 ) -> None:
     """One run of ``robx distill``, resumed if it exists."""
     options = Options(device="cpu", workers=given.workers, measure=False, checkpoint_minutes=5)
-    train(recipe, students=[network], source=images, out=out, teacher=teacher, init=init, options=options, say=say)
+    spec = RunSpec(
+        recipe=recipe, students=[network], source=images, out=out, teacher=teacher, init=init, options=options
+    )
+    train(spec, say=say)
 
 
 def save_random(network: str, out: Path, seed: int, size: int) -> None:

@@ -22,7 +22,7 @@ from robx.console import print_table
 from robx.demo.demo_data import prepare_demo_data
 from robx.distill.recipes import Recipe
 from robx.distill.train import train
-from robx.distill.training.run import Options
+from robx.distill.training.run import Options, RunSpec
 from robx.distill.training.run_folder import student_preprocessing
 from robx.images.sources import ImageSource
 from robx.records import Student, TeacherInfo, Value
@@ -101,15 +101,8 @@ def step_seconds(
     options = Options(
         device="cpu", workers=workers, fresh=True, measure=False, checkpoint_minutes=1e6, log_every=log_every
     )
-    train(
-        recipe,
-        students=students,
-        source=source,
-        out=out,
-        options=options,
-        progress=lambda *_: moments.append(time.perf_counter()),
-        **branch,
-    )
+    spec = RunSpec(recipe=recipe, students=students, source=source, out=out, options=options, **branch)
+    train(spec, progress=lambda *_: moments.append(time.perf_counter()))
     return [after - before for before, after in itertools.pairwise(moments)]
 
 

@@ -35,7 +35,7 @@ from robx import __version__
 from robx.distill.recipes import override, preset
 from robx.distill.teachers.load import load_teacher
 from robx.distill.train import train
-from robx.distill.training.run import Options
+from robx.distill.training.run import Options, RunSpec
 from robx.embeddings import KNN_K
 from robx.errors import RobxError, first_line
 from robx.eval.fidelity.fidelity import Bank, fidelity, make_bank
@@ -152,9 +152,8 @@ def distil(name: str, epochs: int, given: argparse.Namespace, data: Path) -> Pat
     recipe = override(preset("msn", "cnn"), changes)
     options = Options(device="cpu", workers=1, measure=False, checkpoint_minutes=2)
     init = warm_start(name, given) if name in given.warm else None
-    return train(recipe, students=[name], source=source, out=out, teacher=teacher, init=init, options=options, say=say)[
-        0
-    ]
+    spec = RunSpec(recipe=recipe, students=[name], source=source, out=out, teacher=teacher, init=init, options=options)
+    return train(spec, say=say)[0]
 
 
 def warm_start(name: str, given: argparse.Namespace) -> Path:

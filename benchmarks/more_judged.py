@@ -29,7 +29,7 @@ def hold_out(data: Path, count: int, folder: Path) -> Path:
         raise SystemExit(f"--hold-out {count}: only {len(labelled)} training images have a label")
     moved = np.random.default_rng(0).permutation(labelled)[:count]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with new_folder(folder) as temporary:
+    with new_folder(folder, ours=[path.name for path in folder.glob("*")]) as temporary:
         write_shard(temporary / "train-00000.tar", _samples(train, np.setdiff1d(np.arange(len(train)), moved)))
         write_shard(temporary / "test-00000.tar", _samples(test, np.arange(len(test))))
         write_shard(temporary / "test-00001.tar", _samples(train, np.sort(moved)))

@@ -25,8 +25,8 @@ from common import CLIP_ART, RESULTS, demo_images, first_images, publish, say, s
 from matplotlib.figure import Figure
 
 from robx.distill.recipes import Recipe, override, preset
+from robx.distill.resolve import student_kind
 from robx.distill.teachers.load import build_teacher_skeleton
-from robx.distill.training.networks import student_kind
 from robx.images.sources import open_source
 from robx.store.files import write_atomically
 

@@ -26,9 +26,10 @@ from common import CLIP_ART, demo_images, first_images, publish, say, shown, ste
 
 from robx.distill.batches.loader import CropDataset, PlaceSampler, Share, collate
 from robx.distill.recipes import Recipe, override, preset
+from robx.distill.resolve import student_kind
 from robx.distill.teachers.load import build_teacher_skeleton
 from robx.distill.teachers.teacher import Teacher
-from robx.distill.training.networks import build_networks, student_kind
+from robx.distill.training.networks import build_networks
 from robx.distill.training.processes import join_processes
 from robx.images.scenes import make_scene, render
 from robx.images.sources import FolderSource, ImageSource, open_source

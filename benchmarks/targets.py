@@ -33,7 +33,7 @@ from robx.distill.teachers.teacher import Teacher
 from robx.distill.train import train
 from robx.distill.training.networks import build_networks
 from robx.distill.training.processes import join_processes
-from robx.distill.training.run import Options
+from robx.distill.training.run import Options, RunSpec
 from robx.distill.training.run_checkpoint import load_newest
 from robx.images.sources import ImageSource, open_source
 from robx.records import to_json
@@ -122,7 +122,8 @@ def dino_checkpoint(source: ImageSource, given: argparse.Namespace) -> Path:
     )  # fmt: skip
     real = save_real("efficientnet_lite0", TRUNK, given.out / "real", 64)
     options = Options(device="cpu", workers=given.workers, measure=False)
-    train(recipe, students=[TRUNK], source=source, out=given.out / "dino-teacher", init=real, options=options)
+    out = given.out / "dino-teacher"
+    train(RunSpec(recipe=recipe, students=[TRUNK], source=source, out=out, init=real, options=options))
     return given.out / "dino-teacher" / "teacher.pth"
 
 
@@ -178,7 +179,7 @@ def at_the_same_weights(
 def losses(recipe: Recipe, source: ImageSource, out: Path, workers: int, k: int, **branch: Any) -> np.ndarray:
     """The loss of every step of a run."""
     options = Options(device="cpu", workers=workers, fresh=True, measure=False, log_every=1, stored_k=k)
-    train(recipe, students=[STUDENT], source=source, out=out, options=options, **branch)
+    train(RunSpec(recipe=recipe, students=[STUDENT], source=source, out=out, options=options, **branch))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return np.array([line["loss"] for line in lines if "loss" in line])
 

@@ -1,70 +1,150 @@
-"""From what the user gave to a run's settings: the preset, then the recipe file, then the options."""
+"""From what the user asks for to a run's settings: the preset, overridden by the recipe file, then by the options."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from robx.distill.presets import TINY
-from robx.distill.recipes import Recipe, override, preset, read_toml
+from robx.distill.recipes import Recipe, StudentKind, override, preset, read_toml
 from robx.distill.targets.stored import read_info
 from robx.distill.teachers.choose import default_objective
-from robx.distill.training.networks import student_kind
+from robx.distill.training.run import Options
 from robx.errors import InputError
+from robx.trunk import build_trunk
 
 
-def resolve_recipe(
-    *,
-    student: str,
-    teacher: str | None,
-    targets: Path | None = None,
-    objective: str | None = None,
-    file: Path | None = None,
-    options: Mapping[str, Any],
-) -> Recipe:
-    """The preset of the objective and the student's kind, changed by the recipe file, changed by the options.
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings:
+    """What the user asks for: the options of ``robx distill`` and the arguments of ``robx.api.distill``."""
 
-    Args:
-        student: a timm name.
-        teacher: as --teacher has it; "ema" means the base method.
-        targets: stored targets in the teacher's place.
-        objective: None takes the file's, the stored targets', or the one that the teacher was pretrained with.
-        file: a recipe in TOML.
-        options: keys of Recipe; None means not given. `lr` is taken as it is, at any batch size.
+    students: tuple[str, ...]  # timm names; several share one teacher
+    data: Path  # images: a folder, tar shards, IDX or CIFAR arrays
+    out: Path | None = None  # the run's folder; None is enough for an estimate
+    teacher: str | None = None  # a name of `robx teachers`, timm:NAME, or "ema" for the base method
+    teacher_weights: Path | None = None  # the teacher's checkpoint; None downloads it
+    targets: Path | None = None  # stored targets used instead of a teacher
+    objective: str | None = None  # None: the method that pretrained the teacher, or msn
+    init: Path | None = None  # a run whose student's weights to start from; None starts from random weights
+    recipe: Path | None = None  # TOML file with keys of Recipe
+    store_targets: Path | None = None  # where to write the targets of this run
+    cache: Path | None = None  # downloads and fitted prototypes; None: $ROBX_CACHE or ~/.cache/robx
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # keys of Recipe; None means not given
+    options: Options = field(default_factory=Options)
+
+    def __post_init__(self) -> None:
+        """Check what the settings say of each other.
+
+        Raises:
+            InputError: no student, or no unambiguous source of targets.
+        """
+        if not self.students:
+            raise InputError("--student NAME is missing: see robx distill --help")
+        if self.base and (self.teacher_weights or self.targets):
+            raise InputError(
+                "--teacher ema is the base method and has no teacher: drop --teacher-weights and --targets"
+            )
+        if (self.teacher is None) == (self.targets is None):
+            raise InputError("give one of --teacher NAME (see robx teachers; ema is the base method) and --targets DIR")
+
+    @property
+    def base(self) -> bool:
+        """Whether this is the base method, which learns from a moving average of the student."""
+        return self.teacher == "ema"
+
+    @classmethod
+    def of(cls, **values: Any) -> DistillSettings:
+        """Settings from one flat set of names: fields of this class, of Options, and keys of Recipe.
+
+        A path may be a string, `student` one name or several, and None always means not given.
+
+        Raises:
+            InputError: a required setting is missing, or settings contradict each other.
+        """
+        values = {name: value for name, value in values.items() if value is not None}
+        names = values.pop("student", ())
+        students = (names,) if isinstance(names, str) else tuple(names)
+        if "data" not in values:
+            raise InputError(f"--{'data DIR' if students else 'student NAME'} is missing: see robx distill --help")
+        own = {name: values.pop(name) for name in _OWN & set(values)}
+        paths = {name: Path(value) for name, value in own.items() if name in _PATHS}
+        options = {name: values.pop(name) for name in _OPTIONS & set(values)}
+        options.setdefault("workers", default_workers())
+        return cls(students=students, **own | paths, options=Options(**options), overrides=values)
+
+
+_PATHS = {"data", "out", "teacher_weights", "targets", "init", "recipe", "store_targets", "cache"}
+_OWN = {"teacher", "objective"} | _PATHS
+_OPTIONS = {f.name for f in dataclasses.fields(Options)}
+
+
+def resolve_recipe(settings: DistillSettings) -> Recipe:
+    """The preset of the objective and the first student's kind, overridden by the recipe file, then by the options.
+
+    An ``lr`` among the options is used as it is, at any batch size.
 
     Raises:
         InputError: an unknown name or key, or values that contradict each other.
-        ArtifactError: there are no targets.
+        ArtifactError: the stored targets are missing or damaged.
     """
+    file, student = settings.recipe, settings.students[0]
     values = read_toml(file) if file else {}
-    base = teacher == "ema"
-    if bool(values.get("base", base)) != base:
-        raise InputError(f"{file}: base = {str(values['base']).lower()} contradicts --teacher {teacher}")
-    method: Any = objective or values.get("objective")
-    if method is None and targets is not None:
-        method = read_info(targets).decided_by.get("objective")
+    if bool(values.get("base", settings.base)) != settings.base:
+        raise InputError(f"{file}: base = {str(values['base']).lower()} contradicts --teacher {settings.teacher}")
+    method: Any = settings.objective or values.get("objective")
+    if method is None and settings.targets is not None:
+        method = read_info(settings.targets).decided_by.get("objective")
     kind = student_kind(student)
-    recipe = preset(method or _default_objective(teacher), kind, base=base)
+    recipe = preset(method or _default_objective(settings.teacher), kind, base=settings.base)
     if kind == "vit" and "_tiny_" in student:
         recipe = override(recipe, TINY.get(recipe.objective, {}))
     recipe = override(recipe, values | {"objective": recipe.objective}, where=str(file or "recipe"))
-    given = {name: value for name, value in options.items() if value is not None}
-    if "lr" in given:
-        share = min(1.0, recipe.final_lr / recipe.lr) if recipe.lr else 0.0  # of its peak, where the recipe's rate ends
+    given = {name: value for name, value in settings.overrides.items() if value is not None}
+    if "lr" in given:  # the final rate keeps its ratio to the peak
+        share = min(1.0, recipe.final_lr / recipe.lr) if recipe.lr else 0.0
         given |= {"lr_batch": None, "warmup_lr": 0.0, "final_lr": share * given["lr"]}
     return override(recipe, given, where="options")
 
 
+def student_kind(name: str) -> StudentKind:
+    """Which recipe a timm name takes: "cnn" for networks with BatchNorm, "vit" for those without.
+
+    Raises:
+        InputError: timm has no model of that name.
+    """
+    with torch.device("meta"):
+        trunk = build_trunk(name)
+    return "cnn" if any(isinstance(module, _BatchNorm) for module in trunk.modules()) else "vit"
+
+
+def mixed_kinds(students: tuple[str, ...], recipe: Recipe) -> str:
+    """A warning if students that need different recipes share one; empty otherwise."""
+    first, *others = students
+    kind = student_kind(first) if others else None
+    other = next((name for name in others if student_kind(name) != kind), None)
+    if other is None:
+        return ""
+    return (
+        f"{other} needs another recipe than {first} but is trained with the same one ({recipe.optimizer}, "
+        f"lr {recipe.lr:g}, weight decay {recipe.weight_decay:g}): use separate runs, or --recipe FILE for both"
+    )
+
+
 def default_workers() -> int:
-    """Half of this process's share of the processors, at least one, at most eight: the other half computes."""
+    """Half of this process's share of the processors, between one and eight; the other half computes."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that torchrun started on this machine
     return max(1, min(8, len(os.sched_getaffinity(0)) // (2 * here)))
 
 
 def _default_objective(teacher: str | None) -> Any:
-    """The method that the teacher was pretrained with; msn for one whose prototypes are fitted; dino for ema."""
+    """The method that pretrained the teacher; msn for a teacher without a head; dino for ema."""
     if teacher is None or teacher == "ema":
         return "dino"
     return default_objective(teacher)

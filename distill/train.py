@@ -1,9 +1,9 @@
-"""The loop. Read ``train`` downward: it stands in the order in which things happen.
+"""Distillation, from settings to students. Read ``distill`` and ``train`` downward: that is the order of events.
 
-    settings -> lock -> networks -> resume -> [ crops -> targets -> students -> update -> report -> checkpoint ]
+    settings -> recipe -> teacher -> [ crops -> targets -> students -> update -> log -> checkpoint ]
 
-A step is a function of (state, seed, step): the crops, their order and torch's random numbers are all set from the
-step's number, so a resumed run is the unbroken one, bit for bit on a CPU.
+A step is a function of (state, seed, step): the crops, their order and torch's random numbers are all derived from the
+step's number, so a resumed run equals the uninterrupted one, bit for bit on a CPU.
 """
 
 from __future__ import annotations
@@ -24,78 +24,149 @@ from robx.distill.batches.loader import Batch, CropDataset, PlaceSampler, build_
 from robx.distill.batches.views import Targets, Views
 from robx.distill.objectives.base import Stats
 from robx.distill.recipes import Recipe
+from robx.distill.resolve import DistillSettings, mixed_kinds, resolve_recipe
 from robx.distill.targets.stored_writer import WritingBranch
+from robx.distill.teachers.load import build_teacher_skeleton, load_teacher
 from robx.distill.teachers.teacher import Teacher
-from robx.distill.training import run_checkpoint
+from robx.distill.training import run_checkpoint, run_settings
 from robx.distill.training.collapse import require_finite
+from robx.distill.training.dry_run import RunCost, dry_run
 from robx.distill.training.knn_probe import Probe
 from robx.distill.training.learner import Learner, autocast
 from robx.distill.training.log import log_step, monitor, note, open_probe, probe_references, probe_students, speed_bound
 from robx.distill.training.processes import Processes, join_processes
-from robx.distill.training.run import Options, Run, Say, count_skipped, open_run, publish_teachers, resume_run, save_run
+from robx.distill.training.run import Run, RunSpec, Say, check_spec, open_run, require_out, spec_settings
+from robx.distill.training.run_state import count_skipped, publish_teachers, resume_run, save_run
 from robx.distill.training.signals import StopRequest, stop_on_signals
 from robx.distill.training.speed import Rate, SpeedBound, measure_bound
 from robx.errors import InputError, Interrupted, first_line
-from robx.images.sources import ImageSource
+from robx.images.sources import ImageSource, open_source
 from robx.progress import Progress, silent
-from robx.store.folders import lock_folder
+from robx.store.locks import lock_folder
+
+
+def distill(settings: DistillSettings, *, progress: Progress | None = None, say: Say | None = None) -> list[Path]:
+    """Load the teacher and train the students; returns their folders, each a Student.
+
+    Args:
+        settings: the options of ``robx distill``.
+        progress: called with (done, total, note) for the download, the fitting of prototypes, and after each step.
+        say: called with each line of news or warning.
+
+    Raises:
+        RobxError: as ``train``, and for a teacher that cannot be loaded.
+    """
+    source = open_source(settings.data)
+    recipe = resolve_recipe(settings)
+    with join_processes(settings.options.device) as processes:
+        progress = progress if progress and processes.first else silent
+        say = say if say and processes.first else _silent
+        if warning := mixed_kinds(settings.students, recipe):
+            say(warning)
+        teacher = None
+        if settings.teacher is not None and not settings.base:
+            teacher = load_teacher(
+                settings.teacher,
+                weights=settings.teacher_weights,
+                cache=settings.cache,
+                source=source,
+                prototypes=recipe.prototypes,
+                objective=recipe.objective,
+                image_size=recipe.crop_size,
+                seed=recipe.seed,
+                device=processes.device,
+                progress=progress,
+            )
+            say(f"teacher {teacher.name}, licence {teacher.info.licence}, prototypes {teacher.info.prototypes}")
+        spec = _spec(settings, recipe, source, teacher)
+        return train(spec, progress=progress, say=say, processes=processes)
+
+
+def estimate(
+    settings: DistillSettings, *, gpu_memory: float | None = None, say: Say | None = None
+) -> tuple[Recipe, RunCost]:
+    """Check the settings and estimate what the run will cost, with random weights; nothing is written or downloaded.
+
+    Args:
+        settings: as of ``distill``; ``out`` may be missing.
+        gpu_memory: GB of a GPU to estimate the largest batch for.
+        say: called with each warning.
+
+    Raises:
+        RobxError: what the run would be refused for.
+    """
+    source = open_source(settings.data)
+    recipe = resolve_recipe(settings)
+    teacher = None
+    if settings.teacher is not None and not settings.base:
+        weights = settings.teacher_weights
+        if weights is not None and not weights.is_file():
+            raise InputError(f"{weights} does not exist: give the teacher's checkpoint with --teacher-weights")
+        teacher = build_teacher_skeleton(
+            settings.teacher,
+            weights=weights,
+            objective=recipe.objective,
+            prototypes=recipe.prototypes,
+            image_size=recipe.crop_size,
+        )
+    spec = _spec(settings, recipe, source, teacher)
+    initial = check_spec(spec)
+    if spec.out is not None and not (spec.options.fresh or spec.options.force):
+        run_settings.refuse_changes(spec.out, spec_settings(spec, initial), unknown="teacher")  # its weights are random
+    if say and (warning := mixed_kinds(settings.students, recipe)):
+        say(warning)
+    return recipe, dry_run(spec, gpu_memory=gpu_memory)
+
+
+def _spec(settings: DistillSettings, recipe: Recipe, source: ImageSource, teacher: Teacher | None) -> RunSpec:
+    return RunSpec(
+        recipe=recipe,
+        students=settings.students,
+        source=source,
+        out=settings.out,
+        teacher=teacher,
+        targets=settings.targets,
+        store=settings.store_targets,
+        init=settings.init,
+        options=settings.options,
+    )
 
 
 def train(
-    recipe: Recipe,
-    *,
-    students: Sequence[str],
-    source: ImageSource,
-    out: Path,
-    teacher: Teacher | None = None,
-    targets: Path | None = None,
-    store: Path | None = None,
-    init: Path | None = None,
-    options: Options | None = None,
-    progress: Progress | None = None,
-    say: Say | None = None,
-    processes: Processes | None = None,
+    spec: RunSpec, *, progress: Progress | None = None, say: Say | None = None, processes: Processes | None = None
 ) -> list[Path]:
-    """Train students of one target branch; returns their folders.
+    """Train students against one target branch; returns their folders. An unfinished run in the folder is resumed.
 
     Args:
-        recipe: every setting that the result depends on.
-        students: timm names. One is written to `out` itself, several to `out`/NAME each.
-        source: the images.
-        out: the run's folder. A run that is there already is resumed.
-        teacher: of RoB; None for a base method, or with `targets`.
-        targets: a folder of stored targets to take in the teacher's place.
-        store: where to write the targets of this run.
-        init: the folder of a Student whose weights the student starts from; None starts from random ones.
-        options: what the result does not depend on.
-        progress: told (steps done, steps in all, a note) after each step.
-        say: told of warnings and news, a line each.
+        spec: what to train.
+        progress: called with (steps done, steps in total, note) after each step.
+        say: called with each line of news or warning.
         processes: joined already by the caller; None joins what torchrun started.
 
     Raises:
-        Interrupted: a signal asked for the end; the state is saved, and the same call goes on.
+        Interrupted: a signal stopped the run; its state is saved, and the same call resumes it.
         InputError: settings that do not fit, too many corrupt images, or a folder in use.
         NotFinite: NaN or infinity in a loss or gradient.
     """
-    options = options or Options()
+    out = require_out(spec)
     with contextlib.ExitStack() as stack:
-        processes = processes or stack.enter_context(join_processes(options.device))
+        processes = processes or stack.enter_context(join_processes(spec.options.device))
         if processes.first:
             stack.enter_context(lock_folder(out))
             run_checkpoint.clean(out)
-            if store is not None:
-                run_checkpoint.clean(store)
+            if spec.store is not None:
+                run_checkpoint.clean(spec.store)
         processes.wait()
         stop = stack.enter_context(stop_on_signals())
         speak = say if say is not None and processes.first else _silent
-        run = open_run(recipe, students, source, out, teacher, targets, store, options, processes, speak, init)
+        run = open_run(spec, processes=processes, say=speak)
         stack.callback(run.close)
         processes.wait()
         start = resume_run(run)
         if start < run.steps:
             _loop(run, start, stop=stop, progress=progress if progress and processes.first else silent)
         else:
-            speak(f"{out} holds the whole run already ({recipe.epochs} epochs): --fresh starts over")
+            speak(f"{out} already holds the complete run ({spec.recipe.epochs} epochs): give --fresh to start over")
         processes.wait()
         return run.folders
 
@@ -120,7 +191,7 @@ def _steps(
         logs = done % options.log_every == 0 or done == run.steps
         looks = done % options.monitor_every == 0 or done == run.steps
 
-        # Crops, what the target branch says of them, and the students' gradients.
+        # Crops, their targets, and the students' gradients.
         losses = [torch.zeros((), device=processes.device) for _ in run.learners]
         stats: list[Stats] = [{} for _ in run.learners]
         names: list[str] = []
@@ -134,12 +205,12 @@ def _steps(
                 loss, stats[i] = learner.learn(views, targets, draw=draw, last=last, observe=last and (logs or looks))
                 losses[i] += loss / recipe.accumulate
 
-        # The update, once it is certain that loss and gradients are numbers.
+        # The update, once loss and gradients are known to be finite.
         norms = [_update(run, learner, loss, step, names) for learner, loss in zip(run.learners, losses, strict=True)]
         if run.branch is not None:
             run.branch.update(step, run.learners[0].net)
 
-        # What it says of itself.
+        # Logging.
         rate.tick()
         speed = rate.steps_per_s() * recipe.batch_size
         if logs:
@@ -148,7 +219,7 @@ def _steps(
             monitor(run, done, views.globals[0], stats)
         progress(done, run.steps, note(run, float(losses[0]), speed))
 
-        # A probe, a checkpoint, and the end if a signal asked for it.
+        # A kNN evaluation, a checkpoint, and the end of the run if a signal asked for it.
         began = time.monotonic()
         probed = (
             probe is not None and done % (options.probe_every * run.per_epoch) == 0 and probe_students(run, probe, done)
@@ -158,7 +229,7 @@ def _steps(
         )
         asked, due = processes.any(stop.signal is not None, due or probed or done == run.steps)
         if asked or due:
-            # The checkpoint comes last: whenever the process dies, all that it counts as done is on the disk.
+            # The checkpoint comes last: everything that it counts as done is on disk by then.
             if isinstance(run.branch, WritingBranch):
                 run.branch.settle(epoch_done=done % run.per_epoch == 0)
             if done == run.steps:
@@ -169,12 +240,12 @@ def _steps(
         if asked and done < run.steps:
             name = stop.signal.name if stop.signal is not None else "another process's signal"
             raise Interrupted(
-                f"{name} after step {done} of {run.steps}; {run.out} goes on from there with the same command"
+                f"{name} after step {done} of {run.steps}; its state is saved: run the same command to resume {run.out}"
             )
 
 
 def _batches(run: Run, start: int) -> Generator[Batch, None, None]:
-    """Micro-batches from step `start` on. When a worker is killed the loader starts once more from where it was."""
+    """Micro-batches from step `start` on. If a worker is killed, the loader is restarted once from where it stopped."""
     accumulate, given, lives = run.recipe.accumulate, 0, 2
     while True:
         loader = build_loader(
@@ -194,7 +265,7 @@ def _batches(run: Run, start: int) -> Generator[Batch, None, None]:
             iterator = iter(loader)
             mine = [child for child in multiprocessing.active_children() if child not in before]
             with contextlib.suppress(ValueError):
-                # A dead worker is noticed here, when a batch is due, and not by an exception in the midst of a step.
+                # A dead worker is noticed here, when a batch is due, and not by an exception in the middle of a step.
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for _ in range(given % accumulate):
                 next(iterator)
@@ -205,23 +276,24 @@ def _batches(run: Run, start: int) -> Generator[Batch, None, None]:
         except (RuntimeError, OSError, EOFError) as error:
             if not _is_death(error, workers=run.options.workers):
                 raise
-            lives -= 1
+            cause, lives = first_line(error), lives - 1
             if not lives:
-                raise InputError(f"loader workers die ({error}): give fewer --workers, or more memory") from error
-            cause = first_line(error)
-            run.say(f"a loader worker died ({cause}); starting the loader once more")
+                raise InputError(
+                    f"loader workers keep dying ({cause}): give fewer --workers, or more memory"
+                ) from error
+            run.say(f"a loader worker died ({cause}); restarting the loader")
         finally:
-            # Now, and not when a traceback lets go of the iterator: the interpreter would end its workers with SIGTERM,
-            # which they ignore, and wait for them for ever.
+            # Now, and not when a traceback releases the iterator: the interpreter would end its workers with SIGTERM,
+            # which they ignore, and wait for them forever.
             del iterator
             for worker in mine:
                 worker.kill()
 
 
 def _is_death(error: Exception, *, workers: int) -> bool:
-    """Whether a worker died: told as such or, when it dies while it hands a batch over, as a broken pipe.
+    """Whether a worker died: reported as such or, if it dies while handing over a batch, as a broken pipe.
 
-    What a worker itself raised comes with its traceback, "Caught ...".
+    An exception that a worker raised itself arrives with its traceback, "Caught ...".
     """
     text = str(error)
     if not workers or text.startswith("Caught "):
@@ -230,7 +302,7 @@ def _is_death(error: Exception, *, workers: int) -> bool:
 
 
 def _targets(run: Run, views: Views) -> list[Targets | None]:
-    """One Targets a learner, None where it makes its own; a shared branch is asked once."""
+    """One Targets per learner, None where it makes its own; a shared branch is evaluated once."""
     with autocast(run.recipe, views.globals.device):
         if run.branch is None:
             return [learner.own_targets(views) for learner in run.learners]
@@ -238,10 +310,10 @@ def _targets(run: Run, views: Views) -> list[Targets | None]:
 
 
 def _update(run: Run, learner: Learner, loss: Tensor, step: int, images: Sequence[str]) -> Tensor:
-    """One learner's optimiser step; returns its gradient's norm."""
+    """One learner's optimiser step; returns its gradient norm."""
     require_finite("loss", loss, step=step, images=images)
     norm = learner.gradient_norm(epoch=step // run.per_epoch)
-    if run.recipe.precision != "fp16":  # where an infinite gradient is the loss scale's business
+    if run.recipe.precision != "fp16":  # whose loss scaler handles infinite gradients
         require_finite("gradient", norm, step=step, images=images)
     learner.update(step=step, steps=run.steps)
     return norm
@@ -253,7 +325,7 @@ def _count_skipped(run: Run, found: dict[int, str]) -> None:
 
 
 def _measure(run: Run, start: int) -> SpeedBound:
-    """The speed of the bare computation on the first micro-batch; nothing of the run changes."""
+    """The speed of the computation alone on the first micro-batch; the state of the run is unchanged."""
     places = next(
         iter(PlaceSampler(len(run.source), run.recipe, share=run.processes.share, start=start, end=run.steps))
     )
@@ -270,8 +342,8 @@ def _measure(run: Run, start: int) -> SpeedBound:
         branch.load_state_dict(state)
     run.bound = bound
     run.say(
-        f"bound {speed_bound(run):.1f} images/s: {bound.parts}, one loader worker {loader:.1f}, "
-        f"each of {run.processes.world} process(es)"
+        f"speed bound {speed_bound(run):.1f} images/s on {run.processes.world} process(es); per process {bound.parts}, "
+        f"one loader worker {loader:.1f}"
     )
     return bound
 

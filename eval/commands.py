@@ -16,30 +16,44 @@ from robx.records import Accuracy, Fidelity, Measurement, Value
 
 @click.command(name="eval")
 @click.argument("folders", metavar="RUN|BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--data", type=click.Path(path_type=Path), help="Labelled images: train/ and test/, shards, IDX, CIFAR.")
 @click.option(
-    "--test", type=click.Path(path_type=Path), help="The judged images, when --data holds training images only."
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Labelled images: a folder with train/ and test/, shards, IDX, CIFAR.",
 )
-@click.option("--knn", is_flag=True, help="Weighted nearest neighbours (DINO). The default.")
-@click.option("--linear", is_flag=True, help="Linear heads on fresh crops, 28 epochs (VISSL); a bundle: as --cached.")
-@click.option("--lowshot", metavar="SIZES", help="Images a class, and shares: 1,2,5,1%,10% (MSN).")
+@click.option("--test", type=click.Path(path_type=Path), help="Test set, if --data holds training images only.")
+@click.option("--knn", is_flag=True, help="Weighted k-nearest-neighbour accuracy (DINO). The default.")
+@click.option(
+    "--linear", is_flag=True, help="Linear evaluation, 28 epochs on fresh crops (VISSL); for a bundle as with --cached."
+)
+@click.option(
+    "--lowshot", metavar="SIZES", help="Low-shot accuracy (MSN): images per class and shares, e.g. 1,2,5,1%,10%."
+)
 @click.option(
     "--lowshot-splits", type=click.Path(path_type=Path), help="Folder of the published imagenet_subsets lists."
 )
-@click.option("--transfer", "transfers", metavar="NAME[=DIR]", multiple=True, help="cifar10, inat18, clevr_count, ...")
-@click.option("--fidelity", is_flag=True, help="Bundles against their fp32 student, paired, with a verdict.")
-@click.option("--reference", type=click.Path(path_type=Path), help="The student's folder, when not above the bundle.")
-@click.option("--margin", default=1.0, show_default=True, help="Accuracy drop that --fidelity tolerates, in points.")
-@click.option("--cached", is_flag=True, help="Train heads on features extracted once: quick, and another protocol.")
+@click.option(
+    "--transfer",
+    "transfers",
+    metavar="NAME[=DIR]",
+    multiple=True,
+    help="Linear evaluation on cifar10, cifar100, inat18, clevr_count, ...; may be repeated.",
+)
+@click.option("--fidelity", is_flag=True, help="Compare bundles with their fp32 student on the same images.")
+@click.option(
+    "--reference", type=click.Path(path_type=Path), help="Folder of the fp32 student, if it is not the bundle's parent."
+)
+@click.option("--margin", default=1.0, show_default=True, help="Accuracy drop that --fidelity accepts, in points.")
+@click.option("--cached", is_flag=True, help="Train linear heads on features extracted once: faster, another protocol.")
 @click.option(
     "--save-head",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Train a linear head on the embedding and keep it for robx export --head.",
+    help="Train a linear head on the embedding and save it for robx export --head.",
 )
-@click.option("--threads", type=click.IntRange(1), help="Threads of the model; default: all processors.")
-@click.option("--batch", default=64, show_default=True, type=click.IntRange(1), help="Images in one run of the model.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of the model. Default: all processors.")
+@click.option("--batch", default=64, show_default=True, type=click.IntRange(1), help="Batch size.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder for extracted features.")
-@click.option("--no-cache", is_flag=True, help="Extract again, keep nothing.")
+@click.option("--no-cache", is_flag=True, help="Neither read nor write extracted features.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON lines instead of a table.")
 def evaluate(
     folders: tuple[Path, ...],
@@ -63,8 +77,8 @@ def evaluate(
 ) -> None:
     """Measure the accuracy of students and bundles.
 
-    Every figure has a 95 % interval. Records are appended to measurements.jsonl in each folder. Test images that
-    look like a training image are counted and warned of.
+    Every figure has a 95 % confidence interval. Records are appended to measurements.jsonl in each folder. Test
+    images that look like a training image are counted and reported.
 
     \b
     robx eval runs/r18 --data images/
@@ -108,7 +122,9 @@ def _show(records: list[Measurement]) -> None:
         print_table(headings, [_accuracy_row(r) for r in accuracies], title="Accuracy (95 % interval)", right=(2, 3, 4))
     if fidelities:
         headings = ("bundle", "verdict", "centred cosine", "probe drop", "kNN drop")
-        print_table(headings, [_fidelity_row(r) for r in fidelities], title="Against fp32, paired", right=(2, 3, 4))
+        print_table(
+            headings, [_fidelity_row(r) for r in fidelities], title="Compared with fp32 (paired)", right=(2, 3, 4)
+        )
         for item in fidelities:
             for reason in item.reasons:
                 print_line(f"{item.bundle_id}: {reason}")
@@ -136,20 +152,33 @@ def _cell(value: Value) -> str:
 
 @click.command()
 @click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--out", default="report.html", show_default=True, type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--margin", default=1.0, show_default=True, type=click.FloatRange(0), help="Points that may be lost.")
+@click.option(
+    "-o",
+    "--out",
+    default="report.html",
+    show_default=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The page to write.",
+)
+@click.option(
+    "--margin",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="Accuracy drop that a recommendation accepts, in points.",
+)
 @click.option(
     "--budget",
     "budgets",
     metavar="MS",
     multiple=True,
     type=click.FloatRange(0, min_open=True),
-    help="A p90 to answer for.",
+    help="Latency budget (p90, ms); may be repeated.",
 )
 def report(folders: tuple[Path, ...], out: Path, margin: float, budgets: tuple[float, ...]) -> None:
     """Write one page that says what to deploy, and why.
 
-    DIR is a run, a bundle, or a folder that holds some. The page needs no network; the same figures are
+    DIR is a run, a bundle, or a folder that contains some. The page works offline; the same figures are
     written beside it as Markdown and JSON.
 
     \b

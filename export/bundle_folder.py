@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from robx.errors import InputError
-from robx.records import Bundle, BundleFile, describe_file, save_bundle
-from robx.store.files import write_json
+from robx.errors import ArtifactError, InputError
+from robx.records import Bundle, BundleFile, describe_file, from_json, save_bundle
+from robx.store.files import read_json, write_json
 from robx.store.folders import new_folder
 
 
@@ -30,6 +30,15 @@ def require_bundle_place(out: Path) -> None:
         raise InputError(f"{out} holds a student: choose another folder for the bundle")
 
 
+def _files_of(folder: Path) -> list[str]:
+    """The files of the bundle in `folder`, by its manifest; none when there is no bundle."""
+    try:
+        bundle = from_json(Bundle, read_json(folder / "manifest.json"))
+    except ArtifactError:
+        return []
+    return ["manifest.json", *(file.path for file in bundle.files)]
+
+
 def ship(bundle: Bundle, folder: Path, out: Path, *, layer_costs: Mapping[str, float] | None) -> Bundle:
     """Copy a bundle's files from `folder` to `out` and write the manifest last; `out` is complete or unchanged.
 
@@ -37,7 +46,7 @@ def ship(bundle: Bundle, folder: Path, out: Path, *, layer_costs: Mapping[str, f
         InputError: `out` is not a bundle and would be replaced.
     """
     require_bundle_place(out)
-    with new_folder(out) as temporary:
+    with new_folder(out, ours=_files_of(out)) as temporary:
         for file in bundle.files:
             (temporary / file.path).parent.mkdir(parents=True, exist_ok=True)  # a Core ML package is a folder
             shutil.copyfile(folder / file.path, temporary / file.path)

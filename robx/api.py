@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
 
 from robx.errors import CorruptImage, InputError
 from robx.reporting import Reporting, reporting
@@ -32,11 +33,122 @@ if TYPE_CHECKING:
     from torch import nn
 
     from robx.eval.report.render import Pages
-    from robx.records import Bundle, Latency, Measurement, Student
+    from robx.records import Bundle, Format, Latency, Measurement, Student
     from robx.runtime.session import Session
 
     StrPath = str | os.PathLike[str]
     Images = StrPath | Image.Image | np.ndarray | Iterable[StrPath | Image.Image | np.ndarray]
+
+
+Record = TypeVar("Record", covariant=True)
+
+
+@dataclass(frozen=True)
+class Artifact(Generic[Record]):
+    """A folder that robx wrote, and the record in it. It can be used wherever a path can."""
+
+    path: Path
+    record: Record
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+def export(
+    student: StrPath,
+    *,
+    format: Format,
+    int8: bool = False,
+    fp16: bool = False,
+    data: StrPath | None = None,
+    test: StrPath | None = None,
+    out: StrPath | None = None,
+    head: StrPath | None = None,
+    max_drop: float = 1.0,
+    min_speedup: float = 1.0,
+    opset: int = 20,
+    batch: int | None = None,
+    target: str = "local",
+    uint8_input: bool = False,
+    candidates: int | None = None,
+    budget: float | None = None,
+    calibration_images: int = 300,
+    judging_images: int = 3000,
+    sensitivity: bool = False,
+    force: bool = False,
+    progress: Reporting = "auto",
+) -> Artifact[Bundle]:
+    """Export a student; an int8 or fp16 model ships only if it passes the gate.
+
+    Args:
+        student: a run's folder.
+        format: "onnx", "openvino", "trt", "ort", "executorch", "litert", "coreml" or "ncnn".
+        int8: search for an int8 model that is accurate and not slower.
+        fp16: half-precision weights; inputs and outputs stay float32.
+        data: images; calibration from their training split, judging from their test split. Needed for int8 and fp16.
+        test: judging images, if `data` holds training images only.
+        out: the bundle's folder; None is STUDENT/FORMAT-PRECISION.
+        head: a linear classifier to append, as `evaluate(save_head=...)` writes it; adds the output logits.
+        max_drop: the largest accuracy drop allowed, in percentage points.
+        min_speedup: the smallest speed-up over fp32 and fp16 in the same runtime.
+        opset: ONNX opset.
+        batch: batch size; None is dynamic.
+        target: the device: "local" or "arm64"; for trt also "rtx:sm86+sm89" or "jetson-orin".
+        uint8_input: take uint8 pixels; the normalisation becomes part of the model.
+        candidates: the largest number of int8 candidates to try.
+        budget: seconds after which no further candidate is started.
+        calibration_images: number of calibration images; fewer than 300 for demonstrations only.
+        judging_images: the largest number of judging images; more of them can prove a smaller drop.
+        sensitivity: measure the cost of each layer in int8, for `robx inspect`.
+        force: ship the best int8 candidate even if it failed, marked FORCED.
+        progress: "auto", a callable of (done, total, note), or None; see `robx.reporting`.
+
+    Returns:
+        The bundle's folder and its record. If no candidate passed the gate, a message says so, and `record.precision`
+        is that of the float model that ships instead; `record.rungs` says why each candidate failed.
+
+    Raises:
+        InputError: settings that contradict each other, or images that cannot be used.
+        ArtifactError: the student is damaged.
+        MissingExtra: the format's converter is not installed; the message says how to install it.
+    """
+    from robx.export.build import ExportSettings, export
+    from robx.export.gate.gate import Limits, gate_error
+    from robx.export.request import ExportTarget
+
+    if fp16 and int8:
+        raise InputError("fp16 and int8 are two different exports: give one of them")
+    settings = ExportSettings(
+        run=Path(student),
+        target=ExportTarget(
+            format=format,
+            precision="int8" if int8 else "fp16" if fp16 else "fp32",
+            device=target,
+            batch=batch,
+            opset=opset,
+            uint8_input=uint8_input,
+        ),
+        data=_path(data),
+        test=_path(test),
+        out=_path(out),
+        head=_path(head),
+        limits=Limits(max_drop=max_drop, min_speedup=min_speedup),
+        candidates=candidates,
+        budget=budget,
+        force=force,
+        sensitivity=sensitivity,
+        calibration_images=calibration_images,
+        judging_images=judging_images,
+    )
+    with reporting(progress) as (shown, say):
+        bundle = export(settings, progress=shown)
+        folder = settings.folder(bundle)
+        if (error := gate_error(bundle, folder)) is not None:
+            say(str(error))
+    return Artifact(folder, bundle)
 
 
 def bench(

@@ -25,7 +25,7 @@ from robx.store.dataclass_json import from_json as from_json
 from robx.store.dataclass_json import parse_json
 from robx.store.dataclass_json import to_json as to_json
 from robx.store.files import read_bytes, read_json, sha256_bytes, sha256_file, verify_file, write_bytes, write_json
-from robx.store.folders import turn
+from robx.store.locks import turn
 
 # Of ImageNet's training images, RGB in [0, 1]; most published models are trained with them.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -1,4 +1,4 @@
-"""Embedding or labelling images with an opened model."""
+"""Embed or label images with an opened model."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from robx.images.reading import read_batches
 from robx.images.sources import open_source
 from robx.runtime.session import Session
 
-Reader = tuple[str, Callable[[], Image.Image]]  # an image's name, and how to read it
+Reader = tuple[str, Callable[[], Image.Image]]  # an image's name and a function that reads it
 
 
-def find_images(paths: Sequence[Path]) -> Iterator[Reader]:
+def find_images(paths: Sequence[str | Path]) -> Iterator[Reader]:
     """The images of files, folders and shards, in order.
 
     Raises:
-        InputError: a path that does not exist, or a folder without images.
+        InputError: a path does not exist, or a folder has no images.
     """
-    for path in paths:
+    for path in map(Path, paths):
         if path.is_file() and path.suffix != ".tar":
             yield str(path), lambda path=path: _read(path)  # type: ignore[misc]
             continue
@@ -40,10 +40,10 @@ def infer(
     batch: int = 8,
     on_skip: Callable[[CorruptImage], None] | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield each image's name and the model's answer, float32 (D,); images that cannot be decoded are skipped.
+    """Yield each image's name and embedding, float32 (D,); images that cannot be decoded are skipped.
 
     Raises:
-        InputError: not one image could be decoded.
+        InputError: none of the images could be decoded.
         DeviceError: the engine failed.
     """
     answered = False
@@ -57,19 +57,19 @@ def infer(
         answered = True
         yield from zip((name for name, _ in found), session.run(pixels), strict=True)
     if not answered:
-        raise InputError("no image could be decoded: give others")
+        raise InputError("none of the images could be decoded: give other images")
 
 
 def top_labels(scores: np.ndarray, labels: Sequence[str], *, count: int = 5) -> list[tuple[str, float]]:
-    """The most probable labels of one image's scores (C,), with their softmax probabilities.
+    """The labels with the highest scores (C,) of one image, with their softmax probabilities.
 
     Raises:
-        DeviceError: there are other than C labels: the engine gives no logits.
+        DeviceError: the number of labels is not C: the engine does not return logits.
     """
     if len(scores) != len(labels):
         raise DeviceError(
-            f"the engine gives {len(scores)} values for {len(labels)} labels, the embedding instead of the logits: "
-            "label with an onnx or openvino bundle, or take the embedding with --out"
+            f"the engine returns {len(scores)} values for {len(labels)} labels, the embedding instead of the logits: "
+            "label with an onnx or openvino bundle, or write the embedding with --out"
         )
     shifted = np.exp(scores.astype(np.float64) - float(scores.max()))
     probabilities = shifted / shifted.sum()

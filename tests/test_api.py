@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,10 +20,14 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
 import robx.eval.evaluate
+import robx.export.build
 import robx.runtime.bench.bench
 from robx import api
 from robx.errors import CorruptImage, InputError
 from robx.eval.evaluate import EvalSettings
+from robx.export.build import ExportSettings
+from robx.export.gate.gate import Limits
+from robx.export.request import ExportTarget
 from robx.images.decode import decode, preprocess, read_image_file
 from robx.images.sources import open_source
 from robx.images.transform import torchvision_transform
@@ -76,7 +82,7 @@ BENCH: dict[str, Any] = {
     "processes": 4, "affinity": [0, 1], "batch": 5, "data": "images", "python": "python3.9", "emulated": True,
     "seed": 6,
 }  # fmt: skip
-PATHS = {"data", "test", "lowshot_splits", "reference", "save_head", "cache"}
+PATHS = {"data", "test", "lowshot_splits", "reference", "save_head", "cache", "out", "head"}
 
 
 def _as_settings(given: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +119,48 @@ def test_bench_takes_every_setting_of_the_command(monkeypatch: pytest.MonkeyPatc
     assert seen[1] == BenchSettings(bundles=(Path("a"),))
     assert set(_keywords(api.bench)) == set(BENCH)
     assert set(others) == {f.name for f in fields(BenchSettings)} - {"bundles", "session"}
+
+
+EXPORT: dict[str, Any] = {
+    "data": "images", "test": "held-out", "out": "bundle", "head": "h", "max_drop": 2.0, "min_speedup": 1.5,
+    "opset": 19, "batch": 4, "target": "arm64", "uint8_input": True, "candidates": 3, "budget": 60.0,
+    "calibration_images": 30, "judging_images": 100, "sensitivity": True, "force": True,
+}  # fmt: skip
+
+
+def test_export_takes_every_setting_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[ExportSettings] = []
+
+    def export(settings: ExportSettings, progress: object) -> Any:
+        seen.append(settings)
+        return SimpleNamespace(format="onnx", precision="int8", requested="int8")
+
+    monkeypatch.setattr(robx.export.build, "export", export)
+    bundle = api.export("run", format="onnx", int8=True, **EXPORT)
+    assert (
+        os.fspath(bundle) == "bundle"
+        and os.fspath(api.export("run", format="onnx", fp16=True, data="i")) == "run/onnx-int8"
+    )
+    api.export("run", format="onnx")
+    limits = Limits(max_drop=2.0, min_speedup=1.5)
+    names = {"max_drop", "min_speedup", "opset", "batch", "target", "uint8_input"}
+    others = _as_settings({name: value for name, value in EXPORT.items() if name not in names})
+    target = ExportTarget(format="onnx", precision="int8", device="arm64", batch=4, opset=19, uint8_input=True)
+    assert seen[0] == ExportSettings(run=Path("run"), target=target, limits=limits, **others)
+    assert seen[1].target == ExportTarget(format="onnx", precision="fp16")
+    assert seen[2] == ExportSettings(run=Path("run"), target=ExportTarget(format="onnx"))
+    assert set(_keywords(api.export)) == set(EXPORT) | {"format", "int8", "fp16"}
+    assert set(others) == {f.name for f in fields(ExportSettings)} - {"run", "target", "limits"}
+
+
+def test_what_the_gate_rejects_is_said_and_the_fallback_returned(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fallback = SimpleNamespace(format="onnx", precision="fp32", requested="int8", verdict="FAIL", rungs=())
+    monkeypatch.setattr(robx.export.build, "export", lambda settings, progress: fallback)
+    bundle = api.export("run", format="onnx", int8=True, data="images", progress=None)
+    assert bundle.path == Path("run/onnx-fp32") and bundle.record is fallback  # type: ignore[comparison-overlap]
+    assert "no int8 candidate passed the gate, and run/onnx-fp32 was written in fp32" in caplog.text
 
 
 # --------------------------------------------------------------------------------------------------------- load

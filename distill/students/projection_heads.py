@@ -27,7 +27,7 @@ class WeightNormLinear(nn.Module):
     """
 
     def __init__(self, in_dim: int, out_dim: int, *, train_norm: bool = False) -> None:
-        """`train_norm`: whether g is learnt; DINO fixes it at 1."""
+        """`train_norm`: whether g is learnt; otherwise it is fixed at 1."""
         super().__init__()
         self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=train_norm)
         self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim).uniform_(-(in_dim**-0.5), in_dim**-0.5))
@@ -38,7 +38,7 @@ class WeightNormLinear(nn.Module):
 
 
 class DinoHead(nn.Module):
-    """DINO's head: an MLP with GELU, a bottleneck on the unit sphere, a weight-normed linear map to K outputs.
+    """DINO's head: an MLP with GELU, an L2-normalised bottleneck, a weight-normed linear layer to K outputs.
 
     Source: DINO, arXiv 2104.14294, appendix C, "projection head".
     """
@@ -61,22 +61,22 @@ class DinoHead(nn.Module):
             in_dim: D, the trunk's width.
             out_dim: K.
             hidden: width of the MLP.
-            bottleneck: width that is normalised.
-            layers: linear maps of the MLP, at least 1.
-            batch_norm: a BatchNorm after each hidden map.
+            bottleneck: width of the normalised output of the MLP.
+            layers: linear layers of the MLP, at least 1.
+            batch_norm: a BatchNorm after each hidden layer.
             weight_norm: False gives a plain last_layer without a bias.
             train_norm: whether the last layer's norms are learnt.
         """
         super().__init__()
         if layers < 1:
-            raise InputError(f"a DINO head has at least 1 layer, not {layers}")
+            raise InputError(f"a DINO head must have at least 1 layer, got {layers}")
         widths = [in_dim, *[hidden] * (layers - 1), bottleneck]
         steps: list[nn.Module] = []
         for i, (have, want) in enumerate(itertools.pairwise(widths)):
             steps.append(nn.Linear(have, want))
             if i < layers - 1:
                 steps += [nn.BatchNorm1d(want), nn.GELU()] if batch_norm else [nn.GELU()]
-        # With a single layer the published module is that layer itself, without an index.
+        # A single layer is published without an index.
         self.mlp = nn.Sequential(*steps) if layers > 1 else steps[0]
         self.last_layer: nn.Module
         if weight_norm:
@@ -97,7 +97,7 @@ class DinoHead(nn.Module):
 class IbotHead(DinoHead):
     """DINO's head with a second last layer for patch tokens, or the same one for both (iBOT, arXiv 2111.07832).
 
-    A shared layer stands in the state dict under both names, last_layer and last_layer2, as iBOT publishes it.
+    A shared layer is in the state dict under both names, last_layer and last_layer2, as iBOT publishes it.
     """
 
     def __init__(
@@ -116,7 +116,9 @@ class IbotHead(DinoHead):
         super().__init__(in_dim, out_dim, hidden=hidden, bottleneck=bottleneck, layers=layers, train_norm=train_norm)
         width = patch_out_dim or out_dim
         if shared and width != out_dim:
-            raise InputError(f"a shared iBOT head has as many outputs for patches as for crops: {width} != {out_dim}")
+            raise InputError(
+                f"a shared iBOT head needs as many outputs for patches as for crops, got {width} and {out_dim}"
+            )
         self.last_layer2 = self.last_layer if shared else WeightNormLinear(bottleneck, width, train_norm=train_norm)
 
     def patches(self, tokens: Tensor) -> Tensor:
@@ -153,7 +155,7 @@ class MsnHead(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, *, hidden: int = 2048, bottleneck: int = 256) -> None:
         super().__init__()
         self.projection = MsnProjection(in_dim, hidden=hidden, out_dim=bottleneck)
-        # Uniform in +-1/sqrt(d), as MSN starts them; only their directions matter.
+        # Uniform in +-1/sqrt(d), as in MSN; only their directions matter.
         self.prototypes = nn.Parameter(torch.empty(out_dim, bottleneck).uniform_(-(bottleneck**-0.5), bottleneck**-0.5))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -182,7 +184,7 @@ class SwavProjection(nn.Module):
 class SwavHead(SwavProjection):
     """SwAV's projection and prototypes, kept on the unit sphere: cosines (SwAV, arXiv 2006.09882, section 3.1).
 
-    SwAV normalises the prototypes before each step; here the map normalises them, which learns the same directions.
+    SwAV normalises the prototypes before each step; here the forward pass does, which learns the same directions.
     """
 
     def __init__(self, in_dim: int, out_dim: int, *, hidden: int = 2048, bottleneck: int = 128) -> None:
@@ -201,10 +203,10 @@ class SwavHead(SwavProjection):
 
 
 class FrozenPrototypes(SwavProjection):
-    """SwAV's projection into a teacher's space, scored by the teacher's own prototypes, which are not learnt.
+    """SwAV's projection into the teacher's space, scored against the teacher's own prototypes, which are frozen.
 
-    RoB-SwAV's other head (arXiv 2301.09451). The prototypes are a buffer: they follow the student to its device and
-    into its resume state, and no optimiser sees them.
+    RoB-SwAV's alternative head (arXiv 2301.09451). The prototypes are a buffer: part of the state dict, unseen by the
+    optimiser.
     """
 
     prototypes: Tensor
@@ -220,9 +222,9 @@ class FrozenPrototypes(SwavProjection):
 
 
 class MlpHead(nn.Module):
-    """D -> hidden -> K logits: RoB's plain student head (arXiv 2301.09451, released configurations).
+    """D -> hidden -> K logits: RoB's simple student head (arXiv 2301.09451, released configurations).
 
-    Those have nothing between the two maps for a ViT, and a BatchNorm for a ResNet.
+    ViTs have nothing between the two linear layers, ResNets a BatchNorm.
     """
 
     def __init__(self, in_dim: int, out_dim: int, *, hidden: int = 2048, batch_norm: bool = False) -> None:
@@ -246,7 +248,7 @@ class MlpHead(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    # Truncated normal of 0.02, as DINO, iBOT and MSN start their heads.
+    # Truncated normal with std 0.02, the initialisation of DINO's, iBOT's and MSN's heads.
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -1,4 +1,4 @@
-"""The student: a timm trunk and a fresh head, and what each method hides from it.
+"""The student: a timm trunk with a fresh head, and the patches that each method masks or drops.
 
 V = 2 + L student crops   B batch   D width   P patches of a global crop   M masked patches   K prototypes
 """
@@ -23,9 +23,9 @@ from robx.trunk import build_trunk, embedding_width, is_vit, size_error
 
 
 class StudentNet(nn.Module):
-    """Scores all crops of a batch, those of one size together.
+    """Trunk and head; scores all crops of a batch, crops of one size together.
 
-    Only the trunk is kept in the end. `note` says, in a sentence for the user, what of the method does not apply.
+    Only the trunk is kept after training. `note` tells the user which part of the method does not apply.
     """
 
     def __init__(
@@ -39,37 +39,39 @@ class StudentNet(nn.Module):
         frozen: bool = False,
         note: str = "",
     ) -> None:
-        """Join them.
+        """Combine trunk and head.
 
         Args:
             trunk: pixels (N, 3, H, W) -> features (N, D).
-            head: features (N, D) -> scores (N, K); with a mask token, ``head.patches`` too.
-            num_prototypes: K, where the monitor is to know it.
-            mask_token: the global crops' masked patches are hidden behind a learnable token and scored (RoB-iBOT).
-            patch_drop: share of a global crop's patches that is left out in training (RoB-MSN).
-            frozen: the trunk does not learn, and stays in eval mode: BatchNorm keeps its running statistics.
-            note: for the user.
+            head: features (N, D) -> scores (N, K); with a mask token it also has ``patches``.
+            num_prototypes: K, for the collapse monitor; 0 if unknown.
+            mask_token: masked patches of the global crops are replaced by a learnable token and scored (RoB-iBOT).
+            patch_drop: share of a global crop's patches that is dropped in training (RoB-MSN).
+            frozen: the trunk is not trained and stays in eval mode, so BatchNorm keeps its running statistics.
+            note: one sentence for the user.
         """
         super().__init__()
         if (mask_token or patch_drop) and not takes_patches(trunk):
-            raise InputError("masked or dropped patches need a plain ViT student: set patch_drop and patch_weight to 0")
+            raise InputError(
+                "masking or dropping patches needs a plain ViT student: set patch_drop and patch_weight to 0"
+            )
         self.trunk, self.head, self.patch_drop, self.note = trunk, head, patch_drop, note
         self.num_prototypes = num_prototypes
-        # iBOT's name, shape and start (its `masked_embed`).
+        # Name, shape and initial value of iBOT's `masked_embed`.
         self.masked_embed = nn.Parameter(torch.zeros(1, embedding_width(trunk))) if mask_token else None
         self.frozen = frozen
         if frozen:
             trunk.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> StudentNet:
-        """As torch has it, but that a frozen trunk stays in eval mode."""
+        """Set the mode; a frozen trunk stays in eval mode."""
         super().train(mode)
         if self.frozen:
             self.trunk.eval()
         return self
 
     def forward(self, views: Views) -> Scores:
-        """Scores of the 2 global crops, then of the local ones; and of the masked patches."""
+        """Scores of the 2 global crops, then of the local ones, and of the masked patches."""
         crops, batch = 2 + len(views.locals), views.globals.shape[1]
         features, tokens = self.embed_globals(views.globals, masks=views.masks)
         if len(views.locals):
@@ -82,7 +84,7 @@ class StudentNet(nn.Module):
     def embed_globals(self, pixels: Tensor, *, masks: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Features (2B, D) of global crops (2, B, 3, G, G), and patch tokens (2B, P, D) with a mask token.
 
-        `masks` (2, B, P) hide patches behind the mask token; without one they are the patches that training drops.
+        `masks` (2, B, P) selects the patches that the mask token replaces or, without a mask token, that are dropped.
         """
         flat = pixels.flatten(0, 1)
         rows = None if masks is None else masks.flatten(0, 1)
@@ -93,7 +95,9 @@ class StudentNet(nn.Module):
         x = trunk.patch_embed(flat)
         patches = x[0, ..., 0].numel()
         if rows is not None and rows.shape[1] != patches:
-            raise InputError(f"masks of {rows.shape[1]} patches do not fit global crops of {patches}")
+            raise InputError(
+                f"masks of {rows.shape[1]} patches do not fit global crops of {patches} patches: check crop_size"
+            )
         if self.masked_embed is not None and rows is not None:
             x = torch.where(rows.view(*x.shape[:-1], 1), self.masked_embed.to(x.dtype), x)
         x = trunk._pos_embed(x)
@@ -106,14 +110,14 @@ class StudentNet(nn.Module):
         return trunk.forward_head(x), tokens
 
     def mask_grid(self, crop_size: int) -> tuple[int, int] | None:
-        """The patch grid that iBOT's masks are wanted on, for global crops of `crop_size`; None when they are not."""
+        """The patch grid of iBOT's masks for global crops of `crop_size`; None if the student has no mask token."""
         return None if self.masked_embed is None else patch_grid(self.trunk, crop_size)
 
     def drop_grid(self, crop_size: int) -> tuple[int, int] | None:
-        """The patch grid that MSN's patches are dropped from; None when none are.
+        """The patch grid from which MSN's patches are dropped; None if none are.
 
-        With masks of ``batches/masks.py::drop_masks`` in the views the drops are a function of the sample. Without,
-        they are drawn from torch's generator, as drop path is.
+        With masks from ``batches/masks.py::drop_masks`` in the views, the dropped patches are a function of the sample.
+        Without masks they are drawn from torch's generator, like drop path.
         """
         return patch_grid(self.trunk, crop_size) if self.patch_drop else None
 
@@ -122,7 +126,7 @@ class StudentNet(nn.Module):
         return self.head
 
     def _drop(self, tokens: Tensor, dropped: Tensor | None) -> Tensor:
-        """Keep the prefix tokens and the same number of patches of every crop; positions are in the tokens already."""
+        """Keep the prefix tokens and the same number of patches of every crop; positions are already embedded."""
         prefix = cast(int, cast(Any, self.trunk).num_prefix_tokens)
         number, patches = tokens.shape[0], tokens.shape[1] - prefix
         kept = kept_patches(patches, self.patch_drop)
@@ -161,7 +165,7 @@ def build_student(name: str, recipe: Recipe, teacher: TeacherSpec | None) -> Stu
 
 
 def takes_patches(trunk: nn.Module) -> bool:
-    """Whether patches can be masked and dropped: a plain ViT with a CLS token."""
+    """Whether patches can be masked or dropped: a plain ViT with a CLS token."""
     return type(trunk) is VisionTransformer and trunk.cls_token is not None
 
 
@@ -173,12 +177,12 @@ def patch_grid(trunk: nn.Module, crop_size: int) -> tuple[int, int]:
     """
     size = _patch_size(trunk)
     if crop_size % size:
-        raise InputError(f"crops of {crop_size} pixels do not divide into patches of {size}")
+        raise InputError(f"crops of {crop_size} pixels do not divide into patches of {size} pixels: choose a multiple")
     return crop_size // size, crop_size // size
 
 
 def cancel_last_layer_gradients(student: nn.Module) -> None:
-    """Drop the gradients of the head's last layer; DINO, iBOT and SwAV (its prototypes) do so for the first epoch."""
+    """Drop the gradients of the head's last layer, as DINO, iBOT and SwAV (prototypes) do in the first epochs."""
     for name, parameter in student.named_parameters():
         if any(part in f".{name}" for part in (".head.last_layer", ".head.prototypes")):
             parameter.grad = None
@@ -190,7 +194,7 @@ def unwrapped(student: nn.Module) -> StudentNet:
     while not isinstance(inner, StudentNet):
         nested = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
         if not isinstance(nested, nn.Module):
-            raise TypeError(f"{type(student).__name__} holds no StudentNet")
+            raise TypeError(f"{type(student).__name__} does not contain a StudentNet")
         inner = nested
     return inner
 
@@ -218,7 +222,7 @@ def _patch_size(trunk: nn.Module) -> int:
 
 
 def _require_sizes(name: str, trunk: nn.Module, recipe: Recipe) -> None:
-    """Refuse crops that the trunk does not take: it has one fixed size, or patches that do not divide them."""
+    """Refuse crop sizes that the trunk cannot process, because of a fixed input size or of its patch size."""
     patch_embed = getattr(trunk, "patch_embed", None)
     fixed = getattr(patch_embed, "img_size", None)
     if not getattr(patch_embed, "strict_img_size", False) or getattr(trunk, "dynamic_img_size", False):
@@ -226,11 +230,11 @@ def _require_sizes(name: str, trunk: nn.Module, recipe: Recipe) -> None:
     for size in (recipe.crop_size, recipe.local_crop_size if recipe.local_crops else recipe.crop_size):
         if fixed is not None and (size, size) != tuple(fixed):
             raise InputError(
-                f"{name} takes images of {fixed[0]} pixels alone, and a crop has {size}: "
+                f"{name} only accepts images of {fixed[0]} pixels, and a crop has {size}: "
                 f"set crop_size = {fixed[0]} and local_crops = 0, or choose another student"
             )
         if why := size_error(trunk, size):
             raise InputError(
-                f"{name} takes no crops of {size} pixels ({why}): set crop_size and local_crop_size to what it takes, "
-                "or choose another student"
+                f"{name} cannot process crops of {size} pixels ({why}): "
+                "set crop_size and local_crop_size to sizes that it accepts, or choose another student"
             )

@@ -1,12 +1,12 @@
-"""The seam: what the student has to predict comes from one of four branches, and all else is shared.
+"""The target branches: what the student has to predict comes from one of four, and everything else is shared.
 
 TeacherBranch   a frozen teacher with its own head: RoB (arXiv 2301.09451)
 EmaBranch       a moving average of the student: the base method (DINO, iBOT, MSN), the baseline to beat
 OwnBranch       the student's own scores: SwAV, the base method that has one network
-StoredBranch    targets that a teacher's pass wrote to disk: no teacher forward at all (robx.distill.targets.stored)
+StoredBranch    targets that an earlier run wrote to disk, without a teacher (robx.distill.targets.stored)
 
 A step is: targets = branch.targets(views); scores = student(views); loss, stats = objective(scores, targets, views);
-backward; optimiser step; branch.update(step, student). An OwnBranch makes its targets of `scores`.
+backward; optimiser step; branch.update(step, student). An OwnBranch computes its targets from `scores`.
 
 Q target crops   B batch   P patches   M masked patches   K prototypes
 """
@@ -29,55 +29,55 @@ from robx.distill.teachers.teacher import Teacher
 
 
 class TargetBranch(Protocol):
-    """Where the targets come from."""
+    """The source of the targets."""
 
     def targets(self, views: Views) -> Targets:
-        """What the student has to predict of the global crops; never in the autograd graph."""
+        """What the student has to predict for the global crops; never in the autograd graph."""
 
     def update(self, step: int, student: nn.Module) -> None:
-        """Follow the student after optimiser step `step`, 0-based; `student` may be wrapped by DDP or compiled."""
+        """Update after optimiser step `step`, 0-based; `student` may be wrapped by DDP or compiled."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs; never the teacher."""
+        """Everything that a resumed run needs; never the teacher."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up where `state_dict` was called."""
+        """Restore the state that `state_dict` returned."""
 
 
-class _NoAverage:
-    """A branch that keeps no network of its own: of what follows the student there are the guards alone."""
+class _WithoutNetwork:
+    """A branch without a network of its own: only the target processor has state."""
 
     processor: TargetProcessor
 
     def update(self, step: int, student: nn.Module) -> None:
-        """Only the guards' clock runs."""
+        """Advance the target processor's step."""
         self.processor.step = step + 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The guards' memory."""
+        """The target processor's state."""
         return {"processor": self.processor.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the guards' memory."""
+        """Restore the target processor's state."""
         self.processor.load_state_dict(state["processor"])
 
 
-class TeacherBranch(_NoAverage):
-    """A frozen teacher: the replaced branch."""
+class TeacherBranch(_WithoutNetwork):
+    """A frozen teacher in place of the base method's branch (RoB)."""
 
     def __init__(
         self, teacher: Teacher, objective: Objective, *, processor: TargetProcessor | None = None, crops: int = 2
     ) -> None:
-        """Ask `teacher` about the first `crops` global crops; `processor` brings a base method's guards back."""
+        """Run `teacher` on the first `crops` global crops; `processor` may add a base method's centring and queue."""
         self.teacher, self.crops = teacher, crops
         self.processor = processor or TargetProcessor(objective)
 
     @torch.no_grad()
     def targets(self, views: Views) -> Targets:
-        """One teacher forward over all its crops; the teacher is never masked."""
+        """One teacher forward over its crops; the teacher's input is never masked."""
         seen = views.globals[: self.crops]
         masks = None if views.masks is None else views.masks[: self.crops]
-        # The centre of the patches, an ablation, is that of all of them.
+        # Centring the patches, an ablation, needs all of them.
         wanted = masks is not None and self.processor.objective.traits.masks_patches
         chosen = masks.flatten(0, 1) if masks is not None and wanted and not self.processor.centering else wanted
         scores = self.teacher(seen.flatten(0, 1), patches=chosen)
@@ -92,7 +92,7 @@ class TeacherBranch(_NoAverage):
 class EmaBranch:
     """A moving average of the student, trunk and head (DINO, arXiv 2104.14294, section 3.1).
 
-    It is never masked and has no drop path. Its BatchNorm uses each batch's own statistics, as in the base methods.
+    Its input is never masked and it has no drop path. Its BatchNorm uses batch statistics, as in the base methods.
     """
 
     def __init__(
@@ -109,11 +109,11 @@ class EmaBranch:
 
         Args:
             student: a StudentNet, possibly wrapped.
-            objective: whose rule makes the targets.
+            objective: turns scores into targets.
             steps: optimiser steps of the whole run.
-            momentum: first and last, on a cosine.
-            processor: centre, warm-up and queue.
-            copied: parameters that are the student's own and not averaged: MSN's prototypes.
+            momentum: first and last value, on a cosine.
+            processor: centring, temperature warm-up and queue.
+            copied: parameters copied from the student instead of averaged (MSN's prototypes); absent ones are ignored.
         """
         self.network = copy.deepcopy(unwrapped(student)).requires_grad_(False)
         self.network.patch_drop = 0.0
@@ -128,7 +128,7 @@ class EmaBranch:
 
     @torch.no_grad()
     def targets(self, views: Views) -> Targets:
-        """Both global crops, whole, through the averaged network."""
+        """Both global crops, unmasked, through the averaged network."""
         features, tokens = self.network.embed_globals(views.globals)
         scores: Tensor = self.network.head(features)
         patch_probs = None
@@ -159,26 +159,26 @@ class EmaBranch:
         self.processor.step = step + 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The averaged network and the guards' memory."""
+        """The averaged network and the target processor's state."""
         return {"network": self.network.state_dict(), "processor": self.processor.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore both."""
         self.network.load_state_dict(state["network"])
         self.processor.load_state_dict(state["processor"])
 
 
-class OwnBranch(_NoAverage):
-    """No second network: the codes of the global crops are made of the scores that the student learns by.
+class OwnBranch(_WithoutNetwork):
+    """No second network: the targets of the global crops are computed from the student's own scores.
 
-    SwAV, arXiv 2006.09882, section 3.1, and its release: one forward over all crops, so that the head's BatchNorm has
-    seen them all, and its scores of the global crops without a gradient.
+    SwAV, arXiv 2006.09882, section 3.1, and its release: one forward over all crops, whose BatchNorm statistics cover
+    all of them; its scores of the global crops, without a gradient, give the targets.
     """
 
     def __init__(self, processor: TargetProcessor) -> None:
-        """`processor` has the rule and the queue."""
+        """`processor` turns scores into targets and keeps the queue."""
         self.processor = processor
 
     def read(self, scores: Scores) -> Targets:
-        """The targets in the student's scores of a batch."""
+        """The targets from the student's scores of a batch."""
         return Targets(probs=self.processor.probs(scores.crops[:2].detach()))

@@ -1,6 +1,6 @@
-"""From a target branch's scores to targets, with what needs memory: the centre, the warm-up, the queue.
+"""From a target branch's scores to targets, with the parts that have state: centre, temperature warm-up, queue.
 
-RoB with a frozen teacher needs none of it, and all of it is off by default. The base methods do.
+RoB with a frozen teacher needs none of them, so all are off by default. The base methods need them.
 
 Q target crops   B batch   K prototypes   M rows
 """
@@ -18,7 +18,7 @@ from robx.distill.recipes import Recipe
 
 
 class TargetProcessor:
-    """Turns scores into probabilities by the objective's rule, after the centre, at the step's temperature."""
+    """Turns scores into probabilities: centred, at the current temperature, by the objective's rule."""
 
     def __init__(
         self,
@@ -30,10 +30,10 @@ class TargetProcessor:
         warmup_steps: int = 0,
         queue: int = 0,
     ) -> None:
-        """Choose what is kept.
+        """Choose which parts are used.
 
         Args:
-            objective: whose rule makes the probabilities.
+            objective: turns scores into probabilities.
             centering: subtract a running mean of the scores (DINO, arXiv 2104.14294, eq. 4).
             center_momentum: of that mean.
             temperatures: first and last of a linear warm-up over `warmup_steps`; None: the objective's own.
@@ -51,7 +51,7 @@ class TargetProcessor:
 
     @classmethod
     def of(cls, recipe: Recipe, objective: Objective, *, steps_per_epoch: int) -> TargetProcessor:
-        """What `recipe` asks for."""
+        """The processor with the recipe's settings."""
         start = recipe.teacher_temperature_start
         return cls(
             objective,
@@ -64,7 +64,7 @@ class TargetProcessor:
 
     @property
     def temperature(self) -> float | None:
-        """The warm-up's temperature at this step; None when there is no warm-up."""
+        """The warm-up's temperature at this step; None without a warm-up."""
         if self.temperatures is None:
             return None
         first, last = self.temperatures
@@ -72,7 +72,7 @@ class TargetProcessor:
 
     @torch.no_grad()
     def probs(self, scores: Tensor) -> Tensor:
-        """Scores (Q, B, K) -> targets (Q, B, K), by the memory as it is; the scores then enter the memory."""
+        """Scores (Q, B, K) -> targets (Q, B, K), by the current centre and queue, which the scores then update."""
         batch = scores.shape[1]
         shaped = scores
         if self.centering:
@@ -88,7 +88,7 @@ class TargetProcessor:
 
     @torch.no_grad()
     def patch_probs(self, scores: Tensor, *, mean: Tensor | None = None) -> Tensor:
-        """Patch scores (..., K) -> targets of the same shape; `mean` (K,) of all patches moves their centre.
+        """Patch scores (..., K) -> targets of the same shape; `mean` (K,) of all patches updates their centre.
 
         iBOT, arXiv 2111.07832, keeps a centre for the patches beside that of the CLS token.
         """
@@ -99,7 +99,7 @@ class TargetProcessor:
         return self.objective.patch_probs(shaped, temperature=self.temperature)
 
     def state_dict(self) -> dict[str, Any]:
-        """The memory, for the resume file."""
+        """The state, for the checkpoint."""
         return {
             "step": self.step,
             "center": self.center,
@@ -108,7 +108,7 @@ class TargetProcessor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the memory where it was."""
+        """Restore the state."""
         self.step, self.center = state["step"], state["center"]
         self.patch_center, self.queue = state["patch_center"], state["queue"]
 

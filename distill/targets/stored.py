@@ -1,17 +1,17 @@
-"""Targets on disk: one teacher pass, then any number of students and runs without the teacher.
+"""Targets on disk: one pass of the teacher, then any number of students and runs without it.
 
 A folder of targets holds
 
-    targets.json       TargetsInfo: K, k, the images, and everything that decides the global crops
-    epoch-00000.npy    one row an image of the source, in the source's order (NumPy format 2.0, memory-mapped):
+    targets.json       TargetsInfo: K, k, the images, and everything that determines the global crops
+    epoch-00000.npy    one row per image of the source, in the source's order (NumPy format 2.0, memory-mapped):
                          columns  int32 (crops, k)      the k most probable prototypes, most probable first
                          probs    float16 or float32 (crops, k)
                          tail     float32 (crops,)      the mass of the other K - k, spread evenly when read
-    epoch-00000.json   written when the epoch is whole; without it the table is not read
+    epoch-00000.json   written when the epoch is complete; without it the table is not read
 
-A row is found by (epoch, index), so nothing depends on the order or the number of processes that wrote it, and writing
-one again changes nothing. A row of an image that no batch held is all zero. Crops are not stored: they are a function
-of (seed, epoch, index). Source of the sparse form: "marginal smoothing" of FKD, arXiv 2112.01528.
+A row is addressed by (epoch, index), so the result does not depend on the order or number of processes that wrote it,
+and writing a row twice changes nothing. The row of an image that was in no batch is all zero. Crops are not stored:
+they are a function of (seed, epoch, index). Source of the sparse form: "marginal smoothing" of FKD, arXiv 2112.01528.
 
 Q crops of a row   B batch   K prototypes   k kept
 """
@@ -30,11 +30,11 @@ from torch import Tensor, nn
 
 from robx.distill.batches.views import Targets, Views
 from robx.distill.recipes import Recipe
-from robx.errors import ArtifactError, InputError
+from robx.errors import ArtifactError, InputError, first_line
 from robx.records import from_json, to_json
 from robx.store.files import read_json
 
-# Recipe keys that decide what the teacher saw and said. Local crops and the student's side may differ.
+# Recipe keys that determine the teacher's input and output. Local crops and the student's settings may differ.
 _DECIDING = (
     *("objective", "seed", "crop_size", "global_scale", "color", "color_strength", "color_p", "gray_p", "flip_p"),
     *("teacher_temperature", "sinkhorn_iterations", "sinkhorn_epsilon", "queue", "centering"),
@@ -44,13 +44,13 @@ _WARM_UP = ("teacher_temperature_start", "teacher_temperature_epochs")
 
 @dataclass(frozen=True, kw_only=True)
 class TargetsInfo:
-    """What a folder of targets holds; it fits a run when all but `k` and `dtype` are that run's."""
+    """The contents of a folder of targets; it fits a run if everything except `k` and `dtype` is equal."""
 
     prototypes: int  # K
     images: int  # rows of a table: the length of the source
     data_fingerprint: str
     teacher_sha256: str
-    decided_by: dict[str, Any]  # the recipe's settings that the targets depend on
+    decided_by: dict[str, Any]  # the recipe settings that the targets depend on
     crops: int = 2
     k: int = 64
     dtype: Literal["float16", "float32"] = "float16"
@@ -68,10 +68,10 @@ class TargetsInfo:
         k: int = 64,
         dtype: Literal["float16", "float32"] = "float16",
     ) -> TargetsInfo:
-        """What a run of `recipe` writes, or needs."""
+        """The info of a run of `recipe`: what it writes, or needs."""
         values = to_json(recipe)
         decided_by = {name: values[name] for name in _DECIDING}
-        # Blur and solarize of the global crops alone.
+        # Only the global crops' blur and solarize.
         decided_by |= {name: values[name][:2] for name in ("blur_p", "solarize_p")}
         if recipe.augment != "pillow":  # folders of before this key hold Pillow's crops
             decided_by["augment"] = values["augment"]
@@ -92,7 +92,7 @@ class TargetsInfo:
 
     @property
     def row(self) -> np.dtype[Any]:
-        """One image's record."""
+        """The record of one image."""
         probs = "<f2" if self.dtype == "float16" else "<f4"
         return np.dtype(
             [
@@ -104,14 +104,14 @@ class TargetsInfo:
 
 
 class StoredBranch:
-    """Reads the targets that a TargetWriter wrote; there is no teacher."""
+    """Reads the targets that a TargetWriter wrote; needs no teacher."""
 
     def __init__(self, folder: Path, *, expect: TargetsInfo | None = None) -> None:
-        """Open `folder`; with `expect`, refuse targets that were made of other crops, images or another teacher.
+        """Open `folder`; with `expect`, refuse targets made from other crops, images or another teacher.
 
         Raises:
             ArtifactError: no targets there, or damaged ones.
-            InputError: they are not those of `expect`; the message names the difference.
+            InputError: they differ from `expect`; the message names the difference.
         """
         self.folder, self.info = folder, read_info(folder)
         if expect is not None:
@@ -121,61 +121,66 @@ class StoredBranch:
 
     @property
     def epochs(self) -> list[int]:
-        """The epochs that are whole."""
+        """The complete epochs."""
         return sorted(int(path.stem.removeprefix("epoch-")) for path in self.folder.glob("epoch-*.json"))
 
     def targets(self, views: Views) -> Targets:
         """The sparse targets of a batch, on the device of its crops.
 
         Raises:
-            ArtifactError: the epoch or an image of it is not stored, or is damaged.
+            ArtifactError: the epoch or an image of it is missing or damaged.
         """
         if views.epoch != self._epoch:
             self._rows, self._epoch = self._open(views.epoch), views.epoch
         index = views.index.cpu().numpy()
         if index.size and (index.min() < 0 or index.max() >= len(self._rows)):
-            raise ArtifactError(f"{self.folder} has targets of {len(self._rows)} images, none of {index.max()}")
+            raise ArtifactError(
+                f"{self.folder} has targets of {len(self._rows)} images, none of {index.max()}: store them again"
+            )
         targets, mass = unpack(self._rows[index])
         if (bad := ~(mass.sub(1).abs() < 0.02).all(dim=0)).any():
             raise ArtifactError(
-                f"{table_path(self.folder, self._epoch)} lacks image {index[bad.numpy()][0]}: write it again"
+                f"{table_path(self.folder, self._epoch)} has no valid targets of image {index[bad.numpy()][0]}: "
+                "store them again"
             )
         if targets.columns is not None and (targets.columns.min() < 0 or targets.columns.max() >= self.info.prototypes):
-            raise ArtifactError(f"{table_path(self.folder, self._epoch)} is damaged: write it again")
+            raise ArtifactError(f"{table_path(self.folder, self._epoch)} is damaged: store it again")
         return _to(targets, views.globals.device)
 
     def update(self, step: int, student: nn.Module) -> None:
         """Stored targets do not follow the student."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing is kept."""
+        """Stored targets have no state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing is kept."""
+        """Stored targets have no state."""
 
     def _open(self, epoch: int) -> NDArray[Any]:
         path = table_path(self.folder, epoch)
         if not path.with_suffix(".json").is_file():
             have = ", ".join(map(str, self.epochs)) or "none"
-            raise ArtifactError(f"{self.folder} has no targets of epoch {epoch} (whole are {have}): store more epochs")
+            raise ArtifactError(f"{self.folder} has no targets of epoch {epoch} (complete: {have}): store more epochs")
         try:
             rows: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise ArtifactError(f"{path} is damaged ({error}): write it again") from error
+            raise ArtifactError(f"{path} is damaged ({first_line(error)}): store it again") from error
         if rows.dtype != self.info.row or rows.shape != (self.info.images,):
-            raise ArtifactError(f"{path} does not hold what targets.json says: write it again")
+            raise ArtifactError(f"{path} does not match targets.json: store it again")
         return rows
 
 
 def pack(targets: Targets, info: TargetsInfo) -> NDArray[Any]:
-    """Targets of Q crops as B rows of ``info.row``: the k most probable columns, and the mass of the others."""
+    """Targets of Q crops as B rows of ``info.row``: the k most probable columns and the mass of the others."""
     probs, columns = targets.probs.detach().float(), targets.columns
     top, at = probs.topk(min(info.k, probs.shape[2]), dim=-1)
     chosen = at if columns is None else columns.gather(2, at)
     rows = np.zeros(probs.shape[1], dtype=info.row)
     if (len(probs), top.shape[2]) != rows["probs"].shape[1:]:
-        raise InputError(f"targets {tuple(top.shape)} do not fill rows of {info.crops} crops and {info.k} columns")
+        raise InputError(
+            f"targets {tuple(top.shape)} do not fit {info.crops} crops x {info.k} columns: store them in another folder"
+        )
     rows["columns"] = chosen.transpose(0, 1).cpu().numpy()
     rows["probs"] = top.transpose(0, 1).cpu().numpy()
     rows["tail"] = (1 - top.sum(dim=-1)).clamp(min=0).transpose(0, 1).cpu().numpy()
@@ -183,7 +188,7 @@ def pack(targets: Targets, info: TargetsInfo) -> NDArray[Any]:
 
 
 def unpack(rows: NDArray[Any]) -> tuple[Targets, Tensor]:
-    """B rows as sparse targets (Q, B, k) whose mass is 1, and the mass (Q, B) before that, 1 up to rounding."""
+    """B rows as sparse targets (Q, B, k) normalised to mass 1, and their stored mass (Q, B), 1 up to rounding."""
     probs = torch.from_numpy(rows["probs"].astype(np.float32)).transpose(0, 1)
     columns = torch.from_numpy(rows["columns"].astype(np.int64)).transpose(0, 1)
     tail = torch.from_numpy(np.ascontiguousarray(rows["tail"])).transpose(0, 1)
@@ -193,16 +198,16 @@ def unpack(rows: NDArray[Any]) -> tuple[Targets, Tensor]:
 
 
 def read_info(folder: Path) -> TargetsInfo:
-    """What `folder` holds.
+    """The TargetsInfo of `folder`.
 
     Raises:
-        ArtifactError: no targets there, or of a newer robx.
+        ArtifactError: no targets there, damaged ones, or written by a newer robx.
     """
     return from_json(TargetsInfo, read_json(folder / "targets.json"), where=str(folder / "targets.json"))
 
 
 def require_same(have: TargetsInfo, want: TargetsInfo, *, folder: Path, every: bool) -> None:
-    """Raise InputError, naming the difference, unless `folder` holds what is wanted (k and dtype if `every`)."""
+    """Raise InputError, naming the difference, unless `have` equals `want` (including k and dtype if `every`)."""
     ignored = () if every else ("k", "dtype")
     for field in dataclasses.fields(TargetsInfo):
         ours, theirs = getattr(have, field.name), getattr(want, field.name)
@@ -210,16 +215,16 @@ def require_same(have: TargetsInfo, want: TargetsInfo, *, folder: Path, every: b
             continue
         if field.name == "decided_by":
             differ = [key for key in theirs | ours if ours.get(key) != theirs.get(key)]
-            what = ", ".join(f"{key} = {ours.get(key)} and not {theirs.get(key)}" for key in differ)
+            what = ", ".join(f"{key} = {ours.get(key)}, not {theirs.get(key)}" for key in differ)
         else:
-            what = f"{field.name} = {ours} and not {theirs}"
+            what = f"{field.name} = {ours}, not {theirs}"
         raise InputError(
-            f"{folder} holds targets of another run ({what}): choose another folder, or that run's settings"
+            f"{folder} holds targets of another run ({what}): choose another folder, or use that run's settings"
         )
 
 
 def table_path(folder: Path, epoch: int) -> Path:
-    """The table of one epoch."""
+    """The table file of one epoch."""
     return folder / f"epoch-{epoch:05d}.npy"
 
 

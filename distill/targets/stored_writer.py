@@ -1,4 +1,4 @@
-"""Writing targets to disk as a run makes them; robx.distill.targets.stored has the format and reads it."""
+"""Writing targets to disk during a run; robx.distill.targets.stored defines the format and reads it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from robx.store.files import unwritable, write_json
 
 
 class TargetWriter:
-    """Writes epochs of targets; each process of a run has one on the same folder."""
+    """Writes epochs of targets; each process of a run has one for the same folder."""
 
     def __init__(self, folder: Path, info: TargetsInfo) -> None:
         """Start or continue `folder`.
 
         Raises:
-            InputError: it holds targets of another run, or cannot be written.
+            InputError: it holds targets of another run, or is not writable.
         """
         self.folder, self.info = folder, info
         self._file: int | None = None
@@ -41,10 +41,10 @@ class TargetWriter:
         """Store one batch's targets under (views.epoch, views.index).
 
         Raises:
-            InputError: patch targets, which are not stored, or no space left.
+            InputError: patch targets, which cannot be stored, or no space left.
         """
         if targets.patch_probs is not None:
-            raise InputError("targets of patches are not stored: set patch_weight = 0 to store RoB-iBOT's CLS targets")
+            raise InputError("patch targets cannot be stored: set patch_weight = 0 to store RoB-iBOT's CLS targets")
         if views.epoch != self._epoch:
             self.finish()
             self._open(views.epoch)
@@ -56,7 +56,7 @@ class TargetWriter:
             raise unwritable(self._table, error) from error
 
     def sync(self) -> None:
-        """Put the rows on the disk."""
+        """Flush the rows to disk."""
         if self._file is None:
             return
         try:
@@ -65,7 +65,7 @@ class TargetWriter:
             raise unwritable(self._table, error) from error
 
     def finish(self) -> None:
-        """Make the open epoch whole: all processes' rows are on disk before it is declared."""
+        """Mark the open epoch complete, after the rows of all processes are on disk."""
         if self._file is None:
             return
         self.sync()
@@ -78,7 +78,7 @@ class TargetWriter:
             write_json(self._table.with_suffix(".json"), {"epoch": self._epoch, "bytes": self._table.stat().st_size})
 
     def close(self) -> None:
-        """Let go of the open table, whole or not; a later run goes on with it."""
+        """Close the open table, complete or not; a later run can continue it."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -98,9 +98,9 @@ class TargetWriter:
         header = _header(self.info)
         self._start = len(header)
         try:
-            # Never truncated: other processes may have written their rows already, and all write the same header.
+            # Never truncated: other processes may already have written rows, and all write the same header.
             self._file = os.open(self._table, os.O_RDWR | os.O_CREAT, 0o644)
-            # Space is taken now, so that a full disk is met here and not in the last batch.
+            # Allocate now, so that a full disk is noticed here and not in the last batch.
             os.posix_fallocate(self._file, 0, len(header) + self.info.images * self.info.row.itemsize)
             os.pwrite(self._file, header, 0)
         except OSError as error:
@@ -108,7 +108,7 @@ class TargetWriter:
 
 
 class WritingBranch:
-    """A branch whose targets are stored as they are made; call ``settle`` before every checkpoint."""
+    """A branch whose targets are stored as they are computed; call ``settle`` before every checkpoint."""
 
     def __init__(self, branch: TargetBranch, writer: TargetWriter) -> None:
         self.branch, self.writer = branch, writer
@@ -120,7 +120,7 @@ class WritingBranch:
         return targets
 
     def update(self, step: int, student: nn.Module) -> None:
-        """As the wrapped branch does."""
+        """Update the wrapped branch."""
         self.branch.update(step, student)
 
     def state_dict(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class WritingBranch:
         self.branch.load_state_dict(state)
 
     def settle(self, *, epoch_done: bool) -> None:
-        """Put what was stored on the disk, and declare the epoch whole when it is."""
+        """Flush the stored targets to disk, and mark the epoch complete if it is."""
         if epoch_done:
             self.writer.finish()
         else:

@@ -1,12 +1,12 @@
-"""Readers of the published layouts: DINO, iBOT, MSN, SwAV. Files from elsewhere are data, never code.
+"""Readers of the published layouts: DINO, iBOT, MSN, SwAV. Foreign files are read as data, never run as code.
 
     DINO   {student, teacher, optimizer, epoch, args, dino_loss}      teacher: [module.]backbone.*, [module.]head.*
     iBOT   the same with ibot_loss; the backbone has masked_embed, the head last_layer2
     MSN    {target_encoder, prototypes, ...}                          target_encoder: module.*, module.fc.*
     SwAV   a state dict, flat or under state_dict: module.*, module.projection_head.*, module.prototypes.weight
 
-Pickles are read with ``weights_only`` and two kinds of class allowed beside tensors: argparse.Namespace, which DINO and
-iBOT store their options in, and the paths that a launcher left among those, read as pure ones, which open nothing.
+Pickles are read with ``weights_only`` and two kinds of class allowed besides tensors: argparse.Namespace, in which DINO
+and iBOT store their options, and paths among these options, read as pure paths, which open nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from robx.errors import ArtifactError, InputError
 
 Layout = Literal["dino", "ibot", "msn", "swav", "backbone"]
 NAMES = {"dino": "DINO", "ibot": "iBOT", "msn": "MSN", "swav": "SwAV", "backbone": "backbone-only"}
-# The largest published one, iBOT's ViT-L with both branches and the optimiser, has about 5 GB.
+# The largest published file, iBOT's ViT-L with both branches and the optimiser, has about 5 GB.
 MAX_CHECKPOINT_BYTES = 16 * 1024**3
 _ALLOWED: list[Any] = [
     argparse.Namespace,
@@ -40,28 +40,28 @@ _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 @dataclass(frozen=True)
 class PublishedTeacher:
-    """The teacher's part of a checkpoint, its keys without prefixes."""
+    """The teacher's part of a checkpoint, with prefixes removed from the keys."""
 
     layout: Layout
     trunk: dict[str, Tensor]
     head: dict[str, Tensor]
-    prototypes: Tensor | None = None  # MSN's; the other layouts hold them in the head
-    arch: str | None = None  # what the file's own options say
+    prototypes: Tensor | None = None  # MSN's; the other layouts have them in the head
+    arch: str | None = None  # from the options in the file
 
 
 def read_checkpoint(path: Path) -> Any:
-    """What a ``.pth``, ``.pth.tar``, ``.pt`` or ``.safetensors`` file holds, on the CPU; tensors may stay mapped.
+    """The contents of a ``.pth``, ``.pth.tar``, ``.pt`` or ``.safetensors`` file, on the CPU.
 
     Raises:
-        InputError: no file there, or not readable.
-        ArtifactError: too large, cut, damaged, or holding Python objects other than tensors.
+        InputError: the file does not exist or is not readable.
+        ArtifactError: too large, truncated, damaged, or containing Python objects other than tensors.
     """
     _check_size(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals(_ALLOWED):
-            # Mapping the file spares the memory of the student and the optimiser; only torch's zip format can be.
+            # Mapping keeps student and optimiser out of memory; only torch's zip format supports it.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}): check its permissions") from error
@@ -70,7 +70,7 @@ def read_checkpoint(path: Path) -> Any:
 
 
 def detect_layout(content: Any) -> Layout | None:
-    """Which published layout this is, by its keys; None when it is none."""
+    """The published layout that the keys indicate, or None."""
     if not isinstance(content, Mapping):
         return None
     keys = set(content)
@@ -86,28 +86,28 @@ def detect_layout(content: Any) -> Layout | None:
 
 
 def read_teacher(path: Path, layout: Layout, *, full: str = "") -> PublishedTeacher:
-    """The teacher in a checkpoint that is expected to have `layout`.
+    """The teacher in a checkpoint of the given `layout`.
 
     Args:
         path: the file.
-        layout: what it has to be.
-        full: the full checkpoint to get instead of a backbone-only one; ends the message that refuses one.
+        layout: the expected layout.
+        full: the full checkpoint to get instead of a backbone-only one, for the error message.
 
     Raises:
-        InputError: the file is not there.
+        InputError: the file does not exist.
         ArtifactError: damaged, of another method, or without the head that the method's loss needs.
     """
     content = read_checkpoint(path)
     found = detect_layout(content)
-    headless = f"{path} has the backbone only, without the {NAMES[layout]} head and prototypes: {_get(full)}"
+    headless = f"{path} contains only the backbone, without the {NAMES[layout]} head and prototypes: {_get(full)}"
     if found is None:
-        raise ArtifactError(f"{path} is no teacher's checkpoint (its top level is {_describe(content)}): {_get(full)}")
+        raise ArtifactError(f"{path} is not a teacher checkpoint (its top level is {_describe(content)}): {_get(full)}")
     if found == "backbone":
         raise ArtifactError(headless)
     if found != layout:
         raise ArtifactError(
-            f"{path} is a checkpoint of {NAMES[found]} and {NAMES[layout]} was expected: "
-            f"give it to --teacher {found} instead, or {_get(full)}"
+            f"{path} is in the layout of {NAMES[found]}, and {NAMES[layout]} was expected: "
+            f"use --teacher {found}, or {_get(full)}"
         )
     match layout:
         case "dino" | "ibot":
@@ -117,19 +117,19 @@ def read_teacher(path: Path, layout: Layout, *, full: str = "") -> PublishedTeac
         case "swav":
             teacher = _read_swav(content)
         case _:
-            raise InputError(f"{layout!r} is not the layout of a teacher with a head")
+            raise InputError(f"{layout!r} is not a layout with a head: choose dino, ibot, msn or swav")
     if not teacher.head:
         raise ArtifactError(headless)
     if not teacher.trunk:
-        raise ArtifactError(f"{path} has a head and no backbone: {_get(full)}")
+        raise ArtifactError(f"{path} contains a head but no backbone: {_get(full)}")
     return teacher
 
 
 def read_trunk(path: Path) -> dict[str, Tensor]:
-    """The trunk's tensors of any layout, the head left out: for a teacher whose prototypes are fitted.
+    """The trunk's tensors of any layout, without the head: for a teacher whose prototypes are fitted.
 
     Raises:
-        InputError, ArtifactError: as :func:`read_checkpoint`; or no tensors in it.
+        InputError, ArtifactError: as :func:`read_checkpoint`, or the file contains no tensors.
     """
     content = read_checkpoint(path)
     match detect_layout(content):
@@ -141,7 +141,7 @@ def read_trunk(path: Path) -> dict[str, Tensor]:
             return _read_swav(content).trunk
         case "backbone":
             return _flat(content) or {}
-    raise ArtifactError(f"{path} holds no weights (its top level is {_describe(content)}): give a state dict")
+    raise ArtifactError(f"{path} contains no weights (its top level is {_describe(content)}): give a state dict")
 
 
 def _read_dino(content: Mapping[str, Any], *, where: str) -> PublishedTeacher:
@@ -157,10 +157,10 @@ def _read_dino(content: Mapping[str, Any], *, where: str) -> PublishedTeacher:
 def _read_msn(content: Mapping[str, Any], *, where: str) -> PublishedTeacher:
     trunk, head = _split(_strip(_tensors(content["target_encoder"], where=where)), "fc.")
     prototypes = content.get("prototypes")
-    if isinstance(prototypes, Mapping):  # a training checkpoint may hold a module's state
+    if isinstance(prototypes, Mapping):  # a training checkpoint may contain a module's state
         prototypes = next((value for value in prototypes.values() if isinstance(value, Tensor)), None)
     if not isinstance(prototypes, Tensor):
-        raise ArtifactError(f"{where} has no prototypes beside its target_encoder: give MSN's own file")
+        raise ArtifactError(f"{where} has no prototypes besides its target_encoder: give the file that MSN published")
     return PublishedTeacher("msn", trunk, head, prototypes=prototypes, arch=_arch(content))
 
 
@@ -172,7 +172,7 @@ def _read_swav(content: Mapping[str, Any]) -> PublishedTeacher:
 
 
 def _arch(content: Mapping[str, Any]) -> str | None:
-    """The network's name in the file's own options, where it has any."""
+    """The network's name in the options of the file, if any."""
     args = content.get("args")
     options = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
     arch = options.get("arch")
@@ -180,7 +180,7 @@ def _arch(content: Mapping[str, Any]) -> str | None:
 
 
 def _flat(content: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """A state dict without prefixes, also one level down under ``state_dict`` or ``model``; None when it is none."""
+    """A state dict without prefixes, also below ``state_dict`` or ``model``; None if there is none."""
     for inner in (content.get("state_dict"), content.get("model"), content):
         if _is_state(inner) and inner:
             return _strip(dict(inner))
@@ -192,7 +192,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys without what wrappers put before them, such as DistributedDataParallel's ``module.``."""
+    """The state dict without the prefixes of wrappers, such as DistributedDataParallel's ``module.``."""
     out = dict(state)
     for prefix in (*_PREFIXES, "backbone."):
         while out and all(key.startswith(prefix) for key in out):
@@ -209,7 +209,7 @@ def _tensors(state: Any, *, where: str) -> dict[str, Tensor]:
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not _is_state(state):
-        raise ArtifactError(f"{where}: the teacher's part is no state dict: it is another kind of file")
+        raise ArtifactError(f"{where}: the teacher part is not a state dict: give the full checkpoint")
     return dict(state)
 
 
@@ -219,23 +219,25 @@ def _check_size(path: Path) -> None:
     size = path.stat().st_size
     if zipfile.is_zipfile(path):
         try:
-            with zipfile.ZipFile(path) as archive:  # a small archive may unpack to anything
+            with zipfile.ZipFile(path) as archive:  # a small archive may unpack to any size
                 size = max(size, sum(member.file_size for member in archive.infolist()))
-        except Exception as error:  # BadZipFile, and whatever else a damaged directory leads to
+        except Exception as error:  # BadZipFile and other types, for a damaged directory
             raise ArtifactError(_refusal(path, error)) from error
     if size > MAX_CHECKPOINT_BYTES:
-        raise ArtifactError(f"{path} unpacks to {size / 1e9:.0f} GB: larger than any teacher's checkpoint")
+        raise ArtifactError(
+            f"{path} unpacks to {size / 1e9:.0f} GB, more than any teacher checkpoint: give another file"
+        )
 
 
 def _refusal(path: Path, error: Exception) -> str:
     text = str(error)
     if match := re.search(r"(?:GLOBAL|class) (\w+\.[\w.]*\w)", text):
         return (
-            f"{path} holds Python objects ({match.group(1)}), which robx never loads, for they can run code: "
-            "save its tensors alone, or get the published file"
+            f"{path} contains Python objects ({match.group(1)}), which robx never loads because they can run code: "
+            "save only its tensors, or get the published file"
         )
     first = text.strip().splitlines()[0][:120] if text.strip() else type(error).__name__
-    return f"{path} is cut, damaged or no PyTorch file ({first}): get it again"
+    return f"{path} is truncated, damaged or not a PyTorch file ({first}): get it again"
 
 
 def _describe(content: Any) -> str:

@@ -1,7 +1,7 @@
-"""Downloading a file once: progress, resume, SHA-256, and a cache whose files are whole or not there.
+"""Downloading a file once: progress, resume, SHA-256, and a cache without incomplete files.
 
-While it runs the bytes are in ``NAME.part``; a later run goes on from there when the server still has the same file.
-Beside a finished file ``NAME.sha256`` holds its hash, so that a file that changed is noticed.
+During the download the bytes are in ``NAME.part``; a later run resumes it if the server still has the same file.
+Next to a finished file, ``NAME.sha256`` holds its hash, so that a changed file is noticed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from robx.errors import ArtifactError, InputError
 from robx.progress import Progress
 from robx.store.files import require_space, sha256_file, unwritable, write_atomically, write_text
-from robx.store.folders import wait_for
+from robx.store.locks import wait_for
 
 MAX_DOWNLOAD_BYTES = 16 * 1024**3
 _CHUNK = 1024 * 1024
@@ -37,18 +37,18 @@ def fetch(
     hint: str = "",
     progress: Progress | None = None,
 ) -> Path:
-    """The file of `url`, from `folder` or downloaded into it now.
+    """The file at `url`: from `folder`, or downloaded into it now.
 
     Args:
         url: http or https.
-        folder: made if need be; other processes that want the same file wait.
-        name: of the file; by default the last part of the URL.
-        sha256: what the file must have; "" trusts the first download and holds later ones to it.
-        hint: what to do without a network; ends the message.
-        progress: called with (bytes so far, bytes in all or 0, name).
+        folder: created if necessary; other processes that need the same file wait.
+        name: file name; by default the last part of the URL.
+        sha256: expected hash; "" trusts the first download and compares later ones with it.
+        hint: what to do without a network; the end of the message.
+        progress: called with (bytes so far, total bytes or 0, name).
 
     Raises:
-        InputError: no network, no such file, no space, or a connection that broke three times.
+        InputError: no network, no such file, no space, or the connection broke three times.
         ArtifactError: the file's hash is not `sha256`, or the cached file changed.
     """
     name = name or urlsplit(url).path.rsplit("/", 1)[-1]
@@ -67,7 +67,7 @@ def fetch(
 
 
 def _download(url: str, part: Path, *, name: str, progress: Progress | None) -> None:
-    """Fill `part`, from where it ends if the server's file is still the one that it began with."""
+    """Fill `part`, resuming at its end if the server still has the same file."""
     tag_file = part.with_name(f"{part.name}.tag")
     tag = tag_file.read_text(errors="replace") if tag_file.is_file() else ""
     have = part.stat().st_size if part.is_file() and tag else 0
@@ -81,13 +81,15 @@ def _download(url: str, part: Path, *, name: str, progress: Progress | None) -> 
         if error.code != 416 or not have:
             raise
         with contextlib.suppress(OSError):
-            part.unlink()  # longer than the file is: begin again
+            part.unlink()  # longer than the file: start again
         raise http.client.HTTPException("the partial file was too long") from error
     with response:
         have = have if response.status == 206 and _starts_at(response, have) else 0
         total = have + int(response.headers.get("Content-Length") or 0)
         if total > MAX_DOWNLOAD_BYTES:
-            raise ArtifactError(f"{url} has {total / 1e9:.0f} GB: no teacher's checkpoint")
+            raise ArtifactError(
+                f"{url} has {total / 1e9:.0f} GB, more than any teacher checkpoint: give --teacher-weights FILE"
+            )
         require_space(part.parent, total - have)
         write_text(tag_file, response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
         _copy(response, part, have, total, name=name, progress=progress)
@@ -106,7 +108,7 @@ def _copy(response: Any, part: Path, have: int, total: int, *, name: str, progre
                 raise unwritable(part, error) from error
             have += len(chunk)
             if have > MAX_DOWNLOAD_BYTES:
-                raise ArtifactError(f"{name} is larger than {MAX_DOWNLOAD_BYTES} bytes: no teacher's checkpoint")
+                raise ArtifactError(f"{name} is larger than any teacher checkpoint: give --teacher-weights FILE")
             if progress is not None:
                 progress(have, total, name)
     if total and have < total:
@@ -119,7 +121,7 @@ def _finish(part: Path, path: Path, sha256: str, *, url: str) -> Path:
         part.unlink()
         raise ArtifactError(
             f"{url} is not the file that was expected (SHA-256 {found[:16]}…, not {sha256[:16]}…): "
-            "it was changed on its way or at its host; do not use it"
+            "it was changed in transit or on its host; do not use it"
         )
     write_text(path.with_name(f"{path.name}.sha256"), found)
     write_atomically(path, lambda temporary: _same(part, temporary))
@@ -129,8 +131,9 @@ def _finish(part: Path, path: Path, sha256: str, *, url: str) -> Path:
 
 
 def _same(part: Path, path: Path) -> None:
-    """Give the bytes a second name: what took an hour to fetch is copied only where a file has one name alone."""
+    """Hard-link the finished file, or copy it where the file system has no hard links."""
     try:
+        path.unlink(missing_ok=True)
         os.link(part, path)
     except OSError:
         shutil.copyfile(part, path)
@@ -140,7 +143,9 @@ def _verified(path: Path, sha256: str) -> Path:
     recorded = path.with_name(f"{path.name}.sha256")
     expected = sha256 or (recorded.read_text(errors="replace").strip() if recorded.is_file() else "")
     if expected and sha256_file(path) != expected:
-        raise ArtifactError(f"{path} is not the file that was downloaded (its SHA-256 differs): delete it, run again")
+        raise ArtifactError(
+            f"{path} has changed since it was downloaded (its SHA-256 differs): delete it and run again"
+        )
     return path
 
 
@@ -150,14 +155,14 @@ def _starts_at(response: Any, have: int) -> bool:
 
 
 def _give_up(url: str, error: Exception, *, last: bool, hint: str) -> None:
-    """Raise when another attempt would not help; return to try again."""
+    """Raise if another attempt would not help; return to try again."""
     if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-        raise InputError(f"{url} cannot be had (HTTP {error.code} {error.reason}){_then(hint)}") from error
+        raise InputError(f"{url} cannot be downloaded (HTTP {error.code} {error.reason}){_then(hint)}") from error
     offline = isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError)
     if not (offline or last):
         return
     why = getattr(error, "reason", None) or error
-    again = "" if offline else "; run the same command again to go on from there"
+    again = "" if offline else "; run the same command again to resume"
     raise InputError(f"{url} cannot be downloaded ({why}){again}{_then(hint)}") from error
 
 

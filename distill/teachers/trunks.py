@@ -1,6 +1,6 @@
-"""Trunks as they were published: what a state dict says of its network, and that network built.
+"""Published trunks: the architecture inferred from a state dict, and the network built from it.
 
-The shapes of the tensors decide; nothing is taken from a file's name.
+Only the shapes of the tensors count, never the name of the file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BASIC_RESNETS = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
 
 @dataclass(frozen=True)
 class VitTrunk:
-    """A plain vision transformer that answers with its CLS token; LayerNorm eps 1e-6, head dimension 64."""
+    """A plain vision transformer with its CLS token as the output; LayerNorm eps 1e-6, head dimension 64."""
 
     width: int
     depth: int
@@ -35,7 +35,7 @@ class VitTrunk:
     hidden: int = 0  # of the MLP; 0 means 4 x width
 
     def __str__(self) -> str:
-        """As an error message names it."""
+        """The description in error messages."""
         return f"a ViT {self.width} wide, {self.depth} deep, patch {self.patch}"
 
 
@@ -47,34 +47,34 @@ class ResNetTrunk:
     depths: tuple[int, ...] = (3, 4, 6, 3)
 
     def __str__(self) -> str:
-        """As an error message names it."""
+        """The description in error messages."""
         return f"a ResNet of {sum(self.depths)} bottlenecks with a stem of {self.stem} channels"
 
 
 @dataclass(frozen=True)
 class SwinTrunk:
-    """A Swin transformer that answers with the mean of its last stage's tokens."""
+    """A Swin transformer with the mean of its last stage's tokens as the output."""
 
     width: int = 96
     depths: tuple[int, ...] = (2, 2, 6, 2)
     heads: tuple[int, ...] = (3, 6, 12, 24)
     window: int = 7
     patch: int = 4
-    always_partition: bool = False  # the last stage keeps the full window although its map is smaller
+    always_partition: bool = False  # the last stage keeps the full window although its feature map is smaller
 
     def __str__(self) -> str:
-        """As an error message names it."""
+        """The description in error messages."""
         return f"a Swin {self.width} wide, {sum(self.depths)} deep, window {self.window}"
 
 
 @dataclass(frozen=True)
 class TimmTrunk:
-    """Whatever timm builds under this name."""
+    """The model that timm builds under this name."""
 
     name: str
 
     def __str__(self) -> str:
-        """As an error message names it."""
+        """The description in error messages."""
         return f"timm's {self.name}"
 
 
@@ -82,22 +82,22 @@ TrunkSpec = VitTrunk | ResNetTrunk | SwinTrunk | TimmTrunk
 
 
 def infer_trunk(state: State, *, arch: str | None, where: str) -> TrunkSpec:
-    """The network that a trunk's state dict belongs to.
+    """The architecture of a trunk's state dict.
 
     Args:
-        state: tensors without prefixes and without the head's.
-        arch: what the file itself says it is; believed only where timm knows it.
-        where: the file, for the message.
+        state: tensors without prefixes and without the head.
+        arch: the architecture named in the file; used only if timm knows it.
+        where: the file, for error messages.
 
     Raises:
-        ArtifactError: a network that is none of these.
+        ArtifactError: an unknown architecture.
     """
     if arch is not None and timm.is_model(arch):
         return TimmTrunk(arch)
     try:
         return _infer(state, where=where)
-    except (KeyError, IndexError) as error:  # a tensor that is not there, or has fewer axes
-        raise ArtifactError(f"{where} holds a trunk that is cut or damaged ({error}): get it again") from error
+    except (KeyError, IndexError) as error:  # a tensor is missing or has fewer axes
+        raise ArtifactError(f"{where} contains a truncated or damaged trunk ({error}): get it again") from error
 
 
 def _infer(state: State, *, where: str) -> TrunkSpec:
@@ -113,7 +113,9 @@ def _infer(state: State, *, where: str) -> TrunkSpec:
     if "layers.0.blocks.0.attn.relative_position_bias_table" in state:
         return _infer_swin(state)
     first = next(iter(state), "nothing")
-    raise ArtifactError(f"{where} holds a trunk that is no ViT, ResNet or Swin (first key: {first}): check the file")
+    raise ArtifactError(
+        f"{where} contains a trunk that is not a ViT, ResNet or Swin (first key: {first}): check the file"
+    )
 
 
 def build_published_trunk(spec: TrunkSpec) -> nn.Module:
@@ -153,9 +155,9 @@ def load_trunk_state(trunk: nn.Module, state: State, *, where: str) -> None:
     """Copy a published state dict into `trunk`, every key of it.
 
     Raises:
-        ArtifactError: a tensor is missing, too many, or of another shape; the message names the first.
+        ArtifactError: a tensor is missing, unknown, or of another shape; the message names the first.
     """
-    # iBOT's mask token serves the student's masked crops alone: a teacher is never masked.
+    # iBOT's mask token is only used for masked student crops; a teacher's input is never masked.
     tensors = {key: value for key, value in state.items() if key != "masked_embed"}
     if isinstance(trunk, SwinTransformer):
         tensors = checkpoint_filter_fn(tensors, trunk)
@@ -163,7 +165,7 @@ def load_trunk_state(trunk: nn.Module, state: State, *, where: str) -> None:
 
 
 def load_strictly(module: nn.Module, tensors: State, *, where: str) -> None:
-    """``load_state_dict`` whose refusal is one line with the first offending key.
+    """``load_state_dict`` with a one-line error that names the first offending key.
 
     Raises:
         ArtifactError: the tensors do not fit.
@@ -172,29 +174,31 @@ def load_strictly(module: nn.Module, tensors: State, *, where: str) -> None:
     for key, value in tensors.items():
         if key in want and want[key].shape != value.shape:
             shapes = f"{tuple(value.shape)} and {tuple(want[key].shape)} was expected"
-            raise ArtifactError(f"{where} does not fit: {key} is {shapes}; check that it is the teacher's file")
+            raise ArtifactError(f"{where} does not fit: {key} is {shapes}; check that it is the right file")
     counters = {key for key in want if key.endswith("num_batches_tracked")}
     if missing := [key for key in want if key not in tensors and key not in counters]:
-        raise ArtifactError(f"{where} lacks {missing[0]} ({len(missing)} tensors in all): it is cut, or another file")
+        raise ArtifactError(f"{where} lacks {missing[0]} ({len(missing)} tensors in total): get the complete file")
     if extra := [key for key in tensors if key not in want]:
-        raise ArtifactError(f"{where} has {extra[0]}, which the network lacks ({len(extra)} in all): another file?")
+        raise ArtifactError(
+            f"{where} has {extra[0]}, which is unknown ({len(extra)} in total): check that it is the right file"
+        )
     module.load_state_dict(dict(tensors), strict=False)
 
 
 def trunk_width(trunk: nn.Module) -> int:
-    """D, the width of what the trunk answers."""
+    """D, the width of the trunk's output."""
     return trunk.num_features if isinstance(trunk, WideResNet) else embedding_width(trunk)
 
 
 def patch_size_of(trunk: nn.Module) -> int | None:
-    """Pixels a side of one token of the grid, or None for a network without tokens."""
+    """Side of one patch token in pixels, or None for a network without tokens."""
     if isinstance(trunk, SwinTransformer):
         return _patch(trunk) << (len(trunk.layers) - 1)
     return _patch(trunk) or None
 
 
 def has_tokens(trunk: nn.Module) -> bool:
-    """Whether :func:`tokens` knows the trunk."""
+    """Whether :func:`tokens` supports the trunk."""
     return isinstance(trunk, VisionTransformer | SwinTransformer)
 
 
@@ -206,7 +210,7 @@ def tokens(trunk: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(trunk, SwinTransformer):
         x = trunk.forward_features(pixels).flatten(1, 2)
         return x.mean(dim=1), x
-    raise ArtifactError(f"{type(trunk).__name__} has no patch tokens: an iBOT teacher is a ViT or a Swin")
+    raise ArtifactError(f"{type(trunk).__name__} has no patch tokens: use a ViT or Swin as an iBOT teacher")
 
 
 def _patch(trunk: nn.Module) -> int:
@@ -220,11 +224,11 @@ def _infer_vit(state: State, where: str) -> VitTrunk:
     places = state["pos_embed"].shape[1] - 1
     grid = math.isqrt(places)
     if grid * grid != places:
-        raise ArtifactError(f"{where} has {places} position embeddings, which make no square: check the file")
+        raise ArtifactError(f"{where} has {places} position embeddings, which is not a square grid: check the file")
     if width > 64 and width % 64:
         raise ArtifactError(
-            f"{where} holds a ViT {width} wide, which is no whole number of heads of 64: its heads "
-            "cannot be told from the file"
+            f"{where} contains a ViT {width} wide, which is not a multiple of 64: its number of heads is unknown, "
+            "use another file"
         )
     return VitTrunk(width, depth, patch, grid, state["blocks.0.mlp.fc1.weight"].shape[0])
 

@@ -1,7 +1,7 @@
-"""ResNets of bottleneck blocks whose every layer is widened, as SwAV's RN50-w2, -w4 and -w5 are.
+"""Bottleneck ResNets in which every layer is widened, such as SwAV's RN50-w2, -w4 and -w5.
 
 They are not torchvision's or timm's ``wide_resnet50_2``, which widens the inner convolution only. The parameter names
-are torchvision's, so a published state dict loads as it is.
+are torchvision's, so a published state dict loads unchanged.
 
 He et al., "Deep Residual Learning", arXiv 1512.03385, with the stride in the 3 x 3 convolution; widths: Caron et al.,
 "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", arXiv 2006.09882, section 4.

@@ -1,4 +1,4 @@
-"""What tells a run that learns from one that is wasted: collapse, and numbers that are no longer numbers.
+"""Detecting failed runs: collapse of the embeddings, and losses or gradients that are not finite.
 
 N images   D width
 """
@@ -13,23 +13,23 @@ from torch import Tensor, nn
 
 from robx.errors import RobxError
 
-# Below these a representation has collapsed: 1 and D are those of features without any structure.
+# Below these values a representation has collapsed; features without structure have std 1 and rank D.
 MIN_STD = 0.02
 MIN_RANK = 2.0
-UNIFORM = 0.98  # share of the largest entropy, log K, above which targets say nothing
+UNIFORM = 0.98  # fraction of the maximum entropy, log K, above which targets carry no information
 
 
 class NotFinite(RobxError):
-    """A loss or a gradient is NaN or infinite; nothing of that step is kept."""
+    """A loss or a gradient is NaN or infinite; the step is discarded."""
 
 
 @torch.no_grad()
 def embedding_health(trunk: nn.Module, pixels: Tensor) -> dict[str, float]:
-    """Spread of the trunk's embeddings of `pixels` (N, 3, H, W), N > 1, in eval mode; its running statistics stay.
+    """Spread of the trunk's embeddings of `pixels` (N, 3, H, W), N > 1, in eval mode; its state is unchanged.
 
     Returns:
         embedding_std: mean over dimensions of the standard deviation of L2-normalised embeddings, times sqrt(D): near 1
-            without structure, 0 when all images give the same (Chen & He 2021, arXiv 2011.10566, section 4.1).
+            without structure, 0 if all images give the same (Chen & He 2021, arXiv 2011.10566, section 4.1).
         embedding_rank: exp of the entropy of the normalised singular values of the centred embeddings (RankMe, Garrido
             et al. 2023, arXiv 2210.02885): the number of dimensions in use, at most min(N, D).
     """
@@ -51,35 +51,35 @@ def spread(features: Tensor) -> dict[str, float]:
 
 
 def warnings(health: Mapping[str, float], *, prototypes: int | None = None) -> list[str]:
-    """What is wrong with a run that shows these figures, in words; empty when nothing is.
+    """Warnings about a run with these metrics; empty if there are none.
 
-    With `prototypes`, K, targets that are all but uniform over them are wrong too; supervised KD's are soft by design.
+    With `prototypes`, K, nearly uniform targets are reported too; those of supervised KD are soft by design.
     """
     found = []
     if health.get("embedding_std", 1.0) < MIN_STD or health.get("embedding_rank", MIN_RANK + 1) < MIN_RANK:
         found.append(
-            f"the student has collapsed: its embeddings' std is {health['embedding_std']:.4f} and their rank "
+            f"the student has collapsed: its embeddings have std {health['embedding_std']:.4f} and rank "
             f"{health['embedding_rank']:.1f}; lower --lr"
         )
     if health.get("target_use", 2.0) < 1.1:
-        found.append("the targets use one prototype for all images: another teacher or a higher teacher_temperature")
+        found.append("the targets use one prototype for all images; change the teacher or raise teacher_temperature")
     if prototypes and health.get("target_entropy", 0.0) > UNIFORM * math.log(prototypes):
         found.append(
-            f"the targets are all but uniform, entropy {health['target_entropy']:.2f} of at most "
-            f"{math.log(prototypes):.2f}: they teach nothing; lower teacher_temperature, or take a teacher whose head "
-            "has learnt"
+            f"the targets are nearly uniform, entropy {health['target_entropy']:.2f} of at most "
+            f"{math.log(prototypes):.2f}, and carry no information; lower teacher_temperature, or use a teacher with "
+            "a trained head"
         )
     if health.get("student_use", 2.0) < 1.02 and health.get("target_use", 2.0) > 2:
-        found.append("the student gives all images the same prototype: lower --lr, or a longer warm-up")
+        found.append("the student assigns all images to the same prototype; lower --lr, or lengthen the warm-up")
     return found
 
 
 def require_finite(name: str, value: Tensor, *, step: int, images: Sequence[str]) -> None:
-    """Raise NotFinite, naming the images of the batch, when a loss or a gradient's norm is not finite."""
+    """Raise NotFinite, naming the images of the batch, if a loss or a gradient norm is not finite."""
     if bool(torch.isfinite(value).all()):
         return
     shown = ", ".join(images[:8]) + (f" and {len(images) - 8} more" if len(images) > 8 else "")
     raise NotFinite(
-        f"the {name} is {float(value):g} at step {step}; its images are {shown}. Nothing of this step was saved: "
-        "lower --lr, give --precision fp32, or remove the image at fault, and run the same command to resume"
+        f"the {name} is {float(value):g} at step {step}; its images are {shown}. This step was not saved: "
+        "lower --lr, give --precision fp32, or remove the faulty image, then run the same command to resume"
     )

@@ -1,13 +1,12 @@
-"""What a run will cost, before it starts: counted and measured on networks with random weights.
+"""What a run will cost, estimated before it starts with networks of random weights.
 
-Counted: parameters, floating-point operations an image (forward, and backward of the students), bytes that backward
-keeps. Measured, briefly, on this machine: the speed bound of a step, and crops a second of one loader worker.
+Counted: parameters, floating-point operations per image (forward, and backward of the students), and bytes kept for
+the backward pass. Measured briefly on this machine: the speed bound of a step, and the crops per second of one worker.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +17,17 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from robx.distill.batches.loader import CropDataset, collate, epoch_order, steps_per_epoch
 from robx.distill.batches.views import Targets, Views
 from robx.distill.recipes import Recipe
-from robx.distill.targets.build import StoredTeacher
+from robx.distill.targets.build import open_targets
 from robx.distill.teachers.frozen_heads import PrototypeHead
 from robx.distill.teachers.prototypes import images_to_fit, require_images
 from robx.distill.teachers.teacher import Teacher
 from robx.distill.training.learner import Learner, autocast
-from robx.distill.training.networks import Initial, build_networks
-from robx.distill.training.processes import Processes
+from robx.distill.training.networks import Networks, build_networks
+from robx.distill.training.processes import Processes, pick_device
+from robx.distill.training.run import RunSpec, check_spec
 from robx.distill.training.speed import SpeedBound, measure_bound
-from robx.images.sources import ImageSource
 
-# A CUDA context, cuDNN's and cuBLAS's workspaces, and what the allocator cannot use: an estimate.
+# CUDA context, workspaces of cuDNN and cuBLAS, and allocator fragmentation: an estimate.
 _CUDA_BYTES = 1.2e9
 _USABLE = 0.92
 _MEASURED_IMAGES = 16
@@ -40,7 +39,7 @@ class NetworkCost:
 
     name: str
     params: int
-    flops_per_image: float  # all its crops of an image; of a student forward and backward
+    flops_per_image: float  # over all crops of an image; forward and backward for a student
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,94 +50,68 @@ class RunCost:
     epochs: int
     steps: int
     batch_size: int
-    device: str  # that the speeds were measured on
+    device: str  # on which the speeds were measured
     teacher: NetworkCost | None
     students: tuple[NetworkCost, ...]
-    fixed_bytes: int  # weights, gradients, optimiser's state: whatever the batch
-    image_bytes: int  # that one image adds: its crops, what backward keeps, its targets
-    teacher_images_per_s: float | None  # None: the targets are the student's own scores
+    fixed_bytes: int  # weights, gradients and optimiser state, at any batch size
+    image_bytes: int  # per image: its crops, activations kept for backward, and targets
+    teacher_images_per_s: float | None  # None: the student's own scores are the targets
     student_images_per_s: float
     bound_images_per_s: float
     loader_images_per_s: float  # of one worker
-    hours: float  # of one process at the bound and the loader's speed, fitting prototypes included
+    hours: float  # of one process at these speeds, fitting of prototypes included
     gpu_memory_gb: float | None = None
-    gpu_batch: int | None = None  # the largest micro-batch, estimated, that a GPU of that memory takes
+    gpu_batch: int | None = None  # estimated largest micro-batch that fits into that memory
 
     @property
     def batch_bytes(self) -> int:
-        """What a micro-batch of the recipe's size takes, in all."""
+        """Total memory of a micro-batch of the recipe's size."""
         return self.fixed_bytes + self.image_bytes * self.batch_size
 
     def lines(self, batch_size: int) -> list[str]:
-        """It in words, but for the networks; `batch_size` is the recipe's, of all micro-batches."""
-        per_image = f"{self.image_bytes / 1e6:.1f} MB an image"
+        """The estimate in sentences, without the networks; `batch_size` is the recipe's, over all micro-batches."""
+        per_image = f"{self.image_bytes / 1e6:.1f} MB per image"
         found = [
             f"{self.images} images x {self.epochs} epochs, batch {batch_size}: {self.steps} steps",
             f"memory: {self.fixed_bytes / 1e9:.2f} GB fixed + {per_image} = {self.batch_bytes / 1e9:.2f} GB "
             f"at a micro-batch of {self.batch_size}",
-            f"measured on {self.device}: bound {self.bound_images_per_s:.1f} images/s "
+            f"measured on {self.device}: speed bound {self.bound_images_per_s:.1f} images/s "
             f"({SpeedBound(self.teacher_images_per_s, self.student_images_per_s).parts}); "
             f"one loader worker {self.loader_images_per_s:.1f} images/s",
-            f"with the loader, and one process, the run takes {self.hours:.2f} hours",
+            f"estimated run time on one process, including data loading: {self.hours:.2f} hours",
         ]
         if self.gpu_batch is not None:
-            fits = f"a micro-batch of about {self.gpu_batch}" if self.gpu_batch else "no batch at all"
-            found.append(f"a GPU of {self.gpu_memory_gb:g} GB takes {fits} (estimated)")
+            fits = f"a micro-batch of about {self.gpu_batch}" if self.gpu_batch else "not even a micro-batch of 1"
+            found.append(f"estimated to fit on a GPU with {self.gpu_memory_gb:g} GB: {fits}")
         return found
 
 
-def dry_run(
-    recipe: Recipe,
-    *,
-    students: Sequence[str],
-    source: ImageSource,
-    teacher: Teacher | None = None,
-    stored: StoredTeacher | None = None,
-    init: Initial | None = None,
-    device: torch.device | None = None,
-    workers: int = 1,
-    gpu_memory: float | None = None,
-) -> RunCost:
+def dry_run(spec: RunSpec, *, gpu_memory: float | None = None) -> RunCost:
     """Count and measure; nothing is written.
 
     Args:
-        recipe: of the run.
-        students: timm names.
-        source: the images; a few are read.
-        teacher: with any weights; None for a base method or stored targets.
-        stored: targets in the teacher's place.
-        init: weights that the students start from.
-        device: where to measure; the CPU by default.
-        workers: loader processes of the run.
-        gpu_memory: of a GPU, in GB, to find the batch for.
+        spec: the run; its teacher may have random weights, and a few of its images are read.
+        gpu_memory: GB of a GPU to estimate the largest micro-batch for.
 
     Raises:
         InputError: settings that do not fit.
     """
-    fitted = 0  # images that the teacher's prototypes are fitted to first
-    if teacher is not None and isinstance(teacher.head, PrototypeHead) and teacher.head.mean is not None:
-        require_images(source, teacher.num_prototypes)
-        fitted = images_to_fit(len(source), prototypes=teacher.num_prototypes, width=teacher.width)
-    place = Processes(0, 1, device or torch.device("cpu"))
+    recipe, source, options = spec.recipe, spec.source, spec.options
+    place = Processes(0, 1, pick_device(options.device))
+    fitted = _images_to_fit(spec)
     per_epoch = steps_per_epoch(len(source), recipe.batch_size)
     steps = per_epoch * recipe.epochs
     networks = build_networks(
         recipe,
-        students,
-        teacher=teacher,
-        stored=stored,
+        spec.students,
+        teacher=spec.teacher,
+        stored=None if spec.targets is None else open_targets(spec.targets, recipe, source),
         processes=place,
         steps=steps,
         steps_per_epoch=per_epoch,
-        init=init,
+        init=check_spec(spec),
     )
-    micro = min(recipe.batch_size // recipe.accumulate, _MEASURED_IMAGES, len(source))
-    dataset = CropDataset(source, recipe, mask_grid=networks.mask_grid, corrupt_budget=1.0)
-    started = time.perf_counter()
-    order = epoch_order(len(source), seed=recipe.seed, epoch=0)  # stored targets lack what the last batch leaves out
-    batch = collate([dataset[0, int(index)] for index in order[: max(2, micro)]])
-    loader_speed = len(batch.index) / (time.perf_counter() - started)
-    views = batch.views(place.device)
+    views, loader_speed = _first_views(spec, networks, place.device)
 
     def targets_of(views: Views) -> list[Targets | None]:
         shared = networks.branch.targets(views) if networks.branch is not None else None
@@ -150,14 +123,14 @@ def dry_run(
     for learner, target in zip(networks.learners, targets, strict=True):
         cost, bytes_kept = _learner_cost(learner, views, target)
         costs.append(cost)
-        kept = max(kept, bytes_kept)  # one student's at a time
+        kept = max(kept, bytes_kept)  # the students are trained one after another
     images = views.globals.shape[1]
     image_bytes = (kept + _bytes(views) + sum(_bytes(target) for target in targets if target is not None)) // images
-    fixed = sum(_fixed_bytes(learner) for learner in networks.learners) + _weight_bytes(teacher)
-    loaders = loader_speed * max(1, workers)
-    # On a CPU the loader takes its time from the cores that compute.
-    alone = place.device.type == "cpu"
-    rate = 1 / (1 / bound.images_per_s + 1 / loaders) if alone else min(bound.images_per_s, loaders)
+    fixed = sum(_fixed_bytes(learner) for learner in networks.learners) + _weight_bytes(spec.teacher)
+    loaders = loader_speed * max(1, options.workers)
+    # On a CPU, data loading takes time from the cores that compute.
+    shared = place.device.type == "cpu"
+    rate = 1 / (1 / bound.images_per_s + 1 / loaders) if shared else min(bound.images_per_s, loaders)
     fitting = fitted / bound.teacher if bound.teacher else 0.0
     return RunCost(
         images=len(source),
@@ -165,7 +138,7 @@ def dry_run(
         steps=steps,
         batch_size=recipe.batch_size // recipe.accumulate,
         device=str(place.device),
-        teacher=None if teacher is None else _teacher_cost(teacher, views, recipe),
+        teacher=None if spec.teacher is None else _teacher_cost(spec.teacher, views, recipe),
         students=tuple(costs),
         fixed_bytes=fixed,
         image_bytes=image_bytes,
@@ -179,14 +152,34 @@ def dry_run(
     )
 
 
+def _images_to_fit(spec: RunSpec) -> int:
+    """Images that the teacher's prototypes are fitted to before the first step; 0 if they are not fitted."""
+    teacher = spec.teacher
+    if teacher is None or not isinstance(teacher.head, PrototypeHead) or teacher.head.mean is None:
+        return 0
+    require_images(spec.source, teacher.num_prototypes)
+    return images_to_fit(len(spec.source), prototypes=teacher.num_prototypes, width=teacher.width)
+
+
+def _first_views(spec: RunSpec, networks: Networks, device: torch.device) -> tuple[Views, float]:
+    """Crops of a few images of the first epoch, and how many images per second one loader worker crops."""
+    recipe, source = spec.recipe, spec.source
+    count = min(recipe.batch_size // recipe.accumulate, _MEASURED_IMAGES, len(source))
+    dataset = CropDataset(source, recipe, mask_grid=networks.mask_grid, corrupt_budget=1.0)
+    started = time.perf_counter()
+    order = epoch_order(len(source), seed=recipe.seed, epoch=0)  # stored targets lack the images of the last batch
+    batch = collate([dataset[0, int(index)] for index in order[: max(2, count)]])
+    return batch.views(device), len(batch.index) / (time.perf_counter() - started)
+
+
 def _largest_batch(gigabytes: float, *, fixed: int, image: int) -> int:
-    """Images that fit; 0 when the networks alone do not."""
+    """Images that fit; 0 if the networks alone do not."""
     free = gigabytes * 1e9 * _USABLE - _CUDA_BYTES - fixed
     return max(0, int(free / max(1, image)))
 
 
 def _learner_cost(learner: Learner, views: Views, targets: Targets | None) -> tuple[NetworkCost, int]:
-    """A student's cost, and the bytes that the backward of this micro-batch keeps."""
+    """A student's cost, and the bytes that autograd saves for the backward of this micro-batch."""
     parameters = {parameter.data_ptr() for parameter in learner.net.parameters()}
     kept: dict[int, int] = {}
 
@@ -204,7 +197,7 @@ def _learner_cost(learner: Learner, views: Views, targets: Targets | None) -> tu
 
 
 def _flop_counter() -> FlopCounterMode:
-    """With the CPU's fused attention too, which torch does not count."""
+    """A FLOP counter that includes the CPU's fused attention, which torch does not count."""
 
     def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
@@ -232,10 +225,10 @@ def _teacher_cost(teacher: Teacher, views: Views, recipe: Recipe) -> NetworkCost
 
 
 def _fixed_bytes(learner: Learner) -> int:
-    """Weights, gradients and the optimiser's state (two tensors a parameter of Adam's, one of SGD's) in float32."""
+    """Weights, gradients and optimiser state (two tensors per parameter for Adam, one for SGD) in float32."""
     trained = sum(p.numel() for p in learner.net.parameters() if p.requires_grad)
     states = 2 if learner.recipe.optimizer == "adamw" else 1
-    networks = {learner.net, learner.average, learner.network}  # the last may be the first: SwAV's one network
+    networks = {learner.net, learner.average, learner.network}  # the last may equal the first: SwAV has one network
     return sum(map(_weight_bytes, networks)) + 4 * trained * (1 + states)
 
 

@@ -1,6 +1,6 @@
-"""A quick kNN score during training, on held-out images of the labelled source; a curve, not a result.
+"""A quick kNN evaluation during training, on held-out labelled images: a training curve, not a result.
 
-The bank and the queries are a fixed draw of the source's labelled images. ``robx eval --knn`` is the protocol.
+Bank and queries are a fixed random subset of the source's labelled images. ``robx eval --knn`` is the full protocol.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Embed = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Probe:
-    """Which images the probe takes."""
+    """The images of the evaluation."""
 
     source: ImageSource
     preprocessing: Preprocessing
@@ -36,7 +36,7 @@ class Probe:
 def build_probe(
     source: ImageSource, preprocessing: Preprocessing, *, images: int = 2000, seed: int = 0
 ) -> Probe | None:
-    """A bank and queries, 4 to 1, of at most `images` labelled ones; None when fewer than two classes are labelled."""
+    """Bank and queries, 4 to 1, of at most `images` labelled images; None if there are fewer than ten, or one class."""
     labels = labels_of(source)
     labelled = np.flatnonzero(labels >= 0)
     if len(np.unique(labels[labelled])) < 2 or len(labelled) < 10:
@@ -47,7 +47,7 @@ def build_probe(
 
 
 def run_probe(probe: Probe, trunk: nn.Module, device: torch.device) -> float:
-    """Weighted kNN top-1 in % (k = 20, weight exp(sim / 0.07)) of the trunk in eval mode; its mode is put back."""
+    """Weighted kNN top-1 in % (k = 20, weight exp(sim / 0.07)) of the trunk in eval mode; its mode is restored."""
     training = trunk.training
     trunk.eval()
     try:
@@ -57,7 +57,7 @@ def run_probe(probe: Probe, trunk: nn.Module, device: torch.device) -> float:
 
 
 def score(probe: Probe, embed: Embed, device: torch.device) -> float:
-    """The same of any function from pixels (N, 3, H, W) to embeddings (N, D)."""
+    """The same for any function from pixels (N, 3, H, W) to embeddings (N, D)."""
     bank, bank_labels = _embed(probe, probe.bank, embed, device)
     queries, labels = _embed(probe, probe.queries, embed, device)
     predicted = weighted_vote(bank, bank_labels, queries)

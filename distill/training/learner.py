@@ -1,4 +1,4 @@
-"""One student and what learns with it: optimiser, loss scale, average, and a base method's own target branch."""
+"""One student in training: its optimiser, loss scaler, weight average, and a base method's own target branch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from robx.distill.students.student import StudentNet, cancel_last_layer_gradient
 from robx.distill.targets.branches import EmaBranch, OwnBranch
 from robx.distill.training.optimizers import build_optimizer, load_optimizer, set_rates
 from robx.distill.training.processes import Processes
-from robx.distill.training.run_checkpoint import random_state
 from robx.distill.training.schedules import learning_rate, weight_decay
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,8 +29,13 @@ def autocast(recipe: Recipe, device: torch.device) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=_DTYPES[recipe.precision])
 
 
+def seed_step(seed: int, *, step: int, rank: int) -> None:
+    """Seed torch's generators for one step of one process, so that drop path and patch drop need no saved state."""
+    torch.manual_seed((seed * 1_000_003 + step * 1009 + rank) % 2**63)
+
+
 class Learner:
-    """A student in training. All that it does is a function of its state, the views and the targets."""
+    """A student in training. Everything it does is a function of its state, the views and the targets."""
 
     def __init__(
         self,
@@ -44,7 +48,7 @@ class Learner:
         branch: EmaBranch | OwnBranch | None = None,
         compile: bool = False,
     ) -> None:
-        """Take over `net`, which is on its device already; `branch` is a base method's."""
+        """Train `net`, which is already on its device; `branch` is a base method's."""
         self.name, self.net, self.recipe, self.objective, self.branch = name, net, recipe, objective, branch
         self.device, self.rank = processes.device, processes.rank
         self.optimizer = build_optimizer(net, recipe)
@@ -58,16 +62,16 @@ class Learner:
 
     @property
     def trunk(self) -> nn.Module:
-        """The trunk that is evaluated and saved: the raw one, or its average when the recipe asks for one."""
+        """The trunk that is evaluated and saved: the raw one, or its average if the recipe asks for one."""
         return self.net.trunk if self.average is None else self.average
 
     @property
     def network(self) -> StudentNet:
-        """What a base method's run leaves as a teacher: the average that it learnt from, or the student itself."""
+        """The network that a base method publishes as a teacher: the moving average, or the student itself."""
         return self.branch.network if isinstance(self.branch, EmaBranch) else self.net
 
     def own_targets(self, views: Views) -> Targets | None:
-        """What a base method's branch says of a micro-batch; None when ``learn`` makes it of the student's scores."""
+        """A base method's targets of a micro-batch; None if ``learn`` derives them from the student's scores."""
         return self.branch.targets(views) if isinstance(self.branch, EmaBranch) else None
 
     def learn(
@@ -77,12 +81,12 @@ class Learner:
 
         Args:
             views: the micro-batch.
-            targets: what the target branch says of it; None: what an OwnBranch does.
-            draw: the micro-batch's number in the run, which drop path's random numbers hang on.
-            last: whether ``update`` comes next, so that processes exchange gradients now.
-            observe: whether the loss's statistics are wanted.
+            targets: of the target branch; None uses the OwnBranch.
+            draw: the micro-batch's number in the run, which seeds drop path.
+            last: whether ``update`` follows, so that processes exchange gradients now.
+            observe: whether to compute the loss's statistics.
         """
-        random_state(self.recipe.seed, step=draw, rank=self.rank)
+        seed_step(self.recipe.seed, step=draw, rank=self.rank)
         waits = isinstance(self._parallel, DistributedDataParallel) and not last
         with self._parallel.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
             with autocast(self.recipe, self.device):
@@ -94,7 +98,7 @@ class Learner:
         return loss.detach(), stats
 
     def gradient_norm(self, *, epoch: int) -> Tensor:
-        """The L2 norm of all gradients, before they are clipped as the recipe says; 0-dim."""
+        """The L2 norm of all gradients before clipping, 0-dim; gradients are then clipped as the recipe says."""
         self.scaler.unscale_(self.optimizer)
         if epoch < self.recipe.freeze_last_layer_epochs:
             cancel_last_layer_gradients(self.net)
@@ -105,7 +109,7 @@ class Learner:
         return norm
 
     def update(self, *, step: int, steps: int) -> None:
-        """The optimiser's step at this step's rates, then the averages."""
+        """One optimiser step at this step's learning rate and weight decay, then the averages."""
         decay = weight_decay(step, steps=steps, recipe=self.recipe)
         set_rates(self.optimizer, lr=learning_rate(step, steps=steps, recipe=self.recipe), weight_decay=decay)
         self.scaler.step(self.optimizer)
@@ -117,7 +121,7 @@ class Learner:
             self.branch.update(step, self.net)
 
     def state(self) -> dict[str, Any]:
-        """All of it, for a checkpoint."""
+        """The complete state, for a checkpoint."""
         return {
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -127,7 +131,7 @@ class Learner:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take a checkpoint's state over."""
+        """Restore a checkpoint's state."""
         self.net.load_state_dict(state["net"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics, warnings, probes, and its speed against its own bound."""
+"""Logging: metrics, warnings, kNN evaluations, and the speed relative to the measured bound."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from robx.distill.training.schedules import learning_rate
 def log_step(
     run: Run, done: int, *, losses: list[Tensor], norms: list[Tensor], stats: list[Stats], speed: float
 ) -> None:
-    """A line of metrics a student; losses are the mean over processes."""
+    """Write one line of metrics per student; losses are averaged over processes."""
     everywhere = run.processes.gather([float(loss) for loss in losses])
     if not run.processes.first:
         return
@@ -35,10 +35,10 @@ def log_step(
 
 
 def monitor(run: Run, done: int, pixels: Tensor, stats: list[Stats]) -> None:
-    """Look for collapse, and warn once of each kind."""
+    """Check for collapse, and warn once of each kind."""
     for learner, metrics, figures in zip(run.learners, run.metrics, stats, strict=True):
         health = {}
-        if len(pixels) >= 8:  # of fewer images spread and rank say nothing
+        if len(pixels) >= 8:  # fewer images say nothing about spread and rank
             health = embedding_health(learner.trunk, pixels[:64])
             metrics.add({"step": done, "epoch": done / run.per_epoch} | health)
         seen = health | {name: float(value) for name, value in figures.items()}
@@ -50,24 +50,27 @@ def monitor(run: Run, done: int, pixels: Tensor, stats: list[Stats]) -> None:
 
 
 def open_probe(run: Run) -> Probe | None:
-    """The probe, when one is asked for and the images have labels."""
+    """The kNN evaluation, if it is enabled and the images have labels."""
     if not run.options.probe_every:
         return None
     preprocessing = student_preprocessing(run.recipe.crop_size)
     probe = build_probe(run.source, preprocessing, images=run.options.probe_images, seed=run.recipe.seed)
     if probe is None:
-        run.say("no kNN probe: it needs ten labelled images of two classes (folder/class/image, or key.cls in shards)")
+        run.say(
+            "--probe-every is ignored: the kNN evaluation needs at least ten labelled images of two classes "
+            "(folder/class/image, or key.cls in shards)"
+        )
     return probe
 
 
 def probe_students(run: Run, probe: Probe, done: int) -> bool:
-    """The kNN score of every student; whether it is the best so far."""
+    """Evaluate every student; returns whether the mean score is the best so far."""
     if not run.processes.first:
         return False
     scores = [run_probe(probe, learner.trunk, run.processes.device) for learner in run.learners]
     for learner, metrics, knn in zip(run.learners, run.metrics, scores, strict=True):
         metrics.add({"step": done, "epoch": done / run.per_epoch, "probe_knn": knn})
-        run.say(f"epoch {done // run.per_epoch}: {learner.name} kNN probe {knn:.1f} %")
+        run.say(f"epoch {done // run.per_epoch}: {learner.name} kNN accuracy {knn:.1f} %")
     mean = sum(scores) / len(scores)
     if run.best is not None and mean <= run.best[1]:
         return False
@@ -76,24 +79,24 @@ def probe_students(run: Run, probe: Probe, done: int) -> bool:
 
 
 def probe_references(run: Run, probe: Probe) -> None:
-    """What the curve is to be read against: each student untrained, and the teacher at the same image size."""
+    """Reference points of the curve: each untrained student, and the teacher at the same image size."""
     branch = run.branch.branch if isinstance(run.branch, WritingBranch) else run.branch
     reference = {}
     if isinstance(branch, TeacherBranch):
         reference["teacher_probe_knn"] = score(probe, branch.teacher.features, run.processes.device)
-        run.say(f"kNN probe of the teacher: {reference['teacher_probe_knn']:.1f} %")
+        run.say(f"teacher kNN accuracy {reference['teacher_probe_knn']:.1f} %")
     for learner, metrics in zip(run.learners, run.metrics, strict=True):
         untrained = run_probe(probe, learner.trunk, run.processes.device)
         metrics.add({"step": 0, "epoch": 0.0, "probe_knn": untrained} | reference)
-        run.say(f"kNN probe of {learner.name}, untrained: {untrained:.1f} %")
+        run.say(f"{learner.name} kNN accuracy before training {untrained:.1f} %")
 
 
 def speed_bound(run: Run) -> float:
-    """Images per second that the bare computation allows all processes together."""
+    """Upper bound on images per second, over all processes."""
     return run.bound.images_per_s * run.processes.world if run.bound else float("nan")
 
 
 def note(run: Run, loss: float, speed: float) -> str:
-    """The words beside the progress bar."""
+    """The text beside the progress bar."""
     share = f" ({speed / speed_bound(run):.0%} of the bound)" if run.bound else ""
     return f"loss {loss:.3f}, {speed:.1f} images/s{share}"

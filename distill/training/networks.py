@@ -1,4 +1,4 @@
-"""From a recipe to what learns: the target branch that all students share, and one Learner a student."""
+"""From a recipe to the networks: the target branch that all students share, and one Learner per student."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from robx.distill.objectives.build import build_objective
-from robx.distill.recipes import Recipe, StudentKind
+from robx.distill.recipes import Recipe
 from robx.distill.students.student import StudentNet, build_student
 from robx.distill.targets.branches import TargetBranch, TeacherBranch
 from robx.distill.targets.build import StoredTeacher, build_branch
@@ -20,12 +19,12 @@ from robx.distill.teachers.teacher import Teacher
 from robx.distill.training.learner import Learner
 from robx.distill.training.processes import Processes
 from robx.errors import InputError
-from robx.trunk import build_trunk, load_trunk
+from robx.trunk import load_trunk
 
 
 @dataclass(frozen=True)
 class Initial:
-    """A trunk to start from: the weights of an earlier run's Student."""
+    """Weights to start from: the trunk of an earlier run's Student."""
 
     timm_name: str
     sha256: str
@@ -36,16 +35,16 @@ class Initial:
         """Read a Student's folder.
 
         Raises:
-            ArtifactError: no Student there, or a damaged one.
+            ArtifactError: the folder holds no Student, or a damaged one.
         """
         student, trunk = load_trunk(folder)
         return cls(student.timm_name, student.sha256, trunk.state_dict())
 
     def load_into(self, trunk: nn.Module, name: str) -> None:
-        """Give a trunk these weights.
+        """Load these weights into a trunk.
 
         Raises:
-            InputError: it is another network.
+            InputError: the trunk is another network.
         """
         if name != self.timm_name:
             raise InputError(
@@ -56,11 +55,11 @@ class Initial:
 
 @dataclass(frozen=True)
 class Networks:
-    """What a run trains and what it trains it on."""
+    """What a run trains, and against what."""
 
     learners: list[Learner]
     branch: TargetBranch | None  # shared by all students; None for base methods, whose learners have their own
-    mask_grid: tuple[int, int] | None  # of a global crop, when the method masks or drops patches of a student
+    mask_grid: tuple[int, int] | None  # of a global crop, if the method masks or drops patches of a student
 
 
 def build_networks(
@@ -75,18 +74,18 @@ def build_networks(
     compile: bool = False,
     init: Initial | None = None,
 ) -> Networks:
-    """Students with fresh weights that depend on the recipe's seed alone, and their target branch.
+    """Students with initial weights that depend only on the recipe's seed, and their target branch.
 
     Args:
         recipe: of all students.
         students: timm names.
         teacher: on its device; None for a base method or stored targets.
-        stored: the targets in the teacher's place.
+        stored: targets used instead of a teacher.
         processes: where and among whom.
-        steps: of the whole run.
-        steps_per_epoch: of an epoch.
-        compile: the students' and the teacher's forward.
-        init: the weights that the trunk starts from, in place of fresh ones; for one student.
+        steps: optimiser steps of the whole run.
+        steps_per_epoch: optimiser steps of one epoch.
+        compile: torch.compile the students and the teacher.
+        init: the weights that the trunk starts from, instead of random ones.
 
     Raises:
         InputError: a student that cannot serve the recipe.
@@ -119,35 +118,26 @@ def build_networks(
     return Networks(learners, shared, _mask_grid([learner.net for learner in learners], recipe))
 
 
-def student_kind(name: str) -> StudentKind:
-    """Which recipe a timm name takes: the CNNs' was made for networks with BatchNorm, the ViTs' for those without.
-
-    Raises:
-        InputError: timm has no model of that name.
-    """
-    with torch.device("meta"):
-        trunk = build_trunk(name)
-    return "cnn" if any(isinstance(module, _BatchNorm) for module in trunk.modules()) else "vit"
-
-
 def share_teacher(teacher: Teacher, processes: Processes) -> None:
-    """Make sure that all processes learn from one teacher.
+    """Make sure that all processes use the same teacher.
 
-    Nodes without a common cache fit prototypes each for itself, and sums on a GPU need not be the same twice: the first
-    process's are everybody's.
+    Nodes without a shared cache fit prototypes separately, and sums on a GPU are not deterministic: all processes take
+    the prototypes of the first one.
 
     Raises:
         InputError: the processes were given different weights.
     """
     if len(files := set(processes.gather(teacher.info.sha256))) > 1:
         short = ", ".join(sorted(sha256[:12] for sha256 in files))
-        raise InputError(f"the nodes have different weights of {teacher.name} (sha256 {short}): give all the same file")
+        raise InputError(
+            f"the processes loaded different weights of {teacher.name} (sha256 {short}): give all of them the same file"
+        )
     if isinstance(teacher.head, PrototypeHead) and teacher.head.mean is not None:
         processes.copy_from_first([teacher.head.mean, teacher.head.prototypes])
 
 
 def prepare_network(net: nn.Module, device: torch.device) -> None:
-    """Move a network to its device, its convolutions channels last, as the crops are."""
+    """Move a network to its device, convolutions in channels-last memory format, as the crops are."""
     net.to(device)
     if sum(isinstance(module, nn.Conv2d) for module in net.modules()) > 1:
         net.to(memory_format=torch.channels_last)
@@ -156,5 +146,5 @@ def prepare_network(net: nn.Module, device: torch.device) -> None:
 def _mask_grid(nets: Sequence[StudentNet], recipe: Recipe) -> tuple[int, int] | None:
     grids = {net.mask_grid(recipe.crop_size) or net.drop_grid(recipe.crop_size) for net in nets} - {None}
     if len(grids) > 1:
-        raise InputError(f"the students have different patch grids ({grids}): distil them in runs of their own")
+        raise InputError(f"the students have different patch grids ({grids}): distil them in separate runs")
     return grids.pop() if grids else None

@@ -1,4 +1,4 @@
-"""AdamW, SGD, and SGD with LARC; no weight decay on biases and norm parameters."""
+"""AdamW, SGD, and SGD with LARC, without weight decay on biases and norm parameters."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:
-    """Set this step's learning rate, and the weight decay of the group that decays."""
+    """Set this step's learning rate, and the weight decay of the group that has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr
         if group["decays"]:
@@ -50,10 +50,10 @@ def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: floa
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take `state` over, each tensor laid out in memory as its parameter is.
+    """Load `state`, each tensor with the memory layout of its parameter.
 
-    A checkpoint keeps values and no strides, and the fused AdamW walks parameter, gradient and moments by their place
-    in memory: with a channels-last kernel and a contiguous moment it would pair the wrong elements.
+    A checkpoint keeps values but not strides, and the fused AdamW walks parameter, gradient and moments in memory
+    order: with a channels-last kernel and a contiguous moment it would pair the wrong elements.
     """
     optimizer.load_state_dict(state)
     for parameter, values in optimizer.state.items():
@@ -66,18 +66,18 @@ class Larc(torch.optim.Optimizer):
     """SGD with momentum whose gradient is scaled layer by layer (You, Gitman, Ginsburg 2017, arXiv 1708.03888).
 
     Each tensor's gradient with decay, g + wd p, is multiplied by trust |p| / (|g| + wd |p|), unless |p| or |g| is zero,
-    when the tensor takes a plain SGD step. No clipping of that factor, as in SwAV's release.
+    in which case it is a plain SGD step. The factor is not clipped, as in SwAV's release.
     """
 
     def __init__(
         self, params: Iterable[Any], *, lr: float, weight_decay: float, momentum: float = 0.9, trust: float = 0.001
     ) -> None:
-        """Hold `params`, tensors or groups; `trust` is the trust coefficient."""
+        """Optimise `params`, tensors or groups; `trust` is the trust coefficient."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -100,7 +100,7 @@ class Larc(torch.optim.Optimizer):
 
 
 def _trust_ratios(params: list[Tensor], grads: list[Any], *, trust: float, weight_decay: float) -> list[Tensor]:
-    """One factor a tensor, 0-dim, on its device: no synchronisation."""
+    """One factor per tensor, 0-dim, on its device, without synchronisation."""
     p = torch.stack(torch._foreach_norm(params))
     g = torch.stack(torch._foreach_norm(grads))
     ratio = trust * p / (g + weight_decay * p + 1e-8)

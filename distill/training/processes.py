@@ -1,6 +1,6 @@
-"""One process or many: what ``torchrun`` says, and the few collective calls of the loop.
+"""One process or several started by ``torchrun``, and the few collective operations of the training loop.
 
-Control messages (stop, save) go over a gloo group of their own, so that the loop never waits for a GPU because of them.
+Control messages (stop, save) use a separate gloo group, so that they never wait for a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from robx.errors import DeviceError, InputError, first_line
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run."""
+    """This process and its place among those of the run."""
 
     rank: int
     world: int
@@ -33,16 +33,16 @@ class Processes:
 
     @property
     def share(self) -> Share:
-        """This process's part of a batch."""
+        """This process's part of each batch."""
         return Share(self.rank, self.world)
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and talks."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
-        """For each flag, whether any process raised it; all processes get the same answer."""
+        """For each flag, whether it is set in any process; the result is the same in all of them."""
         if self.world == 1:
             return flags
         votes = torch.tensor([float(flag) for flag in flags])
@@ -58,7 +58,7 @@ class Processes:
         return values
 
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
-        """Give every process the first one's values of `tensors`, in place."""
+        """Overwrite `tensors` in every process with the values of the first one."""
         if self.world == 1:
             return
         for tensor in tensors:
@@ -67,19 +67,19 @@ class Processes:
             tensor.copy_(held)
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process has reached this point."""
         if self.world > 1:
             dist.barrier(group=self.control)
 
     def parallel(self, net: nn.Module) -> nn.Module:
-        """The net whose gradients are averaged over processes; its BatchNorm is synchronised on GPUs."""
+        """The network in DistributedDataParallel; its BatchNorm is synchronised on GPUs."""
         if self.world == 1:
             return net
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(self.synchronised(net), device_ids=ids)
 
     def synchronised(self, net: nn.Module) -> nn.Module:
-        """The net, whose BatchNorm takes the statistics of all processes' batches: on GPUs, for torch can on no CPU."""
+        """The network with BatchNorm statistics over all processes, on GPUs only: torch does not support it on CPUs."""
         if self.world == 1 or self.device.type != "cuda":
             return net
         found: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
@@ -88,13 +88,13 @@ class Processes:
 
 @contextlib.contextmanager
 def join_processes(device: str | None = None) -> Iterator[Processes]:
-    """Join the processes that torchrun started, or be the only one.
+    """Join the processes that torchrun started, or run as a single one.
 
-    `device` is "cpu", "cuda", "cuda:1" ...; None takes a GPU when there is one.
+    `device` is "cpu", "cuda", "cuda:1" ...; None uses a GPU if one is available.
 
     Raises:
         InputError: no such device, or several processes that torchrun did not start.
-        DeviceError: inside the block, another process ended first.
+        DeviceError: raised inside the block if another process ended first.
     """
     world, rank, local = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
     place = pick_device(device, local=local)
@@ -114,21 +114,21 @@ def join_processes(device: str | None = None) -> Iterator[Processes]:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        # Its own message says why it ended; this one's traceback would only hide it.
+        # The other process printed why it ended; a traceback of this one would only hide it.
         why = first_line(error)
         raise DeviceError(
-            f"another process of the run ended before this one, {rank} of {world} ({why}): see what it said; "
-            "the same command goes on from the last checkpoint"
+            f"another process of the run ended before this one, {rank} of {world} ({why}): see its message; "
+            "run the same command to resume from the last checkpoint"
         ) from error
     finally:
         dist.destroy_process_group()
 
 
 def pick_device(name: str | None, *, local: int = 0) -> torch.device:
-    """The device of this process: `name`, or a GPU when there is one; "cuda" alone is the GPU numbered `local`.
+    """The device of this process: `name`, or a GPU if one is available; "cuda" alone is the GPU numbered `local`.
 
     Raises:
-        InputError: torch knows no such device, or this machine has none.
+        InputError: torch does not know the device, or this machine does not have it.
     """
     kind = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -156,10 +156,10 @@ def keep_freed_memory() -> bool:
 
 
 def _store_of_attempt() -> Any:
-    """torchrun's store under a name of this attempt; None where torch finds its own.
+    """torchrun's store with a prefix for this restart attempt; None lets torch create its own.
 
-    A restarted attempt gets the store of the one that died, reads there where the dead listened, and cannot connect
-    (github.com/pytorch/pytorch/issues/135712). Only within one node do all processes count the attempts alike.
+    A restarted attempt shares the store of the one that died, finds the dead processes' addresses there, and cannot
+    connect (github.com/pytorch/pytorch/issues/135712). Only within one node do all processes count attempts alike.
     """
     env = os.environ
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":

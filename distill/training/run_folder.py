@@ -1,20 +1,21 @@
-"""The folder of a run: its settings, its metrics line by line, and the student that it holds at any time.
+"""The folder of a run: its settings, its metrics, and the student, which is there at any time.
 
-RUN/  student.safetensors  student.json   the trunk, refreshed at every checkpoint
+RUN/  student.safetensors  student.json   the trunk, updated at every checkpoint
       recipe.json                         every setting that the result depends on
-      metrics.jsonl                       one JSON object a line
+      metrics.jsonl                       one JSON object per line
       corrupt.txt                         images that could not be decoded, if any
-      tensorboard/                        the metrics once more, if asked for
-      teacher.pth                         what a base method's run leaves for the next
+      tensorboard/                        the metrics again, with --tensorboard
+      teacher.pth                         a base method's run in its published layout: a teacher for the next run
       checkpoints/                        the state to resume from
 
-With several students each has a folder of its own below RUN for all but recipe.json and checkpoints/.
+With several students each has its own folder below RUN for everything except recipe.json and checkpoints/.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ from robx.store.files import unwritable, write_text
 
 
 class Metrics:
-    """``metrics.jsonl``: appended line by line, cut back to the step that a run resumes from."""
+    """``metrics.jsonl``: appended line by line, truncated to the step that a run resumes from."""
 
     def __init__(self, folder: Path, *, step: int, tensorboard: Any = None) -> None:
-        """Keep the lines of steps up to `step`, drop later ones and a half-written last one; 0 begins anew."""
+        """Keep the lines up to `step` and drop later ones and an incomplete last one; 0 starts a new file."""
         self.path = folder / "metrics.jsonl"
         self._board = tensorboard
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,7 +39,7 @@ class Metrics:
             write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def add(self, values: dict[str, Any]) -> None:
-        """Append one object; floats that are not finite become null.
+        """Append one object; NaN and infinity become null.
 
         Raises:
             RobxError: no space, no permission, or the folder is gone.
@@ -55,23 +56,32 @@ class Metrics:
                     self._board.add_scalar(key, value, plain["step"])
 
     def close(self) -> None:
-        """Put on the disk what TensorBoard's writer, which is two minutes late, still holds."""
+        """Flush TensorBoard's writer, which buffers for two minutes."""
         if self._board is not None:
             self._board.close()
 
 
+def start_over(folder: Path) -> None:
+    """Remove what distilling wrote into the folder of a run or of one of its students, and nothing else."""
+    for name in ("checkpoints", "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    files = ("metrics.jsonl", "recipe.json", "student.json", "student.safetensors", "corrupt.txt", "teacher.pth")
+    for name in files:
+        (folder / name).unlink(missing_ok=True)
+
+
 def student_folders(out: Path, students: Sequence[str]) -> list[Path]:
-    """Where each student goes: one into the run's folder itself, several into one each below it."""
+    """Each student's folder: the run's own for a single student, one below it for each of several."""
     return [out] if len(students) == 1 else [out / name for name in students]
 
 
 def student_preprocessing(crop_size: int) -> Preprocessing:
-    """How a student that was trained on crops of `crop_size` is evaluated: the usual 256 / 224 resize, centre crop."""
+    """Evaluation of a student trained on crops of `crop_size`: the usual 256 / 224 resize and a centre crop."""
     return Preprocessing(size=round(crop_size * 256 / 224), crop=crop_size)
 
 
 def tensorboard_writer(folder: Path, *, step: int) -> Any:
-    """A TensorBoard writer into ``RUN/tensorboard`` that goes on after `step`; what is there of later ones is hidden.
+    """A TensorBoard writer into ``RUN/tensorboard`` that continues after `step` and hides later entries.
 
     Raises:
         MissingExtra: tensorboard is not installed.

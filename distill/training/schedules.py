@@ -1,4 +1,4 @@
-"""Schedules as closed forms of the step: nothing to save, nothing to resume."""
+"""Schedules as closed-form functions of the step: no state to save or to resume."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def cosine(step: int, *, steps: int, start: float, end: float) -> float:
 
 
 def linear(step: int, *, steps: int, start: float, end: float) -> float:
-    """From `start` at step 0 to `end` at step `steps`, and `end` from there on."""
+    """From `start` at step 0 to `end` at step `steps`, and `end` after it."""
     return end if step >= steps else start + (end - start) * step / steps
 
 
 def learning_rate(step: int, *, steps: int, recipe: Recipe) -> float:
-    """Linear warm-up to the peak over the recipe's share of the steps, then a cosine to its end."""
+    """Linear warm-up to the peak over ``warmup_share`` of the steps, then a cosine to the final rate."""
     warmup = round(recipe.warmup_share * steps)
     if step < warmup:
         return linear(step, steps=warmup, start=recipe.first_lr, end=recipe.peak_lr)

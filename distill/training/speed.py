@@ -1,6 +1,6 @@
-"""How fast a run could be, measured, and how fast it is.
+"""Measured upper bound on a run's speed, and its actual speed.
 
-The bound is that of the bare computation on tensors in memory, without loader, optimiser or log:
+The bound is the speed of the computation alone on tensors in memory, without data loading, optimiser or logging:
 
     images/s <= 1 / (1 / teacher forward + 1 / student step)
 """
@@ -20,21 +20,20 @@ from robx.distill.training.learner import Learner, autocast
 
 @dataclass(frozen=True)
 class SpeedBound:
-    """Images per second of each part alone, of this process."""
+    """Images per second of each part alone, for this process."""
 
-    teacher: float | None  # of the target branch's forward; None when the student's own scores are the targets
-    student: float  # of all students' forward and backward
+    teacher: float | None  # forward of the target branch; None if the student's own scores are the targets
+    student: float  # forward and backward of all students
 
     @property
     def images_per_s(self) -> float:
-        """What both allow together."""
+        """Both parts together."""
         return 1 / ((1 / self.teacher if self.teacher else 0.0) + 1 / self.student)
 
     @property
     def parts(self) -> str:
-        """Both in words."""
-        own = "the targets are the student's own scores"
-        teacher = own if self.teacher is None else f"target branch alone {self.teacher:.1f}"
+        """Both parts as text."""
+        teacher = "no target branch" if self.teacher is None else f"target branch alone {self.teacher:.1f}"
         return f"{teacher}, students alone {self.student:.1f}"
 
 
@@ -46,13 +45,13 @@ def measure_bound(
     recipe: Recipe,
     repeats: int = 2,
 ) -> SpeedBound:
-    """Time the bare computation of one micro-batch; the learners are what they were before, bit for bit.
+    """Time the computation of one micro-batch; the learners' state is restored, bit for bit.
 
-    `targets_of` gives one Targets a learner, or None where the student's forward makes them.
+    `targets_of` returns one Targets per learner, or None where they come from the student's own forward.
     """
     device, images = views.globals.device, views.globals.shape[1]
     teacher = student = float("inf")
-    for _ in range(repeats + 1):  # the first one warms up
+    for _ in range(repeats + 1):  # the first is a warm-up
         started = _now(device)
         with autocast(recipe, device):
             targets = targets_of(views)
@@ -70,18 +69,18 @@ def measure_bound(
 
 
 class Rate:
-    """Images per second over the last steps, pauses taken out."""
+    """Steps per second over the last steps, excluding pauses."""
 
     def __init__(self, *, window: int = 50) -> None:
-        """Look back at most `window` steps. The first step, which waits for the loader to start, is left out."""
+        """Average over at most `window` steps. The first step, which waits for the loader to start, is excluded."""
         self._window, self._times = window, list[float]()
 
     def tick(self) -> None:
-        """A step has ended."""
+        """Record the end of a step."""
         self._times = [*self._times[-self._window :], time.perf_counter()]
 
     def pause(self, seconds: float) -> None:
-        """Take out what a checkpoint or a probe took."""
+        """Exclude the time of a checkpoint or an evaluation."""
         self._times = [moment + seconds for moment in self._times]
 
     def steps_per_s(self) -> float:

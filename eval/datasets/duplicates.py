@@ -1,10 +1,10 @@
-"""Test images that the training images hold as well: the same pixels, or nearly.
+"""Test images that the training set contains as well: the same pixels, or nearly.
 
-An image that stands on both sides is answered from memory, and flatters every protocol. Each image leaves a *look* when
-it is embedded: a digest of the pixels that the model saw, which finds exact copies under any name, and a grey 16 x 16
-thumbnail. Two thumbnails whose correlation is at least NEAR are nearly the same picture: stored again at another
-size or quality, recoloured, or changed in a detail. A flipped or differently cropped copy is not found. Simple pictures
-(glyphs, plain icons) may look alike and be others: the count is a warning, and changes no figure.
+A duplicate is answered from memory and inflates every protocol. When an image is embedded it leaves a *look*: a digest
+of the preprocessed pixels, which finds exact copies under any name, and a grey 16 x 16 thumbnail. Two thumbnails whose
+correlation is at least NEAR show nearly the same picture: saved again at another size or quality, recoloured, or with a
+detail changed. Flipped or differently cropped copies are not found. Simple pictures (glyphs, icons) may look alike
+without being copies, so the count is a warning and changes no figure.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ _BLOCK = 65_536  # looks of the bank at once: 64 MB of floats
 
 @dataclass(frozen=True, kw_only=True)
 class LookAlikes:
-    """How many of `images` test images have a double among the training images."""
+    """How many of `images` test images have a duplicate in the training set."""
 
     images: int
     identical: int  # the same pixels
-    near: int  # others whose thumbnails correlate by NEAR or more
+    near: int  # others whose thumbnails correlate with at least NEAR
 
     @property
     def warning(self) -> str:
-        """One line for a reader; empty where there is nothing to warn of."""
+        """One line for a reader; empty if there is nothing to warn about."""
         if not self.identical + self.near:
             return ""
         return (
             f"{self.identical + self.near} of {self.images} test images look like a training image "
-            f"({self.identical} with the same pixels) and may be answered from memory: take them out of one side"
+            f"({self.identical} with the same pixels) and may be answered from memory: remove them from one of the sets"
         )
 
 
 def warning_in(settings: Mapping[str, Json]) -> str:
-    """The warning that a record's settings hold; empty where they hold none."""
+    """The warning in a record's settings; empty if there is none."""
     found = settings.get("look_alikes")
     counts = [found.get(key) for key in ("images", "identical", "near")] if isinstance(found, dict) else []
     images, identical, near = (n if isinstance(n, int) else 0 for n in counts or (0, 0, 0))
@@ -61,13 +61,13 @@ def look(pixels: np.ndarray) -> np.ndarray:
         grey = np.add.reduceat(grey, edges[:-1], axis=axis)
         grey /= np.maximum(1, np.diff(edges)).reshape((-1, 1) if axis == 0 else (1, -1))
     low, high = float(grey.min()), float(grey.max())
-    # A correlation ignores brightness and contrast, so the bytes may be stretched to their full range.
+    # Correlation ignores brightness and contrast, so the thumbnail may use the full range of bytes.
     thumbnail = np.round((grey - low) * (255 / (high - low) if high > low else 0)).astype(np.uint8)
     return np.concatenate([np.frombuffer(digest, np.uint8), thumbnail.ravel()])
 
 
 def look_alikes(bank: np.ndarray, test: np.ndarray) -> LookAlikes:
-    """Which of the test's looks (M, LOOK) the bank's (N, LOOK) repeat."""
+    """How many of the test looks (M, LOOK) occur among the bank's (N, LOOK)."""
     same = np.isin(_digests(test), _digests(bank))
     best = np.full(len(test), -1.0, np.float32)
     thumbnails = _thumbnails(test)
@@ -84,7 +84,7 @@ def _digests(looks: np.ndarray) -> np.ndarray:
 
 
 def _thumbnails(looks: np.ndarray) -> np.ndarray:
-    """float32 (N, side^2), each minus its own mean; a flat one is 0 and correlates with none."""
+    """float32 (N, side^2), each minus its own mean; a uniform one is 0 and correlates with nothing."""
     rows: np.ndarray = looks[:, _DIGEST:].astype(np.float32)
     rows -= rows.mean(axis=1, keepdims=True)
     return rows

@@ -1,4 +1,4 @@
-"""Embeddings of a source's images, from any Session, kept on disk so that no image is embedded twice.
+"""Embeddings of a source's images by any Session, cached on disk.
 
 Images are decoded by a few threads while the model runs, and several models can share one decoding.
 """
@@ -30,31 +30,31 @@ if TYPE_CHECKING:
     from robx.runtime.session import Session
 
 BATCH = 64
-# A set with more unreadable images than this is not the set that was meant.
+# A set with a larger share of unreadable images is damaged, or not the intended one.
 MOST_SKIPPED = 0.1
 _ALWAYS_ALLOWED = 10
-# Counts up when decoding, preprocessing or what is stored changes: older features are then made again.
+# Increased when decoding, preprocessing or the stored arrays change, which invalidates older caches.
 _CACHE_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What one model says of one source's readable images."""
+    """One model's embeddings of one source's readable images."""
 
     features: np.ndarray  # float32 (N, D)
-    labels: np.ndarray  # int64 (N,), -1 where there is none
-    indices: np.ndarray  # int64 (N,), places in the source
+    labels: np.ndarray  # int64 (N,), -1 if unlabelled
+    indices: np.ndarray  # int64 (N,), positions in the source
     skipped: int  # images that could not be read
-    looks: np.ndarray = field(default_factory=lambda: np.zeros((0, LOOK), np.uint8))  # (N, LOOK), see look_alikes.py
+    looks: np.ndarray = field(default_factory=lambda: np.zeros((0, LOOK), np.uint8))  # (N, LOOK), see duplicates.py
 
 
 def model_id(record: Bundle | Student) -> str:
-    """Bundle.id, or the first sixteen hex digits of the student's weights' hash."""
+    """Bundle.id, or the first 16 hex digits of the SHA-256 of the student's weights."""
     return record.id if isinstance(record, Bundle) else record.sha256[:16]
 
 
 def model_name(record: Bundle | Student) -> str:
-    """A name for people: the student's, with the bundle's format and precision."""
+    """A readable name: the student's, with the bundle's runtime and precision."""
     if isinstance(record, Bundle):
         return f"{record.student.timm_name} {record.runtime} {record.precision}"
     return f"{record.timm_name} torch fp32"
@@ -69,7 +69,7 @@ def extract(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Features:
-    """Embed every readable image of `source`, in its order; see `extract_each`."""
+    """Embed every readable image of `source`, in order; see `extract_each`."""
     return extract_each(
         [session], source, preprocessing, batch_size=batch_size, cache=cache, progress=progress
     )[0]  # fmt: skip
@@ -87,19 +87,19 @@ def extract_each(
     """Embed `source` with several models that share `preprocessing`, decoding each image once.
 
     Args:
-        sessions: the models; one that answers from the cache is not run.
+        sessions: the models; those whose features are cached are not run.
         source: the images; unreadable ones are skipped and counted.
-        preprocessing: None is what the first model was made with.
-        batch_size: images in one run; what is in memory at once is a few of these.
-        cache: a folder for the results; None keeps nothing.
+        preprocessing: None is the first model's own.
+        batch_size: images per run; a few batches are in memory at once.
+        cache: the folder of cached features; None neither reads nor writes any.
         progress: called with (images done, images, note).
 
     Raises:
-        InputError: more than a tenth of the images, and more than ten, cannot be read, or none can.
-        DeviceError: a model answers with something that is not (N, D).
+        InputError: no image can be read, or more than ten and more than 10 % of them cannot.
+        DeviceError: a model's output is not (N, D).
     """
     preprocessing = preprocessing or sessions[0].bundle.preprocessing
-    images = [source.fingerprint, source.stamp, len(source)] if cache else []  # once: a stamp asks for every file
+    images = [source.fingerprint, source.stamp, len(source)] if cache else []  # only once: a stamp stats every file
     files = [_cache_file(cache, session, images, preprocessing) for session in sessions]
     found = [_load(file) for file in files]
     todo = [i for i, have in enumerate(found) if have is None]
@@ -107,7 +107,7 @@ def extract_each(
         fresh, whole = _run([sessions[i] for i in todo], source, preprocessing, batch_size, progress)
         for i, features in zip(todo, fresh, strict=True):
             found[i] = features
-            if (file := files[i]) is not None and whole:  # what the disk did not give may come another time
+            if (file := files[i]) is not None and whole:  # a read error may be temporary
                 _save(file, features)
     return [features for features in found if features is not None]
 
@@ -119,13 +119,13 @@ def _run(
     batch_size: int,
     progress: Progress | None,
 ) -> tuple[list[Features], bool]:
-    """The features, and whether the disk gave every image."""
+    """The features, and whether every file could be read from disk."""
     whole = True
     looks = np.zeros((len(source), LOOK), np.uint8)
 
     def read(index: int) -> np.ndarray:
         pixels = preprocess(source.read(index), preprocessing)
-        looks[index] = look(pixels)  # each thread writes rows of its own
+        looks[index] = look(pixels)  # each thread writes its own rows
         return pixels
 
     def skip(index: int, error: CorruptImage) -> None:
@@ -146,7 +146,7 @@ def _run(
     skipped = len(source) - len(indices)
     if skipped > max(_ALWAYS_ALLOWED, MOST_SKIPPED * len(source)):
         raise InputError(
-            f"{skipped} of the {len(source)} images of {source.name} cannot be read: mend or remove them first"
+            f"{skipped} of the {len(source)} images of {source.name} cannot be read: repair or remove them first"
         )
     labels, looks = labels_of(source)[indices], looks[indices]
     found = [
@@ -162,12 +162,15 @@ def _embed(session: Session, pixels: np.ndarray) -> np.ndarray:
     features = np.asarray(session.run(pixels), dtype=np.float32)
     if features.ndim != 2 or len(features) != len(pixels):
         name = model_name(session.bundle)
-        raise DeviceError(f"{name} answered {features.shape} to {len(pixels)} images: an embedding a row was expected")
+        raise DeviceError(
+            f"{name} returned {features.shape} for {len(pixels)} images, expected one embedding per image: "
+            "export it again"
+        )
     return features
 
 
 def _cache_file(cache: Path | None, session: Session, images: list[Any], pre: Preprocessing) -> Path | None:
-    """Named after all that the features depend on: weights, engine, processor, images, preprocessing, decoder."""
+    """The file, named after everything the features depend on: weights, engine, CPU, images, preprocessing, decoder."""
     if cache is None:
         return None
     facts = session.facts()
@@ -178,14 +181,14 @@ def _cache_file(cache: Path | None, session: Session, images: list[Any], pre: Pr
 
 
 def _load(file: Path | None) -> Features | None:
-    """The stored features, or None when there are none or they are damaged: then they are made again."""
+    """The cached features, or None when there are none or the file is damaged; they are then extracted again."""
     if file is None or not file.is_file():
         return None
     try:
         with file.open("rb") as data, np.load(data, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in ("features", "labels", "indices", "looks")}
             skipped = int(stored["skipped"])
-    except Exception:  # a zip cut by a power failure raises whatever its parser meets
+    except Exception:  # zipfile raises many types on a truncated file
         return None
     return Features(**arrays, skipped=skipped)
 
@@ -196,5 +199,5 @@ def _save(file: Path, features: Features) -> None:
         with temporary.open("wb") as out:
             np.savez(out, **dataclasses.asdict(features))
 
-    with contextlib.suppress(RobxError):  # a cache that cannot be written costs the next run time, and this one nothing
+    with contextlib.suppress(RobxError):  # without a cache the next run is slower, nothing else
         write_atomically(file, write)

@@ -1,8 +1,8 @@
-"""The transfer data sets in the layouts that their authors publish, with the official splits.
+"""The transfer data sets in their published layouts, with the official splits.
 
 | name | layout | classes | test split |
 | --- | --- | --- | --- |
-| folder | train/ and val/ (or test/), one folder a class | folders | val or test |
+| folder | train/ and val/ (or test/), one folder per class | folders | val or test |
 | cifar10, cifar100 | the binary or the Python batches | 10, 100 (fine) | test batch |
 | fashion_mnist | IDX files, gzipped or not | 10 | t10k |
 | inat18 | {train,val}2018.json beside train_val2018/ | 8142 | val2018 |
@@ -29,7 +29,7 @@ from robx.images.decode import decode, read_image_file
 from robx.images.sources import ImageSource, open_source
 from robx.store.files import fingerprint_files, sha256_bytes, stamp_of
 
-# Upper edges of the distance bins, closed on the right: (.., 8], (8, 8.5], ... (VTAB's closest-object-distance).
+# Upper edges of the distance bins, each included in its bin: (.., 8], (8, 8.5], ... (VTAB's closest-object-distance).
 CLEVR_EDGES = (8.0, 8.5, 9.0, 9.5, 10.0, 100.0)
 CLEVR_LEAST_OBJECTS = 3
 INAT18_CLASSES, PLACES205_CLASSES = 8142, 205
@@ -38,24 +38,26 @@ _SPLITS = {"train": "train", "test": "val"}
 
 
 class ListSource:
-    """Image files that a list names, with the list's labels."""
+    """Image files named in a list, with the list's labels."""
 
     licence = "unknown"
 
     def __init__(self, root: Path, samples: Sequence[tuple[str, int]], *, name: str, classes: Sequence[str]) -> None:
-        """Take (path below `root`, label) pairs; nothing is opened before it is read.
+        """Take (path below `root`, label) pairs; no image is opened yet.
 
         Raises:
-            InputError: an empty list, a path that leaves `root`, or a label outside the classes.
+            InputError: an empty list, a path outside `root`, or a label outside the classes.
         """
         if not samples:
-            raise InputError(f"the list of {name} in {root} is empty: fetch it again")
+            raise InputError(f"the list of {name} in {root} is empty: download it again")
         for path, label in samples:
             parts = PurePosixPath(path)
             if parts.is_absolute() or ".." in parts.parts:
-                raise InputError(f"{name} lists {path!r}, outside of {root}: do not use this list")
+                raise InputError(f"{name} lists {path!r}, which is outside {root}: do not use this list")
             if not 0 <= label < len(classes):
-                raise InputError(f"{name} gives {path!r} the label {label} and has {len(classes)} classes")
+                raise InputError(
+                    f"{name} gives {path!r} the label {label} but has {len(classes)} classes: download the list again"
+                )
         self.root, self.name = root, name
         self.classes: tuple[str, ...] | None = tuple(classes)
         self._samples = list(samples)
@@ -64,11 +66,11 @@ class ListSource:
 
     @property
     def stamp(self) -> str:
-        """Changes when a file was written again, whatever it holds."""
+        """Changes when a file is written again, whatever its content."""
         return stamp_of(self.root / path for path, _ in self._samples)
 
     def __len__(self) -> int:
-        """How many images the list names."""
+        """The number of images in the list."""
         return len(self._samples)
 
     def key(self, index: int) -> str:
@@ -86,10 +88,10 @@ class ListSource:
 
 
 class SquareSource:
-    """A source whose images are squeezed to a square whole, where a crop would change the answer (Clevr/Dist)."""
+    """A source whose whole images are resized to a square, where a crop would change the answer (Clevr/Dist)."""
 
     def __init__(self, source: ImageSource, side: int) -> None:
-        """Squeeze `source`'s images to `side` x `side`, bilinear."""
+        """Resize the images of `source` to `side` x `side`, bilinear."""
         self._source, self._side = source, side
         self.name, self.classes, self.licence = source.name, source.classes, source.licence
         self.fingerprint = sha256_bytes(f"{source.fingerprint} squeezed {side}".encode())[:16]
@@ -112,7 +114,7 @@ class SquareSource:
         return self._source.label(index)
 
     def read(self, index: int) -> Image.Image:
-        """The squeezed image."""
+        """The resized image."""
         return self._source.read(index).resize((self._side, self._side), Image.Resampling.BILINEAR)
 
 
@@ -120,7 +122,7 @@ def open_dataset(name: str, root: Path) -> tuple[ImageSource, ImageSource]:
     """(training source, test source) of a data set in its official layout.
 
     Raises:
-        InputError: an unknown name, or a layout that is not as published; the message says what was expected.
+        InputError: an unknown name, or a layout that differs from the published one; the message says how.
     """
     match name:
         case "folder":
@@ -137,7 +139,7 @@ def open_dataset(name: str, root: Path) -> tuple[ImageSource, ImageSource]:
             return _clevr(root, "train", name, clevr_count), _clevr(root, "test", name, clevr_count)
         case "clevr_dist":
             return _clevr(root, "train", name, clevr_dist), _clevr(root, "test", name, clevr_dist)
-    raise InputError(f"unknown data set {name!r}: one of {', '.join(DATASETS)}")
+    raise InputError(f"unknown data set {name!r}: give one of {', '.join(DATASETS)}")
 
 
 def parse_transfers(names: Sequence[str], data: Path | None) -> tuple[tuple[str, Path], ...]:
@@ -173,13 +175,15 @@ def clevr_dist(scene: dict[str, Any]) -> int:
 
 def _clevr(root: Path, split: str, name: str, label: Callable[[dict[str, Any]], int]) -> ImageSource:
     root = root / "CLEVR_v1.0" if (root / "CLEVR_v1.0").is_dir() else root
-    part = _SPLITS[split]  # the official test set has no scenes: val is judged
+    part = _SPLITS[split]  # the official test set has no scenes, so val is the test set
     listed = _read_list(root / "scenes" / f"CLEVR_{part}_scenes.json")
     classes = [str(n + CLEVR_LEAST_OBJECTS) for n in range(8)] if name == "clevr_count" else _distance_names()
     try:
         samples = [(f"images/{part}/{scene['image_filename']}", label(scene)) for scene in listed["scenes"]]
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise InputError(f"{root}: CLEVR_{part}_scenes.json is not as published ({error!r}): fetch it again") from error
+        raise InputError(
+            f"{root}: CLEVR_{part}_scenes.json is not as published ({error!r}): download it again"
+        ) from error
     return ListSource(root, samples, name=f"{name} {split}", classes=classes)
 
 
@@ -196,9 +200,11 @@ def _inat18(root: Path, split: str) -> ImageSource:
         given = {item["image_id"]: int(item["category_id"]) for item in listed.get("annotations", ())}
         for item, (path, label) in zip(listed["images"], samples, strict=True):
             if given.get(item["id"], label) != label:
-                raise InputError(f"{file}: {path!r} is annotated {given[item['id']]}: its folder says {label}")
+                raise InputError(
+                    f"{file}: {path!r} is annotated {given[item['id']]} but its folder says {label}: download it again"
+                )
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise InputError(f"{file} is not iNaturalist 2018's list ({error!r}): fetch it again") from error
+        raise InputError(f"{file} is not iNaturalist 2018's list ({error!r}): download it again") from error
     classes = [str(n) for n in range(INAT18_CLASSES)]
     return ListSource(root, samples, name=f"inat18 {split}", classes=classes)
 
@@ -212,7 +218,7 @@ def _places205(root: Path, split: str) -> ImageSource:
     for number, line in enumerate(_lines(file), start=1):
         path, _, label = line.replace(",", " ").rpartition(" ")
         if not path or not label.isdigit():
-            raise InputError(f"{file}, line {number}: {line!r} is no 'path label': fetch the list again")
+            raise InputError(f"{file}, line {number}: {line!r} is not 'path label': download the list again")
         samples.append((path.strip() if below == "." else f"{below}/{path.strip()}", int(label)))
         names[int(label)] = PurePosixPath(path.strip().lstrip("/")).parent.as_posix()
     classes = [names.get(n, str(n)) for n in range(PLACES205_CLASSES)]
@@ -220,10 +226,10 @@ def _places205(root: Path, split: str) -> ImageSource:
 
 
 def _array(root: Path, name: str, split: str) -> ImageSource:
-    """A data set in its own array files, and no folder of other images that lies where they should."""
+    """A data set in its own array files, not a folder of other images in their place."""
     found = open_idx(root, split) if name == "fashion_mnist" else open_cifar(root, split)
     if found is None or len(found.classes or ()) > (100 if name == "cifar100" else 10):
-        raise InputError(f"{root} does not hold {name}'s files: give their folder, --transfer {name}=DIR")
+        raise InputError(f"{root} does not hold {name}'s files: give their folder with --transfer {name}=DIR")
     return found
 
 
@@ -244,14 +250,14 @@ def _cifar(root: Path, name: str, split: str) -> ImageSource:
         pixels = np.concatenate([np.asarray(_get(batch, "data"), np.uint8).reshape(-1, 3, 32, 32) for batch in read])
         wanted = np.concatenate([np.asarray(_get(batch, labels), np.int64) for batch in read])
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{here} does not hold {name}'s batches ({error!r}): fetch them again") from error
+        raise InputError(f"{here} does not hold {name}'s batches ({error!r}): download them again") from error
     if len(wanted) != len(pixels):
-        raise InputError(f"{here} holds {len(pixels)} images and {len(wanted)} labels: fetch it again")
+        raise InputError(f"{here} holds {len(pixels)} images and {len(wanted)} labels: download it again")
     return ArraySource(f"{name} {split}", np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)), wanted, classes)
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads arrays, lists and strings, which is all that a CIFAR batch holds; any other class is refused."""
+    """Reads arrays, lists and strings, all that a CIFAR batch holds; any other class is refused."""
 
     _ALLOWED = frozenset(
         {
@@ -264,7 +270,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     )
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        """Look a class up only where it stands on the list."""
+        """Find a class only if it is on the list."""
         if (module_name, global_name) not in self._ALLOWED:
             raise ArtifactError(
                 f"the batch refers to {module_name}.{global_name}, which no CIFAR batch does: delete it"
@@ -274,22 +280,22 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 def _unpickle(path: Path) -> dict[Any, Any]:
     if not path.is_file():
-        raise InputError(f"{path} does not exist: fetch the Python batches again")
+        raise InputError(f"{path} does not exist: download the Python batches again")
     if path.stat().st_size > _MAX_LIST_BYTES:
         raise InputError(f"{path} is larger than {_MAX_LIST_BYTES} bytes: not a CIFAR batch")
     try:
         found = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
     except ArtifactError:
         raise
-    except Exception as error:  # a pickle cut short raises whatever its parser meets
-        raise InputError(f"{path} is not a CIFAR batch ({error}): fetch it again") from error
+    except Exception as error:  # a truncated pickle raises many types
+        raise InputError(f"{path} is not a CIFAR batch ({error}): download it again") from error
     if not isinstance(found, dict):
-        raise InputError(f"{path} is not a CIFAR batch (a {type(found).__name__}): fetch it again")
+        raise InputError(f"{path} is not a CIFAR batch (a {type(found).__name__}): download it again")
     return found
 
 
 def _get(batch: dict[Any, Any], key: str) -> Any:
-    """The batches were pickled by Python 2: their keys are bytes here."""
+    """A value of a batch; the batches were pickled by Python 2, so keys may be bytes."""
     return batch[key.encode()] if key.encode() in batch else batch[key]
 
 
@@ -300,7 +306,7 @@ def _text(value: Any) -> str:
 def _first(root: Path, names: Sequence[str]) -> Path:
     found = next((root / name for name in names if (root / name).is_file()), None)
     if found is None:
-        raise InputError(f"{root} has no {names[0]}: give the folder that holds it")
+        raise InputError(f"{root} has no {names[0]}: give the folder that contains it")
     return found
 
 
@@ -312,9 +318,9 @@ def _read_list(path: Path) -> Any:
             raise InputError(f"{path} is larger than {_MAX_LIST_BYTES} bytes: not the published list")
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}): fetch it again") from error
+        raise InputError(f"{path} is not valid JSON ({error}): download it again") from error
     if not isinstance(found, dict):
-        raise InputError(f"{path} is not the published list (a {type(found).__name__}): fetch it again")
+        raise InputError(f"{path} is not the published list (a {type(found).__name__}): download it again")
     return found
 
 

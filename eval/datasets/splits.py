@@ -1,4 +1,4 @@
-"""Training and test images that belong together: the official splits, disjoint, with one numbering of the classes."""
+"""Training and test images that belong together: disjoint, with one numbering of the classes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Split:
     classes: int
     names: tuple[str, ...] | None
     renumber: np.ndarray | None  # test label -> bank label, where the two number their classes differently
-    test_source: str  # fingerprint of the test images as given, the unlabelled ones included
-    shared: LookAlikes | None = None  # test images that the bank repeats; None where nobody looked
+    test_source: str  # fingerprint of the test images as given, including unlabelled ones
+    shared: LookAlikes | None = None  # duplicates of training images; None if not checked
 
     def aligned(self, found: Features) -> Features:
         """Test features with the bank's class numbers."""
@@ -36,13 +36,13 @@ def open_split(data: Path, test: Path | None) -> Split:
     """The training images in `data` and the test images in `test`, or in `data` when it has both splits.
 
     Raises:
-        InputError: no such images, no labels, the same images twice, or test classes that the training images lack.
+        InputError: no such images, no labels, the same images twice, or test classes without training images.
     """
     if test is None:
         try:
             pair = open_source(data, split="train"), open_source(data, split="test")
         except InputError as error:
-            raise InputError(f"{error}; or give the judged images with --test") from error
+            raise InputError(f"{error}; or give the test set with --test") from error
     else:
         pair = open_part(data, "train"), open_part(test, "test")
     return make_split(*pair)
@@ -53,10 +53,12 @@ def make_split(bank: ImageSource, test: ImageSource) -> Split:
     given = test.fingerprint
     bank, test = labelled(bank), labelled(test)
     if bank.fingerprint == test.fingerprint:
-        raise InputError(f"{bank.name} would be judged on the images it is trained on: give other images with --test")
+        raise InputError(f"{bank.name} is both the training and the test set: give other images with --test")
     if bank.classes is None or test.classes is None:
         bare = bank if bank.classes is None else test
-        raise InputError(f"{bare.name} has no labels: give images with one folder a class, or shards with .cls members")
+        raise InputError(
+            f"{bare.name} has no labels: give images with one folder per class, or shards with .cls members"
+        )
     if bank.classes[: len(test.classes)] == test.classes:
         return Split(
             bank=bank, test=test, classes=len(bank.classes), names=bank.classes, renumber=None, test_source=given
@@ -64,7 +66,7 @@ def make_split(bank: ImageSource, test: ImageSource) -> Split:
     renumber = class_numbers(test.classes, bank.classes)
     if unknown := [test.classes[label] for label in np.unique(labels_of(test)) if renumber[label] < 0]:
         raise InputError(
-            f"{test.name} has the class {unknown[0]!r} and {bank.name} has not: give both the same classes"
+            f"{test.name} has the class {unknown[0]!r}, which {bank.name} lacks: give both sets the same classes"
         )
     return Split(
         bank=bank, test=test, classes=len(bank.classes), names=bank.classes, renumber=renumber, test_source=given

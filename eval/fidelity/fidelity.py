@@ -1,10 +1,11 @@
 """A candidate's embeddings against its fp32 reference's, on the same images: how close, and what it costs a user.
 
-The headline is what happens in the field: a linear probe trained on the reference's features, frozen, then applied to
-the candidate's. Beside it: centred cosine (the set's mean taken away first, since embeddings share a large common part
-that flatters plain cosine) and the other figures of closeness.py, and weighted kNN with the reference's bank.
+The headline is what happens in production: a linear probe trained on the reference's features, frozen, then applied to
+the candidate's. Besides it: the centred cosine (the set's mean is subtracted first, because embeddings share a large
+common component that inflates the plain cosine), the other figures of similarity.py, and weighted kNN with the
+reference's bank.
 
-M judged images   N bank images   D width
+M test images   N bank images   D width
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from robx.stats import (
     non_inferiority,
 )
 
-LEAST_UNLABELLED = 100  # images: fewer say nothing of the 1 % quantile
-# Least mean and least 1 % quantile of the centred cosine; they decide alone only where there are no labels.
+LEAST_UNLABELLED = 100  # images: fewer do not determine the 1 % quantile
+# Least mean and least 1 % quantile of the centred cosine; they decide only where there are no labels.
 COSINE_LIMITS: dict[Precision, tuple[float, float]] = {
     "fp32": (0.99999, 0.9999),
     "fp16": (0.9999, 0.999),
@@ -43,7 +44,7 @@ COSINE_LIMITS: dict[Precision, tuple[float, float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Bank:
-    """What the reference says of labelled training images, and the probe trained on it; made once a student."""
+    """The reference's features of labelled training images, and the probe trained on them; made once per student."""
 
     features: np.ndarray  # float32 (N, D), the reference's
     labels: np.ndarray  # int64 (N,), 0 <= label < classes
@@ -53,7 +54,7 @@ class Bank:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The result of `fidelity`: every figure, the paired decisions behind the verdict, and the reasons in words."""
+    """The result of `fidelity`: all figures, the paired decisions behind the verdict, and the reasons in words."""
 
     values: dict[str, Value]
     decisions: dict[Literal["probe", "knn"], Decision]
@@ -87,11 +88,11 @@ def fidelity(
         candidate: the same images' embeddings by the candidate.
         labels: int64 (M,), negative where unlabelled; the task figures need them and a `bank`.
         bank: the reference's labelled training features (`make_bank`).
-        candidate_bank: the candidate's features (N, D) of the bank's images, for what can be had by training the probe
-            again and by embedding the bank again; None leaves these two out.
-        margin: the drop of accuracy that is tolerated, in percentage points.
-        level: of the tests of accuracy; smaller where the candidate is one of several.
-        precision: picks the cosine limits, which decide where there are no labels and are only noted where there are.
+        candidate_bank: the candidate's features (N, D) of the bank's images, for the drops that remain when the probe
+            is retrained and when the bank is embedded again; None leaves these two out.
+        margin: the accepted drop of accuracy, in percentage points.
+        level: significance level of the accuracy tests; smaller where the candidate is one of several.
+        precision: selects the cosine limits, which decide where there are no labels and are only noted otherwise.
         class_names: names for the reasons.
 
     Raises:
@@ -129,7 +130,7 @@ def _task(
     decide: Callable[[np.ndarray, np.ndarray], Decision],
     class_names: Sequence[str] | None,
 ) -> tuple[dict[str, Value], dict[Literal["probe", "knn"], Decision], list[str]]:
-    """The figures that a user feels, those with labels only where there are labels."""
+    """The figures of the user's task; those that need labels only where there are labels."""
     k = min(KNN_K, len(bank.labels))
     answers: dict[Literal["probe", "knn"], list[np.ndarray]] = {"probe": [], "knn": []}
     neighbours = []
@@ -161,10 +162,10 @@ def _task(
 def _adapted(
     reference: np.ndarray, candidate: np.ndarray, labels: np.ndarray, bank: Bank, candidate_bank: np.ndarray
 ) -> dict[str, Value]:
-    """What is left of the drop when the user adapts: the probe trained again, and the bank embedded again."""
+    """The drop that remains when the user adapts: the probe retrained, and the bank embedded again."""
     if candidate_bank.shape != bank.features.shape:
         raise InputError(
-            f"the banks {bank.features.shape} and {candidate_bank.shape} do not pair: embed the same images"
+            f"the banks {bank.features.shape} and {candidate_bank.shape} do not match: embed the same images"
         )
     keep = labels >= 0
     if not keep.any():
@@ -190,7 +191,7 @@ def worst_class(
 ) -> tuple[Value, str]:
     """The largest drop of any class in points, and a line that names it; an empty line where no class drops.
 
-    Its interval is Bonferroni's over the classes, as the worst was picked after looking.
+    Its interval is Bonferroni-corrected for the number of classes, because the worst one is selected by its result.
     """
     classes = np.unique(labels)
     drops = []

@@ -1,4 +1,4 @@
-"""A linear probe over stored features: standardise, multinomial logistic regression, keep. numpy and SciPy alone.
+"""A linear probe on stored features: standardise, multinomial logistic regression, freeze.
 
 The probe stands for the head that a user has trained on the fp32 model and does not want to train again.
 """
@@ -12,7 +12,7 @@ from scipy import optimize
 
 from robx.errors import InputError
 
-# More rows change a probe's answers little and cost in proportion; the first of a fixed permutation are taken.
+# More rows hardly change a probe's answers but cost time in proportion; a fixed random subset is used.
 MAX_ROWS = 50_000
 
 
@@ -48,17 +48,22 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, *, classes: int, penalty
         InputError: no rows, values that are not finite, or labels outside the classes.
     """
     if not len(features) or len(features) != len(labels):
-        raise InputError(f"a probe cannot be trained on {len(features)} features and {len(labels)} labels")
+        raise InputError(
+            f"a probe needs one label per feature, got {len(features)} features and {len(labels)} labels: "
+            "give labelled images"
+        )
     if labels.min() < 0 or labels.max() >= classes:
-        raise InputError(f"labels from {labels.min()} to {labels.max()} do not fit {classes} classes")
+        raise InputError(
+            f"labels from {labels.min()} to {labels.max()} do not fit {classes} classes: leave out unlabelled images"
+        )
     if not np.isfinite(features).all():
-        raise InputError("features with NaN or infinity cannot train a probe: the model that made them is broken")
+        raise InputError("the features contain NaN or infinity: the model is damaged; train or export it again")
     if len(features) > MAX_ROWS:
         chosen = np.sort(np.random.default_rng(0).permutation(len(features))[:MAX_ROWS])
         features, labels = features[chosen], labels[chosen]
     mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
     std = features.std(axis=0, dtype=np.float64).astype(np.float32)
-    std[std < 1e-6 * max(float(std.max()), 1e-30)] = 1  # a dimension that never moves teaches nothing
+    std[std < 1e-6 * max(float(std.max()), 1e-30)] = 1  # a constant dimension carries no information
     rows = ((features - mean) / std).astype(np.float32)
     found = optimize.minimize(
         _loss, np.zeros((rows.shape[1] + 1) * classes), args=(rows, labels, classes, penalty), jac=True,

@@ -1,8 +1,8 @@
-"""How close a candidate's embeddings are to its reference's, labels aside; every figure here is of the same images.
+"""How close a candidate's embeddings are to its reference's, without labels; all figures are of the same images.
 
-Cosine alone does not say whether neighbours stay neighbours, so two figures of the whole set stand beside it: linear
-CKA, and the rank correlation of all pairwise similarities, which is what retrieval ranks by. Neither changes when the
-space is rotated or scaled; the cosine falls with a rotation.
+Cosine alone does not say whether neighbours stay neighbours, so two figures of the whole set complement it: linear CKA,
+and the rank correlation of all pairwise similarities, which is what retrieval ranks by. Both are invariant to rotation
+and scale; the cosine is not invariant to rotation.
 
 M images   D width
 """
@@ -19,13 +19,13 @@ from robx.records import Value
 from robx.stats import mean_value, quantile_value
 
 NEIGHBOURS = 20
-# More images change these two little and cost in proportion, or in its square; the first of a fixed permutation count.
+# More images hardly change these two but cost time in proportion, or its square; a fixed random subset is used.
 MOST_CKA_IMAGES = 10_000
 MOST_PAIRED_IMAGES = 1_000  # 499,500 pairs
 
 
 def relative_error(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
-    """|candidate - reference| / |reference| of each row (M,); a row that is not finite, or should be 0, counts as 1."""
+    """|candidate - reference| / |reference| of each row (M,); a row that is not finite, or should be 0, gives 1."""
     check_pair(reference, candidate)
     gap = np.linalg.norm(candidate.astype(np.float64) - reference, axis=1)
     length = np.linalg.norm(reference.astype(np.float64), axis=1)
@@ -34,11 +34,11 @@ def relative_error(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
 
 
 def broken(reference: np.ndarray, candidate: np.ndarray) -> list[str]:
-    """What makes the candidate useless whatever its accuracy: NaN, infinity, one answer for all; [] if sound."""
+    """What makes the candidate unusable whatever its accuracy: NaN, infinity, a constant output; [] if nothing."""
     check_pair(reference, candidate)
     finite = np.isfinite(candidate).all(axis=1)
     if not finite.all():
-        return [f"{np.count_nonzero(~finite)} of {len(candidate)} embeddings hold NaN or infinity"]
+        return [f"{np.count_nonzero(~finite)} of {len(candidate)} embeddings contain NaN or infinity"]
     if is_constant(candidate, reference=reference):
         return [f"the embedding is the same for all {len(candidate)} images: the output is constant"]
     return []
@@ -47,8 +47,8 @@ def broken(reference: np.ndarray, candidate: np.ndarray) -> list[str]:
 def linear_cka(reference: np.ndarray, candidate: np.ndarray) -> float:
     """Linear centred kernel alignment of two sets (M, D) and (M, D'), from 0 to 1 (Kornblith et al. 2019, eq. 3).
 
-    |Y'X|^2 / (|X'X| |Y'Y|) of the centred sets, Frobenius norms. Unrelated sets of M images give about D / (M + D), not
-    0. A constant set gives 0.
+    |Y'X|^2 / (|X'X| |Y'Y|) of the centred sets, with Frobenius norms. Unrelated sets of M images give about D / (M +
+    D), not 0. A constant set gives 0.
     """
     first, second = (rows.astype(np.float64) - rows.mean(axis=0, dtype=np.float64) for rows in (reference, candidate))
     if len(first) < max(first.shape[1], second.shape[1]):
@@ -62,9 +62,9 @@ def linear_cka(reference: np.ndarray, candidate: np.ndarray) -> float:
 
 
 def similarity_spearman(reference: np.ndarray, candidate: np.ndarray) -> float:
-    """Spearman's rank correlation of all pairs' cosine similarity in the one set and in the other.
+    """Spearman's rank correlation between the pairwise cosine similarities of the two sets.
 
-    1 means that every ranking by similarity is kept. A set whose similarities are all equal gives 0.
+    1 means that every ranking by similarity is preserved. A set whose similarities are all equal gives 0.
 
     Args:
         reference: (M, D), M of at least 3; the cost grows with M squared.
@@ -81,15 +81,15 @@ def similarity_spearman(reference: np.ndarray, candidate: np.ndarray) -> float:
 
 
 def neighbour_overlap(reference: np.ndarray, candidate: np.ndarray, *, k: int = NEIGHBOURS) -> Value:
-    """The share of each image's k nearest others that the candidate keeps, both sides within their own set (M, D)."""
+    """The share of each image's k nearest others that the candidate preserves, each set (M, D) searched in itself."""
     k = min(k, len(reference) - 1)
     if k < 1:
-        raise InputError("neighbours need at least two images")
+        raise InputError("neighbours need at least two images: give more")
     own = np.arange(len(reference))[:, None]
     found = []
     for features in (reference, candidate):
         rows = nearest(features, features, k + 1)[1]
-        # An image is its own nearest; where a duplicate stands in its place, the last one leaves.
+        # An image is its own nearest neighbour and is removed; where a duplicate ranks before it, the last one is.
         stay = rows != own
         stay[stay.all(axis=1), -1] = False
         found.append(rows[stay].reshape(-1, k))
@@ -97,7 +97,7 @@ def neighbour_overlap(reference: np.ndarray, candidate: np.ndarray, *, k: int = 
 
 
 def closeness(reference: np.ndarray, candidate: np.ndarray) -> dict[str, Value]:
-    """Every figure of two sets (M, D) that needs no label but the neighbours kept; a fault counts, none is hidden."""
+    """All figures of two sets (M, D) that need no labels, except the neighbour overlap; broken rows are counted."""
     cosine = centred_cosine(reference, candidate)
     error = relative_error(reference, candidate)
     varies = reference.std(axis=0) > 0
@@ -116,7 +116,7 @@ def closeness(reference: np.ndarray, candidate: np.ndarray) -> dict[str, Value]:
 
 
 def _of_the_whole_set(reference: np.ndarray, candidate: np.ndarray) -> dict[str, Value]:
-    """CKA and rank correlation of the images whose candidate rows are finite; none of fewer than three."""
+    """CKA and rank correlation of the images whose candidate rows are finite; empty for fewer than three."""
     finite = np.isfinite(candidate).all(axis=1)
     order = np.random.default_rng(0).permutation(len(reference))
     order = order[finite[order]]

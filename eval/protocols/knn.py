@@ -67,7 +67,7 @@ def knn_accuracy(
     bank, bank_labels = _labelled(bank, bank_labels)
     queries, query_labels = _labelled(queries, query_labels)
     if not len(bank) or not len(queries):
-        raise InputError("kNN needs labelled images on both sides: give data with classes (one folder a class)")
+        raise InputError("kNN needs labelled images on both sides: give data with classes (one folder per class)")
     _check_labels(bank, bank_labels, classes)
     headline = min(KNN_K, len(bank))
     served = sorted({k for k in ks if k <= len(bank)} | {headline})

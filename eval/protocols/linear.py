@@ -1,8 +1,8 @@
-"""Linear evaluation: how well a linear head on the frozen trunk does.
+"""Linear evaluation: the accuracy of a linear head on the frozen trunk.
 
 `linear_streamed` is VISSL's protocol: every epoch sees fresh random resized crops, so the trunk runs on each of them;
-for a Student in torch. `linear_cached` trains the same heads on features extracted once, without augmentation: minutes
-instead of days, possible for a Bundle, and a different figure; records call it "linear-cached".
+it needs a Student in PyTorch. `linear_cached` trains the same heads on features extracted once, without augmentation:
+minutes instead of days, possible for a Bundle, and a different figure, which records call "linear-cached".
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from robx.records import Preprocessing, Value
 
 VISSL = HeadRecipe(epochs=28, milestones=(8, 16, 24))
 RATES = (0.01, 0.001, 0.1)
-# A few hundred images make too few steps in 28 epochs; features are cheap, so the cached variant goes round more often.
+# A few hundred images give too few steps in 28 epochs; features are cheap, so the cached variant trains longer.
 LEAST_STEPS = 1000
 _EMBED_ROWS = 65_536
 
@@ -43,16 +43,16 @@ def linear_cached(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Value]:
-    """Train heads on the bank's features (N, D) and judge them on the test's (M, D); "top1" is at the recipe's rate.
+    """Train heads on the bank's features (N, D), evaluate on the test's (M, D); "top1" is at the recipe's own rate.
 
     Args:
-        bank: features and labels to train on; unlabelled rows are left out.
-        test: features and labels to judge on.
+        bank: training features and labels; unlabelled rows are left out.
+        test: test features and labels.
         classes: C.
         kinds: feature kinds within a row, name -> columns; None is the whole row.
-        recipe: optimiser and schedule; stretched to at least LEAST_STEPS steps.
-        rates: learning rates tried in parallel; the recipe's own is always among them.
-        seed: of the order and of the heads' first weights.
+        recipe: optimiser and schedule; extended to at least LEAST_STEPS steps.
+        rates: learning rates trained in parallel; the recipe's own is always included.
+        seed: of the order and the initial weights.
         progress: called with (steps done, steps, note).
 
     Raises:
@@ -99,9 +99,9 @@ def train_cached(
 
 
 def _require_two(images: int) -> None:
-    """BatchNorm has no variance of one image."""
+    """Refuse a single image: BatchNorm needs a variance."""
     if images < 2:
-        raise InputError("a linear head needs two labelled images or more, and there is one: give more")
+        raise InputError("a linear head needs two labelled images or more, got 1: give more")
 
 
 def linear_streamed(
@@ -124,11 +124,11 @@ def linear_streamed(
         source: the training images.
         test: the same session's features of the test images.
         classes: C.
-        labels: int64 (N,) in place of the source's own; negative rows are left out.
+        labels: int64 (N,) instead of the source's own; negative ones are left out.
         recipe: optimiser and schedule.
-        rates: learning rates tried in parallel; the recipe's own is always among them.
+        rates: learning rates trained in parallel; the recipe's own is always included.
         crop: False resizes the whole image to the square instead (Clevr/Dist: a crop would change the answer).
-        seed: of the crops, the order and the heads' first weights.
+        seed: of the crops, the order and the initial weights.
         progress: called with (images done, images, note).
 
     Raises:
@@ -137,7 +137,7 @@ def linear_streamed(
     labels = labels_of(source) if labels is None else labels
     usable = np.flatnonzero(labels >= 0)
     if not len(usable):
-        raise InputError(f"{source.name} has no labelled images: a linear head needs some")
+        raise InputError(f"{source.name} has no labelled images: a linear head needs them")
     _require_two(len(usable))
     test_rows, test_labels = _labelled_tensors(test)
     widths = {name: columns.stop - columns.start for name, columns in session.kinds.items()}
@@ -154,7 +154,7 @@ def linear_streamed(
         done = 0
         for indices, pixels in read_batches(order.tolist(), read, batch_size=batch):
             done += len(indices)
-            if len(indices) < 2:  # BatchNorm has no variance of one image
+            if len(indices) < 2:  # BatchNorm needs a variance
                 continue
             rows = session.features(torch.from_numpy(pixels)).clone()
             wanted = torch.from_numpy(labels[indices]).to(session.device)
@@ -223,10 +223,10 @@ def _judge(
 def _labelled_tensors(found: Features) -> tuple[Tensor, Tensor]:
     keep = found.labels >= 0
     if not keep.any():
-        raise InputError("no labelled images: give data with classes (one folder a class)")
+        raise InputError("no labelled images: give data with classes (one folder per class)")
     features = found.features if keep.all() else found.features[keep]
     if not np.isfinite(features).all():
-        raise InputError("the features hold NaN or infinity: the model that made them is broken")
+        raise InputError("the features contain NaN or infinity: the model is damaged; train or export it again")
     return torch.from_numpy(features), torch.from_numpy(found.labels[keep])
 
 

@@ -1,11 +1,11 @@
-"""Low-shot evaluation, MSN's protocol: logistic regression on a few labelled images a class.
+"""Low-shot evaluation, MSN's protocol: logistic regression on a few labelled images per class.
 
 Features before the trunk's final norm, each row minus its own mean, then scaled to length 1; multinomial logistic
-regression without intercept that minimises sum(cross-entropy) + lambda / 2 |W|^2, lambda = 0.0025 (MSN: lambda / n
-beside a mean, the same). 1, 2 and 5 images a class are averaged over three fixed splits; 1 % and 10 % have one.
+regression without intercept that minimises sum(cross-entropy) + lambda / 2 |W|^2, lambda = 0.0025 (equal to MSN's mean
+with lambda / n). 1, 2 and 5 images per class are averaged over three fixed splits; 1 % and 10 % have one.
 
 The published splits are text files of image names: imagenet_subsets{1,2,3}/{1,2,5}imgs_class.txt and
-imagenet_subsets1/{1percent,10percent}.txt. Without them robx draws its own, the same ones every time, and says so.
+imagenet_subsets1/{1percent,10percent}.txt. Without them robx draws its own, always the same, and the record says so.
 """
 
 from __future__ import annotations
@@ -41,14 +41,16 @@ def parse_shots(text: str) -> tuple[str, ...]:
     shots = tuple(part.strip() for part in text.split(",") if part.strip())
     for shot in shots:
         if not (_SHOT.fullmatch(shot) or _SHARE.fullmatch(shot)):
-            raise InputError(f"low-shot {shot!r} is neither images a class nor a percentage: give, say, 1,2,5,1%")
+            raise InputError(
+                f"low-shot {shot!r} is neither a number of images per class nor a percentage: give, e.g., 1,2,5,1%"
+            )
     if not shots:
-        raise InputError(f"low-shot {text!r} names no size: give, say, 1,2,5,1%")
+        raise InputError(f"low-shot {text!r} names no size: give, e.g., 1,2,5,1%")
     return shots
 
 
 def draw_splits(labels: np.ndarray, shot: str, *, seed: int = 0) -> list[np.ndarray]:
-    """Rows to train on: three splits of `shot` images a class, or one of a percentage of each class (at least one).
+    """Training rows: three splits of `shot` images per class, or one of a percentage of each class (at least one).
 
     Raises:
         InputError: a class has fewer images than that.
@@ -62,14 +64,14 @@ def draw_splits(labels: np.ndarray, shot: str, *, seed: int = 0) -> list[np.ndar
             own = np.flatnonzero(labels == label)
             wanted = max(1, round(len(own) * int(share[1]) / 100)) if share else int(shot)
             if wanted > len(own):
-                raise InputError(f"class {label} has {len(own)} images and {wanted} are asked for: give fewer shots")
+                raise InputError(f"class {label} has {len(own)} images, low-shot needs {wanted}: give a smaller size")
             rows.append(rng.permutation(own)[:wanted])
         splits.append(np.sort(np.concatenate(rows)))
     return splits
 
 
 def check_splits(source: ImageSource, shot: str, folder: Path | None) -> None:
-    """Refuse a size that `source` cannot serve, before anything is embedded: see `read_splits` and `draw_splits`."""
+    """Refuse a size for which `source` has too few images; see `read_splits` and `draw_splits`."""
     if folder is None:
         draw_splits(labels_of(source), shot)
     else:
@@ -77,22 +79,22 @@ def check_splits(source: ImageSource, shot: str, folder: Path | None) -> None:
 
 
 def read_splits(folder: Path, shot: str, source: ImageSource) -> list[np.ndarray]:
-    """Places in `source` that the published split files name.
+    """Positions in `source` of the images in the published split files.
 
     A line is an image's file name, with or without its folder ("n01440764_10043.JPEG").
 
     Raises:
-        InputError: a file is missing, or names images that `source` has not.
+        InputError: a file is missing, or names images that `source` lacks.
     """
     files, places = split_files(folder, shot), _places(source)
     return [_read_split(path, places) for path in files]
 
 
 def split_files(folder: Path, shot: str) -> list[Path]:
-    """The published files of one size; the third split's five-shot file is named 3imgs_class.txt there.
+    """The published files of one size; the third split's five-shot file was published as 3imgs_class.txt.
 
     Raises:
-        InputError: no such size was published, or a file is missing.
+        InputError: the size was not published, or a file is missing.
     """
     if share := _SHARE.fullmatch(shot):
         files = [[folder / "imagenet_subsets1" / f"{share[1]}percent.txt", folder / f"{share[1]}percent.txt"]]
@@ -106,7 +108,9 @@ def split_files(folder: Path, shot: str) -> list[Path]:
     for candidates in files:
         path = next((path for path in candidates if path.is_file()), None)
         if path is None:
-            raise InputError(f"{candidates[0]} does not exist: give the folder that holds imagenet_subsets1/ and so on")
+            raise InputError(
+                f"{candidates[0]} does not exist: give the folder that contains imagenet_subsets1/ and the others"
+            )
         found.append(path)
     return found
 
@@ -118,17 +122,17 @@ def low_shot(
 
     Args:
         bank: features (N, D) and labels of the training images.
-        test: features (M, D) and labels of the judged ones.
-        rows: one array of bank rows a split.
-        penalty: lambda of the protocol.
+        test: features (M, D) and labels of the test images.
+        rows: one array of bank rows per split.
+        penalty: the protocol's lambda.
 
     Returns:
-        "top1" in %: the mean over the splits with Student's t interval over them, or of one split with Wilson's; and
-        "top1_split1" ... with Wilson's, when there are more.
+        "top1" in %: the mean over the splits with Student's t interval, or of one split with Wilson's interval; with
+        several splits also "top1_split1" ... with Wilson's.
     """
     keep = test.labels >= 0
     if not keep.any():
-        raise InputError("no labelled test images: low-shot accuracy needs some")
+        raise InputError("no labelled test images: low-shot accuracy needs them")
     wanted = test.labels[keep]
     judged = centred_unit_rows(test.features[keep])
     each = []
@@ -144,7 +148,7 @@ def low_shot(
 def centred_unit_rows(features: np.ndarray) -> np.ndarray:
     """Each row (N, D) minus its own mean, scaled to length 1, float64."""
     if not np.isfinite(features).all():
-        raise InputError("the features hold NaN or infinity: the model that made them is broken")
+        raise InputError("the features contain NaN or infinity: the model is damaged; train or export it again")
     rows = features - features.mean(axis=1, keepdims=True, dtype=np.float64)
     scaled: np.ndarray = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     return scaled
@@ -159,8 +163,8 @@ def logistic_regression(
 
     seen = np.unique(labels)
     if len(seen) < 2:
-        raise InputError("low-shot training images of one class only: nothing can be told apart")
-    # With two classes scikit-learn keeps one vector w for the softmax's +w/2 and -w/2, whose penalty is half as large.
+        raise InputError("all low-shot training images are of one class: give data with two or more classes")
+    # With two classes scikit-learn fits one vector w for the softmax's +w/2 and -w/2, whose penalty is half as large.
     inverse = (2 if len(seen) == 2 else 1) / penalty
     model = LogisticRegression(C=inverse, fit_intercept=False, max_iter=1000, tol=1e-5)
     with warnings.catch_warnings():
@@ -174,14 +178,14 @@ def _over_splits(each: list[Value]) -> Value:
     accuracies = np.array([value.value for value in each])
     half = float(stats.t.ppf(0.975, len(each) - 1) * accuracies.std(ddof=1) / np.sqrt(len(each)))
     mean, n = float(accuracies.mean()), int(each[0].n or 1)
-    # The splits share their test images, whose own chance Student's t does not see: never narrower than Wilson's.
+    # The splits share their test images, whose sampling error Student's t ignores: never narrower than Wilson's.
     low, high = (100 * end for end in wilson(round(mean / 100 * n), n))
     low, high = max(0.0, min(low, mean - half)), min(100.0, max(high, mean + half))
     return Value(value=mean, low=low, high=high, n=n, unit="%")
 
 
 def _places(source: ImageSource) -> dict[str, int]:
-    """Each image's place under its key, file name and stem; a short form that two images share stands for none."""
+    """Each image's position by its key, file name and stem; a short form that two images share is left out."""
     keys = [PurePosixPath(source.key(index)) for index in range(len(source))]
     places: dict[str, int] = {}
     for form in (lambda key: key.stem, lambda key: key.name, str):
@@ -198,7 +202,7 @@ def _read_split(path: Path, places: dict[str, int]) -> np.ndarray:
     missing = [name for name, place in zip(names, found, strict=True) if place is None]
     if missing or not names:
         raise InputError(
-            f"{path} names {len(names)} images and the data lacks {len(missing)} of them"
+            f"{path} names {len(names)} images, of which the data lacks {len(missing)}"
             f"{', such as ' + missing[0] if missing else ''}: give the data that the splits were made for"
         )
     return np.unique(np.array(found, dtype=np.int64))

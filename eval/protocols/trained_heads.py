@@ -1,6 +1,6 @@
-"""BatchNorm + Linear heads over frozen features: every feature kind and learning rate in one pass over the data.
+"""BatchNorm + Linear heads on frozen features: every feature kind and learning rate in one pass over the data.
 
-The heads share nothing but the batch they see, so the sum of their losses trains each as if it were alone.
+The heads share nothing but the batch, so minimising the sum of their losses trains each as if it were alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class HeadRecipe:
     """How heads are trained: SGD with Nesterov momentum; `lr` is for a batch of 256 and scales with the batch."""
 
     epochs: int
-    milestones: tuple[int, ...] = ()  # epochs after which the rate is a tenth; none means a cosine down to 0
+    milestones: tuple[int, ...] = ()  # epochs at which the rate is divided by 10; none: cosine decay to 0
     lr: float = 0.01
     batch: int = 256
     momentum: float = 0.9
@@ -50,9 +50,9 @@ class Heads(nn.Module):
             widths: feature kind -> D_kind; the first is the headline's.
             classes: C.
             recipe: optimiser and schedule.
-            rates: learning rates for a batch of 256, tried in parallel.
+            rates: learning rates for a batch of 256, trained in parallel.
             steps: optimiser steps of the whole training.
-            seed: of the heads' first weights.
+            seed: of the initial weights.
             device: where the heads are trained.
         """
         super().__init__()
@@ -64,7 +64,7 @@ class Heads(nn.Module):
             nn.init.normal_(linear.weight, std=0.01, generator=generator)
             nn.init.zeros_(linear.bias)
             heads[name] = nn.Sequential(nn.BatchNorm1d(widths[kind]), linear)
-        # A learning rate has a dot, and a module's name may not.
+        # A ModuleList, not a ModuleDict: a learning rate has a dot, which a module's name must not have.
         self._heads = nn.ModuleList(heads.values()).to(device)
         groups = [
             {"params": list(head.parameters()), "lr": rate * recipe.batch / 256}
@@ -91,13 +91,13 @@ class Heads(nn.Module):
         loss = float(total.detach()) / len(losses)
         if not math.isfinite(loss):
             raise InputError(
-                "the heads' loss is not finite: the features hold NaN, or a learning rate is far too large"
+                "the loss of the linear heads is not finite: the features contain NaN, or the rate is too large"
             )
         return loss
 
     @torch.inference_mode()
     def folded(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Weight (C, D_kind) and bias (C,), float32, of one head as a single linear map: its BatchNorm folded in."""
+        """Weight (C, D_kind) and bias (C,), float32, of one head with its BatchNorm folded in."""
         head: Any = self._heads[list(self.names).index(name)]
         norm, linear = head
         scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
@@ -107,7 +107,7 @@ class Heads(nn.Module):
 
     @torch.inference_mode()
     def top(self, features: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        """Each head's likeliest classes, int64 (N, <= 5), with BatchNorm's running statistics."""
+        """Each head's most likely classes, int64 (N, <= 5), with BatchNorm's running statistics."""
         self.eval()
         found = {}
         for head, (name, (kind, _)) in zip(self._heads, self.names.items(), strict=True):
@@ -126,7 +126,7 @@ def head_values(tops: Mapping[str, np.ndarray], labels: np.ndarray, *, classes: 
 
 
 def headline(widths: Mapping[str, int], recipe: HeadRecipe) -> str:
-    """The head that the protocol names beforehand: the first feature kind at the recipe's own rate."""
+    """The head that the protocol fixes in advance: the first feature kind at the recipe's own learning rate."""
     return _name(next(iter(widths)), recipe.lr)
 
 
@@ -135,7 +135,7 @@ def _name(kind: str, rate: float) -> str:
 
 
 def _factor(recipe: HeadRecipe, steps: int) -> Callable[[int], float]:
-    """The share of the peak rate at a step."""
+    """The learning rate at a step, relative to its peak."""
     edges = [math.ceil(steps * epoch / recipe.epochs) for epoch in recipe.milestones]
     if edges:
         return lambda step: float(0.1 ** sum(step >= edge for edge in edges))

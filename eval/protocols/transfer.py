@@ -1,4 +1,4 @@
-"""Transfer: frozen trunk, BatchNorm + Linear heads on another data set, each with its benchmark's recipe."""
+"""Transfer: BatchNorm + Linear heads on a frozen trunk and another data set, each with its benchmark's recipe."""
 
 from __future__ import annotations
 

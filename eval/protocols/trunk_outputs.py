@@ -1,6 +1,6 @@
-"""The outputs of a Student's trunk that only torch can give: the last four CLS tokens, the features before the norm.
+"""Outputs of a Student's trunk that a Bundle does not have: the last four CLS tokens, features before the final norm.
 
-A Bundle answers with the embedding alone; protocols that ask for more than that use it instead, and say so.
+For a Bundle, protocols use the embedding instead, and their records say so.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ LAST = 4
 
 
 class TrunkSession:
-    """A Session over a Student's trunk, in eval mode, with a chosen output; it never trains the trunk."""
+    """A Session on a Student's trunk, in eval mode and frozen, with a chosen output."""
 
     def __init__(self, folder: Path, *, output: Output, threads: int = 1) -> None:
-        """Open the Student in `folder`; a CNN, which has no tokens, answers with the embedding whatever `output` is."""
+        """Open the Student in `folder`; a CNN has no tokens and returns the embedding, whatever `output` is."""
         self.student, self._trunk = load_trunk(folder)
         self.bundle: Bundle | Student = self.student
         self._trunk.requires_grad_(False)
@@ -68,7 +68,7 @@ class TrunkSession:
         return answer
 
     def facts(self) -> dict[str, Any]:
-        """What really runs, and which output."""
+        """The engine, its version and settings, and the output."""
         return {
             "engine": "torch",
             "version": str(torch.__version__),
@@ -92,7 +92,7 @@ class TrunkSession:
 
 
 def _remove_norms(trunk: nn.Module) -> None:
-    """Make timm's final norm, wherever the model keeps it, answer with its input."""
+    """Replace timm's final norm, under either of its names, by the identity."""
     for name in ("norm", "fc_norm"):
         if isinstance(getattr(trunk, name, None), nn.Module):
             setattr(trunk, name, nn.Identity())

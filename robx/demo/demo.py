@@ -17,7 +17,7 @@ from robx.errors import GateFailed, RobxError
 from robx.images.sources import open_source
 from robx.records import load_bundle
 from robx.store.files import cache_folder, read_json, sha256_bytes, write_json, write_text
-from robx.store.folders import lock_folder
+from robx.store.locks import lock_folder
 
 TEACHER = "efficientnet_lite0"
 STUDENT = "resnet10t"

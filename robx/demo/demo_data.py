@@ -28,7 +28,8 @@ from robx.images.shards import write_shard
 from robx.images.sources import LICENCE_FILE
 from robx.progress import Progress
 from robx.store.files import require_space, sha256_bytes, write_json, write_text
-from robx.store.folders import lock_folder, new_folder
+from robx.store.folders import new_folder
+from robx.store.locks import lock_folder
 
 CLIP_ART_PACKAGE = "openclipart-png"
 # The folders whose names describe what their pictures show; the others serve for distillation, not for evaluation.
@@ -147,7 +148,7 @@ def pack_pictures(root: Path, folder: Path, *, classes: Sequence[str], progress:
             if picture is not None:
                 pictures.append(picture)
     train, test = split_pictures(_without_duplicates(pictures), classes)
-    with new_folder(folder) as temporary:
+    with new_folder(folder, ours=[path.name for path in folder.glob("*")]) as temporary:
         for start in range(0, len(train), _PNGS_PER_SHARD):
             name = f"train-{start // _PNGS_PER_SHARD:05d}.tar"
             write_shard(temporary / name, _samples(train[start : start + _PNGS_PER_SHARD]))
@@ -229,7 +230,7 @@ def _make_cifar(folder: Path, progress: Progress) -> None:
 
     with tempfile.TemporaryDirectory(prefix="robx-cifar-") as scratch:
         splits = {split: CIFAR10(scratch, train=split == "train", download=True) for split in ("train", "test")}
-        with new_folder(folder) as temporary:
+        with new_folder(folder, ours=[path.name for path in folder.glob("*")]) as temporary:
             for split, number in (("train", 6000), ("test", 1000)):
                 rows = zip(splits[split].data[:number], splits[split].targets[:number], strict=True)
                 write_shard(temporary / f"{split}-00000.tar", _encode_rows(rows))

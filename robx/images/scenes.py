@@ -114,7 +114,7 @@ def write_scenes(
     progress: Progress | None = None,
 ) -> None:
     """Write ``train-00000.tar`` and ``test-00000.tar`` with the count labels, and classes.json, whole or not at all."""
-    with new_folder(folder) as temporary:
+    with new_folder(folder, ours=("train-00000.tar", "test-00000.tar", "classes.json")) as temporary:
         write_json(temporary / "classes.json", [f"{n} objects" for n in range(MIN_OBJECTS, MAX_OBJECTS + 1)])
 
         def samples(split: str, first: int, number: int) -> Iterator[tuple[str, bytes, int | None]]:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import itertools
 import json
 import os
+import re
+import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +28,8 @@ from robx.store.dataclass_json import parse_json
 MAX_JSON_BYTES = 64 * 1024 * 1024
 # Of a model: protobuf stops at 2 GiB, and a small model is far below.
 MAX_FILE_BYTES = 16 * 1024**3
+# What a killed writer leaves behind: see `random_name`.
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.robx-[0-9a-f]{8}\.(?P<kind>tmp|old)", re.DOTALL)
 _SAMPLED_FILES, _SAMPLED_BYTES = 64, 64 * 1024  # of a folder, for its fingerprint
 
 
@@ -113,16 +118,19 @@ def stamp_of(paths: Iterable[Path]) -> str:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file, then put it in `path`'s place.
+    """Let `write` fill a temporary file, then rename it to `path`.
 
-    On any failure `path` is what it was before and no temporary file stays.
+    On any failure `path` is what it was before and no temporary file stays. The temporary file is new and its name
+    random, so that nobody can put a link in its place.
 
     Raises:
         RobxError: no space, no permission, or the folder is gone; the message says which.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary, held = path.with_name(random_name(path.name)), -1
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        held = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        try_lock(held)  # whoever gets this lock has found an abandoned file
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -131,8 +139,24 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     except OSError as error:
         raise unwritable(path, error) from error
     finally:
+        if held >= 0:
+            os.close(held)
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def random_name(name: str, *, kind: str = "tmp") -> str:
+    """A hidden, unguessable name for what is to become `name`, or was ("old"); `LEFTOVER` recognises it."""
+    return f".{name}.robx-{secrets.token_hex(4)}.{kind}"
+
+
+def try_lock(descriptor: int) -> bool:
+    """Lock an opened file or folder if no other holder has it; the lock ends with the descriptor."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -1,11 +1,10 @@
-"""Folders that appear whole or not at all, and whose turn it is to change one.
+"""Folders that appear whole or not at all, and what killed processes left behind.
 
-    with new_folder(path) as folder: ...    fill a folder that then takes `path`'s place
-    with lock_folder(folder): ...           work in it for hours; a second process is refused
-    with wait_for(path): ...                make one thing once; a second process waits
-    with turn(folder): ...                  change a file of it, in a moment; a second process waits
+    with new_folder(path) as folder: ...             fill a folder that then takes `path`'s place
+    with scratch_folder(parent, name) as folder: ... unfinished work, removed at the end
 
-All locks are the kernel's: they end with their process, however it ends.
+robx removes only what it wrote: unfinished files and folders have names that nothing else has, and a replaced folder
+keeps everything in it that the caller does not list as robx's own.
 """
 
 from __future__ import annotations
@@ -13,38 +12,40 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
-import re
 import shutil
-import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from robx.errors import InputError
-from robx.store.files import fsync_folder, unwritable
-
-# The workers of a killed process hold its lock until they notice, every five seconds.
-_ORPHAN_SECONDS = 10.0
+from robx.store.files import LEFTOVER, fsync_folder, random_name, try_lock, unwritable
+from robx.store.locks import turn
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, ours: Collection[str] = ()) -> Iterator[Path]:
     """Yield a fresh folder that takes `path`'s place, whole, when the block succeeds.
 
     A folder of that name is replaced, in one step where the system can. If the block raises, `path` is what it was
     before. Of several writers of one `path`, each puts a whole folder there.
 
+    Args:
+        path: the folder; where a link points, if it is one.
+        ours: the files of an existing folder that robx wrote, relative to it. They are removed; all other files move
+            into the new folder.
+
     Raises:
-        RobxError: no space, no permission, or a file of that name; the message says which.
+        RobxError: no space, no permission, a file of that name, or a file of the new folder that would replace one that
+            is not in `ours`; the message says which.
     """
-    place = path.resolve()  # where a link points, not the link
+    place = path.resolve()
     try:
         with scratch_folder(place.parent, place.name) as temporary:
             yield temporary
             _fsync_tree(temporary)
             with turn(place.parent):
+                if place.is_dir():
+                    _keep_others(place, temporary, ours)
                 _put_in_place(temporary, place)
                 fsync_folder(place.parent)
     except OSError as error:
@@ -53,7 +54,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
-    """A hidden folder in `parent` for unfinished work, gone at the end; what killed processes left of it goes first.
+    """A hidden folder in `parent` for unfinished work, removed at the end; those of killed processes are removed first.
 
     Raises:
         RobxError: no space, no permission; the message says which.
@@ -61,14 +62,11 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with turn(parent):
-            unfinished = re.compile(rf"\.{re.escape(name)}\.[a-z0-9_]{{8}}\.tmp")
-            for path in parent.iterdir():
-                if unfinished.fullmatch(path.name):
-                    remove_abandoned(path)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=parent))
-            temporary.chmod(0o755)
+            remove_leftovers(parent, name)
+            temporary = parent / random_name(name)
+            temporary.mkdir()
             held = os.open(temporary, os.O_RDONLY)
-            _try_lock(held)  # who gets this lock has found an abandoned folder
+            try_lock(held)  # whoever gets this lock has found an abandoned folder
     except OSError as error:
         raise unwritable(parent / name, error) from error
     try:
@@ -78,113 +76,74 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def turn(folder: Path) -> Iterator[None]:
-    """Change what is in `folder` while no other robx does; others wait. For moments, and never one in another."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks: the last one wins
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove the unfinished files and folders of killed robx processes directly in `folder`; nothing else.
 
-
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone; a second robx on it is refused, a dead one's lock is taken over.
-
-    Raises:
-        InputError: another live process holds it; the message has its process id.
+    `name` limits it to those that were to become `name`. A file or folder that a live process writes stays.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    try:
-        _lock_or_refuse(descriptor, folder)
-        with contextlib.suppress(OSError):  # on a full disk the others see no process id
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def wait_for(path: Path) -> Iterator[None]:
-    """Hold the right to make `path`; other processes that want to make it wait, and then find it made."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.with_name(f".{path.name}.lock").open("a")
-    except OSError as error:
-        raise unwritable(path, error) from error
-    with file:
-        with contextlib.suppress(OSError):  # a file system without locks: both make it
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def remove_abandoned(path: Path) -> None:
-    """Remove a half-written file or scratch folder, if the process that wrote it is gone."""
-    if path.is_symlink() or not path.is_dir():
-        writer = re.search(r"\.(\d+)\.tmp$", path.name)
-        if writer is None or writer[1] == str(os.getpid()) or not _is_alive(writer[1]):
-            path.unlink(missing_ok=True)
-        return
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:  # its owner has just ended
-        return
-    try:
-        if _try_lock(descriptor):
-            shutil.rmtree(path, ignore_errors=True)
-    finally:
-        os.close(descriptor)
-
-
-def _lock_or_refuse(descriptor: int, folder: Path) -> None:
-    """Lock an opened ``.lock`` for as long as it stays open."""
-    patience = time.monotonic() + _ORPHAN_SECONDS
-    while True:
-        try:
-            # The kernel drops the lock with its process, so none is ever stale.
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            holder = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
-            if _is_alive(holder) or time.monotonic() > patience:
-                who = f"process {holder}" if holder else "another process"
-                raise InputError(f"{folder} is in use by {who}: wait for it, or choose another folder") from None
-            time.sleep(0.2)
-        except OSError as error:
-            raise InputError(f"{folder} cannot be locked ({error.strerror}): choose one on another disk") from error
-
-
-def _is_alive(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except (ValueError, OverflowError, ProcessLookupError):
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found = [(path, LEFTOVER.fullmatch(path.name)) for path in folder.iterdir()]
     except OSError:
-        return False
-    return True
+        return
+    for path, match in found:
+        if match is None or name not in (None, match["name"]) or path.is_symlink():
+            continue
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:  # its owner has just finished it
+            continue
+        try:
+            if try_lock(descriptor):
+                _remove_leftover(path, folder / match["name"], old=match["kind"] == "old")
+        finally:
+            os.close(descriptor)
+
+
+def _remove_leftover(path: Path, place: Path, *, old: bool) -> None:
+    if old and not place.exists():  # its writer died between the two steps of a replacement
+        os.replace(path, place)  # noqa: PTH105
+    elif path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _keep_others(old: Path, new: Path, ours: Collection[str], below: str = "") -> None:
+    """Give every file of the folder `old` that is not in `ours` a second name in `new`."""
+    for entry in sorted(os.scandir(old / below), key=lambda entry: entry.name):
+        name = f"{below}{entry.name}"
+        if name in ours or LEFTOVER.fullmatch(entry.name):
+            continue
+        target = new / name
+        if entry.is_dir(follow_symlinks=False):
+            if target.exists() or any(own.startswith(f"{name}/") for own in ours):
+                if target.exists() and not target.is_dir():
+                    raise _foreign(old / name)
+                _keep_others(old, new, ours, f"{name}/")
+            else:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copytree(old / name, target, symlinks=True, copy_function=_second_name)
+            continue
+        if target.exists() or target.is_symlink():
+            raise _foreign(old / name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _second_name(os.fspath(old / name), os.fspath(target))
+
+
+def _second_name(source: str, target: str) -> None:
+    """A hard link, which costs nothing and follows later writes; a copy where the file system has no links."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _foreign(path: Path) -> InputError:
+    return InputError(f"{path} was not written by robx and would be replaced: move it away, or choose another folder")
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
-    """Rename `temporary` to `path`; a folder that is there ends under the name `temporary`."""
+    """Rename `temporary` to `path`; an existing folder ends up under the name `temporary`."""
     if not path.exists():
         os.replace(temporary, path)  # noqa: PTH105
         return
@@ -192,7 +151,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, "a file has this name", str(path))
     if _exchange(temporary, path):
         return
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    old = path.with_name(random_name(path.name, kind="old"))
     os.replace(path, old)  # noqa: PTH105
     try:
         os.replace(temporary, path)  # noqa: PTH105

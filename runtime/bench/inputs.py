@@ -1,4 +1,4 @@
-"""The images that a bench runs: the user's, or rendered ones that are the same everywhere. Pillow and numpy only."""
+"""The images that a benchmark runs: the user's, or rendered scenes that are the same everywhere."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from robx.images.scenes import make_scene, render
 from robx.images.sources import ImageSource
 from robx.records import Preprocessing
 
-COUNT = 64  # distinct images, so that no cache or branch predictor learns one by heart
-_SIZE = 384  # pixels of a drawn scene's side, about an ImageNet photo's number of pixels
+COUNT = 64  # distinct images, so that caches and branch predictors cannot adapt to one
+_SIZE = 384  # pixels per side of a rendered scene, about the size of an ImageNet photo
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Preprocessed images and how long each took to become so."""
+    """Preprocessed images and the time that each took."""
 
     images: np.ndarray  # float32 (N, 3, H, W)
     preprocess_ns: np.ndarray  # int64 (N,): decoding, resizing, normalising
@@ -32,7 +32,7 @@ class Inputs:
 
 
 def load_inputs(preprocessing: Preprocessing, source: ImageSource | None, *, count: int = COUNT) -> Inputs:
-    """`count` images, evenly spread over the source; rendered scenes without a source; repeated when there are fewer.
+    """`count` images, evenly spread over the source, or rendered scenes without one; repeated if there are fewer.
 
     Raises:
         InputError: no image of the source can be decoded.
@@ -50,7 +50,9 @@ def load_inputs(preprocessing: Preprocessing, source: ImageSource | None, *, cou
     # One thread: several would slow each other down.
     arrays = [pixels for _, (pixels,) in read_batches(enumerate(readers), read, batch_size=1, threads=1)]
     if not arrays:
-        raise InputError(f"none of the images of {source.name if source else 'the set'} can be decoded: give others")
+        raise InputError(
+            f"none of the images of {source.name if source else 'the set'} can be decoded: give other images"
+        )
     images = np.stack([arrays[i % len(arrays)] for i in range(count)])
     name = source.name if source is not None else f"rendered scenes, {_SIZE} x {_SIZE} JPEG"
     return Inputs(images, np.array(list(times.values()), dtype=np.int64), name)
@@ -63,7 +65,7 @@ def _drawn(count: int) -> Iterator[Callable[[], Image.Image]]:
 
 @functools.cache
 def _scenes(count: int) -> tuple[bytes, ...]:
-    """JPEG files of scenes; drawn small and enlarged, for drawing is what takes the time."""
+    """JPEG files of scenes; drawn small and enlarged, since drawing takes most of the time."""
     files = []
     for seed in range(count):
         buffer = io.BytesIO()

@@ -1,7 +1,7 @@
-"""The statistics of latency: pure functions of int64 nanoseconds. numpy and the standard library only.
+"""Latency statistics: pure functions of int64 nanoseconds.
 
-Sources: the early-stopping bound is MLPerf Inference's (inference_rules.adoc, appendix "Early Stopping Criterion"); a
-median's interval is the order-statistic one (Conover, Practical Nonparametric Statistics, section 3.2).
+Sources: the early-stopping bound is MLPerf Inference's (inference_rules.adoc, appendix "Early Stopping Criterion"); the
+interval of a median is the order-statistic one (Conover, Practical Nonparametric Statistics, section 3.2).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from robx.records import Value
 
-# Heat shows late: a figure is sustained when it is the last minute of five or more.
+# Throttling shows late: a figure counts as sustained if it is from the last minute of five or more.
 BURST_SECONDS, SUSTAINED_SECONDS, LONG_SECONDS = 10, 60, 300
 # Upper 2.5 % points of Student's t with 1, 2, ... 30 degrees of freedom.
 _T975 = (
@@ -24,10 +24,10 @@ _T975 = (
 
 
 def summarise(processes: Sequence[np.ndarray], *, images_per_query: int = 1) -> dict[str, Value]:
-    """Latency's figures in ms from each fresh process's samples, int64 ns (n_i,), in the order they were taken.
+    """Latency figures in ms from the samples of each process, int64 ns (n_i,), in the order they were measured.
 
-    ``p50`` has the interval over processes, ``p90`` and ``p99`` have as `high` the early-stopping bound at 99 %
-    confidence, and stand only where the samples suffice for that claim (64 and 662).
+    ``p50`` has the interval over processes. ``p90`` and ``p99`` have the early-stopping bound at 99 % confidence as
+    `high`, and are included only if there are enough samples for it (64 and 662).
     """
     pooled = np.concatenate(list(processes))
     low, high = process_interval(processes)
@@ -50,7 +50,7 @@ def summarise(processes: Sequence[np.ndarray], *, images_per_query: int = 1) -> 
 
 
 def early_stopping_bound(samples: np.ndarray, percentile: float, confidence: float = 0.99) -> float | None:
-    """A value that the true percentile does not exceed, with `confidence`; None when the samples are too few.
+    """Upper bound of the true percentile at `confidence`; None if there are too few samples.
 
     MLPerf: of q samples, find the largest t >= 1 with I_p(q - t, t + 1) <= 1 - c, drop the t - 1 slowest, and take the
     slowest of the rest. I_p(q - t, t + 1) is P(Binomial(q, 1 - p) <= t).
@@ -62,14 +62,14 @@ def early_stopping_bound(samples: np.ndarray, percentile: float, confidence: flo
         if total > budget:
             break
         t += 1
-    t -= 1  # the last t whose cumulated probability was within the budget
+    t -= 1  # the last t whose cumulative probability is within the budget
     if t < 1:
         return None
     return float(np.partition(samples, q - t)[q - t])
 
 
 def median_interval(samples: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Order-statistic interval of the median of independent samples; the extremes when there are fewer than six."""
+    """Order-statistic interval of the median of independent samples; the extremes for fewer than six."""
     n = len(samples)
     cumulated, below = 0.0, 0
     while below < n // 2:
@@ -83,10 +83,10 @@ def median_interval(samples: np.ndarray, confidence: float = 0.95) -> tuple[floa
 
 
 def process_interval(processes: Sequence[np.ndarray], confidence: float = 0.95) -> tuple[float, float]:
-    """95 % interval of the median latency over fresh processes.
+    """95 % interval of the median latency over processes.
 
-    Queries of one process are not independent (memory layout and clock are the process's), so with two or more the
-    interval is Student's t over the processes' medians, and never narrower than the pooled order-statistic one.
+    Queries of one process are not independent (they share memory layout and clock), so with two or more processes the
+    interval is Student's t over their medians, and never narrower than the pooled order-statistic one.
     """
     pooled = np.concatenate(list(processes))
     low, high = median_interval(pooled, confidence)
@@ -101,12 +101,12 @@ def process_interval(processes: Sequence[np.ndarray], confidence: float = 0.95) 
 
 
 def robust_cov(processes: Sequence[np.ndarray]) -> float:
-    """1.4826 MAD / median within each process, the median over processes: noise between queries, as a fraction."""
+    """Noise between queries as a fraction: 1.4826 MAD / median within each process, median over processes."""
     return float(np.median([_cov(samples) for samples in processes]))
 
 
 def drift(processes: Sequence[np.ndarray]) -> float:
-    """The median of a process's last tenth over that of its first; of all processes, the one furthest above 1."""
+    """The median of a process's last tenth divided by that of its first tenth; the maximum over processes."""
     ratios = []
     for samples in processes:
         tenth = max(len(samples) // 10, min(len(samples), 5))
@@ -115,11 +115,11 @@ def drift(processes: Sequence[np.ndarray]) -> float:
 
 
 def sustained(processes: Sequence[np.ndarray]) -> dict[str, Value]:
-    """What heat does: the first 10 s of queries against the last 60 s, of the processes that were busy for 300 s.
+    """Effect of heat: the first 10 s of queries against the last 60 s, in processes that ran queries for 300 s.
 
     ``burst`` and ``sustained`` are medians in ms, ``sustained_p90`` has the early-stopping bound as `high`, and
-    ``slowdown`` is the sustained median over the burst's in %, of all processes the greatest. Empty when no process was
-    busy for so long.
+    ``slowdown`` is how much the sustained median exceeds the burst median, in %, the maximum over processes. Empty if
+    no process ran that long.
     """
     ends = [(samples, np.cumsum(samples) / 1e9) for samples in processes]
     long = [(samples, end) for samples, end in ends if end[-1] >= LONG_SECONDS]
@@ -142,7 +142,7 @@ def sustained(processes: Sequence[np.ndarray]) -> dict[str, Value]:
 
 
 def spread(processes: Sequence[np.ndarray]) -> float:
-    """The largest of the processes' medians over the smallest."""
+    """The largest of the processes' medians divided by the smallest."""
     medians = [float(np.median(samples)) for samples in processes]
     return max(medians) / min(medians)
 
@@ -150,17 +150,17 @@ def spread(processes: Sequence[np.ndarray]) -> float:
 def paired_ratio(
     blocks_a: Sequence[np.ndarray], blocks_b: Sequence[np.ndarray], *, resamples: int = 2000, seed: int = 0
 ) -> Value:
-    """Latency of A over that of B: ratio of medians, with a 95 % bootstrap interval over pairs of blocks.
+    """Latency of A divided by that of B: ratio of medians, with a 95 % bootstrap interval over pairs of blocks.
 
-    `blocks_a[i]` and `blocks_b[i]` (int64 ns) were measured one after the other, so what slows the machine slows both.
-    A is faster than B only when `high` is below 1. Of independent pairs such an interval covers the truth in 92 to 95 %
-    of cases with 10 to 20 of them (by simulation), and in fewer with less than six.
+    `blocks_a[i]` and `blocks_b[i]` (int64 ns) were measured one after the other, so slow phases of the machine affect
+    both. A is faster than B only if `high` is below 1. With 10 to 20 independent pairs the interval covers the true
+    ratio in 92 to 95 % of cases (by simulation), with fewer than six in fewer cases.
 
     Raises:
-        ValueError: another number of blocks in A than in B, or none.
+        ValueError: A and B have different numbers of blocks, or none.
     """
     if len(blocks_a) != len(blocks_b) or not blocks_a:
-        raise ValueError(f"{len(blocks_a)} blocks of A and {len(blocks_b)} of B: they are to be pairs")
+        raise ValueError(f"{len(blocks_a)} blocks of A and {len(blocks_b)} of B: they must form pairs")
     logs = np.array([math.log(np.median(a) / np.median(b)) for a, b in zip(blocks_a, blocks_b, strict=True)])
     picks = np.random.default_rng(seed).integers(len(logs), size=(resamples, len(logs)))
     low, high = np.quantile(np.median(logs[picks], axis=1), (0.025, 0.975))

@@ -1,4 +1,4 @@
-"""What a bundle should answer, and whether it did: a fast wrong answer is not a measurement."""
+"""Verify a bundle's outputs against a reference: the latency of a wrong result is not a measurement."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from robx.errors import RobxError
 from robx.records import Bundle, Value, load_bundle, load_student
 from robx.runtime.session import SessionSettings, open_session
 
-# The least mean cosine to the fp32 answers. INT8 is judged by robx eval; below this it is not the same model at all.
+# Minimum mean cosine to the fp32 outputs. robx eval judges int8; below this it is not the same model at all.
 _FLOOR = {"fp32": 0.999, "fp16": 0.99, "int8": 0.5}
 _SELF_FLOOR = 0.99  # the same bundle on another machine
-_GATE_SLACK = 0.2  # how far below what its gate measured, on other images, a bundle may answer
+_GATE_SLACK = 0.2  # how far below the export gate's cosine, on other images, a bundle may be
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Expected answers, and whose they are."""
+    """Expected outputs and their origin."""
 
     outputs: np.ndarray  # float32 (N, D)
     name: str  # "the fp32 student in torch", ...
@@ -31,10 +31,10 @@ class Reference:
 
 
 def find_reference(folder: Path, bundle: Bundle, images: np.ndarray, cache: dict[Path, np.ndarray]) -> Reference | None:
-    """The fp32 student in torch when both are here; else its fp32 bundle beside this one; else this bundle itself.
+    """Outputs of the fp32 student in torch, if both are available; else of its fp32 bundle; else of this bundle itself.
 
-    None when none of the three can run on this machine. `cache` keeps the answers to `images` by folder, for bundles of
-    one student.
+    None if none of the three can run on this machine. `cache` keeps the outputs for `images` by folder, for bundles of
+    the same student.
     """
     run = folder.resolve().parent
     candidates: list[tuple[Path, str]] = []
@@ -57,23 +57,22 @@ def find_reference(folder: Path, bundle: Bundle, images: np.ndarray, cache: dict
 def check_outputs(
     outputs: np.ndarray, seen: np.ndarray, reference: Reference | None, bundle: Bundle
 ) -> tuple[dict[str, Value], list[str]]:
-    """Cosines of the timed answers (N, D) to the reference's, and the reasons against them.
+    """Centred cosines of the timed outputs (N, D) to the reference, and reasons to reject them.
 
-    Cosines are taken after subtracting the reference's mean, for embeddings share a large common part. `seen` (N,)
-    marks the images that the timed run reached.
+    `seen` (N,) marks the images that the timed run reached.
     """
     answers = outputs[seen]
     if not len(answers) or not np.isfinite(answers).all():
-        return {}, ["output_mismatch: the model answers with NaN or infinity, or not at all"]
-    # The answers to one picture, repeated, are alike as they should be.
+        return {}, ["output_mismatch: the outputs contain NaN or infinity, or there are none"]
+    # If all images are the same one, equal outputs are right.
     differ = reference is None or not is_constant(reference.outputs[seen])
     if differ and is_constant(answers):
-        return {}, ["output_mismatch: the model gives every image the same answer"]
+        return {}, ["output_mismatch: the output is the same for every image"]
     if reference is None:
         return {}, ["no_reference: neither the student nor the bundle runs on this machine"]
     expected = reference.outputs[seen]
     if expected.shape != answers.shape:
-        return {}, [f"output_mismatch: {answers.shape[1:]} values were answered and {expected.shape[1:]} expected"]
+        return {}, [f"output_mismatch: the outputs have shape {answers.shape[1:]}, expected {expected.shape[1:]}"]
     cosines = centred_cosine(expected, answers)
     mean = float(cosines.mean())
     values = {
@@ -83,7 +82,7 @@ def check_outputs(
     floor = _SELF_FLOOR if reference.is_bundle_itself else _floor(bundle)
     if mean >= floor:
         return values, []
-    return values, [f"output_mismatch: mean cosine {mean:.3f} to {reference.name}, at least {floor:.3f} is expected"]
+    return values, [f"output_mismatch: mean cosine to {reference.name} is {mean:.3f}, expected at least {floor:.3f}"]
 
 
 def _floor(bundle: Bundle) -> float:
@@ -118,5 +117,5 @@ def _is_sibling(folder: Path, bundle: Bundle) -> bool:
 def _importable(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ValueError:  # a module that was put into sys.modules by hand has no spec
+    except ValueError:  # a module that was put into sys.modules manually has no spec
         return sys.modules.get(name) is not None

@@ -1,4 +1,4 @@
-"""What the device did while a model was timed: pure functions of the snapshots that runtime/device/describe.py took."""
+"""Summarise the telemetry of a timed run: pure functions of the snapshots taken by runtime/device/watch.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from robx.runtime.bench import result_schema
 
 
 def parse(text: str) -> list[dict[str, Any]]:
-    """The snapshots of a telemetry file; a last line that was cut off, or is no snapshot, is left out."""
+    """The snapshots of a telemetry file; a truncated or malformed line is left out."""
     found = []
     for line in text.splitlines():
         with contextlib.suppress(DeviceError):
@@ -21,7 +21,7 @@ def parse(text: str) -> list[dict[str, Any]]:
 
 
 def within(snapshots: Sequence[dict[str, Any]], window: Sequence[float]) -> list[dict[str, Any]]:
-    """The snapshots of the timed window, from the last before it to the first after it (monotonic seconds)."""
+    """The snapshots of the timed window, from the last one before it to the first one after it (monotonic seconds)."""
     before = [s for s in snapshots if s["t"] < window[0]][-1:]
     during = [s for s in snapshots if window[0] <= s["t"] <= window[1]]
     after = [s for s in snapshots if s["t"] > window[1]][:1]
@@ -29,15 +29,15 @@ def within(snapshots: Sequence[dict[str, Any]], window: Sequence[float]) -> list
 
 
 def digest(snapshots: Sequence[dict[str, Any]], *, cores: int) -> dict[str, Any]:
-    """Shares and extremes over the window; None is what the device does not tell.
+    """Shares and extremes over the window; None where the device does not report one.
 
-    ``steal`` and ``background`` are fractions of one core: time taken by the hypervisor, and by other processes.
+    ``steal`` and ``background`` are fractions of one core: time taken by the hypervisor and by other processes.
     """
     if len(snapshots) < 2:
         return {"samples": len(snapshots)}
     first, last = snapshots[0], snapshots[-1]
     shares = _shares(first, last, cores)
-    # The fastest core: idle ones clock down as they should.
+    # The fastest core: idle ones reduce their clock, as they should.
     speeds = [max(s["khz"]) for s in snapshots if s.get("khz")]
     heat = [max(s["celsius"]) for s in snapshots if s.get("celsius")]
     power = [s["milliwatt"] for s in snapshots if s.get("milliwatt") is not None]
@@ -56,13 +56,13 @@ def digest(snapshots: Sequence[dict[str, Any]], *, cores: int) -> dict[str, Any]
 
 
 def joules(energy: Mapping[str, Any]) -> tuple[float | None, str]:
-    """Joules between the two readings of a counter, or None and why."""
+    """Joules between the two readings of a counter, or None and the reason."""
     before, after = energy["before"], energy["after"]
     if before["joules"] is None or after["joules"] is None:
         return None, str(before["reason"] or after["reason"])
     used = after["joules"] - before["joules"]
     if not math.isfinite(used) or used < 0:
-        return None, "the energy counter ran backwards"
+        return None, "the energy counter decreased"
     return used, ""
 
 

@@ -1,7 +1,7 @@
-"""Reaching a device: push files, run the runner, pull its result. This machine, SSH, ADB.
+"""Reach a device (this machine, SSH or ADB): push files, run the runner, pull its result.
 
-SSH and ADB go through the system's own ``ssh``, ``scp`` and ``adb``, so their configuration, keys and jump hosts hold;
-none may ask a question. Everything lives in one fresh folder on the device, and that folder is removed at the end.
+SSH and ADB use the system's ``ssh``, ``scp`` and ``adb`` with their configuration, keys and jump hosts, never
+interactively. All files are in one new folder on the device, which is removed at the end.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ _FOLDER = re.compile(r"/[A-Za-z0-9/_.+-]*/robx-[A-Za-z0-9]{8,32}\Z")
 
 
 class Transport(Protocol):
-    """One device, open between ``with`` and its end."""
+    """A connection to one device, open inside its ``with`` block."""
 
     kind: str  # local, ssh or adb
-    address: str  # as the user gave it
+    address: str  # as given by the user
 
     def push(self, files: Mapping[str, Path], folder: str) -> None:
-        """Copy files (name -> local path) into `folder` of the device's own fresh folder."""
+        """Copy files (name -> local path) into `folder` inside the new folder on the device."""
 
     def run(self, folder: str, arguments: Sequence[str], *, timeout: float) -> tuple[int, str]:
-        """Run Python there with `arguments`, in `folder`; returns the exit status and what it printed last."""
+        """Run Python with `arguments` in `folder`; returns the exit status and the end of its output."""
 
     def pull(self, folder: str, name: str, into: Path) -> Path:
-        """Copy one file back; returns where it is."""
+        """Copy one file back; returns its path."""
 
     def __enter__(self) -> Self: ...
 
@@ -56,42 +56,41 @@ class Transport(Protocol):
 def open_transport(device: str, *, python: str | None = None) -> Transport:
     """The transport to ``local``, ``ssh://[user@]host[:port]`` or ``adb://serial``.
 
-    `python` is the command of the device's Python, split as a shell would; None is this Python locally, ``python3``
+    `python` is the Python command on the device, split as a shell does; None: this Python locally, ``python3``
     elsewhere.
 
     Raises:
-        InputError: another form of address, or a part of it that no host, user or serial number has; a Python command
-            that no shell would take.
+        InputError: the address or the Python command is not valid.
     """
     try:
         command = shlex.split(python or "")
     except ValueError as error:
-        raise InputError(f"python {python!r} is no command ({error}): close its quotes") from error
+        raise InputError(f"python {python!r} is not a command ({error}): close its quotes") from error
     if device == "local":
         return LocalTransport(command or [sys.executable])
     try:
         parts = urlsplit(device)
         host, user, port = parts.hostname or "", parts.username, parts.port
     except ValueError as error:
-        raise InputError(f"device {device!r} is no address ({error}): give ssh://user@host[:port]") from error
+        raise InputError(f"device {device!r} is not an address ({error}): give ssh://user@host[:port]") from error
     if parts.scheme == "ssh":
-        # urlsplit lowers the case of a host; the names in ~/.ssh/config are case sensitive.
+        # urlsplit converts the host to lower case, but names in ~/.ssh/config are case-sensitive.
         host = parts.netloc.rpartition("@")[2]
         host = host[1 : host.index("]")] if host.startswith("[") else host.split(":")[0]
         odd = not _HOST.match(host) or (user is not None and not _USER.match(user))
         if odd or parts.path not in ("", "/") or parts.query or parts.fragment or parts.password:
-            raise InputError(f"device {device!r} is no address: give ssh://user@host[:port], without a password")
+            raise InputError(f"device {device!r} is not an address: give ssh://user@host[:port], without a password")
         return SshTransport(device, f"{user}@{host}" if user else host, port, command or ["python3"])
     if parts.scheme == "adb":
         serial = device.removeprefix("adb://")
         if serial and not _HOST.match(serial):
-            raise InputError(f"device {device!r} has no serial number in it: adb devices lists them")
+            raise InputError(f"device {device!r} has no valid serial number: adb devices lists them")
         return AdbTransport(device, serial or None, command or ["python3"])
     raise InputError(f"device {device!r} is unknown: give local, ssh://user@host[:port] or adb://serial")
 
 
 class LocalTransport:
-    """This machine: a subprocess in a temporary folder, so the code path is the one of a device."""
+    """This machine: a subprocess in a temporary folder, so the code path is the same as on a device."""
 
     kind, address = "local", "local"
 
@@ -99,18 +98,18 @@ class LocalTransport:
         self._python, self._root = python, Path()
 
     def push(self, files: Mapping[str, Path], folder: str) -> None:
-        """Link what can be linked; a copy would only cost time."""
+        """Hard-link files where possible, else copy them."""
         _lay(files, self._root / folder)
 
     def run(self, folder: str, arguments: Sequence[str], *, timeout: float) -> tuple[int, str]:
-        """Run Python there."""
+        """Run Python in `folder`."""
         return call([*self._python, *arguments], timeout=timeout, what="the runner", cwd=self._root / folder)
 
     def pull(self, folder: str, name: str, into: Path) -> Path:
         """Copy one file back."""
         source = self._root / folder / name
         if not source.is_file():
-            raise DeviceError(f"the runner left no {name}")
+            raise DeviceError(f"the runner wrote no {name}")
         return Path(shutil.copy(source, into / name))
 
     def __enter__(self) -> Self:
@@ -141,10 +140,10 @@ class SshTransport:
             _check(status, text, f"copying to {self.address}")
 
     def run(self, folder: str, arguments: Sequence[str], *, timeout: float) -> tuple[int, str]:
-        """Run Python there; ssh's own failure is a DeviceError, the runner's is its status."""
+        """Run Python on the device; a failure of ssh raises DeviceError, a failure of the runner is its status."""
         status, text = self._shell(_script(self._root, folder, [*self._python, *arguments]), timeout)
         if status == 255:
-            raise DeviceError(f"the connection to {self.address} was lost: {_last_line(text) or 'ssh said nothing'}")
+            raise DeviceError(f"the connection to {self.address} was lost: {_last_line(text) or 'ssh printed nothing'}")
         return status, text
 
     def pull(self, folder: str, name: str, into: Path) -> Path:
@@ -158,25 +157,25 @@ class SshTransport:
 
     def __enter__(self) -> Self:
         status, text = self._shell('mktemp -d "${TMPDIR:-/tmp}/robx-XXXXXXXXXX"', 2 * _CONNECT_SECONDS)
-        doing = "reaching" if status == 255 else "making a folder (in TMPDIR, else /tmp) on"
+        doing = "reaching" if status == 255 else "creating a folder (in TMPDIR, else /tmp) on"
         _check(status, text, f"{doing} {self.address}")
         self._root = _folder(text, self.address)
         return self
 
     def __exit__(self, *_: object) -> None:
-        # A runner whose connection has just been cut may put a file there once more before it ends.
+        # A runner that has just lost its connection may still write a file before it ends.
         remove = f"rm -rf -- {shlex.quote(self._root)}"
         with contextlib.suppress(DeviceError):
             self._shell(f"{remove} || {{ sleep 1; {remove}; }}", 2 * _CONNECT_SECONDS)
 
     def _shell(self, script: str, timeout: float) -> tuple[int, str]:
-        # The login shell over there may be any; the script is for sh.
+        # The login shell may be any; the script is for sh.
         command = [*self._ssh, "--", self._destination, f"sh -c {shlex.quote(script)}"]
         return call(command, timeout=timeout, what=self.address)
 
 
 class AdbTransport:
-    """An Android device reached by adb; it needs a Python of its own (Termux's, say), given by ``--python``."""
+    """An Android device reached by adb; it needs its own Python (e.g. Termux), given by ``--python``."""
 
     kind = "adb"
 
@@ -191,7 +190,7 @@ class AdbTransport:
             _check(*call(command, timeout=_COPY_SECONDS, what="adb push"), f"copying to {self.address}")
 
     def run(self, folder: str, arguments: Sequence[str], *, timeout: float) -> tuple[int, str]:
-        """Run Python there; adb's own failure is a DeviceError, the runner's is its status."""
+        """Run Python on the device; a failure of adb raises DeviceError, a failure of the runner is its status."""
         script = _script(self._root, folder, [*self._python, *arguments])
         status, text = call([*self._adb, "shell", script], timeout=timeout, what=self.address)
         if status and re.match(r"(adb: |error: )", text):
@@ -220,21 +219,21 @@ class AdbTransport:
 
 
 def _script(root: str, folder: str, command: list[str]) -> str:
-    """For the device's sh. It waits for the command: of one that a signal ended, ssh itself would tell nothing."""
+    """A script for the device's sh. It waits for the command, since ssh does not report one that a signal ended."""
     return f"cd {shlex.quote(f'{root}/{folder}')} && {shlex.join(command)}; exit $?"
 
 
 def _folder(text: str, address: str) -> str:
-    """The folder's name in what the device printed, or nothing of it is trusted."""
+    """The folder's name in the device's output, which is not trusted."""
     last = _last_line(text)
     if not _FOLDER.match(last) or ".." in PurePosixPath(last).parts:
-        raise DeviceError(f"{address} answered {last[:80]!r} where a folder's name was expected: check its login shell")
+        raise DeviceError(f"{address} answered {last[:80]!r} where a folder name was expected: check its login shell")
     return last
 
 
 @contextlib.contextmanager
 def _staged(files: Mapping[str, Path], folder: str) -> Iterator[Path]:
-    """Yield a local folder named `folder` with `files` in it: any name in them is then only a name."""
+    """Yield a local folder named `folder` that contains `files`, so that no file name reaches a command line."""
     with tempfile.TemporaryDirectory(prefix="robx-") as root:
         _lay(files, Path(root) / folder)
         yield Path(root) / folder

@@ -35,7 +35,7 @@ def test_from_the_command_to_the_student_and_again(scenes: Path, tmp_path: Path,
     student = load_student(tmp_path / "run")
     assert student.recipe["head"] == "mlp" and student.recipe["base"] and student.recipe["objective"] == "dino"
     again = robx(*command)
-    assert again.exit_code == 0 and "holds the whole run already" in again.stderr
+    assert again.exit_code == 0 and "already holds the complete run" in again.stderr
     changed = robx(*command, "--seed", "4")
     assert changed.exit_code == 2 and "recipe.seed: 0 -> 4" in changed.stderr and "Traceback" not in changed.output
 
@@ -70,7 +70,7 @@ def test_a_dry_run_counts_and_writes_nothing(scenes: Path, tmp_path: Path) -> No
     used = cost["fixed_bytes"] + cost["gpu_batch"] * cost["image_bytes"]
     assert 20e9 < used < 24e9 and not (tmp_path / "run").exists()
     words = robx(*command, "--dry-run", "--gpu-memory", "0.5").stdout
-    assert "64 images x 1 epochs, batch 16: 4 steps" in words and "no batch at all" in words
+    assert "64 images x 1 epochs, batch 16: 4 steps" in words and "not even a micro-batch of 1" in words
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_dry_run_counts_and_writes_nothing(scenes: Path, tmp_path: Path) -> No
         ),
         (
             ("--student", "test_vit", "--data", "DATA", "--teacher", "ema", "--batch-size", "8", "--crop-size", "100"),
-            "test_vit takes no crops of 100 pixels",
+            "test_vit cannot process crops of 100 pixels",
         ),
         (
             (

@@ -9,9 +9,8 @@ import torch
 from click.testing import CliRunner
 
 from robx.cli import main
-from robx.distill.resolve import resolve_recipe
+from robx.distill.resolve import DistillSettings, resolve_recipe, student_kind
 from robx.distill.teachers.frozen_heads import PrototypeHead
-from robx.distill.training.networks import student_kind
 from robx.trunk import build_trunk, embedding_width
 
 
@@ -41,17 +40,17 @@ def test_networks_without_batch_norm_take_the_recipe_of_the_vits(name: str, kind
 
 @pytest.mark.parametrize(("name", "drop"), [("vit_small_patch16_224", 0.15), ("vit_tiny_patch16_224", 0.1)])
 def test_a_tiny_vit_drops_fewer_patches(name: str, drop: float, tmp_path: Path) -> None:
-    assert resolve_recipe(student=name, teacher="msn", options={}).patch_drop == drop
+    assert resolve_recipe(DistillSettings.of(student=name, data=tmp_path, teacher="msn")).patch_drop == drop
     file = tmp_path / "recipe.toml"
     file.write_text("patch_drop = 0.3\n")
-    assert resolve_recipe(student=name, teacher="msn", file=file, options={}).patch_drop == 0.3
+    assert resolve_recipe(DistillSettings.of(student=name, data=tmp_path, teacher="msn", recipe=file)).patch_drop == 0.3
 
 
 def test_students_of_two_kinds_are_told_whose_recipe_they_train_by(scenes: Path) -> None:
     command = ["distill", "--teacher", "ema", "--data", str(scenes), "--dry-run", "--device", "cpu"]
     pair = ["--student", "test_resnet", "--student", "test_vit"]
     said = CliRunner().invoke(main, [*command, *pair]).stderr
-    assert "test_vit takes another recipe than test_resnet and trains by its: larc, lr 0.2" in said
+    assert "test_vit needs another recipe than test_resnet but is trained with the same one (larc, lr 0.2" in said
     same = CliRunner().invoke(main, [*command, *pair[:2], "--student", "resnet10t"]).stderr
     assert "another recipe" not in same
 

@@ -25,7 +25,7 @@ from robx.distill.training import run_checkpoint
 from robx.distill.training.collapse import NotFinite
 from robx.distill.training.learner import Learner
 from robx.distill.training.processes import Processes
-from robx.distill.training.run import Options, open_run
+from robx.distill.training.run import RunSpec, open_run
 from robx.errors import InputError
 from robx.images.sources import FolderSource, ImageSource, open_source
 from robx.records import load_student
@@ -134,7 +134,7 @@ def test_neither_probe_nor_monitor_nor_measurement_changes_the_run(
     options = {"measure": True, "probe_every": 1, "monitor_every": 2, "workers": 1}
     tiny.tiny_run(source, tmp_path, options=options, say=said.append, progress=lambda d, t, note: notes.append(note))
     assert weights(tmp_path) == weights(unbroken) and tiny.losses(tmp_path) == tiny.losses(unbroken)
-    assert any(text.startswith("bound ") for text in said) and "% of the bound" in notes[-1]
+    assert any(text.startswith("speed bound ") for text in said) and "% of the bound" in notes[-1]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     keys = {key for line in lines for key in line}
     assert {"probe_knn", "embedding_std", "embedding_rank", "target_entropy", "grad_norm", "share_of_bound"} <= keys
@@ -189,7 +189,7 @@ def test_targets_of_one_teacher_crop_are_stored_and_read(tiny: ModuleType, sourc
     tiny.tiny_run(source, tmp_path / "stored", recipe=one, targets=tmp_path / "targets")
     pairs = zip(tiny.losses(tmp_path / "stored"), tiny.losses(tmp_path / "live"), strict=True)
     assert all(abs(a - b) < 1e-3 for (_, a), (_, b) in pairs)
-    with pytest.raises(InputError, match="crops = 1 and not 2"):
+    with pytest.raises(InputError, match="crops = 1, not 2"):
         two = override(one, {"teacher_crops": 2})
         tiny.tiny_run(source, tmp_path / "two", recipe=two, targets=tmp_path / "targets")
 
@@ -234,7 +234,7 @@ def test_a_finished_run_is_left_alone_and_fresh_starts_over(
 ) -> None:
     said: list[str] = []
     tiny.tiny_run(source, unbroken, say=said.append)
-    assert any("holds the whole run already" in text for text in said)
+    assert any("already holds the complete run" in text for text in said)
     tiny.tiny_run(source, tmp_path, recipe=tiny.tiny_recipe(seed=5))
     first = weights(tmp_path)
     with pytest.raises(InputError, match="--student once"):
@@ -361,9 +361,9 @@ def test_a_folder_in_use_and_settings_that_contradict_are_refused(
         tiny.tiny_run(source, tmp_path, students=["test_vti"])
     three = Processes(0, 3, torch.device("cpu"), control=None)
     with pytest.raises(InputError, match="does not divide by 3 processes"):
-        open_run(
-            tiny.tiny_recipe(), ["test_vit"], source, tmp_path, tiny.tiny_teacher(), None, None, Options(), three, print
-        )
+        recipe, teacher = tiny.tiny_recipe(), tiny.tiny_teacher()
+        spec = RunSpec(recipe=recipe, students=["test_vit"], source=source, out=tmp_path, teacher=teacher)
+        open_run(spec, processes=three, say=print)
     assert not (tmp_path / "recipe.json").exists()  # nothing half-written
 
 

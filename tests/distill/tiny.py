@@ -18,7 +18,7 @@ from robx.distill.recipes import Recipe, override, preset
 from robx.distill.teachers.load import build_teacher_skeleton
 from robx.distill.teachers.teacher import Teacher
 from robx.distill.train import train
-from robx.distill.training.run import Options
+from robx.distill.training.run import Options, RunSpec
 from robx.errors import RobxError
 from robx.images.sources import ImageSource, open_source
 
@@ -52,10 +52,12 @@ def tiny_run(
     data: ImageSource, out: Path, *, students: Sequence[str] = ("test_vit",), recipe: Recipe | None = None, **more: Any
 ) -> list[Path]:
     recipe = recipe or tiny_recipe()
-    options = {"measure": False, "log_every": 1, "device": "cpu"} | more.pop("options", {})
+    options = Options(**({"measure": False, "log_every": 1, "device": "cpu"} | more.pop("options", {})))
+    call = {name: more.pop(name) for name in ("progress", "say", "processes") if name in more}
     if not recipe.base and "targets" not in more:
         more.setdefault("teacher", tiny_teacher())
-    return train(recipe, students=students, source=data, out=out, options=Options(**options), **more)
+    spec = RunSpec(recipe=recipe, students=students, source=data, out=out, options=options, **more)
+    return train(spec, **call)
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:

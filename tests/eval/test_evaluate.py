@@ -279,7 +279,7 @@ def test_a_class_without_a_test_image_may_have_another_name(tmp_path):
     test = ArraySource("test", pixels, np.array([0, 2, 2]), ("abbey", "1", "alley"))
     assert make_split(bank, test).renumber.tolist() == [0, -1, 2]
     strange = ArraySource("strange", pixels + 1, np.array([0, 1, 2]), ("abbey", "1", "alley"))
-    with pytest.raises(InputError, match="strange has the class '1' and bank has not"):
+    with pytest.raises(InputError, match="strange has the class '1', which bank lacks"):
         make_split(bank, strange)
 
 
@@ -288,10 +288,10 @@ def test_a_class_without_a_test_image_may_have_another_name(tmp_path):
     [
         ((), "no images to evaluate on"),
         (("--data", "{scenes}/train"), "no train split"),
-        (("--data", "{scenes}/train", "--test", "{scenes}/train"), "judged on the images it is trained on"),
+        (("--data", "{scenes}/train", "--test", "{scenes}/train"), "is both the training and the test set"),
         (("--data", "{scenes}/nowhere"), "does not exist"),
         (("--data", "{scenes}", "--lowshot", "1,x"), "low-shot 'x'"),
-        (("--data", "{scenes}", "--lowshot", "500"), "500 are asked for"),
+        (("--data", "{scenes}", "--lowshot", "500"), "low-shot needs 500"),
         (("--data", "{scenes}", "--fidelity"), "no bundle was given"),
         (("--data", "{scenes}", "--transfer", "imagenet"), "unknown transfer 'imagenet'"),
         (("--transfer", "cifar10"), "--transfer cifar10=DIR"),

@@ -19,7 +19,7 @@ from robx.cli import main
 
 HERE = Path(__file__).parent
 TINY = HERE.parent / "distill" / "tiny.py"
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TINY.parent)}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TINY.parent}:{TINY.parents[2]}"}
 
 
 @pytest.fixture(scope="session")

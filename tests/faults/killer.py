@@ -21,7 +21,7 @@ from typing import Any
 import tiny
 import torch
 
-from robx.distill.training import run
+from robx.distill.training import run_state
 from robx.errors import RobxError
 from robx.images.sources import open_source
 
@@ -95,7 +95,7 @@ def _run(request: dict[str, Any], reached: int) -> None:
 
 
 def _bound_trunk(number: int, limit: int) -> None:
-    real, calls = run.save_trunk, 0
+    real, calls = run_state.save_trunk, 0
 
     def bounded(*arguments: Any) -> Any:
         nonlocal calls
@@ -104,7 +104,7 @@ def _bound_trunk(number: int, limit: int) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         return real(*arguments)
 
-    run.save_trunk = bounded
+    run_state.save_trunk = bounded
 
 
 def _lose_power(call: str, number: int) -> None:

@@ -217,7 +217,7 @@ def test_a_folder_in_use_is_refused_by_its_holders_number_until_that_dies(
     shell: Any, scenes: Path, tmp_path: Path, command: str
 ) -> None:
     code = (
-        "import pathlib, sys\nfrom robx.store.folders import lock_folder\n"
+        "import pathlib, sys\nfrom robx.store.locks import lock_folder\n"
         "with lock_folder(pathlib.Path(sys.argv[1])):\n print('held', flush=True); sys.stdin.read()"
     )
     out = tmp_path / "out"

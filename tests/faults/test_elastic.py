@@ -17,7 +17,7 @@ def test_a_rank_is_killed_and_the_restarted_run_is_the_unbroken_one(
     tiny: ModuleType, scenes: Path, tmp_path: Path
 ) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent / "distill")}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent / 'distill'}:{HERE.parent.parent}"}
     done = subprocess.run(
         [sys.executable, *launcher, str(HERE / "elastic.py"), str(scenes), str(tmp_path)],
         capture_output=True,

@@ -21,7 +21,7 @@ SECONDS = 240
 def start(*command: object, **options: object) -> subprocess.Popen[str]:
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(TINY.parent),
+        "PYTHONPATH": f"{TINY.parent}:{TINY.parents[2]}",
         "TINY_OPTIONS": json.dumps(options),
     }
     return subprocess.Popen(

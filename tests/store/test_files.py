@@ -90,6 +90,24 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path, moment: str) -> Non
     assert path.read_bytes() == b"old"
 
 
+def test_a_planted_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even with a guessed name: a new file is made, and never through a link."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    monkeypatch.setattr("secrets.token_hex", lambda count: "0a1b2c3d")
+    (tmp_path / ".value.robx-0a1b2c3d.tmp").symlink_to(victim)
+    with pytest.raises(InputError, match="cannot be written"):
+        write_bytes(tmp_path / "value", b"new")
+    assert victim.read_text() == "precious" and not (tmp_path / "value").exists()
+
+
+def test_a_link_is_replaced_and_its_target_stays(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("precious")
+    (tmp_path / "value").symlink_to("target")
+    write_bytes(tmp_path / "value", b"new")
+    assert (tmp_path / "target").read_text() == "precious" and (tmp_path / "value").read_bytes() == b"new"
+
+
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\xff"])
 def test_garbage_json_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_bytes(text.encode("latin-1"))

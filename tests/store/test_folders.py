@@ -10,12 +10,15 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from robx.errors import InputError
 from robx.store import folders
-from robx.store.folders import lock_folder, new_folder, remove_abandoned, scratch_folder, turn, wait_for
+from robx.store.files import write_bytes
+from robx.store.folders import new_folder, remove_leftovers, scratch_folder
+from robx.store.locks import lock_folder, turn, wait_for
 
 NAMES = ("bundle", "odd name.5", "x*[a]", "-rf\n'$(id)'", "é" * 60)
 
@@ -28,7 +31,8 @@ def start(code: str, *arguments: object) -> subprocess.Popen[str]:
     command = [
         sys.executable,
         "-c",
-        "import os, pathlib, sys\nimport robx.store.folders as f\n" + textwrap.dedent(code),
+        "import os, pathlib, sys\nimport robx.store.folders as f\nfrom robx.store.locks import lock_folder\n"
+        + textwrap.dedent(code),
     ]
     return subprocess.Popen([*command, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -46,11 +50,11 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path, swap: str, nam
     target = tmp_path / name
     with new_folder(target) as folder:
         (folder / "a").write_text("1")
-    with pytest.raises(RuntimeError), new_folder(target) as folder:
+    with pytest.raises(RuntimeError), new_folder(target, ours=("a",)) as folder:
         (folder / "a").write_text("2")
         raise RuntimeError
     assert contents(target) == {"a": "1"}
-    with new_folder(target) as folder:
+    with new_folder(target, ours=("a",)) as folder:
         (folder / "b").write_text("3")
     assert contents(target) == {"b": "3"}
     assert [p.name for p in tmp_path.iterdir()] == [name]
@@ -70,7 +74,10 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(
         real(source, place)
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(InputError, match="cannot be written: Input/output error"), new_folder(target) as folder:
+    with (
+        pytest.raises(InputError, match="cannot be written: Input/output error"),
+        new_folder(target, ours=("a",)) as folder,
+    ):
         (folder / "a").write_text("2")
     assert contents(target) == {"a": "1"} and [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
@@ -114,7 +121,7 @@ def test_every_file_is_on_the_disk_before_the_folder_has_its_name(
 def test_writers_of_one_folder_each_put_a_whole_one_there(tmp_path: Path) -> None:
     code = """
     for turn in range(20):
-        with f.new_folder(pathlib.Path(sys.argv[1])) as folder:
+        with f.new_folder(pathlib.Path(sys.argv[1]), ours="abc") as folder:
             for name in "abc":
                 (folder / name).write_text(sys.argv[2])
     """
@@ -156,29 +163,54 @@ def test_what_a_killed_process_left_goes_and_what_a_live_one_has_stays(tmp_path:
     assert [p.name for p in tmp_path.iterdir()] == [".work.notes"]
 
 
-def test_what_a_live_process_writes_is_not_removed(tmp_path: Path) -> None:
-    live, dead = start("sys.stdin.read()"), start("pass")
+def test_only_unfinished_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
+    code = """
+    import signal
+    from robx.store.files import write_atomically
+    def write(path):
+        path.write_text("half")
+        print(path.name, flush=True)
+        sys.stdin.read()
+    write_atomically(pathlib.Path(sys.argv[1]) / "state.json", write)
+    """
+    dead, live = start(code, tmp_path), start(code, tmp_path)
+    assert dead.stdout is not None and live.stdout is not None
+    left, kept = dead.stdout.readline().strip(), live.stdout.readline().strip()
+    dead.kill()
     dead.communicate()
-    for process in (live.pid, dead.pid, os.getpid()):
-        (tmp_path / f".state.json.{process}.tmp").write_text("half")
+    others = {".notes.tmp", ".state.json.4711.tmp", ".work.abcdefgh.tmp", "x.robx-0a1b2c3d.tmp", ".robx-0a1b2c3d.tmp"}
+    for name in others:
+        (tmp_path / name).write_text("mine")
     (tmp_path / "real").mkdir()
-    (tmp_path / ".link.abcdefgh.tmp").symlink_to("real")
-    with scratch_folder(tmp_path, "work") as folder:
-        for path in list(tmp_path.iterdir()):
-            if path.name.endswith(".tmp"):
-                remove_abandoned(path)
-        assert {p.name for p in tmp_path.iterdir()} == {f".state.json.{live.pid}.tmp", "real", folder.name}
+    (tmp_path / "real" / "x").write_text("mine")
+    (tmp_path / ".link.robx-0a1b2c3d.tmp").symlink_to("real")
+    os.mkfifo(tmp_path / ".pipe.robx-0a1b2c3d.tmp")
+    remove_leftovers(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == others | {kept, "real", ".link.robx-0a1b2c3d.tmp"}
+    assert left != kept and (tmp_path / "real" / "x").read_text() == "mine"
     live.communicate("")
+    assert contents(tmp_path / "real") and (tmp_path / "state.json").read_text() == "half"
+
+
+def test_a_folder_whose_replacement_was_interrupted_is_put_back(tmp_path: Path) -> None:
+    """Without an atomic exchange the old folder has another name for a moment; dying there loses nothing."""
+    (tmp_path / ".bundle.robx-0a1b2c3d.old").mkdir()
+    (tmp_path / ".bundle.robx-0a1b2c3d.old" / "notes").write_text("mine")
+    (tmp_path / ".other.robx-0a1b2c3d.old").mkdir()
+    (tmp_path / "other").mkdir()
+    remove_leftovers(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "other"]
+    assert contents(tmp_path / "bundle") == {"notes": "mine"}
 
 
 def test_a_scratch_folder_that_goes_while_it_is_looked_at_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / ".work.abcdefgh.tmp").mkdir()
+    (tmp_path / ".work.robx-0a1b2c3d.tmp").mkdir()
     real = os.open
 
     def gone(path: object, *more: int, **options: object) -> int:
-        if str(path).endswith(".work.abcdefgh.tmp"):
+        if str(path).endswith(".work.robx-0a1b2c3d.tmp"):
             raise FileNotFoundError(2, "No such file or directory", str(path))
         return real(path, *more, **options)  # type: ignore[arg-type]
 
@@ -187,9 +219,83 @@ def test_a_scratch_folder_that_goes_while_it_is_looked_at_is_no_error(
         assert folder.is_dir()
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_replaced_folder_keeps_the_files_that_robx_did_not_write(
+    tmp_path: Path, swap: str, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not links:  # a file system without hard links
+        monkeypatch.setattr(os, "link", lambda *a, **k: (_ for _ in ()).throw(PermissionError(1, "no links")))
+    target = tmp_path / "bundle"
+    ours = ["manifest.json", "model.onnx", "package/weights.bin"]
+    for name in (*ours, "notes.txt", "measurements.jsonl", "package/photo.jpg", "mine/deep/x", ".hidden"):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text(f"old {name}")
+    (target / "link").symlink_to("/nowhere")
+    (target / "empty").mkdir()
+    with new_folder(target, ours=ours) as folder:
+        (folder / "manifest.json").write_text("new")
+    files = {p.relative_to(target).as_posix(): p.read_text() for p in target.rglob("*") if p.is_file()}
+    kept = ("notes.txt", "measurements.jsonl", "package/photo.jpg", "mine/deep/x", ".hidden")
+    assert files == {"manifest.json": "new"} | {name: f"old {name}" for name in kept}
+    assert (target / "link").readlink() == Path("/nowhere") and (target / "empty").is_dir()
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize("mine", ["model.onnx", "package/weights.bin", "package"])
+def test_a_file_that_robx_did_not_write_is_never_replaced(tmp_path: Path, mine: str) -> None:
+    target = tmp_path / "bundle"
+    (target / mine).parent.mkdir(parents=True)
+    (target / mine).write_text("mine")
+    with pytest.raises(InputError, match=f"{mine} was not written by robx"), new_folder(target) as folder:
+        (folder / "package").mkdir()
+        (folder / "package" / "weights.bin").write_text("new")
+        (folder / "model.onnx").write_text("new")
+    assert (target / mine).read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_new_folders_and_files_follow_the_umask(tmp_path: Path) -> None:
+    old = os.umask(0o077)
+    try:
+        with new_folder(tmp_path / "bundle") as folder:
+            write_bytes(folder / "a", b"1")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "bundle").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "bundle" / "a").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "notes", "pipe", "folder"])
+@pytest.mark.parametrize("lock", [lock_folder, lambda folder: wait_for(folder / "made")], ids=["folder", "file"])
+def test_a_lock_file_that_is_not_robxs_is_left_alone(tmp_path: Path, kind: str, lock: Any) -> None:
+    (tmp_path / "work").mkdir()
+    for name in (".lock", ".made.lock"):
+        path = tmp_path / "work" / name
+        if "link" in kind:
+            path.symlink_to(tmp_path / "victim")
+        elif kind == "notes":
+            path.write_text("my notes, which are not a process id")
+        elif kind == "pipe":
+            os.mkfifo(path)
+        else:
+            path.mkdir()
+    if kind == "link":
+        (tmp_path / "victim").write_text("precious")
+    with (
+        pytest.raises(InputError, match=r"\.lock (is a link|is not a lock)|cannot be written"),
+        lock(tmp_path / "work"),
+    ):
+        pass
+    assert (tmp_path / "victim").exists() == (kind == "link")
+    if kind == "link":
+        assert (tmp_path / "victim").read_text() == "precious"
+    if kind == "notes":
+        assert path.read_text() == "my notes, which are not a process id"
+
+
 def test_a_folder_has_one_owner_and_a_dead_one_does_not_count(tmp_path: Path) -> None:
     holder = start(
-        "with f.lock_folder(pathlib.Path(sys.argv[1])):\n print('held', flush=True); sys.stdin.read()", tmp_path
+        "with lock_folder(pathlib.Path(sys.argv[1])):\n print('held', flush=True); sys.stdin.read()", tmp_path
     )
     with holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
@@ -203,7 +309,7 @@ def test_a_folder_has_one_owner_and_a_dead_one_does_not_count(tmp_path: Path) ->
 def test_the_workers_of_a_killed_owner_are_waited_for(tmp_path: Path) -> None:
     code = """
     import signal, time
-    with f.lock_folder(pathlib.Path(sys.argv[1])):
+    with lock_folder(pathlib.Path(sys.argv[1])):
         if not os.fork():  # a worker that notices late that its parent is gone
             time.sleep(1.5)
             os._exit(0)

@@ -64,7 +64,7 @@ def test_ibot_shares_one_last_layer_under_both_names() -> None:
     torch.testing.assert_close(head.patches(x), head(x))
     apart = IbotHead(6, 10, patch_out_dim=12, shared=False, hidden=8, bottleneck=4)
     assert apart.patches(torch.randn(2, 5, 6)).shape == (2, 5, 12)
-    with pytest.raises(InputError, match="12 != 10"):
+    with pytest.raises(InputError, match="got 12 and 10"):
         IbotHead(6, 10, patch_out_dim=12)
 
 

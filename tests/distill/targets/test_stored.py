@@ -145,7 +145,7 @@ def test_an_unfinished_epoch_is_not_read(tmp_path: Path) -> None:
     writer.write(views([0], epoch=1), Targets(draw(1)))  # finishes epoch 0
     branch = StoredBranch(tmp_path)
     branch.targets(views([0], epoch=0))
-    with pytest.raises(ArtifactError, match=r"no targets of epoch 1 \(whole are 0\)"):
+    with pytest.raises(ArtifactError, match=r"no targets of epoch 1 \(complete: 0\)"):
         branch.targets(views([0], epoch=1))
     writer.finish()
     branch.targets(views([0], epoch=1))
@@ -156,7 +156,7 @@ def test_an_image_without_targets_is_named(tmp_path: Path) -> None:
     writer.write(views([0]), Targets(draw(1)))
     writer.finish()
     branch = StoredBranch(tmp_path)
-    with pytest.raises(ArtifactError, match="lacks image 13"):
+    with pytest.raises(ArtifactError, match="no valid targets of image 13"):
         branch.targets(views([0, 13]))
     with pytest.raises(ArtifactError, match="20 images, none of 20"):
         branch.targets(views([20]))
@@ -180,7 +180,7 @@ def test_a_damaged_table_is_refused(tmp_path: Path, damage: str) -> None:
         case "nan":
             table["probs"][3, 0, 0] = np.nan
             np.save(path, table)
-    with pytest.raises(ArtifactError, match="write it again"):
+    with pytest.raises(ArtifactError, match=r"store (it|them) again"):
         StoredBranch(tmp_path).targets(views([3]))
 
 
@@ -192,13 +192,13 @@ def test_targets_of_other_crops_images_or_teacher_are_refused(tmp_path: Path) ->
             StoredBranch(tmp_path, expect=info(**change))
     other = override(RECIPE, {"seed": 1, "global_scale": [0.5, 1.0]})
     expect = dataclasses.replace(info(), decided_by=decided_by(other))
-    with pytest.raises(InputError, match=r"seed = 0 and not 1, global_scale = \[0.4, 1.0\] and not \[0.5, 1.0\]"):
+    with pytest.raises(InputError, match=r"seed = 0, not 1, global_scale = \[0.4, 1.0\], not \[0.5, 1.0\]"):
         StoredBranch(tmp_path, expect=expect)
     warmed = override(RECIPE, {"teacher_temperature_start": 0.04, "teacher_temperature_epochs": 3})
-    with pytest.raises(InputError, match=r"teacher_temperature_start = None and not 0\.04"):
+    with pytest.raises(InputError, match=r"teacher_temperature_start = None, not 0\.04"):
         StoredBranch(tmp_path, expect=dataclasses.replace(info(), decided_by=decided_by(warmed)))
     TargetWriter(tmp_path / "warmed", dataclasses.replace(info(), decided_by=decided_by(warmed)))
-    with pytest.raises(InputError, match=r"teacher_temperature_start = 0\.04 and not None"):
+    with pytest.raises(InputError, match=r"teacher_temperature_start = 0\.04, not None"):
         StoredBranch(tmp_path / "warmed", expect=info())
     on_device = dataclasses.replace(info(), decided_by=decided_by(override(RECIPE, {"augment": "device"})))
     with pytest.raises(InputError, match="augment = None and not device"):
@@ -207,7 +207,7 @@ def test_targets_of_other_crops_images_or_teacher_are_refused(tmp_path: Path) ->
     TargetWriter(
         tmp_path, TargetsInfo.of(local, prototypes=32, images=20, data_fingerprint="d", teacher_sha256="t", k=8)
     )
-    with pytest.raises(InputError, match="k = 8 and not 4"):
+    with pytest.raises(InputError, match="k = 8, not 4"):
         TargetWriter(tmp_path, info(k=4))
 
 

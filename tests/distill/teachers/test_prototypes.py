@@ -90,7 +90,7 @@ def test_as_many_centres_as_points_and_repeated_points() -> None:
     assert spherical_kmeans(points, 5, seed=0).objective == pytest.approx(1)
     same = spherical_kmeans(torch.ones(8, 3), 4, seed=0)
     assert same.objective == pytest.approx(1) and torch.isfinite(same.centres).all()
-    with pytest.raises(InputError, match="6 prototypes need at least 6 images and there are 5"):
+    with pytest.raises(InputError, match="6 prototypes need at least 6 images, got 5"):
         spherical_kmeans(points, 6, seed=0)
 
 

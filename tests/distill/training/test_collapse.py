@@ -41,7 +41,7 @@ def test_one_prototype_for_all_is_noticed() -> None:
 
 def test_targets_without_information_are_noticed() -> None:
     uniform = {"target_entropy": math.log(8192) - 0.05, "target_use": 8192.0, "student_use": 8192.0}
-    assert any("all but uniform" in text for text in warnings(uniform, prototypes=8192))
+    assert any("nearly uniform" in text for text in warnings(uniform, prototypes=8192))
     assert warnings(uniform) == [] == warnings(uniform | {"target_entropy": 6.0}, prototypes=8192)
 
 

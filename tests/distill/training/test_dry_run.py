@@ -13,8 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from robx.cli import main
-from robx.distill.targets.build import open_targets
+from robx.distill.recipes import Recipe
 from robx.distill.training.dry_run import dry_run
+from robx.distill.training.run import Options, RunSpec
 from robx.errors import InputError
 from robx.images.sources import ImageSource, open_source
 from robx.trunk import build_trunk
@@ -25,13 +26,18 @@ def source(scenes: Path) -> ImageSource:
     return open_source(scenes)
 
 
+def _spec(recipe: Recipe, source: ImageSource, *, workers: int = 0, **more: Any) -> RunSpec:
+    more = {"students": ["test_vit"]} | more
+    return RunSpec(recipe=recipe, source=source, options=Options(device="cpu", workers=workers), **more)
+
+
 def _robx(*arguments: object) -> Any:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def test_attention_is_counted_as_where_it_is_not_fused(tiny: ModuleType, source: ImageSource) -> None:
     recipe = tiny.tiny_recipe(local_crops=0, patch_drop=0.0, drop_path=0.0, head="native", crop_size=64)
-    cost = dry_run(recipe, students=["vit_tiny_patch16_224"], source=source, teacher=tiny.tiny_teacher())
+    cost = dry_run(_spec(recipe, source, students=["vit_tiny_patch16_224"], teacher=tiny.tiny_teacher()))
     trunk, pixels = build_trunk("vit_tiny_patch16_224"), torch.zeros(2, 3, 64, 64)  # the two crops of an image
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as whole:
         trunk(pixels).sum().backward()
@@ -49,14 +55,13 @@ def test_stored_targets_are_measured_on_images_that_they_hold(
 ) -> None:
     recipe = tiny.tiny_recipe(batch_size=len(source) // 2 + 1)  # the rest of the epoch is cut off and not stored
     tiny.tiny_run(source, tmp_path / "run", recipe=recipe, store=tmp_path / "targets")
-    stored = open_targets(tmp_path / "targets", recipe, source)
-    assert dry_run(recipe, students=["test_vit"], source=source, stored=stored).hours > 0
+    assert dry_run(_spec(recipe, source, targets=tmp_path / "targets")).hours > 0
 
 
 def test_hours_count_the_loader_and_the_fitting(tiny: ModuleType, source: ImageSource) -> None:
     recipe = tiny.tiny_recipe(epochs=3)
     teacher = tiny.tiny_teacher()
-    cost = dry_run(recipe, students=["test_vit"], source=source, teacher=teacher, workers=2)
+    cost = dry_run(_spec(recipe, source, teacher=teacher, workers=2))
     seconds = cost.steps * 8 * (1 / cost.bound_images_per_s + 1 / (2 * cost.loader_images_per_s))
     fitting = len(source) / cost.teacher_images_per_s  # fewer than 256 a prototype
     assert cost.hours * 3600 == pytest.approx(seconds + fitting, rel=1e-6)
@@ -87,7 +92,7 @@ def test_too_few_images_for_the_prototypes_are_refused(tiny: ModuleType, source:
     teacher = tiny.tiny_teacher()
     teacher.num_prototypes = len(source) + 1
     with pytest.raises(InputError, match=f"need at least {len(source) + 1} images"):
-        dry_run(tiny.tiny_recipe(), students=["test_vit"], source=source, teacher=teacher)
+        dry_run(_spec(tiny.tiny_recipe(), source, teacher=teacher))
 
 
 def test_another_recipe_than_the_folders_is_refused(tiny: ModuleType, scenes: Path, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(tiny: ModuleType, scene
     recipe = tiny.tiny_recipe(epochs=2)
     tiny.tiny_run(source, tmp_path / "a", recipe=recipe, options={"workers": 1}, progress=progress, say=said.append)
     tiny.tiny_run(source, tmp_path / "b", recipe=recipe)
-    assert killed and any("starting the loader once more" in text for text in said)
+    assert killed and any("restarting the loader" in text for text in said)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 

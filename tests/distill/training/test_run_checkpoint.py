@@ -12,7 +12,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from robx.distill.training import run_checkpoint
+from robx.distill.training import run_checkpoint, run_settings
+from robx.distill.training.learner import seed_step
+from robx.distill.training.run_folder import start_over
 from robx.errors import ArtifactError, InputError
 
 
@@ -85,14 +87,14 @@ def test_any_damage_is_found_and_the_one_before_is_taken(tmp_path: Path, where: 
         assert name == "state.json"
         assert_same(found[1], state(2))
     else:
-        assert found[0] == 1 and len(said) == 1 and "going back" in said[0]
+        assert found[0] == 1 and len(said) == 1 and "trying the previous checkpoint" in said[0]
         assert_same(found[1], state(1))
 
 
 def test_when_none_is_whole_it_says_so_and_no_run_is_none(tmp_path: Path) -> None:
     assert run_checkpoint.load_newest(tmp_path) is None
     (run_checkpoint.save_checkpoint(tmp_path, state(), step=1) / "state.safetensors").unlink()
-    with pytest.raises(ArtifactError, match="none of its 1 checkpoints is whole"):
+    with pytest.raises(ArtifactError, match="none of its 1 checkpoints is intact"):
         run_checkpoint.load_newest(tmp_path)
 
 
@@ -179,9 +181,9 @@ def test_a_full_file_system_is_one_clear_line(tmp_path: Path) -> None:
 
 def test_changed_settings_are_shown_as_a_diff(tmp_path: Path) -> None:
     old = {"recipe": {"epochs": 10, "lr": 0.1, "same": 1}, "students": ["a"]}
-    run_checkpoint.refuse_changes(old, json.loads(json.dumps(old)), run=tmp_path)
+    run_settings.compare(old, json.loads(json.dumps(old)), run=tmp_path)
     with pytest.raises(InputError) as caught:
-        run_checkpoint.refuse_changes(old, {"recipe": {"epochs": 20, "same": 1}, "students": ["a", "b"]}, run=tmp_path)
+        run_settings.compare(old, {"recipe": {"epochs": 20, "same": 1}, "students": ["a", "b"]}, run=tmp_path)
     text = str(caught.value)
     for part in ("recipe.epochs: 10 -> 20", "recipe.lr: 0.1 -> absent", "students: ['a'] -> ['a', 'b']", "--force"):
         assert part in text
@@ -193,13 +195,13 @@ def test_starting_over_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
     for name in ("metrics.jsonl", "teacher.pth", "tensorboard/events", "student.json", "mine.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}\n")
-    run_checkpoint.start_over(tmp_path)
+    start_over(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_random_numbers_are_a_function_of_the_step() -> None:
     def draw(**place: int) -> torch.Tensor:
-        run_checkpoint.random_state(3, **place)
+        seed_step(3, **place)
         return torch.rand(4)
 
     assert torch.equal(draw(step=5, rank=1), draw(step=5, rank=1))

@@ -66,7 +66,7 @@ def test_one_value_that_is_not_finite_fails(bank, judged, fault):
     candidate = features.copy()
     candidate[7, 3] = fault
     found = fidelity(features, candidate, labels=labels, bank=bank)
-    assert found.verdict == "FAIL" and "1 of 400 embeddings hold NaN or infinity" in found.reasons[0]
+    assert found.verdict == "FAIL" and "1 of 400 embeddings contain NaN or infinity" in found.reasons[0]
     assert found.values["not_finite"].value == 1 and found.values["cosine_min"].value == -1
 
 
@@ -130,7 +130,7 @@ def test_what_does_not_pair_is_refused(bank, judged):
         fidelity(features, features[:-1], labels=labels, bank=bank)
     with pytest.raises(InputError, match="reference's own"):
         fidelity(features * np.nan, features)
-    with pytest.raises(InputError, match="do not pair"):
+    with pytest.raises(InputError, match="do not match"):
         fidelity(features, features, labels=labels, bank=bank, candidate_bank=bank.features[:-1])
 
 

@@ -66,7 +66,7 @@ def test_more_rows_than_are_used_give_the_same_probe_every_time(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f, y: (f[:0], y[:0]), "cannot be trained on 0"),
+        (lambda f, y: (f[:0], y[:0]), "got 0 features"),
         (lambda f, y: (f, y + 1), "do not fit 3 classes"),
         (lambda f, y: (f * np.inf, y), "NaN or infinity"),
     ],

@@ -15,7 +15,7 @@ import pytest
 
 from robx.records import load_bundle
 from robx.runtime.bench import runner_zip
-from robx.runtime.device import runner, timing
+from robx.runtime.device import runner, timing, watch
 
 RUNTIME = Path(runner.__file__).resolve().parent
 ENGINE_FILES = RUNTIME.parent / "engines"
@@ -280,9 +280,9 @@ def test_two_are_never_at_work_in_one_folder(hung):
 
 def test_throttling_since_the_boot_counts_only_when_it_is_new():
     old = ["under-voltage since boot"]
-    assert runner._new_flags(old, ["throttled", *old]) == ["throttled"]
-    assert runner._new_flags([], old) == old
-    assert runner._new_flags((), None) is None
+    assert watch.new_flags(old, ["throttled", *old]) == ["throttled"]
+    assert watch.new_flags([], old) == old
+    assert watch.new_flags((), None) is None
 
 
 def test_warm_up_stops_when_steady_and_gives_up_at_its_limit():
