@@ -26,6 +26,7 @@ _MAX_RECIPE_BYTES = 1024 * 1024
 Method = str  # one of METHODS
 StudentKind = Literal["vit", "cnn"]
 Pair = tuple[float, float]
+Triple = tuple[float, float, float]
 
 METHODS: tuple[Method, ...] = tuple(ROB)
 
@@ -46,6 +47,8 @@ class Recipe:
     sinkhorn_iterations: int = 0  # 0: a softmax
     sinkhorn_epsilon: float = 0.03
     queue: int = 0  # teacher scores kept for Sinkhorn
+    teacher_mean: Triple | None = None  # of the pixels (0 to 1) that the teacher was trained with; None: as published
+    teacher_std: Triple | None = None
     teacher_crops: int = 2  # global crops that the teacher sees; 1 halves its forward (RoB-SwAV's option)
     centering: bool = False
     center_momentum: float = 0.9

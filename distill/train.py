@@ -72,6 +72,8 @@ def distill(settings: DistillSettings, *, progress: Progress | None = None, say:
                 source=source,
                 prototypes=recipe.prototypes,
                 objective=recipe.objective,
+                mean=recipe.teacher_mean,
+                std=recipe.teacher_std,
                 image_size=recipe.crop_size,
                 seed=recipe.seed,
                 device=processes.device,
@@ -106,6 +108,8 @@ def estimate(
             settings.teacher,
             weights=weights,
             objective=recipe.objective,
+            mean=recipe.teacher_mean,
+            std=recipe.teacher_std,
             prototypes=recipe.prototypes,
             image_size=recipe.crop_size,
         )

@@ -77,6 +77,7 @@ class TargetsInfo:
             decided_by["augment"] = values["augment"]
         if recipe.centering:
             decided_by["center_momentum"] = values["center_momentum"]
+        decided_by |= {name: values[name] for name in ("teacher_mean", "teacher_std") if values[name] is not None}
         if recipe.teacher_temperature_start is not None:
             decided_by |= {name: values[name] for name in _WARM_UP}
         return cls(

@@ -9,33 +9,47 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import timm
 
 from robx.distill.objectives.build import OBJECTIVES
 from robx.distill.teachers.checkpoints import NAMES
 from robx.distill.teachers.trunks import TimmTrunk
-from robx.distill.teachers.zoo import ALIASES, FULL_CHECKPOINTS, ZOO, Method, ZooEntry
+from robx.distill.teachers.zoo import ALIASES, FULL_CHECKPOINTS, ZOO, Channels, Method, ZooEntry
 from robx.errors import InputError, did_you_mean
 
 # Names that stand for any full checkpoint of a layout.
 LAYOUT_NAMES = tuple(name for name in NAMES if name != "backbone")
 
 
-def choose_teacher(name: str, *, weights: Path | None = None, objective: str | None = None) -> ZooEntry:
+def choose_teacher(
+    name: str,
+    *,
+    weights: Path | None = None,
+    objective: str | None = None,
+    mean: Channels | None = None,
+    std: Channels | None = None,
+) -> ZooEntry:
     """The entry of a teacher, its method the one that is used under `objective` (None: the one it has).
 
     Args:
         name: a name of the zoo, a layout's name (with `weights`), or ``timm:NAME``.
         weights: the user's own file.
         objective: a name of ``objectives.build.OBJECTIVES``.
+        mean: of the pixels (0 to 1) that the teacher was trained with, if not the entry's.
+        std: likewise.
 
     Raises:
         InputError: an unknown name, or a teacher that does not fit the objective; the message says what to do.
     """
     entry = _layout_entry(name, weights) if name in LAYOUT_NAMES else find_teacher(name)
-    return replace(entry, method=_method(entry, objective))
+    mean, std = mean or entry.mean, std or entry.std
+    if not all(0 <= value <= 1 for value in mean) or not all(1e-3 <= value <= 10 for value in std):
+        raise InputError(
+            f"the teacher's mean {mean} must be within 0 .. 1 and its std {std} within 0.001 .. 10: "
+            "give both for pixels of 0 .. 1"
+        )
+    return replace(entry, method=_method(entry, objective), mean=mean, std=std)
 
 
 def find_teacher(name: str) -> ZooEntry:
@@ -73,9 +87,15 @@ def _layout_entry(name: str, weights: Path | None) -> ZooEntry:
     if weights is None:
         names = ", ".join(entry.name for entry in published)
         raise InputError(f"--teacher {name} needs a checkpoint: give --teacher-weights FILE, or use one of {names}")
-    restricted = {entry.licence for entry in published if entry.non_commercial}
-    licence = f"unknown (a file of yours{''.join(f'; the published ones are {text}' for text in sorted(restricted))})"
-    return ZooEntry(name, cast(Method, name), TimmTrunk(""), None, 0, licence)
+    first = published[0]  # all of a method have one licence and one normalisation
+    return ZooEntry(name, first.method, TimmTrunk(""), None, 0, first.licence, mean=first.mean, std=first.std)
+
+
+def licence(entry: ZooEntry, *, weights: Path | None, sha256: str) -> str:
+    """The licence of the weights: the published one only for the published file, as a user's own file may be any."""
+    if weights is None or (entry.sha256 and sha256 == entry.sha256):
+        return entry.licence
+    return f"unknown (own file; the weights published as {entry.name} are under {entry.licence})"
 
 
 def _timm_entry(name: str) -> ZooEntry:

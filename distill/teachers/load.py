@@ -5,16 +5,17 @@ name --choose.py--> entry --from_checkpoint.py | from_timm.py--> Teacher (teache
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
 
 from robx.distill.teachers import from_checkpoint, from_timm
-from robx.distill.teachers.choose import choose_teacher
+from robx.distill.teachers.choose import choose_teacher, licence
 from robx.distill.teachers.frozen_heads import fitted_head
 from robx.distill.teachers.prototypes import fit_teacher
 from robx.distill.teachers.teacher import Teacher
-from robx.distill.teachers.zoo import ZOO
+from robx.distill.teachers.zoo import ZOO, Channels
 from robx.errors import InputError
 from robx.images.sources import ImageSource
 from robx.progress import Progress
@@ -30,6 +31,8 @@ def load_teacher(
     source: ImageSource | None = None,
     prototypes: int = 1024,
     objective: str | None = None,
+    mean: Channels | None = None,
+    std: Channels | None = None,
     image_size: int = 224,
     seed: int = 0,
     streaming: bool | None = None,
@@ -47,6 +50,8 @@ def load_teacher(
         prototypes: number of fitted prototypes; a published head keeps its own.
         objective: ``dino``, ``ibot``, ``msn``, ``swav`` or ``kd``; a teacher that does not fit it is refused. ``kd``
             keeps the classifier. None: the method that the teacher was pretrained with.
+        mean: of the pixels (0 to 1) that the teacher was trained with; None: the published one.
+        std: likewise.
         image_size: side of the square crops, in pixels; prototypes are fitted at this size.
         seed: random seed of the fit.
         streaming: fit in one pass over all images without keeping features; None: if they do not fit into memory.
@@ -57,7 +62,7 @@ def load_teacher(
         InputError: unknown name, no network, or a teacher without what `objective` needs; the message says what to do.
         ArtifactError: a file that is damaged, of another method, or of another architecture.
     """
-    entry = choose_teacher(name, weights=weights, objective=objective)
+    entry = choose_teacher(name, weights=weights, objective=objective, mean=mean, std=std)
     folder = cache or cache_folder()
     if entry.method == "headless" and source is None:
         raise InputError(f"teacher {name} was published without a head: give images (--data) to fit prototypes to")
@@ -66,6 +71,8 @@ def load_teacher(
     else:
         path = weights or from_checkpoint.download(entry, folder / "teachers", progress)
         teacher = from_checkpoint.load(entry, path, image_size=image_size)
+    text = licence(entry, weights=weights, sha256=teacher.info.sha256)
+    teacher.info = dataclasses.replace(teacher.info, licence=text)
     _require_size(teacher, image_size)
     teacher.to(device)
     if entry.method == "headless" and source is not None:
@@ -87,18 +94,21 @@ def build_teacher_skeleton(
     weights: Path | None = None,
     objective: str | None = None,
     prototypes: int = 1024,
+    mean: Channels | None = None,
+    std: Channels | None = None,
     image_size: int = 224,
 ) -> Teacher:
     """The teacher's network with random weights, without network access, for ``--dry-run``; its sha256 is empty.
 
-    A layout name (``dino`` ...) has no architecture of its own, so `weights` is read for it.
+    A layout name (``dino`` ...) has no architecture of its own, so `weights` is read for it; a classifier's
+    `weights` are read for the number of classes.
 
     Raises:
         InputError: unknown name, or a teacher that does not fit `objective`.
     """
-    entry = choose_teacher(name, weights=weights, objective=objective)
+    entry = choose_teacher(name, weights=weights, objective=objective, mean=mean, std=std)
     if entry.method in ("headless", "classifier"):
-        teacher = from_timm.build(entry, image_size=image_size)
+        teacher = from_timm.build(entry, weights=weights, image_size=image_size)
     elif entry.name not in ZOO and weights is not None:
         teacher = from_checkpoint.load(entry, weights, image_size=image_size)
     else:

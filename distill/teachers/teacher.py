@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from robx.distill.teachers.frozen_heads import PrototypeHead
 from robx.distill.teachers.trunks import has_tokens, patch_size_of, tokens, trunk_width
-from robx.distill.teachers.zoo import Method, ZooEntry
+from robx.distill.teachers.zoo import Channels, Method, ZooEntry
 from robx.errors import InputError
 from robx.images.decode import IMAGENET_MEAN, IMAGENET_STD
 from robx.records import Preprocessing, TeacherInfo
@@ -48,8 +48,8 @@ class Teacher(nn.Module):
         preprocessing: Preprocessing,
         width: int,
         num_prototypes: int,
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        mean: Channels = IMAGENET_MEAN,
+        std: Channels = IMAGENET_STD,
     ) -> None:
         """Freeze `trunk` and `head`; `mean` and `std` are the normalisation that the trunk was trained with."""
         super().__init__()
@@ -134,7 +134,7 @@ class Teacher(nn.Module):
         return cast(Tensor, cast(Any, self.trunk).forward_head(maps, pre_logits=True).float())
 
 
-def fold_normalisation(mean: tuple[float, float, float], std: tuple[float, float, float]) -> tuple[Tensor, Tensor]:
+def fold_normalisation(mean: Channels, std: Channels) -> tuple[Tensor, Tensor]:
     """Scale and shift, (3, 1, 1) each, from pixels normalised as ImageNet's to pixels normalised by `mean` and `std`.
 
     x = p std_i + mean_i, so (x - mean) / std = p (std_i / std) + (mean_i - mean) / std.

@@ -15,6 +15,7 @@ from robx.records import IMAGENET_MEAN, IMAGENET_STD
 from robx.trunk import build_trunk, embedding_width, is_vit
 
 # headless: published without a head, so prototypes are fitted; classifier: its class logits are the target.
+Channels = tuple[float, float, float]  # red, green, blue
 Method = Literal["dino", "ibot", "msn", "swav", "headless", "classifier"]
 
 # SwAV's augmentation divides red by .228; all others use .229.
@@ -55,8 +56,8 @@ class ZooEntry:
     sha256: str = ""  # of the weights file, if known
     knn: float | None = None
     linear: float | None = None
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: Channels = IMAGENET_MEAN
+    std: Channels = IMAGENET_STD
 
     @property
     def file(self) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import published as pub
 
-from robx.distill.teachers.choose import find_teacher, with_head
+from robx.distill.teachers.choose import choose_teacher, find_teacher, licence, with_head
 from robx.distill.teachers.from_timm import build_trunk, hash_state
 from robx.distill.teachers.frozen_heads import random_head
 from robx.distill.teachers.load import build_teacher_skeleton, load_teacher
@@ -259,3 +261,77 @@ def _no_images() -> object:
     from robx.images.arrays import ArraySource
 
     return ArraySource("none", np.zeros((2, 4, 4, 3), np.uint8), None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"), [("resnet18", 4), ("vit_tiny_patch16_224", 3), ("swin_tiny_patch4_window7_224", 2)]
+)
+def test_a_classifiers_number_of_classes_is_in_its_file(tmp_path: Path, name: str, classes: int) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=classes).eval()
+    torch.save(model.state_dict(), tmp_path / "own.pth")
+    options: dict[str, Any] = {"weights": tmp_path / "own.pth", "objective": "kd"}
+    teacher = load_teacher(f"timm:{name}", **options)
+    pixels = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            teacher(pixels * teacher.scale.reciprocal() - teacher.shift / teacher.scale).crops,
+            model(pixels),
+            rtol=1e-3,
+            atol=1e-4,
+        )
+    assert teacher.num_prototypes == classes
+    assert build_teacher_skeleton(f"timm:{name}", **options).num_prototypes == classes
+
+
+def test_a_file_without_a_classifier_is_refused_for_kd(tmp_path: Path) -> None:
+    import timm
+
+    torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), tmp_path / "trunk.pth")
+    with pytest.raises(InputError, match=r"trunk\.pth has no classifier \(fc\.weight\)"):
+        load_teacher("timm:resnet18", weights=tmp_path / "trunk.pth", objective="kd")
+
+
+def test_own_mean_and_std_replace_the_published_ones(tmp_path: Path) -> None:
+    import timm
+
+    model = timm.create_model("resnet18").eval()
+    torch.save(model.state_dict(), tmp_path / "own.pth")
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    options: dict[str, Any] = {"weights": tmp_path / "own.pth", "objective": "kd", "image_size": 64}
+    teacher = load_teacher("timm:resnet18", mean=mean, std=std, **options)
+    raw = torch.rand(2, 3, 64, 64)
+
+    def normalised(by_mean: Sequence[float], by_std: Sequence[float]) -> torch.Tensor:
+        return (raw - torch.tensor(by_mean).view(3, 1, 1)) / torch.tensor(by_std).view(3, 1, 1)
+
+    with torch.no_grad():
+        torch.testing.assert_close(
+            teacher(normalised(IMAGENET_MEAN, IMAGENET_STD)).crops, model(normalised(mean, std)), rtol=1e-3, atol=1e-4
+        )
+    for bad in ({"mean": (123.0, 116.0, 103.0)}, {"std": (0.0, 1.0, 1.0)}):
+        with pytest.raises(InputError, match=r"0 \.\. 1"):
+            load_teacher("timm:resnet18", **bad, **options)
+
+
+def test_the_licence_of_an_own_file_is_unknown(tmp_path: Path) -> None:
+    import timm
+
+    torch.save(timm.create_model("resnet18", num_classes=4).state_dict(), tmp_path / "own.pth")
+    teacher = load_teacher("timm:resnet18", weights=tmp_path / "own.pth", objective="kd", image_size=64)
+    assert teacher.info.licence.startswith("unknown (own file;") and "apache-2.0" in teacher.info.licence
+    entry = choose_teacher("swav", weights=tmp_path / "own.pth")
+    assert "non-commercial" in licence(entry, weights=tmp_path / "own.pth", sha256="f" * 64)
+    lite = find_teacher("efficientnet_lite0")
+    assert licence(lite, weights=tmp_path / "own.pth", sha256=lite.sha256) == "Apache-2.0"
+    assert licence(lite, weights=None, sha256="") == "Apache-2.0"
+
+
+@pytest.mark.parametrize("method", ["dino", "ibot", "msn", "swav"])
+def test_a_file_has_one_normalisation_under_every_name(method: str, tmp_path: Path) -> None:
+    by_layout = choose_teacher(method, weights=tmp_path / "own.pth")
+    for entry in ZOO.values():
+        if entry.method == method:
+            assert (entry.mean, entry.std, entry.licence) == (by_layout.mean, by_layout.std, by_layout.licence)
