@@ -2,13 +2,15 @@
 
     from robx import api
 
-    api.bench(["runs/r18/onnx-fp32", "runs/r18/openvino-int8"])
-    api.evaluate("runs/r18", data="images/", linear=True)
-    api.report("runs/r18", out="report.html")
+    student = api.distill(teacher="dino_vits16", student="resnet18", data="images/", out="runs/r18", epochs=10)
+    bundle = api.export(student, format="openvino", int8=True, data="images/")
+    api.evaluate([student, bundle], data="images/", fidelity=True)
+    api.bench(bundle)
+    api.report(student, out="report.html")
 
-    model = api.load("runs/r18")                            # the distilled timm model with its weights
-    with api.open("runs/r18/openvino-int8") as exported:    # an exported model in its runtime
-        embeddings = exported.embed("photos/")              # (N, D)
+    model = api.load(student)                 # the timm model with its weights
+    with api.open(bundle) as exported:        # the exported model in its runtime
+        embeddings = exported.embed("photos/")  # (N, D)
 
 Paths may be `str` or `Path`. Whatever is wrong with the caller's input raises a child of `robx.errors.RobxError`, whose
 message says what to do. Long calls show their progress on a terminal and in a notebook, and write it to the logger
@@ -22,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, overload
 
 from robx.errors import CorruptImage, InputError
 from robx.reporting import Reporting, reporting
@@ -55,6 +57,81 @@ class Artifact(Generic[Record]):
 
     def __str__(self) -> str:
         return str(self.path)
+
+
+@overload
+def distill(*, student: str, data: StrPath, out: StrPath, **settings: Any) -> Artifact[Student]: ...
+
+
+@overload
+def distill(*, student: Sequence[str], data: StrPath, out: StrPath, **settings: Any) -> list[Artifact[Student]]: ...
+
+
+def distill(
+    *,
+    student: str | Sequence[str],
+    data: StrPath,
+    out: StrPath,
+    teacher: str | None = None,
+    teacher_weights: StrPath | None = None,
+    targets: StrPath | None = None,
+    objective: str | None = None,
+    init: StrPath | None = None,
+    recipe: StrPath | None = None,
+    store_targets: StrPath | None = None,
+    cache: StrPath | None = None,
+    progress: Reporting = "auto",
+    **settings: Any,
+) -> Artifact[Student] | list[Artifact[Student]]:
+    """Distil a teacher into a student, or into several at once.
+
+    Args:
+        student: a timm name, or several that share one teacher and one pass over the images.
+        data: images: a folder, tar shards, IDX or CIFAR arrays.
+        out: the run's folder; an unfinished run in it is resumed.
+        teacher: a name from `robx teachers`, "timm:NAME", or "ema" for the base method without a teacher.
+        teacher_weights: the teacher's full checkpoint; None downloads it.
+        targets: a folder of stored targets, used instead of a teacher.
+        objective: "dino", "ibot", "msn", "swav" or "kd"; None is the method that pretrained the teacher, else msn.
+        init: where the student's initial weights come from; None starts from random weights.
+        recipe: a TOML file with keys of the recipe.
+        store_targets: a folder to write the teacher's targets to, for later runs.
+        cache: downloads and fitted prototypes; None is $ROBX_CACHE or ~/.cache/robx.
+        progress: "auto", a callable of (done, total, note), or None; see `robx.reporting`.
+        **settings: any key of `robx.distill.recipes.Recipe` (epochs=10, batch_size=256, lr=1e-3, crop_size=160, seed=1,
+            ...), which overrides the recipe file, and any field of `robx.distill.training.run.Options`, which does not
+            change the result (device="cuda", workers=8, probe_every=5, fresh=True, ...).
+
+    Returns:
+        The student's folder and its record; a list of them if `student` is a list.
+
+    Raises:
+        InputError: unknown names or keys, settings that contradict each other, or images that cannot be used.
+        ArtifactError: a damaged checkpoint, run or targets folder.
+        Interrupted: a signal stopped the run; its state is saved, and the same call continues.
+    """
+    from robx.distill.resolve import DistillSettings
+    from robx.distill.train import distill
+    from robx.records import load_student
+
+    request = DistillSettings.of(
+        student=student,
+        data=_path(data),
+        out=_path(out),
+        teacher=teacher,
+        teacher_weights=_path(teacher_weights),
+        targets=_path(targets),
+        objective=objective,
+        init=_path(init),
+        recipe=_path(recipe),
+        store_targets=_path(store_targets),
+        cache=_path(cache),
+        **settings,
+    )
+    with reporting(progress) as (shown, say):
+        folders = distill(request, progress=shown, say=say)
+    made = [Artifact(folder, load_student(folder)) for folder in folders]
+    return made[0] if isinstance(student, str) else made
 
 
 def export(
@@ -412,6 +489,8 @@ class Embedder:
         from robx.runtime.infer import infer
 
         items = [images] if isinstance(images, str | os.PathLike) or _is_image(images) else list(images)  # type: ignore[arg-type]
+        if not items:
+            raise InputError("no image was given: give paths, PIL images or arrays")
         parts = [array for item in items if (array := _preprocessed(item)) is not None]
         if parts and len(parts) < len(items):
             raise InputError("preprocessed arrays (float32) and other images are mixed: embed them in two calls")
