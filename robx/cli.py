@@ -1,37 +1,44 @@
-"""The command line: mounts each stage's commands, imported only when one is called."""
+"""The command line: each stage's commands, imported only when one is called."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import importlib
+import io
 import os
 import sys
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TextIO
 
 import click
 
 from robx import __version__
 from robx.errors import RobxError, one_line
 
-# command -> (module, attribute, the line that `robx --help` shows); importing none of them keeps start-up fast.
+# command -> (module, attribute, its line in `robx --help`); not importing them keeps start-up fast.
 COMMANDS = {
-    "distill": ("robx.distill.commands", "distill", "Teach a small student what a large teacher sees, without labels."),
-    "eval": ("robx.eval.commands", "evaluate", "kNN, linear, low-shot and transfer accuracy of a student or a bundle."),
-    "export": ("robx.export.commands", "export", "Turn a student into ONNX, OpenVINO, TensorRT or a mobile format."),
-    "inspect": ("robx.export.commands", "inspect", "Show what is in a bundle: layers, precisions, sizes, verdict."),
-    "bench": ("robx.runtime.commands", "bench", "Measure bundles on a device: latency, memory, the same answers."),
-    "run": ("robx.runtime.commands", "run", "Embed or label images with a bundle."),
-    "report": ("robx.eval.commands", "report", "One page that says what to deploy, and why."),
-    "demo": ("robx.demo.demo", "demo", "The whole way on real images, in minutes on two cores."),
+    "distill": ("robx.distill.commands", "distill", "Train a small student from a large teacher, without labels."),
+    "eval": (
+        "robx.eval.commands",
+        "evaluate",
+        "Measure a student's or bundle's accuracy: kNN, linear, low-shot, transfer.",
+    ),
+    "export": ("robx.export.commands", "export", "Export a student to ONNX, OpenVINO, TensorRT or a mobile format."),
+    "inspect": ("robx.export.commands", "inspect", "Show what a bundle contains: layers, precisions, sizes, verdict."),
+    "bench": ("robx.runtime.commands", "bench", "Measure bundles on a device: latency, memory, agreement of outputs."),
+    "run": ("robx.runtime.commands", "run", "Compute embeddings or labels of images with a bundle."),
+    "report": ("robx.eval.commands", "report", "Write one page that recommends what to deploy, and why."),
+    "demo": ("robx.demo.demo", "demo", "Run every step on real images, in minutes on two cores."),
     "teachers": ("robx.distill.commands", "teachers", "List the teachers: file, licence, published accuracy."),
-    "students": ("robx.distill.commands", "students", "List the students that are tested the whole way."),
-    "doctor": ("robx.runtime.commands", "doctor", "Say what this machine, or a device, can do and what it lacks."),
+    "students": ("robx.distill.commands", "students", "List the students that are tested end to end."),
+    "doctor": ("robx.runtime.commands", "doctor", "Check what this machine or a device supports, and what is missing."),
 }
 
 
-# What a file system refuses is no defect of robx, wherever it comes up.
-_NOT_OURS = {
+# Errors of the file system are not bugs in robx, wherever they come up; the remedy of each.
+_REMEDIES = {
     errno.EACCES: "fix its permissions",
     errno.EPERM: "fix its permissions",
     errno.EROFS: "choose another folder",
@@ -40,16 +47,21 @@ _NOT_OURS = {
     errno.EIO: "check the disk",
     errno.ESTALE: "mount its file system again",
     errno.ENAMETOOLONG: "give a shorter name",
-    errno.ELOOP: "its links go round in a circle",
+    errno.ELOOP: "its symbolic links form a loop",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
 }
 
 
 class LazyGroup(click.Group):
-    """A group that imports a command's module when the command is used, and prints robx's errors as one line."""
+    """A click group that imports a command when it is called, and prints robx's errors as one line."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run the command line; closed standard streams are replaced first."""
+        with _open_streams():
+            return super().main(*args, **extra)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The commands in the order of the work."""
+        """The commands, in the order in which they are used."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -63,10 +75,10 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click's, but a misspelt command offers the nearest."""
+        """Like click's, but suggests the closest command for a misspelt one."""
         near = difflib.get_close_matches(args[0], COMMANDS, n=1) if args and args[0] not in COMMANDS else []
         if near and not args[0].startswith("-"):
-            ctx.fail(f"no command {args[0]!r}: did you mean {near[0]!r}?")
+            ctx.fail(f"unknown command {args[0]!r}: did you mean {near[0]!r}?")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -77,22 +89,90 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; a RobxError becomes one line on standard error and its exit status."""
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:
+            click.echo("robx: standard output was closed by the program that reads it: stopped", err=True)
+            _drop(sys.stdout)
+            ctx.exit(1)
         except RobxError as error:
             click.echo(f"robx: {one_line(str(error))}", err=True)
             ctx.exit(error.exit_status)
         except OSError as error:
-            if error.errno not in _NOT_OURS:
+            if error.errno not in _REMEDIES:
                 raise
             where = f"{os.fsdecode(error.filename)[:200]}: " if isinstance(error.filename, str | bytes) else ""
-            click.echo(f"robx: {one_line(where)} {error.strerror}: {_NOT_OURS[error.errno]}", err=True)
+            click.echo(f"robx: {one_line(f'{where}{error.strerror}: {_REMEDIES[error.errno]}')}", err=True)
             ctx.exit(RobxError.exit_status)
+
+
+@contextlib.contextmanager
+def _open_streams() -> Iterator[None]:
+    """Replace standard streams that are closed (``>&-``), or the next file that is opened would take their number.
+
+    Output to a closed standard output is lost; a command that wrote some then ends with one line and exit status 1.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+    given = sys.stdout, sys.stderr
+    lost = _Lost(io.BytesIO())
+    sys.stdout = given[0] or lost
+    sys.stderr = _Forgiving(given[1] or io.StringIO())
+    try:
+        yield
+    except SystemExit as end:
+        if lost.written and not end.code:
+            sys.stderr.write("robx: standard output is closed: what the command printed is lost\n")
+            raise SystemExit(1) from None
+        raise
+    finally:
+        sys.stdout, sys.stderr = given
+
+
+class _Lost(io.TextIOWrapper):
+    """In place of a closed standard output: forgets what is written, and remembers that something was."""
+
+    written = False
+
+    def write(self, text: str) -> int:
+        self.written = self.written or bool(text)
+        return len(text)
+
+
+class _Forgiving:
+    """Standard error whose reader may go away (a log's pipe, a terminal): a run must not die of a progress line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+            self._stream.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _drop(stream: TextIO) -> None:
+    """Send the rest of a stream nowhere, so that the interpreter's last flush does not fail too."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="robx")
 def main() -> None:
-    """Make a large self-supervised vision model small enough for the edge, and prove it with numbers.
+    """Distil large self-supervised vision models into small ones, export them, and measure them on edge devices.
 
     \b
     robx distill --teacher dino_vits16 --student resnet18 --data images/ --out runs/r18
@@ -101,8 +181,8 @@ def main() -> None:
     robx bench   runs/r18/openvino-int8
     robx report  runs/r18
 
-    Exit status: 0 done; 2 the input is wrong, and the line says what to do; 3 written, but the gate did not pass;
-    75 interrupted with its state saved, and the same command goes on.
+    Exit status: 0 success; 1 the output could not be written, or a bug in robx; 2 wrong input, with one line that
+    says what to do; 3 exported, but no candidate passed the gate; 75 interrupted, and the same command resumes.
     """
 
 

@@ -1,4 +1,4 @@
-"""What the commands print: a progress bar with the remaining time, and tables. All but answers goes to stderr."""
+"""What the commands print: results and tables on standard output; progress and notes on standard error."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from rich.text import Text
 from robx.errors import visible
 from robx.progress import Progress, silent
 
-# Where no terminal shows a bar (a log, CI), one line now and then.
+# Seconds between two lines of progress where there is no terminal (a log, CI).
 _LINE_SECONDS = 15.0
-# Of a table in a file or a pipe, where no terminal sets one.
+# Columns of a table in a file or a pipe, where no terminal sets them.
 _WIDTH = 160
 _COLOURS = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow", "FORCED": "magenta", "NOT_JUDGED": "yellow"}
 
 
 @contextlib.contextmanager
 def progress_bar(*, quiet: bool = False) -> Iterator[Progress]:
-    """A Progress that draws a bar on a terminal, prints a line now and then elsewhere, or nothing when `quiet`."""
+    """A Progress: a bar on a terminal, a line every 15 seconds elsewhere, nothing when `quiet`."""
     console = Console(stderr=True)
     if quiet:
         yield silent
@@ -42,7 +42,7 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Progress]:
             def show(done: int, total: int, note: str) -> None:
                 if work.begins(done, total, note):
                     bar.reset(task)
-                # One step of one is no measure of anything: the bar only shows that something goes on.
+                # A total of 1 says nothing about the remaining time: show an indeterminate bar.
                 bar.update(task, completed=done, total=total if total > 1 else None, description=escape(visible(note)))
 
             yield show
@@ -59,11 +59,11 @@ def print_table(
     """Print a table on standard output; verdicts are coloured.
 
     Args:
-        headings: of the columns.
-        rows: plain text, a cell a column.
-        title: above the table.
-        right: the columns that are aligned on the right, by number.
-        dim: the rows that are not to be relied on, by number.
+        headings: column headings.
+        rows: plain text, one cell per column.
+        title: printed above the table.
+        right: indices of the columns to align on the right.
+        dim: indices of the rows to print dim, because they are not reliable.
     """
     shown = escape(visible(title))
     table = Table(
@@ -84,13 +84,13 @@ def print_table(
 
 
 def print_line(text: str, *, dim: bool = False) -> None:
-    """One line on standard output, its verdicts coloured."""
+    """Print one line on standard output; verdicts are coloured."""
     Console().print(_coloured(text), style="dim" if dim else None, soft_wrap=True)
 
 
 def say(text: str) -> None:
-    """One line on standard error."""
-    sys.stderr.write(f"{visible(text)}\n")  # which a bar, while there is one, lets in above itself
+    """Print one line on standard error."""
+    sys.stderr.write(f"{visible(text)}\n")  # rich prints it above a progress bar
 
 
 def _coloured(words: str) -> Text:
@@ -101,13 +101,13 @@ def _coloured(words: str) -> Text:
 
 
 class _Work:
-    """Tells one piece of work from the next in what a Progress is told."""
+    """Detects, from the calls of a Progress, where a new piece of work starts."""
 
     def __init__(self) -> None:
         self.done, self.total, self.note = -1, -1, ""
 
     def begins(self, done: int, total: int, note: str) -> bool:
-        """Whether this call is the first of a piece of work. Notes may change within one: they carry figures."""
+        """Whether this call is the first of a piece of work. Notes may change within one: they contain figures."""
         new = done < self.done or total != self.total or (done == 0 and note != self.note)
         self.done, self.total, self.note = done, total, note
         return new

@@ -1,16 +1,18 @@
 """Every error that robx raises for its user.
 
-RobxError                 one clear line that says what to do; exit status 2
-├── InputError            a file, folder, name or option that the user gave is wrong
-│   └── CorruptImage      one image that cannot be decoded; skipped and counted, up to a budget
-├── ArtifactError         a Student, Bundle or checkpoint is damaged, tampered with, or too new
-├── MissingExtra          an optional package is not installed; names the extra
-├── DeviceError           the device cannot be reached, or failed midway
-├── Interrupted           a signal asked for the end and the state is saved; the same command goes on; exit status 75
-└── GateFailed            the export is written, but no rung of what was asked for passed; exit status 3
+RobxError                 one line that says what is wrong and what to do; exit status 2
+├── InputError            a file, folder, name or option given by the user is wrong
+│   ├── NoSplit           the data do not have the requested split
+│   └── CorruptImage      an image cannot be decoded; skipped and counted, up to a limit
+│       └── UnreadableImage  the disk does not deliver an image; it may later
+├── ArtifactError         a student, bundle, checkpoint or record is damaged, altered, or of a newer version
+├── MissingExtra          an optional package is not installed; the message names the extra to install
+├── DeviceError           a device cannot be reached, or failed during a run
+├── Interrupted           a signal stopped a run whose state is saved; the same command resumes it; exit status 75
+└── GateFailed            the export is written, but no candidate passed the gate; exit status 3
 
-The command line prints the message and exits with ``exit_status``. Anything that is not a RobxError is a defect of robx
-and keeps its traceback.
+The command line prints the message and exits with ``exit_status``. Any exception that is not a RobxError is a bug in
+robx and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -20,33 +22,33 @@ from collections.abc import Iterable
 
 
 class RobxError(Exception):
-    """The root: a message that names the offending value and what to do."""
+    """The base class: a message that names the offending value and says what to do."""
 
     exit_status = 2
 
 
 class InputError(RobxError):
-    """A file, folder, name or option that the user gave is wrong."""
+    """A file, folder, name or option given by the user is wrong."""
 
 
 class NoSplit(InputError):
-    """Data without the split that was asked for; they are whole otherwise."""
+    """The data do not have the requested split, and are otherwise sound."""
 
 
 class CorruptImage(InputError):
-    """One image that cannot be decoded."""
+    """An image that cannot be decoded."""
 
 
 class UnreadableImage(CorruptImage):
-    """One image that the disk does not give; it may another time."""
+    """An image that the disk does not deliver now, and may deliver later."""
 
 
 class ArtifactError(RobxError):
-    """A Student, Bundle, checkpoint or record is damaged, tampered with, or of a newer schema."""
+    """A student, bundle, checkpoint or record is damaged, altered, or of a newer version."""
 
 
 class MissingExtra(RobxError):
-    """An optional package is missing; the message names it, the extra that brings it, and the cause."""
+    """An optional package is missing; the message names it, the extra that installs it, and the cause."""
 
     def __init__(self, package: str, extra: str, *, purpose: str, cause: BaseException | None = None) -> None:
         why = f" ({cause})" if cause is not None else ""
@@ -54,36 +56,36 @@ class MissingExtra(RobxError):
 
 
 class DeviceError(RobxError):
-    """The device cannot be reached, or failed midway."""
+    """A device cannot be reached, or failed during a run."""
 
 
 class Interrupted(RobxError):
-    """A signal asked a run to end; its state is saved. The status is that of sysexits' EX_TEMPFAIL: try again."""
+    """A signal stopped a run whose state is saved. The exit status is EX_TEMPFAIL of sysexits.h: try again."""
 
     exit_status = 75
 
 
 class GateFailed(RobxError):
-    """No rung of the precision that was asked for passed; the fallback was written."""
+    """No candidate of the requested precision passed the gate; the fallback is written."""
 
     exit_status = 3
 
 
 def one_line(text: str) -> str:
-    """`text` as one line that a terminal shows and does not obey: white space becomes spaces, control codes escapes.
+    """`text` as one line that is safe on a terminal: whitespace becomes spaces and control characters are escaped.
 
-    Messages have names of files in them, and a name may hold a line break or an escape sequence.
+    Messages contain file names, and a file name may contain a line break or an escape sequence.
     """
     return visible(" ".join(text.split()))
 
 
 def visible(text: str) -> str:
-    """`text` with every line break, control code and undecodable byte as an escape: a terminal shows it as it is."""
+    """`text` with every line break, control character and undecodable byte escaped, so that a terminal shows it."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or the name of its type where it has none."""
+    """The first line of an exception's message, or the name of its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -1,4 +1,4 @@
-"""A linear head in a file: what `robx eval --save-head` leaves and `robx export --head` appends."""
+"""A linear classification head in a file: written by `robx eval --save-head`, appended by `robx export --head`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_HEAD_BYTES = 1024**3
 
 @dataclass(frozen=True)
 class Head:
-    """A linear classifier on the embedding."""
+    """A linear classifier on the embedding: logits = weight @ embedding + bias."""
 
     weight: np.ndarray  # (C, D) float32
     bias: np.ndarray  # (C,) float32
@@ -25,7 +25,7 @@ class Head:
 
 
 def save_head(head: Head, path: Path) -> None:
-    """Write it as `load_head` reads it."""
+    """Write a head in the format that `load_head` reads."""
     tensors = {"weight": head.weight.astype(np.float32), "bias": head.bias.astype(np.float32)}
     write_bytes(path, save(tensors, metadata={"classes": json.dumps(head.labels)}))
 
@@ -34,12 +34,14 @@ def load_head(path: Path) -> Head:
     """Read a linear head: safetensors with ``weight`` (C, D), ``bias`` (C,) and the class names in the metadata.
 
     Raises:
-        InputError: no such file, or other tensors; the message says which are expected.
+        InputError: no such file, or not these tensors; the message says what is expected.
     """
     from safetensors import SafetensorError, safe_open
 
     if path.is_file() and path.stat().st_size > _MAX_HEAD_BYTES:
-        raise InputError(f"{path} is larger than {_MAX_HEAD_BYTES} bytes: no linear head")
+        raise InputError(
+            f"{path} is larger than {_MAX_HEAD_BYTES} bytes: it is not a linear head"
+        )
     if not path.is_file():
         raise InputError(f"{path} does not exist: give safetensors with weight (C, D) and bias (C,)")
     try:
@@ -57,7 +59,7 @@ def load_head(path: Path) -> Head:
     try:
         names_of = json.loads(metadata.get("classes", "null")) or [str(i) for i in range(len(bias))]
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} names its classes in damaged JSON ({error}): save the head again") from error
+        raise InputError(f"{path}: the class names are not valid JSON ({error}): save the head again") from error
     if not isinstance(names_of, list) or len(names_of) != len(bias):
-        raise InputError(f"{path} does not name the classes of its {len(bias)} rows: save the head again")
+        raise InputError(f"{path}: expected {len(bias)} class names, one for each row: save the head again")
     return Head(weight, bias, tuple(map(str, names_of)))

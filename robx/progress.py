@@ -1,4 +1,4 @@
-"""How long work tells of itself: a callback of (done, total, note). Who prints it is the command's business."""
+"""Progress of long work, as a callback of (done, total, note). The caller decides how it is shown."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ Progress = Callable[[int, int, str], None]
 
 
 def silent(done: int, total: int, note: str) -> None:
-    """A Progress that tells nobody."""
+    """A Progress that shows nothing."""

@@ -1,9 +1,9 @@
-"""The records that cross a border between two stages, and their JSON form. Read this first.
+"""The records that pass from one stage to the next, and their JSON form. Read this first.
 
     images --distill--> Student --export--> Bundle --runtime--> Session --eval--> Measurements --report--> page
 
-Every record is a frozen dataclass of plain values. On disk it is JSON with a ``schema`` number; a file of a newer
-schema, with an unknown key, or with a value of the wrong type is refused with a line that says so.
+Every record is a frozen dataclass of plain values. On disk it is JSON with a ``schema`` number; a file with a newer
+schema, an unknown key, or a value of the wrong type is refused with one line that names it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from robx.store.dataclass_json import to_json as to_json
 from robx.store.files import read_bytes, read_json, sha256_bytes, sha256_file, verify_file, write_bytes, write_json
 from robx.store.locks import turn
 
-# Of ImageNet's training images, RGB in [0, 1]; most published models are trained with them.
+# Channel statistics of ImageNet's training images, RGB in [0, 1]; most published models are trained with them.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MAX_SIDE = 8192  # pixels of a model's input: more would only fill the memory
+MAX_SIDE = 8192  # largest side of a model's input, in pixels
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 Validity = Literal["VALID", "UNSTABLE", "INVALID"]
@@ -38,25 +38,27 @@ Validity = Literal["VALID", "UNSTABLE", "INVALID"]
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How an RGB image becomes the model's input: shorter side to `size`, centre crop, [0, 1], minus mean, over std."""
+    """How an RGB image becomes the model's input: resize the shorter side, centre crop, scale to [0, 1], normalise."""
 
-    size: int  # pixels of the shorter side after the resize
-    crop: int  # pixels of the square that the model sees
+    size: int  # shorter side after the resize, in pixels
+    crop: int  # side of the square centre crop, in pixels
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        """Refuse what no image can be made into: a record may come from anywhere."""
+        """Refuse impossible values: a record may come from anywhere."""
         if not (0 < self.size <= MAX_SIDE and 0 < self.crop <= MAX_SIDE):
-            raise ArtifactError(f"preprocessing to {self.size} and {self.crop} pixels: 1 to {MAX_SIDE} are possible")
+            raise ArtifactError(
+                f"preprocessing size {self.size} and crop {self.crop} must be between 1 and {MAX_SIDE} pixels"
+            )
         if 0 in self.std:
-            raise ArtifactError("preprocessing with a standard deviation of 0: it divides by it")
+            raise ArtifactError("the preprocessing's standard deviation must not be 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataInfo:
-    """Which images something was made from."""
+    """The images that something was made from."""
 
     name: str
     images: int
@@ -66,17 +68,17 @@ class DataInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherInfo:
-    """The frozen teacher that a student was distilled from; its weights are never stored with the student."""
+    """The frozen teacher of a student; its weights are never stored with the student."""
 
     name: str
-    sha256: str  # of the published file, or of the weights when they came from a package
+    sha256: str  # of the published file, or of the weights if they come from a package
     licence: str
     prototypes: str = "published"  # or how they were fitted
 
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """A folder: ``student.safetensors`` (the trunk alone) and this, as ``student.json``."""
+    """A folder with ``student.safetensors`` (the trunk only) and this record, as ``student.json``."""
 
     timm_name: str
     width: int  # D, the width of the embedding
@@ -85,14 +87,14 @@ class Student:
     teacher: TeacherInfo | None
     data: DataInfo | None
     recipe: dict[str, Json]  # the resolved recipe
-    images_seen: int = 0  # crops' source images, all epochs
+    images_seen: int = 0  # images read in training, over all epochs
     robx_version: str = ""
     schema: int = SCHEMA
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """One input or output of an exported model; None is a dynamic axis."""
+    """One input or output of an exported model; None in the shape is a dynamic axis."""
 
     name: str
     dtype: Literal["float32", "float16", "uint8", "int8"]
@@ -111,10 +113,10 @@ class BundleFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """A figure with its interval and the number of samples behind it."""
+    """A number with its confidence interval and the number of samples behind it."""
 
     value: float
-    low: float | None = None  # 95 % unless the settings say otherwise
+    low: float | None = None  # of the 95 % interval, unless the settings say otherwise
     high: float | None = None
     n: int | None = None
     unit: str = ""  # "%", "ms", "MB", "" for a ratio or a cosine
@@ -122,7 +124,7 @@ class Value:
 
 @dataclass(frozen=True, kw_only=True)
 class Rung:
-    """One candidate of the ladder: what was tried, what was measured, and why it was kept or not."""
+    """One candidate of an export: what was tried, what was measured, and why it was kept or not."""
 
     name: str
     settings: dict[str, Json]
@@ -135,12 +137,12 @@ class Rung:
 
     @property
     def was_judged(self) -> bool:
-        """Whether its accuracy is that of the judging images; else it is that of the screening images."""
+        """Whether its accuracy was measured on the judging images; otherwise on the screening images."""
         return "screened" not in self.values
 
     @property
     def accuracy_said(self) -> str:
-        """The verdict on the judging images, or how far it came without them."""
+        """The verdict on the judging images, or why there is none."""
         if self.was_judged:
             return self.accuracy
         return "screened out" if self.accuracy == "FAIL" else "not judged"
@@ -148,26 +150,26 @@ class Rung:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The images that a quantiser saw, and those that judged it; disjoint by construction."""
+    """The images used to calibrate a quantiser, and those used to judge it; disjoint by construction."""
 
     images: int
     fingerprint: str
     judged_images: int
     judged_fingerprint: str
     source: str = ""  # fingerprint of the ImageSource that the calibration images were drawn from
-    screened_images: int = 0  # those by which a candidate was chosen to be judged
+    screened_images: int = 0  # used to choose which candidates to judge
     screened_fingerprint: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A folder: the model files of one format and precision, and this, as ``manifest.json``, written last."""
+    """A folder with the model files of one format and precision and this record, as ``manifest.json``, written last."""
 
     format: Format
-    precision: Precision  # the true one
-    requested: Precision  # the one that was asked for
+    precision: Precision  # of the model in the folder
+    requested: Precision  # the user asked for
     target: str  # "local", "rtx:sm89", "jetson-orin", "arm64", ...
-    runtime: str  # the engine that runs it: onnxruntime, openvino, tensorrt, tensorrt_rtx, ...
+    runtime: str  # the engine: onnxruntime, openvino, tensorrt, tensorrt_rtx, ...
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     preprocessing: Preprocessing
@@ -179,8 +181,8 @@ class Bundle:
     opset: int | None
     versions: dict[str, str]
     files: tuple[BundleFile, ...]
-    labels: tuple[str, ...] | None = None  # class names when the bundle has a head
-    parity: dict[str, Value] = field(default_factory=dict)  # against torch, in the shipped shape mode
+    labels: tuple[str, ...] | None = None  # class names, if the model has a classification head
+    parity: dict[str, Value] = field(default_factory=dict)  # difference from PyTorch, at the shipped input shape
     robx_version: str = ""
     schema: int = SCHEMA
 
@@ -191,18 +193,18 @@ class Bundle:
 
     @property
     def bytes(self) -> int:
-        """What is shipped, in bytes."""
+        """Size of all files, in bytes."""
         return sum(f.bytes for f in self.files)
 
     @property
     def model(self) -> BundleFile:
-        """The file that the runtime opens."""
+        """The file that the engine opens."""
         return next(f for f in self.files if f.role == "model")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fidelity:
-    """A bundle's answers against its fp32 student's, on the same images, paired."""
+    """A bundle's outputs compared with its fp32 student's on the same images."""
 
     bundle_id: str
     device: dict[str, Json]
@@ -217,7 +219,7 @@ class Fidelity:
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """One protocol's result for one model: a Student or a Bundle."""
+    """The result of one evaluation protocol for one model, a Student or a Bundle."""
 
     model_id: str  # Bundle.id, or the first sixteen hex digits of Student.sha256
     model_name: str
@@ -233,7 +235,7 @@ class Accuracy:
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """One bench of one bundle on one device."""
+    """One benchmark of one bundle on one device."""
 
     bundle_id: str
     device: dict[str, Json]
@@ -241,10 +243,10 @@ class Latency:
     values: dict[str, Value]  # p50, p90, p99, load, first, preprocess in ms; peak_memory in MB; energy in J; ...
     verdict: Validity
     reasons: tuple[str, ...]
-    samples: str | None  # file of raw samples beside the record
+    samples: str | None  # name of the file with the raw samples, beside the record
     samples_sha256: str | None
     started: str
-    missing: dict[str, str] = field(default_factory=dict)  # figure -> why it could not be had
+    missing: dict[str, str] = field(default_factory=dict)  # figure -> why it could not be measured
     kind: Literal["latency"] = "latency"
     schema: int = SCHEMA
 
@@ -263,10 +265,10 @@ def save_student(student: Student, folder: Path) -> None:
 
 
 def load_student(folder: Path) -> Student:
-    """Read and verify a Student's folder.
+    """Read and verify a student's folder.
 
     Raises:
-        ArtifactError: no student there, a newer schema, or weights whose hash is another.
+        ArtifactError: there is no student, its schema is newer, or the weights' hash does not match.
     """
     student = from_json(Student, read_json(folder / "student.json"), where=str(folder / "student.json"))
     verify_file(folder, "student.safetensors", student.sha256)
@@ -274,15 +276,15 @@ def load_student(folder: Path) -> Student:
 
 
 def save_bundle(bundle: Bundle, folder: Path) -> None:
-    """Write ``manifest.json`` into `folder`; call it last, when every other file is there."""
+    """Write ``manifest.json`` into `folder`; call it last, after every other file is written."""
     write_json(folder / "manifest.json", to_json(bundle))
 
 
 def load_bundle(folder: Path) -> Bundle:
-    """Read and verify a Bundle's folder: every file is there, inside it, with its size and hash.
+    """Read and verify a bundle's folder: every file exists, is inside it, and has the recorded size and hash.
 
     Raises:
-        ArtifactError: no bundle there, a newer schema, or a file that is missing, changed or outside the folder.
+        ArtifactError: there is no bundle, its schema is newer, or a file is missing, changed or outside the folder.
     """
     bundle = from_json(Bundle, read_json(folder / "manifest.json"), where=str(folder / "manifest.json"))
     if not any(file.role == "model" for file in bundle.files):
@@ -293,22 +295,22 @@ def load_bundle(folder: Path) -> Bundle:
 
 
 def describe_file(folder: Path, path: str, role: typing.Any) -> BundleFile:
-    """The BundleFile of `folder`/`path` as it is now."""
+    """The BundleFile of the file `path` in `folder`."""
     full = folder / path
     return BundleFile(path=path, role=role, bytes=full.stat().st_size, sha256=sha256_file(full))
 
 
 def utc_now() -> str:
-    """Now, as a Measurement's `started`: UTC, ISO 8601, to the second."""
+    """The current time for a Measurement's `started`: UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def append_measurements(path: Path, measurements: Iterable[Measurement]) -> None:
-    """Add records to a JSON-lines file, atomically: readers see all of them or none, and two writers lose none."""
+    """Append records to a JSON-lines file atomically: readers see all or none, and concurrent writers lose none."""
     lines = [json.dumps(to_json(m), allow_nan=False) + "\n" for m in measurements]
     with turn(path.parent):
         old = read_bytes(path) if path.exists() else b""
-        end = b"" if old.endswith(b"\n") or not old else b"\n"  # of a line that was written by hand
+        end = b"" if old.endswith(b"\n") or not old else b"\n"  # a file edited by hand may lack the last one
         write_bytes(path, old + end + "".join(lines).encode())
 
 
@@ -316,8 +318,8 @@ def load_measurements(path: Path) -> list[Measurement]:
     """Every record of a JSON-lines file.
 
     Raises:
-        InputError: there is no such file.
-        ArtifactError: it cannot be read, or a line is no measurement; the message has its number.
+        InputError: the file does not exist.
+        ArtifactError: it cannot be read, or a line is not a measurement; the message has the line's number.
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist: run robx bench or robx eval first")
@@ -332,5 +334,5 @@ def _measurement(line: bytes, where: str) -> Measurement:
     kind = value.get("kind") if isinstance(value, dict) else None
     cls = _KINDS.get(kind) if isinstance(kind, str) else None
     if cls is None:
-        raise ArtifactError(f"{where} is no measurement: its kind is none of {', '.join(_KINDS)}")
+        raise ArtifactError(f"{where} is not a measurement: its kind is none of {', '.join(_KINDS)}; remove the line")
     return from_json(cls, value, where=where)

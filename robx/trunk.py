@@ -1,4 +1,4 @@
-"""Building, saving and loading a student's trunk: the one place where robx asks timm for a network."""
+"""Build, save and load a student's trunk (the network without its classifier)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from robx.store.files import sha256_file, write_bytes
 
 
 def build_trunk(timm_name: str, *, drop_path: float = 0.0) -> nn.Module:
-    """A timm model without its classifier and without weights; its output is the embedding, (N, D).
+    """A timm model without its classifier, randomly initialised; its output is the embedding, (N, D).
 
-    A plain ViT answers with its CLS token, where it has one, and takes any image size that its patches divide (96-px
+    A plain ViT returns its CLS token if it has one, and accepts any image size divisible by its patch size (for 96-px
     local crops).
 
     Raises:
-        InputError: timm has no model of that name; the nearest names are offered.
+        InputError: timm has no model of that name; the message suggests the closest names.
     """
     if not timm.is_model(timm_name):
         others = "robx students lists some; timm.list_models() lists all"
@@ -33,7 +33,7 @@ def build_trunk(timm_name: str, *, drop_path: float = 0.0) -> nn.Module:
     options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
     if is_vit(timm_name):
         options["dynamic_img_size"] = True
-        # timm refuses the CLS token's pooling, and tells in no other way, where there is none (SigLIP).
+        # timm asserts that there is a CLS token (SigLIP has none), and has no other way to ask.
         with contextlib.suppress(AssertionError):
             return _create(timm_name, **options, global_pool="token")
     return _create(timm_name, **options)
@@ -45,27 +45,27 @@ def _create(timm_name: str, **options: Any) -> nn.Module:
 
 
 def is_vit(timm_name: str) -> bool:
-    """Whether timm builds this name as a plain ViT (ViT, DeiT, DINOv2, SigLIP); what it does not know is none."""
+    """Whether timm builds this name as a plain ViT (ViT, DeiT, DINOv2, SigLIP); False for unknown names."""
     if not timm.is_model(timm_name):
         return False
     return timm.model_entrypoint(timm_name).__module__.rpartition(".")[2] in ("vision_transformer", "deit")
 
 
 def embedding_width(trunk: nn.Module) -> int:
-    """D, the width of what the trunk answers; MobileNetV3's is wider than its ``num_features``."""
+    """D, the width of the trunk's output; for MobileNetV3 it is more than ``num_features``."""
     width: int = getattr(trunk, "head_hidden_size", None) or trunk.num_features  # type: ignore[assignment]
     return width
 
 
 def save_trunk(folder: Path, trunk: nn.Module, student: Student) -> Student:
-    """Put a trunk's weights and its record into `folder`; returns the record with the weights' hash filled in.
+    """Write a trunk's weights and its record to `folder`; returns the record with the weights' SHA-256.
 
-    The weights go first: a reader that comes between the two finds a hash that differs, never a wrong network.
+    The weights are written first: a reader between the two writes finds a hash mismatch, never a wrong network.
     """
     state = {k: v.detach().cpu().contiguous() for k, v in trunk.state_dict().items()}
     weights = folder / "student.safetensors"
-    # One key of metadata: safetensors writes several in random order. And not by its save_file, whose own temporary
-    # file stays for ever when the process is killed.
+    # A single key of metadata, because safetensors writes several in random order. Not with save_file, which leaves a
+    # temporary file of its own when the process is killed.
     write_bytes(weights, save(state, metadata={"format": "pt"}))
     student = dataclasses.replace(student, sha256=sha256_file(weights))
     save_student(student, folder)
@@ -73,15 +73,15 @@ def save_trunk(folder: Path, trunk: nn.Module, student: Student) -> Student:
 
 
 def load_trunk(folder: Path) -> tuple[Student, nn.Module]:
-    """A Student's record and its trunk, in eval mode, on the CPU, in float32.
+    """A student's record and its trunk, in eval mode, on the CPU, in float32.
 
     Raises:
-        ArtifactError: damaged, tampered with, or weights that do not fit the network.
+        ArtifactError: the folder is damaged or altered, or the weights do not fit the network.
     """
     student = load_student(folder)
     trunk = build_trunk(student.timm_name)
     try:
-        # Its bytes, for safetensors opens no file whose name is not UTF-8.
+        # From bytes, because safetensors cannot open a file whose name is not UTF-8.
         trunk.load_state_dict(load((folder / "student.safetensors").read_bytes()))
     except Exception as error:
         raise ArtifactError(

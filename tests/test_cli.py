@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,64 @@ def test_bad_input_is_one_line_and_status_2(arguments: list[str], message: str, 
     assert message in last
     assert "Traceback" not in result.output
     assert not (tmp_path / "run" / "student.json").exists()
+
+
+def robx(*arguments: str, redirect: str) -> subprocess.CompletedProcess[str]:
+    """Run robx by a shell that redirects its streams."""
+    command = f'"{sys.executable}" -m robx.cli {" ".join(arguments)} {redirect}'
+    return subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
+
+
+def test_a_closed_standard_output_is_said_on_the_other_stream() -> None:
+    done = robx("students", redirect=">&-")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "robx: standard output is closed: what the command printed is lost\n"
+    done = robx("inspect", "none", redirect=">&-")  # nothing was to be printed
+    assert done.returncode == 2 and "none" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("redirect", ["2>&-", "2>/dev/full", "<&- 2>&-"])
+def test_without_standard_error_nothing_is_lost(redirect: str) -> None:
+    done = robx("students", redirect=redirect)
+    assert done.returncode == 0 and "resnet18" in done.stdout
+    assert robx("inspect", "none", redirect=redirect).returncode == 2
+    assert robx("students", redirect=f"{redirect} >&-").returncode == 1
+
+
+def test_no_file_takes_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    code = (
+        "import sys, click, robx.cli as cli\n"
+        "@click.command()\n"
+        "def probe():\n"
+        f"    file = open({str(tmp_path / 'model')!r}, 'w'); assert file.fileno() > 2; print('x'); file.close()\n"
+        "cli.LazyGroup.get_command = lambda *_: probe\n"
+        "cli.main(['inspect'])"
+    )
+    done = subprocess.run(["sh", "-c", f'"{sys.executable}" -c "$0" >&- 2>&- <&-', code], timeout=120)
+    assert done.returncode == 1 and (tmp_path / "model").read_text() == ""
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_reader_that_goes_away(stream: str) -> None:
+    """Of standard output ends the command, in one line; of standard error ends nothing."""
+    code = (
+        "import sys, click, robx.cli as cli\n"
+        "from robx.console import say\n"
+        "@click.command()\n"
+        "def probe():\n"
+        "    for n in range(20000):\n"
+        f"        click.echo('line') if {stream!r} == 'stdout' else say('line')\n"
+        "    print('done')\n"
+        "cli.LazyGroup.get_command = lambda *_: probe\n"
+        "cli.main(['inspect'])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True)
+    closed, other = (process.stdout, process.stderr) if stream == "stdout" else (process.stderr, process.stdout)
+    assert closed is not None and other is not None
+    closed.close()
+    text = other.read()
+    if stream == "stdout":
+        assert process.wait(120) == 1
+        assert text == "robx: standard output was closed by the program that reads it: stopped\n"
+    else:
+        assert process.wait(120) == 0 and text == "done\n"

@@ -1,1 +1,1 @@
-"""Artifacts on disk: atomic files and folders, locks, hashes, JSON of dataclasses, and the ONNX safety check."""
+"""Artifacts on disk: atomic files and folders, locks, hashes, dataclasses as JSON, and the ONNX safety check."""

@@ -1,7 +1,7 @@
-"""Writing, reading and hashing files.
+"""Write, read and hash files.
 
-A reader sees either the old file or the new one, whole, whatever happens to the writer (power cut included): write
-beside the target, flush, fsync, rename, fsync the folder.
+A reader sees either the old file or the new one, complete, whatever happens to the writer (even a power cut): write to
+a temporary file beside the target, flush, fsync, rename, fsync the folder.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from typing import Any
 from robx.errors import ArtifactError, InputError, RobxError
 from robx.store.dataclass_json import parse_json
 
-# A manifest, record or recipe larger than this is not one.
+# No manifest, record or recipe is larger.
 MAX_JSON_BYTES = 64 * 1024 * 1024
-# Of a model: protobuf stops at 2 GiB, and a small model is far below.
+# No file of a bundle is larger: protobuf stops at 2 GiB, and a small model is far below.
 MAX_FILE_BYTES = 16 * 1024**3
 # What a killed writer leaves behind: see `random_name`.
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.robx-[0-9a-f]{8}\.(?P<kind>tmp|old)", re.DOTALL)
-_SAMPLED_FILES, _SAMPLED_BYTES = 64, 64 * 1024  # of a folder, for its fingerprint
+_SAMPLED_FILES, _SAMPLED_BYTES = 64, 64 * 1024  # what a fingerprint of a folder reads
 
 
 def cache_folder() -> Path:
@@ -54,7 +54,7 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file; -1 where a link points nowhere: it counts as unreadable when it is read."""
+    """Size of a file in bytes; -1 for a dangling link, which counts as unreadable when it is read."""
     try:
         return path.stat().st_size
     except OSError:
@@ -70,10 +70,10 @@ def fingerprint(lines: Iterable[str]) -> str:
 
 
 def fingerprint_files(root: Path, names: Sequence[str], *, lines: Iterable[str]) -> str:
-    """Sixteen hex digits that change with any of `lines`, one a file, any file's size, and what a sample of them holds.
+    """Sixteen hex digits that change with any of `lines` (one per file), any file's size, and a sample of the contents.
 
-    Names and sizes alone say too little: of uncompressed images all have one size. 64 files, evenly spread, are read,
-    64 KiB each, and no more, for there may be millions.
+    Names and sizes are not enough: uncompressed images all have the same size. The first 64 KiB of 64 files, evenly
+    spread, are read, and no more, because there may be millions.
     """
 
     def start(at: int, count: int) -> bytes:
@@ -84,19 +84,19 @@ def fingerprint_files(root: Path, names: Sequence[str], *, lines: Iterable[str])
 
 
 def start_of(path: Path, count: int, *, offset: int = 0) -> bytes:
-    """At most `count` bytes of a regular file from `offset` on.
+    """At most `count` bytes of a regular file, from `offset` on.
 
     Raises:
-        OSError: it cannot be read, or is a pipe or a device, which may never answer.
+        OSError: it cannot be read, or is a pipe or a device, which may block for ever.
     """
     if not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, "no regular file", str(path))
+        raise FileNotFoundError(errno.ENOENT, "not a regular file", str(path))
     with path.open("rb", buffering=0) as file:
         return os.pread(file.fileno(), count, offset)
 
 
 def sampled(count: int, start: Callable[[int, int], bytes]) -> Iterator[str]:
-    """Hashes of the first bytes of 64 of `count` files, evenly spread; `start` gives so many of the numbered one."""
+    """Hashes of the first bytes of 64 of `count` files, evenly spread; `start(index, bytes)` reads them."""
     for at in range(0, count, max(1, count // _SAMPLED_FILES)):
         try:
             yield f"{at}\0{sha256_bytes(start(at, _SAMPLED_BYTES))}"
@@ -105,7 +105,7 @@ def sampled(count: int, start: Callable[[int, int], bytes]) -> Iterator[str]:
 
 
 def stamp_of(paths: Iterable[Path]) -> str:
-    """Sixteen hex digits that change when any of the files was written again: for caches of this machine alone."""
+    """Sixteen hex digits that change when any of the files is rewritten; only for caches on this machine."""
 
     def written(path: Path) -> str:
         try:
@@ -165,7 +165,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically, as UTF-8; bytes of a file's name that are none are written as escapes."""
+    """Write `text` to `path` atomically, as UTF-8; undecodable bytes of file names are written as escapes."""
     write_bytes(path, text.encode(errors="backslashreplace"))
 
 
@@ -178,17 +178,17 @@ def read_bytes(path: Path, *, limit: int = MAX_JSON_BYTES) -> bytes:
     """The bytes of a regular file of at most `limit` bytes.
 
     Raises:
-        ArtifactError: missing, unreadable, too large, or no regular file (reading a pipe or a device may never end).
+        ArtifactError: missing, unreadable, too large, or not a regular file (a pipe or a device may block for ever).
     """
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise ArtifactError(f"{path} is no regular file: give one that robx wrote")
+            raise ArtifactError(f"{path} is not a regular file: give one that robx wrote")
         if found.st_size > limit:
-            raise ArtifactError(f"{path} is larger than {limit} bytes: not a file that robx wrote")
+            raise ArtifactError(f"{path} is larger than {limit} bytes: it is not a file that robx wrote")
         return path.read_bytes()
     except FileNotFoundError:
-        raise ArtifactError(f"{path} is missing: give a folder that robx wrote, or write it again") from None
+        raise ArtifactError(f"{path} is missing: give a folder that robx wrote, or create it again") from None
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
 
@@ -202,41 +202,41 @@ def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
     try:
         return parse_json(read_bytes(path, limit=limit))
     except ValueError as error:
-        raise ArtifactError(f"{path} is not valid JSON ({error}): it is damaged; write it again") from error
+        raise ArtifactError(f"{path} is not valid JSON ({error}): it is damaged; create it again") from error
 
 
 def verify_file(folder: Path, name: str, sha256: str, *, size: int | None = None) -> None:
-    """Check that `name`, relative to `folder`, is there, inside of it and no link, with this hash (and size).
+    """Check that the file `name` in `folder` exists, is inside it, is not a link, and has this hash (and size).
 
     Raises:
-        ArtifactError: it is not; the message names the file.
+        ArtifactError: one of these does not hold; the message names the file.
     """
     path, parts = folder / name, Path(name).parts
     try:
         links = any(folder.joinpath(*parts[:depth]).is_symlink() for depth in range(1, len(parts) + 1))
         if Path(name).is_absolute() or ".." in parts or links:
-            raise ArtifactError(f"{folder} refers to {name!r}, outside of itself: do not use it")
+            raise ArtifactError(f"{folder} refers to {name!r}, which is outside of it: do not use it")
         if not path.is_file():
-            raise ArtifactError(f"{path} is missing: the folder is incomplete; make it again")
+            raise ArtifactError(f"{path} is missing: the folder is incomplete; create it again")
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise ArtifactError(f"{path} is larger than {MAX_FILE_BYTES} bytes: no file of a small model")
+            raise ArtifactError(f"{path} is larger than {MAX_FILE_BYTES} bytes: it is not a file of a small model")
         if size is not None and path.stat().st_size != size:
-            raise ArtifactError(f"{path} is not the file that was written (its size differs): make it again")
+            raise ArtifactError(f"{path} is not the file that was written (its size differs): create it again")
         if sha256_file(path) != sha256:
-            raise ArtifactError(f"{path} is not the file that was written (its SHA-256 differs): make it again")
+            raise ArtifactError(f"{path} is not the file that was written (its SHA-256 differs): create it again")
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read ({error.strerror}): make it again") from error
+        raise ArtifactError(f"{path} cannot be read ({error.strerror}): create it again") from error
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Raise InputError when the file system of `folder` has fewer than `needed` bytes free."""
+    """Raise InputError if the file system of `folder` has fewer than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(f"{folder} has {free / 1e6:.0f} MB free and {needed / 1e6:.0f} MB are needed: free some space")
 
 
 def unwritable(path: Path, error: OSError) -> RobxError:
-    """The RobxError for an OSError met while writing `path`."""
+    """The RobxError for an OSError raised while writing `path`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return InputError(f"no space left to write {path}: free some space and run the same command again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -245,12 +245,12 @@ def unwritable(path: Path, error: OSError) -> RobxError:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names in `folder` outlive a power cut."""
+    """Flush the names in `folder` to the disk, so that they survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems have it for files alone
+        if error.errno != errno.EINVAL:  # some network file systems support it only for files
             raise
     finally:
         os.close(descriptor)

@@ -1,8 +1,8 @@
-"""Reading an ONNX file that may be hostile: everything is checked before any runtime sees the file.
+"""Read ONNX files that may be hostile: everything is checked before a runtime opens the file.
 
-robx writes self-contained ONNX files, so no tensor of one may live elsewhere. Runtimes follow external-data references
-of tensors that checkers forget (sparse initialisers, attribute tensors, subgraphs, functions), which lets a model read
-any file of the machine; here every place that can hold a tensor is walked.
+robx writes self-contained ONNX files, so no tensor may be stored elsewhere. Runtimes follow external-data references in
+places that checkers miss (sparse initialisers, attribute tensors, subgraphs, functions), which would let a model read
+any file on the machine; here every place that can hold a tensor is visited.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ def load_checked(path: Path, *, full_check: bool = False) -> onnx.ModelProto:
     """Read a self-contained ONNX file.
 
     Raises:
-        InputError: `path` is no file.
-        ArtifactError: a link, too large, not ONNX, not valid, or with a tensor stored outside of the file.
+        InputError: `path` is not a file.
+        ArtifactError: a link, too large, not ONNX, invalid, or with a tensor stored outside the file.
     """
     if path.is_symlink():
         raise ArtifactError(f"{path} is a link: give the ONNX file itself")
     if not path.is_file():
         raise InputError(f"{path} does not exist: give an ONNX file")
     if path.stat().st_size > MAX_MODEL_BYTES:
-        raise ArtifactError(f"{path} has {path.stat().st_size} bytes: an ONNX file holds at most {MAX_MODEL_BYTES}")
+        raise ArtifactError(
+            f"{path} has {path.stat().st_size} bytes, and an ONNX file at most {MAX_MODEL_BYTES}: export it again"
+        )
     try:
         model = onnx.load_model_from_string(path.read_bytes())
     except Exception as error:
@@ -41,21 +43,21 @@ def load_checked(path: Path, *, full_check: bool = False) -> onnx.ModelProto:
 
 
 def check_model(model: onnx.ModelProto, *, where: str, full_check: bool = False) -> None:
-    """Refuse a model with external tensors, too many nodes, written out or not, or that the ONNX checker rejects.
+    """Refuse a model with external tensors, too many nodes (functions expanded), or that the ONNX checker rejects.
 
     Raises:
-        ArtifactError: the message has `where` and the offending tensor.
+        ArtifactError: the message has `where` and the tensor at fault.
     """
     count = 0
     for graph in walk_graphs(model):
         count += len(graph.node)
         if count > MAX_NODES:
-            raise ArtifactError(f"{where} has more than {MAX_NODES} nodes: it is no model of an image")
+            raise ArtifactError(f"{where} has more than {MAX_NODES} nodes: it is not an image model")
     for tensor in walk_tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL or len(tensor.external_data):
             location = next((e.value for e in tensor.external_data if e.key == "location"), "")
             raise ArtifactError(
-                f"{where}: the tensor {tensor.name!r} is stored in {location!r}, outside of the file: robx only opens "
+                f"{where}: the tensor {tensor.name!r} is stored in {location!r}, outside the file: robx only opens "
                 "self-contained ONNX; save it with its weights inside"
             )
     _require_flat_functions(model, where)
@@ -66,7 +68,7 @@ def check_model(model: onnx.ModelProto, *, where: str, full_check: bool = False)
 
 
 def walk_graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
-    """Every graph of a model: the main one, functions, training graphs, and the subgraphs of all their nodes."""
+    """Every graph of a model: the main graph, functions, training graphs, and the subgraphs of all their nodes."""
     training = [graph for info in model.training_info for graph in (info.initialization, info.algorithm)]
     yield from _walk([model.graph, *model.functions, *training])
 
@@ -88,16 +90,20 @@ def _walk(pending: list[onnx.GraphProto | onnx.FunctionProto]) -> Iterator[onnx.
 
 
 def _require_flat_functions(model: onnx.ModelProto, where: str) -> None:
-    """A runtime writes out every call of a function: thirty that call each other twice are a billion nodes."""
+    """A runtime expands every call of a function: thirty functions that call each other twice are a billion nodes."""
     sizes = {(function.domain, function.name): len(function.node) for function in model.functions}
     if any((n.domain, n.op_type) in sizes for graph in _walk(list(model.functions)) for n in graph.node):
-        raise ArtifactError(f"{where} has a function that calls another: robx only opens models without")
+        raise ArtifactError(
+            f"{where} has a function that calls another: robx only opens models without nested functions"
+        )
     if sum(sizes.get((n.domain, n.op_type), 1) for graph in _walk([model.graph]) for n in graph.node) > MAX_NODES:
-        raise ArtifactError(f"{where} has more than {MAX_NODES} nodes when its functions are written out")
+        raise ArtifactError(
+            f"{where} has more than {MAX_NODES} nodes when its functions are expanded: it is not an image model"
+        )
 
 
 def walk_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor of a model: initialisers, sparse ones, and those in attributes, in every graph and function."""
+    """Every tensor of a model: initialisers, sparse initialisers and attributes, in every graph and function."""
     for graph in walk_graphs(model):
         if isinstance(graph, onnx.GraphProto):
             yield from graph.initializer

@@ -29,8 +29,8 @@ def test_a_head_brings_its_class_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("classes", "said"),
-    [("{", "damaged JSON"), ("[" * 100_000, "damaged JSON"), ("7", "does not name the classes"),
-     ('["cat"]', "does not name the classes"), ('{"a": 1, "b": 2}', "does not name the classes")],
+    [("{", "not valid JSON"), ("[" * 100_000, "not valid JSON"), ("7", "expected . class names"),
+     ('["cat"]', "expected . class names"), ('{"a": 1, "b": 2}', "expected . class names")],
 )  # fmt: skip
 def test_class_names_that_are_none_are_refused(tmp_path: Path, classes: str, said: str) -> None:
     (tmp_path / "head").write_bytes(save(TENSORS, metadata={"classes": classes}))

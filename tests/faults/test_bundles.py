@@ -136,7 +136,7 @@ def test_a_bundle_that_reaches_outside_is_refused_although_its_hashes_are_right(
         ("eval", tmp_path / "bundle", "--data", scenes, "--no-cache"),
         ("bench", tmp_path / "bundle", "--profile", "rapid", "--processes", 1),
     ):
-        assert "stored in '/etc/hostname', outside of the file" in one_line(shell(tmp_path, *command)), command[0]
+        assert "stored in '/etc/hostname', outside the file" in one_line(shell(tmp_path, *command)), command[0]
 
 
 @pytest.mark.parametrize("fmt", ["onnx", "openvino"])

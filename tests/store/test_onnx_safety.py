@@ -82,7 +82,7 @@ def test_a_tensor_that_is_stored_elsewhere_is_refused_wherever_it_hides(
     (tmp_path / "secret.bin").write_bytes(b"\0" * 16)
     path = tmp_path / "model.onnx"
     path.write_bytes(_place(where, location).SerializeToString())
-    with pytest.raises(ArtifactError, match="outside of the file") as caught:
+    with pytest.raises(ArtifactError, match="outside the file") as caught:
         load_checked(path)
     assert location in str(caught.value)
 
