@@ -39,9 +39,7 @@ def load_head(path: Path) -> Head:
     from safetensors import SafetensorError, safe_open
 
     if path.is_file() and path.stat().st_size > _MAX_HEAD_BYTES:
-        raise InputError(
-            f"{path} is larger than {_MAX_HEAD_BYTES} bytes: it is not a linear head"
-        )
+        raise InputError(f"{path} is larger than {_MAX_HEAD_BYTES} bytes: it is not a linear head")
     if not path.is_file():
         raise InputError(f"{path} does not exist: give safetensors with weight (C, D) and bias (C,)")
     try:
