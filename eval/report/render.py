@@ -55,10 +55,16 @@ def render(
         budgets: latency budgets in ms to list by name; the page covers every other budget as well.
 
     Raises:
-        InputError: no such folder, nothing of robx in it, or a name that is not an HTML file's.
+        InputError: no such folder, nothing of robx in it, a name that is not an HTML file's, or a margin or budget out
+            of range.
     """
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{out} is not the name of an HTML file: give one that ends in .html")
+    if not 0 <= margin < math.inf:
+        raise InputError(f"margin {margin:g} is not a number of points: give 0 or more")
+    for budget in budgets:
+        if not 0 < budget < math.inf:
+            raise InputError(f"budget {budget:g} is not a latency in ms: give a number above 0")
     pages = make_pages(collect(folders), margin=margin, budgets=budgets)
     for suffix, text in ((".json", pages.json), (".md", pages.markdown), (out.suffix, pages.html)):
         write_text(out.with_suffix(suffix), text)

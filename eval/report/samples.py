@@ -12,7 +12,7 @@ from numpy.lib import format as npy
 from robx.errors import ArtifactError, first_line
 from robx.store.files import sha256_file
 
-MAX_FILE_BYTES = 64 * 1024**2
+MAX_FILE_BYTES = 32 * 1024**2
 MAX_SAMPLES = 8 * 1024**2  # of all processes together: 64 MB as nanoseconds
 _MAX_HEADER = 1024
 _DEFLATE_OR_NONE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)

@@ -18,7 +18,7 @@ from robx.cli import main
 from robx.errors import InputError
 from robx.eval.report import collect as collecting
 from robx.eval.report.collect import ReportData, Run, collect
-from robx.eval.report.render import make_pages
+from robx.eval.report.render import make_pages, render
 from robx.eval.report.rows import build_rows
 from robx.eval.report.text import at_most, clean, number
 from robx.records import Latency, Value, append_measurements
@@ -635,3 +635,33 @@ def test_figures_by_other_training_images_are_kept_out_of_the_comparison(records
         r.precision: r.accuracy["knn"].value.value for r in build_rows(collect([tmp_path])) if "knn" in r.accuracy
     }
     assert 33.3 not in values.values() or 61.3 not in values.values()
+
+
+def test_a_verdict_is_never_shown_without_the_margin_that_it_was_given_at(records, tmp_path):
+    student = records.write_run(tmp_path / "r")
+    wide = tmp_path / "r" / "openvino-int8"
+    bundle = records.write_bundle(wide, student, "int8", 900)
+    compared = replace(records.fidelity(bundle.id, 0.0), settings={"margin": 10.0})
+    append_measurements(wide / "measurements.jsonl", [compared])
+    records.write_latency(wide, bundle.id, 4.0)
+    gated = tmp_path / "r" / "openvino-int8-gated"
+    rungs = records.rungs_of(0.0, kept=True)
+    rungs = (rungs[0], replace(rungs[1], values=rungs[1].values | {"margin": Value(value=2.5, unit="%")}))
+    records.write_latency(gated, records.write_bundle(gated, student, "int8", 800, rungs=rungs).id, 4.0)
+    bare = tmp_path / "r" / "openvino-int8-bare"
+    records.write_latency(bare, records.write_bundle(bare, student, "int8", 700).id, 4.0)
+    pages = make_pages(collect([tmp_path]), margin=1.0)
+    shown = " ".join(pages.markdown.replace("\\", "").split())
+    for margin in ("margin 10 pt", "margin 2.5 pt", "margin not recorded"):
+        assert f"PASS, {margin})" in shown, margin
+    assert "PASS, margin 10 pt" in Page(pages.html).text
+    assert not re.search(r"PASS\)", shown)
+
+
+@pytest.mark.parametrize(
+    ("margin", "budgets"), [(-1, ()), (float("nan"), ()), (float("inf"), ()), (1, (0,)), (1, (float("nan"),))]
+)
+def test_a_margin_or_a_budget_that_is_none_is_refused_before_anything_is_written(runs, tmp_path, margin, budgets):
+    with pytest.raises(InputError, match=r"margin|budget"):
+        render([runs], out=tmp_path / "r.html", margin=margin, budgets=budgets)
+    assert list(tmp_path.iterdir()) == []
