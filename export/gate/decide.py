@@ -98,6 +98,8 @@ def _ladder(given: Decision) -> list[Candidate]:
 def _look(given: Decision, candidate: Candidate) -> Trial:
     """Build, screen and time a candidate."""
     trial = given.judge.screen(candidate)
+    if trial.values["not_finite"].value > 0:
+        return dataclasses.replace(trial, speed_reasons=("not timed",))
     return with_speed(trial, given.timer.time(candidate))
 
 

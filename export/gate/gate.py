@@ -145,10 +145,13 @@ def gate_error(bundle: Bundle, folder: Path) -> GateFailed | None:
     """The error that ends an export whose bundle is not in the precision asked for; None otherwise, or with --force."""
     if bundle.precision == bundle.requested or bundle.verdict == "FORCED":
         return None
+    tried = [rung for rung in bundle.rungs if rung.precision == bundle.requested]
+    if len(tried) == 1 and _is_broken(tried[0]):
+        advice = tried[0].reason
+    else:
+        advice = f"{_advice(tried)}, or ship {bundle.requested} anyway with --force"
     return GateFailed(
-        f"no {bundle.requested} candidate passed the gate, and {folder} was written in {bundle.precision}: "
-        f"{_advice([rung for rung in bundle.rungs if rung.precision == bundle.requested])}, or ship "
-        f"{bundle.requested} anyway with --force"
+        f"no {bundle.requested} candidate passed the gate, and {folder} was written in {bundle.precision}: {advice}"
     )
 
 
@@ -177,6 +180,12 @@ def _advice(tried: Sequence[Rung]) -> str:
             "give labelled test images of classes that --data has too, so that accuracy can decide"
         )
     return "none could be built or run, for the reasons listed with each; choose another --format or --target"
+
+
+def _is_broken(rung: Rung) -> bool:
+    """Whether it could not be built or run, or overflows: no larger drop could be tolerated then."""
+    broken = [rung.values[name].value for name in ("not_finite", "overflowing_layers") if name in rung.values]
+    return rung.accuracy == "FAIL" and (not rung.values or any(broken))
 
 
 def _speed_verdict(speedup: Value, least: float) -> Verdict:

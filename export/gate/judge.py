@@ -14,6 +14,7 @@ import numpy as np
 from robx.embeddings import cosine, refuse_constant
 from robx.errors import ArtifactError, DeviceError, MissingExtra, RobxError
 from robx.export.gate.gate import Judgement, Limits, judge_accuracy
+from robx.export.gate.overflow import overflow_line, overflowing_layers
 from robx.export.gate.search import Trial
 from robx.export.gate.sessions import open_candidate
 from robx.export.image_splits import MIN_JUDGING, Images, normalise
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 # A quarter of the sound candidates may be screened out; letting all pass would spend the judging images on bad ones.
 SCREEN_LEVEL = 0.25
 _BATCH = 32
+_OVERFLOW_IMAGES = 16
 _KEPT = ("latency", "bytes", "screen_cosine")  # figures of the first look that stay when it is judged, with speed-ups
 
 
@@ -60,6 +62,12 @@ class Judge:
             return None
         features = self.builder.embeddings(bank, "computing the bank's embeddings")
         return make_bank(features, bank.labels, classes=len(bank.classes))
+
+    @cached_property
+    def overflowing(self) -> list[str]:
+        """The layers whose activations are beyond float16; a CPU that computes fp16 models in float32 hides them."""
+        few = self.builder.images.judging.pixels[:_OVERFLOW_IMAGES]
+        return overflowing_layers(self.builder.proto, self.builder.as_input(few))
 
     @cached_property
     def screening(self) -> Images:
@@ -102,9 +110,11 @@ class Judge:
             RobxError: its runtime fails on them.
         """
         judged = self._compare(trial.candidate, self.reference, self.builder.images.judging, level=level)
-        kept = {k: v for k, v in trial.values.items() if k.startswith("speedup_") or k in _KEPT}
+        values = {k: v for k, v in trial.values.items() if k.startswith("speedup_") or k in _KEPT}
+        if "probe_drop" in judged.values:  # a PASS says nothing without the drop that was tolerated
+            values["margin"] = Value(value=self.limits.max_drop, unit="%")
         return dataclasses.replace(
-            trial, accuracy=judged.verdict, values=judged.values | kept, accuracy_reasons=judged.reasons
+            trial, accuracy=judged.verdict, values=judged.values | values, accuracy_reasons=judged.reasons
         )
 
     def why_not_run(self, candidate: Candidate) -> str | None:
@@ -199,8 +209,27 @@ class Judge:
             precision=candidate.precision,
             class_names=self.builder.images.bank.classes,
         )
-        first, *others = judged.reasons
-        return dataclasses.replace(judged, reasons=(f"{first} (computed by {engine})", *others))
+        reasons = (f"{judged.reasons[0]} (computed by {engine})", *judged.reasons[1:])
+        judged = dataclasses.replace(judged, reasons=reasons)
+        if candidate.precision == "fp16" or self.builder.request.target.format == "trt":  # whose int8 has fp16 in it
+            return self._with_overflow(judged, finite=bool(np.isfinite(answers).all()), here=session is not None)
+        return judged
+
+    def _with_overflow(self, judged: Judgement, *, finite: bool, here: bool) -> Judgement:
+        """The judgement of a model with float16 in it; `here`: computed by its own runtime on this machine.
+
+        A CPU without float16 arithmetic computes such a model in float32, so NaN and infinity may be absent here and
+        appear on the device: a FAIL where this machine only stands in for the device, a warning otherwise.
+        """
+        if finite and not self.overflowing:
+            return judged
+        said = overflow_line(self.overflowing)
+        values = judged.values | {"overflowing_layers": Value(value=float(len(self.overflowing)))}
+        if finite and here:
+            warning = f"a device that computes in float16 will overflow, {said}"
+            return dataclasses.replace(judged, values=values, reasons=(*judged.reasons, warning))
+        first = f"overflow, {said}; keep fp32, or try --int8 with --format onnx or openvino"
+        return dataclasses.replace(judged, verdict="FAIL", values=values, reasons=(first, *judged.reasons))
 
     def _run(self, candidate: Candidate, session: Session, images: Images) -> np.ndarray:
         """Embeddings of `images`, (N, D).
