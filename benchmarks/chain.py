@@ -30,7 +30,8 @@ import torch
 from common import CLIP_ART, demo_images, publish, save_student, say, shown
 from vit_weights import vit_small
 
-from robx.distill.recipes import Method, Recipe, override, preset, read_toml
+from robx.distill.recipe_toml import read_toml
+from robx.distill.recipes import Method, Recipe, override, preset
 from robx.distill.resolve import student_kind
 from robx.distill.teachers.load import load_teacher
 from robx.distill.teachers.teacher import Teacher

@@ -97,9 +97,9 @@ def distill(*, resume: bool, dry_run: bool, gpu_memory: float | None, as_json: b
     Start from another run  robx distill ... --init runs/earlier
     Resume                  run the same command again; the result is identical, bit for bit on a CPU
 
-    All other settings are keys of the TOML file given with --recipe. The resolved recipe is written to RUN/recipe.json
-    and metrics to RUN/metrics.jsonl. SIGTERM, SIGUSR1 and Ctrl-C stop the run after the current step, with a checkpoint
-    and exit status 75; a second Ctrl-C stops it at once.
+    All other settings are keys of the TOML file given with --recipe; `robx recipe` prints them. The resolved recipe is
+    written to RUN/recipe.json and metrics to RUN/metrics.jsonl. SIGTERM, SIGUSR1 and Ctrl-C stop the run after the
+    current step, with a checkpoint and exit status 75; a second Ctrl-C stops it at once.
     """
     from robx.distill.resolve import DistillSettings
     from robx.distill.train import distill as run
@@ -115,6 +115,25 @@ def distill(*, resume: bool, dry_run: bool, gpu_memory: float | None, as_json: b
         folders = run(request, progress=progress, say=say)
     if first:
         _show_result(folders, as_json=as_json)
+
+
+@click.command()
+@click.argument("objective", type=_OBJECTIVES)
+@click.option("--student", metavar="NAME", required=True, help="A timm model; CNN, ViT and tiny ViT recipes differ.")
+@click.option("--base", is_flag=True, help="The recipe of the base method, for --teacher ema.")
+def recipe(objective: str, student: str, base: bool) -> None:
+    """Print the published recipe of an objective for a student: every key with its value and meaning, in TOML.
+
+    \b
+    robx recipe dino --student vit_tiny_patch16_224 > mine.toml
+    robx distill --recipe mine.toml --teacher dino_vits16 --student vit_tiny_patch16_224 ...
+
+    Keep only the keys that you change: the others have these values anyway.
+    """
+    from robx.distill.recipe_toml import to_toml
+    from robx.distill.resolve import student_preset
+
+    click.echo(to_toml(student_preset(objective, student, base=base)), nl=False)
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""The published recipe of each method: the values that differ from Recipe's defaults.
+"""The published recipe of each method: the values that differ from the defaults of Recipe.
 
 Sources: Duval, Misra, Ballas 2023 (arXiv 2301.09451) and its released configuration for RoB; the releases of DINO,
 iBOT, MSN and SwAV for the base methods.
@@ -21,7 +21,7 @@ _IBOT: dict[str, Any] = {
 _MSN: dict[str, Any] = {
     "objective": "msn",
     "head": "mlp",
-    "teacher_temperature": 0.025,  # = 0.1, sharpened by T = 0.25
+    "teacher_temperature": 0.025,  # equals 0.1 sharpened by T = 0.25
     "patch_drop": 0.15,
     "local_crops": 10,
     "global_scale": (0.3, 1.0),

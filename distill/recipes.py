@@ -1,27 +1,23 @@
-"""Every setting of a run in one frozen dataclass, with the published recipe of each method as a preset.
+"""All settings of a run in one frozen dataclass, with the published recipe of each method as a preset.
 
     recipe = preset("dino", "vit")                     # RoB-DINO for a ViT student
     recipe = preset("dino", "cnn", base=True)          # DINO itself: the EMA of the student is the target
     recipe = override(recipe, {"epochs": 10})          # unknown keys are refused
-    recipe = override(recipe, read_toml(Path("mine.toml")))
 
-The values of the presets are in presets.py.
+The values of the presets are in presets.py; recipe_toml.py reads and prints recipes as TOML.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import tomllib
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from robx.distill.presets import BASE, CNN, ROB
 from robx.errors import ArtifactError, InputError
 from robx.records import from_json, to_json
-
-_MAX_RECIPE_BYTES = 1024 * 1024
 
 Method = str  # one of METHODS
 StudentKind = Literal["vit", "cnn"]
@@ -33,107 +29,112 @@ METHODS: tuple[Method, ...] = tuple(ROB)
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a run does, whole. Two runs with the same recipe, data, teacher and student give the same weights."""
+    """Every setting that the result depends on: the same recipe, data, teacher and student give the same weights.
 
-    # The objective.
-    objective: Method
-    base: bool = False  # the base method: the target is the student's moving average, not a teacher
-    pairing: Literal["same", "swapped"] = "same"  # which teacher crop a student's global crop is matched to
-    teacher_temperature: float = 0.07
-    student_temperature: float = 0.1
-    head: Literal["native", "mlp"] = "native"  # the method's own head, or d -> 2048 -> K
-    swav_prototypes: Literal["own", "teacher"] = "own"  # the student's own, or the teacher's, frozen
-    prototypes: int = 1024  # K that is fitted for a teacher without a head, and K of a base method
-    sinkhorn_iterations: int = 0  # 0: a softmax
-    sinkhorn_epsilon: float = 0.03
-    queue: int = 0  # teacher scores kept for Sinkhorn
-    teacher_mean: Triple | None = None  # of the pixels (0 to 1) that the teacher was trained with; None: as published
-    teacher_std: Triple | None = None
-    teacher_crops: int = 2  # global crops that the teacher sees; 1 halves its forward (RoB-SwAV's option)
-    centering: bool = False
-    center_momentum: float = 0.9
-    me_max: float = 0.0  # weight of MSN's mean-entropy regulariser
-    patch_weight: float = 1.0  # RoB-iBOT: weight of the masked-patch term beside the CLS term
-    mask_ratios: tuple[Pair, ...] = ((0.0, 0.0), (0.3, 0.2))  # (ratio, +/-), one of them drawn for each crop
-    patch_drop: float = 0.0  # RoB-MSN: share of a global crop's patches that a ViT student does not see
+    The text beside each key is printed by ``robx recipe``.
+    """
 
-    # The base method alone.
-    ema_momentum: Pair = (0.996, 1.0)  # cosine from first to last step
-    teacher_temperature_start: float | None = None  # linear warm-up from here, over ...
-    teacher_temperature_epochs: int = 0
-    freeze_last_layer_epochs: int = 0
-    freeze_trunk: bool = False  # the head alone learns, on a trunk that is given (--init): how a teacher gets its head
+    objective: Annotated[Method, "dino, ibot, msn, swav or kd"]
+    base: Annotated[bool, "base method: targets from the student's moving average, with --teacher ema"] = False
+    pairing: Annotated[Literal["same", "swapped"], "same: a student's global crop predicts the same crop"] = "same"
+    teacher_temperature: Annotated[float, "softmax temperature of the targets"] = 0.07
+    student_temperature: Annotated[float, "softmax temperature of the student"] = 0.1
+    head: Annotated[Literal["native", "mlp"], "native: the method's own head; mlp: d -> 2048 -> K"] = "native"
+    swav_prototypes: Annotated[Literal["own", "teacher"], "teacher: use the teacher's prototypes, frozen"] = "own"
+    prototypes: Annotated[int, "K of a base method, and fitted to a teacher without a head"] = 1024
+    sinkhorn_iterations: Annotated[int, "0: softmax instead of Sinkhorn"] = 0
+    sinkhorn_epsilon: Annotated[float, "regularisation of Sinkhorn"] = 0.03
+    queue: Annotated[int, "scores kept for Sinkhorn; 0 disables"] = 0
+    teacher_mean: Annotated[Triple | None, "RGB mean of the teacher's pixels (0 to 1); none: as published"] = None
+    teacher_std: Annotated[Triple | None, "their standard deviation; none: as published"] = None
+    teacher_crops: Annotated[int, "global crops that the teacher sees, 1 or 2; 1 halves its cost"] = 2
+    centering: Annotated[bool, "subtract a running mean from the target scores (base DINO, iBOT)"] = False
+    center_momentum: Annotated[float, "momentum of that mean"] = 0.9
+    me_max: Annotated[float, "weight of MSN's mean-entropy regulariser; 0 disables"] = 0.0
+    patch_weight: Annotated[float, "iBOT: weight of the masked-patch loss; 0 disables"] = 1.0
+    mask_ratios: Annotated[tuple[Pair, ...], "iBOT: (ratio, +/-) of masked patches, one pair drawn per crop"] = (
+        (0.0, 0.0),
+        (0.3, 0.2),
+    )
+    patch_drop: Annotated[float, "MSN: fraction of patches dropped from global crops (ViT only)"] = 0.0
 
-    # The student.
-    drop_path: float = 0.0  # ViT only
-    student_ema: float | None = None  # momentum of an averaged student, saved in the place of the raw one
+    ema_momentum: Annotated[Pair, "momentum of the average at the first and the last step"] = (0.996, 1.0)
+    teacher_temperature_start: Annotated[float | None, "warm-up of teacher_temperature from here"] = None
+    teacher_temperature_epochs: Annotated[int, "epochs of that warm-up; 0 disables"] = 0
+    freeze_last_layer_epochs: Annotated[int, "epochs during which the head's last layer is frozen"] = 0
+    freeze_trunk: Annotated[bool, "train only the head, on the trunk given with --init"] = False
 
-    # The crops: a pure function of (seed, epoch, image).
-    crop_size: int = 224
-    local_crop_size: int = 96
-    local_crops: int = 8
-    global_scale: Pair = (0.4, 1.0)  # share of the image's area
-    local_scale: Pair = (0.05, 0.4)
-    color: tuple[float, float, float, float] = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation, hue, times ...
-    color_strength: float = 0.5
-    color_p: float = 0.8
-    gray_p: float = 0.2
-    flip_p: float = 0.5
-    blur_p: tuple[float, float, float] = (1.0, 0.1, 0.5)  # global 1, global 2, local
-    solarize_p: tuple[float, float, float] = (0.0, 0.2, 0.0)
-    augment: Literal["pillow", "device"] = "pillow"  # crops are made by the workers, or in batches on the device
+    drop_path: Annotated[float, "stochastic depth (ViT only)"] = 0.0
+    student_ema: Annotated[float | None, "momentum of a weight average that is saved instead of the student"] = None
 
-    # The optimiser.
-    optimizer: Literal["adamw", "sgd", "larc"] = "adamw"
-    lr: float = 2e-3  # peak, for a global batch of `lr_batch`, scaled linearly to `batch_size`
-    lr_batch: int | None = 1024  # None: lr is taken as it is
-    warmup_lr: float = 0.0  # scaled alike
-    final_lr: float = 1e-5  # scaled alike: the cosine ends at the same share of its peak at any batch size
-    warmup_share: float = 0.033  # of all steps
-    weight_decay: float = 0.04
-    weight_decay_end: float = 0.4
-    momentum: float = 0.9  # SGD
-    nesterov: bool = False
-    trust: float = 0.001  # LARC's trust coefficient
-    clip_grad: float | None = None
-    epochs: int = 300
-    batch_size: int = 1024  # of all processes and accumulated micro-batches together
-    accumulate: int = 1  # micro-batches an optimiser step
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    seed: int = 0
+    crop_size: Annotated[int, "pixels"] = 224
+    local_crop_size: Annotated[int, "pixels"] = 96
+    local_crops: Annotated[int, "per image"] = 8
+    global_scale: Annotated[Pair, "fraction of the image's area"] = (0.4, 1.0)
+    local_scale: Annotated[Pair, "fraction of the image's area"] = (0.05, 0.4)
+    color: Annotated[
+        tuple[float, float, float, float], "jitter of brightness, contrast, saturation, hue, times color_strength"
+    ] = (0.8, 0.8, 0.8, 0.2)
+    color_strength: Annotated[float, "0 disables colour jitter"] = 0.5
+    color_p: Annotated[float, "probability of colour jitter"] = 0.8
+    gray_p: Annotated[float, "probability of grayscale"] = 0.2
+    flip_p: Annotated[float, "probability of a horizontal flip"] = 0.5
+    blur_p: Annotated[tuple[float, float, float], "probability for global crop 1, 2 and local crops"] = (1.0, 0.1, 0.5)
+    solarize_p: Annotated[tuple[float, float, float], "likewise"] = (0.0, 0.2, 0.0)
+    augment: Annotated[
+        Literal["pillow", "device"], "pillow: workers make the crops; device: batched on the training device"
+    ] = "pillow"
+
+    optimizer: Annotated[Literal["adamw", "sgd", "larc"], "larc: SGD with layer-wise scaling"] = "adamw"
+    lr: Annotated[float, "peak learning rate at a batch of lr_batch, scaled linearly to batch_size"] = 2e-3
+    lr_batch: Annotated[int | None, "none: lr is not scaled"] = 1024
+    warmup_lr: Annotated[float, "first learning rate, scaled like lr"] = 0.0
+    final_lr: Annotated[float, "last learning rate, scaled like lr"] = 1e-5
+    warmup_share: Annotated[float, "fraction of all steps"] = 0.033
+    weight_decay: Annotated[float, "at the first step"] = 0.04
+    weight_decay_end: Annotated[float, "at the last step (cosine)"] = 0.4
+    momentum: Annotated[float, "of sgd and larc"] = 0.9
+    nesterov: Annotated[bool, "of sgd"] = False
+    trust: Annotated[float, "trust coefficient of larc"] = 0.001
+    clip_grad: Annotated[float | None, "maximum gradient norm; 0 or none disables"] = None
+    epochs: Annotated[int, "passes over the images"] = 300
+    batch_size: Annotated[int, "images per step, over all processes and micro-batches"] = 1024
+    accumulate: Annotated[int, "micro-batches per step (gradient accumulation)"] = 1
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], "of the forward pass (autocast)"] = "fp32"
+    seed: Annotated[int, "random seed"] = 0
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot work, by name."""
+        """Refuse invalid values, by name."""
         if self.objective not in METHODS:
             raise InputError(f"recipe: unknown objective {self.objective!r}: choose one of {', '.join(METHODS)}")
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise InputError(f"recipe: {name} = {value} is outside of {low} .. {high}")
+                raise InputError(f"recipe: {name} must be between {low} and {high}, got {name} = {_shown(value)}")
         for name in ("global_scale", "local_scale"):
             first, last = getattr(self, name)
             if not 0 < first <= last <= 1:
-                raise InputError(f"recipe: {name} = [{first}, {last}] is not a range within 0 .. 1")
+                raise InputError(f"recipe: {name} must be a range within 0 and 1, got [{first}, {last}]")
         for name in ("blur_p", "solarize_p", "ema_momentum"):
             if not all(0 <= p <= 1 for p in getattr(self, name)):
-                raise InputError(f"recipe: {name} = {list(getattr(self, name))} is outside of 0 .. 1")
+                raise InputError(f"recipe: {name} must be between 0 and 1, got {name} = {list(getattr(self, name))}")
         if not all(0 <= limit <= 2 for limit in self.color):
-            raise InputError(f"recipe: color = {list(self.color)} is outside of 0 .. 2")
+            raise InputError(f"recipe: color must be between 0 and 2, got color = {list(self.color)}")
         if not self.mask_ratios or not all(
             0 <= ratio - spread <= ratio + spread <= 1 for ratio, spread in self.mask_ratios
         ):
-            raise InputError(f"recipe: mask_ratios = {self.mask_ratios} are not shares (ratio, +/-) within 0 .. 1")
+            raise InputError(f"recipe: mask_ratios must be pairs (ratio, +/-) within 0 and 1, got {self.mask_ratios}")
         if self.batch_size % self.accumulate:
-            raise InputError(f"recipe: batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}")
+            raise InputError(f"recipe: batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
         if self.base and self.objective not in BASE:
             raise InputError(f"recipe: {self.objective} has no base method: give a teacher instead of --teacher ema")
         if self.teacher_crops != 2 and self.base:
-            raise InputError("recipe: teacher_crops is a teacher's: a base method has targets of both global crops")
+            raise InputError("recipe: teacher_crops needs a teacher: a base method uses both global crops, give 2")
         if self.teacher_crops != 2 and self.objective == "ibot" and self.patch_weight:
-            raise InputError("recipe: teacher_crops = 1 leaves half the masked patches without a target: give 2")
+            raise InputError("recipe: teacher_crops = 1 leaves half of the masked patches without a target: give 2")
         if self.freeze_trunk and not self.base:
             raise InputError(
-                "recipe: freeze_trunk is a base method's (--teacher ema): a teacher's student has to learn"
+                "recipe: freeze_trunk needs a base method (--teacher ema): with a teacher the trunk has to be trained"
             )
 
     @property
@@ -143,12 +144,12 @@ class Recipe:
 
     @property
     def first_lr(self) -> float:
-        """Where the warm-up starts, at this batch size."""
+        """The learning rate of the first step at this batch size."""
         return self.warmup_lr * self._scale
 
     @property
     def last_lr(self) -> float:
-        """Where the cosine ends, at this batch size; never above the peak."""
+        """The learning rate of the last step at this batch size; never above the peak."""
         return min(self.final_lr, self.lr) * self._scale
 
     @property
@@ -200,8 +201,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 def preset(method: Method, student: StudentKind, *, base: bool = False) -> Recipe:
     """The published recipe of a method for a ViT or a CNN student.
 
-    `base` gives the base method itself (its EMA or itself as the target, swapped pairs, its guards against collapse):
-    the baseline that RoB has to beat.
+    `base` gives the base method itself, the baseline of RoB: targets from the student, swapped pairs, and the method's
+    own measures against collapse.
     """
     if method not in ROB:
         raise InputError(f"unknown objective {method!r}: choose one of {', '.join(METHODS)}")
@@ -214,36 +215,38 @@ def preset(method: Method, student: StudentKind, *, base: bool = False) -> Recip
 
 
 def override(recipe: Recipe, values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
-    """The recipe with `values` in the place of its own.
+    """The recipe with some values replaced; "none" stands for None, and 0 for a clip_grad or lr_batch of None.
 
     Raises:
-        InputError: an unknown key (the known ones are listed), or a value of another type or outside of its range.
+        InputError: an unknown key (the known ones are listed), or a value of the wrong type or out of range.
     """
     known = [f.name for f in dataclasses.fields(Recipe)]
     if unknown := sorted(set(values) - set(known)):
-        raise InputError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(known)}")
-    return recipe_from_json(to_json(recipe) | dict(to_json(dict(values))), where=where)
+        raise InputError(f"{where}: unknown key {_shown(unknown[0])}; known are {', '.join(known)}")
+    given = {name: None if _is_off(name, value) else value for name, value in values.items()}
+    try:
+        return recipe_from_json(to_json(recipe) | dict(to_json(given)), where=where)
+    except RecursionError:
+        raise InputError(f"{where}: a value is nested too deeply: see robx recipe for examples") from None
 
 
 def recipe_from_json(values: Any, *, where: str = "recipe") -> Recipe:
-    """The recipe that ``robx.records.to_json`` made plain."""
+    """The recipe from the plain values of ``robx.records.to_json``."""
     try:
         return from_json(Recipe, values, where=where)
     except ArtifactError as error:
         raise InputError(str(error)) from error
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The keys of a recipe file (TOML); ``override`` checks them.
+def _is_off(name: str, value: Any) -> bool:
+    """Whether a value means None, which TOML cannot express."""
+    return (value == "none" and name in _OPTIONAL) or (name in ("clip_grad", "lr_batch") and value in (0, None))
 
-    Raises:
-        InputError: no such file, or not TOML.
-    """
-    try:
-        if path.exists() and (not path.is_file() or path.stat().st_size > _MAX_RECIPE_BYTES):
-            raise InputError(f"{path} is no file of at most {_MAX_RECIPE_BYTES} bytes: give a recipe in TOML")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): give a recipe in TOML") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path} is not valid TOML ({error})") from error
+
+def _shown(value: Any) -> str:
+    short = reprlib.Repr()
+    short.maxlong = short.maxstring = 60
+    return short.repr(value)
+
+
+_OPTIONAL = ("teacher_mean", "teacher_std", "teacher_temperature_start", "student_ema", "lr_batch", "clip_grad")

@@ -13,7 +13,8 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robx.distill.presets import TINY
-from robx.distill.recipes import Recipe, StudentKind, override, preset, read_toml
+from robx.distill.recipe_toml import read_toml
+from robx.distill.recipes import Recipe, StudentKind, override, preset
 from robx.distill.targets.stored import read_info
 from robx.distill.teachers.choose import default_objective
 from robx.distill.training.run import Options
@@ -101,16 +102,26 @@ def resolve_recipe(settings: DistillSettings) -> Recipe:
     method: Any = settings.objective or values.get("objective")
     if method is None and settings.targets is not None:
         method = read_info(settings.targets).decided_by.get("objective")
-    kind = student_kind(student)
-    recipe = preset(method or _default_objective(settings.teacher), kind, base=settings.base)
-    if kind == "vit" and "_tiny_" in student:
-        recipe = override(recipe, TINY.get(recipe.objective, {}))
+    recipe = student_preset(method or _default_objective(settings.teacher), student, base=settings.base)
     recipe = override(recipe, values | {"objective": recipe.objective}, where=str(file or "recipe"))
     given = {name: value for name, value in settings.overrides.items() if value is not None}
     if "lr" in given:  # the final rate keeps its ratio to the peak
         share = min(1.0, recipe.final_lr / recipe.lr) if recipe.lr else 0.0
         given |= {"lr_batch": None, "warmup_lr": 0.0, "final_lr": share * given["lr"]}
     return override(recipe, given, where="options")
+
+
+def student_preset(method: str, student: str, *, base: bool = False) -> Recipe:
+    """The published recipe of a method for a student, by its timm name.
+
+    Raises:
+        InputError: an unknown method or student.
+    """
+    kind = student_kind(student)
+    recipe = preset(method, kind, base=base)
+    if kind == "vit" and "_tiny_" in student:
+        recipe = override(recipe, TINY.get(recipe.objective, {}))
+    return recipe
 
 
 def student_kind(name: str) -> StudentKind:

@@ -20,6 +20,7 @@ from robx.errors import RobxError, one_line
 # command -> (module, attribute, its line in `robx --help`); not importing them keeps start-up fast.
 COMMANDS = {
     "distill": ("robx.distill.commands", "distill", "Train a small student from a large teacher, without labels."),
+    "recipe": ("robx.distill.commands", "recipe", "Print a training recipe in TOML, with every key explained."),
     "eval": (
         "robx.eval.commands",
         "evaluate",

@@ -33,7 +33,7 @@ LAYERS = {
         ("demo",),
     ),
     "distill": (
-        ("recipes", "presets"),
+        ("recipes", "recipe_toml", "presets"),
         ("batches",),
         ("objectives", "students"),
         ("teachers",),

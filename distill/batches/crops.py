@@ -1,11 +1,11 @@
 """Multi-crop views of one image: a pure function of (seed, epoch, image index).
 
-From this alone come exact resume at any step, the same run on any number of processes and workers, stored teacher
-targets that need no stored crops, and many students on one teacher pass. So there is no random state here: every draw
-is read from a counter-based generator at the place (seed, epoch, index).
+This gives exact resume at any step, identical runs on any number of processes and workers, stored teacher targets
+without stored crops, and several students per teacher pass. There is no random state: every draw is read from a
+counter-based generator at position (seed, epoch, index).
 
-One decoded image gives all crops. Each is cut and resized in one pass from the decoded image and is small before its
-colours change; pixels stay uint8 until they are on the device.
+All crops come from one decoded image. Each is cropped and resized in one pass before its colours change; pixels stay
+uint8 until they are on the device.
 
 G global crop size   S local crop size   L local crops   B batch
 """
@@ -25,10 +25,10 @@ from torch import Tensor
 from robx.distill.recipes import Recipe
 from robx.images.decode import IMAGENET_MEAN, IMAGENET_STD
 
-_ATTEMPTS = 10  # of RandomResizedCrop, as torchvision's
+_ATTEMPTS = 10  # of RandomResizedCrop, as in torchvision
 _LOG_ASPECT = (math.log(3 / 4), math.log(4 / 3))
 _SIGMA = (0.1, 2.0)  # of the blur
-# What one crop may draw: 4 an attempt at its box; then flip, jitter, 4 factors, order, gray, blur, sigma, solarize.
+# Draws per crop: 4 per attempt at its box; then flip, jitter, 4 factors, order, gray, blur, sigma, solarize.
 _DRAWS = 4 * _ATTEMPTS + 11
 ORDERS = tuple(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue
 _CIRCLE, _SAME = list(range(256)) * 2, list(range(256))
@@ -36,14 +36,14 @@ _LEVELS = np.arange(256)
 
 Pixels = NDArray[np.uint8]
 
-# Everything that is drawn for one crop; the images of a batch have one record for each crop.
+# Everything that is drawn for one crop; a batch has one record per image and crop.
 PLAN = np.dtype(
     [
         ("box", np.int32, 4),  # left, top, right, bottom in the decoded image
         ("flip", np.bool_),
-        ("order", np.int8),  # of the colour jitter, a place in ORDERS; -1: no jitter
+        ("order", np.int8),  # of the colour jitter, an index into ORDERS; -1: no jitter
         ("factors", np.float32, 3),  # brightness, contrast, saturation; 1 changes nothing
-        ("hue", np.int16),  # steps of 256 around the hue circle; -1: hue is left alone
+        ("hue", np.int16),  # steps of 256 around the hue circle; -1: unchanged
         ("gray", np.bool_),
         ("sigma", np.float32),  # of the blur, pixels; 0: no blur
         ("solarize", np.bool_),
@@ -61,11 +61,11 @@ class Crops:
 
 @dataclass(frozen=True)
 class Planned:
-    """One decoded image and the crops to make of it elsewhere."""
+    """One decoded image and the plans of its crops, which are made elsewhere."""
 
     pixels: Pixels  # (H, W, 3)
     plans: NDArray[np.void]  # PLAN records (2 + L,)
-    sizes: tuple[int, int]  # sides of the global and the local crops
+    sizes: tuple[int, int]  # sizes of the global and the local crops
 
 
 def multi_crop(image: Image.Image, recipe: Recipe, *, epoch: int, index: int) -> Crops:
@@ -78,10 +78,10 @@ def multi_crop(image: Image.Image, recipe: Recipe, *, epoch: int, index: int) ->
 
 
 def plan_image(image: Image.Image, recipe: Recipe, *, epoch: int, index: int) -> Planned:
-    """Draw all crops of one RGB image, and make none.
+    """Draw the plans of all crops of one RGB image without making the crops.
 
-    An image more than twice as large as its most magnified crop needs is reduced first, by 2, 4 or 8: fewer pixels are
-    sent to the device, and a box of a few megapixels needs no more memory than another.
+    An image more than twice as large as its most magnified crop needs is first reduced by 2, 4 or 8, so that fewer
+    pixels are sent to the device and memory is bounded.
     """
     needed = max(
         recipe.crop_size / math.sqrt(recipe.global_scale[0]), recipe.local_crop_size / math.sqrt(recipe.local_scale[0])
@@ -101,9 +101,9 @@ def plan_crops(width: int, height: int, recipe: Recipe, *, epoch: int, index: in
 
 
 def uniforms(seed: int, *, epoch: int, index: int, count: int, stream: int = 0) -> NDArray[np.float64]:
-    """`count` numbers in [0, 1) at the place (seed, stream, epoch, index) of the Philox generator.
+    """`count` numbers in [0, 1) at position (seed, stream, epoch, index) of the Philox generator.
 
-    Philox is counter-based (Salmon et al. 2011): any place is reached at once, and no two places overlap.
+    Philox is counter-based (Salmon et al. 2011): every position is reached directly, and no two overlap.
     """
     generator = np.random.Philox(
         key=np.array([seed, stream], dtype=np.uint64), counter=np.array([0, 0, index, epoch], dtype=np.uint64)
@@ -114,9 +114,9 @@ def uniforms(seed: int, *, epoch: int, index: int, count: int, stream: int = 0) 
 def normalise(pixels: Tensor, device: torch.device) -> Tensor:
     """Crops (V, B, H, W, 3) of values 0 .. 255 as (V, B, 3, H, W) float32 on the device, by ImageNet's mean and std.
 
-    They stay channels last in memory, which is what convolutions on CPU and GPU want.
+    They stay in channels-last memory format, the fast layout for convolutions on CPU and GPU.
     """
-    # Whole rows at a time: a broadcast over three channels alone takes sixteen times as long on a CPU.
+    # Whole rows at a time: broadcasting over only three channels takes sixteen times as long on a CPU.
     width = pixels.shape[3]
     scale = torch.tensor([1 / (255 * s) for s in IMAGENET_STD] * width, device=device)
     shift = torch.tensor([-m / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)] * width, device=device)
@@ -129,7 +129,7 @@ def normalise(pixels: Tensor, device: torch.device) -> Tensor:
 
 
 def crop_box(width: int, height: int, scale: tuple[float, float], draws: list[float]) -> tuple[int, int, int, int]:
-    """RandomResizedCrop's box (left, top, right, bottom) from 4 draws an attempt; the centre when no attempt fits."""
+    """RandomResizedCrop's box (left, top, right, bottom) from 4 draws per attempt; a centre box if none fits."""
     area = width * height
     for share, aspect, left, top in zip(*[iter(draws)] * 4, strict=True):
         target = area * (scale[0] + share * (scale[1] - scale[0]))

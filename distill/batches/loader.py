@@ -1,7 +1,7 @@
 """Batches of crops in an order that is a pure function of (seed, epoch), for any number of processes and workers.
 
-One DataLoader serves the whole run, from any step: its workers live across epochs and start where the run resumes. A
-sample that cannot be decoded is replaced by the next one that can, counted, and named; past a budget the run fails.
+One DataLoader serves the whole run from any step on: its workers live across epochs and start where the run resumes. An
+image that cannot be decoded is replaced by the next one that can, counted and reported; past a budget the run fails.
 
 B batch of this process   G global crop size   S local crop size   L local crops
 """
@@ -40,7 +40,7 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
-    """Full batches in an epoch; the images of the cut one come in another epoch.
+    """Full batches per epoch; an incomplete last batch is dropped.
 
     Raises:
         InputError: fewer images than one batch.
@@ -53,15 +53,15 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
 
 
 def micro_batch(recipe: Recipe, *, processes: int) -> int:
-    """Images of one process's micro-batch.
+    """Images per micro-batch of one process.
 
     Raises:
-        InputError: the batch does not divide by processes and micro-batches.
+        InputError: the batch size is not divisible by processes and micro-batches.
     """
     parts = processes * recipe.accumulate
     if recipe.batch_size % parts:
         raise InputError(
-            f"batch size {recipe.batch_size} does not divide by {processes} processes x {recipe.accumulate} "
+            f"batch size {recipe.batch_size} is not divisible by {processes} processes x {recipe.accumulate} "
             f"micro-batches: give --batch-size {max(1, round(recipe.batch_size / parts)) * parts}"
         )
     return recipe.batch_size // parts
@@ -77,17 +77,17 @@ class Share:
 
 @dataclass
 class Skipped:
-    """Images that could not be decoded, and how many of them a run bears."""
+    """Images that could not be decoded, and how many of them are allowed."""
 
     images: int  # in the source
-    budget: float  # share of them
+    budget: float  # fraction of them
     found: dict[int, str] = field(default_factory=dict)  # index -> why
 
     def add(self, found: dict[int, str]) -> list[str]:
         """Count `found`; returns the reasons that are new.
 
         Raises:
-            InputError: more than the budget; the message has the first few.
+            InputError: more than the budget; the message lists the first few.
         """
         new = [reason for index, reason in found.items() if index not in self.found]
         self.found.update(found)
@@ -118,7 +118,7 @@ class CutCrops:
 
 @dataclass
 class DecodedImages:
-    """Decoded images and what is to be cut from them, for `device_crops`."""
+    """Decoded images and the plans of their crops, for `device_crops`."""
 
     pixels: Tensor  # (sum of H * W * 3,) uint8, image after image
     shapes: list[tuple[int, int]]  # (H, W) of each
@@ -177,12 +177,12 @@ class CropDataset(Dataset[tuple[Any, ...]]):
         mask_grid: tuple[int, int] | None = None,
         corrupt_budget: float = 0.001,
     ) -> None:
-        """Cut crops of `source`; `mask_grid` is the patch grid of a global crop when iBOT or MSN masks it."""
+        """Crops of `source`; `mask_grid` is the patch grid of a global crop if iBOT or MSN masks it."""
         self.source, self.recipe, self.mask_grid = source, recipe, mask_grid
         self._most_skipped = int(corrupt_budget * len(source)) + 1
 
     def __getitem__(self, place: Place) -> tuple[Any, ...]:
-        """(crops, index, epoch, masks, skipped); the next image that can be read stands in for one that cannot."""
+        """(crops, index, epoch, masks, skipped); an unreadable image is replaced by the next readable one."""
         epoch, index = place
         skipped: dict[int, str] = {}
         for offset in range(self._most_skipped + 1):
@@ -193,7 +193,7 @@ class CropDataset(Dataset[tuple[Any, ...]]):
                 skipped[at] = f"{self.source.key(at)}: {error}"
                 continue
             return self._crops(image, epoch, at), at, epoch, self._masks(epoch, at), skipped
-        # Past the budget already: whoever counts `skipped` ends the run before this blank is used.
+        # The budget is exceeded: counting `skipped` ends the run before this blank image is used.
         return self._crops(Image.new("RGB", (1, 1)), epoch, index), index, epoch, self._masks(epoch, index), skipped
 
     def _crops(self, image: Image.Image, epoch: int, index: int) -> Crops | Planned:
@@ -211,14 +211,14 @@ class CropDataset(Dataset[tuple[Any, ...]]):
 
 
 class PlaceSampler(Sampler[list[Place]]):
-    """The micro-batches of one process from `start` to the end of the run."""
+    """The micro-batches of one process, as lists of (epoch, index)."""
 
     def __init__(self, count: int, recipe: Recipe, *, share: Share, start: int, end: int) -> None:
         """Batches of optimiser steps `start` .. `end` - 1 over `count` images."""
         self.count, self.recipe, self.share, self.start, self.end = count, recipe, share, start, end
 
     def __iter__(self) -> Iterator[list[Place]]:
-        """Places, one list a micro-batch; a global batch is the same whatever the number of processes."""
+        """One list per micro-batch; global batches do not depend on the number of processes."""
         recipe, share = self.recipe, self.share
         per_epoch = steps_per_epoch(self.count, recipe.batch_size)
         micro = micro_batch(recipe, processes=share.world)
@@ -233,7 +233,7 @@ class PlaceSampler(Sampler[list[Place]]):
                 yield [(epoch, int(index)) for index in order[at : at + micro]]
 
     def __len__(self) -> int:
-        """Micro-batches left."""
+        """Remaining micro-batches."""
         return (self.end - self.start) * self.recipe.accumulate
 
 
@@ -252,7 +252,7 @@ def build_loader(
     """Every micro-batch of this process from step `start` to step `end`.
 
     Raises:
-        InputError: the batch does not divide by processes and micro-batches, or there are fewer images than one batch.
+        InputError: the batch size is not divisible by processes and micro-batches, or exceeds the number of images.
     """
     share = share or Share()
     steps_per_epoch(len(source), recipe.batch_size)
@@ -295,6 +295,6 @@ def _pack(images: Sequence[Planned]) -> DecodedImages:
 
 
 def _quiet_worker(_: int) -> None:
-    # The main process decides how a signal ends the run; workers follow it when it closes their queues.
+    # The main process handles signals; workers end when it closes their queues.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

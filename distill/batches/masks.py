@@ -1,6 +1,6 @@
 """Which patches of a global crop a ViT student does not see: a pure function of (seed, epoch, index, crop).
 
-iBOT puts a learnable token in the place of blocks of patches; MSN drops single patches.
+iBOT replaces blocks of patches with a learnable token; MSN drops single patches.
 
 P = H W patches, row by row
 """
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 Mask = NDArray[np.bool_]
 
 _LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
-_ATTEMPTS = 10  # at one block, before the mask is left as it is
-# Keeps the masks' draws apart from those of the crops at the same (seed, epoch, index).
+_ATTEMPTS = 10  # to place one block, before the mask is accepted as it is
+# Separate these random streams from those of the crops at the same (seed, epoch, index).
 _BLOCKS, _DROPS = 0x69424F54, 0x4D534E
 
 
@@ -29,13 +29,13 @@ def block_masks(
     Args:
         grid: patches (H, W) of a global crop.
         ratios: (centre, half width) of the prediction ratio; each crop draws one pair, then uniformly within it.
-        seed: the run's.
+        seed: of the run.
         epoch: 0-based.
-        index: the sample's place in the source.
-        crops: how many.
+        index: of the image in the source.
+        crops: number of global crops.
 
     Returns:
-        (crops, P), True where a patch is masked; never more than the ratio's share.
+        (crops, P), True where a patch is masked; never more than the drawn ratio.
     """
     return np.stack(
         [_block_mask(grid, ratios, np.random.default_rng([seed, epoch, index, crop, _BLOCKS])) for crop in range(crops)]
@@ -57,7 +57,7 @@ def drop_masks(grid: tuple[int, int], share: float, *, seed: int, epoch: int, in
 
 
 def kept_patches(patches: int, share: float) -> int:
-    """How many of `patches` stay when `share` of them is dropped, at least 1."""
+    """How many of `patches` remain when the fraction `share` is dropped, at least 1."""
     return max(1, int(patches * (1 - share)))
 
 
@@ -76,10 +76,10 @@ def _block_mask(grid: tuple[int, int], ratios: Sequence[tuple[float, float]], rn
 
 
 def _add_block(mask: Mask, left: int, smallest: int, rng: np.random.Generator) -> int:
-    """Mask one more block of at most `left` new patches; how many were added, 0 when no attempt fitted."""
+    """Mask one more block of at most `left` new patches; returns how many were added, 0 if no attempt fitted."""
     height, width = mask.shape
     for _ in range(_ATTEMPTS):
-        area = smallest + (left - smallest) * rng.random()  # of either order: a small rest is hard to fill
+        area = smallest + (left - smallest) * rng.random()  # `left` may be below `smallest`
         aspect = math.exp(rng.uniform(*_LOG_ASPECT))
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if not (0 < h < height and 0 < w < width):

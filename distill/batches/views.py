@@ -1,4 +1,4 @@
-"""What flows between the data, the two branches and the objective in one step.
+"""The tensors that pass between the data, the two branches and the objective in one step.
 
 B batch   L local crops   V = 2 + L student crops   K prototypes (or head outputs)   P patches   D width
 """
@@ -16,29 +16,29 @@ class Views:
 
     globals: Tensor  # (2, B, 3, G, G) float32
     locals: Tensor  # (L, B, 3, S, S) float32; L may be 0
-    index: Tensor  # (B,) int64, the samples' places in the source
+    index: Tensor  # (B,) int64, index of each image in the source
     masks: Tensor | None = None  # (2, B, P) bool, True where a patch is masked (RoB-iBOT) or dropped (RoB-MSN)
-    epoch: int = 0  # a crop is a function of (seed, epoch, index); stored targets are found by the last two
+    epoch: int = 0  # crops are a function of (seed, epoch, index); stored targets are looked up by the last two
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the target branch says of the global crops: probabilities, never in the autograd graph.
+    """Target probabilities of the global crops, never in the autograd graph.
 
     Dense: ``probs`` holds every column and ``columns`` is None. Sparse (stored targets): ``probs`` (2, B, k) belong to
-    ``columns`` (2, B, k) and the rest of the mass, ``tail`` (2, B), is spread over the other columns.
+    ``columns`` (2, B, k), and the remaining mass, ``tail`` (2, B), is spread evenly over the other columns.
     """
 
     probs: Tensor  # (2, B, K), rows sum to 1; or (2, B, k)
     columns: Tensor | None = None  # (2, B, k) int64
     tail: Tensor | None = None  # (2, B)
-    # (2, B, P, K_patch), or (M, K_patch): the masked ones, as masks.nonzero() has them
+    # (2, B, P, K_patch), or (M, K_patch): only the masked patches, in the order of masks.nonzero()
     patch_probs: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the student says of every crop: logits before the temperature, in the autograd graph."""
+    """The student's logits of every crop, before the temperature, in the autograd graph."""
 
     crops: Tensor  # (V, B, K), the two global crops first
-    patches: Tensor | None = None  # (2, B, P, K_patch), or (M, K_patch): the masked ones, as masks.nonzero() has them
+    patches: Tensor | None = None  # likewise of masked patches, (2, B, P, K_patch) or (M, K_patch)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from pathlib import Path
 
 import pytest
 
-from robx.distill.recipes import METHODS, Method, Recipe, StudentKind, override, preset, read_toml, recipe_from_json
+from robx.distill.recipe_toml import read_toml, to_toml
+from robx.distill.recipes import METHODS, Method, Recipe, StudentKind, override, preset, recipe_from_json
 from robx.errors import InputError
 from robx.records import to_json
 
@@ -143,8 +145,8 @@ def test_unknown_keys_are_refused_with_the_known_ones() -> None:
         ({"epochs": 0}, "epochs = 0"),
         ({"epochs": "many"}, "'many'"),
         ({"teacher_crops": 3}, "teacher_crops = 3"),
-        ({"teacher_crops": 1, "base": True}, "teacher_crops is a teacher's"),
-        ({"teacher_crops": 1, "objective": "ibot"}, "half the masked patches"),
+        ({"teacher_crops": 1, "base": True}, "teacher_crops needs a teacher"),
+        ({"teacher_crops": 1, "objective": "ibot"}, "half of the masked patches"),
         ({"lr": -1.0}, "lr = -1.0"),
         ({"global_scale": [0.5, 0.1]}, "global_scale"),
         ({"blur_p": [2, 0, 0]}, "blur_p"),
@@ -155,7 +157,7 @@ def test_unknown_keys_are_refused_with_the_known_ones() -> None:
         ({"teacher_temperature_start": 0.0}, "teacher_temperature_start = 0.0"),
         ({"freeze_last_layer_epochs": -1}, "freeze_last_layer_epochs = -1"),
         ({"mask_ratios": [[0.3, 0.4]]}, "mask_ratios"),
-        ({"freeze_trunk": True}, "freeze_trunk is a base method's"),
+        ({"freeze_trunk": True}, "freeze_trunk needs a base method"),
         ({"color": [0.8, -0.1, 0.8, 0.2]}, "color = [0.8, -0.1, 0.8, 0.2]"),
         ({"lr": float("nan")}, "nan"),
         ({"epochs": datetime.date(2020, 1, 1)}, "2020"),
@@ -177,3 +179,53 @@ def test_a_toml_file_changes_a_preset(tmp_path: Path) -> None:
         read_toml(path)
     with pytest.raises(InputError, match="cannot be read"):
         read_toml(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["vit", "cnn"])
+def test_a_printed_recipe_has_every_key_and_reads_back_to_itself(
+    method: str, kind: StudentKind, tmp_path: Path
+) -> None:
+    path = tmp_path / "printed.toml"
+    for base in (False,) if method == "kd" else (False, True):
+        recipe = preset(method, kind, base=base)
+        path.write_text(to_toml(recipe))
+        values = read_toml(path)
+        assert list(values) == [f.name for f in dataclasses.fields(Recipe)]
+        assert override(preset("swav", "vit", base=base), values) == recipe
+    assert all(line.count("  # ") == 1 for line in path.read_text().splitlines() if " = " in line.partition("#")[0])
+
+
+@pytest.mark.parametrize("off", ["clip_grad = 0", "clip_grad = 0.0", 'clip_grad = "none"'])
+def test_off_can_be_written_in_toml(off: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(
+        f'{off}\nlr_batch = 0\nteacher_temperature_start = "none"\nstudent_ema = "none"\n'
+    )
+    recipe = override(preset("dino", "vit", base=True), read_toml(tmp_path / "mine.toml"))
+    assert preset("dino", "vit", base=True).clip_grad == 3.0 and recipe.clip_grad is None
+    assert (recipe.lr_batch, recipe.teacher_temperature_start, recipe.student_ema) == (None, None, None)
+    with pytest.raises(InputError, match="'none' is not of type int"):
+        override(recipe, {"epochs": "none"})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lr = nan\n", "nan is not a finite number"),
+        ("global_scale = [0.1, inf]\n", "inf is not a finite number"),
+        (f"epochs = {'[' * 300}{']' * 300}\n", "is not of type int"),
+        (f"epochs = {'[' * 700}{']' * 700}\n", "nested too deeply"),
+        (f"epochs = {'[' * 5000}{']' * 5000}\n", "nested too deeply"),
+        (f"epochs = {'9' * 5001}\n", "is not valid TOML"),
+        (f"epochs = {'9' * 4000}\n", "epochs must be between 1 and 100000, got epochs = 9999"),
+        (f"lr = {'9' * 4000}\n", "is not a finite number"),
+        (f'"{"k" * 5000}" = 1\n', "unknown key 'kkk"),
+        ("[lr]\na = 1\n", "is not of type float"),
+    ],
+)
+def test_a_hostile_recipe_is_one_short_line(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        override(preset("dino", "vit"), read_toml(path), where="mine.toml")
+    assert said in str(caught.value) and len(str(caught.value)) < 2000

@@ -360,7 +360,7 @@ def test_a_folder_in_use_and_settings_that_contradict_are_refused(
     with pytest.raises(InputError, match="unknown student"):
         tiny.tiny_run(source, tmp_path, students=["test_vti"])
     three = Processes(0, 3, torch.device("cpu"), control=None)
-    with pytest.raises(InputError, match="does not divide by 3 processes"):
+    with pytest.raises(InputError, match="is not divisible by 3 processes"):
         recipe, teacher = tiny.tiny_recipe(), tiny.tiny_teacher()
         spec = RunSpec(recipe=recipe, students=["test_vit"], source=source, out=tmp_path, teacher=teacher)
         open_run(spec, processes=three, say=print)

@@ -164,6 +164,6 @@ def test_what_does_not_divide_or_fill_a_batch_is_refused(scenes: Path) -> None:
     with pytest.raises(InputError, match="64 images are fewer than one batch of 65"):
         steps_per_epoch(64, 65)
     with pytest.raises(
-        InputError, match="batch size 8 does not divide by 3 processes x 1 micro-batches: give --batch-size 9"
+        InputError, match="batch size 8 is not divisible by 3 processes x 1 micro-batches: give --batch-size 9"
     ):
         load(open_source(scenes), share=Share(0, 3))
