@@ -55,9 +55,10 @@ def load_head(path: Path) -> Head:
     if weight.ndim != 2 or bias.shape != weight.shape[:1] or not len(weight):
         raise InputError(f"{path}: weight {weight.shape} and bias {bias.shape} are not (C, D) and (C,)")
     try:
-        names_of = json.loads(metadata.get("classes", "null")) or [str(i) for i in range(len(bias))]
+        names_of = json.loads(metadata["classes"]) if "classes" in metadata else [str(i) for i in range(len(bias))]
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: the class names are not valid JSON ({error}): save the head again") from error
-    if not isinstance(names_of, list) or len(names_of) != len(bias):
+    strings = isinstance(names_of, list) and all(isinstance(name, str) for name in names_of)
+    if not strings or len(names_of) != len(bias):
         raise InputError(f"{path}: expected {len(bias)} class names, one for each row: save the head again")
-    return Head(weight, bias, tuple(map(str, names_of)))
+    return Head(weight, bias, tuple(names_of))

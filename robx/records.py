@@ -30,7 +30,10 @@ from robx.store.locks import turn
 # Channel statistics of ImageNet's training images, RGB in [0, 1]; most published models are trained with them.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MAX_SIDE = 8192  # largest side of a model's input, in pixels
+MAX_SIDE = 4096  # largest side of a model's input, in pixels
+MAX_BATCH_BYTES = 2**30  # of one fixed batch of a bundle's input in float32
+
+_DIMS = {4: "3, H, W", 2: "D"}  # of an input and an output, behind the batch
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 Validity = Literal["VALID", "UNSTABLE", "INVALID"]
@@ -289,9 +292,29 @@ def load_bundle(folder: Path) -> Bundle:
     bundle = from_json(Bundle, read_json(folder / "manifest.json"), where=str(folder / "manifest.json"))
     if not any(file.role == "model" for file in bundle.files):
         raise ArtifactError(f"{folder / 'manifest.json'} lists no model file: export the bundle again")
+    _check_tensors(bundle, str(folder / "manifest.json"))
     for file in bundle.files:
         verify_file(folder, file.path, file.sha256, size=file.bytes)
     return bundle
+
+
+def _check_tensors(bundle: Bundle, where: str) -> None:
+    """Raise ArtifactError unless the bundle takes batches of preprocessed images and returns a vector for each."""
+    for kind, specs, rank in (("input", bundle.inputs, 4), ("output", bundle.outputs, 2)):
+        if not specs:
+            raise ArtifactError(f"{where} lists no {kind}: export the bundle again")
+        for spec in specs:
+            if len(spec.shape) != rank or any(n is not None and n < 1 for n in spec.shape):
+                shape = str(list(spec.shape))[:80]
+                raise ArtifactError(f"{where}: {kind} {spec.name!r} has shape {shape}, which is not (N, {_DIMS[rank]})")
+    batch, channels, *sides = bundle.inputs[0].shape
+    crop = bundle.preprocessing.crop
+    if channels not in (None, 3) or any(side not in (None, crop) for side in sides):
+        takes, makes = str([channels, *sides])[:80], [3, crop, crop]
+        raise ArtifactError(f"{where}: the model takes images of shape {takes} and preprocessing makes {makes}")
+    if batch is not None and batch * 3 * crop**2 * 4 > MAX_BATCH_BYTES:
+        most = MAX_BATCH_BYTES // (3 * crop**2 * 4)
+        raise ArtifactError(f"{where}: a batch of {str(batch)[:12]} images of {crop} px: at most {most} are allowed")
 
 
 def describe_file(folder: Path, path: str, role: typing.Any) -> BundleFile:

@@ -124,11 +124,13 @@ def run(bundle: Path, images: tuple[Path, ...], out: Path | None, threads: int, 
             _write_npz(out, list(answers))
             return
         for name, answer in answers:
+            line: dict[str, Any]
             if labels is None:
-                click.echo(json.dumps({"image": name, "embedding": [round(float(x), 7) for x in answer]}))
+                line = {"image": name, "embedding": [round(float(x), 7) for x in answer]}
             else:
                 best = [{"label": label, "probability": p} for label, p in top_labels(answer, labels, count=top)]
-                click.echo(json.dumps({"image": name, "labels": best}))
+                line = {"image": name, "labels": best}
+            click.echo(json.dumps(line, allow_nan=False))
 
 
 @click.command()

@@ -12,8 +12,9 @@ from robx.errors import CorruptImage, DeviceError, InputError
 from robx.images.decode import decode, preprocess, read_image_file
 from robx.images.reading import read_batches
 from robx.images.sources import open_source
-from robx.runtime.session import Session
+from robx.runtime.session import Session, run_within
 
+_BATCH_BYTES = 2**28  # of one batch of large images
 Reader = tuple[str, Callable[[], Image.Image]]  # an image's name and a function that reads it
 
 
@@ -44,9 +45,10 @@ def infer(
 
     Raises:
         InputError: none of the images could be decoded.
-        DeviceError: the engine failed.
+        DeviceError: the engine failed, gave no output in time, or returned NaN or infinity.
     """
     answered = False
+    batch = max(1, min(batch, _BATCH_BYTES // (12 * session.bundle.preprocessing.crop**2)))
     batches = read_batches(
         images,
         lambda image: preprocess(image[1](), session.bundle.preprocessing),
@@ -55,7 +57,10 @@ def infer(
     )
     for found, pixels in batches:
         answered = True
-        yield from zip((name for name, _ in found), session.run(pixels), strict=True)
+        for (name, _), answer in zip(found, run_within(session, pixels), strict=True):
+            if not np.isfinite(answer).all():
+                raise DeviceError(f"the output for {name} contains NaN or infinity: export the model again, or in fp32")
+            yield name, answer
     if not answered:
         raise InputError("none of the images could be decoded: give other images")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -34,6 +35,10 @@ class SessionSettings:
             raise InputError(f"batch is {self.batch}: it must be at least 1")
 
 
+RUN_SECONDS = 300.0  # longest wait for the output of one batch
+_CANCEL_SECONDS = 10.0
+
+
 class Model(Protocol):
     """What an engine file's ``open_model`` returns."""
 
@@ -45,6 +50,8 @@ class Model(Protocol):
 
     def close(self) -> None:
         """Free the engine's resources."""
+
+    # An engine that can stop a run in another thread also has ``cancel()``.
 
 
 class Session(Protocol):
@@ -98,7 +105,47 @@ def open_session(path: str | Path, settings: SessionSettings | None = None, *, l
         raise MissingExtra(name, extra_for(name), purpose=f"opening {path}", cause=error) from error
     except Exception as error:
         raise DeviceError(f"{path} cannot run on this machine: {first_line(error)}") from error
-    return OpenModel(record, model, settings.batch)
+    return OpenModel(record, model, settings.batch, labels=labels)
+
+
+def run_within(session: Session, images: np.ndarray, *, seconds: float | None = None) -> np.ndarray:
+    """`session.run(images)` with a time limit (default: RUN_SECONDS); Ctrl-C and SIGTERM work while it runs.
+
+    A model file may contain a loop that does not end, and an engine cannot be interrupted. It costs about 50
+    microseconds per call, so timed calls do without.
+
+    Raises:
+        DeviceError: there was no output in time; the run was cancelled, where the engine can do that.
+    """
+    limit = RUN_SECONDS if seconds is None else seconds
+    found: list[np.ndarray | BaseException] = []
+
+    def work() -> None:
+        try:
+            found.append(session.run(images))
+        except BaseException as error:  # raised below, in the caller's thread
+            found.append(error)
+        done.set()
+
+    done = threading.Event()
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        late = not done.wait(limit)
+    except BaseException:  # Ctrl-C or SIGTERM
+        _cancel(session, done)
+        raise
+    if late:
+        _cancel(session, done)
+        raise DeviceError(f"the engine did not process {len(images)} images within {limit:g} s: check the model file")
+    if isinstance(found[0], BaseException):
+        raise found[0]
+    return found[0]
+
+
+def _cancel(session: Session, done: threading.Event) -> None:
+    """Stop the run and wait for its end, where the engine can: a process that ends while an engine runs may crash."""
+    if isinstance(session, OpenModel) and session.cancel():
+        done.wait(_CANCEL_SECONDS)
 
 
 def load_record(path: str | Path) -> Bundle | Student:
@@ -162,12 +209,15 @@ def extra_for(runtime: str) -> str:
 class OpenModel:
     """The Session of every engine: validates inputs, and splits them where the batch is fixed."""
 
-    def __init__(self, record: Bundle | Student, model: Model, batch: int | None = None) -> None:
+    def __init__(
+        self, record: Bundle | Student, model: Model, batch: int | None = None, *, labels: bool = False
+    ) -> None:
         self.bundle = record
         self._model: Model | None = model
         crop = record.preprocessing.crop
         shape = record.inputs[0].shape if isinstance(record, Bundle) else (None, 3, crop, crop)
         self._batch, self._image_shape = shape[0] or batch, shape[1:]
+        self._widths = _output_widths(record, labels=labels)
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """Embeddings, float32 (N, D), of preprocessed images, float32 (N, 3, H, W).
@@ -185,7 +235,7 @@ class OpenModel:
             expected = ("N", *self._image_shape)
             raise InputError(f"images are {images.dtype} {images.shape}, but the model takes float32 {expected}")
         try:
-            answer: np.ndarray = run_in_batches(self._model, images, self._batch)
+            answer: np.ndarray = run_in_batches(self._model, images, self._batch, self._widths)
             return answer
         except Exception as error:
             raise DeviceError(f"the engine failed on a batch of {len(images)}: {first_line(error)}") from error
@@ -195,6 +245,14 @@ class OpenModel:
         if self._model is None:
             raise DeviceError("the session is closed: open it again")
         return self._model.facts()
+
+    def cancel(self) -> bool:
+        """Stop a run in another thread; False where the engine cannot."""
+        cancel = getattr(self._model, "cancel", None)
+        if cancel is None:
+            return False
+        cancel()
+        return True
 
     def close(self) -> None:
         """Free the engine's resources; a second call does nothing."""
@@ -209,3 +267,14 @@ class OpenModel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _output_widths(record: Bundle | Student, *, labels: bool) -> set[int]:
+    """The widths that an output of the model may have.
+
+    With `labels` that of any output: an engine that cannot return the logits returns the embedding.
+    """
+    if isinstance(record, Student):
+        return {record.width}
+    outputs = record.outputs if labels else record.outputs[:1]
+    return {spec.shape[-1] or record.student.width for spec in outputs}

@@ -17,7 +17,7 @@ from robx.images.sources import open_source
 from robx.progress import Progress, silent
 from robx.records import Latency, Preprocessing, append_measurements, load_bundle, to_json, utc_now
 from robx.runtime.bench import runner_zip
-from robx.runtime.bench.inputs import COUNT, Inputs, load_inputs
+from robx.runtime.bench.inputs import Inputs, load_inputs
 from robx.runtime.bench.profiles import BenchSettings, Profile, find_profile
 from robx.runtime.bench.record import Run, make_record
 from robx.runtime.bench.reference import find_reference
@@ -62,10 +62,10 @@ def bench(settings: BenchSettings, *, progress: Progress = silent) -> list[Laten
 
 def _record(runs: list[Run], settings: BenchSettings, *, processes: int, kind: str, started: str) -> list[Latency]:
     """Write every bundle's record; a folder that cannot be written does not lose the other folders' records."""
-    outputs: dict[Preprocessing, dict[Path, np.ndarray]] = {}  # of the references, by preprocessing and folder
+    outputs: dict[int, dict[Path, np.ndarray]] = {}  # of the references, by input and folder
     found, unsaved = [], list[RobxError]()
     for run in runs:
-        cache = outputs.setdefault(run.bundle.preprocessing, {})
+        cache = outputs.setdefault(id(run.inputs), {})
         reference = find_reference(run.folder, run.bundle, run.inputs.images, cache)
         try:
             record = make_record(run, settings, processes=processes, kind=kind, started=started, reference=reference)
@@ -80,7 +80,7 @@ def _record(runs: list[Run], settings: BenchSettings, *, processes: int, kind: s
 
 def _prepare(settings: BenchSettings) -> list[Run]:
     source = open_source(Path(settings.data)) if settings.data is not None else None
-    inputs: dict[Preprocessing, Inputs] = {}
+    inputs: dict[tuple[Preprocessing, int], Inputs] = {}
     runs = []
     for number, folder in enumerate(settings.folders):
         if (folder / "student.json").is_file():
@@ -91,10 +91,10 @@ def _prepare(settings: BenchSettings) -> list[Run]:
         if settings.batch > 1 and fixed not in (None, settings.batch):
             raise InputError(f"{folder} has a fixed batch of {fixed}: it cannot run batches of {settings.batch}")
         batch = fixed or settings.batch
-        if bundle.preprocessing not in inputs:
-            count = -(-COUNT // batch) * batch
-            inputs[bundle.preprocessing] = load_inputs(bundle.preprocessing, source, count=count)
-        runs.append(Run(folder, bundle, inputs[bundle.preprocessing], f"b{number}", batch))
+        key = bundle.preprocessing, batch
+        if key not in inputs:
+            inputs[key] = load_inputs(bundle.preprocessing, source, batch=batch)
+        runs.append(Run(folder, bundle, inputs[key], f"b{number}", batch))
     return runs
 
 
@@ -140,10 +140,11 @@ def _time_limit(profile: Profile, processes: int) -> int:
 def _measure(transport: Transport, run: Run, limit: int) -> None:
     """Run one fresh process; an error is kept as a failure of the bundle, whose other processes may still succeed."""
     refused = any(not result.report["timed"] for result in run.results)
-    if refused or len(run.failures) >= _MAX_FAILURES:
+    if refused or run.hung or len(run.failures) >= _MAX_FAILURES:
         return
     try:
         status, text = transport.run(run.name, [runner_zip.NAME, "job.json"], timeout=limit + 30)
+        run.hung = status in (-signal.SIGALRM, 128 + signal.SIGALRM)
         with tempfile.TemporaryDirectory(prefix="robx-") as folder:
             path = _pull(transport, run, Path(folder), status, text)
             run.results.append(read_result(path, images=len(run.inputs.images)))

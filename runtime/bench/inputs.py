@@ -16,9 +16,10 @@ from robx.images.decode import decode, preprocess
 from robx.images.reading import read_batches
 from robx.images.scenes import make_scene, render
 from robx.images.sources import ImageSource
-from robx.records import Preprocessing
+from robx.records import MAX_BATCH_BYTES, Preprocessing
 
 COUNT = 64  # distinct images, so that caches and branch predictors cannot adapt to one
+_MAX_BYTES = 2**29  # of all images together
 _SIZE = 384  # pixels per side of a rendered scene, about the size of an ImageNet photo
 
 
@@ -31,14 +32,24 @@ class Inputs:
     name: str
 
 
-def load_inputs(preprocessing: Preprocessing, source: ImageSource | None, *, count: int = COUNT) -> Inputs:
+def load_inputs(
+    preprocessing: Preprocessing, source: ImageSource | None, *, count: int = COUNT, batch: int = 1
+) -> Inputs:
     """`count` images, evenly spread over the source, or rendered scenes without one; repeated if there are fewer.
 
+    Their number is rounded up to whole batches, and smaller for images so large that they would fill the memory.
+
     Raises:
-        InputError: no image of the source can be decoded.
+        InputError: no image of the source can be decoded, or a batch does not fit into memory.
     """
+    image_bytes = 3 * preprocessing.crop**2 * 4
+    if batch * image_bytes > MAX_BATCH_BYTES:
+        most = MAX_BATCH_BYTES // image_bytes
+        raise InputError(f"a batch of {batch} images of {preprocessing.crop} px is too large: use at most {most}")
+    count = batch * min(-(-count // batch), max(1, _MAX_BYTES // (batch * image_bytes)))
     readers = _from_source(source, count) if source is not None else _drawn(count)
     times: dict[int, int] = {}
+    skipped = 0
 
     def read(numbered: tuple[int, Callable[[], Image.Image]]) -> np.ndarray:
         number, decoded = numbered
@@ -47,14 +58,21 @@ def load_inputs(preprocessing: Preprocessing, source: ImageSource | None, *, cou
         times[number] = time.perf_counter_ns() - start
         return pixels
 
+    def skip(*_: object) -> None:
+        nonlocal skipped
+        skipped += 1
+
     # One thread: several would slow each other down.
-    arrays = [pixels for _, (pixels,) in read_batches(enumerate(readers), read, batch_size=1, threads=1)]
+    batches = read_batches(enumerate(readers), read, batch_size=1, threads=1, on_skip=skip)
+    arrays = [pixels for _, (pixels,) in batches]
     if not arrays:
         raise InputError(
             f"none of the images of {source.name if source else 'the set'} can be decoded: give other images"
         )
     images = np.stack([arrays[i % len(arrays)] for i in range(count)])
     name = source.name if source is not None else f"rendered scenes, {_SIZE} x {_SIZE} JPEG"
+    if skipped:
+        name += f" ({skipped} unreadable images skipped)"
     return Inputs(images, np.array(list(times.values()), dtype=np.int64), name)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from robx.runtime.bench import telemetry, validity
 from robx.runtime.device import nvidia, watch
-from robx.runtime.session import Session
+from robx.runtime.session import Session, run_within
 
 _MIN_QUERIES = 5  # in a block
 
@@ -76,8 +76,8 @@ def _snapshot() -> dict[str, Any]:
 
 
 def _warm_up(session: Session, queries: list[np.ndarray], seconds: float) -> None:
+    run_within(session, queries[0])
     end = time.perf_counter() + seconds
-    session.run(queries[0])
     while time.perf_counter() < end:
         session.run(queries[0])
 

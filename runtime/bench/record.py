@@ -31,6 +31,7 @@ class Run:
     batch: int
     results: list[ProcessResult] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    hung: bool = False  # a process exceeded its time limit
 
 
 def make_record(

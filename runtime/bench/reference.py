@@ -13,7 +13,7 @@ import numpy as np
 from robx.embeddings import centred_cosine, is_constant
 from robx.errors import RobxError
 from robx.records import Bundle, Value, load_bundle, load_student
-from robx.runtime.session import SessionSettings, open_session
+from robx.runtime.session import SessionSettings, open_session, run_within
 
 # Minimum mean cosine to the fp32 outputs. robx eval judges int8; below this it is not the same model at all.
 _FLOOR = {"fp32": 0.999, "fp16": 0.99, "int8": 0.5}
@@ -93,7 +93,7 @@ def _floor(bundle: Bundle) -> float:
 def _answers(folder: Path, images: np.ndarray) -> np.ndarray | None:
     try:
         with open_session(folder, SessionSettings(threads=os.cpu_count() or 1)) as session:
-            return np.concatenate([session.run(images[i : i + 8]) for i in range(0, len(images), 8)])
+            return np.concatenate([run_within(session, images[i : i + 8]) for i in range(0, len(images), 8)])
     except RobxError:
         return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Callable
+from typing import Any, Callable, Iterable
 
 
 def check_settings(engine: str, settings: dict[str, Any], providers: tuple[str, ...]) -> str:
@@ -38,6 +38,20 @@ def input_converter(manifest: dict[str, Any]) -> Callable[[Any], Any]:
         return lambda images: np.ascontiguousarray(images, dtype=dtype)
     mean, std = (np.array(manifest["preprocessing"][k], np.float32).reshape(1, 3, 1, 1) for k in ("mean", "std"))
     return lambda images: np.clip(np.rint((images * std + mean) * 255), 0, 255).astype(np.uint8)
+
+
+def check_output(output: Any, count: int, widths: Iterable[int]) -> Any:
+    """`output` if its shape is (count, D) with D one of `widths` (any D, if there are none).
+
+    Raises:
+        RuntimeError: it has another shape.
+    """
+    known = sorted(widths)
+    if output.ndim != 2 or len(output) != count or (known and output.shape[1] not in known):
+        expected = "(%d, %s)" % (count, " or ".join(map(str, known)) or "D")
+        shape = str(tuple(output.shape))
+        raise RuntimeError("the output has shape %s, expected %s: export the bundle again" % (shape, expected))
+    return output
 
 
 def first_line(error: BaseException) -> str:

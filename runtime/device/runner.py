@@ -25,7 +25,7 @@ import signal
 import sys
 import threading
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Iterable
 
 # Before any engine is imported: ONNX Runtime's wheel otherwise writes a device id on import, and may send events.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -34,6 +34,7 @@ if sys.version_info < (3, 8):
     raise SystemExit("the device's Python is %s: robx needs 3.8 or later on a device" % sys.version.split()[0])
 
 from robx.runtime.device import describe, nvidia, timing, watch
+from robx.runtime.device.engine import check_output
 
 SCHEMA = 1
 RESULT = "result.zip"
@@ -136,7 +137,8 @@ def measure(job: dict[str, Any], *, timed: bool) -> dict[str, Any]:
     model = engine.open_model(job["folder"], job["manifest"], job["settings"])
     try:
         loaded = clock()
-        first = run_in_batches(model, queries[0], fixed_batch(job["manifest"]))
+        width = job["manifest"]["outputs"][0]["shape"][-1]
+        first = run_in_batches(model, queries[0], fixed_batch(job["manifest"]), [width] if width else [])
         result = {"schema": SCHEMA, "load_ns": loaded - start, "first_ns": clock() - loaded, "facts": model.facts()}
         result["answered"] = time.monotonic()
         outputs = np.full((len(images), *first.shape[1:]), np.nan, dtype=np.float32)
@@ -176,19 +178,22 @@ def _timed(job: dict[str, Any], model: Any, queries: list[Any], kept: tuple[Any,
     }
 
 
-def run_in_batches(model: Any, images: Any, batch: int | None) -> Any:
-    """Run `images` through a model whose batch may be fixed: in pieces of `batch`, the last one padded and cut."""
+def run_in_batches(model: Any, images: Any, batch: int | None, widths: Iterable[int]) -> Any:
+    """Run `images` through a model whose batch may be fixed: in pieces of `batch`, the last one padded and cut.
+
+    Raises ValueError unless the outputs are (N, D) with D one of `widths` (any, if there are none).
+    """
     import numpy as np
 
     if batch is None or len(images) == batch:
-        return model.run(images)
+        return check_output(model.run(images), len(images), widths)
     pieces = []
     for start in range(0, len(images), batch):
         piece = images[start : start + batch]
         short = batch - len(piece)
         if short:
             piece = np.concatenate([piece, np.repeat(piece[-1:], short, axis=0)])
-        pieces.append(model.run(piece)[: batch - short])
+        pieces.append(check_output(model.run(piece), batch, widths)[: batch - short])
     return np.concatenate(pieces)
 
 

@@ -62,5 +62,7 @@ def time_queries(model: Any, queries: list[Any], job: dict[str, Any], kept: tupl
 def keep_answer(answer: Any, start: int, kept: tuple[Any, Any]) -> None:
     """Copy the output (B, D) for the images from `start` on into outputs (N, D), and mark them in seen (N,)."""
     outputs, seen = kept
+    if answer.shape[1:] != outputs.shape[1:] or not len(answer):
+        raise ValueError("the output has shape %s, expected (N, %d)" % (answer.shape, outputs.shape[1]))
     outputs[start : start + len(answer)] = answer
     seen[start : start + len(answer)] = True

@@ -57,6 +57,8 @@ class OnnxRuntimeModel:
             raise RuntimeError(f"onnxruntime cannot open {path.name}: {first_line(error)}") from error
         if self._session.get_providers()[0] != self._provider:
             raise RuntimeError(f"onnxruntime fell back from {self._provider} to {self._session.get_providers()[0]}")
+        self._run_options = ort.RunOptions()
+        self._run_options.log_severity_level = 4  # errors are raised; the log would print them too
         self._input = manifest["inputs"][0]["name"]
         self._prepare = input_converter(manifest)
         self._outputs = [manifest["outputs"][0]["name"]]
@@ -64,7 +66,7 @@ class OnnxRuntimeModel:
     def run(self, images: np.ndarray) -> np.ndarray:
         """Embeddings, float32 (N, D), of preprocessed images, float32 (N, 3, H, W)."""
         feeds = {self._input: self._prepare(images)}
-        output: np.ndarray = self._session.run(self._outputs, feeds)[0]
+        output: np.ndarray = self._session.run(self._outputs, feeds, self._run_options)[0]
         return output.astype(np.float32, copy=False)
 
     def facts(self) -> dict[str, Any]:
@@ -80,6 +82,10 @@ class OnnxRuntimeModel:
             "allow_spinning": True,
             "fallback": False,
         }
+
+    def cancel(self) -> None:
+        """Stop a run in another thread; the model cannot run again."""
+        self._run_options.terminate = True
 
     def close(self) -> None:
         """Free the session."""

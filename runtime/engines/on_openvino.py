@@ -81,6 +81,10 @@ class OpenVinoModel:
         """What is actually in use."""
         return dict(self._facts)
 
+    def cancel(self) -> None:
+        """Stop a run in another thread."""
+        self._request.cancel()
+
     def close(self) -> None:
         """Free the request, then the compiled model."""
         self._request = None

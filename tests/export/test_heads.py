@@ -30,7 +30,9 @@ def test_a_head_brings_its_class_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("classes", "said"),
     [("{", "not valid JSON"), ("[" * 100_000, "not valid JSON"), ("7", "expected . class names"),
-     ('["cat"]', "expected . class names"), ('{"a": 1, "b": 2}', "expected . class names")],
+     ('["cat"]', "expected . class names"), ('{"a": 1, "b": 2}', "expected . class names"),
+     ("{}", "expected . class names"), ("[]", "expected . class names"), ("[1, 2]", "expected . class names"),
+     ("[null, []]", "expected . class names")],
 )  # fmt: skip
 def test_class_names_that_are_none_are_refused(tmp_path: Path, classes: str, said: str) -> None:
     (tmp_path / "head").write_bytes(save(TENSORS, metadata={"classes": classes}))

@@ -138,7 +138,9 @@ def make_student_bundle(tmp_path, make_bundle):
         )
         student = save_trunk(tmp_path / "run", trunk, record)
         folder = make_bundle(
-            student=student, inputs=(TensorSpec(name="images", dtype="float32", shape=(1, 3, 32, 32)),)
+            student=student,
+            inputs=(TensorSpec(name="images", dtype="float32", shape=(1, 3, 32, 32)),),
+            outputs=(TensorSpec(name="embedding", dtype="float32", shape=(1, student.width)),),
         )
         names = {"input_names": ["images"], "output_names": ["embedding"]}
         example = (torch.zeros(1, 3, 32, 32),)
