@@ -146,7 +146,10 @@ def gate_error(bundle: Bundle, folder: Path) -> GateFailed | None:
     if bundle.precision == bundle.requested or bundle.verdict == "FORCED":
         return None
     tried = [rung for rung in bundle.rungs if rung.precision == bundle.requested]
-    if len(tried) == 1 and _is_broken(tried[0]):
+    if not any(rung.values for rung in tried):
+        first = tried[0].reason if tried else "none was tried"
+        advice = f"none could be built or run ({first}); choose another --format or --target"
+    elif len(tried) == 1 and _overflows(tried[0]):
         advice = tried[0].reason
     else:
         advice = f"{_advice(tried)}, or ship {bundle.requested} anyway with --force"
@@ -174,18 +177,16 @@ def _advice(tried: Sequence[Rung]) -> str:
         )
     if any("probe_drop" in rung.values for rung in tried):
         return "all of them lose more accuracy than allowed; allow a larger drop with --max-drop"
-    if any(rung.values for rung in tried):
-        return (
-            "their embeddings differ too much from the student's; "
-            "give labelled test images of classes that --data has too, so that accuracy can decide"
-        )
-    return "none could be built or run, for the reasons listed with each; choose another --format or --target"
+    return (
+        "their embeddings differ too much from the student's; "
+        "give labelled test images of classes that --data has too, so that accuracy can decide"
+    )
 
 
-def _is_broken(rung: Rung) -> bool:
-    """Whether it could not be built or run, or overflows: no larger drop could be tolerated then."""
-    broken = [rung.values[name].value for name in ("not_finite", "overflowing_layers") if name in rung.values]
-    return rung.accuracy == "FAIL" and (not rung.values or any(broken))
+def _overflows(rung: Rung) -> bool:
+    """Whether it failed by an overflow, for which no larger drop can be allowed."""
+    counts = [rung.values[name].value for name in ("not_finite", "overflowing_layers") if name in rung.values]
+    return rung.accuracy == "FAIL" and any(counts)
 
 
 def _speed_verdict(speedup: Value, least: float) -> Verdict:

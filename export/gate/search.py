@@ -157,7 +157,7 @@ def failed_trial(candidate: Candidate, error: RobxError) -> Trial:
         accuracy="FAIL",
         speed="INCONCLUSIVE",
         values={},
-        accuracy_reasons=(f"could not be built or run: {error}",),
+        accuracy_reasons=(f"failed: {error}",),
     )
 
 

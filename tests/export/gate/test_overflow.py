@@ -94,3 +94,21 @@ def test_an_fp16_model_within_the_range_is_not_said_to_overflow(vit_run: Path, s
     bundle = export(settings)
     assert bundle.precision == "fp16" and "overflow" not in bundle.reason
     assert bundle.rungs[0].values["margin"].value == 60 and bundle.rungs[0].values["margin"].unit == "%"
+
+
+def test_a_weight_beyond_the_range_is_named(vit_run: Path, scenes: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "vit", tmp_path / "b"
+    shutil.copytree(vit_run, run)
+    student, trunk = load_trunk(run)
+    block = trunk.blocks[1]  # type: ignore[index]
+    with torch.no_grad():
+        block.norm2.weight *= 1e6  # type: ignore[union-attr, operator]
+        block.norm2.bias *= 1e6  # type: ignore[union-attr, operator]
+        block.mlp.fc1.weight /= 1e6  # type: ignore[union-attr, operator]
+    save_trunk(run, trunk, student)
+    given = ["--data", str(scenes), "--out", str(out), "--calibration-images", "32"]
+    done = CliRunner().invoke(main, ["export", str(run), "--format", "onnx", "--fp16", *given])
+    message = done.output.strip().splitlines()[-1]
+    assert done.exit_code == 3 and load_bundle(out).precision == "fp32"
+    assert "norm2" in message and "beyond float16's 65504" in message
+    assert "--max-drop" not in message and "--force" not in message
