@@ -12,7 +12,7 @@ from robx.distill.teachers.checkpoints import NAMES, Layout, PublishedTeacher, r
 from robx.distill.teachers.download import fetch
 from robx.distill.teachers.frozen_heads import PrototypeHead, dino_head, msn_head, random_head, swav_head
 from robx.distill.teachers.teacher import Teacher
-from robx.distill.teachers.trunks import build_published_trunk, infer_trunk, load_trunk_state, trunk_width
+from robx.distill.teachers.trunks import VitTrunk, build_published_trunk, infer_trunk, load_trunk_state, trunk_width
 from robx.distill.teachers.zoo import ZOO, ZooEntry
 from robx.errors import ArtifactError
 from robx.progress import Progress
@@ -32,6 +32,8 @@ def load(entry: ZooEntry, path: Path, *, image_size: int) -> Teacher:
     spec = infer_trunk(found.trunk, arch=None if in_zoo else found.arch, where=str(path))
     if in_zoo and str(spec) != str(entry.trunk):
         raise ArtifactError(f"{path} holds {spec}, and {entry.name} is {entry.trunk}: get {full}")
+    if isinstance(spec, VitTrunk) and entry.method == "msn":  # the architecture is in the shapes, this is not
+        spec = dataclasses.replace(spec, position_offset=0.0)
     trunk = build_published_trunk(spec)
     load_trunk_state(trunk, found.trunk, where=str(path))
     head = _head(found, where=str(path))

