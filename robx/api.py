@@ -99,8 +99,9 @@ def distill(
         cache: downloads and fitted prototypes; None is $ROBX_CACHE or ~/.cache/robx.
         progress: "auto", a callable of (done, total, note), or None; see `robx.reporting`.
         **settings: any key of `robx.distill.recipes.Recipe` (epochs=10, batch_size=256, lr=1e-3, crop_size=160, seed=1,
-            ...), which overrides the recipe file, and any field of `robx.distill.training.run.Options`, which does not
-            change the result (device="cuda", workers=8, probe_every=5, fresh=True, ...).
+            ...; "none" switches an optional one off), which overrides the recipe file, and any field of
+            `robx.distill.training.run.Options`, which does not change the result (device="cuda", workers=8,
+            probe_every=5, fresh=True, ...). `robx recipe` lists the keys.
 
     Returns:
         The student's folder and its record; a list of them if `student` is a list.
