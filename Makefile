@@ -10,7 +10,7 @@ PYTEST_FLAGS ?= -n 2 --dist loadfile --max-worker-restart 0 -q
 
 export ORT_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test lint types format check test-mobile test-arm64 soak sbom audit clean
+.PHONY: demo test lint types format check gpu test-mobile test-arm64 soak sbom audit clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/robx demo $(DEMO_FLAGS)
@@ -78,6 +78,10 @@ $(ARM64)/python: | $(VENV)/.dev
 # Hundreds of kills instead of the thirty in the tests: make soak ROBX_SOAK=1000 ROBX_SEED=7
 soak: $(VENV)/.dev
 	OMP_NUM_THREADS=1 ROBX_SOAK=$(or $(ROBX_SOAK),300) $(VENV)/bin/python -m pytest -q --timeout 14400 tests/faults/test_kill.py
+
+# The tests and the training speed that need a CUDA GPU, with a Python that has torch for it; installs nothing.
+gpu:
+	PYTHONPATH=. $(or $(GPU_PYTHON),python3) benchmarks/gpu.py $(GPU_FLAGS)
 
 # A software bill of materials of the environment, as CycloneDX; needs no network after its tools are installed.
 sbom: $(VENV)/.dev .venv-audit/.tools

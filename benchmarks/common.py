@@ -90,6 +90,7 @@ def step_seconds(
     out: Path,
     *,
     workers: int,
+    device: str = "cpu",
     log_every: int = 10,
     **branch: Any,
 ) -> list[float]:
@@ -99,7 +100,7 @@ def step_seconds(
     """
     moments: list[float] = []
     options = Options(
-        device="cpu", workers=workers, fresh=True, measure=False, checkpoint_minutes=1e6, log_every=log_every
+        device=device, workers=workers, fresh=True, measure=False, checkpoint_minutes=1e6, log_every=log_every
     )
     spec = RunSpec(recipe=recipe, students=students, source=source, out=out, options=options, **branch)
     train(spec, progress=lambda *_: moments.append(time.perf_counter()))

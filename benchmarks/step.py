@@ -29,6 +29,7 @@ from robx.distill.recipes import Recipe, override, preset
 from robx.distill.resolve import student_kind
 from robx.distill.teachers.load import build_teacher_skeleton
 from robx.distill.teachers.teacher import Teacher
+from robx.distill.training.learner import autocast
 from robx.distill.training.networks import build_networks
 from robx.distill.training.processes import join_processes
 from robx.images.scenes import make_scene, render
@@ -130,22 +131,27 @@ def recipe_of(student: str, teacher: Teacher, given: argparse.Namespace) -> Reci
     )
 
 
-def bare_step(student: str, teacher: Teacher, recipe: Recipe, source: ImageSource) -> Callable[[], float]:
+def bare_step(
+    student: str, teacher: Teacher, recipe: Recipe, source: ImageSource, *, device: str = "cpu"
+) -> Callable[[], float]:
     """A function that runs one bare step on crops in memory and returns its duration in seconds."""
-    with join_processes("cpu") as processes:
+    with join_processes(device) as processes:
         networks = build_networks(recipe, [student], teacher=teacher, processes=processes, steps=1, steps_per_epoch=1)
     net = networks.learners[0].net
     places = next(iter(PlaceSampler(len(source), recipe, share=Share(), start=0, end=1)))
     dataset = CropDataset(source, recipe, mask_grid=networks.mask_grid)
-    views = collate([dataset[place] for place in places]).views(torch.device("cpu"))
+    views = collate([dataset[place] for place in places]).views(processes.device)
     pixels = views.globals.flatten(0, 1)
-    gradient = torch.full_like(net(views).crops, 1e-6)
+    with autocast(recipe, processes.device):
+        gradient = torch.full_like(net(views).crops, 1e-6)
 
     def step() -> float:
         started = time.perf_counter()
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast(recipe, processes.device):
             teacher(pixels, patches=False)
-        torch.autograd.backward(net(views).crops, gradient)
+        with autocast(recipe, processes.device):
+            scores = net(views).crops
+        torch.autograd.backward(scores, gradient)
         net.zero_grad(set_to_none=True)
         return time.perf_counter() - started
 

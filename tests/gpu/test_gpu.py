@@ -1,0 +1,180 @@
+"""Training on a CUDA GPU against the same training on the CPU. `make gpu` runs these; elsewhere they are skipped.
+
+ROBX_GPU=cpu runs them on the CPU instead, which checks the tests themselves.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from robx.distill.batches.crops import multi_crop, plan_crops
+from robx.distill.batches.device_crops import device_crops
+from robx.distill.batches.loader import build_loader
+from robx.distill.batches.views import Views
+from robx.distill.objectives.build import build_objective
+from robx.distill.recipes import Method, override, preset
+from robx.distill.students.student import build_student
+from robx.distill.targets.build import build_branch
+from robx.distill.teachers.load import build_teacher_skeleton
+from robx.distill.training.networks import prepare_network
+from robx.distill.training.run_checkpoint import load_newest
+from robx.images.sources import ImageSource, open_source
+
+pytestmark = pytest.mark.gpu
+TEACHERS = {
+    "dino": "dino_vits16",
+    "ibot": "ibot_vits16",
+    "msn": "msn_vits16",
+    "swav": "swav_rn50",
+    "kd": "timm:resnet18",
+}
+
+
+@pytest.fixture
+def gpu() -> Iterator[str]:
+    """The device's name; products of float32 are computed in float32, so that results can be compared."""
+    name = os.environ.get("ROBX_GPU", "cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    places = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [place.allow_tf32 for place in places]
+    for place in places:
+        place.allow_tf32 = False
+    yield name
+    for place, value in zip(places, before, strict=True):
+        place.allow_tf32 = value
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """tests/distill/tiny.py: complete runs in seconds."""
+    spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "distill" / "tiny.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["tiny"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def source(scenes: Path) -> ImageSource:
+    return open_source(scenes)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "test_resnet"])
+@pytest.mark.parametrize("method", list(TEACHERS))
+def test_loss_and_gradient_are_those_of_the_cpu(method: Method, name: str, gpu: str) -> None:
+    sizes = {"crop_size": 64, "local_crop_size": 32, "local_crops": 2, "prototypes": 32, "drop_path": 0.0}
+    recipe = override(preset(method, "vit"), sizes | {"patch_drop": 0.0})
+    found = [_loss_and_gradient(method, name, recipe, torch.device(place)) for place in ("cpu", gpu)]
+    (loss, gradient), (other, other_gradient) = found
+    assert other == pytest.approx(loss, rel=1e-4)
+    assert torch.nn.functional.cosine_similarity(gradient, other_gradient, dim=0) > 0.9999
+    assert other_gradient.norm() == pytest.approx(float(gradient.norm()), rel=1e-3)
+
+
+def _loss_and_gradient(method: Method, name: str, recipe: Any, device: torch.device) -> tuple[float, torch.Tensor]:
+    torch.manual_seed(5)
+    teacher = build_teacher_skeleton(TEACHERS[method], objective=method, prototypes=32, image_size=64)
+    student = build_student(name, recipe, teacher)
+    pixels = torch.randn(2, 8, 3, 64, 64), torch.randn(2, 8, 3, 32, 32)
+    masks = None if student.masked_embed is None else torch.rand(2, 8, 16) < 0.3
+    prepare_network(teacher, device)
+    prepare_network(student, device)
+    views = Views(*(part.to(device) for part in pixels), torch.arange(8), None if masks is None else masks.to(device))
+    objective = build_objective(recipe)
+    branch = build_branch(recipe, objective, student=student, teacher=teacher, steps=10, steps_per_epoch=5)
+    loss, _ = objective(student(views), branch.targets(views), views)  # type: ignore[arg-type]
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradients = [p.grad.flatten().double().cpu() for p in student.parameters() if p.grad is not None]
+    return float(loss), torch.cat(gradients)
+
+
+@pytest.mark.parametrize("student", ["test_vit", "test_resnet"])
+def test_a_run_of_24_steps_is_the_cpus(
+    tiny: ModuleType, source: ImageSource, tmp_path: Path, student: str, gpu: str
+) -> None:
+    recipe = tiny.tiny_recipe(epochs=3, drop_path=0.0, precision="fp32", augment="pillow")
+    for name in ("cpu", gpu):
+        out = tmp_path / f"on-{name}"
+        tiny.tiny_run(source, out, students=[student], recipe=recipe, options={"device": name})
+    steps = len(tiny.losses(tmp_path / "on-cpu"))
+    assert steps == 24
+    pairs = zip(tiny.losses(tmp_path / "on-cpu"), tiny.losses(tmp_path / f"on-{gpu}"), strict=True)
+    for (_, ours), (_, theirs) in pairs:
+        assert theirs == pytest.approx(ours, rel=0.02)
+
+
+@pytest.mark.parametrize("augment", ["pillow", "device"])
+def test_a_resumed_run_is_the_unbroken_one(
+    tiny: ModuleType, source: ImageSource, tmp_path: Path, augment: str, gpu: str
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(done: int, total: int, note: str) -> None:
+        if done == 5:
+            raise Stop
+
+    recipe = tiny.tiny_recipe(augment=augment, precision="fp32")
+    options = {"device": gpu, "checkpoint_steps": 2, "workers": 1}
+    tiny.tiny_run(source, tmp_path / "a", recipe=recipe, options=options)
+    with pytest.raises(Stop):
+        tiny.tiny_run(source, tmp_path / "b", recipe=recipe, options=options, progress=stop)
+    found = load_newest(tmp_path / "b")
+    assert found is not None and 0 < found[0] < 8
+    tiny.tiny_run(source, tmp_path / "b", recipe=recipe, options=options)
+    for (step, ours), (again, theirs) in zip(tiny.losses(tmp_path / "a"), tiny.losses(tmp_path / "b"), strict=True):
+        assert step == again and theirs == pytest.approx(ours, rel=1e-3)  # a GPU's sums need not be the same twice
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns_as_single(
+    tiny: ModuleType, source: ImageSource, tmp_path: Path, precision: str, gpu: str
+) -> None:
+    soft = {"teacher_temperature": 0.5, "student_temperature": 0.5}  # sharp targets would multiply every rounding
+    for name in ("fp32", precision):
+        recipe = tiny.tiny_recipe(precision=name, drop_path=0.0, **soft)
+        tiny.tiny_run(source, tmp_path / name, recipe=recipe, options={"device": gpu})
+    pairs = zip(tiny.losses(tmp_path / "fp32"), tiny.losses(tmp_path / precision), strict=True)
+    for (_, single), (_, half) in pairs:
+        assert half == pytest.approx(single, rel=0.05)
+
+
+def test_crops_on_the_device_are_pillows(gpu: str) -> None:
+    recipe = override(preset("dino", "vit"), {"crop_size": 96, "local_crop_size": 48, "local_crops": 4})
+    rng = np.random.default_rng(0)
+    images = [_photo(int(rng.integers(60, 500)), int(rng.integers(60, 500)), i) for i in range(24)]
+    plans = np.stack([plan_crops(*image.size, recipe, epoch=2, index=i) for i, image in enumerate(images)], axis=1)
+    pillow = [multi_crop(image, recipe, epoch=2, index=i) for i, image in enumerate(images)]
+    tensors = [torch.from_numpy(np.array(image)) for image in images]
+    for rows, name, size in ((slice(0, 2), "globals", 96), (slice(2, None), "locals", 48)):
+        on_device = device_crops([t.to(gpu) for t in tensors], plans[rows], size=size).cpu()
+        on_cpu = device_crops(tensors, plans[rows], size=size)
+        expected = torch.from_numpy(np.stack([getattr(one, name) for one in pillow], axis=1)).permute(0, 1, 4, 2, 3)
+        assert (on_device - on_cpu).abs().mean() < 0.02
+        assert (on_device - expected).abs().mean(dim=(2, 3, 4)).max() < 1.5
+
+
+def test_a_batch_on_the_device_does_not_depend_on_the_workers(source: ImageSource, gpu: str) -> None:
+    values = {"crop_size": 48, "local_crop_size": 32, "local_crops": 2, "batch_size": 8, "augment": "device"}
+    recipe = override(preset("dino", "vit"), values)
+    runs = [list(build_loader(source, recipe, start=0, end=3, workers=workers)) for workers in (0, 2)]
+    for one, other in zip(*runs, strict=True):
+        ours, theirs = one.views(torch.device(gpu)), other.views(torch.device(gpu))
+        assert torch.equal(ours.globals, theirs.globals) and torch.equal(ours.locals, theirs.locals)
+
+
+def _photo(width: int, height: int, seed: int) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (9, 11, 3), dtype=np.uint8)).resize((width, height))
