@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import importlib
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from robx.errors import DeviceError, first_line
 from robx.formats import FORMATS, RUNTIMES, RuntimeRow
 from robx.runtime.bench import result_schema, runner_zip
 from robx.runtime.bench.transports import open_transport
+from robx.runtime.bench.workspace import workspace
 
 _DOCTOR_SECONDS = 120
 _NOT_NEEDED = "not needed on a device"
@@ -74,8 +73,8 @@ def _install(row: RuntimeRow) -> str:
 
 
 def _ask(device: str, python: str | None, packages: list[str]) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="robx-") as folder, open_transport(device, python=python) as transport:
-        path = Path(folder) / runner_zip.NAME
+    with workspace() as folder, open_transport(device, python=python) as transport:
+        path = folder / runner_zip.NAME
         path.write_bytes(runner_zip.pack_runner(None))
         transport.push({runner_zip.NAME: path}, "doctor")
         status, text = transport.run("doctor", [runner_zip.NAME, "--doctor", *packages], timeout=_DOCTOR_SECONDS)

@@ -17,6 +17,7 @@ from robx.runtime.bench import latency, validity
 from robx.runtime.bench.inputs import load_inputs
 from robx.runtime.bench.interleave import interleave
 from robx.runtime.bench.profiles import BenchSettings, find_profile
+from robx.runtime.bench.record import require_writable
 from robx.runtime.bench.reference import check_outputs, find_reference
 from robx.runtime.session import Session, open_session
 from robx.store.files import sha256_bytes, write_bytes
@@ -58,6 +59,8 @@ def compare(settings: BenchSettings) -> list[Comparison]:
     """
     _check(settings)
     folders = settings.folders
+    for folder in folders[1:]:
+        require_writable(folder)
     shapes = {load_bundle(folder).preprocessing for folder in folders}
     if len(shapes) > 1:
         raise InputError("--ab needs bundles with the same preprocessing: they have to run the same images")

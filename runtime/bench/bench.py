@@ -6,7 +6,6 @@ import dataclasses
 import json
 import random
 import signal
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ from robx.records import Latency, Preprocessing, append_measurements, load_bundl
 from robx.runtime.bench import runner_zip
 from robx.runtime.bench.inputs import Inputs, load_inputs
 from robx.runtime.bench.profiles import BenchSettings, Profile, find_profile
-from robx.runtime.bench.record import Run, make_record
+from robx.runtime.bench.record import Run, make_record, require_writable
 from robx.runtime.bench.reference import find_reference
 from robx.runtime.bench.results import read_result
 from robx.runtime.bench.transports import Transport, open_transport
+from robx.runtime.bench.workspace import workspace
 from robx.runtime.device.runner import RESULT
 from robx.runtime.session import check_onnx
 from robx.store.files import sha256_file
@@ -87,6 +87,7 @@ def _prepare(settings: BenchSettings) -> list[Run]:
             raise InputError(f"{folder} is a student: export it with robx export, then bench the bundle")
         bundle = load_bundle(folder)
         check_onnx(folder, bundle)
+        require_writable(folder)
         fixed = bundle.inputs[0].shape[0]
         if settings.batch > 1 and fixed not in (None, settings.batch):
             raise InputError(f"{folder} has a fixed batch of {fixed}: it cannot run batches of {settings.batch}")
@@ -100,8 +101,7 @@ def _prepare(settings: BenchSettings) -> list[Run]:
 
 def _push(transport: Transport, run: Run, settings: BenchSettings, profile: Profile, processes: int) -> None:
     """Copy the runner, the images, the job and the bundle's files; the job lists the hash of each."""
-    with tempfile.TemporaryDirectory(prefix="robx-") as folder:
-        here = Path(folder)
+    with workspace() as here:
         np.save(here / "images.npy", run.inputs.images)
         (here / runner_zip.NAME).write_bytes(runner_zip.pack_runner(run.bundle))
         hashes = {f"bundle/{f.path}": f.sha256 for f in run.bundle.files}
@@ -145,8 +145,8 @@ def _measure(transport: Transport, run: Run, limit: int) -> None:
     try:
         status, text = transport.run(run.name, [runner_zip.NAME, "job.json"], timeout=limit + 30)
         run.hung = status in (-signal.SIGALRM, 128 + signal.SIGALRM)
-        with tempfile.TemporaryDirectory(prefix="robx-") as folder:
-            path = _pull(transport, run, Path(folder), status, text)
+        with workspace() as folder:
+            path = _pull(transport, run, folder, status, text)
             run.results.append(read_result(path, images=len(run.inputs.images)))
     except DeviceError as error:
         run.failures.append(str(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from robx import __version__
+from robx.errors import InputError
 from robx.records import Bundle, Latency, Value, to_json
 from robx.runtime.bench import latency, runner_zip, validity
 from robx.runtime.bench.inputs import Inputs
@@ -32,6 +34,12 @@ class Run:
     results: list[ProcessResult] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     hung: bool = False  # a process exceeded its time limit
+
+
+def require_writable(folder: Path) -> None:
+    """Raise InputError, before anything is measured, if records cannot be written into a bundle's folder."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{folder} is read-only, and measurements are written into it: copy the bundle elsewhere")
 
 
 def make_record(

@@ -12,7 +12,6 @@ import re
 import shlex
 import shutil
 import sys
-import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -21,6 +20,7 @@ from urllib.parse import urlsplit
 
 from robx.errors import DeviceError, InputError
 from robx.runtime.bench.subprocesses import call
+from robx.runtime.bench.workspace import workspace
 
 _CONNECT_SECONDS = 15
 _COPY_SECONDS = 600
@@ -66,6 +66,8 @@ def open_transport(device: str, *, python: str | None = None) -> Transport:
         command = shlex.split(python or "")
     except ValueError as error:
         raise InputError(f"python {python!r} is not a command ({error}): close its quotes") from error
+    if not device.isprintable() or any(character.isspace() for character in device):
+        raise InputError(f"device {device!r} contains spaces or control characters: give ssh://user@host[:port]")
     if device == "local":
         return LocalTransport(command or [sys.executable])
     try:
@@ -73,6 +75,8 @@ def open_transport(device: str, *, python: str | None = None) -> Transport:
         host, user, port = parts.hostname or "", parts.username, parts.port
     except ValueError as error:
         raise InputError(f"device {device!r} is not an address ({error}): give ssh://user@host[:port]") from error
+    if port == 0:
+        raise InputError(f"device {device!r} has port 0: give a port from 1 to 65535, or none")
     if parts.scheme == "ssh":
         # urlsplit converts the host to lower case, but names in ~/.ssh/config are case-sensitive.
         host = parts.netloc.rpartition("@")[2]
@@ -95,7 +99,7 @@ class LocalTransport:
     kind, address = "local", "local"
 
     def __init__(self, python: list[str]) -> None:
-        self._python, self._root = python, Path()
+        self._python, self._root, self._stack = python, Path(), contextlib.ExitStack()
 
     def push(self, files: Mapping[str, Path], folder: str) -> None:
         """Hard-link files where possible, else copy them."""
@@ -113,11 +117,11 @@ class LocalTransport:
         return Path(shutil.copy(source, into / name))
 
     def __enter__(self) -> Self:
-        self._root = Path(tempfile.mkdtemp(prefix="robx-"))
+        self._root = self._stack.enter_context(workspace())
         return self
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._root, ignore_errors=True)
+        self._stack.close()
 
 
 class SshTransport:
@@ -234,9 +238,9 @@ def _folder(text: str, address: str) -> str:
 @contextlib.contextmanager
 def _staged(files: Mapping[str, Path], folder: str) -> Iterator[Path]:
     """Yield a local folder named `folder` that contains `files`, so that no file name reaches a command line."""
-    with tempfile.TemporaryDirectory(prefix="robx-") as root:
-        _lay(files, Path(root) / folder)
-        yield Path(root) / folder
+    with workspace() as root:
+        _lay(files, root / folder)
+        yield root / folder
 
 
 def _lay(files: Mapping[str, Path], folder: Path) -> None:

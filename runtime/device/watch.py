@@ -92,6 +92,12 @@ def process_jiffies(pid: int) -> int | None:
     return int(fields[11]) + int(fields[12])
 
 
+def parent_of(pid: int) -> int | None:
+    """The parent of a process: another one than before, once the parent is dead. None where that is unknown."""
+    text = read("/", "proc/%d/stat" % pid)
+    return None if text is None else int(text.rsplit(")", 1)[1].split()[1])
+
+
 def throttle_flags() -> list[str] | None:
     """What limits the clock according to the platform; None where it does not report that (only a Pi does)."""
     return parse_throttled(ask(["vcgencmd", "get_throttled"]) or "")
@@ -120,7 +126,7 @@ def start_telemetry(path: str, cores: list[int] | None = None) -> tuple[int, int
     be forked. Call it before any thread is started.
     """
     reader, writer = os.pipe()
-    measured = os.getpid()
+    measured, host = os.getpid(), os.getppid()
     try:
         child = os.fork()
     except OSError:
@@ -133,7 +139,7 @@ def start_telemetry(path: str, cores: list[int] | None = None) -> tuple[int, int
     try:
         os.close(writer)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        _record(path, reader, measured, cores)
+        _record(path, reader, (measured, host), cores)
     finally:
         os._exit(0)
 
@@ -145,7 +151,8 @@ def stop_telemetry(handle: tuple[int, int] | None) -> None:
         os.waitpid(handle[0], 0)
 
 
-def _record(path: str, reader: int, measured: int, cores: list[int] | None) -> None:
+def _record(path: str, reader: int, processes: tuple[int, int], cores: list[int] | None) -> None:
+    measured, host = processes
     if hasattr(os, "sched_setaffinity") and cores:
         others = os.sched_getaffinity(0) - set(cores)
         if others:
@@ -159,7 +166,7 @@ def _record(path: str, reader: int, measured: int, cores: list[int] | None) -> N
             # The pipe becomes readable (end of file) when the measured process closes it or dies.
             if select.select([reader], [], [], _INTERVAL)[0]:
                 return
-            if _hung_up():
+            if _hung_up() or parent_of(measured) not in (host, None):
                 os.kill(measured, signal.SIGTERM)
                 return
 
