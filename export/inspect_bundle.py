@@ -16,8 +16,8 @@ from robx.export.onnx_graph import WEIGHTED, Graph
 from robx.records import Bundle
 from robx.store.files import read_json
 from robx.store.onnx_safety import load_checked
+from robx.store.xml_safety import read_xml
 
-_MAX_XML_BYTES = 256 * 1024 * 1024
 _NOT_LAYERS = ("QuantizeLinear", "DequantizeLinear", "Constant", "Const", "Parameter", "Result", "FakeQuantize")
 # Operators of vision models that TensorRT 10, 11 and TensorRT-RTX have no kernel for.
 _NOT_IN_TRT = (
@@ -120,13 +120,8 @@ def _of_onnx(model: onnx.ModelProto, bundle: Bundle, costs: dict[str, float]) ->
 
 
 def _of_openvino(path: Path, costs: dict[str, float]) -> Inspection:
-    if path.stat().st_size > _MAX_XML_BYTES:
-        raise ArtifactError(f"{path} is larger than {_MAX_XML_BYTES} bytes, so robx did not write it: export it again")
-    text = path.read_bytes()
-    if b"<!DOCTYPE" in text or b"<!ENTITY" in text:  # entities can expand a small file without limit
-        raise ArtifactError(f"{path} declares XML entities, so robx did not write it: export it again")
     try:
-        root = ElementTree.fromstring(text)
+        root = ElementTree.fromstring(read_xml(path))
     except ElementTree.ParseError as error:
         raise ArtifactError(f"{path} is not XML ({error}): export it again") from error
     nodes = {layer.get("id", ""): layer for layer in root.iter("layer")}

@@ -16,6 +16,7 @@ from robx.formats import RUNTIMES
 from robx.records import Bundle, Student, from_json, load_bundle, load_student, to_json
 from robx.runtime.device.runner import run_in_batches
 from robx.store.files import read_json
+from robx.store.xml_safety import read_xml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ def open_session(path: str | Path, settings: SessionSettings | None = None, *, l
     engine, name = engine_module(record), record.runtime if isinstance(record, Bundle) else "torch"
     try:
         if isinstance(record, Bundle):
-            check_onnx(path, record)
+            check_model_file(path, record)
         manifest = to_json(record)
         if labels and isinstance(record, Bundle):
             manifest["outputs"].sort(key=lambda output: output["name"] != "logits")  # engines return the first output
@@ -165,16 +166,20 @@ def load_record(path: str | Path) -> Bundle | Student:
     )
 
 
-def check_onnx(path: Path, bundle: Bundle) -> None:
-    """Reject ONNX that refers to files outside the bundle in `path`, before a runtime opens them.
+def check_model_file(path: Path, bundle: Bundle) -> None:
+    """Reject a hostile model file of the bundle in `path`, before a runtime opens it.
 
     The bundle's hashes do not tell: whoever made the bundle made them too.
 
     Raises:
-        ArtifactError: a tensor is stored outside the file, or the file is not valid ONNX.
+        ArtifactError: ONNX with a tensor that is stored outside the file or that is not valid; XML that declares
+            entities.
     """
-    if bundle.model.path.endswith(".onnx"):
-        importlib.import_module("robx.store.onnx_safety").load_checked(path / bundle.model.path)
+    model = path / bundle.model.path
+    if model.suffix == ".onnx":
+        importlib.import_module("robx.store.onnx_safety").load_checked(model)
+    elif model.suffix == ".xml":
+        read_xml(model)
 
 
 def _read_record(path: Path) -> Bundle | Student:

@@ -24,7 +24,7 @@ from robx.runtime.bench.results import read_result
 from robx.runtime.bench.transports import Transport, open_transport
 from robx.runtime.bench.workspace import workspace
 from robx.runtime.device.runner import RESULT
-from robx.runtime.session import check_onnx
+from robx.runtime.session import check_model_file
 from robx.store.files import sha256_file
 
 _LOAD_SECONDS = 300  # for loading and the first inference, in which an engine may compile its model
@@ -86,7 +86,7 @@ def _prepare(settings: BenchSettings) -> list[Run]:
         if (folder / "student.json").is_file():
             raise InputError(f"{folder} is a student: export it with robx export, then bench the bundle")
         bundle = load_bundle(folder)
-        check_onnx(folder, bundle)
+        check_model_file(folder, bundle)
         require_writable(folder)
         fixed = bundle.inputs[0].shape[0]
         if settings.batch > 1 and fixed not in (None, settings.batch):

@@ -176,3 +176,29 @@ def test_run_within_passes_outputs_and_errors_on(make_bundle, images):
         np.testing.assert_array_equal(run_within(session, images), session.run(images))
         with pytest.raises(Exception, match="the model takes float32"):
             run_within(session, images[0])
+
+
+IR = (
+    '<?xml version="1.0"?>{head}<net name="n" version="11"><layers><layer id="0" name="x" type="Parameter" '
+    'version="opset1"/></layers><edges/></net>'
+)
+BOMB = '<!DOCTYPE net [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;">]>'
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        (IR.format(head=BOMB).encode(), "declares XML entities"),
+        (IR.format(head='<!DOCTYPE net SYSTEM "file:///etc/passwd">').encode(), "declares XML entities"),
+        (IR.format(head=BOMB).replace("1.0?", '1.0" encoding="utf-16?').encode("utf-16"), "is not UTF-8 text"),
+        (IR.format(head=BOMB).encode("utf-16-be"), "is not UTF-8 text"),
+    ],
+)
+def test_an_openvino_model_with_a_document_type_is_refused_before_it_runs(call, make_bundle, scenes, data, line):
+    bundle = make_bundle(runtime="openvino", format="openvino")
+    (bundle / "model.xml").write_bytes(data)
+    files = (describe_file(bundle, "model.xml", "model"),)
+    save_bundle(dataclasses.replace(load_manifest(bundle), files=files), bundle)
+    for command in (("run", bundle, scenes / "test"), ("bench", bundle), ("inspect", bundle)):
+        done = call(*command)
+        assert done.exit_code == 2 and line in done.stderr and len(done.stderr.splitlines()) == 1, done.output
