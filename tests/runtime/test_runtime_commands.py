@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from robx.images.decode import decode, preprocess
 from robx.records import load_measurements, to_json
 from robx.runtime import doctor
 from robx.runtime.bench.latency import paired_ratio
+from robx.runtime.bench.profiles import BenchSettings
 from robx.runtime.infer import top_labels
 from robx.runtime.session import open_session
 from robx.store.files import sha256_file
@@ -192,3 +194,25 @@ def test_without_torch_and_timm(make_bundle, scenes, tmp_path):
     done = call("bench", bundle, "--profile", "rapid", "--processes", "1", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["settings"]["reference"] == "the same bundle in a session of its own"
+
+
+@pytest.mark.parametrize(
+    ("bundles", "labels"),
+    [
+        (("a/onnx-fp32", "a/onnx-int8"), ["onnx-fp32", "onnx-int8"]),
+        (("a/onnx-fp32", "b/onnx-fp32"), ["a/onnx-fp32", "b/onnx-fp32"]),
+        (("x/a/onnx", "y/a/onnx", "y/a/trt"), ["x/a/onnx", "y/a/onnx", "trt"]),
+        (("onnx", "a/onnx"), ["{cwd}/onnx", "a/onnx"]),
+        (("a/onnx", "a/onnx", "a/../a/onnx"), ["onnx", "onnx (2)", "onnx (3)"]),
+    ],
+)
+def test_bundles_have_names_that_tell_them_apart(tmp_path, monkeypatch, bundles, labels):
+    monkeypatch.chdir(tmp_path)
+    assert BenchSettings(bundles=bundles).labels == [label.replace("{cwd}", tmp_path.name) for label in labels]
+
+
+def test_bundles_of_two_runs_have_two_names_in_the_table(call, make_bundle, short_profile, tmp_path):
+    first = make_bundle()
+    shutil.copytree(first, tmp_path / "other" / "onnx-fp32")
+    result = call("bench", first, tmp_path / "other" / "onnx-fp32", "--profile", "rapid", "--processes", 1)
+    assert "run/onnx-fp32" in result.output and "other/onnx-fp32" in result.output
