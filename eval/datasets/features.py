@@ -159,12 +159,14 @@ def _run(
 
 
 def _embed(session: Session, pixels: np.ndarray) -> np.ndarray:
+    """The embeddings of one batch, float32 (N, D); a bundle's D is the one that its manifest states."""
     features = np.asarray(session.run(pixels), dtype=np.float32)
-    if features.ndim != 2 or len(features) != len(pixels):
-        name = model_name(session.bundle)
+    record = session.bundle
+    wanted = (len(pixels), record.student.width if isinstance(record, Bundle) else "D")
+    if features.ndim != 2 or len(features) != wanted[0] or wanted[1] not in ("D", features.shape[1]):
         raise DeviceError(
-            f"{name} returned {features.shape} for {len(pixels)} images, expected one embedding per image: "
-            "export it again"
+            f"{model_name(record)} returned {features.shape} for {len(pixels)} images, expected one embedding per "
+            f"image, ({wanted[0]}, {wanted[1]}): export it again"
         )
     return features
 

@@ -6,10 +6,14 @@ for the same records. The first screen recommends (recommend.py), the rest lets 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import shlex
-from collections.abc import Sequence
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,12 +27,29 @@ from robx.eval.report import accuracy_tables as accuracy
 from robx.eval.report import provenance as provenance
 from robx.eval.report import tables as tables
 from robx.eval.report.collect import ReportData, collect
-from robx.eval.report.figures import curve_figures, latency_figures, pair_figure, pareto_figure
 from robx.eval.report.recommend import MARGIN, Advice, Step, advise
 from robx.eval.report.rows import Row, build_rows, headline_data, images_of, precision_pairs
 from robx.eval.report.text import MS_AT_MOST, PERCENT, POINTS, SIZE, TIMES, at_most, clean, figure
 from robx.records import Latency, Value, to_json
 from robx.store.files import write_text
+
+
+@contextlib.contextmanager
+def _no_matplotlib_cache() -> Iterator[None]:
+    """Let the first import of matplotlib write its font cache to a temporary folder and not into the user's home."""
+    if "matplotlib" in sys.modules or os.environ.get("MPLCONFIGDIR"):
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="robx-matplotlib-") as folder:
+        os.environ["MPLCONFIGDIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["MPLCONFIGDIR"]
+
+
+with _no_matplotlib_cache():
+    from robx.eval.report.figures import curve_figures, latency_figures, pair_figure, pareto_figure
 
 _PROTOCOLS = {"knn": "kNN", "linear": "Linear"}
 

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -665,3 +668,15 @@ def test_a_margin_or_a_budget_that_is_none_is_refused_before_anything_is_written
     with pytest.raises(InputError, match=r"margin|budget"):
         render([runs], out=tmp_path / "r.html", margin=margin, budgets=budgets)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_leaves_nothing_in_the_home_folder(runs, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("XDG_", "MPL", "ROBX_"))} | {
+        "HOME": str(home)
+    }
+    command = [sys.executable, "-m", "robx.cli", "report", str(runs), "-o", str(tmp_path / "r.html")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list(home.rglob("*")) == [] and (tmp_path / "r.html").is_file()
