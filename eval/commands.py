@@ -86,7 +86,6 @@ def evaluate(
     robx eval runs/r18 --data images/ --linear --lowshot 1,2,5,1%
     robx eval runs/r18 --transfer cifar10=/data/cifar --transfer clevr_count=/data/CLEVR_v1.0
     """
-    from robx.eval.datasets.duplicates import warning_in
     from robx.eval.evaluate import EvalSettings
     from robx.eval.evaluate import evaluate as run
     from robx.records import to_json
@@ -99,14 +98,11 @@ def evaluate(
     found: list[Measurement] = []
     with progress_bar(quiet=as_json) as progress:
         try:
-            found.extend(run(settings, progress=progress))
+            found.extend(run(settings, progress=progress, say=say))
         except RobxError:
             if not as_json:
                 _show(found)  # what was measured before the error may have taken hours
             raise
-    for warning in dict.fromkeys(warning_in(record.settings) for record in found):
-        if warning:
-            say(f"warning: {warning}")
     if as_json:
         for record in found:
             click.echo(json.dumps(to_json(record)))

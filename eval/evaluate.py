@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 
 from robx.embeddings import KNN_K, KNN_TEMPERATURE, refuse_constant
 from robx.errors import ArtifactError, InputError
-from robx.eval.datasets.duplicates import look_alikes
+from robx.eval.datasets.duplicates import LookAlikes, look_alikes
 from robx.eval.datasets.features import BATCH, Features, extract, extract_each, model_id, model_name
 from robx.eval.datasets.layouts import open_dataset, parse_transfers
 from robx.eval.datasets.splits import Split, open_split
@@ -64,6 +64,15 @@ class EvalSettings:
     cache: Path | None = None  # folder of extracted features; None: robx's own cache
     no_cache: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"threads must be at least 1, got {self.threads}")
+        if self.batch < 1:
+            raise InputError(f"batch must be at least 1, got {self.batch}")
+        if self.fidelity:
+            check_margin(self.margin)
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
@@ -79,17 +88,22 @@ class _Plan:
     threads: int
     cache: Path | None
     progress: Progress | None
+    say: Callable[[str], None]
 
 
-def evaluate(settings: EvalSettings, *, progress: Progress | None = None) -> Iterator[Measurement]:
+def evaluate(
+    settings: EvalSettings, *, progress: Progress | None = None, say: Callable[[str], None] = lambda _: None
+) -> Iterator[Measurement]:
     """Evaluate the models; each record is appended to measurements.jsonl in its model's folder, then yielded.
+
+    `progress` is called with (done, total, note), `say` with a line about images that were left out or are suspect.
 
     Raises:
         InputError: images or folders that cannot be used; the message says which.
         ArtifactError: a model that is damaged, has collapsed or returns NaN.
         MissingExtra, DeviceError: a model cannot be opened or run.
     """
-    plan = _check(settings, progress)
+    plan = _check(settings, progress, say)
     with contextlib.ExitStack() as stack:
         wanted = dict.fromkeys([*plan.records, *plan.references.values()])
         sessions = {
@@ -101,7 +115,7 @@ def evaluate(settings: EvalSettings, *, progress: Progress | None = None) -> Ite
             yield record
 
 
-def _check(settings: EvalSettings, progress: Progress | None) -> _Plan:
+def _check(settings: EvalSettings, progress: Progress | None, say: Callable[[str], None]) -> _Plan:
     """Refuse what cannot work before a model is opened or an image is embedded."""
     s = settings
     if s.no_cache and s.cache:
@@ -115,14 +129,12 @@ def _check(settings: EvalSettings, progress: Progress | None) -> _Plan:
         split = open_split(s.data, s.test) if s.data else None
         if split is None:
             raise InputError("no images to evaluate on: give --data with train/ and test/ in it, or --data and --test")
-    if s.fidelity:
-        check_margin(s.margin)
-    if s.save_head and len(records) > 1:
-        raise InputError(f"--save-head writes the head of one model, got {len(records)} models: give one")
     if split is not None:
         for shot in shots:
             check_splits(split.bank, shot, s.lowshot_splits)
     references = _references(records, s.reference) if s.fidelity else {}
+    if s.save_head and len(records) > 1:
+        raise InputError(f"--save-head writes the head of one model, got {len(records)}: give one")
     for folder, record in records.items():
         _check_calibration(folder, record, split)
     return _Plan(
@@ -136,6 +148,7 @@ def _check(settings: EvalSettings, progress: Progress | None) -> _Plan:
         threads=s.threads or decode_threads(),
         cache=None if s.no_cache else s.cache or cache_folder() / "features",
         progress=progress,
+        say=say,
     )
 
 
@@ -196,7 +209,7 @@ def _on_the_data(
         if folder not in plan.references:  # a candidate that is compared gets a verdict instead
             _refuse_broken(folder, bank[folder], test[folder])
     first = next(iter(plan.records))
-    split = replace(split, shared=look_alikes(bank[first].looks, test[first].looks))
+    split = replace(split, shared=_said_of_images(split, bank[first], test[first], plan.say))
     bundles = [folder for folder, session in sessions.items() if isinstance(session.bundle, Bundle)]
     repeats = {folder: repeat_difference(sessions[folder], split.test) for folder in bundles}
     if plan.knn:
@@ -223,6 +236,17 @@ def _on_the_data(
         for folder in plan.records:
             for outcome in _trained(_model(folder, sessions[folder], plan), split, bank[folder], test[folder], plan):
                 yield folder, _accuracy(sessions[folder], split, outcome)
+
+
+def _said_of_images(split: Split, bank: Features, test: Features, say: Callable[[str], None]) -> LookAlikes:
+    """The test images that look like a training image; says so, and how many images cannot be read."""
+    for source, found in ((split.bank, bank), (split.test, test)):
+        if found.skipped:
+            say(f"warning: {found.skipped} of {len(source)} images of {source.name} cannot be read: left out")
+    shared = look_alikes(bank.looks, test.looks)
+    if shared.warning:
+        say(f"warning: {shared.warning}")
+    return shared
 
 
 def _trained(model: Model, split: Split, bank: Features, test: Features, plan: _Plan) -> Iterator[Outcome]:

@@ -346,7 +346,6 @@ def evaluate(
         ArtifactError: a model is damaged.
         MissingExtra, DeviceError: a model cannot be opened or run.
     """
-    from robx.eval.datasets.duplicates import warning_in
     from robx.eval.evaluate import EvalSettings, evaluate
 
     settings = EvalSettings(
@@ -369,11 +368,7 @@ def evaluate(
         no_cache=no_cache,
     )
     with reporting(progress) as (shown, say):
-        records = list(evaluate(settings, progress=shown))
-        for warning in dict.fromkeys(warning_in(record.settings) for record in records):
-            if warning:
-                say(f"warning: {warning}")
-    return records
+        return list(evaluate(settings, progress=shown, say=say))
 
 
 def report(

@@ -109,7 +109,9 @@ def _keywords(function: Callable[..., Any]) -> dict[str, Any]:
 
 def test_evaluate_takes_every_setting_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[EvalSettings] = []
-    monkeypatch.setattr(robx.eval.evaluate, "evaluate", lambda settings, progress: seen.append(settings) or iter(()))
+    monkeypatch.setattr(
+        robx.eval.evaluate, "evaluate", lambda settings, progress, say: seen.append(settings) or iter(())
+    )
     api.evaluate(["run", Path("bundle")], **EVALUATE)
     api.evaluate("run")
     assert seen[0] == EvalSettings(models=(Path("run"), Path("bundle")), **_as_settings(EVALUATE))

@@ -19,7 +19,7 @@ from robx.eval.datasets.features import Features
 from robx.eval.datasets.splits import make_split, open_split
 from robx.eval.protocols import linear
 from robx.eval.protocols import run as protocols
-from robx.export.image_splits import read_splits
+from robx.export.image_splits import SplitSizes, read_splits
 from robx.images.arrays import ArraySource
 from robx.images.shards import write_shard
 from robx.images.sources import labels_of, open_source
@@ -209,7 +209,7 @@ def calibrated_on(folder, **splits):
     """The record that export writes of a calibration on images of `folder`."""
     pre = Preprocessing(size=36, crop=32)
     train = open_source(folder, **splits)
-    return read_splits(train, None, pre, calibration_images=20, bank_images=20, judging_images=20, least=4).record()
+    return read_splits(train, None, pre, sizes=SplitSizes(calibration=20, bank=20, judging=20, least=4)).record()
 
 
 @pytest.mark.parametrize("protocol", ["--fidelity", "--knn"])
@@ -309,7 +309,7 @@ def test_what_is_wrong_is_said_in_one_line(run, scenes, arguments, message):
 def test_a_margin_that_cannot_be_tested_is_refused_before_anything_is_embedded(bundle, scenes, margin, monkeypatch):
     monkeypatch.setattr(evaluate, "open_session", None)
     result = robx(bundle("x", 0.0), "--data", scenes, "--fidelity", "--margin", margin)
-    assert result.exit_code == 2 and "a margin of" in result.output and result.output.count("\n") == 1
+    assert result.exit_code == 2 and "the margin must be" in result.output and result.output.count("\n") == 1
 
 
 def test_a_folder_that_robx_did_not_write_is_refused(tmp_path, scenes):
