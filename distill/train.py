@@ -132,6 +132,11 @@ def _spec(settings: DistillSettings, recipe: Recipe, source: ImageSource, teache
         targets=settings.targets,
         store=settings.store_targets,
         init=settings.init,
+        inputs=[
+            path
+            for path in (settings.teacher_weights, settings.recipe, settings.init, settings.targets)
+            if path is not None
+        ],
         options=settings.options,
     )
 

@@ -17,7 +17,7 @@ from robx.distill.training import run_settings
 from robx.distill.training.learner import Learner
 from robx.distill.training.networks import Initial, build_networks, share_teacher
 from robx.distill.training.processes import Processes
-from robx.distill.training.run_folder import Metrics, start_over, student_folders
+from robx.distill.training.run_folder import Metrics, check_folders, claim_folders, student_folders
 from robx.distill.training.speed import SpeedBound
 from robx.errors import InputError
 from robx.images.sources import ImageSource
@@ -61,6 +61,7 @@ class RunSpec:
     targets: Path | None = None  # stored targets used instead of a teacher
     store: Path | None = None  # where to write the targets of this run
     init: Path | None = None  # the run whose student's weights to start from; None starts from random weights
+    inputs: Sequence[Path] = ()  # other files that the run reads, which it must not remove
     options: Options = field(default_factory=Options)
 
 
@@ -111,8 +112,11 @@ def open_run(spec: RunSpec, *, processes: Processes, say: Say) -> Run:
         share_teacher(spec.teacher, processes)
     info = spec.teacher.info if spec.teacher is not None else stored.info if stored is not None else None
     settings = {"teacher": to_json(info)} | spec_settings(spec, initial)
-    if processes.first and not (options.force or options.fresh):
-        run_settings.refuse_changes(out, settings)
+    folders = student_folders(out, spec.students)
+    if processes.first:
+        check_folders(out, folders, inputs=spec.inputs, base=recipe.base, fresh=options.fresh)
+        if not (options.force or options.fresh):
+            run_settings.refuse_changes(out, settings)
     networks = build_networks(
         recipe,
         spec.students,
@@ -132,11 +136,8 @@ def open_run(spec: RunSpec, *, processes: Processes, say: Say) -> Run:
         branch = store_targets(
             branch, spec.store, recipe=recipe, teacher=spec.teacher, source=spec.source, k=options.stored_k
         )
-    folders = student_folders(out, spec.students)
     if processes.first:  # only now, when nothing can be refused any more
-        if options.fresh:
-            for folder in {out, *folders}:
-                start_over(folder)
+        claim_folders(out, folders, base=recipe.base, fresh=options.fresh)
         write_json(out / "recipe.json", settings | {"robx_version": __version__})
     return Run(
         recipe=recipe,

@@ -9,7 +9,6 @@ one whose hashes are right, and reports the ones that it skipped.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,11 @@ from robx.store.files import (
     write_json,
 )
 from robx.store.folders import new_folder, remove_leftovers
+from robx.store.written import RECORD, Written
 
 SCHEMA = 1
 _PREFIX = "step-"
+_FILES = ("state.safetensors", "state.json")
 
 
 def save_checkpoint(run: Path, state: Mapping[str, Any], *, step: int, keep: int = 2, best: int | None = None) -> Path:
@@ -41,6 +42,7 @@ def save_checkpoint(run: Path, state: Mapping[str, Any], *, step: int, keep: int
 
     Raises:
         RobxError: no space or no permission; nothing half-written remains.
+        InputError: the checkpoint would replace files that robx did not write.
     """
     folder = run / "checkpoints" / f"{_PREFIX}{step:08d}"
     tensors: dict[str, Tensor] = {}
@@ -50,7 +52,8 @@ def save_checkpoint(run: Path, state: Mapping[str, Any], *, step: int, keep: int
     except OSError as error:
         raise unwritable(folder.parent, error) from error
     require_space(folder.parent, int(1.1 * sum(t.nbytes for t in tensors.values())))
-    with new_folder(folder, ours=("state.safetensors", "state.json")) as temporary:
+    Written(run).claim(*(f"checkpoints/{folder.name}/{name}" for name in _FILES))
+    with new_folder(folder, ours=_FILES) as temporary:
         weights = temporary / "state.safetensors"
         write_atomically(weights, lambda path: _save(tensors, path))
         record = {"schema": SCHEMA, "step": step, "sha256": sha256_file(weights), "tree": tree}
@@ -82,8 +85,12 @@ def load_newest(run: Path, *, say: Callable[[str], None] | None = None) -> tuple
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The run's checkpoint folders, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob(f"{_PREFIX}*") if path.is_dir())
+    """The checkpoint folders that robx wrote, oldest first."""
+    found = sorted(path for path in (run / "checkpoints").glob(f"{_PREFIX}*") if path.is_dir())
+    if not (run / RECORD).exists():  # a run of an earlier version, which recorded nothing
+        return found if (run / "recipe.json").exists() else []
+    written = Written(run)
+    return [path for path in found if f"checkpoints/{path.name}" in written]
 
 
 def read_checkpoint(folder: Path) -> tuple[int, dict[str, Any]]:
@@ -135,10 +142,9 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _prune(run: Path, *, keep: int, best: int | None) -> None:
-    names = {f"{_PREFIX}{best:08d}"} if best is not None else set()
-    for folder in checkpoints(run)[:-keep]:
-        if folder.name not in names:
-            shutil.rmtree(folder, ignore_errors=True)
+    kept = {f"{_PREFIX}{best:08d}"} if best is not None else set()
+    old = [folder.name for folder in checkpoints(run)[:-keep] if folder.name not in kept]
+    Written(run).remove(*(f"checkpoints/{name}" for name in old))
 
 
 def _digest(record: Mapping[str, Any]) -> str:

@@ -8,21 +8,24 @@ RUN/  student.safetensors  student.json   the trunk, updated at every checkpoint
       teacher.pth                         a base method's run in its published layout: a teacher for the next run
       checkpoints/                        the state to resume from
 
-With several students each has its own folder below RUN for everything except recipe.json and checkpoints/.
+With several students each has its own folder below RUN for everything except recipe.json and checkpoints/. What robx
+wrote is recorded (``robx.store.written``): nothing else is removed or replaced.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from robx.errors import MissingExtra
+from robx.distill.recipes import recipe_from_json
+from robx.errors import InputError, MissingExtra, RobxError
 from robx.records import Preprocessing
-from robx.store.files import unwritable, write_text
+from robx.store.files import read_json, unwritable, write_text
+from robx.store.written import RECORD, Written
 
 
 class Metrics:
@@ -61,13 +64,67 @@ class Metrics:
             self._board.close()
 
 
-def start_over(folder: Path) -> None:
-    """Remove what distilling wrote into the folder of a run or of one of its students, and nothing else."""
-    for name in ("checkpoints", "tensorboard"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    files = ("metrics.jsonl", "recipe.json", "student.json", "student.safetensors", "corrupt.txt", "teacher.pth")
-    for name in files:
-        (folder / name).unlink(missing_ok=True)
+def check_folders(out: Path, folders: Sequence[Path], *, inputs: Sequence[Path], base: bool, fresh: bool) -> None:
+    """Refuse a run that would remove or replace files that robx did not write, or that it reads; writes only records.
+
+    Args:
+        out: the run's folder.
+        folders: of the students.
+        inputs: files and folders that the run reads.
+        base: whether the run writes teacher.pth.
+        fresh: whether what an earlier run wrote is going to be removed.
+
+    Raises:
+        InputError: the message names the file.
+    """
+    for path in (folder / name for folder in {out, *folders} for name in ("checkpoints", "tensorboard")):
+        if path.is_symlink():
+            raise InputError(
+                f"{path} is a link, and robx does not write or remove files behind it: remove it, or make {out} a link"
+            )
+    _adopt_earlier(out, folders)
+    for folder in {out, *folders}:
+        written = Written(folder)
+        for name in _names(folder, out=out, folders=folders, base=base):
+            if name not in written and os.path.lexists(folder / name):
+                raise InputError(
+                    f"{folder / name} was not written by robx and would be replaced: move it, or choose another --out"
+                )
+        for path in inputs if fresh else ():
+            if path.resolve() == folder.resolve() or any(path.resolve() == (folder / w).resolve() for w in written):
+                raise InputError(f"--fresh would remove {path}, which this run reads: move it, or choose another --out")
+
+
+def claim_folders(out: Path, folders: Sequence[Path], *, base: bool, fresh: bool) -> None:
+    """Record the files that a run is about to write, after removing with `fresh` what an earlier one wrote."""
+    for folder in {out, *folders}:
+        written = Written(folder)
+        if fresh:
+            written.remove(*written)
+        written.claim(*_names(folder, out=out, folders=folders, base=base))
+
+
+def _names(folder: Path, *, out: Path, folders: Sequence[Path], base: bool) -> list[str]:
+    """The files that a run writes into `folder`, except checkpoints and TensorBoard's."""
+    run = ["recipe.json", "corrupt.txt"] if folder == out else []
+    student = ["student.json", "student.safetensors", "metrics.jsonl"] if folder in folders else []
+    return run + student + (["teacher.pth"] if student and base else [])
+
+
+def _adopt_earlier(out: Path, folders: Sequence[Path]) -> None:
+    """Record the files of a run of an earlier version of robx, which kept no record."""
+    try:
+        settings = read_json(out / "recipe.json") if (out / "recipe.json").is_file() else None
+        recipe_from_json(settings["recipe"] if isinstance(settings, dict) else None)
+    except (RobxError, KeyError):
+        return  # not a run
+    usual = ("recipe.json", "corrupt.txt", "student.json", "student.safetensors", "metrics.jsonl", "teacher.pth")
+    below = ("checkpoints/step-*/state.*", "tensorboard/events.out.tfevents.*")
+    for folder in {out, *folders}:
+        if not (folder / RECORD).exists():
+            names = [name for name in usual if (folder / name).is_file()]
+            names += [path.relative_to(folder).as_posix() for pattern in below for path in folder.glob(pattern)]
+            Written(folder).adopt(*names)
 
 
 def student_folders(out: Path, students: Sequence[str]) -> list[Path]:
@@ -90,7 +147,11 @@ def tensorboard_writer(folder: Path, *, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise MissingExtra("tensorboard", "tensorboard", purpose="--tensorboard", cause=error) from error
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
+    board = folder / "tensorboard"
+    before = set(board.iterdir()) if board.exists() else set()
+    writer = SummaryWriter(str(board), purge_step=step + 1 if step else 0)
+    Written(folder).adopt(*(f"tensorboard/{path.name}" for path in set(board.iterdir()) - before))
+    return writer
 
 
 def _step_of(line: str) -> float:

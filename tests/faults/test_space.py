@@ -15,6 +15,7 @@ import pytest
 
 from robx.distill.training import run_checkpoint
 from robx.records import load_student
+from robx.store.written import Written
 
 TINY = Path(__file__).parents[1] / "distill" / "tiny.py"
 MOUNTS = subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode == 0
@@ -74,6 +75,7 @@ def test_a_disk_that_becomes_read_only(scenes: Path, tmp_path: Path) -> None:
 def test_metrics_that_cannot_be_written(scenes: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
+    Written(tmp_path / "run").adopt("metrics.jsonl")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(TINY), str(scenes), str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from robx.distill.training import run_checkpoint, run_settings
 from robx.distill.training.learner import seed_step
-from robx.distill.training.run_folder import start_over
+from robx.distill.training.run_folder import claim_folders
 from robx.errors import ArtifactError, InputError
 
 
@@ -191,12 +191,12 @@ def test_changed_settings_are_shown_as_a_diff(tmp_path: Path) -> None:
 
 
 def test_starting_over_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
+    claim_folders(tmp_path, [tmp_path], base=True, fresh=False)
     run_checkpoint.save_checkpoint(tmp_path, state(), step=1)
-    for name in ("metrics.jsonl", "teacher.pth", "tensorboard/events", "student.json", "mine.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("metrics.jsonl", "teacher.pth", "student.json", "mine.txt"):
         (tmp_path / name).write_text("{}\n")
-    start_over(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    claim_folders(tmp_path, [tmp_path], base=True, fresh=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".robx-written", "mine.txt"]
 
 
 def test_random_numbers_are_a_function_of_the_step() -> None:
