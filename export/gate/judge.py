@@ -14,7 +14,7 @@ import numpy as np
 from robx.embeddings import cosine, refuse_constant
 from robx.errors import ArtifactError, DeviceError, MissingExtra, RobxError
 from robx.export.gate.gate import Judgement, Limits, judge_accuracy
-from robx.export.gate.overflow import overflow_line, overflowing_layers
+from robx.export.gate.half import in_half_arithmetic, overflow_line, overflowing_layers
 from robx.export.gate.search import Trial
 from robx.export.gate.sessions import open_candidate
 from robx.export.image_splits import MIN_JUDGING, Images, normalise
@@ -25,6 +25,7 @@ from robx.export.parity import parity
 from robx.formats import FORMATS, FormatRow
 from robx.images.sources import class_numbers, renumbered
 from robx.records import Value
+from robx.runtime.session import run_within
 
 if TYPE_CHECKING:
     from robx.eval.fidelity.fidelity import Bank
@@ -192,13 +193,7 @@ class Judge:
 
     def _compare(self, candidate: Candidate, expected: np.ndarray, images: Images, *, level: float) -> Judgement:
         """The candidate's embeddings of `images` against `expected`; the first reason names what computed them."""
-        with self._opened(candidate) as session:
-            if session is not None:
-                answers, engine = self._run(candidate, session, images), str(session.facts().get("engine", ""))
-            else:
-                self.builder.progress(0, 1, f"judging {candidate.name}")
-                answers = self.builder.simulate(self.builder.graph_of(candidate), images)
-                engine = "the same ONNX graph, computed literally on the CPU"
+        answers, engine = self._answers(candidate, images)
         judged = judge_accuracy(
             expected,
             answers,
@@ -209,27 +204,39 @@ class Judge:
             precision=candidate.precision,
             class_names=self.builder.images.bank.classes,
         )
-        reasons = (f"{judged.reasons[0]} (computed by {engine})", *judged.reasons[1:])
-        judged = dataclasses.replace(judged, reasons=reasons)
-        if candidate.precision == "fp16" or self.builder.request.target.format == "trt":  # whose int8 has fp16 in it
-            return self._with_overflow(judged, finite=bool(np.isfinite(answers).all()), here=session is not None)
-        return judged
+        reasons = [f"{judged.reasons[0]} (computed by {engine})", *judged.reasons[1:]]
+        values = judged.values
+        if self._is_half(candidate) and (self.overflowing or not np.isfinite(answers).all()):
+            said = overflow_line(self.overflowing)
+            if judged.verdict == "FAIL":
+                reasons.insert(0, f"overflow, {said}; keep fp32, or try --int8")
+            else:  # computed in float32 here, or harmless, as in front of a sigmoid
+                reasons.append(f"a device that computes in float16 may overflow, {said}")
+            values = values | {"overflowing_layers": Value(value=float(len(self.overflowing)))}
+        return dataclasses.replace(judged, values=values, reasons=tuple(reasons))
 
-    def _with_overflow(self, judged: Judgement, *, finite: bool, here: bool) -> Judgement:
-        """The judgement of a model with float16 in it; `here`: computed by its own runtime on this machine.
+    def _is_half(self, candidate: Candidate) -> bool:
+        """Whether a candidate has float16 in it: TensorRT's int8 has, too."""
+        return candidate.precision == "fp16" or (candidate.precision == "int8" and self._row.name == "trt")
 
-        A CPU without float16 arithmetic computes such a model in float32, so NaN and infinity may be absent here and
-        appear on the device: a FAIL where this machine only stands in for the device, a warning otherwise.
+    def _answers(self, candidate: Candidate, images: Images) -> tuple[np.ndarray, str]:
+        """The candidate's embeddings of `images` (N, D), and what computed them.
+
+        A model with float16 in it is computed literally in float16 arithmetic where its own runtime cannot be opened
+        here, and judged so for OpenVINO, whose CPU plugin computes it in float32 and whose GPU and NPU plugins do not.
         """
-        if finite and not self.overflowing:
-            return judged
-        said = overflow_line(self.overflowing)
-        values = judged.values | {"overflowing_layers": Value(value=float(len(self.overflowing)))}
-        if finite and here:
-            warning = f"a device that computes in float16 will overflow, {said}"
-            return dataclasses.replace(judged, values=values, reasons=(*judged.reasons, warning))
-        first = f"overflow, {said}; keep fp32, or try --int8 with --format onnx or openvino"
-        return dataclasses.replace(judged, verdict="FAIL", values=values, reasons=(first, *judged.reasons))
+        with self._opened(candidate) as session:
+            if session is not None:
+                answers = self._run(candidate, session, images)
+                screening = images is not self.builder.images.judging
+                if screening or not self._is_half(candidate) or self._row.name != "openvino":
+                    return answers, str(session.facts().get("engine", "its runtime"))
+        self.builder.progress(0, 1, f"judging {candidate.name}")
+        graph = self.builder.graph_of(candidate)
+        if self._is_half(candidate):
+            answers = self.builder.simulate(in_half_arithmetic(graph), images)
+            return answers, "the same ONNX graph in float16 arithmetic, as on a GPU or NPU"
+        return self.builder.simulate(graph, images), "the same ONNX graph, computed literally on the CPU"
 
     def _run(self, candidate: Candidate, session: Session, images: Images) -> np.ndarray:
         """Embeddings of `images`, (N, D).
@@ -240,7 +247,7 @@ class Judge:
         preprocessing, pieces = self.builder.request.student.preprocessing, []
         note = f"{'judging' if images is self.builder.images.judging else 'screening'} {candidate.name}"
         for piece in images.batches(preprocessing, _BATCH):
-            pieces.append(session.run(piece))
+            pieces.append(run_within(session, piece))
             self.builder.progress(min(len(pieces) * _BATCH, len(images)), len(images), note)
         embeddings = np.concatenate(pieces)
         first = images.normalised(preprocessing, slice(8))
