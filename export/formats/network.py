@@ -1,6 +1,7 @@
 """The PyTorch network that every exporter and converter starts from: the trunk and its head, rewritten for export.
 
-Pixels (N, 3, H, W) in; embedding (N, D) and, with a head, logits (N, C) out; float32 at both ends.
+Pixels (N, 3, H, W) in; embedding (N, D) and, with a head, logits (N, C) out; float32 at both ends. Every rewrite is
+compared with the trunk as timm builds it, shape included, before anything is exported.
 """
 
 from __future__ import annotations
@@ -8,23 +9,32 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
+import timm
 import torch
 from torch import Tensor, nn
 
-from robx.errors import InputError
+from robx.errors import ArtifactError, InputError, first_line
+from robx.export.parity import parity
 from robx.export.quiet import quiet
 from robx.linear_head import Head
 from robx.records import Preprocessing, Student, TensorSpec
+from robx.trunk import embed
 
 PIXELS, EMBEDDING, LOGITS = "pixels", "embedding", "logits"
+_FUSING = ("fuse", "reparameterize", "switch_to_deploy")  # what timm.utils.reparameterize_model looks for
 
 
 class ExportModel(nn.Module):
     """The network that is exported."""
 
-    def __init__(self, trunk: nn.Module, *, head: Head | None, uint8: Preprocessing | None) -> None:
+    rewrites: tuple[str, ...]  # what differs from the trunk as timm builds it, for the manifest
+
+    def __init__(
+        self, trunk: nn.Module, *, head: Head | None, uint8: Preprocessing | None, rewrites: tuple[str, ...] = ()
+    ) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.trunk, self.rewrites = trunk, rewrites
         self.head: nn.Linear | None = None
         if head is not None:
             self.head = nn.Linear(head.weight.shape[1], head.weight.shape[0])
@@ -59,23 +69,38 @@ class _MeanPool(nn.Module):
 def export_model(
     trunk: nn.Module, student: Student, *, head: Head | None = None, uint8_input: bool = False
 ) -> ExportModel:
-    """A copy of `trunk` ready for any exporter: pools as means, position embedding fixed at the crop, eval, float32.
+    """A copy of `trunk` ready for any exporter: fused, pools as means, position embedding fixed, eval, float32.
 
     With a dynamic batch the ONNX exporter turns an adaptive pool and its flatten into a chain of Shape, Range and
     Gather, which silently costs an int8 OpenVINO model half of its accuracy; a mean becomes one ReduceMean.
 
     Raises:
         InputError: the head's width differs from the student's.
+        ArtifactError: the rewritten network does not give the trunk's embeddings, or their width is not the student's.
     """
     if head is not None and head.weight.shape[1] != student.width:
         raise InputError(
             f"the head takes {head.weight.shape[1]} features and the student gives {student.width}: give a head that "
             "was trained on this student"
         )
-    trunk = copy.deepcopy(trunk).float().cpu().eval().requires_grad_(False)
-    _replace_pools(trunk)
-    _fix_image_size(trunk, student.preprocessing.crop)
-    return ExportModel(trunk, head=head, uint8=student.preprocessing if uint8_input else None).eval()
+    reference = trunk.float().cpu().eval()
+    crop = student.preprocessing.crop
+    pixels = torch.randn((2, 3, crop, crop), generator=torch.Generator().manual_seed(0))
+    expected = embed(reference, pixels).numpy()
+    if expected.shape != (2, student.width):
+        raise ArtifactError(
+            f"{student.timm_name} returns {expected.shape[1:]} for an image and its student.json says {student.width}: "
+            "distil it again"
+        )
+    exported = copy.deepcopy(reference).requires_grad_(False)
+    exported, rewrites = _reparameterise(exported, pixels, expected)
+    _replace_pools(exported)
+    _fix_image_size(exported, crop)
+    parity(
+        expected, embed(exported, pixels).numpy(), precision="fp32", what=f"{student.timm_name} rewritten for export"
+    )
+    uint8 = student.preprocessing if uint8_input else None
+    return ExportModel(exported, head=head, uint8=uint8, rewrites=rewrites).eval()
 
 
 def tensor_specs(
@@ -88,6 +113,23 @@ def tensor_specs(
     if labels is not None:
         outputs.append(TensorSpec(name=LOGITS, dtype="float32", shape=(batch, labels)))
     return (pixels,), tuple(outputs)
+
+
+def _reparameterise(trunk: nn.Module, pixels: Tensor, expected: np.ndarray) -> tuple[nn.Module, tuple[str, ...]]:
+    """The trunk in its inference form (RepVGG, MobileOne, FastViT, RepViT, ...) and what was done, for the manifest.
+
+    The branches of a training-time block become one convolution: the same function, several times as fast.
+    """
+    blocks = sum(any(hasattr(m, name) for name in _FUSING) for m in trunk.modules())
+    if not blocks:
+        return trunk, ()
+    try:
+        with quiet():
+            fused = timm.utils.reparameterize_model(trunk).eval().requires_grad_(False)  # type: ignore[no-untyped-call]
+        parity(expected, embed(fused, pixels).numpy(), precision="fp32", what="the fused network")
+    except Exception as error:  # timm's own fusing code, of thirty networks
+        return trunk, (f"not re-parameterised, so it may be slow: {first_line(error)}",)
+    return fused, (f"re-parameterised for inference: {blocks} blocks fused",)
 
 
 def _replace_pools(module: nn.Module) -> None:
