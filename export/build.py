@@ -6,13 +6,14 @@ candidate of the requested precision passes, the best float model ships instead,
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from robx.errors import InputError
 from robx.export.bundle_folder import require_bundle_place, ship
-from robx.export.formats.network import export_model, tensor_specs
+from robx.export.formats.network import export_model, tensor_specs, trunk_at_size
 from robx.export.gate import gate
 from robx.export.gate.decide import Decision, decide
 from robx.export.gate.judge import Judge
@@ -27,10 +28,10 @@ from robx.export.image_splits import (
     read_splits,
 )
 from robx.export.make import CandidateBuilder, Networks
-from robx.export.request import ExportRequest, ExportTarget
+from robx.export.request import ExportRequest, ExportTarget, at_size
 from robx.linear_head import load_head
 from robx.progress import Progress, silent
-from robx.records import Bundle, Preprocessing, Rung
+from robx.records import Bundle, Preprocessing, Rung, load_bundle, load_student
 from robx.store.files import sha256_file
 from robx.store.folders import scratch_folder
 from robx.trunk import load_trunk
@@ -69,8 +70,9 @@ class ExportSettings:
             raise InputError("--sensitivity is measured on real images: give --data")
 
     def folder(self, bundle: Bundle) -> Path:
-        """Where `bundle` was written: `out`, or ``<run>/<format>-<true precision>``."""
-        return self.out or self.run / f"{bundle.format}-{bundle.precision}"
+        """Where `bundle` was written: `out`, or ``<run>/<format>-<true precision>``, with a size other than trained."""
+        size = "" if self.target.size is None else f"-{'x'.join(map(str, dict.fromkeys(self.target.size)))}"
+        return self.out or self.run / f"{bundle.format}-{bundle.precision}{size}"
 
 
 def export(
@@ -92,9 +94,12 @@ def export(
     """
     if settings.out is not None:
         require_bundle_place(settings.out)
+    _refuse_bundle(settings.run)
     student, trunk = load_trunk(settings.run)
+    target, trained = settings.target, student.preprocessing
+    student = dataclasses.replace(student, preprocessing=at_size(trained, target.size))
+    trunk = trunk_at_size(trunk, student)
     splits = _read_images(settings, student.preprocessing, progress)
-    target = settings.target
     head = load_head(settings.head) if settings.head else None
     labels = head.labels if head else None
     model = export_model(trunk, student, head=head, uint8_input=target.uint8_input)
@@ -102,7 +107,13 @@ def export(
     inputs, outputs = tensor_specs(
         student, batch=target.batch, uint8_input=target.uint8_input, labels=len(labels) if labels else None
     )
-    request = ExportRequest(target=target, student=student, inputs=inputs, outputs=outputs, labels=labels)
+    rewrites = model.rewrites
+    if student.preprocessing != trained:
+        now, before = (f"{height} x {width}" for height, width in (student.preprocessing.shape, trained.shape))
+        rewrites = (*rewrites, f"exported for {now} pixels, trained with {before}")
+    request = ExportRequest(
+        target=target, student=student, inputs=inputs, outputs=outputs, labels=labels, rewrites=rewrites
+    )
     cache = settings.run / CACHE
     progress(0, 1, "exporting to ONNX")
     with scratch_folder(cache, "work") as scratch:
@@ -136,3 +147,15 @@ def _read_images(settings: ExportSettings, preprocessing: Preprocessing, progres
     if settings.target.precision == "fp32" and not settings.sensitivity:  # parity takes 16 images, and nothing else
         sizes = SplitSizes(calibration=16, bank=16, screening=0, judging=64, least=16)
     return read_splits(source, held_out, preprocessing, sizes=sizes, progress=progress)
+
+
+def _refuse_bundle(run: Path) -> None:
+    """Raise InputError where the user gave a bundle, with the run that it was exported from where that is known."""
+    if not (run / "manifest.json").is_file() or (run / "student.json").exists():
+        return
+    bundle = load_bundle(run)
+    made = f"{run} is a bundle ({bundle.format} {bundle.precision}), which is exported already"
+    parent = run.resolve().parent
+    if (parent / "student.json").is_file() and load_student(parent).sha256 == bundle.student.sha256:
+        raise InputError(f"{made}: export its run instead: {run.parent if run.parent.name else parent}")
+    raise InputError(f"{made}: give the run of the {bundle.student.timm_name} that it was exported from")

@@ -3,47 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from robx.errors import ArtifactError, InputError
+from robx.formats import FORMATS
 from robx.records import Bundle, BundleFile, describe_file, from_json, save_bundle
-from robx.store.files import read_json, write_json
+from robx.store.files import read_bytes, read_json, sha256_file, write_json
 from robx.store.folders import new_folder
 
-
-def _has_bundle(folder: Path) -> bool:
-    """Whether `folder` has a manifest of robx, damaged or not; other tools write a manifest.json too."""
-    try:
-        text = (folder / "manifest.json").read_text(errors="replace")
-    except OSError:
-        return False
-    return all(f'"{key}"' in text for key in ("format", "precision", "requested", "verdict"))
+# How save_bundle's text begins; manifests of other tools begin otherwise.
+_BEGINNING = re.compile(rf'\{{\s*"format": "({"|".join(FORMATS)})",\s*"precision": "')
 
 
 def require_bundle_place(out: Path) -> None:
-    """Raise InputError if a bundle written to `out` would replace anything but a bundle."""
-    if out.is_dir() and any(out.iterdir()) and not _has_bundle(out):
-        raise InputError(f"{out} is not empty and is not a bundle: choose another folder")
+    """Raise InputError unless `out` is empty, does not exist, or holds a bundle, which would be replaced."""
     if (out / "student.json").exists():
         raise InputError(f"{out} holds a student: choose another folder for the bundle")
-
-
-def _files_of(folder: Path) -> list[str]:
-    """The files of the bundle in `folder`, by its manifest; none when there is no bundle."""
-    try:
-        bundle = from_json(Bundle, read_json(folder / "manifest.json"))
-    except ArtifactError:
-        return []
-    return ["manifest.json", *(file.path for file in bundle.files)]
+    if out.is_dir() and any(out.iterdir()) and not _files_of(out):
+        raise InputError(f"{out} is not empty and is not a bundle: choose another folder")
 
 
 def ship(bundle: Bundle, folder: Path, out: Path, *, layer_costs: Mapping[str, float] | None) -> Bundle:
     """Copy a bundle's files from `folder` to `out` and write the manifest last; `out` is complete or unchanged.
 
+    The files of an older bundle in `out` are replaced; notes, measurements and other files in it stay.
+
     Raises:
-        InputError: `out` is not a bundle and would be replaced.
+        InputError: `out` is not a bundle, or a file of it that robx did not write would be replaced.
     """
     require_bundle_place(out)
     with new_folder(out, ours=_files_of(out)) as temporary:
@@ -60,3 +49,25 @@ def ship(bundle: Bundle, folder: Path, out: Path, *, layer_costs: Mapping[str, f
         bundle = dataclasses.replace(bundle, files=files)
         save_bundle(bundle, temporary)
     return bundle
+
+
+def _files_of(folder: Path) -> list[str]:
+    """The files that robx wrote of the bundle in `folder`, the manifest included; none when there is no bundle.
+
+    Of a bundle whose manifest is damaged, which exporting again repairs, those are the files whose hash it still has.
+    """
+    path = folder / "manifest.json"
+    try:
+        bundle = from_json(Bundle, read_json(path), where=str(path))
+        return ["manifest.json", *(file.path for file in bundle.files)]
+    except ArtifactError:
+        pass
+    try:
+        text = read_bytes(path).decode(errors="replace")
+    except ArtifactError:
+        return []
+    if _BEGINNING.match(text) is None:
+        return []
+    hashes = set(re.findall(r'"sha256": "([0-9a-f]{64})"', text))
+    files = (item for item in folder.rglob("*") if item.is_file() and not item.is_symlink())
+    return ["manifest.json", *(str(item.relative_to(folder)) for item in files if sha256_file(item) in hashes)]

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Device: local or arm64; for trt also rtx:sm86+sm89 or jetson-orin.",
 )
+@click.option("--size", help="Input size in pixels: 224, or HEIGHTxWIDTH. [default: as trained]")
 @click.option("--uint8-input", is_flag=True, help="Take uint8 pixels; the normalisation becomes part of the model.")
 @click.option("--rungs", type=click.IntRange(1), help="Maximum number of int8 candidates to try.")
 @click.option("--budget", type=click.FloatRange(min=0), help="Seconds after which no further candidate is started.")
@@ -63,6 +64,7 @@ def export(
     target: str,
     batch: str,
     opset: int,
+    size: str | None,
     uint8_input: bool,
     max_drop: float,
     min_speedup: float,
@@ -83,7 +85,7 @@ def export(
         raise InputError("--fp16 and --int8 are two different exports: give one of them")
     from robx.export import build
     from robx.export.gate.gate import Limits, gate_error
-    from robx.export.request import ExportTarget
+    from robx.export.request import ExportTarget, parse_size
 
     wanted = ExportTarget(
         format=fmt,  # type: ignore[arg-type]
@@ -92,6 +94,7 @@ def export(
         batch=_batch(batch),
         opset=opset,
         uint8_input=uint8_input,
+        size=parse_size(size) if size is not None else None,
     )
     limits = Limits(max_drop=max_drop, min_speedup=min_speedup)
     chosen = build.ExportSettings(run=run, target=wanted, limits=limits, candidates=rungs, **settings)

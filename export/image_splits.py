@@ -233,7 +233,6 @@ def _read(
                 progress(len(pixels), min(count, len(order)), note)
             if len(pixels) == count:
                 break
-    crop = preprocessing.crop
-    stacked = np.stack(pixels) if pixels else np.zeros((0, 3, crop, crop), np.uint8)
+    stacked = np.stack(pixels) if pixels else np.zeros((0, 3, *preprocessing.shape), np.uint8)
     own = tuple(digests)[excluded:]
     return Images(stacked, np.array(labels, dtype=np.int64), own, source.classes)

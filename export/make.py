@@ -11,6 +11,7 @@ import tempfile
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -40,6 +41,7 @@ from robx.trunk import embed
 _BATCH = 32
 _RANGE_BATCH = 4  # every activation of these images is in memory at once
 _SENSITIVITY_IMAGES = 64
+_REVISION = 2  # increment when the exported network changes: older cached models are then ignored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +56,10 @@ class Networks:
 def cached_onnx(networks: Networks, request: ExportRequest, cache: Path) -> Path:
     """The float32 ONNX of a student in `cache`, exported once for each combination of settings that changes it."""
     target = request.target
-    key = [request.student.sha256, target.batch, target.opset, target.uint8_input, networks.head_sha256, __version__]
+    key: list[Any] = [_REVISION]
+    key += [request.student.sha256, target.batch, target.opset, target.uint8_input, networks.head_sha256, __version__]
     key += [version(name) for name in ("torch", "onnxscript", "onnx")]
-    key.append(to_json(request.student.preprocessing))
+    key += [to_json(request.student.preprocessing), request.rewrites]
     path = cache / f"{sha256_bytes(repr(key).encode())[:24]}.onnx"
     if not _is_sound(path):
         to_onnx.export_onnx(networks.model, path, student=request.student, batch=target.batch, opset=target.opset)

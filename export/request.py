@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from dataclasses import dataclass
 
 from robx.errors import InputError
 from robx.formats import FORMATS
-from robx.records import Format, Precision, Student, TensorSpec
+from robx.records import MAX_SIDE, Format, Normalisation, Precision, Preprocessing, Student, TensorSpec
 
 # TensorRT-RTX has no kernel for opset 23's Attention, and below 20 Gelu is decomposed.
 DEFAULT_OPSET = 20
@@ -26,6 +27,7 @@ class ExportTarget:
     batch: int | None = None  # None: dynamic
     opset: int = DEFAULT_OPSET
     uint8_input: bool = False  # pixels are uint8 0..255 and the normalisation is part of the model
+    size: tuple[int, int] | None = None  # height and width of the input in pixels; None: as trained
 
     @property
     def is_local(self) -> bool:
@@ -55,6 +57,8 @@ class ExportTarget:
             raise InputError(f"--uint8-input is supported for {able}, not {self.format}: drop it")
         if self.format == "trt" and self.precision == "int8" and self.opset < 19:
             raise InputError(f"TensorRT int8 needs opset 19 or later (Q/DQ of fp16 tensors), got {self.opset}: give 20")
+        if self.size is not None and not all(0 < side <= MAX_SIDE for side in self.size):
+            raise InputError(f"--size must be 1 to {MAX_SIDE} pixels, got {self.size}: give a size such as 224")
         if self.opset not in OPSETS:
             raise InputError(
                 f"opset {self.opset} is not supported: give {OPSETS[0]} to {OPSETS[-1]} (20 suits every runtime)"
@@ -66,10 +70,11 @@ class ExportRequest:
     """A target together with the student and the model's inputs and outputs."""
 
     target: ExportTarget
-    student: Student
+    student: Student  # with the preprocessing of the exported size
     inputs: tuple[TensorSpec, ...]  # pixels (N, 3, H, W)
     outputs: tuple[TensorSpec, ...]  # embedding (N, D), and logits (N, C) with a head
     labels: tuple[str, ...] | None = None
+    rewrites: tuple[str, ...] = ()  # how the exported network differs from timm's; see Bundle.rewrites
 
     @property
     def precision(self) -> Precision:
@@ -77,11 +82,48 @@ class ExportRequest:
         return self.target.precision
 
     @property
-    def image_size(self) -> int:
-        """H and W of the input, in pixels."""
-        return self.student.preprocessing.crop
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the input, in pixels."""
+        return self.student.preprocessing.shape
+
+    @property
+    def host_preprocessing(self) -> Preprocessing:
+        """What the host does to an image before the model; the student's, but for what the model does itself.
+
+        With uint8 input that leaves the resize and crop: minus 0 and over 1 / 255 are the pixels 0..255 again.
+        """
+        if not self.target.uint8_input:
+            return self.student.preprocessing
+        return dataclasses.replace(self.student.preprocessing, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
+
+    @property
+    def in_model(self) -> Normalisation | None:
+        """The normalisation that the model does itself; None with float input."""
+        pre = self.student.preprocessing
+        return Normalisation(mean=pre.mean, std=pre.std) if self.target.uint8_input else None
 
     @property
     def fixed_batch(self) -> int:
         """The batch size for formats without dynamic shapes."""
         return self.target.batch or 1
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width from "224" or "160x96" (height x width), in pixels.
+
+    Raises:
+        InputError: `text` is neither.
+    """
+    sides = text.lower().split("x")
+    if not 1 <= len(sides) <= 2 or not all(side.isascii() and side.isdigit() for side in sides):
+        raise InputError(f"--size must be a number of pixels or HEIGHTxWIDTH, got {text!r}: give 224, or 160x96")
+    return int(sides[0]), int(sides[-1])
+
+
+def at_size(preprocessing: Preprocessing, size: tuple[int, int] | None) -> Preprocessing:
+    """`preprocessing` with a crop of `size` (height, width) and the same relative margin around it; None: unchanged."""
+    if size is None:
+        return preprocessing
+    height, width = size
+    resized = max(height, round(height * preprocessing.size / preprocessing.crop))
+    return dataclasses.replace(preprocessing, size=resized, crop=height, crop_width=None if width == height else width)

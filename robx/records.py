@@ -8,6 +8,7 @@ schema, an unknown key, or a value of the wrong type is refused with one line th
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import typing
 from collections.abc import Iterable
@@ -41,22 +42,44 @@ Validity = Literal["VALID", "UNSTABLE", "INVALID"]
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How an RGB image becomes the model's input: resize the shorter side, centre crop, scale to [0, 1], normalise."""
+    """How an RGB image becomes the model's input: resize the shorter side, centre crop, scale to [0, 1], normalise.
+
+    A crop that is not square (`crop_width`) gets the same margin: the image is resized, with its aspect ratio kept, to
+    cover size / crop times the crop.
+    """
 
     size: int  # shorter side after the resize, in pixels
-    crop: int  # side of the square centre crop, in pixels
+    crop: int  # side of the square centre crop, or its height, in pixels
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    crop_width: int | None = None  # pixels; None: a square
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the model's input, in pixels."""
+        return self.crop, self.crop_width or self.crop
+
+    def same_pixels(self, other: Preprocessing) -> bool:
+        """Whether both see the same pixels of an image, however they normalise them."""
+        return dataclasses.replace(self, mean=other.mean, std=other.std) == other
 
     def __post_init__(self) -> None:
         """Refuse impossible values: a record may come from anywhere."""
-        if not (0 < self.size <= MAX_SIDE and 0 < self.crop <= MAX_SIDE):
+        if not all(0 < side <= MAX_SIDE for side in (self.size, *self.shape)) or self.crop_width == 0:
             raise ArtifactError(
                 f"preprocessing size {self.size} and crop {self.crop} must be between 1 and {MAX_SIDE} pixels"
             )
         if 0 in self.std:
             raise ArtifactError("the preprocessing's standard deviation must not be 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalisation:
+    """(pixels / 255 - mean) / std as a part of the model, whose input is RGB pixels 0..255."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +198,7 @@ class Bundle:
     runtime: str  # the engine: onnxruntime, openvino, tensorrt, tensorrt_rtx, ...
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing  # on the host, before the model
     student: Student
     verdict: Verdict | Literal["FORCED", "NOT_JUDGED"]
     reason: str
@@ -187,6 +210,8 @@ class Bundle:
     labels: tuple[str, ...] | None = None  # class names, if the model has a classification head
     parity: dict[str, Value] = field(default_factory=dict)  # difference from PyTorch, at the shipped input shape
     robx_version: str = ""
+    in_model: Normalisation | None = None  # preprocessing that the model does itself (--uint8-input)
+    rewrites: tuple[str, ...] = ()  # of the network before the export, such as re-parameterised blocks
     schema: int = SCHEMA
 
     @property

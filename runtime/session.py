@@ -219,8 +219,7 @@ class OpenModel:
     ) -> None:
         self.bundle = record
         self._model: Model | None = model
-        crop = record.preprocessing.crop
-        shape = record.inputs[0].shape if isinstance(record, Bundle) else (None, 3, crop, crop)
+        shape = record.inputs[0].shape if isinstance(record, Bundle) else (None, 3, *record.preprocessing.shape)
         self._batch, self._image_shape = shape[0] or batch, shape[1:]
         self._widths = _output_widths(record, labels=labels)
 

@@ -86,7 +86,7 @@ def draft_manifest(
         runtime=built.runtime,
         inputs=built.inputs,
         outputs=built.outputs,
-        preprocessing=request.student.preprocessing,
+        preprocessing=request.host_preprocessing,
         student=request.student,
         verdict="NOT_JUDGED",
         reason="; ".join(built.notes),
@@ -97,4 +97,6 @@ def draft_manifest(
         files=tuple(describe_file(folder, file.path, file.role) for file in built.files),
         labels=request.labels,
         robx_version=__version__,
+        in_model=request.in_model,
+        rewrites=request.rewrites,
     )

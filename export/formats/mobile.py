@@ -33,7 +33,7 @@ def mobile_model(model: nn.Module | None, request: ExportRequest) -> nn.Module:
 
 def example_input(request: ExportRequest) -> Tensor:
     """Zeros of the exported input's shape, with its batch fixed."""
-    return torch.zeros((request.fixed_batch, 3, request.image_size, request.image_size))
+    return torch.zeros((request.fixed_batch, 3, *request.image_shape))
 
 
 def fix_batch(specs: tuple[TensorSpec, ...], batch: int) -> tuple[TensorSpec, ...]:

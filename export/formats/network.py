@@ -10,8 +10,8 @@ import copy
 from typing import Any
 
 import numpy as np
-import timm
 import torch
+from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from robx.errors import ArtifactError, InputError, first_line
@@ -84,8 +84,8 @@ def export_model(
             "was trained on this student"
         )
     reference = trunk.float().cpu().eval()
-    crop = student.preprocessing.crop
-    pixels = torch.randn((2, 3, crop, crop), generator=torch.Generator().manual_seed(0))
+    shape = student.preprocessing.shape
+    pixels = torch.randn((2, 3, *shape), generator=torch.Generator().manual_seed(0))
     expected = embed(reference, pixels).numpy()
     if expected.shape != (2, student.width):
         raise ArtifactError(
@@ -95,7 +95,7 @@ def export_model(
     exported = copy.deepcopy(reference).requires_grad_(False)
     exported, rewrites = _reparameterise(exported, pixels, expected)
     _replace_pools(exported)
-    _fix_image_size(exported, crop)
+    _fix_image_size(exported, shape)
     parity(
         expected, embed(exported, pixels).numpy(), precision="fp32", what=f"{student.timm_name} rewritten for export"
     )
@@ -103,12 +103,56 @@ def export_model(
     return ExportModel(exported, head=head, uint8=uint8, rewrites=rewrites).eval()
 
 
+_SIZES = (32, 64, 96, 112, 128, 160, 192, 224, 256)  # tried for an error message
+
+
+def trunk_at_size(trunk: nn.Module, student: Student) -> nn.Module:
+    """`trunk` for the input size in `student`, by timm's ``set_input_size`` where the network is built for one size.
+
+    Raises:
+        InputError: the network cannot take this size; the message names sizes that it can.
+    """
+    shape = student.preprocessing.shape
+    try:
+        return _sized(trunk, shape)
+    except Exception as error:
+        works = [f"{side}" for side in _SIZES if _takes(trunk, (side, side))]
+        advice = f"give --size {works[0]}" if len(works) == 1 else f"give --size, one of {', '.join(works)}"
+        raise InputError(
+            f"{student.timm_name} cannot take {shape[0]} x {shape[1]} pixels ({first_line(error)}): "
+            f"{advice if works else 'choose another student'}"
+        ) from error
+
+
+def _sized(trunk: nn.Module, shape: tuple[int, int]) -> nn.Module:
+    pixels = torch.zeros((1, 3, *shape))
+    try:
+        embed(trunk, pixels)
+        return trunk
+    except Exception:
+        if not hasattr(trunk, "set_input_size"):
+            raise
+    trunk = copy.deepcopy(trunk)
+    with quiet():
+        trunk.set_input_size(img_size=shape)  # type: ignore[operator]
+    embed(trunk, pixels)
+    return trunk
+
+
+def _takes(trunk: nn.Module, shape: tuple[int, int]) -> bool:
+    try:
+        _sized(trunk, shape)
+    except Exception:
+        return False
+    return True
+
+
 def tensor_specs(
     student: Student, *, batch: int | None, uint8_input: bool, labels: int | None
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """The inputs and outputs of the exported model."""
-    crop = student.preprocessing.crop
-    pixels = TensorSpec(name=PIXELS, dtype="uint8" if uint8_input else "float32", shape=(batch, 3, crop, crop))
+    shape = (batch, 3, *student.preprocessing.shape)
+    pixels = TensorSpec(name=PIXELS, dtype="uint8" if uint8_input else "float32", shape=shape)
     outputs = [TensorSpec(name=EMBEDDING, dtype="float32", shape=(batch, student.width))]
     if labels is not None:
         outputs.append(TensorSpec(name=LOGITS, dtype="float32", shape=(batch, labels)))
@@ -125,7 +169,7 @@ def _reparameterise(trunk: nn.Module, pixels: Tensor, expected: np.ndarray) -> t
         return trunk, ()
     try:
         with quiet():
-            fused = timm.utils.reparameterize_model(trunk).eval().requires_grad_(False)  # type: ignore[no-untyped-call]
+            fused = reparameterize_model(trunk).eval().requires_grad_(False)
         parity(expected, embed(fused, pixels).numpy(), precision="fp32", what="the fused network")
     except Exception as error:  # timm's own fusing code, of thirty networks
         return trunk, (f"not re-parameterised, so it may be slow: {first_line(error)}",)
@@ -156,12 +200,12 @@ def _is_average(module: nn.Module) -> bool:
     return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
 
 
-def _fix_image_size(trunk: nn.Module, crop: int) -> None:
-    """A ViT with a dynamic size resizes its position embedding in every forward pass; do it once, for the crop."""
+def _fix_image_size(trunk: nn.Module, shape: tuple[int, int]) -> None:
+    """A ViT with a dynamic size resizes its position embedding in every forward pass; do it once, for this size."""
     if not getattr(trunk, "dynamic_img_size", False):
         return
     with quiet():
-        trunk.set_input_size(img_size=(crop, crop))  # type: ignore[operator]
+        trunk.set_input_size(img_size=shape)  # type: ignore[operator]
     trunk.dynamic_img_size = False  # type: ignore[assignment]
     patches: Any = trunk.patch_embed
     patches.dynamic_img_pad, patches.strict_img_size, patches.flatten, patches.output_fmt = False, True, True, None

@@ -37,7 +37,7 @@ def build(source: Source, request: ExportRequest, folder: Path) -> BuiltModel:
         import pnnx
     except ImportError as error:
         raise MissingExtra("pnnx", "ncnn", purpose="exporting to ncnn", cause=error) from error
-    example = torch.zeros((1, 3, request.image_size, request.image_size))
+    example = torch.zeros((1, 3, *request.image_shape))
     with tempfile.TemporaryDirectory() as scratch:
         traced = Path(scratch) / "model.pt"
         _trace(mobile_model(source.model, request), example, traced)

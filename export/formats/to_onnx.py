@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -33,10 +34,9 @@ def export_onnx(model: ExportModel, path: Path, *, student: Student, batch: int 
     Raises:
         ArtifactError: the exporter failed, fell back to another opset, or wrote a file that the checker rejects.
     """
-    crop = student.preprocessing.crop
     dtype = torch.uint8 if model.uint8 else torch.float32
     # Two images where the batch is dynamic: the exporter would take 1 for a constant.
-    example = torch.zeros((2 if batch is None else batch, 3, crop, crop), dtype=dtype)
+    example = torch.zeros((2 if batch is None else batch, 3, *student.preprocessing.shape), dtype=dtype)
     try:
         with quiet():
             program = torch.onnx.export(
@@ -78,23 +78,33 @@ def finish(proto: onnx.ModelProto, student: Student, *, opset: int) -> None:
         del value.metadata_props[:]
     del proto.graph.metadata_props[:]
     del proto.metadata_props[:]
+    onnx.helper.set_model_props(proto, _properties(proto, student))
+    proto.producer_name, proto.producer_version = "robx", __version__
+    check_model(proto, where=f"the export of {student.timm_name}", full_check=True)
+
+
+def _properties(proto: onnx.ModelProto, student: Student) -> dict[str, str]:
+    """robx's metadata: what the file is, what the host has to do to an image, and what the model does itself."""
     pre = student.preprocessing
-    preprocessing = {
-        "size": pre.size,
-        "crop": pre.crop,
-        "interpolation": pre.interpolation,
-        "mean": pre.mean,
-        "std": pre.std,
-    }
-    properties = {
+    host: dict[str, Any] = {"size": pre.size, "crop": pre.crop, "interpolation": pre.interpolation}
+    if pre.crop_width is not None:
+        host["crop_width"] = pre.crop_width
+    normalisation = {"mean": pre.mean, "std": pre.std}
+    found = {
         "robx.version": __version__,
         "robx.student": student.timm_name,
         "robx.student_sha256": student.sha256,
-        "robx.preprocessing": json.dumps(preprocessing),
     }
-    onnx.helper.set_model_props(proto, properties)
-    proto.producer_name, proto.producer_version = "robx", __version__
-    check_model(proto, where=f"the export of {student.timm_name}", full_check=True)
+    if proto.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8:
+        return found | {
+            "robx.preprocessing": json.dumps(host),
+            "robx.in_model": json.dumps(normalisation),
+            "robx.input": "RGB pixels 0..255, uint8",
+        }
+    return found | {
+        "robx.preprocessing": json.dumps(host | normalisation),
+        "robx.input": "RGB, (pixels / 255 - mean) / std, float32",
+    }
 
 
 def build(source: Source, request: ExportRequest, folder: Path) -> BuiltModel:

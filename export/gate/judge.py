@@ -146,12 +146,12 @@ class Judge:
             ArtifactError: it differs from PyTorch, or its answer depends on the batch.
         """
         request = self.builder.request
-        preprocessing = request.student.preprocessing
         if self.builder.splits is not None:
-            images = self.builder.images.judging.normalised(preprocessing, slice(16))
+            pixels = self.builder.images.judging.pixels[:16]
         else:
-            images = normalise(_smooth_pixels(8, request.image_size), preprocessing)
-        expected = self.builder.reference(images)
+            pixels = _smooth_pixels(8, request.image_shape)
+        images = normalise(pixels, request.host_preprocessing)
+        expected = self.builder.reference(normalise(pixels, request.student.preprocessing))
         refuse_constant(expected, request.student.timm_name)
         what = f"the {request.target.format} model in {candidate.precision}"
         compare = partial(parity, expected, precision=candidate.precision, what=what, refuse=not judged)
@@ -159,7 +159,7 @@ class Judge:
         if isinstance(session, str):
             if not self._row.onnx_precision:
                 return {}, session
-            return compare(run_model(self.builder.graph_of(candidate), images)), session  # its input is never uint8
+            return compare(run_model(self.builder.graph_of(candidate), self.builder.as_input(pixels))), session
         with session:
             together = session.run(images)
             alone = np.concatenate([session.run(images[i : i + 1]) for i in range(len(images))])
@@ -244,7 +244,7 @@ class Judge:
         Raises:
             ArtifactError: the answer for an image depends on its batch.
         """
-        preprocessing, pieces = self.builder.request.student.preprocessing, []
+        preprocessing, pieces = self.builder.request.host_preprocessing, []
         note = f"{'judging' if images is self.builder.images.judging else 'screening'} {candidate.name}"
         for piece in images.batches(preprocessing, _BATCH):
             pieces.append(run_within(session, piece))
@@ -282,12 +282,13 @@ def _model_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.name != "manifest.json")
 
 
-def _smooth_pixels(count: int, size: int) -> np.ndarray:
-    """Smooth coloured gradients, uint8 (count, 3, size, size), to check that two engines compute the same function."""
+def _smooth_pixels(count: int, shape: tuple[int, int]) -> np.ndarray:
+    """Smooth coloured gradients, uint8 (count, 3, H, W), to check that two engines compute the same function."""
     random = np.random.default_rng(0)
-    grid = np.linspace(0, 1, size, dtype=np.float32)
     corners = random.normal(size=(count, 3, 2, 2)).astype(np.float32)
-    weights = np.stack([1 - grid, grid])
-    fields = np.einsum("ncij,ih,jw->nchw", corners, weights, weights)
+    rows, columns = (
+        np.stack([1 - grid, grid]) for grid in (np.linspace(0, 1, side, dtype=np.float32) for side in shape)
+    )
+    fields = np.einsum("ncij,ih,jw->nchw", corners, rows, columns)
     pixels: np.ndarray = np.clip(127.5 + 64 * fields, 0, 255).astype(np.uint8)
     return pixels

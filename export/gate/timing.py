@@ -92,7 +92,7 @@ class Timer:
     def _interleave(self, sessions: Mapping[str, Session], *, times: int) -> Interleaved:
         from robx.runtime.bench.interleave import interleave
 
-        images = self.builder.images.judging.normalised(self.builder.request.student.preprocessing, slice(_IMAGES))
+        images = self.builder.images.judging.normalised(self.builder.request.host_preprocessing, slice(_IMAGES))
         return interleave(sessions, images, blocks=times * _BLOCKS, seconds=_BLOCK_SECONDS, seed=times)
 
     def _open_baselines(self, candidate: Candidate) -> dict[str, Session]:

@@ -87,23 +87,43 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """Shorter side to ``size``, then the centre ``crop`` square, as torchvision's Resize and CenterCrop."""
-    size, crop = preprocessing.size, preprocessing.crop
+    """Shorter side to ``size``, then the centre ``crop`` square, as torchvision's Resize and CenterCrop.
+
+    With ``crop_width`` as timm's ResizeKeepRatio and CenterCrop.
+    """
+    crop_height, crop_width = preprocessing.shape
     width, height = image.size
     short, long = min(width, height), max(width, height)
     if long > _MAX_ASPECT * short:
         left, top = (width - short) // 2, (height - short) // 2
         image = image.crop((left, top, left + short, top + short))
         width = height = long = short
-    scaled = (size, int(size * long / short)) if width <= height else (int(size * long / short), size)
+    size = preprocessing.size
+    if crop_height == crop_width:
+        scaled = (size, int(size * long / short)) if width <= height else (int(size * long / short), size)
+    else:
+        scale = max(size / height, size * crop_width / crop_height / width)
+        scaled = (max(crop_width, round(width * scale)), max(crop_height, round(height * scale)))
     image = image.resize(scaled, _FILTERS[preprocessing.interpolation])
-    left, top = round((scaled[0] - crop) / 2), round((scaled[1] - crop) / 2)
-    return image.crop((left, top, left + crop, top + crop))
+    left, top = round((scaled[0] - crop_width) / 2), round((scaled[1] - crop_height) / 2)
+    return image.crop((left, top, left + crop_width, top + crop_height))
 
 
 def preprocess(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """An RGB image as the model's input, float32 (3, crop, crop)."""
+    """An RGB image as the model's input, float32 (3, H, W)."""
     pixels = np.asarray(resize_and_crop(image, preprocessing), dtype=np.float32) / np.float32(255)
     mean = np.asarray(preprocessing.mean, dtype=np.float32)
     std = np.asarray(preprocessing.std, dtype=np.float32)
     return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
+
+
+def renormalise(images: np.ndarray, given: Preprocessing, wanted: Preprocessing) -> np.ndarray:
+    """Images (N, 3, H, W), float32, normalised as in `given`, as in `wanted` instead; the pixels stay the same."""
+    if (given.mean, given.std) == (wanted.mean, wanted.std):
+        return images
+    old_mean, old_std, mean, std = (
+        np.asarray(values, dtype=np.float32).reshape(1, 3, 1, 1)
+        for values in (given.mean, given.std, wanted.mean, wanted.std)
+    )
+    found: np.ndarray = (images * old_std + old_mean - mean) / std
+    return found

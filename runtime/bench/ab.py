@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from robx.errors import InputError
+from robx.images.decode import renormalise
 from robx.images.sources import open_source
 from robx.records import Validity, Value, load_bundle, utc_now
 from robx.runtime.bench import latency, validity
@@ -54,20 +55,24 @@ def compare(settings: BenchSettings) -> list[Comparison]:
     Each bundle is timed for the profile's seconds, divided into BLOCKS blocks.
 
     Raises:
-        InputError: fewer than two bundles, the same bundle twice, bundles with different preprocessing, or a setting
+        InputError: fewer than two bundles, the same bundle twice, bundles of different input sizes, or a setting
             that only a benchmark in separate processes has.
     """
     _check(settings)
     folders = settings.folders
     for folder in folders[1:]:
         require_writable(folder)
-    shapes = {load_bundle(folder).preprocessing for folder in folders}
-    if len(shapes) > 1:
-        raise InputError("--ab needs bundles with the same preprocessing: they have to run the same images")
+    bundles = [load_bundle(folder) for folder in folders]
+    shared = bundles[0].preprocessing
+    if not all(shared.same_pixels(bundle.preprocessing) for bundle in bundles):
+        raise InputError("--ab needs bundles of the same input size and resize: they have to run the same images")
     source = open_source(Path(settings.data)) if settings.data is not None else None
-    started, images = utc_now(), load_inputs(shapes.pop(), source).images
+    started, pixels = utc_now(), load_inputs(shared, source).images
     seconds = find_profile(settings.profile).seconds / BLOCKS
     labels = settings.labels
+    images = {
+        label: renormalise(pixels, shared, bundle.preprocessing) for label, bundle in zip(labels, bundles, strict=True)
+    }
     with contextlib.ExitStack() as stack:
         one = replace(settings.session, batch=1)
         sessions = {
@@ -76,7 +81,7 @@ def compare(settings: BenchSettings) -> list[Comparison]:
         timed = interleave(sessions, images, blocks=BLOCKS, seconds=seconds, seed=settings.seed)
         known: dict[Path, np.ndarray] = {}
         wrong = {
-            label: [f"{reason} ({label})" for reason in _wrong_outputs(folder, sessions[label], images, known)]
+            label: [f"{reason} ({label})" for reason in _wrong_outputs(folder, sessions[label], images[label], known)]
             for label, folder in zip(labels, folders, strict=True)
         }
         facts = {label: session.facts() for label, session in sessions.items()}

@@ -32,21 +32,27 @@ class Interleaved:
 
 
 def interleave(
-    sessions: Mapping[str, Session], images: np.ndarray, *, blocks: int, seconds: float, seed: int = 0
+    sessions: Mapping[str, Session],
+    images: np.ndarray | Mapping[str, np.ndarray],
+    *,
+    blocks: int,
+    seconds: float,
+    seed: int = 0,
 ) -> Interleaved:
     """Time every session in `blocks` blocks; the order is random within each round of blocks.
 
     Args:
-        sessions: name -> opened session; all take the same input.
-        images: preprocessed, float32 (N, 3, H, W); query i runs image i mod N, alone.
+        sessions: name -> opened session.
+        images: preprocessed, float32 (N, 3, H, W), for all sessions or by name; query i runs image i mod N, alone.
         blocks: blocks of each session (ten or more for a bootstrap interval).
         seconds: minimum duration of a block; a block has at least five queries.
         seed: of the order.
     """
-    queries = [images[i : i + 1] for i in range(len(images))]
     names = list(sessions)
+    inputs = {name: images if isinstance(images, np.ndarray) else images[name] for name in names}
+    queries = {name: [own[i : i + 1] for i in range(len(own))] for name, own in inputs.items()}
     for name in names:
-        _warm_up(sessions[name], queries, seconds)
+        _warm_up(sessions[name], queries[name], seconds)
     random = np.random.default_rng(seed)
     found: dict[str, list[np.ndarray]] = {name: [] for name in names}
     wall, cpu = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
@@ -55,7 +61,7 @@ def interleave(
         for index in random.permutation(len(names)):
             name = names[index]
             start, cpu_start = time.perf_counter_ns(), time.process_time_ns()
-            found[name].append(_block(sessions[name], queries, seconds))
+            found[name].append(_block(sessions[name], queries[name], seconds))
             wall[name] += time.perf_counter_ns() - start
             cpu[name] += time.process_time_ns() - cpu_start
         snapshots.append(_snapshot())

@@ -12,6 +12,7 @@ import numpy as np
 
 from robx.embeddings import centred_cosine, is_constant
 from robx.errors import RobxError
+from robx.images.decode import renormalise
 from robx.records import Bundle, Value, load_bundle, load_student
 from robx.runtime.session import SessionSettings, open_session, run_within
 
@@ -47,7 +48,7 @@ def find_reference(folder: Path, bundle: Bundle, images: np.ndarray, cache: dict
     for candidate, name in candidates:
         outputs = cache.get(candidate)
         if outputs is None:
-            outputs = _answers(candidate, images)
+            outputs = _answers(candidate, images, bundle)
         if outputs is not None:
             cache[candidate] = outputs
             return Reference(outputs, name, candidate == folder)
@@ -90,10 +91,12 @@ def _floor(bundle: Bundle) -> float:
     return max([_FLOOR[bundle.precision], *(value - _GATE_SLACK for value in kept)])
 
 
-def _answers(folder: Path, images: np.ndarray) -> np.ndarray | None:
+def _answers(folder: Path, images: np.ndarray, bundle: Bundle) -> np.ndarray | None:
+    """Outputs of the model in `folder` for `images`, normalised for `bundle`; None if it does not run here."""
     try:
         with open_session(folder, SessionSettings(threads=os.cpu_count() or 1)) as session:
-            return np.concatenate([run_within(session, images[i : i + 8]) for i in range(0, len(images), 8)])
+            wanted = renormalise(images, bundle.preprocessing, session.bundle.preprocessing)
+            return np.concatenate([run_within(session, wanted[i : i + 8]) for i in range(0, len(wanted), 8)])
     except RobxError:
         return None
 
@@ -110,8 +113,11 @@ def _is_sibling(folder: Path, bundle: Bundle) -> bool:
         other = load_bundle(folder)
     except RobxError:
         return False
-    same_input = other.preprocessing == bundle.preprocessing
-    return same_input and other.precision == "fp32" and other.student.sha256 == bundle.student.sha256
+    return (
+        other.preprocessing.same_pixels(bundle.preprocessing)
+        and other.precision == "fp32"
+        and other.student.sha256 == bundle.student.sha256
+    )
 
 
 def _importable(name: str) -> bool:

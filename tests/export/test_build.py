@@ -26,8 +26,9 @@ from robx.export.int8.candidate import Candidate
 from robx.export.int8.tensorrt_qdq import check_trt_qdq
 from robx.export.parity import parity
 from robx.export.request import ExportTarget
+from robx.images.decode import renormalise
 from robx.linear_head import load_head
-from robx.records import Bundle, Rung, Value, load_bundle
+from robx.records import Bundle, Rung, Value, load_bundle, load_student
 from robx.runtime.bench.interleave import interleave
 from robx.runtime.session import open_session
 from robx.trunk import embed, load_trunk
@@ -44,6 +45,11 @@ def _export(run: Path, data: Path | None, out: Path, options: dict[str, Any] | N
     return export(
         ExportSettings(run=run, target=wanted, data=data, out=out, **(LENIENT if options is None else options))
     )
+
+
+def _as_input(pixels: np.ndarray, run: Path, bundle: Bundle) -> np.ndarray:
+    """Images normalised for the student as the bundle takes them: a uint8 bundle normalises by itself."""
+    return renormalise(pixels, load_student(run).preprocessing, bundle.preprocessing)
 
 
 def _torch(run: Path, pixels: np.ndarray) -> np.ndarray:
@@ -183,7 +189,7 @@ def test_int8_of_a_fixed_batch_and_of_uint8_pixels(
     bundle = _export(cnn_run, scenes, tmp_path / "b", format=fmt, precision="int8", **options)
     assert (bundle.precision, bundle.verdict) == ("int8", "PASS"), bundle.rungs
     with open_session(tmp_path / "b") as session:
-        answer = session.run(scene_pixels[:7])
+        answer = session.run(_as_input(scene_pixels[:7], cnn_run, bundle))
     assert np.corrcoef(answer.ravel(), _torch(cnn_run, scene_pixels[:7]).ravel())[0, 1] > 0.9
 
 
@@ -323,7 +329,8 @@ def test_uint8_input_holds_the_normalisation(
     bundle = _export(cnn_run, scenes, tmp_path / "b", format=fmt, uint8_input=True)
     assert bundle.inputs[0].dtype == "uint8"
     with open_session(tmp_path / "b") as session:
-        np.testing.assert_allclose(session.run(scene_pixels[:3]), _torch(cnn_run, scene_pixels[:3]), atol=1e-3)
+        found = session.run(_as_input(scene_pixels[:3], cnn_run, bundle))
+    np.testing.assert_allclose(found, _torch(cnn_run, scene_pixels[:3]), atol=1e-3)
 
 
 def _save_head(folder: Path, width: int) -> Path:

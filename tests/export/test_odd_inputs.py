@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from robx.cli import main
 from robx.embeddings import centred_cosine
 from robx.errors import ArtifactError, InputError
-from robx.export.build import ExportSettings, export
+from robx.export.build import CACHE, ExportSettings, export
 from robx.export.gate import judge, timing
 from robx.export.gate.gate import Limits
+from robx.export.image_splits import normalise
 from robx.export.int8 import by_nncf, for_tensorrt
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.graph_facts import read_facts
@@ -26,7 +29,14 @@ from robx.export.make import CandidateBuilder
 from robx.export.onnx_run import run_model
 from robx.export.parity import MIN_COSINE
 from robx.export.request import ExportTarget
-from robx.records import Bundle
+from robx.images.decode import renormalise, resize_and_crop
+from robx.images.sources import open_source
+from robx.records import Bundle, Normalisation, Preprocessing, load_bundle, load_student
+from robx.runtime.bench.ab import compare
+from robx.runtime.bench.profiles import BenchSettings
+from robx.runtime.bench.reference import find_reference
+from robx.runtime.session import open_session
+from robx.store.files import read_json
 
 LENIENT: dict[str, Any] = {
     "limits": Limits(max_drop=60, min_speedup=0.01), "calibration_images": 32, "candidates": 1,
@@ -145,3 +155,104 @@ def test_what_cannot_be_built_falls_back_although_forced(
     bundle = _export(cnn_run, scenes, tmp_path / "b", forcing, format="openvino", precision=precision)
     assert (bundle.precision, bundle.requested) == ("fp32", precision)
     assert "no such operator" in bundle.rungs[0].reason
+
+
+def _follow(model: Path, image: Image.Image, pre: Preprocessing, dtype: Any) -> np.ndarray:
+    """What a user computes who knows the manifest and ONNX Runtime alone."""
+    import onnxruntime
+
+    pixels = np.asarray(resize_and_crop(image, pre), np.float64).transpose(2, 0, 1) / 255
+    steps = (np.asarray(values, np.float64).reshape(3, 1, 1) for values in (pre.mean, pre.std))
+    mean, std = steps
+    values = (pixels - mean) / std
+    values = np.rint(values) if dtype == np.uint8 else values
+    found: np.ndarray = onnxruntime.InferenceSession(model).run(["embedding"], {"pixels": values[None].astype(dtype)})[
+        0
+    ]
+    return found
+
+
+def test_who_follows_the_manifest_of_a_uint8_bundle_normalises_once(
+    cnn_run: Path, scenes: Path, tmp_path: Path
+) -> None:
+    """The mean and std are inside of the model, and so no step of the host."""
+    image = open_source(scenes).read(0)
+    plain = _export(cnn_run, None, tmp_path / "f", format="onnx")
+    bundle = _export(cnn_run, None, tmp_path / "u", format="onnx", uint8_input=True)
+    assert plain.in_model is None and plain.preprocessing == load_student(cnn_run).preprocessing
+    assert bundle.in_model == Normalisation(mean=plain.preprocessing.mean, std=plain.preprocessing.std)
+    assert bundle.preprocessing.mean == (0, 0, 0) and bundle.preprocessing.std == (1 / 255,) * 3
+    manifest = read_json(tmp_path / "u" / "manifest.json")
+    assert manifest["in_model"] == {"mean": list(plain.preprocessing.mean), "std": list(plain.preprocessing.std)}
+    expected = _follow(tmp_path / "f" / "model.onnx", image, plain.preprocessing, np.float32)
+    found = _follow(tmp_path / "u" / "model.onnx", image, bundle.preprocessing, np.uint8)
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    for folder, steps in ((tmp_path / "f", {"size", "crop", "interpolation", "mean", "std"}),
+                          (tmp_path / "u", {"size", "crop", "interpolation"})):  # fmt: skip
+        model = onnx.load(folder / "model.onnx")
+        told = {entry.key: entry.value for entry in model.metadata_props}
+        assert set(json.loads(told["robx.preprocessing"])) == steps
+        assert ("robx.in_model" in told) == (folder.name == "u")
+        assert ("uint8" in told["robx.input"]) == (folder.name == "u")
+
+
+def test_a_uint8_bundle_is_benched_against_the_student_and_beside_a_float_one(cnn_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(cnn_run, run, ignore=shutil.ignore_patterns(CACHE))
+    folders = []
+    for uint8 in (False, True):
+        folder = run / f"onnx-{uint8}"
+        _export(run, None, folder, format="onnx", uint8_input=uint8)
+        folders.append(folder)
+    pixels = normalise(
+        np.random.default_rng(0).integers(0, 256, (4, 3, 64, 64), np.uint8), load_student(run).preprocessing
+    )
+    with open_session(folders[0]) as first, open_session(folders[1]) as second:
+        own = renormalise(pixels, first.bundle.preprocessing, second.bundle.preprocessing)
+        np.testing.assert_allclose(own.round(), own, atol=1e-3)  # the pixels 0..255
+        expected = first.run(pixels)
+        np.testing.assert_allclose(second.run(own), expected, atol=1e-4 * np.abs(expected).max())
+        reference = find_reference(folders[1], second.bundle, own, {})
+        assert reference is not None and "torch" in reference.name
+        np.testing.assert_allclose(reference.outputs, expected, atol=1e-4 * np.abs(expected).max())
+    (compared,) = compare(BenchSettings(bundles=folders, profile="rapid"))
+    assert not [reason for reason in compared.reasons if "output_mismatch" in reason]
+
+
+def test_a_bundle_given_for_a_run_is_named_with_its_run(cnn_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(cnn_run, run, ignore=shutil.ignore_patterns(CACHE))
+    _export(run, None, run / "onnx-fp32", format="onnx")
+    done = CliRunner().invoke(main, ["export", str(run / "onnx-fp32"), "--format", "onnx"])
+    assert done.exit_code == 2 and "is a bundle (onnx fp32), which is exported already" in done.output
+    assert f"export its run instead: {run}" in " ".join(done.output.split())
+    _export(run, None, tmp_path / "elsewhere", format="onnx")
+    with pytest.raises(InputError, match="give the run of the test_resnet that it was exported from"):
+        _export(tmp_path / "elsewhere", None, tmp_path / "x", format="onnx")
+
+
+def test_exporting_again_replaces_the_bundles_files_and_keeps_all_others(cnn_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    _export(cnn_run, None, out, format="openvino")
+    (out / "measurements.jsonl").write_text("{}\n")
+    (out / "notes").mkdir()
+    (out / "notes" / "photo.jpg").write_bytes(b"mine")
+    _export(cnn_run, None, out, format="onnx")
+    names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert names == {"manifest.json", "model.onnx", "measurements.jsonl", "notes/photo.jpg"}
+    assert (out / "notes" / "photo.jpg").read_bytes() == b"mine"
+    (out / "model.xml").write_text("mine")  # a name of the next bundle, and not robx's file
+    with pytest.raises(InputError, match=r"model\.xml was not written by robx"):
+        _export(cnn_run, None, out, format="openvino")
+    assert (out / "model.xml").read_text() == "mine" and load_bundle(out).format == "onnx"
+
+
+def test_a_folder_with_the_words_of_a_manifest_is_not_a_bundle(cnn_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    out.mkdir()
+    words = {"precision": 1, "format": "onnx", "requested": 2, "verdict": 3}
+    (out / "manifest.json").write_text(json.dumps(words, indent=2))
+    (out / "model.onnx").write_bytes(b"mine")
+    with pytest.raises(InputError, match="is not a bundle: choose another folder"):
+        _export(cnn_run, None, out, format="onnx")
+    assert (out / "model.onnx").read_bytes() == b"mine"

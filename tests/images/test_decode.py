@@ -130,3 +130,19 @@ def test_a_needle_of_an_image_costs_no_memory() -> None:
     image = Image.new("RGB", (30_000, 2), "red")
     assert resize_and_crop(image, Preprocessing(size=256, crop=224)).size == (224, 224)
     assert resize_and_crop(Image.new("RGB", (1, 1)), Preprocessing(size=256, crop=224)).size == (224, 224)
+
+
+@pytest.mark.parametrize("image", [(300, 200), (200, 300), (97, 97), (40, 500)])
+@pytest.mark.parametrize(("crop", "size"), [((160, 96), 160), ((96, 160), 96), ((60, 64), 80)])
+def test_a_crop_that_is_not_square_equals_timms(image: tuple[int, int], crop: tuple[int, int], size: int) -> None:
+    from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
+
+    pixels = np.random.default_rng(0).integers(0, 256, (*image, 3), np.uint8)
+    picture = Image.fromarray(pixels)
+    pre = Preprocessing(size=size, crop=crop[0], crop_width=crop[1])
+    scaled = (size, round(size * crop[1] / crop[0]))
+    expected = CenterCropOrPad(crop)(ResizeKeepRatio(scaled, interpolation="bicubic")(picture))
+    found = resize_and_crop(picture, pre)
+    assert found.size == (crop[1], crop[0])
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+    assert preprocess(picture, pre).shape == (3, *crop)
