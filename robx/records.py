@@ -209,6 +209,7 @@ class Bundle:
     files: tuple[BundleFile, ...]
     labels: tuple[str, ...] | None = None  # class names, if the model has a classification head
     parity: dict[str, Value] = field(default_factory=dict)  # difference from PyTorch, at the shipped input shape
+    chosen_on: dict[str, Json] = field(default_factory=dict)  # CPU that the gate timed on: arch, model, flags
     robx_version: str = ""
     in_model: Normalisation | None = None  # preprocessing that the model does itself (--uint8-input)
     rewrites: tuple[str, ...] = ()  # of the network before the export, such as re-parameterised blocks

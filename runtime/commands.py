@@ -217,6 +217,8 @@ def _print_records(labels: Sequence[str], records: Sequence[Latency]) -> None:
     for label, record in zip(labels, records, strict=True):
         for reason in record.reasons:
             print_line(f"{label}: {record.verdict}, {reason}")
+        if record.settings.get("other_cpu"):
+            print_line(f"{label}: {record.settings['other_cpu']}")
         if record.settings["batch"] != 1 and "throughput" in record.values:
             throughput = record.values["throughput"].value
             print_line(f"{label}: {throughput:.0f} images/s in batches of {record.settings['batch']}")

@@ -150,6 +150,7 @@ def _accept(
         reason="; ".join(reason for reason in reasons if reason),
         rungs=tuple(trial.record() for trial in trials),
         parity=parity,
+        chosen_on=given.timer.machine if any("speedup_fp32" in trial.values for trial in trials) else {},
         calibration=splits.record(judge.screening if trials else None) if splits is not None else None,
     )
     return bundle, folder

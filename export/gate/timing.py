@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -14,6 +15,7 @@ from robx.export.gate.search import Trial
 from robx.export.gate.sessions import open_candidate
 from robx.export.int8.candidate import Candidate
 from robx.export.make import CandidateBuilder
+from robx.records import Json
 
 if TYPE_CHECKING:
     from robx.runtime.bench.interleave import Interleaved
@@ -39,6 +41,14 @@ class Timer:
     ) -> None:
         for session in self._baselines.values():
             session.close()
+
+    @cached_property
+    def machine(self) -> dict[str, Json]:
+        """This machine's CPU, on whose instructions the speed of int8 depends: arch, model, flags."""
+        from robx.runtime.device.describe import describe
+
+        told = describe()
+        return {"arch": told["arch"], "model": told["cpu"]["model"], "flags": told["cpu"]["flags"]}
 
     def time(self, candidate: Candidate) -> Judgement:
         """The candidate's speed; where a first measurement is inconclusive or disturbed, a longer one joins it.

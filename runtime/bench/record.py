@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from robx.runtime.bench.profiles import BenchSettings, Profile, find_profile
 from robx.runtime.bench.reference import Reference, check_outputs
 from robx.runtime.bench.results import ProcessResult, figures
 from robx.store.files import sha256_bytes, write_bytes
+
+# Of /proc/cpuinfo, as runtime/device/describe.py reports them.
+INT8_FLAGS = frozenset({"avx2", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"})
 
 
 @dataclass
@@ -93,6 +97,26 @@ def make_record(
     )
 
 
+def other_cpu(bundle: Bundle, device: Mapping[str, Any]) -> str | None:
+    """One line if an int8 bundle was chosen by its speed on another kind of CPU than the `device`, as described.
+
+    Kinds differ in the instructions that multiply 8-bit integers; which int8 candidate is fastest depends on them.
+    """
+    cpu = device.get("cpu")
+    measured = _cpu_kind(device.get("arch"), cpu.get("flags") if isinstance(cpu, dict) else None)
+    chosen = _cpu_kind(bundle.chosen_on.get("arch"), bundle.chosen_on.get("flags"))
+    if bundle.precision != "int8" or chosen is None or measured is None or chosen == measured:
+        return None
+    return f"chosen by its speed on {chosen}, but measured on {measured}: export it on such a CPU for the fastest int8"
+
+
+def _cpu_kind(arch: Any, flags: Any) -> str | None:
+    """The architecture and its int8 instructions; None if the machine did not report them."""
+    if not isinstance(arch, str) or not isinstance(flags, list):
+        return None
+    return f"{arch} with {', '.join(sorted(INT8_FLAGS.intersection(map(str, flags)))) or 'no int8 instructions'}"
+
+
 def _settings(
     run: Run, settings: BenchSettings, profile: Profile, processes: int, reference: Reference | None
 ) -> dict[str, Any]:
@@ -110,6 +134,7 @@ def _settings(
         "includes": "the runtime call, copies included",
         "images": run.inputs.name,
         "reference": reference.name if reference else None,
+        "other_cpu": other_cpu(run.bundle, reports[0]["device"]) if reports else None,
         "runtime": dict(reports[0]["facts"]) if reports else {},
         "warm_up": [r.get("warm_up") for r in reports],
         "cool_down": [r.get("cool_down") for r in reports],

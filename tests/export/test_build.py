@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
 import re
 import shutil
 from pathlib import Path
@@ -90,6 +91,7 @@ def test_int8_that_passes_ships_with_its_rungs(
     }  # fmt: skip
     assert expected <= set(kept[0].values)
     assert bundle.calibration is not None and bundle.calibration.images == 32
+    assert bundle.chosen_on["arch"] == platform.machine() and isinstance(bundle.chosen_on["flags"], list)
     with open_session(tmp_path / "b") as session:
         together = session.run(scene_pixels[:5])
         alone = np.concatenate([session.run(scene_pixels[i : i + 1]) for i in range(5)])

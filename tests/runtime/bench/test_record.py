@@ -1,5 +1,6 @@
 """A record says the worst of its processes, and nothing of itself that the device made up."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from robx.records import load_bundle
 from robx.runtime.bench.inputs import load_inputs
 from robx.runtime.bench.profiles import BenchSettings
-from robx.runtime.bench.record import Run, make_record
+from robx.runtime.bench.record import Run, make_record, other_cpu
 from robx.runtime.bench.reference import Reference, check_outputs
 from robx.runtime.bench.results import ProcessResult
 
@@ -59,3 +60,38 @@ def test_one_picture_repeated_has_one_answer():
     assert not reasons and values["output_cosine"].value == pytest.approx(1)
     _, reasons = check_outputs(-expected, seen, Reference(expected, "x", False), bundle)
     assert "mean cosine" in reasons[0]
+
+
+VNNI = {"arch": "x86_64", "model": "Xeon", "flags": ["avx2", "avx512_vnni", "fma"]}
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ({"arch": "x86_64", "cpu": {"flags": ["avx2", "avx512_vnni"]}}, None),  # other flags do not matter to int8
+        (
+            {"arch": "x86_64", "cpu": {"flags": ["avx2"]}},
+            "avx2, avx512_vnni, but measured on x86_64 with avx2:",
+        ),
+        ({"arch": "aarch64", "cpu": {"flags": ["asimd", "asimddp"]}}, "measured on aarch64 with asimddp:"),
+        ({"arch": "aarch64", "cpu": {"flags": []}}, "measured on aarch64 with no int8 instructions:"),
+        ({"arch": "x86_64", "cpu": {"cores": 1}}, None),
+        ({}, None),
+        ({"arch": "x86_64", "cpu": {"flags": "avx2"}}, None),
+    ],
+)
+def test_an_int8_bundle_chosen_on_another_kind_of_cpu_is_reported(device, words):
+    told = other_cpu(SimpleNamespace(precision="int8", chosen_on=VNNI), device)
+    assert told is None if words is None else words in told
+    assert other_cpu(SimpleNamespace(precision="fp32", chosen_on=VNNI), device) is None
+    assert other_cpu(SimpleNamespace(precision="int8", chosen_on={}), device) is None
+    assert other_cpu(SimpleNamespace(precision="int8", chosen_on={"arch": 3, "flags": {}}), device) is None
+
+
+def test_bench_reports_the_other_cpu(make_bundle, call):
+    folder = make_bundle("onnx-int8", precision="int8")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["chosen_on"] = {"arch": "riscv64", "model": "x", "flags": ["avx2"]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    done = call("bench", folder, "--profile", "rapid")
+    assert "chosen by its speed on riscv64 with avx2, but measured on" in " ".join(done.output.split())
