@@ -42,3 +42,4 @@ class Scores:
 
     crops: Tensor  # (V, B, K), the two global crops first
     patches: Tensor | None = None  # likewise of masked patches, (2, B, P, K_patch) or (M, K_patch)
+    embeddings: Tensor | None = None  # (2, B, E), detached: what SwAV's prototypes score of the global crops

@@ -37,6 +37,7 @@ class Traits:
     drops_patches: bool = False  # ``recipe.patch_drop`` of a ViT student's patches are left out
     soft_targets: bool = False  # near-uniform targets are intended, not a sign of collapse
     self_targets: bool = False  # with momentum 0 the base method has a single network, which makes its own targets
+    momentum: Literal["cosine", "linear"] = "cosine"  # schedule of the base method's moving average
     not_averaged: tuple[str, ...] = ()  # student parameters that the base method's moving average takes over unchanged
 
 

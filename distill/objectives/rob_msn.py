@@ -56,7 +56,11 @@ class RobMsn(nn.Module):
 
     # MSN scores targets and anchors with the same prototypes; only its encoder is averaged.
     traits: ClassVar[Traits] = Traits(
-        title="MSN", teacher="prototypes", drops_patches=True, not_averaged=("head.prototypes",)
+        title="MSN",
+        teacher="prototypes",
+        drops_patches=True,
+        momentum="linear",
+        not_averaged=("head.prototypes",),
     )
 
     def __init__(

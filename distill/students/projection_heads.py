@@ -11,6 +11,7 @@ Every head maps trunk features (N, D) to scores (N, K) before the temperature: l
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -176,9 +177,13 @@ class SwavProjection(nn.Module):
         """(N, D) -> unit vectors (N, out_dim) in float32."""
         return F.normalize(self.projection_head(x).float(), dim=-1)
 
+    def score(self, projected: Tensor) -> Tensor:
+        """Unit vectors (N, out_dim) -> scores (N, K); without prototypes the vectors themselves."""
+        return projected
+
     def forward(self, x: Tensor) -> Tensor:
-        """(N, D) -> unit vectors (N, out_dim) in float32."""
-        return self.project(x)
+        """(N, D) -> scores (N, K)."""
+        return self.score(self.project(x))
 
 
 class SwavHead(SwavProjection):
@@ -197,10 +202,6 @@ class SwavHead(SwavProjection):
         """Unit vectors (N, bottleneck) -> cosines (N, K)."""
         return F.linear(projected, F.normalize(self.prototypes.weight, dim=-1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, D) -> cosines (N, K)."""
-        return self.score(self.project(x))
-
 
 class FrozenPrototypes(SwavProjection):
     """SwAV's projection into the teacher's space, scored against the teacher's own prototypes, which are frozen.
@@ -216,9 +217,9 @@ class FrozenPrototypes(SwavProjection):
         super().__init__(in_dim, hidden=hidden, out_dim=prototypes.shape[1])
         self.register_buffer("prototypes", F.normalize(prototypes.detach().float().clone(), dim=-1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, D) -> cosines (N, K)."""
-        return F.linear(self.project(x), self.prototypes)
+    def score(self, projected: Tensor) -> Tensor:
+        """Unit vectors (N, d) -> cosines (N, K)."""
+        return F.linear(projected, self.prototypes)
 
 
 class MlpHead(nn.Module):
@@ -245,6 +246,19 @@ class MlpHead(nn.Module):
     def mean_patch_scores(self, tokens: Tensor) -> Tensor:
         """The mean of ``patches(tokens)`` over all rows (M, D), as (K,)."""
         return cast(Tensor, self(tokens).mean(dim=0))
+
+
+def scores_and_embeddings(
+    head: nn.Module, features: Tensor
+) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor] | None]:
+    """Scores (N, K) of features (N, D); for SwAV's heads also the embeddings (N, E) behind them and what scores those.
+
+    The embeddings are detached: the queue keeps them.
+    """
+    if not isinstance(head, SwavProjection):
+        return cast(Tensor, head(features)), None, None
+    projected = head.project(features)
+    return head.score(projected), projected.detach(), head.score
 
 
 def _initialise(module: nn.Module) -> None:

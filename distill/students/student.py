@@ -17,7 +17,7 @@ from robx.distill.batches.views import Scores, Views
 from robx.distill.objectives.base import TeacherSpec
 from robx.distill.objectives.build import OBJECTIVES
 from robx.distill.recipes import Recipe
-from robx.distill.students.projection_heads import MlpHead
+from robx.distill.students.projection_heads import MlpHead, scores_and_embeddings
 from robx.errors import InputError
 from robx.trunk import build_trunk, embedding_width, is_vit, size_error
 
@@ -79,7 +79,10 @@ class StudentNet(nn.Module):
         patches = None
         if self.masked_embed is not None and views.masks is not None and tokens is not None:
             patches = self._head.patches(tokens[views.masks.flatten(0, 1)])
-        return Scores(crops=self.head(features).unflatten(0, (crops, batch)), patches=patches)
+        scores, embeddings, _ = scores_and_embeddings(self.head, features)
+        if embeddings is not None:
+            embeddings = embeddings[: 2 * batch].view(2, batch, -1)
+        return Scores(crops=scores.view(crops, batch, -1), patches=patches, embeddings=embeddings)
 
     def embed_globals(self, pixels: Tensor, *, masks: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Features (2B, D) of global crops (2, B, 3, G, G), and patch tokens (2B, P, D) with a mask token.

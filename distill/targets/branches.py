@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from timm.layers.drop import DropPath
-from torch import Tensor, nn
+from torch import nn
 
 from robx.distill.batches.views import Scores, Targets, Views
 from robx.distill.objectives.base import Objective
+from robx.distill.students.projection_heads import scores_and_embeddings
 from robx.distill.students.student import unwrapped
 from robx.distill.targets.centering import TargetProcessor
 from robx.distill.teachers.teacher import Teacher
@@ -102,6 +103,7 @@ class EmaBranch:
         *,
         steps: int,
         momentum: tuple[float, float] = (0.996, 1.0),
+        schedule: Literal["cosine", "linear"] = "cosine",
         processor: TargetProcessor | None = None,
         copied: tuple[str, ...] = (),
     ) -> None:
@@ -111,7 +113,8 @@ class EmaBranch:
             student: a StudentNet, possibly wrapped.
             objective: turns scores into targets.
             steps: optimiser steps of the whole run.
-            momentum: first and last value, on a cosine.
+            momentum: first and last value.
+            schedule: of the momentum.
             processor: centring, temperature warm-up and queue.
             copied: parameters copied from the student instead of averaged (MSN's prototypes); absent ones are ignored.
         """
@@ -123,24 +126,30 @@ class EmaBranch:
             elif isinstance(module, nn.Dropout):
                 module.p = 0.0
         self.network.train()
-        self.steps, self.momentum, self.copied = steps, momentum, copied
+        self.steps, self.momentum, self.schedule, self.copied = steps, momentum, schedule, copied
         self.processor = processor or TargetProcessor(objective)
 
     @torch.no_grad()
     def targets(self, views: Views) -> Targets:
         """Both global crops, unmasked, through the averaged network."""
         features, tokens = self.network.embed_globals(views.globals)
-        scores: Tensor = self.network.head(features)
+        scores, embeddings, score = scores_and_embeddings(self.network.head, features)
         patch_probs = None
         if views.masks is not None and tokens is not None:
             head = cast(Any, self.network.head)
             mean = head.mean_patch_scores(tokens.flatten(0, 1)) if self.processor.centering else None
             patch_probs = self.processor.patch_probs(head.patches(tokens[views.masks.flatten(0, 1)]), mean=mean)
-        return Targets(probs=self.processor.probs(scores.view(*views.globals.shape[:2], -1)), patch_probs=patch_probs)
+        shape = views.globals.shape[:2]
+        if embeddings is not None:
+            embeddings = embeddings.view(*shape, -1)
+        probs = self.processor.probs(scores.view(*shape, -1), embeddings=embeddings, score=score)
+        return Targets(probs=probs, patch_probs=patch_probs)
 
     def momentum_at(self, step: int) -> float:
-        """The cosine from the first to the last momentum (BYOL, arXiv 2006.07733, section 3.3)."""
+        """The momentum of step `step`: on a cosine (BYOL, arXiv 2006.07733, section 3.3), or linear (MSN's release)."""
         first, last = self.momentum
+        if self.schedule == "linear":
+            return first + (last - first) * step / max(1, self.steps)
         return last - (last - first) * (math.cos(math.pi * step / max(1, self.steps)) + 1) / 2
 
     @torch.no_grad()
@@ -175,10 +184,18 @@ class OwnBranch(_WithoutNetwork):
     all of them; its scores of the global crops, without a gradient, give the targets.
     """
 
-    def __init__(self, processor: TargetProcessor) -> None:
-        """`processor` turns scores into targets and keeps the queue."""
+    def __init__(self, student: nn.Module, processor: TargetProcessor) -> None:
+        """`processor` turns scores into targets and keeps the queue, which the head of `student` scores."""
         self.processor = processor
+        self._head: Any = unwrapped(student).head
 
+    @torch.no_grad()
     def read(self, scores: Scores) -> Targets:
-        """The targets from the student's scores of a batch."""
-        return Targets(probs=self.processor.probs(scores.crops[:2].detach()))
+        """The targets from the student's scores of a batch.
+
+        As in SwAV's release the queue keeps embeddings, scored with the prototypes of the current step.
+        """
+        probs = self.processor.probs(
+            scores.crops[:2].detach(), embeddings=scores.embeddings, score=getattr(self._head, "score", None)
+        )
+        return Targets(probs=probs)

@@ -34,12 +34,13 @@ def build_branch(
     if teacher is not None:
         return TeacherBranch(teacher, objective, processor=processor, crops=recipe.teacher_crops)
     if objective.traits.self_targets and not any(recipe.ema_momentum):
-        return OwnBranch(processor)
+        return OwnBranch(student, processor)
     return EmaBranch(
         student,
         objective,
         steps=steps,
         momentum=recipe.ema_momentum,
+        schedule=objective.traits.momentum,
         processor=processor,
         copied=objective.traits.not_averaged,
     )

@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors.torch import load_file
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from robx.errors import ArtifactError, InputError
 
+Channels = tuple[float, float, float]  # red, green, blue
 Layout = Literal["dino", "ibot", "msn", "swav", "backbone"]
 NAMES = {"dino": "DINO", "ibot": "iBOT", "msn": "MSN", "swav": "SwAV", "backbone": "backbone-only"}
 # The largest published file, iBOT's ViT-L with both branches and the optimiser, has about 5 GB.
@@ -46,7 +47,8 @@ class PublishedTeacher:
     trunk: dict[str, Tensor]
     head: dict[str, Tensor]
     prototypes: Tensor | None = None  # MSN's; the other layouts have them in the head
-    arch: str | None = None  # from the options in the file
+    arch: str | None = None  # from the options in the file, as the next
+    normalisation: tuple[Channels, Channels] | None = None  # mean and std; robx writes them
 
 
 def read_checkpoint(path: Path) -> Any:
@@ -151,7 +153,7 @@ def _read_dino(content: Mapping[str, Any], *, where: str) -> PublishedTeacher:
     trunk = {key.removeprefix("backbone."): v for key, v in state.items() if key.startswith("backbone.")}
     head = {key.removeprefix("head."): v for key, v in state.items() if key.startswith("head.")}
     layout: Layout = "ibot" if detect_layout(content) == "ibot" else "dino"
-    return PublishedTeacher(layout, trunk, head, arch=_arch(content))
+    return PublishedTeacher(layout, trunk, head, arch=_arch(content), normalisation=_normalisation(content))
 
 
 def _read_msn(content: Mapping[str, Any], *, where: str) -> PublishedTeacher:
@@ -161,22 +163,34 @@ def _read_msn(content: Mapping[str, Any], *, where: str) -> PublishedTeacher:
         prototypes = next((value for value in prototypes.values() if isinstance(value, Tensor)), None)
     if not isinstance(prototypes, Tensor):
         raise ArtifactError(f"{where} has no prototypes besides its target_encoder: give the file that MSN published")
-    return PublishedTeacher("msn", trunk, head, prototypes=prototypes, arch=_arch(content))
+    return PublishedTeacher(
+        "msn", trunk, head, prototypes=prototypes, arch=_arch(content), normalisation=_normalisation(content)
+    )
 
 
 def _read_swav(content: Mapping[str, Any]) -> PublishedTeacher:
     state = _flat(content) or {}
     head = {key: v for key, v in state.items() if key.startswith(("projection_head", "prototypes"))}
     trunk = {key: v for key, v in state.items() if key not in head}
-    return PublishedTeacher("swav", trunk, head, arch=_arch(content))
+    return PublishedTeacher("swav", trunk, head, arch=_arch(content), normalisation=_normalisation(content))
 
 
 def _arch(content: Mapping[str, Any]) -> str | None:
     """The network's name in the options of the file, if any."""
-    args = content.get("args")
-    options = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
-    arch = options.get("arch")
+    arch = _options(content).get("arch")
     return arch if isinstance(arch, str) else None
+
+
+def _normalisation(content: Mapping[str, Any]) -> tuple[Channels, Channels] | None:
+    """Mean and standard deviation in the options of the file, if any."""
+    found = tuple(_options(content).get(name) for name in ("mean", "std"))
+    numbers = all(isinstance(v, tuple) and len(v) == 3 and all(isinstance(x, float) for x in v) for v in found)
+    return cast(tuple[Channels, Channels], found) if numbers else None
+
+
+def _options(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    args = content.get("args")
+    return vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
 
 
 def _flat(content: Mapping[str, Any]) -> dict[str, Tensor] | None:

@@ -13,9 +13,9 @@ from pathlib import Path
 import timm
 
 from robx.distill.objectives.build import OBJECTIVES
-from robx.distill.teachers.checkpoints import NAMES
+from robx.distill.teachers.checkpoints import NAMES, Channels
 from robx.distill.teachers.trunks import TimmTrunk
-from robx.distill.teachers.zoo import ALIASES, FULL_CHECKPOINTS, ZOO, Channels, Method, ZooEntry
+from robx.distill.teachers.zoo import ALIASES, FULL_CHECKPOINTS, ZOO, Method, ZooEntry
 from robx.errors import InputError, did_you_mean
 
 # Names that stand for any full checkpoint of a layout.

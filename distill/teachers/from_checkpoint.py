@@ -19,8 +19,11 @@ from robx.progress import Progress
 from robx.store.files import sha256_file
 
 
-def load(entry: ZooEntry, path: Path, *, image_size: int) -> Teacher:
+def load(entry: ZooEntry, path: Path, *, image_size: int, own_normalisation: bool = False) -> Teacher:
     """The teacher in a full checkpoint of its method's layout.
+
+    A checkpoint that a base method's run of robx wrote says how its pixels were normalised; `own_normalisation` keeps
+    the entry's.
 
     Raises:
         InputError: the file does not exist.
@@ -41,6 +44,8 @@ def load(entry: ZooEntry, path: Path, *, image_size: int) -> Teacher:
     first = next(layer for layer in head.projection.modules() if isinstance(layer, nn.Linear))
     if first.in_features != width:
         raise ArtifactError(f"{path}: the head takes {first.in_features} numbers, the trunk has {width}: get {full}")
+    if found.normalisation is not None and not own_normalisation:
+        entry = dataclasses.replace(entry, mean=found.normalisation[0], std=found.normalisation[1])
     return Teacher.of(entry, trunk, head, sha256=sha256_file(path), image_size=image_size)
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from robx.distill.teachers import from_checkpoint, from_timm
+from robx.distill.teachers.checkpoints import Channels
 from robx.distill.teachers.choose import choose_teacher, licence
 from robx.distill.teachers.frozen_heads import fitted_head
 from robx.distill.teachers.prototypes import fit_teacher
 from robx.distill.teachers.teacher import Teacher
-from robx.distill.teachers.zoo import ZOO, Channels
+from robx.distill.teachers.zoo import ZOO
 from robx.errors import InputError
 from robx.images.sources import ImageSource
 from robx.progress import Progress
@@ -70,7 +71,8 @@ def load_teacher(
         teacher = from_timm.load(entry, weights=weights, folder=folder, image_size=image_size, progress=progress)
     else:
         path = weights or from_checkpoint.download(entry, folder / "teachers", progress)
-        teacher = from_checkpoint.load(entry, path, image_size=image_size)
+        own = mean is not None or std is not None
+        teacher = from_checkpoint.load(entry, path, image_size=image_size, own_normalisation=own)
     text = licence(entry, weights=weights, sha256=teacher.info.sha256)
     teacher.info = dataclasses.replace(teacher.info, licence=text)
     _require_size(teacher, image_size)

@@ -14,9 +14,10 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
+from robx.distill.teachers.checkpoints import Channels
 from robx.distill.teachers.frozen_heads import PrototypeHead
 from robx.distill.teachers.trunks import has_tokens, patch_size_of, tokens, trunk_width
-from robx.distill.teachers.zoo import Channels, Method, ZooEntry
+from robx.distill.teachers.zoo import Method, ZooEntry
 from robx.errors import InputError
 from robx.images.decode import IMAGENET_MEAN, IMAGENET_STD
 from robx.records import Preprocessing, TeacherInfo

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from robx.distill.recipes import Recipe
 from robx.errors import InputError
+from robx.images.decode import IMAGENET_MEAN, IMAGENET_STD
 from robx.store.files import write_bytes
 
 
@@ -39,7 +40,7 @@ def published_checkpoint(
         teacher: the state dict (``trunk.*``, ``head.*``) of the student's moving average, or of SwAV's one network.
         student: the student's state dict, without wrappers.
         recipe: of the run, a base method's with its native head.
-        timm_name: of the trunk; stored as ``args.arch``.
+        timm_name: of the trunk; stored as ``args.arch``, with the crops' ``args.mean`` and ``args.std``.
         epoch: number of finished epochs.
         center: (K,), of DINO's and iBOT's CLS targets.
         patch_center: (K,), of iBOT's patch targets.
@@ -49,7 +50,8 @@ def published_checkpoint(
     """
     if recipe.head != "native" or recipe.objective == "kd":
         raise InputError(f"{recipe.objective} with head = {recipe.head} has no published layout: set head = native")
-    args = argparse.Namespace(arch=timm_name)
+    # Crops are normalised as ImageNet's, whatever the method's own release does (SwAV's standard deviation differs).
+    args = argparse.Namespace(arch=timm_name, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     match recipe.objective:
         case "dino" | "ibot":
             loss = {"center": center, "center2": patch_center}

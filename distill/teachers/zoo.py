@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import torch
 
+from robx.distill.teachers.checkpoints import Channels
 from robx.distill.teachers.trunks import ResNetTrunk, SwinTrunk, TimmTrunk, TrunkSpec, VitTrunk, XcitTrunk
 from robx.records import IMAGENET_MEAN, IMAGENET_STD
 from robx.trunk import build_trunk, embedding_width, is_vit
 
 # headless: published without a head, so prototypes are fitted; classifier: its class logits are the target.
-Channels = tuple[float, float, float]  # red, green, blue
 Method = Literal["dino", "ibot", "msn", "swav", "headless", "classifier"]
 
 # SwAV's augmentation divides red by .228; all others use .229.

@@ -299,3 +299,53 @@ def test_a_resumed_branch_goes_on_alike() -> None:
     branch.load_state_dict(state)
     for a, b in zip(want, go(student, branch, range(3, 6)), strict=True):
         assert torch.equal(a, b)
+
+
+def test_msns_momentum_is_linear() -> None:
+    recipe = base("msn")
+    student = build_student(VIT, recipe, None)
+    branch = build_branch(recipe, build_objective(recipe), student=student, teacher=None, steps=40, steps_per_epoch=5)
+    assert isinstance(branch, EmaBranch)
+    first, last = recipe.ema_momentum
+    for step in range(41):
+        assert branch.momentum_at(step) == pytest.approx(first + step * (last - first) / 40, rel=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [(0.0, 0.0), (0.9, 1.0)], ids=["one network", "moving average"])
+def test_swavs_queue_keeps_embeddings_and_scores_them_with_todays_prototypes(momentum: tuple[float, float]) -> None:
+    """SwAV's release, written a second time: z of earlier batches times the current C, joined to the batch's scores."""
+    torch.manual_seed(0)
+    recipe = base("swav", queue=8, ema_momentum=momentum)
+    student, objective = build_student(CNN, recipe, None), build_objective(recipe)
+    branch = build_branch(recipe, objective, student=student, teacher=None, steps=10, steps_per_epoch=5)
+    network = student if isinstance(branch, OwnBranch) else branch.network  # type: ignore[union-attr]
+    queue: list[Tensor] = []  # (2, B, E), newest first
+    for step in range(5):
+        held = views(seed=step)
+        plain = copy.deepcopy(network)
+        targets = branch.read(student(held)) if isinstance(branch, OwnBranch) else branch.targets(held)
+
+        crops = held.globals if isinstance(branch, EmaBranch) else torch.cat([held.globals])
+        features = plain.trunk(crops.flatten(0, 1))
+        if isinstance(branch, OwnBranch):  # its BatchNorm saw the local crops too
+            features = torch.cat([features, plain.trunk(held.locals.flatten(0, 1))])
+        z = plain.head.projection_head(features)  # type: ignore[operator, union-attr]
+        z = (z / z.norm(dim=1, keepdim=True))[:8].view(2, 4, -1).detach()
+        c = plain.head.prototypes.weight.detach()  # type: ignore[union-attr, operator]
+        c = c / c.norm(dim=1, keepdim=True)  # type: ignore[operator, union-attr]
+        full = sum(part.shape[1] for part in queue) >= 8
+        for crop in range(2):
+            joined = [z[crop], *[part[crop] for part in queue]] if full else [z[crop]]
+            q = torch.exp((torch.cat(joined)[:12] @ c.T).double() / recipe.sinkhorn_epsilon).T
+            q = q / q.sum()
+            for _ in range(3):
+                q = q / q.sum(dim=1, keepdim=True) / q.shape[0]
+                q = q / q.sum(dim=0, keepdim=True) / q.shape[1]
+            codes = (q * q.shape[1]).T.float()[:4]
+            torch.testing.assert_close(targets.probs[crop], codes, rtol=1e-4, atol=1e-5)
+        queue = [z, *queue][:2]
+
+        with torch.no_grad():  # the prototypes move, so that scores of earlier steps would be wrong
+            for parameter in student.head.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        branch.update(step, student)

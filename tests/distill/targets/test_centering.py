@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,16 +49,22 @@ def test_only_ibot_has_patches() -> None:
         TargetProcessor(RobDino()).patch_probs(torch.zeros(2, 5))
 
 
-def test_warm_up_is_linear_and_ends() -> None:
-    processor = TargetProcessor(RobDino(), temperatures=(0.04, 0.07), warmup_steps=10)
-    seen = []
-    for step in (0, 5, 10, 1000):
+@pytest.mark.parametrize("epochs", [1, 2, 4, 30])
+def test_the_warm_up_is_a_staircase_over_epochs(epochs: int) -> None:
+    """DINO's schedule: linspace(first, last, epochs), then last; the epoch's value in each of its steps."""
+    per_epoch, total = 5, epochs + 3
+    processor = TargetProcessor(RobDino(), temperatures=(0.04, 0.07), warmup_epochs=epochs, steps_per_epoch=per_epoch)
+    schedule = np.concatenate([np.linspace(0.04, 0.07, epochs), np.full(total - epochs, 0.07)])
+    for step in range(total * per_epoch):
         processor.step = step
-        seen.append(processor.temperature)
-    assert seen == pytest.approx([0.04, 0.055, 0.07, 0.07])
+        assert processor.temperature == pytest.approx(schedule[step // per_epoch], rel=1e-12)
     scores = batches(1)[0]
-    processor.step = 5
-    torch.testing.assert_close(processor.probs(scores), (scores / 0.055).softmax(dim=-1))
+    processor.step = 2
+    torch.testing.assert_close(processor.probs(scores), (scores / 0.04).softmax(dim=-1))
+
+
+def test_a_warm_up_of_no_epochs_is_none() -> None:
+    assert TargetProcessor(RobDino(), temperatures=(0.04, 0.07), warmup_epochs=0).temperature is None
 
 
 def test_queue_enlarges_sinkhorns_batch_once_it_is_full() -> None:
@@ -75,7 +82,9 @@ def test_queue_enlarges_sinkhorns_batch_once_it_is_full() -> None:
 
 def test_a_resumed_memory_goes_on_alike() -> None:
     def fresh() -> TargetProcessor:
-        return TargetProcessor(RobSwav(), centering=True, temperatures=(0.05, 0.03), warmup_steps=9, queue=6)
+        return TargetProcessor(
+            RobSwav(), centering=True, temperatures=(0.05, 0.03), warmup_epochs=3, steps_per_epoch=3, queue=6
+        )
 
     whole, first = fresh(), fresh()
     scores = batches(5)
@@ -94,7 +103,7 @@ def test_presets_of_the_base_methods_shape_and_those_of_rob_do_not() -> None:
     processor = TargetProcessor.of(recipe, build_objective(recipe), steps_per_epoch=7)
     assert processor.centering
     assert processor.temperatures == (0.04, 0.07)
-    assert processor.warmup_steps == 30 * 7
+    assert (processor.warmup_epochs, processor.steps_per_epoch) == (30, 7)
     for method in ("dino", "ibot", "msn", "swav"):
         recipe = preset(method, "vit")  # type: ignore[arg-type]
         plain = TargetProcessor.of(recipe, build_objective(recipe), steps_per_epoch=7)

@@ -21,6 +21,7 @@ from robx.distill.targets.centering import TargetProcessor
 from robx.distill.teachers.load import load_teacher
 from robx.distill.teachers.write_checkpoint import published_checkpoint, save_published
 from robx.errors import InputError
+from robx.images.decode import IMAGENET_MEAN, IMAGENET_STD
 
 
 def trained(method: Method, name: str) -> tuple[Recipe, StudentNet, StudentNet, TargetProcessor]:
@@ -75,6 +76,9 @@ def test_the_zoo_reads_it_back(method: Method, name: str, tmp_path: Path) -> Non
     save_published(path, content)
     teacher = load_teacher(method, weights=path, image_size=64)
     assert teacher.method == method
+    assert (teacher.mean, teacher.std) == (IMAGENET_MEAN, IMAGENET_STD)
+    own = load_teacher(method, weights=path, image_size=64, mean=(0.5, 0.5, 0.5))
+    assert own.mean == (0.5, 0.5, 0.5)
     assert teacher.num_prototypes == 24
     pixels = torch.randn(3, 3, 64, 64)
     network.eval()
