@@ -12,7 +12,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import PIL
@@ -24,10 +24,8 @@ from robx.images.reading import read_batches
 from robx.images.sources import ImageSource, labels_of
 from robx.progress import Progress
 from robx.records import Bundle, Preprocessing, Student, to_json
+from robx.runtime.session import Session, run_within
 from robx.store.files import sha256_bytes, write_atomically
-
-if TYPE_CHECKING:
-    from robx.runtime.session import Session
 
 BATCH = 64
 # A set with a larger share of unreadable images is damaged, or not the intended one.
@@ -159,14 +157,14 @@ def _run(
 
 
 def _embed(session: Session, pixels: np.ndarray) -> np.ndarray:
-    """The embeddings of one batch, float32 (N, D); a bundle's D is the one that its manifest states."""
-    features = np.asarray(session.run(pixels), dtype=np.float32)
-    record = session.bundle
-    wanted = (len(pixels), record.student.width if isinstance(record, Bundle) else "D")
-    if features.ndim != 2 or len(features) != wanted[0] or wanted[1] not in ("D", features.shape[1]):
+    """The embeddings of one batch, float32 (N, D)."""
+    # A bundle may come from others, and its graph may hold a loop without end; a student is timm's network.
+    answer = run_within(session, pixels) if isinstance(session.bundle, Bundle) else session.run(pixels)
+    features = np.asarray(answer, dtype=np.float32)
+    if features.ndim != 2 or len(features) != len(pixels):
         raise DeviceError(
-            f"{model_name(record)} returned {features.shape} for {len(pixels)} images, expected one embedding per "
-            f"image, ({wanted[0]}, {wanted[1]}): export it again"
+            f"{model_name(session.bundle)} returned {features.shape} for {len(pixels)} images, expected one embedding "
+            "per image: export it again"
         )
     return features
 

@@ -367,14 +367,3 @@ def test_a_transfers_data_folder_need_not_have_the_splits_of_the_other_protocols
                 Image.new("RGB", (40, 40), (20 * index, 200 if label == "a" else 0, 9)).save(path)
     result = robx(run, "--data", tmp_path / "d", "--transfer", f"folder={tmp_path / 'd' / 'fashion'}", "--cached")
     assert result.exit_code == 0, result.output
-
-
-@pytest.mark.parametrize("protocol", ["--knn", "--fidelity", "--save-head=head.safetensors"])
-def test_answers_of_another_width_than_the_manifests_are_refused(bundle, scene_shards, monkeypatch, protocol):
-    folder = bundle("narrow", 0.0)
-    plain = Noisy.run
-    monkeypatch.setattr(Noisy, "run", lambda self, images: plain(self, images)[:, :16])
-    result = robx(folder, "--data", scene_shards, protocol, "--no-cache")
-    assert result.exit_code == 2 and "returned (64, 16)" in result.output, result.output
-    assert "expected one embedding per image, (64, 512)" in result.output
-    assert not (folder / "measurements.jsonl").exists()

@@ -177,7 +177,7 @@ def test_progress_reaches_the_end():
 def test_an_answer_of_another_shape_is_the_models_fault():
     session = MeanColour()
     session.run = lambda images: images.mean(axis=(0, 2, 3))
-    with pytest.raises(DeviceError, match="one embedding per image"):
+    with pytest.raises(DeviceError, match="expected one embedding per image"):
         extract(session, arrays(10))
 
 
