@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import click
 
 from robx import __version__
-from robx.errors import RobxError, one_line
+from robx.errors import RobxError, first_line, is_exhausted, one_line
 
 # command -> (module, attribute, its line in `robx --help`); not importing them keeps start-up fast.
 COMMANDS = {
@@ -100,6 +100,12 @@ class LazyGroup(click.Group):
         except RobxError as error:
             click.echo(f"robx: {one_line(str(error))}", err=True)
             ctx.exit(error.exit_status)
+        except (MemoryError, RuntimeError, ImportError) as error:
+            if not is_exhausted(error):
+                raise
+            remedy = "free memory, raise the limit (ulimit -v, ulimit -u), or use a smaller batch and fewer threads"
+            click.echo(f"robx: not enough memory or threads ({one_line(first_line(error))}): {remedy}", err=True)
+            ctx.exit(RobxError.exit_status)
         except OSError as error:
             if error.errno not in _REMEDIES:
                 raise

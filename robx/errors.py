@@ -71,6 +71,15 @@ class GateFailed(RobxError):
     exit_status = 3
 
 
+# What libraries say when the system has no memory or threads left for them.
+_EXHAUSTED = ("can't start new thread", "failed to map segment", "bad_alloc", "allocate memory", "not enough memory")
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether the machine, or a limit such as ``ulimit -v``, has run out of memory or threads."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in _EXHAUSTED)
+
+
 def one_line(text: str) -> str:
     """`text` as one line that is safe on a terminal: whitespace becomes spaces and control characters are escaped.
 

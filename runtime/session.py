@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
-from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra, RobxError, first_line
+from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra, RobxError, first_line, is_exhausted
 from robx.formats import RUNTIMES
 from robx.records import Bundle, Student, from_json, load_bundle, load_student, to_json
 from robx.runtime.device.runner import run_in_batches
@@ -103,6 +103,8 @@ def open_session(path: str | Path, settings: SessionSettings | None = None, *, l
     except RobxError:
         raise
     except ImportError as error:
+        if is_exhausted(error):  # the package is there, but there is no memory to load it
+            raise
         raise MissingExtra(name, extra_for(name), purpose=f"opening {path}", cause=error) from error
     except Exception as error:
         raise DeviceError(f"{path} cannot run on this machine: {first_line(error)}") from error

@@ -58,6 +58,33 @@ def test_an_operating_systems_error_that_is_a_defect_keeps_its_traceback(monkeyp
     assert isinstance(CliRunner().invoke(main, ["inspect", "x"]).exception, OSError)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+    ],
+)
+def test_a_machine_without_memory_or_threads_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(path: object) -> None:
+        raise error
+
+    monkeypatch.setattr("robx.records.load_bundle", fail)
+    result = CliRunner().invoke(main, ["inspect", "x"])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("robx: not enough memory or threads (") and "ulimit -v" in result.stderr
+
+
+def test_another_runtime_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("robx.records.load_bundle", fail)
+    assert isinstance(CliRunner().invoke(main, ["inspect", "x"]).exception, RuntimeError)
+
+
 DISTIL = ["distill", "--out", "{out}", "--data"]
 
 

@@ -5,6 +5,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -367,3 +369,18 @@ def test_a_transfers_data_folder_need_not_have_the_splits_of_the_other_protocols
                 Image.new("RGB", (40, 40), (20 * index, 200 if label == "a" else 0, 9)).save(path)
     result = robx(run, "--data", tmp_path / "d", "--transfer", f"folder={tmp_path / 'd' / 'fashion'}", "--cached")
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is Linux's")
+@pytest.mark.parametrize("gigabytes", [1.6, 3.0, 4.0])
+def test_a_limit_of_memory_ends_in_one_line(run, scenes, gigabytes):
+    import resource
+
+    limit = int(gigabytes * 1e9)
+    command = [sys.executable, "-m", "robx.cli", "eval", str(run), "--data", str(scenes), "--no-cache"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit,) * 2)
+    )
+    if done.returncode:  # torch may fit into 4 GB
+        said = [line for line in done.stderr.splitlines() if line.startswith("robx: ")]
+        assert done.returncode == 2 and len(said) == 1 and "Traceback" not in done.stderr, done.stderr
