@@ -14,6 +14,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,17 @@ from robx.distill.objectives.base import Stats
 from robx.distill.recipes import Recipe
 from robx.distill.resolve import DistillSettings, mixed_kinds, resolve_recipe
 from robx.distill.targets.stored_writer import WritingBranch
+from robx.distill.teachers.choose import choose_teacher
 from robx.distill.teachers.load import build_teacher_skeleton, load_teacher
 from robx.distill.teachers.teacher import Teacher
-from robx.distill.training import run_checkpoint, run_settings
+from robx.distill.training import run_checkpoint
 from robx.distill.training.collapse import require_finite
 from robx.distill.training.dry_run import RunCost, dry_run
 from robx.distill.training.knn_probe import Probe
 from robx.distill.training.learner import Learner, autocast
 from robx.distill.training.log import log_step, monitor, note, open_probe, probe_references, probe_students, speed_bound
 from robx.distill.training.processes import Processes, join_processes
-from robx.distill.training.run import Run, RunSpec, Say, check_spec, open_run, require_out, spec_settings
+from robx.distill.training.run import Run, RunSpec, Say, check_spec, open_run, require_out
 from robx.distill.training.run_state import count_skipped, publish_teachers, resume_run, save_run
 from robx.distill.training.signals import StopRequest, stop_on_signals
 from robx.distill.training.speed import Rate, SpeedBound, measure_bound
@@ -63,8 +65,12 @@ def distill(settings: DistillSettings, *, progress: Progress | None = None, say:
         say = say if say and processes.first else _silent
         if warning := mixed_kinds(settings.students, recipe):
             say(warning)
-        teacher = None
+        spec, teacher = _spec(settings, recipe, source, None), None
         if settings.teacher is not None and not settings.base:
+            # Everything that can be refused is refused before the teacher is downloaded.
+            choose_teacher(settings.teacher, weights=settings.teacher_weights, objective=recipe.objective)
+            require_out(spec)
+            check_spec(spec)
             teacher = load_teacher(
                 settings.teacher,
                 weights=settings.teacher_weights,
@@ -80,8 +86,7 @@ def distill(settings: DistillSettings, *, progress: Progress | None = None, say:
                 progress=progress,
             )
             say(f"teacher {teacher.name}, licence {teacher.info.licence}, prototypes {teacher.info.prototypes}")
-        spec = _spec(settings, recipe, source, teacher)
-        return train(spec, progress=progress, say=say, processes=processes)
+        return train(replace(spec, teacher=teacher), progress=progress, say=say, processes=processes)
 
 
 def estimate(
@@ -113,13 +118,9 @@ def estimate(
             prototypes=recipe.prototypes,
             image_size=recipe.crop_size,
         )
-    spec = _spec(settings, recipe, source, teacher)
-    initial = check_spec(spec)
-    if spec.out is not None and not (spec.options.fresh or spec.options.force):
-        run_settings.refuse_changes(spec.out, spec_settings(spec, initial), unknown="teacher")  # its weights are random
     if say and (warning := mixed_kinds(settings.students, recipe)):
         say(warning)
-    return recipe, dry_run(spec, gpu_memory=gpu_memory)
+    return recipe, dry_run(_spec(settings, recipe, source, teacher), gpu_memory=gpu_memory)
 
 
 def _spec(settings: DistillSettings, recipe: Recipe, source: ImageSource, teacher: Teacher | None) -> RunSpec:

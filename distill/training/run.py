@@ -103,6 +103,8 @@ def open_run(spec: RunSpec, *, processes: Processes, say: Say) -> Run:
         InputError: settings that contradict each other, or differ from those of the run in the folder.
     """
     recipe, options, out = spec.recipe, spec.options, require_out(spec)
+    if (spec.teacher is not None) + (spec.targets is not None) + recipe.base != 1:
+        raise InputError("give one of --teacher NAME, --teacher ema (the base method) and --targets DIR")
     initial = check_spec(spec)
     per_epoch = steps_per_epoch(len(spec.source), recipe.batch_size)
     micro_batch(recipe, processes=processes.world)
@@ -169,19 +171,21 @@ def require_out(spec: RunSpec) -> Path:
 
 
 def check_spec(spec: RunSpec) -> Initial | None:
-    """Check what can be checked before any network is built; returns the weights to start from, if any.
+    """Check what can be checked before the teacher is loaded; returns the weights to start from, if any.
 
     Raises:
-        InputError: settings that contradict each other.
+        InputError: settings that contradict each other, or differ from those of the run in the folder.
         ArtifactError: ``init`` is not a Student.
     """
-    if (spec.teacher is not None) + (spec.targets is not None) + spec.recipe.base != 1:
-        raise InputError("give one of --teacher NAME, --teacher ema (the base method) and --targets DIR")
     if spec.recipe.freeze_trunk and spec.init is None:
         raise InputError("freeze_trunk keeps the trunk's initial weights: give --init RUN")
     if len(set(spec.students)) != len(spec.students) or not spec.students:
         raise InputError("the same student is given twice: give each --student once")
-    return None if spec.init is None else Initial.open(spec.init)
+    steps_per_epoch(len(spec.source), spec.recipe.batch_size)
+    initial = None if spec.init is None else Initial.open(spec.init)
+    if spec.out is not None and not (spec.options.fresh or spec.options.force):
+        run_settings.refuse_changes(spec.out, spec_settings(spec, initial), unknown="teacher")
+    return initial
 
 
 def spec_settings(spec: RunSpec, initial: Initial | None) -> dict[str, object]:

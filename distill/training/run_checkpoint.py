@@ -121,8 +121,9 @@ def read_checkpoint(folder: Path) -> tuple[int, dict[str, Any]]:
 
 def clean(run: Path) -> None:
     """Remove what a killed process left half-written; the caller holds the run's lock."""
-    for folder in (run, *(path for path in run.iterdir() if path.is_dir() and not path.is_symlink())):
-        remove_leftovers(folder)  # of the run, its checkpoints and each of several students
+    if run.is_dir():
+        for folder in (run, *(path for path in run.iterdir() if path.is_dir() and not path.is_symlink())):
+            remove_leftovers(folder)  # of the run, its checkpoints and each of several students
 
 
 class _TooNew(ArtifactError):

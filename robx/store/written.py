@@ -104,13 +104,14 @@ class Written:
                     path.unlink()
             except OSError as error:
                 raise unwritable(path, error) from error
+        for parent in sorted(folders, key=lambda parent: -len(parent.parts)):
+            with contextlib.suppress(OSError):  # others' files are in it
+                (self.folder / parent).rmdir()
+        # Last: a process killed before this leaves names without files, never files without names.
         gone = set(found)
         if gone:
             self._names = {name: None for name in self._names if name not in gone}
             write_bytes(self.folder / RECORD, "".join(f"{json.dumps(name)}\n" for name in self._names).encode())
-        for parent in sorted(folders, key=lambda parent: -len(parent.parts)):
-            with contextlib.suppress(OSError):  # others' files are in it
-                (self.folder / parent).rmdir()
 
 
 def _names_in(text: bytes) -> Iterator[str]:
