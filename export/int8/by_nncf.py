@@ -84,7 +84,7 @@ def _preset(nncf: Any, candidate: Candidate) -> Any:
 
 
 def _advanced(nncf: Any, candidate: Candidate) -> Any:
-    from nncf.quantization.advanced_parameters import AdvancedSmoothQuantParameters
+    from nncf.quantization.advanced_parameters import AdvancedSmoothQuantParameters, OverflowFix
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
     parameters = nncf.AdvancedQuantizationParameters(
@@ -92,6 +92,8 @@ def _advanced(nncf: Any, candidate: Candidate) -> Any:
             convolution=-1, matmul=-1 if candidate.smooth_alpha is None else candidate.smooth_alpha
         )
     )
+    if candidate.reduce_range:  # in every layer; by default NNCF does so in the first one alone
+        parameters.overflow_fix = OverflowFix.ENABLE
     if not candidate.mean_ranges:
         parameters.activations_range_estimator_params = RangeEstimatorParametersSet.MINMAX
     return parameters

@@ -35,6 +35,11 @@ class Machine:
     arm: bool = False
     nncf: bool = True
 
+    @property
+    def saturates(self) -> bool:
+        """Whether sums of products of 8-bit values saturate, as on x86 with AVX2 alone: weights get 7 bits there."""
+        return not self.arm and not self.vnni
+
 
 def machine_of(device: str) -> Machine:
     """What `device` offers: this machine's CPU for "local", an ARM CPU for "arm64" and Jetsons."""
@@ -51,7 +56,7 @@ def ladder(fmt: Format, facts: GraphFacts, machine: Machine) -> list[Candidate]:
         case "onnxruntime":
             return _onnx_ladder(facts, machine)
         case "nncf":
-            return _nncf_vit_ladder() if facts.kind == "vit" else _nncf_cnn_ladder()
+            return _nncf_vit_ladder(machine) if facts.kind == "vit" else _nncf_cnn_ladder(machine)
         case "tensorrt":
             return _trt_ladder(facts, machine)
         case _:  # None where the format has no int8: its builder refuses it
@@ -101,11 +106,11 @@ def _onnx_ladder(facts: GraphFacts, machine: Machine) -> list[Candidate]:
         name="static, min-max",
         quantiser="onnxruntime",
         signed=machine.arm,
-        reduce_range=not machine.arm and not machine.vnni,
+        reduce_range=machine.saturates,
     )
     if facts.kind == "vit":
         # Only NNCF quantises attention as a pattern, so ONNX Runtime's own quantiser comes last.
-        return [*(_nncf_vit_ladder() if machine.nncf else []), plain]
+        return [*(_nncf_vit_ladder(machine) if machine.nncf else []), plain]
     return [
         plain,
         dataclasses.replace(plain, name="static, percentile 99.99", ranges="percentile"),
@@ -114,8 +119,8 @@ def _onnx_ladder(facts: GraphFacts, machine: Machine) -> list[Candidate]:
     ]
 
 
-def _nncf_cnn_ladder() -> list[Candidate]:
-    plain = Candidate(name="nncf", quantiser="nncf", mean_ranges=True)
+def _nncf_cnn_ladder(machine: Machine) -> list[Candidate]:
+    plain = Candidate(name="nncf", quantiser="nncf", mean_ranges=True, reduce_range=machine.saturates)
     asymmetric = dataclasses.replace(plain, name="nncf, asymmetric", asymmetric=True)
     whole = dataclasses.replace(asymmetric, name="nncf, asymmetric, min-max", mean_ranges=False)
     # Full bias correction takes minutes; it ships on the demo's resnet10t, where the three plain ones do not pass.
@@ -123,8 +128,14 @@ def _nncf_cnn_ladder() -> list[Candidate]:
     return [plain, asymmetric, whole, full]
 
 
-def _nncf_vit_ladder() -> list[Candidate]:
-    plain = Candidate(name="nncf, no SmoothQuant", quantiser="nncf", transformer=True, mean_ranges=True)
+def _nncf_vit_ladder(machine: Machine) -> list[Candidate]:
+    plain = Candidate(
+        name="nncf, no SmoothQuant",
+        quantiser="nncf",
+        transformer=True,
+        mean_ranges=True,
+        reduce_range=machine.saturates,
+    )
     first, *others = (
         dataclasses.replace(plain, name=f"nncf, SmoothQuant {alpha}", smooth_alpha=alpha) for alpha in SMOOTH_ALPHAS
     )
@@ -139,7 +150,7 @@ def _trt_ladder(facts: GraphFacts, machine: Machine) -> list[Candidate]:
         dataclasses.replace(plain, name="symmetric, least squared error", ranges="mse"),
     ]
     if facts.kind == "vit" and machine.nncf:
-        found += [dataclasses.replace(candidate, signed=True) for candidate in _nncf_vit_ladder()]
+        found += [dataclasses.replace(c, signed=True, reduce_range=False) for c in _nncf_vit_ladder(machine)]
     return found
 
 

@@ -371,6 +371,8 @@ def test_the_cpu_decides_the_activation_type(cnn_onnx: onnx.ModelProto) -> None:
     plain = ladder("onnx", facts, Machine())[0]
     assert plain.reduce_range and not plain.signed
     assert not ladder("onnx", facts, Machine(vnni=True))[0].reduce_range
+    assert all(c.reduce_range for c in ladder("openvino", facts, Machine()))
+    assert not any(c.reduce_range for c in ladder("openvino", facts, Machine(vnni=True)))
     arm = ladder("onnx", facts, Machine(arm=True))[0]
     assert arm.signed and not arm.reduce_range
 
@@ -402,3 +404,25 @@ def test_nncf_quantises_a_transformer_on_onnx(
     quantised = by_nncf.quantize_onnx(vit_onnx, scene_pixels[:16], candidate)
     assert quantized_nodes(quantised)
     assert centred_cosine(run_model(vit_onnx, scene_pixels), run_model(quantised, scene_pixels)).mean() > 0.9
+
+
+def test_nncf_leaves_room_where_sums_saturate(cnn_onnx: onnx.ModelProto, scene_pixels: np.ndarray) -> None:
+    """AVX2 without VNNI adds pairs of 8-bit products in 16 bits: weights of 7 bits keep every sum within them."""
+    reach = {}
+    for reduce_range in (False, True):
+        candidate = Candidate(name="x", quantiser="nncf", reduce_range=reduce_range)
+        graph = Graph(by_nncf.quantize_onnx(cnn_onnx, scene_pixels[:16], candidate))
+        pairs = [graph.dequantized(node.input[1]) for node in graph.nodes if node.op_type == "Conv"]
+        reach[reduce_range] = [int(np.abs(_stored_weight(graph, pair)).max()) for pair in pairs if pair is not None]
+    assert len(reach[True]) > 3 and max(reach[True]) <= 64 < max(reach[False])
+
+
+def _stored_weight(graph: Graph, pair: onnx.NodeProto) -> np.ndarray:
+    """The integers that a DequantizeLinear reads, stored or quantised from a constant."""
+    stored = graph.constant(pair.input[0])
+    if stored is None:
+        quantise = graph.producers[pair.input[0]]
+        weight, scale = graph.constant(quantise.input[0]), graph.constant(quantise.input[1])
+        assert weight is not None and scale is not None
+        stored = np.clip(np.round(weight / scale.reshape(-1, *[1] * (weight.ndim - 1))), -128, 127)
+    return stored.astype(np.int32)
