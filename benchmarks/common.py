@@ -53,7 +53,7 @@ class Chosen:
     """A source with some images of another, in the given order; an image may occur more than once."""
 
     def __init__(self, source: ImageSource, places: Sequence[int]) -> None:
-        self.name, self.classes, self.licence = source.name, source.classes, source.licence
+        self.name, self.classes, self.licence, self.note = source.name, source.classes, source.licence, source.note
         self._source, self._places = source, places
         self.fingerprint = sha256_bytes(f"{source.fingerprint} {list(places)}".encode())[:16]
 

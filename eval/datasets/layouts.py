@@ -41,6 +41,7 @@ class ListSource:
     """Image files named in a list, with the list's labels."""
 
     licence = "unknown"
+    note = ""
 
     def __init__(self, root: Path, samples: Sequence[tuple[str, int]], *, name: str, classes: Sequence[str]) -> None:
         """Take (path below `root`, label) pairs; no image is opened yet.
@@ -93,7 +94,7 @@ class SquareSource:
     def __init__(self, source: ImageSource, side: int) -> None:
         """Resize the images of `source` to `side` x `side`, bilinear."""
         self._source, self._side = source, side
-        self.name, self.classes, self.licence = source.name, source.classes, source.licence
+        self.name, self.classes, self.licence, self.note = source.name, source.classes, source.licence, source.note
         self.fingerprint = sha256_bytes(f"{source.fingerprint} squeezed {side}".encode())[:16]
 
     @property

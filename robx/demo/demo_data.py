@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from robx.errors import RobxError, one_line
-from robx.images.decode import MAX_PIXELS, to_rgb
+from robx.images.decode import MAX_PIXELS, open_image, to_rgb
 from robx.images.scenes import write_scenes
 from robx.images.shards import write_shard
 from robx.images.sources import LICENCE_FILE
@@ -161,8 +161,8 @@ def _shrink(path: str, root: str) -> _Picture | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image: Image.Image = Image.open(path)
-            if image.width * image.height > MAX_PIXELS / 4:
+            image = open_image(Path(path))
+            if image.width * image.height > MAX_PIXELS / 2:
                 return None
             # Shrink before blending with white: ten times fewer pixels to blend.
             image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC, reducing_gap=3.0)

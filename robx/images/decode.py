@@ -1,4 +1,4 @@
-"""Decoding one image, and making it a model's input. Pillow and numpy only: the device runs this too."""
+"""Decode one image and turn it into a model's input, with Pillow and numpy only."""
 
 from __future__ import annotations
 
@@ -6,21 +6,50 @@ import io
 import stat
 import warnings
 from pathlib import Path
+from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from robx.errors import CorruptImage, UnreadableImage
 from robx.records import IMAGENET_MEAN as IMAGENET_MEAN
 from robx.records import IMAGENET_STD as IMAGENET_STD
 from robx.records import Preprocessing
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-# 178 megapixels is Pillow's own bomb limit: more than any camera makes, and half a gigabyte once decoded.
-MAX_PIXELS = 178_956_970
+# The formats that robx opens, and their usual suffixes. A fixed list, because Pillow also has formats that start other
+# programs (EPS runs Ghostscript), whatever the file is called.
+_FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp", ".dib"),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
+    "AVIF": (".avif", ".avifs"),
+    "TGA": (".tga",),
+    "QOI": (".qoi",),
+}
+# Formats of which a build of Pillow may lack the decoder.
+_OPTIONAL = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}
+# Image files that robx cannot read: they are counted and named, not taken for something else.
+UNREAD_SUFFIXES = frozenset(
+    {".heic", ".heif", ".hif", ".jxl", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"}
+    | {".psd", ".svg", ".eps", ".exr", ".hdr", ".dcm", ".nii", ".fits", ".ico", ".jxr", ".bpg", ".npy", ".pcx", ".sgi"}
+)
+FORMATS = tuple(name for name in _FORMATS if name not in _OPTIONAL or features.check(_OPTIONAL[name]))
+IMAGE_SUFFIXES = frozenset(suffix for name in FORMATS for suffix in _FORMATS[name])
+# Decoding stays below 1 GB. The first number is the one above which Pillow warns; the decoders of the other formats
+# need more memory per pixel (WebP 16 bytes, JPEG 2000 20, AVIF 10).
+MAX_PIXELS = 89_478_485
+_MAX_PIXELS_OF = {"WEBP": 48_000_000, "JPEG2000": 40_000_000, "AVIF": 80_000_000}
+# A larger JPEG is decoded at half size. A progressive one holds all its coefficients in memory meanwhile.
+_MAX_JPEG_PIXELS, _MAX_PROGRESSIVE_PIXELS = 178_956_970, 130_000_000
+_STRIP_PIXELS = 4_000_000  # converted at once
 MAX_FILE_BYTES = 256 * 1024 * 1024
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-# Past this aspect ratio the resized image would be huge and its centre crop is all that is used.
+# Beyond this aspect ratio the resized image would be huge, and only its centre crop is used.
 _MAX_ASPECT = 20
 
 
@@ -28,56 +57,103 @@ def read_image_file(path: Path) -> bytes:
     """The bytes of an image file.
 
     Raises:
-        CorruptImage: not there, unreadable, too large, or no regular file (reading a pipe or a device may never end).
+        CorruptImage: missing, unreadable, too large, or not a regular file (a pipe or a device may block for ever).
     """
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise CorruptImage(f"{path}: is no regular file")
+            raise CorruptImage(f"{path}: is not a regular file")
         if found.st_size > MAX_FILE_BYTES:
-            raise CorruptImage(f"{path}: {found.st_size} bytes is more than an image should have")
+            raise CorruptImage(f"{path}: {found.st_size} bytes are too many for an image (at most {MAX_FILE_BYTES})")
         return path.read_bytes()
     except OSError as error:
         raise UnreadableImage(f"{path}: cannot be read ({error.strerror})") from error
 
 
+def open_image(file: IO[bytes] | Path) -> Image.Image:
+    """Open an image, not yet decoded, with Pillow, in one of robx's formats only.
+
+    Raises:
+        Whatever Pillow's parsers raise; `decode` makes one CorruptImage of it.
+    """
+    return Image.open(file, formats=FORMATS)
+
+
 def decode(data: bytes, *, name: str) -> Image.Image:
     """Decode an encoded image to 8-bit RGB, upright.
 
-    EXIF rotation is applied, transparency is laid on white, 16-bit is scaled to 8, CMYK and palettes are converted.
+    The EXIF rotation is applied, transparency is composited on white, 16 bits are scaled to 8, CMYK and palettes are
+    converted. A JPEG with more than MAX_PIXELS is decoded at half size.
 
     Raises:
-        CorruptImage: not an image, truncated, or more pixels than MAX_PIXELS; the message has `name`.
+        CorruptImage: not an image, truncated, or too many pixels; the message has `name`.
     """
     if len(data) > MAX_FILE_BYTES:
-        raise CorruptImage(f"{name}: {len(data)} bytes is more than an image should have")
+        raise CorruptImage(f"{name}: {len(data)} bytes are too many for an image (at most {MAX_FILE_BYTES})")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
-            if image.width * image.height > MAX_PIXELS:
-                raise CorruptImage(f"{name}: {image.width} x {image.height} pixels is a decompression bomb")
+            image = open_image(io.BytesIO(data))
+            _limit_pixels(image, name)
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
     except CorruptImage:
         raise
-    except UnidentifiedImageError as error:  # its own message names an object in memory
-        raise CorruptImage(f"{name}: cannot be decoded (no image format that is known)") from error
-    except (
-        Exception
-    ) as error:  # Pillow's plugins raise whatever their parser meets: OSError, ValueError, struct.error …
+    except UnidentifiedImageError as error:  # its own message has the address of an object
+        raise CorruptImage(f"{name}: cannot be decoded (unknown image format)") from error
+    except Exception as error:  # Pillow's plugins raise whatever their parsers meet: OSError, ValueError, struct.error
         raise CorruptImage(f"{name}: cannot be decoded ({error or type(error).__name__})") from error
 
 
+def _limit_pixels(image: Image.Image, name: str) -> None:
+    """Refuse an opened image that would need too much memory; a large JPEG is set to half size instead."""
+    pixels = image.width * image.height
+    limit = _MAX_PIXELS_OF.get(image.format or "", MAX_PIXELS)
+    if pixels <= limit:
+        return
+    if image.format in ("JPEG", "MPO"):
+        limit = _MAX_PROGRESSIVE_PIXELS if image.info.get("progressive") else _MAX_JPEG_PIXELS
+        if pixels <= limit:
+            image.draft(None, (image.width // 2, image.height // 2))
+            return
+    raise CorruptImage(
+        f"{name}: {image.width} x {image.height} pixels is too large (at most {limit / 1e6:.0f} megapixels for "
+        f"{image.format}): shrink it first"
+    )
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any Pillow mode as RGB."""
+    """An image of any Pillow mode as RGB; large images are converted in strips, to save memory."""
     if image.mode == "RGB":
         return image
+    scale = _scale_of(image)
+    if image.width * image.height <= _STRIP_PIXELS:
+        return _strip_to_rgb(image, scale)
+    whole = Image.new("RGB", image.size)
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(image.height, top + rows))
+        whole.paste(_strip_to_rgb(image.crop(box), scale), box)
+    return whole
+
+
+def _scale_of(image: Image.Image) -> float:
+    """What an image of wide numbers is multiplied with to reach 8 bits.
+
+    A dark 16-bit image stays dark. Wider numbers have no defined white: the brightest pixel tells their scale.
+    """
+    if image.mode.startswith("I;16"):
+        return 255.0 / 65535.0
+    if image.mode not in ("I", "F") or not image.width * image.height:
+        return 1.0
+    brightest = float(image.getextrema()[1])  # type: ignore[arg-type]
+    return 255.0 / 65535.0 if brightest > 255 else 255.0 if image.mode == "F" and brightest <= 1 else 1.0
+
+
+def _strip_to_rgb(image: Image.Image, scale: float) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.float64)
-        # A dark image of 16 bits is dark; wider numbers have no white, and the brightest has to tell the scale.
-        brightest = 65535.0 if image.mode.startswith("I;16") else values.max(initial=0)
-        scale = 255.0 / 65535.0 if brightest > 255 else 255.0 if image.mode == "F" and brightest <= 1 else 1.0
         return Image.fromarray(np.clip(values * scale, 0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         layered = image.convert("RGBA")
@@ -87,9 +163,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """Shorter side to ``size``, then the centre ``crop`` square, as torchvision's Resize and CenterCrop.
+    """Resize the shorter side to ``size`` and crop the centre ``crop`` square: torchvision's Resize and CenterCrop.
 
-    With ``crop_width`` as timm's ResizeKeepRatio and CenterCrop.
+    With ``crop_width``: timm's ResizeKeepRatio and CenterCrop.
     """
     crop_height, crop_width = preprocessing.shape
     width, height = image.size
@@ -110,7 +186,7 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.I
 
 
 def preprocess(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """An RGB image as the model's input, float32 (3, H, W)."""
+    """An RGB image as a model's input, float32 (3, H, W)."""
     pixels = np.asarray(resize_and_crop(image, preprocessing), dtype=np.float32) / np.float32(255)
     mean = np.asarray(preprocessing.mean, dtype=np.float32)
     std = np.asarray(preprocessing.std, dtype=np.float32)

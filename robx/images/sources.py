@@ -1,13 +1,14 @@
-"""Where images come from: a folder, tar shards, IDX or CIFAR arrays. All are random access, ordered and fingerprinted.
+"""Where images come from: a folder, tar shards, IDX or CIFAR arrays. All are ordered, fingerprinted, random access.
 
-A source never decodes before it is asked, and a sample that cannot be read raises CorruptImage when it is read, so that
-whoever reads can count it against a budget.
+A source decodes nothing before it is asked to, and a sample that cannot be read raises CorruptImage when it is read, so
+that the reader can count it against a limit.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -17,14 +18,21 @@ from PIL import Image
 from robx.errors import InputError, NoSplit
 from robx.images.arrays import open_cifar, open_idx
 from robx.images.decode import IMAGE_SUFFIXES, decode, read_image_file
-from robx.images.shards import ShardSource
+from robx.images.labels import FileLabelSource
+from robx.images.shards import ShardSource, by_suffix
+from robx.images.splits import Split, choose_folder, choose_shards, split_folders
 from robx.records import DataInfo
 from robx.store.files import fingerprint, fingerprint_files, read_bytes, stamp_of
 
-# Under which licence the images are, as an SPDX name or in words: it goes into every record that is made from them.
+# The images' licence, as an SPDX name or in words; it goes into every record that is made from them.
 LICENCE_FILE = "licence.txt"
 _MAX_LICENCE_BYTES = 64 * 1024
-_SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "validation")}
+_MOST_STRAYS = 0.1  # of all images, beside class folders
+# Files that a folder of images may contain without a word about them.
+_NOT_IMAGES = frozenset(
+    {".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".rst", ".html", ".log", ".ini", ".db"}
+    | {".py", ".sh", ".tar", ".zip", ".gz", ".tgz", ".lock", ".cls", ".pdf", ".bib", ".cfg", ".toml", ".sha256", ".md5"}
+)
 
 
 class ImageSource(Protocol):
@@ -32,15 +40,16 @@ class ImageSource(Protocol):
 
     name: str
     classes: tuple[str, ...] | None
-    fingerprint: str  # 16 hex digits; the same images in the same order give the same
+    fingerprint: str  # 16 hex digits; the same images in the same order have the same
     licence: str  # as licence.txt beside the images says, else "unknown"
+    note: str  # one line for the user about what was left out or chosen; empty when there is nothing to say
 
     @property
     def stamp(self) -> str:
-        """Changes when a file of them was written again, whatever it holds; empty where the fingerprint tells."""
+        """Changes when a file is rewritten, whatever it contains; empty where the fingerprint covers all contents."""
 
     def __len__(self) -> int:
-        """How many samples there are, the unreadable ones included."""
+        """The number of samples, including unreadable ones."""
 
     def key(self, index: int) -> str:
         """The sample's readable, unique name."""
@@ -56,51 +65,58 @@ class ImageSource(Protocol):
         """
 
 
-def open_source(path: Path, *, split: str | None = None) -> ImageSource:
-    """Open whatever images are at `path`.
+def open_source(
+    path: Path, *, split: str | None = None, labels: Path | None = None, image_member: str | None = None
+) -> ImageSource:
+    """Open the images at `path`.
 
-    `split` ("train" or "test") picks the subfolder, the ``train-*.tar`` shards or the array file of that split; "test"
-    also finds ``val``. None takes everything, but "train" where a path has both splits.
+    Args:
+        path: a folder of images (one folder per class, or flat), of tar shards, of IDX or CIFAR files, or one shard.
+        split: "train" or "test" picks the subfolder, shards or array file of that split, by its usual names in any
+            case. None takes everything, or the training split where there are several.
+        labels: a CSV file with a path and a label in each line, instead of the labels of folders or shards.
+        image_member: which image of a shard's sample to read when it has several ("rgb.jpg").
 
     Raises:
         InputError: nothing there, not readable, no images, or no such split; the message says what is expected.
     """
-    if split not in (None, *_SPLIT_NAMES):
+    if split not in (None, "train", "test"):
         raise InputError(f"split {split!r} is neither train nor test")
     if not path.exists():
         raise InputError(f"{path} does not exist: give a folder of images, a .tar shard, or a folder of shards")
     if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
         raise InputError(f"{path} cannot be read: fix its permissions")
-    if path.is_file():
-        if path.suffix != ".tar":
-            raise InputError(f"{path} is a file: give a folder of images, a .tar shard, or a folder of shards")
-        source: ImageSource = ShardSource([path], name=path.stem)
+    if path.is_dir():
+        source = _open_folder(path, split, image_member, classes=labels is None)
+    elif path.suffix.lower() != ".tar":
+        raise InputError(f"{path} is a file: give a folder of images, a .tar shard, or a folder of shards")
     else:
-        source = _open_folder(path, split)
+        source = ShardSource([path], name=path.stem, image=image_member)
     source.licence = _read_licence(path if path.is_dir() else path.parent)
-    return source
+    return FileLabelSource(source, labels) if labels is not None else source
 
 
 def data_info(source: ImageSource) -> DataInfo:
-    """The record of which images these are."""
+    """The record of these images."""
     return DataInfo(
         name=source.name, images=len(source), fingerprint=source.fingerprint, licence=source.licence or "unknown"
     )
 
 
 def labels_of(source: ImageSource) -> np.ndarray:
-    """Every sample's label, int64 (N,); -1 where there is none."""
+    """Every sample's label, int64 (N,); -1 for none."""
     found = (source.label(index) for index in range(len(source)))
     return np.fromiter((-1 if label is None else label for label in found), dtype=np.int64, count=len(source))
 
 
 class LabelledSource:
-    """The labelled samples of a source whose other samples have no label."""
+    """The labelled samples of a partly labelled source."""
 
     def __init__(self, source: ImageSource, chosen: np.ndarray) -> None:
-        """Keep the samples at the places `chosen`."""
+        """Keep the samples with the indices `chosen`."""
         self.name, self.classes, self._source, self._chosen = source.name, source.classes, source, chosen
         self.fingerprint, self.licence = fingerprint([source.fingerprint, "labelled"]), source.licence
+        self.note = source.note
 
     @property
     def stamp(self) -> str:
@@ -108,7 +124,7 @@ class LabelledSource:
         return self._source.stamp
 
     def __len__(self) -> int:
-        """How many samples have a label."""
+        """The number of labelled samples."""
         return len(self._chosen)
 
     def key(self, index: int) -> str:
@@ -125,44 +141,67 @@ class LabelledSource:
 
 
 def labelled(source: ImageSource) -> ImageSource:
-    """The source without its unlabelled samples; the source itself when it has none."""
+    """The source without its unlabelled samples; the source itself if it has none."""
     chosen = np.flatnonzero(labels_of(source) >= 0)
     return source if len(chosen) == len(source) else LabelledSource(source, chosen)
 
 
 class FolderSource:
-    """Image files below a folder; with ImageFolder's layout (class/.../image) the first level gives the classes."""
+    """Image files below a folder; in ImageFolder's layout (class/.../image) the first level gives the classes.
+
+    A few images beside the class folders are unlabelled; among many, there are no classes.
+    """
 
     licence = "unknown"
 
-    def __init__(self, root: Path) -> None:
-        """List the image files below `root`, in the order of their relative paths."""
+    def __init__(self, root: Path, *, classes: bool = True) -> None:
+        """List the image files below `root`, in the order of their relative paths; without `classes`, unlabelled.
+
+        Raises:
+            InputError: no images, or a folder that cannot be read.
+        """
         self.root, self.name = root, root.name
-        self._paths = sorted(_image_files(root))
+        skipped: Counter[str] = Counter()
+        self._paths = sorted(_image_files(root, skipped))
         if not self._paths:
-            raise InputError(f"{root} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}): give another folder")
+            there = f", but {by_suffix(skipped)}" if skipped else ""
+            raise InputError(f"{root} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}){there}: give another folder")
         tops = [path.split("/", 1)[0] if "/" in path else None for path in self._paths]
-        self.classes = None if None in tops else tuple(sorted({top for top in tops if top is not None}))
-        numbers = {name: i for i, name in enumerate(self.classes or ())}
-        self._labels = [numbers[top] for top in tops if top is not None] if self.classes else None
+        names = tuple(sorted({top for top in tops if top is not None})) if classes else ()
+        strays = [path for path, top in zip(self._paths, tops, strict=True) if top is None]
+        labelled = bool(names) and (not strays or (len(names) > 1 and len(strays) <= _MOST_STRAYS * len(tops)))
+        self.classes = names if labelled else None
+        numbers: dict[str | None, int] = {name: i for i, name in enumerate(names)} if labelled else {}
+        self._labels = [numbers.get(top) for top in tops]
+        self.note = self._notes(strays if classes else (), skipped)
         self.fingerprint = fingerprint_files(root, self._paths, lines=self._paths)
+
+    def _notes(self, strays: Sequence[str], skipped: Counter[str]) -> str:
+        notes = []
+        if skipped:
+            notes.append(f"{self.root}: skipped {skipped.total()} files that robx cannot read ({by_suffix(skipped)})")
+        if strays and len(strays) < len(self._paths):
+            shown = ", ".join(strays[:3]) + (" ..." if len(strays) > 3 else "")
+            outcome = "and have no label" if self.classes else "so that there are no labels"
+            notes.append(f"{len(strays)} images in {self.root} are beside its folders {outcome} ({shown})")
+        return "; ".join(notes)
 
     @property
     def stamp(self) -> str:
-        """Changes when a file was written again, whatever it holds."""
+        """Changes when a file is rewritten, whatever it contains."""
         return stamp_of(self.root / path for path in self._paths)
 
     def __len__(self) -> int:
-        """How many image files there are."""
+        """The number of image files."""
         return len(self._paths)
 
     def key(self, index: int) -> str:
-        """The path below the root."""
+        """The path relative to the root."""
         return self._paths[index]
 
     def label(self, index: int) -> int | None:
-        """The number of the first-level folder."""
-        return self._labels[index] if self._labels else None
+        """The index of the first-level folder among `classes`."""
+        return self._labels[index]
 
     def read(self, index: int) -> Image.Image:
         """Read and decode one file."""
@@ -173,72 +212,97 @@ class FolderSource:
 def _read_licence(folder: Path) -> str:
     """The first line of licence.txt."""
     path = folder / LICENCE_FILE
+    if path.is_symlink():  # its first line goes into every record: it must not be some other file's
+        raise InputError(f"{path} is a link: replace it with the file itself")
     if not path.is_file():
         return "unknown"
     lines = read_bytes(path, limit=_MAX_LICENCE_BYTES).decode(errors="replace").splitlines()
     return lines[0].strip()[:200] if lines else "unknown"
 
 
-def open_part(path: Path, split: str) -> ImageSource:
-    """That split of the data, or all of them where they have none; damaged ones are refused and not passed over."""
+def open_part(path: Path, split: str, *, labels: Path | None = None, image_member: str | None = None) -> ImageSource:
+    """A split of the data, or all of them if they have no splits; see `open_source`."""
     try:
-        return open_source(path, split=split)
+        return open_source(path, split=split, labels=labels, image_member=image_member)
     except NoSplit:
-        return open_source(path)
+        return open_source(path, labels=labels, image_member=image_member)
 
 
 def class_numbers(names: Sequence[str], into: Sequence[str]) -> np.ndarray:
-    """The place of each of `names` among `into`, int64; -1 for one that is not there."""
+    """The index of each of `names` in `into`, int64; -1 for a missing one."""
     place = {name: number for number, name in enumerate(into)}
     return np.array([place.get(name, -1) for name in names], dtype=np.int64)
 
 
 def renumbered(labels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Labels (N,) by `class_numbers`; -1, no label, stays."""
+    """Labels (N,) mapped by `class_numbers`; -1 (no label) stays."""
     found: np.ndarray = np.where(labels >= 0, numbers[np.maximum(labels, 0)], -1)
     return found
 
 
-def _open_folder(path: Path, split: str | None) -> ImageSource:
+def _open_folder(path: Path, split: str | None, image_member: str | None, *, classes: bool) -> ImageSource:
+    """`classes`: whether folders give the labels; else a file will."""
     for opener in (open_idx, open_cifar):
         found = opener(path, split or "train")
         if found is not None:
             return found
-    have = {s: next((path / n for n in names if (path / n).is_dir()), None) for s, names in _SPLIT_NAMES.items()}
+    wanted: Split | None = "train" if split == "train" else "test" if split == "test" else None
+    folders, shards = _folders_and_shards(path)
+    splits = split_folders(folders)
     # A tar beside train/ and val/ is what they were unpacked from.
-    if not all(have.values()) and (shards := sorted(path.glob("*.tar"))):
-        return ShardSource(_pick_shards(path, shards, split), name=path.name)
-    chosen = split or ("train" if all(have.values()) else None)
-    if chosen is None:
-        return FolderSource(path)
-    folder = have[chosen]
-    if folder is None:
-        expected = " or ".join(f"{name}/" for name in _SPLIT_NAMES[chosen])
-        raise NoSplit(f"{path} has no {chosen} split: expected {expected} or {chosen}-*.tar in it")
-    return _open_folder(folder, None)
+    if shards and not (splits["train"] and splits["test"]):
+        chosen, note = choose_shards(path, shards, wanted)
+        return _noted(ShardSource(chosen, name=path.name, image=image_member), note)
+    names, note = choose_folder(path, folders, wanted)
+    if not names:
+        return FolderSource(path, classes=classes)
+    source = _open_folder(path / names[0], None, image_member, classes=classes)
+    for name in names[1:]:  # a test split without labels, beside a validation split with them
+        if source.classes is not None or not classes:
+            break
+        other = _open_folder(path / name, None, image_member, classes=True)
+        if other.classes is not None:
+            source, note = other, f"reading {path / name}, because {path / names[0]} has no labels"
+    return _noted(source, note)
 
 
-def _pick_shards(path: Path, shards: list[Path], split: str | None) -> list[Path]:
-    by_split = {s: [p for p in shards if p.name.startswith(names)] for s, names in _SPLIT_NAMES.items()}
-    if split is None:
-        return by_split["train"] if all(by_split.values()) else shards
-    if not by_split[split]:
-        raise NoSplit(f"{path} has no {split} split: expected {split}-*.tar in it")
-    return by_split[split]
+def _noted(source: ImageSource, note: str) -> ImageSource:
+    source.note = "; ".join(filter(None, (note, source.note)))
+    return source
 
 
-def _refuse_folder(error: OSError) -> None:
-    """A folder that is left out silently would be a class that is missing."""
-    raise InputError(f"{error.filename} cannot be read ({error.strerror}): fix its permissions, or move it away")
+def _folders_and_shards(path: Path) -> tuple[list[str], list[Path]]:
+    """The names of the subfolders, and the tar files, in `path`."""
+    folders, shards = [], []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.name.lower().endswith(".tar") and not entry.is_dir():
+                shards.append(path / entry.name)
+            elif entry.is_dir():
+                folders.append(entry.name)
+    return sorted(folders), sorted(shards)
 
 
-def _image_files(root: Path) -> Iterable[str]:
+def _image_files(root: Path, skipped: Counter[str]) -> Iterator[str]:
+    """The image files below `root`, relative to it; other files are counted in `skipped` by their suffix."""
     for folder, folders, files in os.walk(root, followlinks=True, onerror=_refuse_folder):
-        # A link to a folder that is above itself would go on for ever.
+        # A link to a folder above itself would never end.
         above = {os.path.realpath(p) for p in (Path(folder), *Path(folder).parents) if p.is_relative_to(root)}
         kept = (f for f in folders if not f.startswith("."))
         folders[:] = sorted(f for f in kept if os.path.realpath(os.path.join(folder, f)) not in above)  # noqa: PTH118
         base = Path(folder).relative_to(root).as_posix()
         for file in files:
-            if PurePosixPath(file).suffix.lower() in IMAGE_SUFFIXES and not file.startswith("."):
+            suffix = PurePosixPath(file).suffix.lower()
+            if file.startswith("."):
+                continue
+            if suffix in IMAGE_SUFFIXES:
                 yield file if base == "." else f"{base}/{file}"
+            elif suffix and suffix not in _NOT_IMAGES:
+                skipped[suffix] += 1
+
+
+def _refuse_folder(error: OSError) -> None:
+    """A folder that is silently left out would be a missing class."""
+    raise InputError(f"{error.filename} cannot be read ({error.strerror}): fix its permissions, or move it away")

@@ -1,0 +1,162 @@
+"""Labels of images in a file of their own: CSV with a path and a label in each line."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from robx.errors import InputError
+from robx.store.files import fingerprint
+
+if TYPE_CHECKING:
+    from robx.images.sources import ImageSource
+
+_MAX_BYTES = 256 * 1024**2
+# The names of a header's columns; without a header the first two columns are the path and the label.
+_PATH_COLUMNS = ("path", "file", "filename", "file_name", "file_path", "image", "image_path", "image_id", "id")
+_LABEL_COLUMNS = ("label", "class", "class_name", "category", "target", "species", "breed")
+
+
+class FileLabelSource:
+    """A source whose labels come from a file."""
+
+    def __init__(self, source: ImageSource, path: Path) -> None:
+        """Read the labels in `path` and match them with the images of `source`.
+
+        Raises:
+            InputError: not such a file, no path that matches an image, or two labels for one path.
+        """
+        self._source, self.name, self.licence = source, source.name, source.licence
+        rows = read_labels(path)
+        self.classes: tuple[str, ...] | None = _in_order({label for label in rows.values() if label})
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        found = _match(rows, [source.key(index) for index in range(len(source))], source.name)
+        self._labels = [numbers.get(label) for label in found]
+        matched = sum(label is not None for label in self._labels)
+        if not matched:
+            raise InputError(
+                f"{path}: none of its {len(rows)} paths ({next(iter(rows), '')!r}, ...) is an image of {source.name} "
+                f"({source.key(0)!r}, ...): give paths relative to the images' folder"
+            )
+        self.fingerprint = fingerprint([source.fingerprint, *(label or "" for label in found)])
+        without = f"{len(source) - matched} of {len(source)} images have no label in {path.name}"
+        self.note = "; ".join(filter(None, (source.note, without if matched < len(source) else "")))
+
+    @property
+    def stamp(self) -> str:
+        """That of the images."""
+        return self._source.stamp
+
+    def __len__(self) -> int:
+        """The number of images, labelled or not."""
+        return len(self._source)
+
+    def key(self, index: int) -> str:
+        """The sample's name in the images' source."""
+        return self._source.key(index)
+
+    def label(self, index: int) -> int | None:
+        """The label in the file, as an index into `classes`."""
+        return self._labels[index]
+
+    def read(self, index: int) -> Image.Image:
+        """The decoded RGB image."""
+        return self._source.read(index)
+
+
+def read_labels(path: Path) -> dict[str, str]:
+    """path -> label of every line of a CSV file (separated by comma, semicolon or tab), with or without a header.
+
+    Raises:
+        InputError: not such a file; the message has the line.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is not a file: give a CSV file with a path and a label in each line")
+    if path.stat().st_size > _MAX_BYTES:
+        raise InputError(f"{path} is larger than {_MAX_BYTES} bytes: it is not a file of labels")
+    found: dict[str, str] = {}
+    columns = 0, 1
+    try:
+        # As file names are read, so that odd ones match.
+        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            for number, row in enumerate(csv.reader(file, delimiter=_delimiter(path)), start=1):
+                if not found and number == 1 and (header := _header(row)) is not None:
+                    columns = header
+                    continue
+                if not any(cell.strip() for cell in row):
+                    continue
+                if len(row) <= max(columns):
+                    raise InputError(f"{path}, line {number}: expected a path and a label, got {','.join(row)[:80]!r}")
+                name, label = _normal(row[columns[0]]), row[columns[1]].strip()
+                if found.setdefault(name, label) != label:
+                    raise InputError(f"{path}, line {number}: {name!r} has the labels {found[name]!r} and {label!r}")
+    except (csv.Error, OSError) as error:
+        raise InputError(f"{path} cannot be read as CSV ({error}): give a path and a label in each line") from error
+    if not found:
+        raise InputError(f"{path} has no labels: give a path and a label in each line")
+    return found
+
+
+def _delimiter(path: Path) -> str:
+    with path.open("rb") as file:
+        first = file.readline(65536).decode("utf-8-sig", errors="replace")
+    return max(",;\t", key=first.count)
+
+
+def _header(row: Sequence[str]) -> tuple[int, int] | None:
+    """The columns of the path and the label, when `row` names them."""
+    names = [cell.strip().lower() for cell in row]
+    path = next((names.index(name) for name in _PATH_COLUMNS if name in names), None)
+    if path is None:
+        return None
+    label = next((names.index(name) for name in _LABEL_COLUMNS if name in names and names.index(name) != path), None)
+    return path, label if label is not None else path + 1
+
+
+def _normal(path: str) -> str:
+    return PurePosixPath(path.strip().replace("\\", "/")).as_posix()
+
+
+def _in_order(names: set[str]) -> tuple[str, ...]:
+    """Class names by number where all are numbers, else by name."""
+    if all(name.isascii() and name.isdigit() and len(name) < 20 for name in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
+    return tuple(sorted(names))
+
+
+def _match(rows: dict[str, str], keys: Sequence[str], name: str) -> list[str]:
+    """The label of each key; "" where the file has none.
+
+    A path may be relative to the images' folder or to the one above; else the file's name decides, with or without its
+    suffix, where it is the only one of that name on both sides.
+    """
+    found = [rows.get(key, rows.get(f"{name}/{key}", "")) for key in keys]
+    if all(found):
+        return found
+    for shorten in (_name_of, _stem_of):
+        labels = _only_ones([(shorten(path), label) for path, label in rows.items()])
+        counts = Counter(map(shorten, keys))
+        found = [
+            label or (labels.get(shorten(key), "") if counts[shorten(key)] == 1 else "")
+            for key, label in zip(keys, found, strict=True)
+        ]
+    return found
+
+
+def _name_of(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _stem_of(path: str) -> str:
+    return PurePosixPath(path).stem
+
+
+def _only_ones(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """The pairs whose first part occurs once."""
+    counts = Counter(first for first, _ in pairs)
+    return {first: second for first, second in pairs if counts[first] == 1}
