@@ -63,6 +63,8 @@ def distill(settings: DistillSettings, *, progress: Progress | None = None, say:
     with join_processes(settings.options.device) as processes:
         progress = progress if progress and processes.first else silent
         say = say if say and processes.first else _silent
+        if source.note:
+            say(source.note)
         if warning := mixed_kinds(settings.students, recipe):
             say(warning)
         spec, teacher = _spec(settings, recipe, source, None), None
