@@ -244,6 +244,7 @@ def bench(
     python: str | None = None,
     emulated: bool = False,
     seed: int = 0,
+    retries: int = 2,
     progress: Reporting = "auto",
 ) -> list[Latency]:
     """Measure latency and memory of bundles on a device, and verify their outputs.
@@ -262,6 +263,7 @@ def bench(
         python: the Python command on the device.
         emulated: the processor is emulated: verify the outputs, but measure no latency.
         seed: seed for the order of the processes.
+        retries: times that an UNSTABLE bundle is measured again, if the reason may pass.
         progress: "auto", a callable of (done, total, note), or None; see `robx.reporting`.
 
     Returns:
@@ -289,6 +291,7 @@ def bench(
         python=python,
         emulated=emulated,
         seed=seed,
+        retries=retries,
     )
     with reporting(progress) as (shown, _):
         return bench(settings, progress=shown)

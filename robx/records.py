@@ -60,6 +60,12 @@ class Preprocessing:
         """Height and width of the model's input, in pixels."""
         return self.crop, self.crop_width or self.crop
 
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one preprocessed image, float32 (3, H, W)."""
+        height, width = self.shape
+        return 3 * height * width * 4
+
     def same_pixels(self, other: Preprocessing) -> bool:
         """Whether both see the same pixels of an image, however they normalise them."""
         return dataclasses.replace(self, mean=other.mean, std=other.std) == other
@@ -334,13 +340,13 @@ def _check_tensors(bundle: Bundle, where: str) -> None:
                 shape = str(list(spec.shape))[:80]
                 raise ArtifactError(f"{where}: {kind} {spec.name!r} has shape {shape}, which is not (N, {_DIMS[rank]})")
     batch, channels, *sides = bundle.inputs[0].shape
-    crop = bundle.preprocessing.crop
-    if channels not in (None, 3) or any(side not in (None, crop) for side in sides):
-        takes, makes = str([channels, *sides])[:80], [3, crop, crop]
+    height, width = bundle.preprocessing.shape
+    if any(have not in (None, want) for have, want in zip((channels, *sides), (3, height, width), strict=True)):
+        takes, makes = str([channels, *sides])[:80], [3, height, width]
         raise ArtifactError(f"{where}: the model takes images of shape {takes} and preprocessing makes {makes}")
-    if batch is not None and batch * 3 * crop**2 * 4 > MAX_BATCH_BYTES:
-        most = MAX_BATCH_BYTES // (3 * crop**2 * 4)
-        raise ArtifactError(f"{where}: a batch of {str(batch)[:12]} images of {crop} px: at most {most} are allowed")
+    if batch is not None and batch * bundle.preprocessing.image_bytes > MAX_BATCH_BYTES:
+        most, size = MAX_BATCH_BYTES // bundle.preprocessing.image_bytes, f"{width}x{height}"
+        raise ArtifactError(f"{where}: a batch of {str(batch)[:12]} images of {size} px: at most {most} are allowed")
 
 
 def describe_file(folder: Path, path: str, role: typing.Any) -> BundleFile:

@@ -58,6 +58,13 @@ _PROVIDER_HELP = "Hardware backend of the engine: cpu, cuda, gpu, npu, ...; neve
 @click.option("--python", help=_PYTHON_HELP)
 @click.option("--emulated", is_flag=True, help="The processor is emulated: check the outputs, do not time them.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Random seed for the order of the processes.")
+@click.option(
+    "--retries",
+    type=click.IntRange(0),
+    default=2,
+    show_default=True,
+    help="Measure an UNSTABLE bundle again up to N times, if the reason may pass.",
+)
 @click.option("--ab", is_flag=True, help="Compare each bundle with the first in alternating blocks on this machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON lines.")
 def bench(
@@ -224,6 +231,8 @@ def _print_records(labels: Sequence[str], records: Sequence[Latency]) -> None:
             print_line(f"{label}: {throughput:.0f} images/s in batches of {record.settings['batch']}")
         if "sustained" in record.values:
             print_line(f"{label}: {_heat(record.values)}")
+        if tries := record.settings["tries"]:
+            print_line(f"{label}: measured {len(tries)} times ({', '.join(one['verdict'] for one in tries)})")
     if not PROFILES[records[0].settings["profile"]["name"]].publishable:
         click.echo("Results of the rapid and quick profiles are not for publication: use --profile standard.")
 

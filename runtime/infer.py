@@ -48,7 +48,7 @@ def infer(
         DeviceError: the engine failed, gave no output in time, or returned NaN or infinity.
     """
     answered = False
-    batch = max(1, min(batch, _BATCH_BYTES // (12 * session.bundle.preprocessing.crop**2)))
+    batch = max(1, min(batch, _BATCH_BYTES // session.bundle.preprocessing.image_bytes))
     batches = read_batches(
         images,
         lambda image: preprocess(image[1](), session.bundle.preprocessing),

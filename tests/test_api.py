@@ -91,7 +91,7 @@ EVALUATE: dict[str, Any] = {
 BENCH: dict[str, Any] = {
     "device": "ssh://host", "profile": "rapid", "threads": 2, "provider": "gpu", "precision_hint": "f16",
     "processes": 4, "affinity": [0, 1], "batch": 5, "data": "images", "python": "python3.9", "emulated": True,
-    "seed": 6,
+    "seed": 6, "retries": 1,
 }  # fmt: skip
 PATHS = {"data", "test", "lowshot_splits", "reference", "save_head", "cache", "out", "head"}
 

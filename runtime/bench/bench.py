@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from robx.errors import DeviceError, InputError, RobxError
 from robx.images.sources import open_source
 from robx.progress import Progress, silent
 from robx.records import Latency, Preprocessing, append_measurements, load_bundle, to_json, utc_now
-from robx.runtime.bench import runner_zip
+from robx.runtime.bench import profiles, runner_zip, validity
 from robx.runtime.bench.inputs import Inputs, load_inputs
-from robx.runtime.bench.profiles import BenchSettings, Profile, find_profile
-from robx.runtime.bench.record import Run, make_record, require_writable
+from robx.runtime.bench.profiles import BenchSettings, find_profile
+from robx.runtime.bench.record import Run, Try, make_record, require_writable
 from robx.runtime.bench.reference import find_reference
 from robx.runtime.bench.results import read_result
 from robx.runtime.bench.transports import Transport, open_transport
@@ -35,32 +36,55 @@ def bench(settings: BenchSettings, *, progress: Progress = silent) -> list[Laten
     """Measure each bundle; append its record to its measurements.jsonl and write the raw samples beside it.
 
     Processes of different bundles run in random order, so that slow phases of the machine affect all bundles equally.
+    A bundle that is UNSTABLE for a reason that may pass (drift, background load, ...) is measured again, up to
+    `settings.retries` times and within profiles.RETRY_SECONDS; the record lists every try.
 
     Raises:
         InputError: a path is not a bundle, or a setting does not fit one.
         ArtifactError: a bundle is damaged.
         DeviceError: the device cannot be reached, or no process of any bundle succeeded.
     """
-    profile = find_profile(settings.profile)
-    processes = 1 if settings.emulated else settings.processes or profile.processes
     runs = _prepare(settings)
-    started = utc_now()
-    order = [run for run in runs for _ in range(processes)]
-    random.Random(settings.seed).shuffle(order)
+    started, labels = utc_now(), dict(zip((run.name for run in runs), settings.labels, strict=True))
     with open_transport(settings.device, python=settings.python) as transport:
         for run in runs:
-            _push(transport, run, settings, profile, processes)
-        for done, run in enumerate(order):
-            progress(done, len(order), f"measuring {run.folder.name}")
-            _measure(transport, run, _time_limit(profile, processes))
+            _push(transport, run, settings)
+        begun = time.monotonic()
+        _measure_all(transport, runs, settings, progress=progress, labels=labels)
+        each = (time.monotonic() - begun) / len(runs)
+        retried, deadline = runs, time.monotonic() + profiles.RETRY_SECONDS
+        for _ in range(settings.retries):
+            retried = [run for run in retried if validity.is_passing(run.tries[-1].reasons(settings))]
+            if not retried or time.monotonic() + each * len(retried) > deadline:
+                break
+            for run in retried:
+                run.tries.append(Try())
+            _measure_all(transport, retried, settings, progress=progress, labels=labels)
         kind = transport.kind
+    if not any(one.results for run in runs for one in run.tries):
+        raise DeviceError(
+            f"{runs[0].folder} could not be measured on {settings.device}: {runs[0].tries[0].failures[0]}"
+        )
+    return _record(runs, settings, kind=kind, started=started)
+
+
+def _measure_all(
+    transport: Transport, runs: list[Run], settings: BenchSettings, *, progress: Progress, labels: dict[str, str]
+) -> None:
+    """Run the processes of one try of each bundle, in random order."""
+    order = [run for run in runs for _ in range(settings.process_count)]
+    random.Random(settings.seed).shuffle(order)
+    again = ""
+    if len(runs[0].tries) > 1:
+        codes = {code for run in runs for code in validity.codes_of(run.tries[-2].reasons(settings))}
+        again = f" again ({', '.join(sorted(codes))})"
+    for done, run in enumerate(order):
+        progress(done, len(order), f"measuring {labels[run.name]}{again}")
+        _measure(transport, run, _time_limit(settings))
     progress(len(order), len(order), "measured")
-    if not any(run.results for run in runs):
-        raise DeviceError(f"{runs[0].folder} could not be measured on {settings.device}: {runs[0].failures[0]}")
-    return _record(runs, settings, processes=processes, kind=kind, started=started)
 
 
-def _record(runs: list[Run], settings: BenchSettings, *, processes: int, kind: str, started: str) -> list[Latency]:
+def _record(runs: list[Run], settings: BenchSettings, *, kind: str, started: str) -> list[Latency]:
     """Write every bundle's record; a folder that cannot be written does not lose the other folders' records."""
     outputs: dict[int, dict[Path, np.ndarray]] = {}  # of the references, by input and folder
     found, unsaved = [], list[RobxError]()
@@ -68,7 +92,7 @@ def _record(runs: list[Run], settings: BenchSettings, *, processes: int, kind: s
         cache = outputs.setdefault(id(run.inputs), {})
         reference = find_reference(run.folder, run.bundle, run.inputs.images, cache)
         try:
-            record = make_record(run, settings, processes=processes, kind=kind, started=started, reference=reference)
+            record = make_record(run, settings, kind=kind, started=started, reference=reference)
             append_measurements(run.folder / "measurements.jsonl", [record])
             found.append(record)
         except RobxError as error:
@@ -99,20 +123,21 @@ def _prepare(settings: BenchSettings) -> list[Run]:
     return runs
 
 
-def _push(transport: Transport, run: Run, settings: BenchSettings, profile: Profile, processes: int) -> None:
+def _push(transport: Transport, run: Run, settings: BenchSettings) -> None:
     """Copy the runner, the images, the job and the bundle's files; the job lists the hash of each."""
     with workspace() as here:
         np.save(here / "images.npy", run.inputs.images)
         (here / runner_zip.NAME).write_bytes(runner_zip.pack_runner(run.bundle))
         hashes = {f"bundle/{f.path}": f.sha256 for f in run.bundle.files}
         hashes["images.npy"] = sha256_file(here / "images.npy")
-        (here / "job.json").write_text(json.dumps(_job(run, settings, profile, processes, hashes)))
+        (here / "job.json").write_text(json.dumps(_job(run, settings, hashes)))
         files = {f"bundle/{f.path}": run.folder / f.path for f in run.bundle.files}
         files |= {name: here / name for name in ("images.npy", runner_zip.NAME, "job.json")}
         transport.push(files, run.name)
 
 
-def _job(run: Run, settings: BenchSettings, profile: Profile, processes: int, hashes: dict[str, str]) -> Any:
+def _job(run: Run, settings: BenchSettings, hashes: dict[str, str]) -> Any:
+    profile, processes = find_profile(settings.profile), settings.process_count
     return {
         "engine": runner_zip.engine_name(run.bundle),
         "folder": "bundle",
@@ -128,28 +153,32 @@ def _job(run: Run, settings: BenchSettings, profile: Profile, processes: int, ha
         "max_seconds": profile.max_seconds / processes,
         "warm_up_seconds": profile.warm_up_seconds,
         "warm_up_limit": profile.warm_up_limit,
-        "time_limit": _time_limit(profile, processes),
+        "time_limit": _time_limit(settings),
     }
 
 
-def _time_limit(profile: Profile, processes: int) -> int:
+def _time_limit(settings: BenchSettings) -> int:
     """Seconds after which a process counts as hung."""
-    return int(profile.cool_down_seconds + profile.warm_up_limit + profile.max_seconds / processes) + _LOAD_SECONDS
+    profile = find_profile(settings.profile)
+    return (
+        int(profile.cool_down_seconds + profile.warm_up_limit + profile.max_seconds / settings.process_count)
+        + _LOAD_SECONDS
+    )
 
 
 def _measure(transport: Transport, run: Run, limit: int) -> None:
     """Run one fresh process; an error is kept as a failure of the bundle, whose other processes may still succeed."""
-    refused = any(not result.report["timed"] for result in run.results)
-    if refused or run.hung or len(run.failures) >= _MAX_FAILURES:
+    current = run.tries[-1]
+    if current.untimed or current.hung or len(current.failures) >= _MAX_FAILURES:
         return
     try:
         status, text = transport.run(run.name, [runner_zip.NAME, "job.json"], timeout=limit + 30)
-        run.hung = status in (-signal.SIGALRM, 128 + signal.SIGALRM)
+        current.hung = status in (-signal.SIGALRM, 128 + signal.SIGALRM)
         with workspace() as folder:
             path = _pull(transport, run, folder, status, text)
-            run.results.append(read_result(path, images=len(run.inputs.images)))
+            current.results.append(read_result(path, images=len(run.inputs.images)))
     except DeviceError as error:
-        run.failures.append(str(error))
+        current.failures.append(str(error))
 
 
 def _pull(transport: Transport, run: Run, into: Path, status: int, text: str) -> Path:

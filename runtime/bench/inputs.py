@@ -42,10 +42,10 @@ def load_inputs(
     Raises:
         InputError: no image of the source can be decoded, or a batch does not fit into memory.
     """
-    image_bytes = 3 * preprocessing.crop**2 * 4
+    image_bytes, size = preprocessing.image_bytes, "x".join(map(str, preprocessing.shape[::-1]))
     if batch * image_bytes > MAX_BATCH_BYTES:
         most = MAX_BATCH_BYTES // image_bytes
-        raise InputError(f"a batch of {batch} images of {preprocessing.crop} px is too large: use at most {most}")
+        raise InputError(f"a batch of {batch} images of {size} px is too large: use at most {most}")
     count = batch * min(-(-count // batch), max(1, _MAX_BYTES // (batch * image_bytes)))
     readers = _from_source(source, count) if source is not None else _drawn(count)
     times: dict[int, int] = {}

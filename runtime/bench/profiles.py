@@ -12,6 +12,8 @@ from pathlib import Path
 from robx.errors import InputError
 from robx.runtime.session import SessionSettings
 
+RETRY_SECONDS = 600.0  # for measuring UNSTABLE bundles again, all of them together
+
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
@@ -105,6 +107,7 @@ class BenchSettings:
     python: str | None = None  # Python command on the device
     emulated: bool = False  # the processor is emulated: check the answers, refuse to time
     seed: int = 0  # of the order of the processes
+    retries: int = 2  # times that an UNSTABLE bundle is measured again, if the reason may pass
 
     def __post_init__(self) -> None:
         """Reject settings that cannot be measured."""
@@ -114,6 +117,13 @@ class BenchSettings:
         for name, number in (("processes", self.processes), ("batch", self.batch)):
             if number is not None and number < 1:
                 raise InputError(f"{name} must be at least 1, got {number}")
+        if self.retries < 0:
+            raise InputError(f"retries must be at least 0, got {self.retries}")
+
+    @property
+    def process_count(self) -> int:
+        """Processes per bundle and try."""
+        return 1 if self.emulated else self.processes or find_profile(self.profile).processes
 
     @property
     def folders(self) -> list[Path]:

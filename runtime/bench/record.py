@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,54 @@ import numpy as np
 
 from robx import __version__
 from robx.errors import InputError
-from robx.records import Bundle, Latency, Value, to_json
+from robx.records import Bundle, Latency, Validity, Value, to_json
 from robx.runtime.bench import latency, runner_zip, validity
 from robx.runtime.bench.inputs import Inputs
-from robx.runtime.bench.profiles import BenchSettings, Profile, find_profile
+from robx.runtime.bench.profiles import BenchSettings, find_profile
 from robx.runtime.bench.reference import Reference, check_outputs
 from robx.runtime.bench.results import ProcessResult, figures
 from robx.store.files import sha256_bytes, write_bytes
 
 # Of /proc/cpuinfo, as runtime/device/describe.py reports them.
 INT8_FLAGS = frozenset({"avx2", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"})
+_BY_VALIDITY: tuple[Validity, ...] = ("VALID", "UNSTABLE", "INVALID")
+_TIMED_VALUES = ("p50", "p90", "p99", "load", "first", "peak_memory", "energy")
+
+
+@dataclass
+class Try:
+    """One measurement of a bundle: the results of its processes."""
+
+    results: list[ProcessResult] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    hung: bool = False  # a process exceeded its time limit
+
+    def reasons(self, settings: BenchSettings) -> list[str]:
+        """Every reason to doubt the figures, but for the outputs."""
+        found = [f"failed: {failure}" for failure in dict.fromkeys(self.failures)]
+        if not self.results or self.untimed:
+            return [*found, f"emulated: {self.why_untimed}"] if self.untimed else found
+        reports, digests = [r.report for r in self.results], [r.digest() for r in self.results]
+        return found + validity.judge(
+            reports,
+            [r.samples for r in self.results],
+            digests,
+            profile=find_profile(settings.profile),
+            processes=settings.process_count,
+            threads=settings.session.threads,
+        )
+
+    @property
+    def untimed(self) -> list[ProcessResult]:
+        """The processes that refused to measure time."""
+        return [r for r in self.results if not r.report["timed"]]
+
+    @property
+    def why_untimed(self) -> str:
+        """Why there are no times."""
+        if not self.untimed:
+            return "no process succeeded"
+        return str(self.untimed[0].report["device"].get("emulated") or "the device was declared to be emulated")
 
 
 @dataclass
@@ -35,9 +73,19 @@ class Run:
     inputs: Inputs
     name: str  # of the bundle's folder on the device
     batch: int
-    results: list[ProcessResult] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-    hung: bool = False  # a process exceeded its time limit
+    tries: list[Try] = field(default_factory=lambda: [Try()])  # in order; the last one is being measured
+
+    def best(self, settings: BenchSettings) -> Try:
+        """The try that goes into the record: the most valid one, then the one with the fewest reasons against it.
+
+        Its latency plays no part, so the choice does not favour fast tries.
+        """
+
+        def doubt(one: Try) -> tuple[int, int]:
+            reasons = one.reasons(settings)
+            return _BY_VALIDITY.index(validity.verdict(reasons)), len(reasons)
+
+        return min(self.tries, key=doubt)
 
 
 def require_writable(folder: Path) -> None:
@@ -50,7 +98,6 @@ def make_record(
     run: Run,
     settings: BenchSettings,
     *,
-    processes: int,
     kind: str,
     started: str,
     reference: Reference | None,
@@ -59,34 +106,26 @@ def make_record(
 
     Writes the raw samples into the bundle's folder, but not the record.
     """
-    profile = find_profile(settings.profile)
-    reports, refused = [r.report for r in run.results], [r for r in run.results if not r.report["timed"]]
-    reasons = [f"failed: {failure}" for failure in dict.fromkeys(run.failures)]
+    chosen = run.best(settings)
+    results, reasons = chosen.results, chosen.reasons(settings)
     values: dict[str, Value] = {}
     missing: dict[str, str] = {}
-    if refused or not run.results:
-        cause = refused[0].report["device"].get("emulated") if refused else "no process succeeded"
-        why = str(cause or "the device was declared to be emulated")
-        missing = dict.fromkeys(("p50", "p90", "p99", "load", "first", "peak_memory", "energy"), why)
-        reasons += [f"emulated: {why}"] if refused else []
+    if chosen.untimed or not results:
+        missing = dict.fromkeys(_TIMED_VALUES, chosen.why_untimed)
     else:
-        values, missing = figures(run.results, batch=run.batch)
-        samples, digests = [r.samples for r in run.results], [r.digest() for r in run.results]
-        values |= latency.sustained(samples)
-        reasons += validity.judge(
-            reports, samples, digests, profile=profile, processes=processes, threads=settings.session.threads
-        )
+        values, missing = figures(results, batch=run.batch)
+        values |= latency.sustained([r.samples for r in results])
         _preprocessing(run, kind, values, missing)
-    for result in run.results:
+    for result in results:
         cosines, against = check_outputs(result.outputs, result.seen, reference, run.bundle)
         # The lowest of all processes.
         values |= {name: min(value, values.get(name, value), key=lambda v: v.value) for name, value in cosines.items()}
         reasons += [reason for reason in against if reason not in reasons]
-    name, digest = _save_samples(run, started)
+    name, digest = _save_samples(run.folder, results, started)
     return Latency(
         bundle_id=run.bundle.id,
-        device={**(reports[0]["device"] if reports else {}), "kind": kind, "address": settings.device},
-        settings=_settings(run, settings, profile, processes, reference),
+        device={**(results[0].report["device"] if results else {}), "kind": kind, "address": settings.device},
+        settings=_settings(run, settings, chosen, reference),
         values=values,
         verdict=validity.verdict(reasons),
         reasons=tuple(reasons),
@@ -117,15 +156,13 @@ def _cpu_kind(arch: Any, flags: Any) -> str | None:
     return f"{arch} with {', '.join(sorted(INT8_FLAGS.intersection(map(str, flags)))) or 'no int8 instructions'}"
 
 
-def _settings(
-    run: Run, settings: BenchSettings, profile: Profile, processes: int, reference: Reference | None
-) -> dict[str, Any]:
-    reports = [r.report for r in run.results]
+def _settings(run: Run, settings: BenchSettings, chosen: Try, reference: Reference | None) -> dict[str, Any]:
+    reports = [r.report for r in chosen.results]
     return {
-        "profile": to_json(profile),
+        "profile": to_json(find_profile(settings.profile)),
         "scenario": "single_stream" if run.batch == 1 else "offline",
         "batch": run.batch,
-        "processes": processes,
+        "processes": settings.process_count,
         "threads": settings.session.threads,
         "affinity": list(settings.affinity) if settings.affinity else None,
         "cores": reports[0]["cores"] if reports else None,
@@ -138,12 +175,28 @@ def _settings(
         "runtime": dict(reports[0]["facts"]) if reports else {},
         "warm_up": [r.get("warm_up") for r in reports],
         "cool_down": [r.get("cool_down") for r in reports],
-        "telemetry": [r.digest() for r in run.results],
-        "process_p50_ms": [float(np.median(r.samples)) / 1e6 for r in run.results if len(r.samples)],
+        "telemetry": [r.digest() for r in chosen.results],
+        "process_p50_ms": _p50s(chosen),
+        "tries": [_summary(one, settings, chosen) for one in run.tries] if len(run.tries) > 1 else [],
         "order_seed": settings.seed,
         "robx_version": __version__,
         "runner_sha256": runner_zip.runner_sha256(run.bundle),
     }
+
+
+def _summary(one: Try, settings: BenchSettings, chosen: Try) -> dict[str, Any]:
+    """One of several tries, as the record lists them."""
+    reasons = one.reasons(settings)
+    return {
+        "recorded": one is chosen,
+        "verdict": validity.verdict(reasons),
+        "reasons": reasons,
+        "process_p50_ms": _p50s(one),
+    }
+
+
+def _p50s(one: Try) -> list[float]:
+    return [float(np.median(r.samples)) / 1e6 for r in one.results if len(r.samples)]
 
 
 def _preprocessing(run: Run, kind: str, values: dict[str, Value], missing: dict[str, str]) -> None:
@@ -158,9 +211,9 @@ def _preprocessing(run: Run, kind: str, values: dict[str, Value], missing: dict[
         values["end_to_end"] = Value(value=values["preprocess"].value + values["p50"].value, n=len(times), unit="ms")
 
 
-def _save_samples(run: Run, started: str) -> tuple[str | None, str | None]:
+def _save_samples(folder: Path, results: Sequence[ProcessResult], started: str) -> tuple[str | None, str | None]:
     """Save raw samples (int64 ns per process) and telemetry, so that every figure can be recomputed."""
-    timed = [r for r in run.results if len(r.samples)]
+    timed = [r for r in results if len(r.samples)]
     if not timed:
         return None, None
     buffer = io.BytesIO()
@@ -169,5 +222,5 @@ def _save_samples(run: Run, started: str) -> tuple[str | None, str | None]:
     data = buffer.getvalue()
     digest = sha256_bytes(data)
     name = f"samples-{started[:19].replace(':', '')}-{digest[:8]}.npz"
-    write_bytes(run.folder / name, data)
+    write_bytes(folder / name, data)
     return name, digest

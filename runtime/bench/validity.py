@@ -27,6 +27,10 @@ INVALIDATING = frozenset(
         *("output_mismatch", "no_reference", "clock_changed"),
     }
 )
+# Caused by something that may be over in a minute: worth measuring again.
+PASSING = frozenset(
+    {"not_steady", "drift", "high_cov", "cpu_wait", "process_spread", "freq_drop", "steal", "background_load"}
+)
 # A robust CoV of 10 % and a drift of 3 % follow common practice on phones and boards; GPUs are steadier.
 MAX_COV_CPU, MAX_COV_ACCELERATOR = 0.10, 0.05
 MAX_DRIFT, MAX_SPREAD, MIN_FREQUENCY = 1.03, 1.10, 0.95
@@ -36,10 +40,21 @@ MIN_CPU_SHARE = 0.95  # CPU time over wall time of a model that computes in one 
 
 def verdict(reasons: Iterable[str]) -> Validity:
     """The verdict that follows from the reasons."""
-    codes = {reason.split(":", 1)[0] for reason in reasons}
+    codes = codes_of(reasons)
     if codes & INVALIDATING:
         return "INVALID"
     return "UNSTABLE" if codes else "VALID"
+
+
+def is_passing(reasons: Iterable[str]) -> bool:
+    """Whether there are reasons, and another measurement may have none."""
+    codes = codes_of(reasons)
+    return bool(codes) and codes <= PASSING
+
+
+def codes_of(reasons: Iterable[str]) -> set[str]:
+    """The codes of the reasons."""
+    return {reason.split(":", 1)[0] for reason in reasons}
 
 
 def judge(

@@ -59,7 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, shell: Any, scenes: Path) -> P
     for command in (
         ("export", folder, "--format", "onnx"),
         ("eval", folder / "onnx-fp32", "--data", scenes, "--knn", "--no-cache"),
-        ("bench", folder / "onnx-fp32", "--profile", "rapid", "--processes", 1),
+        ("bench", folder / "onnx-fp32", "--profile", "rapid", "--processes", 1, "--retries", 0),
     ):
         status, out, errors = shell(folder, *command)
         assert status == 0, out + errors
@@ -114,7 +114,7 @@ def test_a_tampered_bundle_is_refused_by_every_command(
         ("inspect", bundle),
         ("run", bundle, scenes / "test"),
         ("eval", bundle, "--data", scenes, "--no-cache"),
-        ("bench", bundle, "--profile", "rapid", "--processes", 1),
+        ("bench", bundle, "--profile", "rapid", "--processes", 1, "--retries", 0),
     ):
         assert said in one_line(shell(tmp_path, *command)), command[0]
     assert (bundle / "measurements.jsonl").read_bytes() == before
@@ -134,7 +134,7 @@ def test_a_bundle_that_reaches_outside_is_refused_although_its_hashes_are_right(
         ("inspect", tmp_path / "bundle"),
         ("run", tmp_path / "bundle", scenes / "test"),
         ("eval", tmp_path / "bundle", "--data", scenes, "--no-cache"),
-        ("bench", tmp_path / "bundle", "--profile", "rapid", "--processes", 1),
+        ("bench", tmp_path / "bundle", "--profile", "rapid", "--processes", 1, "--retries", 0),
     ):
         assert "stored in '/etc/hostname', outside the file" in one_line(shell(tmp_path, *command)), command[0]
 

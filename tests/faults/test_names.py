@@ -97,7 +97,7 @@ def test_the_whole_way_with_odd_names(place: Path, shell: Any) -> None:
     assert load_bundle(bundle).labels == tuple(sorted(LABELS))
     clean(shell(work, "inspect", bundle))
     clean(shell(work, "eval", run, bundle, "--data", data, "--fidelity", "--no-cache"))
-    clean(shell(work, "bench", bundle, "--profile", "rapid", "--processes", 1, "--data", data))
+    clean(shell(work, "bench", bundle, "--profile", "rapid", "--processes", 1, "--retries", 0, "--data", data))
 
     out, errors = clean(shell(work, "run", bundle, data / "train"))
     answers = [json.loads(line) for line in out.splitlines()]

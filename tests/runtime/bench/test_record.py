@@ -9,7 +9,7 @@ import pytest
 from robx.records import load_bundle
 from robx.runtime.bench.inputs import load_inputs
 from robx.runtime.bench.profiles import BenchSettings
-from robx.runtime.bench.record import Run, make_record, other_cpu
+from robx.runtime.bench.record import Run, Try, make_record, other_cpu
 from robx.runtime.bench.reference import Reference, check_outputs
 from robx.runtime.bench.results import ProcessResult
 
@@ -26,8 +26,8 @@ def record(make_bundle):
         report = {"timed": False, "device": device, "facts": {}, "cores": [0], "environment": {}}
         nothing = np.empty(0, dtype=np.int64)
         results = [ProcessResult(report, nothing, expected + noise, np.ones(4, bool), []) for noise in noises]
-        run = Run(folder, load_bundle(folder), inputs, "b0", 1, results)
-        told = {"processes": len(noises), "kind": "ssh", "started": "2026-01-01T00:00:00"}
+        run = Run(folder, load_bundle(folder), inputs, "b0", 1, [Try(results)])
+        told = {"kind": "ssh", "started": "2026-01-01T00:00:00"}
         return make_record(
             run,
             BenchSettings(bundles=[folder], device="ssh://box"),
