@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from robx.errors import DeviceError
-from robx.records import Bundle, describe_file, from_json, save_bundle
+from robx.records import Bundle, describe_file, from_json, load_bundle, save_bundle
 from robx.runtime.session import open_session, run_within
 
 SHORT_WAIT = "import robx.runtime.session as s; s.RUN_SECONDS = {}; from robx.cli import main; main()"
@@ -75,6 +75,14 @@ def test_a_manifest_that_cannot_be_true(call, make_bundle, scenes, change, line)
         done = call(*command)
         assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1, done.output
         assert line in done.stderr and len(done.stderr) < 600
+
+
+def test_an_input_that_is_not_square_is_taken(make_bundle):
+    def set_width(manifest):
+        set_input([1, 3, 32, 48])(manifest)
+        manifest["preprocessing"]["crop_width"] = 48
+
+    assert load_bundle(edit(make_bundle(), set_width)).preprocessing.shape == (32, 48)
 
 
 def test_a_batch_that_does_not_fit_is_refused_before_any_image_is_made(call, make_bundle):
