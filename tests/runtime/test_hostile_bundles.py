@@ -65,7 +65,7 @@ def set_input(shape):
         (set_input([10**9, 3, 32, 32]), "a batch of 1000000000 images of 32x32 px"),
         (set_input([10**400, 3, 32, 32]), "is too large"),
         (lambda m: m["outputs"][0].update(shape=[]), "has shape [], which is not (N, D)"),
-        (lambda m: m["preprocessing"].update(crop=8192, size=8192), "preprocessing to 8192 and 8192 pixels"),
+        (lambda m: m["preprocessing"].update(crop=8192, size=8192), "must be between 1 and 4096 pixels"),
         (lambda m: m["preprocessing"].update(crop=4096, size=4096), "preprocessing makes [3, 4096, 4096]"),
     ],
 )
