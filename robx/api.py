@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 Record = TypeVar("Record", covariant=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Artifact(Generic[Record]):
     """A folder that robx wrote, and the record in it. It can be used wherever a path can."""
 
@@ -57,6 +57,9 @@ class Artifact(Generic[Record]):
 
     def __str__(self) -> str:
         return str(self.path)
+
+    def __repr__(self) -> str:
+        return f"Artifact({str(self.path)!r})"  # a notebook shows it, and the record is long
 
 
 @overload
@@ -129,7 +132,8 @@ def distill(
         cache=_path(cache),
         **settings,
     )
-    with reporting(progress) as (shown, say):
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, only this one reports
+    with reporting(progress if first else None) as (shown, say):
         folders = distill(request, progress=shown, say=say)
     made = [Artifact(folder, load_student(folder)) for folder in folders]
     return made[0] if isinstance(student, str) else made

@@ -152,6 +152,7 @@ def test_distill_takes_every_setting_of_the_command(run: Path, monkeypatch: pyte
     student = api.distill(student="resnet18", data="images", out="o", epochs=3, workers=5, fresh=True, **DISTILL)
     pair = api.distill(student=["resnet18", "resnet34"], data=Path("images"), out=Path("o"), targets="stored")
     assert student == api.Artifact(run, load_student(run)) and pair == [student, student]
+    assert repr(student) == f"Artifact({str(run)!r})" and f"{student}" == str(run)
     common = {"data": Path("images"), "out": Path("o")}
     assert seen[0] == DistillSettings(
         students=("resnet18",),
@@ -341,6 +342,7 @@ def test_the_python_snippet_of_the_readme_runs_as_it_stands(tmp_path: Path, monk
     kinds = [record.kind for record in load_measurements(bundle.path / "measurements.jsonl")]
     assert kinds == ["fidelity", "latency"]
     assert Path("report.html").is_file() and Path("report.md").is_file()
+    assert repr(api.report("runs/r18")).startswith("Pages(title=") and len(repr(api.report("runs/r18"))) < 200
     assert found["embeddings"].shape == (5, student.record.width)
     assert found["model"].preprocessing(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
 

@@ -14,7 +14,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,9 @@ class Pages:
     """The report in three forms with the same figures."""
 
     title: str  # the decision in a line
-    html: str
-    markdown: str
-    json: str
+    html: str = field(repr=False)
+    markdown: str = field(repr=False)
+    json: str = field(repr=False)
 
 
 def render(
