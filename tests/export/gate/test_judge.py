@@ -1,0 +1,90 @@
+"""Judging: whatever a candidate's runtime returns, it becomes a verdict or a failed candidate, never a crash."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from robx.errors import ArtifactError
+from robx.export.build import ExportSettings, export
+from robx.export.gate.gate import Limits
+from robx.export.gate.judge import check_batches
+from robx.export.request import ExportTarget
+from robx.records import Bundle
+from robx.runtime.session import open_session
+from tests.export.conftest import make_student
+
+
+def _export(run: Path, data: Path, out: Path, precision: str = "fp16") -> Bundle:
+    target = ExportTarget(format="onnx", precision=precision)  # type: ignore[arg-type]
+    limits = Limits(max_drop=60, min_speedup=0.01)
+    return export(
+        ExportSettings(run=run, target=target, data=data, out=out, limits=limits, calibration_images=32, candidates=1)
+    )
+
+
+def _nothing(images: np.ndarray) -> np.ndarray:
+    time.sleep(60)
+    return images
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (lambda images: np.float32(1), "shape"),  # a scalar
+        (lambda images: np.zeros((0, 96), np.float32), "shape"),
+        (lambda images: np.zeros((len(images), 95), np.float32), "shape"),
+        (lambda images: np.zeros((len(images), 1, 96), np.float32), "shape"),
+        (lambda images: np.full((len(images), 96), np.nan, np.float32), "overflow"),
+        (lambda images: np.ones((len(images), 96), np.float32), "the same|constant|cosine"),
+        (_nothing, "within 0.5 s"),
+    ],
+)
+def test_odd_answers_fail_the_candidate_and_the_float_model_ships(
+    answer: Callable[[np.ndarray], np.ndarray],
+    words: str,
+    cnn_run: Path,
+    scenes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def open_odd(folder: Path, **_: Any) -> Any:
+        session = open_session(folder)
+        if isinstance(session.bundle, Bundle) and session.bundle.precision == "fp16":
+            monkeypatch.setattr(session._model, "run", answer)  # type: ignore[attr-defined]
+        return session
+
+    monkeypatch.setattr("robx.runtime.session.RUN_SECONDS", 0.5)
+    for module in ("judge", "timing"):
+        monkeypatch.setattr(f"robx.export.gate.{module}.open_candidate", open_odd)
+    bundle = _export(cnn_run, scenes, tmp_path / "b")
+    assert (bundle.precision, bundle.requested) == ("fp32", "fp16")
+    (half,) = bundle.rungs
+    assert half.accuracy == "FAIL"
+    assert any(word in half.reason for word in words.split("|")), half.reason
+
+
+def test_an_answer_that_depends_on_the_batch_is_refused() -> None:
+    together = np.random.default_rng(0).normal(size=(8, 16))
+    check_batches(together, together + 1e-4, what="x")
+    with pytest.raises(ArtifactError, match="x answers differently for one image alone than in a batch"):
+        check_batches(together, together[::-1], what="x")
+
+
+def test_a_re_parameterisable_student_is_judged_fused(scenes: Path, tmp_path: Path) -> None:
+    run = make_student("repghostnet_050", tmp_path / "run", scenes, size=64)
+    fused = _export(run, scenes, tmp_path / "fp32", "fp32")
+    int8 = _export(run, scenes, tmp_path / "int8", "int8")
+    assert fused.rewrites == int8.rewrites and "re-parameterised" in int8.rewrites[0]
+    convolutions = [
+        sum(node.op_type == "Conv" for node in onnx.load(tmp_path / name / "model.onnx").graph.node)
+        for name in ("fp32", "int8")
+    ]
+    assert int8.rungs[0].values["cosine_mean"].n == 32  # against the student's own embeddings
+    assert convolutions[0] == convolutions[1]
