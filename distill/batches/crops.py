@@ -23,13 +23,13 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from robx.distill.recipes import Recipe
+from robx.images.crop_box import DRAWS as BOX_DRAWS
+from robx.images.crop_box import crop_box
 from robx.images.decode import IMAGENET_MEAN, IMAGENET_STD
 
-_ATTEMPTS = 10  # of RandomResizedCrop, as in torchvision
-_LOG_ASPECT = (math.log(3 / 4), math.log(4 / 3))
 _SIGMA = (0.1, 2.0)  # of the blur
-# Draws per crop: 4 per attempt at its box; then flip, jitter, 4 factors, order, gray, blur, sigma, solarize.
-_DRAWS = 4 * _ATTEMPTS + 11
+# Draws per crop: those of its box; then flip, jitter, 4 factors, order, gray, blur, sigma, solarize.
+_DRAWS = BOX_DRAWS + 11
 ORDERS = tuple(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue
 _CIRCLE, _SAME = list(range(256)) * 2, list(range(256))
 _LEVELS = np.arange(256)
@@ -128,27 +128,11 @@ def normalise(pixels: Tensor, device: torch.device) -> Tensor:
     return rows.mul_(scale).add_(shift).view(pixels.shape).permute(0, 1, 4, 2, 3)
 
 
-def crop_box(width: int, height: int, scale: tuple[float, float], draws: list[float]) -> tuple[int, int, int, int]:
-    """RandomResizedCrop's box (left, top, right, bottom) from 4 draws per attempt; a centre box if none fits."""
-    area = width * height
-    for share, aspect, left, top in zip(*[iter(draws)] * 4, strict=True):
-        target = area * (scale[0] + share * (scale[1] - scale[0]))
-        ratio = math.exp(_LOG_ASPECT[0] + aspect * (_LOG_ASPECT[1] - _LOG_ASPECT[0]))
-        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            x, y = int(left * (width - w + 1)), int(top * (height - h + 1))
-            return x, y, x + w, y + h
-    ratio = min(max(width / height, 3 / 4), 4 / 3)
-    w, h = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
-    x, y = (width - w) // 2, (height - h) // 2
-    return x, y, x + w, y + h
-
-
 def _plan(width: int, height: int, draws: list[float], recipe: Recipe, view: int) -> tuple[object, ...]:
     """One PLAN record; `view` 0 and 1 are the global crops."""
     scale = recipe.global_scale if view < 2 else recipe.local_scale
-    box = crop_box(width, height, scale, draws[: 4 * _ATTEMPTS])
-    flip, jitter, *factors, order, gray, blur, sigma, solarize = draws[4 * _ATTEMPTS :]
+    box = crop_box(width, height, scale, draws[:BOX_DRAWS])
+    flip, jitter, *factors, order, gray, blur, sigma, solarize = draws[BOX_DRAWS:]
     kind = min(view, 2)
     return (
         box,

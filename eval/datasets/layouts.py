@@ -88,14 +88,19 @@ class ListSource:
         return decode(read_image_file(path), name=str(path))
 
 
-class SquareSource:
-    """A source whose whole images are resized to a square, where a crop would change the answer (Clevr/Dist)."""
+class WholeImages:
+    """A source whose whole images are resized to the model's input, where a crop would change the answer."""
 
-    def __init__(self, source: ImageSource, side: int) -> None:
-        """Resize the images of `source` to `side` x `side`, bilinear."""
-        self._source, self._side = source, side
+    def __init__(self, source: ImageSource, shape: tuple[int, int]) -> None:
+        """Resize the images of `source` to `shape`, height and width, bilinear."""
+        self._source, self._shape = source, shape
         self.name, self.classes, self.licence, self.note = source.name, source.classes, source.licence, source.note
-        self.fingerprint = sha256_bytes(f"{source.fingerprint} squeezed {side}".encode())[:16]
+        self.fingerprint = sha256_bytes(f"{source.fingerprint} squeezed {self._size}".encode())[:16]
+
+    @property
+    def _size(self) -> str:
+        height, width = self._shape
+        return str(height) if height == width else f"{height}x{width}"
 
     @property
     def stamp(self) -> str:
@@ -116,7 +121,7 @@ class SquareSource:
 
     def read(self, index: int) -> Image.Image:
         """The resized image."""
-        return self._source.read(index).resize((self._side, self._side), Image.Resampling.BILINEAR)
+        return self._source.read(index).resize(self._shape[::-1], Image.Resampling.BILINEAR)
 
 
 def open_dataset(name: str, root: Path) -> tuple[ImageSource, ImageSource]:

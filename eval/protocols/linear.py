@@ -20,6 +20,7 @@ from robx.errors import InputError
 from robx.eval.datasets.features import Features
 from robx.eval.protocols.trained_heads import HeadRecipe, Heads, head_values, headline
 from robx.eval.protocols.trunk_outputs import TrunkSession
+from robx.images.crop_box import DRAWS, crop_box
 from robx.images.reading import read_batches
 from robx.images.sources import ImageSource, labels_of
 from robx.progress import Progress
@@ -30,6 +31,7 @@ RATES = (0.01, 0.001, 0.1)
 # A few hundred images give too few steps in 28 epochs; features are cheap, so the cached variant trains longer.
 LEAST_STEPS = 1000
 _EMBED_ROWS = 65_536
+_SCALE = (0.08, 1.0)  # of the image's area, in a training view
 
 
 def linear_cached(
@@ -172,30 +174,15 @@ def linear_streamed(
 def random_resized_crop(
     image: Image.Image, preprocessing: Preprocessing, rng: np.random.Generator, *, crop: bool = True
 ) -> np.ndarray:
-    """A training view, float32 (3, crop, crop): 8 to 100 % of the area, aspect 3/4 to 4/3, flipped half the time."""
+    """A training view, float32 (3, H, W): 8 to 100 % of the area, aspect 3/4 to 4/3, flipped half the time."""
     width, height = image.size
-    box = _draw_box(width, height, rng) if crop else (0, 0, width, height)
-    side = preprocessing.crop
-    view = image.resize((side, side), Image.Resampling.BILINEAR, box=box)
+    box = crop_box(width, height, _SCALE, rng.random(DRAWS).tolist()) if crop else (0, 0, width, height)
+    view = image.resize(preprocessing.shape[::-1], Image.Resampling.BILINEAR, box=box)
     if rng.random() < 0.5:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = np.asarray(view, dtype=np.float32) / np.float32(255)
     mean, std = np.asarray(preprocessing.mean, np.float32), np.asarray(preprocessing.std, np.float32)
     return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
-
-
-def _draw_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """A box (left, upper, right, lower), as torchvision's RandomResizedCrop; after ten misses the largest that fits."""
-    for _ in range(10):
-        area = width * height * rng.uniform(0.08, 1.0)
-        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-            return left, top, left + w, top + h
-    w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
 
 
 def _reader(

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from robx.eval.datasets.features import Features
-from robx.eval.datasets.layouts import SquareSource
+from robx.eval.datasets.layouts import WholeImages
 from robx.eval.datasets.splits import Split, make_split
 from robx.eval.protocols.linear import LEAST_STEPS, VISSL, linear_cached, linear_streamed, train_cached
 from robx.eval.protocols.lowshot import LAMBDA, draw_splits, low_shot, read_splits
@@ -79,7 +79,7 @@ def linear(
 ) -> Outcome:
     """Linear heads: on fresh crops for a student, on features extracted once for a bundle or with `cached`."""
     pre = model.session.bundle.preprocessing
-    # A source that is already resized to the model's square must not lose its border to a centre crop.
+    # A source that is already resized to the model's input must not lose its border to a centre crop.
     pre = pre if how.crop else replace(pre, size=pre.crop)
 
     def embed(session: Session, source: ImageSource) -> Features:
@@ -113,8 +113,8 @@ def transfer(
     """Linear heads on another data set: its (training, test) `sources`, and the split that was evaluated."""
     how = TRANSFERS[name]
     if not how.crop:
-        side = model.session.bundle.preprocessing.crop
-        sources = (SquareSource(sources[0], side), SquareSource(sources[1], side))
+        shape = model.session.bundle.preprocessing.shape
+        sources = (WholeImages(sources[0], shape), WholeImages(sources[1], shape))
     split = make_split(*sources)
     return split, linear(model, split, cached=cached, protocol=f"transfer:{name}", how=how)
 

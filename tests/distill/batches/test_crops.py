@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from robx.distill.batches import crops
 from robx.distill.recipes import Recipe, override, preset
+from robx.images.crop_box import crop_box
 from robx.images.decode import IMAGENET_MEAN, IMAGENET_STD
 
 RECIPE = override(preset("dino", "vit"), {"crop_size": 48, "local_crop_size": 32, "local_crops": 3})
@@ -78,7 +79,7 @@ def test_the_crop_is_torchvisions_when_nothing_else_is_asked_for() -> None:
     )
     found = crops.multi_crop(picture(), plain, epoch=0, index=3)
     draws = crops.uniforms(plain.seed, epoch=0, index=3, count=51).tolist()
-    left, top, right, bottom = crops.crop_box(90, 70, plain.global_scale, draws[:40])
+    left, top, right, bottom = crop_box(90, 70, plain.global_scale, draws[:40])
     cropped = tv.crop(picture(), top, left, bottom - top, right - left)
     expected = tv.resize(cropped, [48, 48], antialias=True)
     assert np.array_equal(found.globals[0], np.asarray(expected))
@@ -117,7 +118,7 @@ def test_hue_is_torchvisions(turn: float) -> None:
 @settings(max_examples=200, deadline=None)
 def test_a_box_lies_within_the_image_and_has_its_share(width: int, height: int, low: float, index: int) -> None:
     draws = crops.uniforms(0, epoch=0, index=index, count=40).tolist()
-    left, top, right, bottom = crops.crop_box(width, height, (low, 1.0), draws)
+    left, top, right, bottom = crop_box(width, height, (low, 1.0), draws)
     assert 0 <= left < right <= width and 0 <= top < bottom <= height
     if min(width, height) > 200 and max(width, height) < 260:
         assert (right - left) * (bottom - top) >= 0.95 * min(low, 0.7) * width * height
@@ -127,7 +128,7 @@ def test_areas_are_uniform_and_aspects_log_uniform() -> None:
     areas, aspects = [], []
     for index in range(3000):
         draws = crops.uniforms(1, epoch=0, index=index, count=40).tolist()
-        left, top, right, bottom = crops.crop_box(1000, 1000, (0.1, 0.5), draws)
+        left, top, right, bottom = crop_box(1000, 1000, (0.1, 0.5), draws)
         areas.append((right - left) * (bottom - top) / 1e6)
         aspects.append(np.log((right - left) / (bottom - top)))
     assert abs(np.mean(areas) - 0.3) < 0.01 and min(areas) > 0.098 and max(areas) <= 0.502
@@ -195,7 +196,7 @@ def test_a_crop_is_augmented_as_torchvision_does_in_the_published_order(index: i
     rows = crops.uniforms(recipe.seed, epoch=0, index=index, count=5 * 51).reshape(5, 51).tolist()
     for view, (found, draws) in enumerate(zip(views_of(picture(), recipe, index), rows, strict=True)):
         scale = recipe.global_scale if view < 2 else recipe.local_scale
-        left, top, right, bottom = crops.crop_box(90, 70, scale, draws[:40])
+        left, top, right, bottom = crop_box(90, 70, scale, draws[:40])
         side = 48 if view < 2 else 32
         expected = tv.resize(tv.crop(picture(), top, left, bottom - top, right - left), [side, side], antialias=True)
         flip, jitter, *factors, order, gray, blur, sigma, solarize = draws[40:]

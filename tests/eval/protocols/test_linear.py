@@ -13,6 +13,7 @@ from robx.eval.protocols import linear, trained_heads
 from robx.eval.protocols.transfer import TRANSFERS
 from robx.eval.protocols.trunk_outputs import TrunkSession
 from robx.images.arrays import ArraySource
+from robx.images.crop_box import DRAWS, crop_box
 from robx.records import Preprocessing, Student
 from robx.trunk import build_trunk, embed, embedding_width, load_trunk, save_trunk
 
@@ -222,7 +223,7 @@ def test_streaming_without_labels_is_refused(vit, colours, tmp_path):
 
 def test_crops_follow_the_published_distribution():
     rng = np.random.default_rng(0)
-    boxes = np.array([linear._draw_box(400, 300, rng) for _ in range(3000)])
+    boxes = np.array([crop_box(400, 300, (0.08, 1.0), rng.random(DRAWS).tolist()) for _ in range(3000)])
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     assert (boxes[:, :2] >= 0).all() and (boxes[:, 2] <= 400).all() and (boxes[:, 3] <= 300).all()
     share, aspect = width * height / 120_000, width / height
@@ -248,7 +249,7 @@ def test_a_crop_is_a_function_of_its_seed_and_can_be_switched_off():
 
 
 def test_an_extreme_image_still_gives_a_crop():
-    left, top, right, bottom = linear._draw_box(2000, 3, np.random.default_rng(0))
+    left, top, right, bottom = crop_box(2000, 3, (0.08, 1.0), np.random.default_rng(0).random(DRAWS).tolist())
     assert (bottom - top, right - left) == (3, 4) and 0 <= left < right <= 2000 and top == 0
 
 
@@ -279,3 +280,10 @@ def test_one_labelled_image_is_refused():
     one = Features(features=features().features[:1], labels=np.zeros(1, int), indices=np.arange(1), skipped=0)
     with pytest.raises(InputError, match="two labelled images or more"):
         linear.linear_cached(one, features(128, seed=1), classes=3, recipe=RECIPE)
+
+
+@pytest.mark.parametrize("crop", [True, False])
+def test_a_training_view_has_the_shape_of_the_models_input(crop):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    pre = Preprocessing(size=20, crop=16, crop_width=24)
+    assert linear.random_resized_crop(image, pre, np.random.default_rng(0), crop=crop).shape == (3, 16, 24)
