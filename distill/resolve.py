@@ -28,6 +28,7 @@ class DistillSettings:
 
     students: tuple[str, ...]  # timm names; several share one teacher
     data: Path  # images: a folder, tar shards, IDX or CIFAR arrays
+    image_member: str | None = None  # which image of a tar sample to read when it has several ("rgb.jpg")
     out: Path | None = None  # the run's folder; None is enough for an estimate
     teacher: str | None = None  # a name of `robx teachers`, timm:NAME, or "ema" for the base method
     teacher_weights: Path | None = None  # the teacher's checkpoint; None downloads it
@@ -82,7 +83,7 @@ class DistillSettings:
 
 
 _PATHS = {"data", "out", "teacher_weights", "targets", "init", "recipe", "store_targets", "cache"}
-_OWN = {"teacher", "objective"} | _PATHS
+_OWN = {"teacher", "objective", "image_member"} | _PATHS
 _OPTIONS = {f.name for f in dataclasses.fields(Options)}
 
 

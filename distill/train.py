@@ -58,7 +58,7 @@ def distill(settings: DistillSettings, *, progress: Progress | None = None, say:
     Raises:
         RobxError: as ``train``, and for a teacher that cannot be loaded.
     """
-    source = open_source(settings.data)
+    source = open_source(settings.data, image_member=settings.image_member)
     recipe = resolve_recipe(settings)
     with join_processes(settings.options.device) as processes:
         progress = progress if progress and processes.first else silent
@@ -104,7 +104,7 @@ def estimate(
     Raises:
         RobxError: what the run would be refused for.
     """
-    source = open_source(settings.data)
+    source = open_source(settings.data, image_member=settings.image_member)
     recipe = resolve_recipe(settings)
     teacher = None
     if settings.teacher is not None and not settings.base:

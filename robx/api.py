@@ -75,6 +75,7 @@ def distill(
     student: str | Sequence[str],
     data: StrPath,
     out: StrPath,
+    image_member: str | None = None,
     teacher: str | None = None,
     teacher_weights: StrPath | None = None,
     targets: StrPath | None = None,
@@ -92,6 +93,7 @@ def distill(
         student: a timm name, or several that share one teacher and one pass over the images.
         data: images: a folder, tar shards, IDX or CIFAR arrays.
         out: the run's folder; an unfinished run in it is resumed.
+        image_member: which image of a tar sample to read when it has several, such as "rgb.jpg".
         teacher: a name from `robx teachers`, "timm:NAME", or "ema" for the base method without a teacher.
         teacher_weights: the teacher's full checkpoint; None downloads it.
         targets: a folder of stored targets, used instead of a teacher.
@@ -122,6 +124,7 @@ def distill(
         student=student,
         data=_path(data),
         out=_path(out),
+        image_member=image_member,
         teacher=teacher,
         teacher_weights=_path(teacher_weights),
         targets=_path(targets),
@@ -245,6 +248,7 @@ def bench(
     affinity: Sequence[int] | None = None,
     batch: int = 1,
     data: StrPath | None = None,
+    image_member: str | None = None,
     python: str | None = None,
     emulated: bool = False,
     seed: int = 0,
@@ -264,6 +268,7 @@ def bench(
         affinity: CPU cores that the measured process may use; None allows all.
         batch: images in one inference; more than 1 measures offline throughput.
         data: images to run; None renders scenes.
+        image_member: which image of a tar sample to read when it has several, such as "rgb.jpg".
         python: the Python command on the device.
         emulated: the processor is emulated: verify the outputs, but measure no latency.
         seed: seed for the order of the processes.
@@ -292,6 +297,7 @@ def bench(
         affinity=None if affinity is None else tuple(affinity),
         batch=batch,
         data=_path(data),
+        image_member=image_member,
         python=python,
         emulated=emulated,
         seed=seed,

@@ -55,6 +55,7 @@ _PROVIDER_HELP = "Hardware backend of the engine: cpu, cuda, gpu, npu, ...; neve
     help="Floating-point type to compute in, where the engine has a choice.",
 )
 @click.option("--data", type=_PATH, help="Images to run.  [default: rendered scenes]")
+@click.option("--image-member", metavar="NAME", help="Image of a tar sample that has several, such as rgb.jpg.")
 @click.option("--python", help=_PYTHON_HELP)
 @click.option("--emulated", is_flag=True, help="The processor is emulated: check the outputs, do not time them.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Random seed for the order of the processes.")
@@ -108,13 +109,17 @@ def bench(
 @click.command()
 @click.argument("bundle", type=_PATH)
 @click.argument("images", nargs=-1, required=True, type=_PATH)
+@click.option("--image-member", metavar="NAME", help="Image of a tar sample that has several, such as rgb.jpg.")
 @click.option("--out", type=_PATH, help="Write the embeddings to this .npz file instead of printing them.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads per inference.")
 @click.option("--provider", help=_PROVIDER_HELP)
 @click.option(
     "--top", type=click.IntRange(1), default=5, show_default=True, help="Labels per image, if the bundle has a head."
 )
-def run(bundle: Path, images: tuple[Path, ...], out: Path | None, threads: int, provider: str | None, top: int) -> None:
+def run(
+    bundle: Path, images: tuple[Path, ...], image_member: str | None, out: Path | None, threads: int,
+    provider: str | None, top: int,
+) -> None:  # fmt: skip
     """Embed images with a bundle or a student, or label them if the bundle has a classification head.
 
     \b
@@ -126,7 +131,9 @@ def run(bundle: Path, images: tuple[Path, ...], out: Path | None, threads: int, 
     """
     with open_session(bundle, SessionSettings(threads=threads, provider=provider), labels=out is None) as session:
         labels = session.bundle.labels if isinstance(session.bundle, Bundle) else None
-        answers = infer(session, find_images(images), on_skip=lambda error: say(f"skipped {error}"))
+        answers = infer(
+            session, find_images(images, image_member=image_member), on_skip=lambda error: say(f"skipped {error}")
+        )
         if out is not None:
             _write_npz(out, list(answers))
             return

@@ -18,8 +18,10 @@ _BATCH_BYTES = 2**28  # of one batch of large images
 Reader = tuple[str, Callable[[], Image.Image]]  # an image's name and a function that reads it
 
 
-def find_images(paths: Sequence[str | Path]) -> Iterator[Reader]:
+def find_images(paths: Sequence[str | Path], *, image_member: str | None = None) -> Iterator[Reader]:
     """The images of files, folders and shards, in order.
+
+    `image_member` says which image of a tar sample to read when it has several ("rgb.jpg").
 
     Raises:
         InputError: a path does not exist, or a folder has no images.
@@ -28,7 +30,7 @@ def find_images(paths: Sequence[str | Path]) -> Iterator[Reader]:
         if path.is_file() and path.suffix != ".tar":
             yield str(path), lambda path=path: _read(path)  # type: ignore[misc]
             continue
-        source = open_source(path)
+        source = open_source(path, image_member=image_member)
         for index in range(len(source)):
             name = f"{path}/{source.key(index)}"
             yield name, lambda source=source, index=index: source.read(index)  # type: ignore[misc]

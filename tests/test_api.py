@@ -91,7 +91,7 @@ EVALUATE: dict[str, Any] = {
 BENCH: dict[str, Any] = {
     "device": "ssh://host", "profile": "rapid", "threads": 2, "provider": "gpu", "precision_hint": "f16",
     "processes": 4, "affinity": [0, 1], "batch": 5, "data": "images", "python": "python3.9", "emulated": True,
-    "seed": 6, "retries": 1,
+    "seed": 6, "retries": 1, "image_member": "rgb.jpg",
 }  # fmt: skip
 PATHS = {"data", "test", "lowshot_splits", "reference", "save_head", "cache", "out", "head"}
 
@@ -136,7 +136,7 @@ def test_bench_takes_every_setting_of_the_command(monkeypatch: pytest.MonkeyPatc
 
 DISTILL: dict[str, Any] = {
     "teacher_weights": "w.pth", "objective": "dino", "init": "earlier", "recipe": "r.toml", "store_targets": "t",
-    "cache": "c", "teacher": "dino_vits16",
+    "cache": "c", "teacher": "dino_vits16", "image_member": "rgb.jpg",
 }  # fmt: skip
 PATHS |= {"teacher_weights", "init", "recipe", "store_targets"}
 

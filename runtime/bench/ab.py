@@ -70,7 +70,8 @@ def compare(settings: BenchSettings) -> list[Comparison]:
     shared = bundles[0].preprocessing
     if not all(shared.same_pixels(bundle.preprocessing) for bundle in bundles):
         raise InputError("--ab needs bundles of the same input size and resize: they have to run the same images")
-    source = open_source(Path(settings.data)) if settings.data is not None else None
+    data = settings.data
+    source = open_source(Path(data), image_member=settings.image_member) if data is not None else None
     started, pixels = utc_now(), load_inputs(shared, source).images
     labels = settings.labels
     images = {

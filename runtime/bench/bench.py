@@ -103,7 +103,8 @@ def _record(runs: list[Run], settings: BenchSettings, *, kind: str, started: str
 
 
 def _prepare(settings: BenchSettings) -> list[Run]:
-    source = open_source(Path(settings.data)) if settings.data is not None else None
+    data = settings.data
+    source = open_source(Path(data), image_member=settings.image_member) if data is not None else None
     inputs: dict[tuple[Preprocessing, int], Inputs] = {}
     runs = []
     for number, folder in enumerate(settings.folders):

@@ -104,6 +104,7 @@ class BenchSettings:
     affinity: tuple[int, ...] | None = None  # cores that the measured process may use; None: all of them
     batch: int = 1  # more than 1 measures offline throughput
     data: str | Path | None = None  # images to run; None: rendered scenes
+    image_member: str | None = None  # which image of a tar sample to read when it has several ("rgb.jpg")
     python: str | None = None  # Python command on the device
     emulated: bool = False  # the processor is emulated: check the answers, refuse to time
     seed: int = 0  # of the order of the processes

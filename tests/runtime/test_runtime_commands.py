@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -133,6 +134,19 @@ def test_run_prints_one_line_an_image(call, make_bundle, scenes):
     with open_session(bundle) as session:
         pixels = preprocess(decode(paths[0].read_bytes(), name="x"), session.bundle.preprocessing)
         np.testing.assert_allclose(lines[0]["embedding"], session.run(pixels[None])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_run_reads_the_image_of_a_sample_that_is_named(call, make_bundle, scenes, tmp_path):
+    first, second = sorted((scenes / "test").rglob("*.png"))[:2]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(first, "s.rgb.png")
+        tar.add(second, "s.mask.png")
+    bundle = make_bundle()
+    refused = call("run", bundle, tmp_path / "a.tar")
+    assert refused.exit_code == 2 and "--image-member mask.png" in refused.stderr
+    named, alone = call("run", bundle, tmp_path / "a.tar", "--image-member", "rgb.png"), call("run", bundle, first)
+    embeddings = [json.loads(result.stdout)["embedding"] for result in (named, alone)]
+    assert embeddings[0] == embeddings[1]
 
 
 def test_run_writes_an_npz_and_skips_what_is_corrupt(call, make_bundle, scenes, tmp_path):
