@@ -158,6 +158,7 @@ def export(
     batch: int | None = None,
     target: str = "local",
     uint8_input: bool = False,
+    size: int | tuple[int, int] | None = None,
     candidates: int | None = None,
     budget: float | None = None,
     calibration_images: int = 300,
@@ -175,7 +176,7 @@ def export(
         fp16: half-precision weights; inputs and outputs stay float32.
         data: images; calibration from their training split, judging from their test split. Needed for int8 and fp16.
         test: judging images, if `data` holds training images only.
-        out: the bundle's folder; None is STUDENT/FORMAT-PRECISION.
+        out: the bundle's folder; None is STUDENT/FORMAT-PRECISION, with `size` STUDENT/FORMAT-PRECISION-SIZE.
         head: a linear classifier to append, as `evaluate(save_head=...)` writes it; adds the output logits.
         max_drop: the largest accuracy drop allowed, in percentage points.
         min_speedup: the smallest speed-up over fp32 and fp16 in the same runtime.
@@ -183,6 +184,7 @@ def export(
         batch: batch size; None is dynamic.
         target: the device: "local" or "arm64"; for trt also "rtx:sm86+sm89" or "jetson-orin".
         uint8_input: take uint8 pixels; the normalisation becomes part of the model.
+        size: input size in pixels, or (height, width); None is the size that the student was trained with.
         candidates: the largest number of int8 candidates to try.
         budget: seconds after which no further candidate is started.
         calibration_images: number of calibration images; fewer than 300 for demonstrations only.
@@ -215,6 +217,7 @@ def export(
             batch=batch,
             opset=opset,
             uint8_input=uint8_input,
+            size=(size, size) if isinstance(size, int) else size,
         ),
         data=_path(data),
         test=_path(test),

@@ -169,7 +169,7 @@ def test_distill_takes_every_setting_of_the_command(run: Path, monkeypatch: pyte
 
 EXPORT: dict[str, Any] = {
     "data": "images", "test": "held-out", "out": "bundle", "head": "h", "max_drop": 2.0, "min_speedup": 1.5,
-    "opset": 19, "batch": 4, "target": "arm64", "uint8_input": True, "candidates": 3, "budget": 60.0,
+    "opset": 19, "batch": 4, "target": "arm64", "uint8_input": True, "size": (96, 64), "candidates": 3, "budget": 60.0,
     "calibration_images": 30, "judging_images": 100, "sensitivity": True, "force": True,
 }  # fmt: skip
 
@@ -189,9 +189,10 @@ def test_export_takes_every_setting_of_the_command(monkeypatch: pytest.MonkeyPat
     )
     api.export("run", format="onnx")
     limits = Limits(max_drop=2.0, min_speedup=1.5)
-    names = {"max_drop", "min_speedup", "opset", "batch", "target", "uint8_input"}
+    names = {"max_drop", "min_speedup", "opset", "batch", "target", "uint8_input", "size"}
     others = _as_settings({name: value for name, value in EXPORT.items() if name not in names})
-    target = ExportTarget(format="onnx", precision="int8", device="arm64", batch=4, opset=19, uint8_input=True)
+    shape = {"batch": 4, "uint8_input": True, "size": (96, 64)}
+    target = ExportTarget(format="onnx", precision="int8", device="arm64", opset=19, **shape)  # type: ignore[arg-type]
     assert seen[0] == ExportSettings(run=Path("run"), target=target, limits=limits, **others)
     assert seen[1].target == ExportTarget(format="onnx", precision="fp16")
     assert seen[2] == ExportSettings(run=Path("run"), target=ExportTarget(format="onnx"))

@@ -20,7 +20,7 @@ from robx.export.formats import network
 from robx.export.formats.network import export_model, trunk_at_size
 from robx.export.request import ExportTarget, at_size, parse_size
 from robx.linear_head import Head
-from robx.records import Preprocessing, Student, load_bundle
+from robx.records import MAX_SIDE, Preprocessing, Student, load_bundle
 from robx.runtime.session import open_session
 from robx.trunk import build_trunk, embedding_width, save_trunk
 
@@ -162,7 +162,7 @@ def test_another_size_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="HEIGHTxWIDTH"):
         parse_size(text)
     for size in ((0, 5), (9000, 5)):
-        with pytest.raises(InputError, match="--size must be 1 to 8192"):
+        with pytest.raises(InputError, match=f"--size must be 1 to {MAX_SIDE}"):
             ExportTarget(format="onnx", size=size)
 
 
