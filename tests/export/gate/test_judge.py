@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +20,20 @@ from robx.export.request import ExportTarget
 from robx.records import Bundle
 from robx.runtime.session import open_session
 from tests.export.conftest import make_student
+from tests.faults.test_images import bad_images, good_images
 
 
-def _export(run: Path, data: Path, out: Path, precision: str = "fp16") -> Bundle:
-    target = ExportTarget(format="onnx", precision=precision)  # type: ignore[arg-type]
-    limits = Limits(max_drop=60, min_speedup=0.01)
-    return export(
-        ExportSettings(run=run, target=target, data=data, out=out, limits=limits, calibration_images=32, candidates=1)
+def _export(run: Path, data: Path, out: Path, precision: str = "fp16", *, calibration_images: int = 32) -> Bundle:
+    settings = ExportSettings(
+        run=run,
+        target=ExportTarget(format="onnx", precision=precision),  # type: ignore[arg-type]
+        data=data,
+        out=out,
+        limits=Limits(max_drop=60, min_speedup=0.01),
+        calibration_images=calibration_images,
+        candidates=1,
     )
+    return export(settings)
 
 
 def _nothing(images: np.ndarray) -> np.ndarray:
@@ -88,3 +95,21 @@ def test_a_re_parameterisable_student_is_judged_fused(scenes: Path, tmp_path: Pa
     ]
     assert int8.rungs[0].values["cosine_mean"].n == 32  # against the student's own embeddings
     assert convolutions[0] == convolutions[1]
+
+
+def test_odd_images_calibrate_and_broken_ones_are_left_out(cnn_run: Path, scenes: Path, tmp_path: Path) -> None:
+    """CMYK, 16 bits, palettes, one pixel, 30,000 x 2 pixels: used. Cut, empty and foreign files: not."""
+    data = tmp_path / "data"
+    shutil.copytree(scenes, data)
+    plain = {part: sum(1 for _ in (data / part).rglob("*.png")) for part in ("train", "test")}
+    for part, odd in (("train", good_images() | bad_images()), ("test", bad_images())):
+        folder = min((data / part).iterdir())
+        for name, content in odd.items():
+            (folder / f"{part}-{name}").write_bytes(content)
+    bundle = _export(cnn_run, data, tmp_path / "b", "int8", calibration_images=plain["train"] + 8)
+    assert bundle.precision == "int8" and bundle.calibration is not None
+    # Some of the odd ones have the same pixels after resize and crop, and count once.
+    assert bundle.calibration.images == plain["train"] + 8
+    assert bundle.calibration.judged_images == plain["test"]
+    (kept,) = [rung for rung in bundle.rungs if rung.kept]
+    assert kept.values["not_finite"].value == 0 and kept.values["cosine_mean"].value > 0.9
