@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import multiprocessing
-import signal
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from robx.distill.batches.loader import Batch, CropDataset, PlaceSampler, build_loader, collate
+from robx.distill.batches.loader import Batch, CropDataset, PlaceSampler, collate
 from robx.distill.batches.views import Targets, Views
 from robx.distill.objectives.base import Stats
 from robx.distill.recipes import Recipe
@@ -33,6 +31,7 @@ from robx.distill.teachers.teacher import Teacher
 from robx.distill.training import run_checkpoint
 from robx.distill.training.collapse import require_finite
 from robx.distill.training.dry_run import RunCost, dry_run
+from robx.distill.training.feed import batches, check_resources
 from robx.distill.training.knn_probe import Probe
 from robx.distill.training.learner import Learner, autocast
 from robx.distill.training.log import log_step, monitor, note, open_probe, probe_references, probe_students, speed_bound
@@ -41,7 +40,7 @@ from robx.distill.training.run import Run, RunSpec, Say, check_spec, open_run, r
 from robx.distill.training.run_state import count_skipped, publish_teachers, resume_run, save_run
 from robx.distill.training.signals import StopRequest, stop_on_signals
 from robx.distill.training.speed import Rate, SpeedBound, measure_bound
-from robx.errors import InputError, Interrupted, first_line
+from robx.errors import InputError, Interrupted
 from robx.images.sources import ImageSource, open_source
 from robx.progress import Progress, silent
 from robx.store.locks import lock_folder
@@ -184,17 +183,18 @@ def train(
 
 
 def _loop(run: Run, start: int, *, stop: StopRequest, progress: Progress) -> None:
+    prefetch = check_resources(run)
     probe = open_probe(run) if run.processes.first else None
     if probe is not None and start == 0:
         probe_references(run, probe)
     if run.options.measure:
         run.bound = _measure(run, start)
-    with contextlib.closing(_batches(run, start)) as batches:
-        _steps(run, start, batches, probe=probe, stop=stop, progress=progress)
+    with contextlib.closing(batches(run, start, prefetch=prefetch, stop=stop)) as feed:
+        _steps(run, start, feed, probe=probe, stop=stop, progress=progress)
 
 
 def _steps(
-    run: Run, start: int, batches: Iterator[Batch], *, probe: Probe | None, stop: StopRequest, progress: Progress
+    run: Run, start: int, feed: Iterator[Batch | None], *, probe: Probe | None, stop: StopRequest, progress: Progress
 ) -> None:
     recipe, processes, options = run.recipe, run.processes, run.options
     rate, saved = Rate(), time.monotonic()
@@ -208,7 +208,9 @@ def _steps(
         stats: list[Stats] = [{} for _ in run.learners]
         names: list[str] = []
         for micro in range(recipe.accumulate):
-            batch = next(batches)
+            batch = next(feed)
+            if batch is None:
+                _stop_waiting(run, step, start, exact=micro == 0, stop=stop)
             _count_skipped(run, batch.skipped)
             views = batch.views(processes.device)
             names += [run.source.key(int(index)) for index in batch.index]
@@ -256,61 +258,18 @@ def _steps(
             )
 
 
-def _batches(run: Run, start: int) -> Generator[Batch, None, None]:
-    """Micro-batches from step `start` on. If a worker is killed, the loader is restarted once from where it stopped."""
-    accumulate, given, lives = run.recipe.accumulate, 0, 2
-    while True:
-        loader = build_loader(
-            run.source,
-            run.recipe,
-            start=start + given // accumulate,
-            end=run.steps,
-            share=run.processes.share,
-            workers=run.options.workers,
-            mask_grid=run.mask_grid,
-            corrupt_budget=run.options.corrupt_budget,
-            pin_memory=run.processes.device.type == "cuda",
-        )
-        before = multiprocessing.active_children()
-        iterator, mine = None, list[Any]()
-        try:
-            iterator = iter(loader)
-            mine = [child for child in multiprocessing.active_children() if child not in before]
-            with contextlib.suppress(ValueError):
-                # A dead worker is noticed here, when a batch is due, and not by an exception in the middle of a step.
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for _ in range(given % accumulate):
-                next(iterator)
-            for batch in iterator:
-                given += 1
-                yield batch
-            return
-        except (RuntimeError, OSError, EOFError) as error:
-            if not _is_death(error, workers=run.options.workers):
-                raise
-            cause, lives = first_line(error), lives - 1
-            if not lives:
-                raise InputError(
-                    f"loader workers keep dying ({cause}): give fewer --workers, or more memory"
-                ) from error
-            run.say(f"a loader worker died ({cause}); restarting the loader")
-        finally:
-            # Now, and not when a traceback releases the iterator: the interpreter would end its workers with SIGTERM,
-            # which they ignore, and wait for them forever.
-            del iterator
-            for worker in mine:
-                worker.kill()
-
-
-def _is_death(error: Exception, *, workers: int) -> bool:
-    """Whether a worker died: reported as such or, if it dies while handing over a batch, as a broken pipe.
-
-    An exception that a worker raised itself arrives with its traceback, "Caught ...".
-    """
-    text = str(error)
-    if not workers or text.startswith("Caught "):
-        return False
-    return not isinstance(error, RuntimeError) or "DataLoader worker" in text
+def _stop_waiting(run: Run, step: int, start: int, *, exact: bool, stop: StopRequest) -> NoReturn:
+    """End the run between two batches: the loader does not deliver, and a signal asked for the end."""
+    name = stop.signal.name if stop.signal is not None else "a signal"
+    saved = "the run resumes from its last checkpoint"
+    if exact and step > start and run.processes.world == 1:
+        if isinstance(run.branch, WritingBranch):
+            run.branch.settle(epoch_done=step % run.per_epoch == 0)
+        save_run(run, step)
+        saved = "its state is saved"
+    raise Interrupted(
+        f"{name} after step {step} of {run.steps}, while no image arrived; {saved}: run the same command to resume"
+    )
 
 
 def _targets(run: Run, views: Views) -> list[Targets | None]:

@@ -8,6 +8,8 @@ B batch of this process   G global crop size   S local crop size   L local crops
 
 from __future__ import annotations
 
+import multiprocessing.queues
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +31,7 @@ from robx.errors import CorruptImage, InputError
 from robx.images.sources import ImageSource
 
 Place = tuple[int, int]  # (epoch, index)
+BATCH_LOST = 92  # exit status of a worker that could not hand over its batch
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -248,8 +251,13 @@ def build_loader(
     mask_grid: tuple[int, int] | None = None,
     corrupt_budget: float = 0.001,
     pin_memory: bool = False,
+    prefetch: int = 4,
+    timeout: float = 0,
 ) -> DataLoader[Any]:
     """Every micro-batch of this process from step `start` to step `end`.
+
+    With workers, `prefetch` is in batches per worker, and waiting for one longer than `timeout` seconds (0: no limit)
+    raises RuntimeError; the next call waits on.
 
     Raises:
         InputError: the batch size is not divisible by processes and micro-batches, or exceeds the number of images.
@@ -262,8 +270,9 @@ def build_loader(
         batch_sampler=PlaceSampler(len(source), recipe, share=share, start=start, end=end),
         collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=_quiet_worker if workers else None,
-        prefetch_factor=4 if workers else None,
+        worker_init_fn=_start_worker if workers else None,
+        prefetch_factor=prefetch if workers else None,
+        timeout=timeout if workers else 0,
         pin_memory=pin_memory,
     )
 
@@ -294,7 +303,14 @@ def _pack(images: Sequence[Planned]) -> DecodedImages:
     )
 
 
-def _quiet_worker(_: int) -> None:
+def _start_worker(_: int) -> None:
     # The main process handles signals; workers end when it closes their queues.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+    def leave(error: Exception, batch: object) -> None:
+        os._exit(BATCH_LOST)
+
+    # Without shared memory or open files for a batch, the queue would print a traceback and drop the batch, and the
+    # main process would wait for it forever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(leave)  # type: ignore[attr-defined]

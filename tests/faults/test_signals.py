@@ -58,3 +58,39 @@ def test_a_second_interrupt_ends_a_run_whose_workers_hang(tmp_path: Path) -> Non
         assert not alive
     finally:
         process.kill()
+
+
+def test_sigterm_ends_a_run_that_waits_for_an_image(tmp_path: Path) -> None:
+    process = start(HERE / "hanging.py", tmp_path / "run")
+    try:
+        workers = wait_for_workers(process, 2)
+        os.kill(process.pid, signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 75 and "SIGTERM after step 0 of 2, while no image arrived" in errors
+        assert "Traceback" not in errors
+        _, alive = psutil.wait_procs(workers, timeout=10)
+        assert not alive
+    finally:
+        process.kill()
+
+
+def test_a_batch_that_cannot_be_handed_over_ends_the_run_in_one_line(tmp_path: Path) -> None:
+    process = start(HERE / "hanging.py", tmp_path / "run", "lost")
+    try:
+        _, errors = process.communicate(timeout=SECONDS)
+        assert process.returncode == 2 and errors.count("\n") == 1, errors
+        assert "could not hand over its batch" in errors and "--shm-size" in errors
+    finally:
+        process.kill()
+
+
+def test_too_few_open_files_for_the_workers_are_refused(scenes: Path, tmp_path: Path) -> None:
+    limit = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30)); "
+             "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")  # fmt: skip
+    process = start("-c", limit, TINY, scenes, tmp_path / "run", workers=2)
+    try:
+        _, errors = process.communicate(timeout=SECONDS)
+        assert process.returncode == 2 and errors.count("\n") == 1, errors
+        assert "2 loader workers need up to 160 open files, but the limit is 30" in errors
+    finally:
+        process.kill()
