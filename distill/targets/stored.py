@@ -39,6 +39,7 @@ _DECIDING = (
     *("objective", "seed", "crop_size", "global_scale", "color", "color_strength", "color_p", "gray_p", "flip_p"),
     *("teacher_temperature", "sinkhorn_iterations", "sinkhorn_epsilon", "queue", "centering"),
 )
+_MAX_PROTOTYPES = 1_000_000  # of a recipe
 _WARM_UP = ("teacher_temperature_start", "teacher_temperature_epochs")
 
 
@@ -123,7 +124,8 @@ class StoredBranch:
     @property
     def epochs(self) -> list[int]:
         """The complete epochs."""
-        return sorted(int(path.stem.removeprefix("epoch-")) for path in self.folder.glob("epoch-*.json"))
+        names = (path.stem.removeprefix("epoch-") for path in self.folder.glob("epoch-*.json"))
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def targets(self, views: Views) -> Targets:
         """The sparse targets of a batch, on the device of its crops.
@@ -163,13 +165,16 @@ class StoredBranch:
         if not path.with_suffix(".json").is_file():
             have = ", ".join(map(str, self.epochs)) or "none"
             raise ArtifactError(f"{self.folder} has no targets of epoch {epoch} (complete: {have}): store more epochs")
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing or not a regular file: store it again")
         try:
-            rows: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+            rows: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # numpy raises OSError, ValueError, EOFError, TokenError, ... for a damaged header
             raise ArtifactError(f"{path} is damaged ({first_line(error)}): store it again") from error
-        if rows.dtype != self.info.row or rows.shape != (self.info.images,):
+        if not isinstance(rows, np.ndarray) or rows.dtype != self.info.row or rows.shape != (self.info.images,):
             raise ArtifactError(f"{path} does not match targets.json: store it again")
-        return rows
+        table: NDArray[Any] = rows
+        return table
 
 
 def pack(targets: Targets, info: TargetsInfo) -> NDArray[Any]:
@@ -204,7 +209,13 @@ def read_info(folder: Path) -> TargetsInfo:
     Raises:
         ArtifactError: no targets there, damaged ones, or written by a newer robx.
     """
-    return from_json(TargetsInfo, read_json(folder / "targets.json"), where=str(folder / "targets.json"))
+    path = folder / "targets.json"
+    info = from_json(TargetsInfo, read_json(path), where=str(path))
+    limits = {"prototypes": (1, _MAX_PROTOTYPES), "k": (1, info.prototypes), "crops": (1, 2), "images": (1, 2**31)}
+    for name, (low, high) in limits.items():
+        if not low <= (value := getattr(info, name)) <= high:
+            raise ArtifactError(f"{path}: {name} = {value} is outside of {low} .. {high}: store the targets again")
+    return info
 
 
 def require_same(have: TargetsInfo, want: TargetsInfo, *, folder: Path, every: bool) -> None:

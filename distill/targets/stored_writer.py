@@ -99,7 +99,7 @@ class TargetWriter:
         self._start = len(header)
         try:
             # Never truncated: other processes may already have written rows, and all write the same header.
-            self._file = os.open(self._table, os.O_RDWR | os.O_CREAT, 0o644)
+            self._file = os.open(self._table, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             # Allocate now, so that a full disk is noticed here and not in the last batch.
             os.posix_fallocate(self._file, 0, len(header) + self.info.images * self.info.row.itemsize)
             os.pwrite(self._file, header, 0)

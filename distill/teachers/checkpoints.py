@@ -22,6 +22,8 @@ from robx.errors import ArtifactError, InputError
 Channels = tuple[float, float, float]  # red, green, blue
 Layout = Literal["dino", "ibot", "msn", "swav", "backbone"]
 NAMES = {"dino": "DINO", "ibot": "iBOT", "msn": "MSN", "swav": "SwAV", "backbone": "backbone-only"}
+# Options of iBOT's head, and the values with which it is the one that frozen_heads.py rebuilds.
+_HEAD_OPTIONS = {"act_in_head": (None, "gelu"), "norm_in_head": (None, "bn", "syncbn", "psyncbn")}
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
@@ -80,6 +82,7 @@ def read_teacher(path: Path, layout: Layout, *, full: str = "") -> PublishedTeac
     match layout:
         case "dino" | "ibot":
             teacher = _read_dino(content, where=str(path))
+            _require_known_options(content, where=str(path))
         case "msn":
             teacher = _read_msn(content, where=str(path))
         case "swav":
@@ -159,6 +162,17 @@ def _normalisation(content: Mapping[str, Any]) -> tuple[Channels, Channels] | No
     found = tuple(_options(content).get(name) for name in ("mean", "std"))
     numbers = all(isinstance(v, tuple) and len(v) == 3 and all(isinstance(x, float) for x in v) for v in found)
     return cast(tuple[Channels, Channels], found) if numbers else None
+
+
+def _require_known_options(content: Mapping[str, Any], *, where: str) -> None:
+    """Refuse a head that was built with options of which its tensors show nothing."""
+    for name, known in _HEAD_OPTIONS.items():
+        value = _options(content).get(name)
+        if value not in known:
+            raise ArtifactError(
+                f"{where}: its head was built with {name} = {str(value)[:40]}, which robx does not know "
+                f"({', '.join(str(option) for option in known if option)} it knows): give the published file"
+            )
 
 
 def _options(content: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -76,6 +76,7 @@ def dino_head(state: State, *, where: str) -> PrototypeHead:
     last = _last_layer(state, "last_layer", where=where)
     has_patches = any(key.startswith("last_layer2.") for key in state)
     patches = _last_layer(state, "last_layer2", where=where) if has_patches else None
+    _require_known(state, [*names, "last_layer", "last_layer2"], where=where)
     for prototypes in (last,) if patches is None else (last, patches):
         _require_width(prototypes, state[f"{names[-1]}.weight"], where=where)
     if patches is not None and patches.shape == last.shape and torch.equal(patches, last):
@@ -87,6 +88,7 @@ def msn_head(state: State, prototypes: Tensor, *, where: str) -> PrototypeHead:
     """MSN's head, ``fc.{fc1,bn1,fc2,bn2,fc3}`` with GELU, and its prototypes (K, E), normalised here."""
     names = [name for name in ("fc1", "bn1", "fc2", "bn2", "fc3") if f"{name}.weight" in state]
     projection = _stack(state, names, nn.GELU, where=where)
+    _require_known(state, names, where=where)
     return PrototypeHead(projection, _matching(prototypes, state, names, where=where))
 
 
@@ -102,6 +104,7 @@ def swav_head(state: State, *, where: str) -> PrototypeHead:
             f"{where} has no single set of prototypes (prototypes.weight): give the file that SwAV published"
         )
     projection = _stack(state, names, nn.ReLU, where=where)
+    _require_known(state, [*names, "prototypes"], where=where)
     return PrototypeHead(projection, _matching(state["prototypes.weight"], state, names, where=where))
 
 
@@ -181,6 +184,24 @@ def _last_layer(state: State, name: str, *, where: str) -> Tensor:
     if f"{name}.weight" in state:
         return state[f"{name}.weight"].detach().float().clone()
     raise ArtifactError(f"{where} has no {name}, the prototypes: give the full checkpoint, not the backbone")
+
+
+def _require_known(state: State, layers: Sequence[str], *, where: str) -> None:
+    """Refuse a head with tensors that the rebuilt one would ignore, such as a last layer's bias."""
+    parts = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    norms = [name for name in layers if f"{name}.weight" in state and state[f"{name}.weight"].ndim == 1]
+    known = {f"{name}.{part}" for name in norms for part in parts}
+    for name in layers:
+        if name.startswith(("last_layer", "prototypes")):
+            known |= {f"{name}.{part}" for part in ("weight", "weight_g", "weight_v")}
+            known |= {f"{name}.parametrizations.weight.original{number}" for number in (0, 1)}
+        else:
+            known |= {f"{name}.weight", f"{name}.bias"}
+    if unknown := sorted(set(state) - known):
+        raise ArtifactError(
+            f"{where}: the head has {unknown[0]}, which robx does not know ({len(unknown)} in total): its scores would "
+            "be wrong without it, give the published file"
+        )
 
 
 def _matching(prototypes: Tensor, state: State, names: Sequence[str], *, where: str) -> Tensor:

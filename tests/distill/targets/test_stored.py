@@ -232,3 +232,58 @@ def test_a_full_disk_is_met_before_the_first_row(tmp_path: Path, monkeypatch: py
     with pytest.raises(InputError, match="no space left"):
         writer.write(views([0]), Targets(draw(1)))
     assert StoredBranch(tmp_path).epochs == []
+
+
+@pytest.mark.parametrize("damage", ["empty", "npz", "pickle", "fifo", "folder", "missing", "header"])
+def test_a_table_that_is_none_is_refused(tmp_path: Path, damage: str) -> None:
+    writer = TargetWriter(tmp_path, info())
+    writer.write(views(list(range(20))), Targets(draw(20)))
+    writer.finish()
+    path = tmp_path / "epoch-00000.npy"
+    table = path.read_bytes()
+    path.unlink()
+    match damage:
+        case "empty":
+            path.touch()
+        case "npz":
+            with path.open("wb") as file:
+                np.savez(file, a=np.zeros(3))
+        case "pickle":
+            with path.open("wb") as file:
+                np.save(file, np.array([{}], dtype=object), allow_pickle=True)
+        case "fifo":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case "header":
+            path.write_bytes(table[:12] + b"((((" * 20 + table[92:])
+    with pytest.raises(ArtifactError, match="store it again") as error:
+        StoredBranch(tmp_path).targets(views([3]))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("k", -1), ("k", 10**12), ("prototypes", -4), ("prototypes", 10**12), ("crops", 0), ("images", -1), ("k", 0)],
+)
+def test_impossible_numbers_in_targets_json_are_refused(tmp_path: Path, name: str, value: int) -> None:
+    TargetWriter(tmp_path, info())
+    path = tmp_path / "targets.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(ArtifactError, match=f"{name} = {value} is outside"):
+        StoredBranch(tmp_path)
+
+
+def test_a_table_is_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    writer = TargetWriter(tmp_path / "targets", info())
+    (tmp_path / "targets" / "epoch-00000.npy").symlink_to(tmp_path / "precious")
+    with pytest.raises(InputError):
+        writer.write(views([0]), Targets(draw(1)))
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_other_files_beside_the_epochs_are_ignored(tmp_path: Path) -> None:
+    TargetWriter(tmp_path, info())
+    (tmp_path / "epoch-notes.json").write_text("{}")
+    assert StoredBranch(tmp_path).epochs == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
@@ -393,3 +394,65 @@ def test_the_students_half_and_the_optimiser_are_left_alone(tmp_path: Path) -> N
     assert found.trunk.keys() == trunk.keys() and found.head.keys() == head.keys()
     assert all(torch.equal(found.trunk[key], trunk[key]) for key in trunk)
     assert found.arch == "vit_small"
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("last_layer.bias", (8,)),
+        ("last_norm.running_mean", (8,)),
+        ("mlp.0.weight_scale", (24, 1)),
+        ("mlp2.weight", (8, 24)),
+        ("mlp.2.running_mean", (24,)),
+    ],
+)
+def test_an_unknown_tensor_of_the_head_is_named(tmp_path: Path, key: str, shape: tuple[int, ...]) -> None:
+    trunk, head = pub.random_state(pub.vit_shapes(), 1), pub.random_state(pub.dino_head_shapes(64, 8), 2)
+    path = write(tmp_path / "odd.pth", pub.dino_checkpoint(trunk, head | {key: torch.ones(shape)}))
+    with pytest.raises(ArtifactError, match=re.escape(f"the head has {key}, which robx does not know")) as error:
+        load_teacher("dino", weights=path, image_size=32)
+    one_line(error)
+
+
+@pytest.mark.parametrize("key", ["fc.fc4.weight", "fc.prototypes.scale"])
+def test_an_unknown_tensor_of_msns_head_is_named(tmp_path: Path, key: str) -> None:
+    trunk, fc, prototypes = msn_parts()
+    encoder = pub.prefixed(trunk | pub.prefixed(fc, "fc.") | {key: torch.ones(2, 2)}, "module.")
+    path = write(tmp_path / "msn.pth", {"target_encoder": encoder, "prototypes": prototypes})
+    with pytest.raises(ArtifactError, match=re.escape(f"the head has {key.removeprefix('fc.')}")):
+        load_teacher("msn", weights=path, image_size=32)
+
+
+@pytest.mark.parametrize(("option", "value"), [("act_in_head", "relu"), ("norm_in_head", "csyncbn")])
+def test_an_unknown_option_of_the_head_is_named(tmp_path: Path, option: str, value: str) -> None:
+    trunk, head = pub.random_state(pub.vit_shapes(), 1), pub.random_state(pub.dino_head_shapes(64, 8), 2)
+    for known in (None, "gelu" if option == "act_in_head" else "syncbn"):
+        content = pub.dino_checkpoint(trunk, head, loss="ibot_loss", **{option: known})
+        load_teacher("ibot", weights=write(tmp_path / "fine.pth", content), image_size=32)
+    content = pub.dino_checkpoint(trunk, head, loss="ibot_loss", **{option: value})
+    with pytest.raises(ArtifactError, match=f"{option} = {value}") as error:
+        load_teacher("ibot", weights=write(tmp_path / "odd.pth", content), image_size=32)
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    "prototypes",
+    [
+        torch.zeros(0, 10),
+        torch.ones(16, 10).to_sparse(),
+        torch.empty(16, 10, device="meta"),
+        torch.ones(1, 1).expand(16, 10),
+        torch.ones(16, 10, dtype=torch.complex64),
+        torch.ones(16, 10, dtype=torch.bool),
+        torch.full((16, 10), float("nan")),
+        torch.ones(16),
+    ],
+    ids=["empty", "sparse", "meta", "stride 0", "complex", "bool", "nan", "flat"],
+)
+def test_msn_prototypes_that_are_none(tmp_path: Path, prototypes: torch.Tensor) -> None:
+    trunk, fc, _ = msn_parts()
+    encoder = pub.prefixed(trunk | pub.prefixed(fc, "fc."), "module.")
+    path = write(tmp_path / "msn.pth", {"target_encoder": encoder, "prototypes": prototypes})
+    with pytest.raises(ArtifactError) as error:
+        load_teacher("msn", weights=path, image_size=32)
+    one_line(error)
