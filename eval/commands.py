@@ -22,6 +22,14 @@ from robx.records import Accuracy, Fidelity, Measurement, Value
     help="Labelled images: a folder with train/ and test/, shards, IDX, CIFAR.",
 )
 @click.option("--test", type=click.Path(path_type=Path), help="Test set, if --data holds training images only.")
+@click.option(
+    "--labels",
+    type=click.Path(path_type=Path),
+    help="CSV file with a path and a label per line, for --data and --test.",
+)
+@click.option(
+    "--image-member", metavar="SUFFIX", help="Image to read from tar samples that have several, e.g. rgb.jpg."
+)
 @click.option("--knn", is_flag=True, help="Weighted k-nearest-neighbour accuracy (DINO). The default.")
 @click.option(
     "--linear", is_flag=True, help="Linear evaluation, 28 epochs on fresh crops (VISSL); for a bundle as with --cached."
@@ -59,6 +67,8 @@ def evaluate(
     folders: tuple[Path, ...],
     data: Path | None,
     test: Path | None,
+    labels: Path | None,
+    image_member: str | None,
     knn: bool,
     linear: bool,
     lowshot: str | None,
@@ -91,9 +101,10 @@ def evaluate(
     from robx.records import to_json
 
     settings = EvalSettings(
-        models=folders, data=data, test=test, knn=knn, linear=linear, lowshot=lowshot or "",
-        lowshot_splits=lowshot_splits, transfers=transfers, fidelity=fidelity, reference=reference, margin=margin,
-        cached=cached, save_head=save_head, threads=threads, batch=batch, cache=cache, no_cache=no_cache,
+        models=folders, data=data, test=test, labels=labels, image_member=image_member, knn=knn, linear=linear,
+        lowshot=lowshot or "", lowshot_splits=lowshot_splits, transfers=transfers, fidelity=fidelity,
+        reference=reference, margin=margin, cached=cached, save_head=save_head, threads=threads, batch=batch,
+        cache=cache, no_cache=no_cache,
     )  # fmt: skip
     found: list[Measurement] = []
     with progress_bar(quiet=as_json) as progress:

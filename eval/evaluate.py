@@ -49,6 +49,8 @@ class EvalSettings:
     models: tuple[Path, ...]  # run and bundle folders
     data: Path | None = None  # training images, and the test images where it has both splits
     test: Path | None = None
+    labels: Path | None = None  # a CSV file of paths and labels, for `data` and `test`
+    image_member: str | None = None  # which image of a tar sample to read when it has several: "rgb.jpg"
     knn: bool = False  # the default when no other protocol is asked for
     linear: bool = False
     lowshot: str = ""  # "1,2,5,1%": images per class, and shares
@@ -126,7 +128,7 @@ def _check(settings: EvalSettings, progress: Progress | None, say: Callable[[str
     records = {folder: load_record(folder) for folder in dict.fromkeys(s.models)}
     split = None
     if knn or s.linear or shots or s.fidelity or s.save_head:  # else --data is where the transfers' data sets are
-        split = open_split(s.data, s.test) if s.data else None
+        split = open_split(s.data, s.test, labels=s.labels, image_member=s.image_member) if s.data else None
         if split is None:
             raise InputError("no images to evaluate on: give --data with train/ and test/ in it, or --data and --test")
     if split is not None:
@@ -137,12 +139,16 @@ def _check(settings: EvalSettings, progress: Progress | None, say: Callable[[str
         raise InputError(f"--save-head writes the head of one model, got {len(records)}: give one")
     for folder, record in records.items():
         _check_calibration(folder, record, split)
+    opened = tuple((name, open_dataset(name, root)) for name, root in transfers)
+    sources = [*((split.bank, split.test) if split else ()), *(source for _, pair in opened for source in pair)]
+    for note in dict.fromkeys(source.note for source in sources if source.note):
+        say(note)
     return _Plan(
         settings=s,
         records=records,
         split=split,
         shots=shots,
-        transfers=tuple((name, open_dataset(name, root)) for name, root in transfers),
+        transfers=opened,
         references=references,
         knn=knn,
         threads=s.threads or decode_threads(),
@@ -181,7 +187,7 @@ def _references(records: Mapping[Path, Bundle | Student], reference: Path | None
 
 def _check_calibration(folder: Path, record: Bundle | Student, split: Split | None) -> None:
     calibration = record.calibration if isinstance(record, Bundle) else None
-    if calibration is not None and split is not None and calibration.source == split.test_source:
+    if calibration is not None and split is not None and calibration.source in split.test_sources:
         raise InputError(f"{folder} was calibrated on the test set {split.test.name}: give other images with --test")
 
 

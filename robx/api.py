@@ -315,6 +315,8 @@ def evaluate(
     *,
     data: StrPath | None = None,
     test: StrPath | None = None,
+    labels: StrPath | None = None,
+    image_member: str | None = None,
     knn: bool = False,
     linear: bool = False,
     lowshot: str = "",
@@ -337,6 +339,8 @@ def evaluate(
         models: one or more folders of runs or bundles.
         data: labelled images with a training split and, unless `test` is given, a test split.
         test: test images, if `data` holds training images only.
+        labels: a CSV file with a path and a label per line, for `data` and `test`.
+        image_member: the image to read from tar samples that have several, for example "rgb.jpg".
         knn: weighted k nearest neighbours; the default if no other protocol is chosen.
         linear: a linear classifier.
         lowshot: images per class and shares, for example "1,2,5,1%".
@@ -368,6 +372,8 @@ def evaluate(
         models=_paths(models),
         data=_path(data),
         test=_path(test),
+        labels=_path(labels),
+        image_member=image_member,
         knn=knn,
         linear=linear,
         lowshot=lowshot,

@@ -84,7 +84,8 @@ def test_importing_the_api_loads_nothing_heavy() -> None:
 
 # keyword -> a value that is not its default
 EVALUATE: dict[str, Any] = {
-    "data": "images", "test": "held-out", "knn": True, "linear": True, "lowshot": "1,5%", "lowshot_splits": "lists",
+    "data": "images", "test": "held-out", "labels": "l.csv", "image_member": "rgb.jpg",
+    "knn": True, "linear": True, "lowshot": "1,5%", "lowshot_splits": "lists",
     "transfers": ["cifar10=c"], "fidelity": True, "reference": "run", "margin": 2.0, "cached": True, "save_head": "h",
     "threads": 3, "batch": 7, "cache": "features", "no_cache": True,
 }  # fmt: skip
@@ -93,7 +94,7 @@ BENCH: dict[str, Any] = {
     "processes": 4, "affinity": [0, 1], "batch": 5, "data": "images", "python": "python3.9", "emulated": True,
     "seed": 6, "retries": 1, "image_member": "rgb.jpg",
 }  # fmt: skip
-PATHS = {"data", "test", "lowshot_splits", "reference", "save_head", "cache", "out", "head"}
+PATHS = {"data", "test", "labels", "lowshot_splits", "reference", "save_head", "cache", "out", "head"}
 
 
 def _as_settings(given: dict[str, Any]) -> dict[str, Any]:

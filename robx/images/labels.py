@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ class FileLabelSource:
             InputError: not such a file, no path that matches an image, or two labels for one path.
         """
         self._source, self.name, self.licence = source, source.name, source.licence
+        self.images_fingerprint = source.fingerprint  # of the images without these labels
         rows = read_labels(path)
         self.classes: tuple[str, ...] | None = _in_order({label for label in rows.values() if label})
         numbers = {name: number for number, name in enumerate(self.classes)}
@@ -132,24 +133,49 @@ def _in_order(names: set[str]) -> tuple[str, ...]:
 def _match(rows: dict[str, str], keys: Sequence[str], name: str) -> list[str]:
     """The label of each key; "" where the file has none.
 
-    A path may be relative to the images' folder or to the one above; else the file's name decides, with or without its
-    suffix, where it is the only one of that name on both sides.
+    A path may be relative to the images' folder, or end in that folder's name and the image's path in it. A bare file
+    name, with or without its suffix, counts where it is the only one of that name on both sides. A path in another
+    folder does not: the file may label train/1.png and test/1.png. Only when all paths are absolute and in one folder,
+    as in a data set that was moved, do their names count.
     """
-    found = [rows.get(key, rows.get(f"{name}/{key}", "")) for key in keys]
-    if all(found):
+    ends = _only_ones(
+        [
+            ("/".join(parts[-depth:]), label)
+            for depth in {key.count("/") + 2 for key in keys}
+            for parts, label in ((path.split("/"), label) for path, label in rows.items())
+            if len(parts) >= depth
+        ]
+    )
+    found = [rows.get(key, ends.get(f"{name}/{key}", "")) for key in keys]
+    if not all(found):
+        found = _by(_without_suffix, rows, keys, found)
+    moved = all(path.startswith("/") for path in rows) and len({path.rpartition("/")[0] for path in rows}) == 1
+    bare = {path: label for path, label in rows.items() if moved or "/" not in path}
+    if not bare or all(found):
         return found
     for shorten in (_name_of, _stem_of):
-        labels = _only_ones([(shorten(path), label) for path, label in rows.items()])
-        counts = Counter(map(shorten, keys))
-        found = [
-            label or (labels.get(shorten(key), "") if counts[shorten(key)] == 1 else "")
-            for key, label in zip(keys, found, strict=True)
-        ]
+        found = _by(shorten, bare, keys, found)
     return found
+
+
+def _by(
+    shorten: Callable[[str], str], rows: dict[str, str], keys: Sequence[str], found: Sequence[str]
+) -> list[str]:  # fmt: skip
+    """`found`, and for keys without a label that of the row with the same short form, if it is the only such pair."""
+    labels = _only_ones([(shorten(path), label) for path, label in rows.items()])
+    counts = Counter(map(shorten, keys))
+    return [
+        label or (labels.get(shorten(key), "") if counts[shorten(key)] == 1 else "")
+        for key, label in zip(keys, found, strict=True)
+    ]
 
 
 def _name_of(path: str) -> str:
     return path.rpartition("/")[2]
+
+
+def _without_suffix(path: str) -> str:
+    return path.removesuffix(PurePosixPath(path).suffix)
 
 
 def _stem_of(path: str) -> str:

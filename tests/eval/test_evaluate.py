@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -384,3 +385,118 @@ def test_a_limit_of_memory_ends_in_one_line(run, scenes, gigabytes):
     if done.returncode:  # torch may fit into 4 GB
         said = [line for line in done.stderr.splitlines() if line.startswith("robx: ")]
         assert done.returncode == 2 and len(said) == 1 and "Traceback" not in done.stderr, done.stderr
+
+
+def flat(scenes, folder, *, label=lambda path: path.parent.name):
+    """The scenes as train/ and test/ without class folders, and label file rows of (path, label)."""
+    rows = []
+    for split in ("train", "test"):
+        (folder / split).mkdir(parents=True)
+        for number, path in enumerate(sorted((scenes / split).rglob("*.png"))):
+            shutil.copy(path, folder / split / f"{number:03d}.png")
+            rows.append((f"{split}/{number:03d}.png", label(path)))
+    return rows
+
+
+def test_labels_in_a_file_give_what_class_folders_give(run, scenes, tmp_path):
+    rows = flat(scenes, tmp_path / "flat")
+    (tmp_path / "labels.csv").write_text("path,label\n" + "".join(f"{path},{label}\n" for path, label in rows))
+    as_folders = robx(run, "--data", scenes, "--no-cache", "--json")
+    bare = robx(run, "--data", tmp_path / "flat", "--no-cache")
+    assert bare.exit_code == 2 and "has no labels" in bare.output and "--labels FILE" in bare.output
+    found = robx(run, "--data", tmp_path / "flat", "--labels", tmp_path / "labels.csv", "--no-cache", "--json")
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout)["values"] == json.loads(as_folders.stdout)["values"]
+    apart = ("--data", tmp_path / "flat" / "train", "--test", tmp_path / "flat" / "test")
+    found = robx(run, *apart, "--labels", tmp_path / "labels.csv", "--no-cache", "--json")
+    assert json.loads(found.stdout)["values"] == json.loads(as_folders.stdout)["values"]
+
+
+def test_other_labels_are_not_answered_by_the_cache(run, scenes, tmp_path):
+    rows = flat(scenes, tmp_path / "flat")
+    values = []
+    for name, swap in (("a.csv", {}), ("b.csv", {rows[0][1]: rows[-1][1]})):
+        (tmp_path / name).write_text("".join(f"{path},{swap.get(label, label)}\n" for path, label in rows))
+        result = robx(
+            run, "--data", tmp_path / "flat", "--labels", tmp_path / name, "--cache", tmp_path / "c", "--json"
+        )
+        assert result.exit_code == 0, result.output
+        values.append(json.loads(result.stdout))
+    assert values[0]["settings"]["classes"] == values[1]["settings"]["classes"] + 1
+
+
+def test_images_that_the_file_leaves_out_are_counted_and_not_evaluated(run, scenes, tmp_path):
+    rows = flat(scenes, tmp_path / "flat")
+    (tmp_path / "labels.csv").write_text("".join(f"{path},{label}\n" for path, label in rows[3:]))
+    result = robx(run, "--data", tmp_path / "flat", "--labels", tmp_path / "labels.csv", "--no-cache")
+    assert result.exit_code == 0, result.output
+    assert "3 of 64 images have no label in labels.csv" in " ".join(result.stderr.split())
+    (record,) = load_measurements(run / "measurements.jsonl")
+    assert record.settings["bank"]["images"] == 61
+
+
+def test_a_label_file_does_not_hide_a_calibration_on_the_test_set(bundle, scenes, tmp_path):
+    rows = flat(scenes, tmp_path / "flat")
+    (tmp_path / "labels.csv").write_text("".join(f"{path},{label}\n" for path, label in rows))
+    cheat = bundle("cheat", 0.0, calibrated_on(tmp_path / "flat" / "test"))
+    result = robx(cheat, "--data", tmp_path / "flat", "--labels", tmp_path / "labels.csv", "--no-cache")
+    assert result.exit_code == 2 and "was calibrated on the test set test" in result.output, result.output
+
+
+def test_a_stray_image_beside_class_folders_is_named(run, scenes, tmp_path):
+    data = shutil.copytree(scenes, tmp_path / "data")
+    first = next((data / "train").rglob("*.png"))
+    shutil.copy(first, data / "train" / "stray.png")
+    result = robx(run, "--data", data, "--no-cache")
+    assert result.exit_code == 0, result.output
+    assert "beside its folders" in result.stderr and "stray.png" in result.stderr
+    (record,) = load_measurements(run / "measurements.jsonl")
+    assert record.settings["bank"]["images"] == 64
+    for number in range(20):
+        shutil.copy(first, data / "train" / f"stray{number}.png")
+    result = robx(run, "--data", data, "--no-cache")
+    assert result.exit_code == 2 and "stray.png" in result.output and "has no labels" in result.output
+
+
+def test_an_unlabelled_test_folder_gives_way_to_val(run, scenes, tmp_path):
+    data = shutil.copytree(scenes, tmp_path / "data")
+    (data / "test").rename(data / "val")
+    (data / "test").mkdir()
+    shutil.copy(next((data / "val").rglob("*.png")), data / "test" / "0.png")
+    result = robx(run, "--data", data, "--no-cache")
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.stderr.split())
+    assert "val" in said and "has no labels" in said
+    (record,) = load_measurements(run / "measurements.jsonl")
+    assert record.data.name == "val" and record.data.images == 32
+
+
+@pytest.mark.parametrize("names", [("Train", "Val"), ("training", "validation"), ("TRAIN", "dev"), ("trn", "valid")])
+def test_splits_are_known_by_their_usual_names(run, scenes, tmp_path, names):
+    for split, name in zip(("train", "test"), names, strict=True):
+        shutil.copytree(scenes / split, tmp_path / "data" / name)
+    result = robx(run, "--data", tmp_path / "data", "--no-cache", "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert (record["settings"]["bank"]["images"], record["data"]["images"]) == (64, 32)
+
+
+def test_several_images_in_a_sample_are_refused_unless_one_is_named(run, scenes, tmp_path):
+    names = sorted(path.name for path in (scenes / "train").iterdir())
+    for split in ("train", "test"):
+        with tarfile.open(tmp_path / f"{split}-0.tar", "w") as tar:
+            for number, path in enumerate(sorted((scenes / split).rglob("*.png"))):
+                masked = io.BytesIO()
+                Image.new("RGB", (40, 40)).save(masked, "PNG")
+                label = str(names.index(path.parent.name)).encode()
+                members = (("rgb.png", path.read_bytes()), ("mask.png", masked.getvalue()), ("CLS", label))
+                for suffix, content in members:
+                    info = tarfile.TarInfo(f"s{number}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    refused = robx(run, "--data", tmp_path, "--no-cache")
+    assert refused.exit_code == 2 and "rgb.png" in refused.output and "mask.png" in refused.output, refused.output
+    found = robx(run, "--data", tmp_path, "--image-member", "rgb.png", "--no-cache", "--json")
+    assert found.exit_code == 0, found.output
+    as_folders = robx(run, "--data", scenes, "--no-cache", "--json")
+    assert json.loads(found.stdout)["values"] == json.loads(as_folders.stdout)["values"]

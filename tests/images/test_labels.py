@@ -104,6 +104,22 @@ def test_what_is_no_file_of_labels_is_refused_by_line(flat: Path, text: str, sai
         labels(flat, text)
 
 
+@pytest.mark.parametrize("text", ["other/1.png,cat\nother/2.png,dog\n", "img/1.png,cat\nother/2.png,dog\n"])
+def test_an_image_of_another_folder_lends_no_label_to_one_of_its_name(flat: Path, text: str) -> None:
+    """As test/1.png and train/1.png, in a file that leaves the latter out."""
+    source = flat.parent / "labels.csv"
+    source.write_text(text)
+    if text.startswith("other"):
+        with pytest.raises(InputError, match="none of its 2 paths"):
+            open_source(flat, labels=source)
+    else:
+        assert labels(flat, text) == ["cat", None, None, None]
+
+
+def test_a_path_may_begin_above_the_folder(flat: Path) -> None:
+    assert labels(flat, "data/img/1.png,cat\n/x/img/deep/3.png,dog\nimg/2.png,bird\n") == ["cat", "bird", None, "dog"]
+
+
 def test_ambiguous_names_get_no_label(tmp_path: Path) -> None:
     for name in ("d/a/1.png", "d/b/1.png", "d/b/2.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
