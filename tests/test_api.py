@@ -26,7 +26,7 @@ import robx.eval.evaluate
 import robx.export.build
 import robx.runtime.bench.bench
 from robx import api
-from robx.distill.recipes import Recipe, override, preset
+from robx.distill.recipes import Recipe, override
 from robx.distill.resolve import DistillSettings, resolve_recipe
 from robx.distill.teachers.load import build_teacher_skeleton
 from robx.distill.teachers.teacher import Teacher
@@ -317,7 +317,7 @@ def test_embed_refuses_what_is_no_image_and_names_it(run: Path, photos: list[Pat
 
 
 def test_the_python_snippet_of_the_readme_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what it stands on is smaller: the images, the networks behind its names, the recipe and the bench."""
+    """Only its surroundings are smaller: images, the networks behind the names, recipe, int8 search and bench."""
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ROBX_CACHE", str(tmp_path / "cache"))
@@ -332,6 +332,10 @@ def test_the_python_snippet_of_the_readme_runs_as_it_stands(tmp_path: Path, monk
     monkeypatch.setattr(timm, "create_model", lambda name, **more: create(names.get(name, name), **more))
     monkeypatch.setattr(robx.distill.train, "load_teacher", _tiny_teacher)
     monkeypatch.setattr(robx.distill.train, "resolve_recipe", _tiny_recipe)
+    export = robx.export.build.export
+    monkeypatch.setattr(
+        robx.export.build, "export", lambda settings, **more: export(replace(settings, candidates=1), **more)
+    )
     quick = replace(PROFILES["quick"], queries=64, seconds=1, processes=1, warm_up_seconds=0.1, cool_down_seconds=0)
     monkeypatch.setitem(PROFILES, "quick", quick)
 
@@ -359,4 +363,4 @@ def _tiny_recipe(settings: DistillSettings) -> Recipe:
     recipe = resolve_recipe(settings)
     assert recipe.objective == "dino" and recipe.epochs == 10
     small = {"epochs": 1, "batch_size": 16, "crop_size": 32, "local_crops": 0, "prototypes": 8}
-    return override(preset("msn", "cnn"), small)
+    return override(recipe, small)
