@@ -63,53 +63,48 @@ def compare(settings: BenchSettings) -> list[Comparison]:
             that only a benchmark in separate processes has.
     """
     _check(settings)
-    folders = settings.folders
-    for folder in folders[1:]:
-        require_writable(folder)
-    bundles = [load_bundle(folder) for folder in folders]
-    shared = bundles[0].preprocessing
-    if not all(shared.same_pixels(bundle.preprocessing) for bundle in bundles):
-        raise InputError("--ab needs bundles of the same input size and resize: they have to run the same images")
-    data = settings.data
-    source = open_source(Path(data), image_member=settings.image_member) if data is not None else None
-    started, pixels = utc_now(), load_inputs(shared, source).images
-    labels = settings.labels
-    images = {
-        label: renormalise(pixels, shared, bundle.preprocessing) for label, bundle in zip(labels, bundles, strict=True)
-    }
+    images = _load_images(settings)
+    started, one_image = utc_now(), replace(settings.session, batch=1)
     with contextlib.ExitStack() as stack:
-        one = replace(settings.session, batch=1)
         sessions = {
-            label: stack.enter_context(open_session(folder, one)) for label, folder in zip(labels, folders, strict=True)
+            label: stack.enter_context(open_session(folder, one_image))
+            for label, folder in zip(settings.labels, settings.folders, strict=True)
         }
         tries = _time(sessions, images, settings)
-        known: dict[Path, np.ndarray] = {}
-        wrong = {
-            label: [f"{reason} ({label})" for reason in _wrong_outputs(folder, sessions[label], images[label], known)]
-            for label, folder in zip(labels, folders, strict=True)
-        }
+        wrong = _wrong_outputs(sessions, images, settings)
         facts = {label: session.facts() for label, session in sessions.items()}
     timed = min(tries, key=lambda one: len(one.reasons()))
+    (base, *labels), (base_folder, *folders) = settings.labels, settings.folders
     found = []
-    for label, folder in zip(labels[1:], folders[1:], strict=True):
-        ours, first = timed.blocks[label], timed.blocks[labels[0]]
-        reasons = (*wrong[labels[0]], *wrong[label], *timed.reasons(labels[0], label))
-        name, digest = _save(folder, ours, first, started)
+    for label, folder in zip(labels, folders, strict=True):
+        reasons = (*wrong[base], *wrong[label], *timed.reasons(base, label))
+        name, digest = _save(folder, timed.blocks[label], timed.blocks[base], started)
         found.append(
             Comparison(
                 bundle=str(folder),
-                against=str(folders[0]),
-                ratio=latency.paired_ratio(ours, first),
+                against=str(base_folder),
+                ratio=latency.paired_ratio(timed.blocks[label], timed.blocks[base]),
                 verdict=validity.verdict(reasons),
                 reasons=reasons,
                 samples=name,
                 samples_sha256=digest,
                 started=started,
-                runtime=(facts[label], facts[labels[0]]),
+                runtime=(facts[label], facts[base]),
                 tries=tuple(tuple(one.reasons()) for one in tries) if len(tries) > 1 else (),
             )
         )
     return found
+
+
+def _load_images(settings: BenchSettings) -> dict[str, np.ndarray]:
+    """The same images for every bundle, normalised as each expects them; float32 (N, 3, H, W) by label."""
+    shapes = [load_bundle(folder).preprocessing for folder in settings.folders]
+    if not all(shapes[0].same_pixels(shape) for shape in shapes):
+        raise InputError("--ab needs bundles of the same input size and resize: they have to run the same images")
+    data = settings.data
+    source = open_source(Path(data), image_member=settings.image_member) if data is not None else None
+    pixels = load_inputs(shapes[0], source).images
+    return {label: renormalise(pixels, shapes[0], shape) for label, shape in zip(settings.labels, shapes, strict=True)}
 
 
 def _time(
@@ -141,14 +136,22 @@ def _check(settings: BenchSettings) -> None:
         raise InputError("--ab compares every other bundle with the first: give two bundles or more")
     if len({folder.resolve() for folder in settings.folders}) < len(settings.bundles):
         raise InputError("--ab was given the same bundle twice: give each once")
+    for folder in settings.folders[1:]:
+        require_writable(folder)
 
 
-def _wrong_outputs(folder: Path, session: Session, images: np.ndarray, known: dict[Path, np.ndarray]) -> list[str]:
-    """Reasons to doubt a bundle's outputs in this very session."""
-    bundle = load_bundle(folder)
-    answers = session.run(images)
-    reference = find_reference(folder, bundle, images, known)
-    return check_outputs(answers, np.ones(len(images), dtype=bool), reference, bundle)[1]
+def _wrong_outputs(
+    sessions: Mapping[str, Session], images: Mapping[str, np.ndarray], settings: BenchSettings
+) -> dict[str, list[str]]:
+    """Reasons to doubt each bundle's outputs in the timed session itself."""
+    cache: dict[Path, np.ndarray] = {}
+    found = {}
+    for label, folder in zip(settings.labels, settings.folders, strict=True):
+        bundle, own = load_bundle(folder), images[label]
+        reference = find_reference(folder, bundle, own, cache)
+        reasons = check_outputs(sessions[label].run(own), np.ones(len(own), dtype=bool), reference, bundle)[1]
+        found[label] = [f"{reason} ({label})" for reason in reasons]
+    return found
 
 
 def _save(folder: Path, ours: list[np.ndarray], theirs: list[np.ndarray], started: str) -> tuple[str, str]:

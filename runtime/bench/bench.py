@@ -45,12 +45,12 @@ def bench(settings: BenchSettings, *, progress: Progress = silent) -> list[Laten
         DeviceError: the device cannot be reached, or no process of any bundle succeeded.
     """
     runs = _prepare(settings)
-    started, labels = utc_now(), dict(zip((run.name for run in runs), settings.labels, strict=True))
+    started = utc_now()
     with open_transport(settings.device, python=settings.python) as transport:
         for run in runs:
             _push(transport, run, settings)
         begun = time.monotonic()
-        _measure_all(transport, runs, settings, progress=progress, labels=labels)
+        _measure_all(transport, runs, settings, progress)
         each = (time.monotonic() - begun) / len(runs)
         retried, deadline = runs, time.monotonic() + profiles.RETRY_SECONDS
         for _ in range(settings.retries):
@@ -59,7 +59,7 @@ def bench(settings: BenchSettings, *, progress: Progress = silent) -> list[Laten
                 break
             for run in retried:
                 run.tries.append(Try())
-            _measure_all(transport, retried, settings, progress=progress, labels=labels)
+            _measure_all(transport, retried, settings, progress)
         kind = transport.kind
     if not any(one.results for run in runs for one in run.tries):
         raise DeviceError(
@@ -68,9 +68,7 @@ def bench(settings: BenchSettings, *, progress: Progress = silent) -> list[Laten
     return _record(runs, settings, kind=kind, started=started)
 
 
-def _measure_all(
-    transport: Transport, runs: list[Run], settings: BenchSettings, *, progress: Progress, labels: dict[str, str]
-) -> None:
+def _measure_all(transport: Transport, runs: list[Run], settings: BenchSettings, progress: Progress) -> None:
     """Run the processes of one try of each bundle, in random order."""
     order = [run for run in runs for _ in range(settings.process_count)]
     random.Random(settings.seed).shuffle(order)
@@ -79,7 +77,7 @@ def _measure_all(
         codes = {code for run in runs for code in validity.codes_of(run.tries[-2].reasons(settings))}
         again = f" again ({', '.join(sorted(codes))})"
     for done, run in enumerate(order):
-        progress(done, len(order), f"measuring {labels[run.name]}{again}")
+        progress(done, len(order), f"measuring {run.label}{again}")
         _measure(transport, run, _time_limit(settings))
     progress(len(order), len(order), "measured")
 
@@ -107,7 +105,7 @@ def _prepare(settings: BenchSettings) -> list[Run]:
     source = open_source(Path(data), image_member=settings.image_member) if data is not None else None
     inputs: dict[tuple[Preprocessing, int], Inputs] = {}
     runs = []
-    for number, folder in enumerate(settings.folders):
+    for number, (folder, label) in enumerate(zip(settings.folders, settings.labels, strict=True)):
         if (folder / "student.json").is_file():
             raise InputError(f"{folder} is a student: export it with robx export, then bench the bundle")
         bundle = load_bundle(folder)
@@ -120,7 +118,7 @@ def _prepare(settings: BenchSettings) -> list[Run]:
         key = bundle.preprocessing, batch
         if key not in inputs:
             inputs[key] = load_inputs(bundle.preprocessing, source, batch=batch)
-        runs.append(Run(folder, bundle, inputs[key], f"b{number}", batch))
+        runs.append(Run(folder, bundle, inputs[key], f"b{number}", batch, label))
     return runs
 
 

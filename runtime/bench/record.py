@@ -73,6 +73,7 @@ class Run:
     inputs: Inputs
     name: str  # of the bundle's folder on the device
     batch: int
+    label: str  # a short name for messages
     tries: list[Try] = field(default_factory=lambda: [Try()])  # in order; the last one is being measured
 
     def best(self, settings: BenchSettings) -> Try:

@@ -1,4 +1,4 @@
-"""Bundles and students through the commands: tampered with, collapsed, and shared by several processes at once."""
+"""Bundles and students on the command line: tampered with, collapsed, or used by several processes at once."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def edit(folder: Path, change: Callable[[Any], None]) -> None:
 
 
 def outside(folder: Path) -> None:
-    """Every hash is right: whoever made this bundle wanted a tensor from elsewhere."""
+    """Every hash matches: whoever made this bundle wants to read a file outside it."""
     model = onnx.load(folder / "model.onnx")
     tensor = next(t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT)
     tensor.ClearField("raw_data")
@@ -125,7 +125,7 @@ def test_a_tampered_bundle_is_refused_by_every_command(
     assert said in (tmp_path / "report.md").read_text().replace("\\", "")
 
 
-def test_a_bundle_that_reaches_outside_is_refused_although_its_hashes_are_right(
+def test_a_bundle_with_outside_references_is_refused_although_its_hashes_match(
     run: Path, shell: Any, scenes: Path, tmp_path: Path
 ) -> None:
     subprocess.run(["cp", "-r", run / "onnx-fp32", tmp_path / "bundle"], check=True)
@@ -154,7 +154,7 @@ def test_a_collapsed_student_gets_no_figures(shell: Any, scenes: Path, tmp_path:
     assert not (run / "measurements.jsonl").exists()
 
 
-def test_what_is_no_bundle_is_never_replaced_by_one(shell: Any, tmp_path: Path) -> None:
+def test_a_foreign_folder_is_never_replaced_by_a_bundle(shell: Any, tmp_path: Path) -> None:
     run = make_student(tmp_path / "run")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "mine.png").write_bytes(b"x")
@@ -202,7 +202,7 @@ def test_a_bundle_that_is_replaced_while_it_is_opened_is_not_measured(
         session.open_session(bundle)
 
 
-def test_a_killed_export_leaves_nothing_that_the_next_one_minds(shell: Any, tmp_path: Path) -> None:
+def test_a_killed_export_does_not_affect_the_next_one(shell: Any, tmp_path: Path) -> None:
     run = make_student(tmp_path / "run")
     (killed,) = shell.together(tmp_path, ("export", run, "--format", "onnx"), kill=".work.*.tmp")
     assert killed[0] == -9 and not (run / "onnx-fp32").exists()
@@ -213,7 +213,7 @@ def test_a_killed_export_leaves_nothing_that_the_next_one_minds(shell: Any, tmp_
 
 
 @pytest.mark.parametrize("command", ["demo", "distill"])
-def test_a_folder_in_use_is_refused_by_its_holders_number_until_that_dies(
+def test_a_folder_in_use_is_refused_until_its_process_dies(
     shell: Any, scenes: Path, tmp_path: Path, command: str
 ) -> None:
     code = (

@@ -1,4 +1,4 @@
-"""What a device may send back: garbage, bombs, JSON of any shape. Never more than one line and exit status 2."""
+"""Hostile answers of a device: garbage, bombs, arbitrary JSON. Always one line and exit status 2."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def result(path: Path, **changed: bytes) -> Path:
 
 
 def use(path: Path) -> None:
-    """All that a bench does with a result."""
+    """Everything that a benchmark does with a result."""
     found = read_result(path, images=4)
     if found.report["timed"]:
         figures([found], batch=1)
@@ -84,11 +84,11 @@ def use(path: Path) -> None:
     json.dumps(found.report, allow_nan=False)
 
 
-def test_a_runners_result_is_taken(tmp_path: Path) -> None:
+def test_a_runners_result_is_accepted(tmp_path: Path) -> None:
     use(result(tmp_path / "r.zip"))
 
 
-def test_a_result_that_nothing_watched_is_unstable(tmp_path: Path) -> None:
+def test_a_result_without_telemetry_is_unstable(tmp_path: Path) -> None:
     path = tmp_path / "r.zip"
     with zipfile.ZipFile(result(tmp_path / "whole.zip")) as whole, zipfile.ZipFile(path, "w") as archive:
         for name in set(whole.namelist()) - {"telemetry.jsonl"}:
@@ -122,7 +122,7 @@ def changed(value: Any, at: tuple[Any, ...], new: Any) -> Any:
 
 @given(at=st.sampled_from(paths(REPORT)), new=JSON, line=st.sampled_from(paths(SNAPSHOT)))
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_json_of_any_shape(tmp_path: Path, at: tuple[Any, ...], new: Any, line: tuple[Any, ...]) -> None:
+def test_arbitrary_json(tmp_path: Path, at: tuple[Any, ...], new: Any, line: tuple[Any, ...]) -> None:
     report = json.dumps(changed(REPORT, at, new)).encode()
     telemetry = "\n".join(json.dumps(s) for s in (SNAPSHOT, changed(SNAPSHOT, line, new), SNAPSHOT)).encode()
     path = result(tmp_path / "r.zip", **{"result.json": report, "telemetry.jsonl": telemetry})
@@ -146,7 +146,7 @@ def test_a_damaged_zip(tmp_path: Path, at: float, byte: int, cut: bool) -> None:
 
 
 def huge(shape: str) -> bytes:
-    """An array that says it is large, and is not there."""
+    """An array that declares a large shape and has no data for it."""
     return npy(np.ones((4, 8), np.float32)).replace(b"(4, 8)", shape.encode()).replace(b" " * (len(shape) - 6), b"", 1)
 
 
@@ -184,14 +184,14 @@ def shims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "bin"
 
 
-def test_a_device_that_never_stops_talking(shims: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_with_endless_output(shims: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocesses, "_MOST_BYTES", 10_000_000)
     script(shims / "ssh", "exec yes")
     with pytest.raises(DeviceError, match="it was stopped"), transports.open_transport("ssh://box"):
         pass
 
 
-def test_a_file_without_end_is_not_copied_back(shims: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_file_is_not_copied_back(shims: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocesses, "_MOST_BYTES", 10_000_000)
     script(shims / "ssh", "echo /tmp/robx-aaaaaaaaaa")
     script(shims / "scp", 'for to; do :; done; exec cat /dev/zero > "$to/result.zip"')
@@ -211,7 +211,7 @@ def test_a_file_without_end_is_not_copied_back(shims: Path, tmp_path: Path, monk
         ("""echo '{"facts": {}, "packages": []}'""", "facts were expected"),
     ],
 )
-def test_the_doctor_of_a_sick_device(shims: Path, robx: Callable[..., Any], answer: str, said: str) -> None:
+def test_the_doctor_on_a_faulty_device(shims: Path, robx: Callable[..., Any], answer: str, said: str) -> None:
     script(shims / "ssh", f'case "$*" in *mktemp*) echo /tmp/robx-aaaaaaaaaa;; *--doctor*) {answer};; esac')
     found = robx("doctor", "--device", "ssh://box", "--python", sys.executable)
     assert found.exit_code == 2 and said in found.stderr and len(found.stderr.splitlines()) == 1
@@ -219,7 +219,7 @@ def test_the_doctor_of_a_sick_device(shims: Path, robx: Callable[..., Any], answ
 
 @given(facts=JSON | st.fixed_dictionaries({"cpu": JSON, "memory_bytes": JSON, "python": JSON}))
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_facts_of_any_shape(monkeypatch: pytest.MonkeyPatch, facts: Any) -> None:
+def test_arbitrary_facts(monkeypatch: pytest.MonkeyPatch, facts: Any) -> None:
     class Device:
         def __enter__(self) -> Device:
             return self

@@ -1,4 +1,4 @@
-"""Real bundles around tiny models (one convolution, that ONNX Runtime and OpenVINO both open), and a real sshd."""
+"""Real bundles of tiny models (one convolution, which ONNX Runtime and OpenVINO both open), and a real sshd."""
 
 import contextlib
 import dataclasses
@@ -52,7 +52,7 @@ def save_model(path: Path, *, batch: int | None, kernel: np.ndarray) -> None:
 
 
 def expected_answers(images: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """The model's answers by plain numpy."""
+    """The model's outputs computed with numpy."""
     padded = np.pad(images.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))
     return np.maximum(np.einsum("nchwij,dcij->ndhw", windows, kernel), 0).mean(axis=(2, 3))
@@ -101,7 +101,7 @@ def make_bundle(tmp_path):
 
 @pytest.fixture
 def make_unopenable_bundle(make_bundle):
-    """As make_bundle, but of an operator that no engine has: the file is sound, and cannot be opened."""
+    """Like make_bundle, but with an operator that no engine has: a valid file that cannot be opened."""
 
     def make(*names, **changes):
         folder = make_bundle(*names, **changes)
@@ -116,14 +116,14 @@ def make_unopenable_bundle(make_bundle):
 
 
 def seal(folder: Path) -> None:
-    """Write the hash of the model that is now in `folder` into its manifest."""
+    """Update the hash of the model in `folder` in its manifest."""
     bundle = from_json(Bundle, json.loads((folder / "manifest.json").read_text()))
     save_bundle(dataclasses.replace(bundle, files=(describe_file(folder, "model.onnx", "model"),)), folder)
 
 
 @pytest.fixture
 def make_student_bundle(tmp_path, make_bundle):
-    """make_student_bundle() -> the folder of a real student's fp32 bundle, the student in the folder above it."""
+    """make_student_bundle() -> the folder of a real student's fp32 bundle; the student is in its parent folder."""
 
     def make():
         torch.manual_seed(0)
@@ -188,7 +188,7 @@ def script(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def shims(tmp_path, monkeypatch):
-    """A folder that stands first on PATH."""
+    """A folder that comes first on PATH."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -197,7 +197,7 @@ def shims(tmp_path, monkeypatch):
 
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
-    """Where both this process and a "device" that is this machine put their temporary folders."""
+    """The temporary folder of this process, and of a "device" that is this machine."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
@@ -207,13 +207,13 @@ def temporary(tmp_path, monkeypatch):
 
 @pytest.fixture
 def ssh_device(start_sshd):
-    """ssh:// address of a real sshd on the loopback: this machine as its own device."""
+    """ssh:// address of a real sshd on the loopback interface: this machine as its own device."""
     return start_sshd()
 
 
 @pytest.fixture
 def start_sshd(tmp_path, shims):
-    """start_sshd(folder=None, mount=None) -> ssh:// address of a real sshd; key, known host and all are its own.
+    """start_sshd(folder=None, mount=None) -> ssh:// address of a real sshd with its own keys and known hosts.
 
     The device puts its files in `folder`; `mount` is a shell command that mounts it, in a namespace of the device.
     """

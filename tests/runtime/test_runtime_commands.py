@@ -1,4 +1,4 @@
-"""`robx bench`, `robx run` and `robx doctor` as a user calls them."""
+"""`robx bench`, `robx run` and `robx doctor` on the command line."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def test_bench_prints_json_lines(call, make_bundle, short_profile):
     assert record["settings"]["affinity"] == cores
 
 
-def test_bench_of_a_broken_model_has_its_exit_status(call, make_bundle, short_profile):
+def test_bench_of_a_broken_model_exits_with_status_3(call, make_bundle, short_profile):
     make_bundle("onnx-fp32")
     folder = make_bundle("onnx-int8", precision="int8", kernel=np.zeros((8, 3, 3, 3), np.float32))
     result = call("bench", folder, "--profile", "rapid", "--processes", 1)
@@ -67,7 +67,7 @@ def test_bench_ab_of_a_broken_model_claims_nothing(call, make_bundle, short_prof
         assert "faster" not in result.output and "slower" not in result.output
 
 
-def test_the_ratio_of_an_ab_can_be_computed_again(call, make_bundle, short_profile):
+def test_an_ab_ratio_can_be_recomputed_from_its_samples(call, make_bundle, short_profile):
     first, other = make_bundle("onnx-fp32"), make_bundle("openvino-fp32", runtime="openvino")
     told = json.loads(call("bench", first, other, "--ab", "--profile", "rapid", "--json").output)
     assert sha256_file(other / told["samples"]) == told["samples_sha256"]
@@ -104,7 +104,7 @@ def test_bench_ab(call, make_bundle, short_profile):
         (["doctor", "--device", "ssh://-x"], "is not an address"),
     ],
 )
-def test_what_is_wrong_is_one_line(call, make_bundle, arguments, line):
+def test_errors_are_one_line(call, make_bundle, arguments, line):
     bundle = make_bundle()
     result = call(*(a.replace("{bundle}", str(bundle)) for a in arguments))
     assert result.exit_code == 2
@@ -112,7 +112,7 @@ def test_what_is_wrong_is_one_line(call, make_bundle, arguments, line):
     assert len(result.output.strip().splitlines()) == 1
 
 
-def test_bench_of_a_batch_tells_images_a_second(call, make_bundle, short_profile):
+def test_bench_of_a_batch_prints_images_per_second(call, make_bundle, short_profile):
     folder = make_bundle()
     result = call("bench", folder, "--profile", "rapid", "--processes", 1, "--batch", 4)
     (record,) = load_measurements(folder / "measurements.jsonl")
@@ -120,12 +120,12 @@ def test_bench_of_a_batch_tells_images_a_second(call, make_bundle, short_profile
     assert "images/s" not in call("bench", folder, "--profile", "rapid", "--processes", 1).output
 
 
-def test_a_student_is_no_bundle(call, make_student_bundle):
+def test_a_student_is_not_a_bundle(call, make_student_bundle):
     result = call("bench", make_student_bundle().parent)
     assert result.exit_code == 2 and "is a student: export it" in result.output
 
 
-def test_run_prints_one_line_an_image(call, make_bundle, scenes):
+def test_run_prints_one_line_per_image(call, make_bundle, scenes):
     bundle = make_bundle()
     paths = sorted((scenes / "test").rglob("*.png"))
     result = call("run", bundle, paths[0], scenes / "test")
@@ -149,7 +149,7 @@ def test_run_reads_the_image_of_a_sample_that_is_named(call, make_bundle, scenes
     assert embeddings[0] == embeddings[1]
 
 
-def test_run_writes_an_npz_and_skips_what_is_corrupt(call, make_bundle, scenes, tmp_path):
+def test_run_writes_an_npz_and_skips_corrupt_images(call, make_bundle, scenes, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     result = call("run", make_bundle(), broken, scenes / "test", "--out", tmp_path / "out.npz")
@@ -161,7 +161,7 @@ def test_run_writes_an_npz_and_skips_what_is_corrupt(call, make_bundle, scenes, 
     assert call("run", make_bundle("c"), scenes / "test", "--out", tmp_path / "out.csv").exit_code == 2
 
 
-def test_run_gives_labels_when_there_is_a_head(call, make_bundle, scenes):
+def test_run_prints_labels_if_there_is_a_head(call, make_bundle, scenes):
     labels = tuple("abcdefgh")
     image = next((scenes / "test").rglob("*.png"))
     bundle = make_bundle(labels=labels)
@@ -187,7 +187,7 @@ def test_doctor(call):
 
 
 @pytest.mark.parametrize(("governor", "line"), [("ondemand", "cpupower"), ("performance", ""), (None, "")])
-def test_the_doctor_warns_of_a_clock_that_follows_the_load(governor, line):
+def test_the_doctor_warns_about_a_clock_that_follows_the_load(governor, line):
     finding = doctor._governor({"governor": governor})
     assert (finding.version is None) == bool(line) and line in finding.remedy
 

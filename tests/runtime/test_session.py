@@ -12,7 +12,7 @@ from robx.trunk import build_trunk, embed, embedding_width, save_trunk
 
 
 def plain_answers(images):
-    """The tiny model's answers by numpy, independent of any engine."""
+    """The tiny model's outputs computed with numpy, independent of any engine."""
     kernel = np.random.default_rng(0).normal(size=(8, 3, 3, 3)).astype(np.float32)
     padded = np.pad(images.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))
@@ -21,7 +21,7 @@ def plain_answers(images):
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("batch", [None, 1, 2])
-def test_engines_answer_as_numpy_does_whatever_the_batch(make_bundle, images, runtime, batch):
+def test_engines_agree_with_numpy_for_every_batch(make_bundle, images, runtime, batch):
     with open_session(make_bundle(runtime=runtime, batch=batch)) as session:
         answers = session.run(images)
         again = session.run(images[:1])
@@ -31,7 +31,7 @@ def test_engines_answer_as_numpy_does_whatever_the_batch(make_bundle, images, ru
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_facts_say_what_runs(make_bundle, runtime):
+def test_facts_report_what_is_in_use(make_bundle, runtime):
     threads = min(2, len(os.sched_getaffinity(0)))  # OpenVINO takes no more than there are cores, and says so
     with open_session(make_bundle(runtime=runtime), SessionSettings(threads=threads)) as session:
         facts = session.facts()
@@ -41,7 +41,7 @@ def test_facts_say_what_runs(make_bundle, runtime):
     assert "CPU" in str(facts["provider"])
 
 
-def test_answers_are_copies(make_bundle, images):
+def test_outputs_are_copies(make_bundle, images):
     with open_session(make_bundle(runtime="openvino")) as session:
         first = session.run(images[:1])
         kept = first.copy()
@@ -87,7 +87,7 @@ def test_automatic_threads_are_refused():
         SessionSettings(batch=0)
 
 
-def test_openvino_plans_for_the_batch_that_is_said(make_bundle, images):
+def test_openvino_compiles_for_the_given_batch(make_bundle, images):
     for batch, said, shape in ((None, None, "[?,3,32,32]"), (None, 2, "[2,3,32,32]"), (1, 2, "[1,3,32,32]")):
         folder = make_bundle(f"ov-{batch}-{said}", runtime="openvino", batch=batch)
         with open_session(folder, SessionSettings(batch=said)) as session:
@@ -96,7 +96,7 @@ def test_openvino_plans_for_the_batch_that_is_said(make_bundle, images):
 
 
 class OtherPrecision:
-    """A compiled model that computes in another precision than it was asked for, as a CPU without f16 does."""
+    """A compiled model that computes in another precision than requested, as on a CPU without f16."""
 
     def __init__(self, compiled):
         self._compiled = compiled
@@ -110,7 +110,7 @@ class OtherPrecision:
         return ov.Type.bf16 if name == "INFERENCE_PRECISION_HINT" else self._compiled.get_property(name)
 
 
-def test_a_precision_that_is_not_had_is_an_error_not_another(make_bundle, monkeypatch):
+def test_an_unavailable_precision_is_an_error_not_a_fallback(make_bundle, monkeypatch):
     with pytest.raises(DeviceError, match="types of the file, and bf16"):
         open_session(make_bundle(), SessionSettings(precision_hint="bf16"))
     import openvino as ov
@@ -121,14 +121,14 @@ def test_a_precision_that_is_not_had_is_an_error_not_another(make_bundle, monkey
         open_session(make_bundle("ov", runtime="openvino"))
 
 
-def test_a_provider_that_is_not_there_is_an_error_not_the_cpu(make_bundle):
+def test_an_unavailable_provider_is_an_error_not_a_fallback(make_bundle):
     with pytest.raises(DeviceError, match="CUDAExecutionProvider"):
         open_session(make_bundle(), SessionSettings(provider="cuda"))
     with pytest.raises(DeviceError, match="GPU"):
         open_session(make_bundle("ov", runtime="openvino"), SessionSettings(provider="gpu"))
 
 
-def test_what_is_no_bundle(tmp_path, make_bundle):
+def test_folders_that_are_not_bundles(tmp_path, make_bundle):
     with pytest.raises(InputError, match="neither a bundle"):
         open_session(tmp_path)
     folder = make_bundle()
@@ -156,7 +156,7 @@ def test_a_format_without_an_engine(make_bundle):
         open_session(make_bundle(runtime="coreml", format="coreml"))
 
 
-def test_onnxruntime_writes_nothing_at_home(make_bundle, tmp_path):
+def test_onnxruntime_writes_nothing_to_the_home_folder(make_bundle, tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     code = "import sys, pathlib, robx.runtime.session as s; s.open_session(pathlib.Path(sys.argv[1])).close()"

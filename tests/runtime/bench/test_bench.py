@@ -1,4 +1,4 @@
-"""Whole benches on this machine: real models, real processes."""
+"""Complete benchmarks on this machine: real models, real processes."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ def test_two_engines_side_by_side(make_bundle, short_profile):
     assert records[1].settings["runtime"]["input_shape"] == "[1,3,32,32]", "planned for what is timed"
 
 
-def test_every_figure_can_be_computed_again_from_the_samples(make_bundle, short_profile):
+def test_every_figure_can_be_recomputed_from_the_samples(make_bundle, short_profile):
     folder = make_bundle()
     (record,) = bench(BenchSettings(bundles=[folder], profile="rapid"))
     with np.load(folder / record.samples) as arrays:
@@ -66,7 +66,7 @@ def test_every_figure_can_be_computed_again_from_the_samples(make_bundle, short_
     assert "10" in record.missing["energy"]
 
 
-def test_the_p50_is_what_a_bare_session_takes(make_bundle, short_profile):
+def test_the_p50_agrees_with_a_bare_session(make_bundle, short_profile):
     folder = make_bundle(runtime="onnxruntime", kernel=np.ones((8, 3, 3, 3), np.float32))
     (record,) = bench(BenchSettings(bundles=[folder], profile="rapid"))
     with open_session(folder) as session:
@@ -87,14 +87,14 @@ def test_a_bench_of_a_broken_model_is_never_valid(make_bundle, short_profile, fa
     assert "output_mismatch" in codes(record)
 
 
-def test_the_reference_is_the_student_in_torch_when_it_is_there(make_student_bundle, short_profile):
+def test_the_reference_is_the_student_in_torch_if_available(make_student_bundle, short_profile):
     (found,) = bench(BenchSettings(bundles=[make_student_bundle()], profile="rapid", processes=1))
     assert found.settings["reference"] == "the fp32 student in torch"
     assert found.values["output_cosine_min"].value > 0.999
     assert "output_mismatch" not in codes(found)
 
 
-def test_without_a_student_the_fp32_bundle_beside_is_the_reference(make_bundle, short_profile):
+def test_without_a_student_the_fp32_bundle_is_the_reference(make_bundle, short_profile):
     make_bundle("onnx-fp32")
     (record,) = bench(BenchSettings(bundles=[make_bundle("x-int8", precision="int8")], profile="rapid", processes=1))
     assert record.settings["reference"] == "the fp32 bundle onnx-fp32"
@@ -102,7 +102,7 @@ def test_without_a_student_the_fp32_bundle_beside_is_the_reference(make_bundle, 
     assert record.settings["reference"] == "the same bundle in a session of its own"
 
 
-def test_too_short_a_run_is_invalid_and_kept(make_bundle, monkeypatch, short_profile):
+def test_a_run_that_is_too_short_is_invalid_and_recorded(make_bundle, monkeypatch, short_profile):
     from robx.runtime.bench.profiles import PROFILES
 
     monkeypatch.setitem(PROFILES, "rapid", dataclasses.replace(short_profile, queries=10**9, max_seconds=0.5))
@@ -124,7 +124,7 @@ def test_offline_batches_and_fixed_ones(make_bundle, short_profile):
     assert record.settings["batch"] == 2
 
 
-def test_said_to_be_emulated(make_bundle, short_profile):
+def test_a_device_declared_to_be_emulated(make_bundle, short_profile):
     (record,) = bench(BenchSettings(bundles=[make_bundle()], profile="rapid", emulated=True))
     assert record.verdict == "INVALID" and codes(record) == {"emulated"}
     assert set(record.values) == {"output_cosine", "output_cosine_min"}, "no time at all"
@@ -133,7 +133,7 @@ def test_said_to_be_emulated(make_bundle, short_profile):
     assert record.settings["process_p50_ms"] == []
 
 
-def test_affinity_is_kept_to_and_recorded(make_bundle, short_profile):
+def test_affinity_is_respected_and_recorded(make_bundle, short_profile):
     core = min(os.sched_getaffinity(0))
     (record,) = bench(BenchSettings(bundles=[make_bundle()], profile="rapid", processes=1, affinity=(core,)))
     assert record.settings["affinity"] == record.settings["cores"] == [core]
@@ -144,7 +144,7 @@ def test_affinity_is_kept_to_and_recorded(make_bundle, short_profile):
         bench(BenchSettings(bundles=[make_bundle("b")], profile="rapid", processes=1, affinity=(4000,)))
 
 
-def test_one_bundle_that_fails_does_not_take_the_others_down(make_bundle, make_unopenable_bundle, short_profile):
+def test_a_failing_bundle_does_not_stop_the_others(make_bundle, make_unopenable_bundle, short_profile):
     good, bad = make_bundle("good"), make_unopenable_bundle("bad")
     first, second = bench(BenchSettings(bundles=[good, bad], profile="rapid"))
     assert "failed" not in codes(first)
@@ -153,7 +153,7 @@ def test_one_bundle_that_fails_does_not_take_the_others_down(make_bundle, make_u
         bench(BenchSettings(bundles=[bad], profile="rapid"))
 
 
-def test_what_cannot_be_benched(tmp_path, make_bundle):
+def test_settings_that_cannot_be_measured(tmp_path, make_bundle):
     with pytest.raises(InputError, match="no bundle"):
         bench(BenchSettings(bundles=[]))
     with pytest.raises(ArtifactError, match=r"manifest\.json is missing"):
@@ -163,12 +163,12 @@ def test_what_cannot_be_benched(tmp_path, make_bundle):
             BenchSettings(bundles=[tmp_path], **wrong)
 
 
-def test_the_users_images_are_run(make_bundle, short_profile, scenes):
+def test_the_users_images_are_used(make_bundle, short_profile, scenes):
     (record,) = bench(BenchSettings(bundles=[make_bundle()], profile="rapid", processes=1, data=scenes / "test"))
     assert record.settings["images"] == "test"
 
 
-def test_inputs_are_the_same_everywhere_and_skip_what_is_corrupt(tmp_path, scenes):
+def test_inputs_are_reproducible_and_skip_corrupt_images(tmp_path, scenes):
     preprocessing = Preprocessing(size=36, crop=32)
     first, second = load_inputs(preprocessing, None), load_inputs(preprocessing, None)
     np.testing.assert_array_equal(first.images, second.images)

@@ -1,4 +1,4 @@
-"""Against scipy's distributions and the minimum queries that MLPerf publishes."""
+"""Latency statistics, against scipy's distributions and MLPerf's published minimum numbers of queries."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def test_minimum_queries_are_those_that_mlperf_publishes(percentile, queries):
 @given(
     q=st.integers(1, 3000), percentile=st.sampled_from([0.5, 0.9, 0.97, 0.99]), confidence=st.sampled_from([0.9, 0.99])
 )
-def test_bound_drops_as_many_as_the_incomplete_beta_function_allows(q, percentile, confidence):
+def test_the_bound_drops_as_many_as_the_incomplete_beta_function_allows(q, percentile, confidence):
     # The rules' own formula: the largest t with I_p(q - t, t + 1) <= 1 - c, by scipy.
     t = np.arange(1, q)
     allowed = t[scipy.stats.beta.cdf(percentile, q - t, t + 1) <= 1 - confidence]
@@ -32,7 +32,7 @@ def test_bound_drops_as_many_as_the_incomplete_beta_function_allows(q, percentil
         assert bound == kept.max()
 
 
-def test_bound_covers_the_true_percentile_as_often_as_it_says():
+def test_the_bound_has_its_stated_coverage():
     random, held = np.random.default_rng(0), 0
     true = scipy.stats.expon.ppf(0.9)
     for _ in range(400):
@@ -42,7 +42,7 @@ def test_bound_covers_the_true_percentile_as_often_as_it_says():
 
 @given(n=st.integers(6, 400), confidence=st.sampled_from([0.9, 0.95, 0.99]))
 @settings(max_examples=40, deadline=None)
-def test_median_interval_has_its_confidence_and_is_the_narrowest(n, confidence):
+def test_the_median_interval_has_its_confidence_and_is_the_narrowest(n, confidence):
     low, high = (int(x) for x in latency.median_interval(np.arange(1, n + 1), confidence))
     covered = scipy.stats.binom.cdf(high - 1, n, 0.5) - scipy.stats.binom.cdf(low - 1, n, 0.5)
     narrower = scipy.stats.binom.cdf(high - 2, n, 0.5) - scipy.stats.binom.cdf(low, n, 0.5)
@@ -67,7 +67,7 @@ def test_process_interval_is_students_t_over_the_medians(processes):
     assert high == pytest.approx(max(centre + half, pooled[1]), rel=1e-3)
 
 
-def test_many_processes_are_never_taken_for_fewer_degrees_of_freedom_than_they_have():
+def test_many_processes_use_their_own_degrees_of_freedom():
     medians = np.random.default_rng(0).integers(1_000_000, 2_000_000, size=60)
     low, high = latency.process_interval([np.full(3, m) for m in medians])
     assert high - low >= 2 * scipy.stats.t.ppf(0.975, 59) * scipy.stats.sem(medians)
@@ -93,7 +93,7 @@ def test_summary_in_milliseconds():
     assert latency.summarise(samples, images_per_query=8)["throughput"].value == pytest.approx(8000 / 50.5)
 
 
-def test_p99_is_claimed_from_662_queries():
+def test_p99_needs_662_queries():
     samples = np.random.default_rng(0).integers(1_000_000, 2_000_000, size=662)
     assert "p99" not in latency.summarise([samples[:661]])
     assert latency.summarise([samples])["p99"].high == samples.max() / 1e6
@@ -135,7 +135,7 @@ def test_paired_ratio_finds_a_difference_that_drift_would_hide():
     assert latency.paired_ratio(a, a).value == 1
 
 
-def test_paired_ratio_of_equals_claims_nothing():
+def test_the_paired_ratio_of_equal_models_shows_no_difference():
     claims = 0
     for seed in range(60):
         random = np.random.default_rng(seed)
@@ -145,6 +145,6 @@ def test_paired_ratio_of_equals_claims_nothing():
     assert claims <= 8
 
 
-def test_paired_ratio_wants_pairs():
+def test_the_paired_ratio_needs_pairs():
     with pytest.raises(ValueError, match="2 blocks of A and 1 of B"):
         latency.paired_ratio([np.ones(3)] * 2, [np.ones(3)])

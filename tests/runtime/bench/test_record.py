@@ -1,4 +1,4 @@
-"""A record says the worst of its processes, and nothing of itself that the device made up."""
+"""A record has its processes' worst values, and nothing about itself that the device invented."""
 
 import json
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from robx.runtime.bench.results import ProcessResult
 
 @pytest.fixture
 def record(make_bundle):
-    """record(outputs of each process...) -> the record of an emulated ssh device that says it is this machine."""
+    """record(outputs of each process...) -> the record of an emulated ssh device that claims to be this machine."""
     folder = make_bundle()
     inputs = load_inputs(load_bundle(folder).preprocessing, None, count=4)
     expected = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
@@ -26,7 +26,7 @@ def record(make_bundle):
         report = {"timed": False, "device": device, "facts": {}, "cores": [0], "environment": {}}
         nothing = np.empty(0, dtype=np.int64)
         results = [ProcessResult(report, nothing, expected + noise, np.ones(4, bool), []) for noise in noises]
-        run = Run(folder, load_bundle(folder), inputs, "b0", 1, [Try(results)])
+        run = Run(folder, load_bundle(folder), inputs, "b0", 1, "x", [Try(results)])
         told = {"kind": "ssh", "started": "2026-01-01T00:00:00"}
         return make_record(
             run,
@@ -46,14 +46,14 @@ def test_the_cosines_are_those_of_the_worst_process(record):
     assert alone["output_cosine_min"].value < 0.999 < record(0 * noise).values["output_cosine_min"].value
 
 
-def test_a_device_does_not_say_how_it_was_reached(record):
+def test_a_device_cannot_claim_how_it_was_reached(record):
     device = record(np.float32(0)).device
     assert (device["kind"], device["address"]) == ("ssh", "ssh://box")
     assert device["emulated"] == "qemu"
 
 
-def test_one_picture_repeated_has_one_answer():
-    """Right answers are alike then, and a wrong one is still seen."""
+def test_equal_images_may_have_equal_outputs():
+    """Correct outputs are equal then, and a wrong one is still detected."""
     bundle, seen = SimpleNamespace(precision="fp32", rungs=()), np.ones(4, bool)
     expected = np.tile(np.random.default_rng(0).normal(size=8).astype(np.float32), (4, 1))
     values, reasons = check_outputs(expected + 1e-6, seen, Reference(expected, "x", False), bundle)

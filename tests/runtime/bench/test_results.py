@@ -1,4 +1,4 @@
-"""Memory and energy of a record, from what the runners' counters said; sums are done here by hand."""
+"""Memory and energy of a record, from the runners' counters; expected sums are computed by hand."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def process(*, window=(0.0, 6.0), queries=100, energy=(NONE, NONE), on_gpu=None,
     return ProcessResult(report, samples, np.empty((0, 0)), np.empty(0, dtype=bool), snapshots)
 
 
-def test_memory_is_the_peak_and_what_the_model_added():
+def test_memory_is_the_peak_and_the_models_share():
     values, missing = figures([process(), process(memory=(12, 30, 60))], batch=1)
     assert (values["peak_memory"].low, values["peak_memory"].high) == (50, 60)
     assert (values["model_memory"].low, values["model_memory"].high) == (40, 48)
@@ -46,7 +46,7 @@ def test_memory_is_the_peak_and_what_the_model_added():
     assert "peak_memory" not in values and "VmHWM" in missing["peak_memory"]
 
 
-def test_energy_an_image_from_a_counter_or_from_rails():
+def test_energy_per_image_from_a_counter_or_from_rails():
     counted = [process(energy=(counter(100.0), counter(130.0))), process(energy=(counter(5.0), counter(15.0)))]
     values, _ = figures(counted, batch=4)
     assert values["energy"].value == pytest.approx(40 / 800) and values["energy"].unit == "J"
@@ -73,6 +73,6 @@ def test_a_gpus_memory_and_energy():
     assert missing["gpu_energy"] == "the energy counter decreased"
 
 
-def test_on_a_processor_nothing_is_said_of_a_gpu():
+def test_a_cpu_measurement_reports_no_gpu():
     values, missing = figures([process()], batch=1)
     assert not {"gpu_energy", "gpu_memory"} & (set(values) | set(missing))

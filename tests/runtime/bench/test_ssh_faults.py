@@ -1,4 +1,4 @@
-"""A device over a real sshd whose disk is full or read-only, and a bench that is ended midway: nothing stays behind.
+"""A device over a real sshd with a full or read-only disk, and interrupted benchmarks: nothing is left behind.
 
 The device's disk is a tmpfs in a mount namespace of its sshd's own, which an unprivileged user may not have.
 """
@@ -24,7 +24,7 @@ def disk(tmp_path):
 
 
 def python_after(tmp_path, commands):
-    """A Python command that runs a line of shell first, in the job's folder."""
+    """A Python command that first runs a line of shell in the job's folder."""
     path = tmp_path / "python"
     path.write_text(f'#!/bin/sh\n{commands}\nexec {sys.executable} "$@"\n')
     path.chmod(0o755)
@@ -38,13 +38,13 @@ def assert_one_line(done, said):
 
 
 def listing(address, folder):
-    """What the device has in `folder`, asked over another connection."""
+    """The device's files in `folder`, listed over another connection."""
     host, _, port = address.removeprefix("ssh://").rpartition(":")
     return subprocess.run(["ssh", "-p", port, host, f"ls {folder}"], capture_output=True, text=True, check=True).stdout
 
 
 @needs_mounts
-def test_a_disk_that_has_no_room_for_the_bundle(call, start_sshd, disk, make_bundle, short_profile):
+def test_a_disk_without_room_for_the_bundle(call, start_sshd, disk, make_bundle, short_profile):
     address = start_sshd(disk, f"mount -t tmpfs -o size=256k none {disk}")
     folder = make_bundle()
     done = call("bench", folder, "--device", address, "--python", sys.executable, "--profile", "rapid")
@@ -80,7 +80,7 @@ def test_a_disk_that_becomes_read_only(call, start_sshd, disk, make_bundle, shor
     assert not (folder / "measurements.jsonl").exists()
 
 
-def test_a_runner_that_the_device_kills(call, start_sshd, disk, make_bundle, short_profile, tmp_path):
+def test_a_runner_killed_by_the_device(call, start_sshd, disk, make_bundle, short_profile, tmp_path):
     python = python_after(tmp_path, "kill -KILL $$")
     for address in (start_sshd(disk), "local"):
         done = call("bench", make_bundle(address[:3]), "--device", address, "--python", python, "--profile", "rapid")
@@ -109,7 +109,7 @@ def wait_until(condition, seconds=240):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_bench_that_is_ended_midway_leaves_nothing_on_the_device(start_sshd, disk, make_bundle, number):
+def test_an_interrupted_bench_leaves_nothing_on_the_device(start_sshd, disk, make_bundle, number):
     address, folder = start_sshd(disk), make_bundle()
     command = [sys.executable, "-m", "robx.cli", "bench", folder, "--device", address, "--python", sys.executable]
     # A shell's background job ignores SIGINT, and so would its children.

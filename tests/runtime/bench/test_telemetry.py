@@ -1,4 +1,4 @@
-"""What the snapshots of a timed window say, and what does not count as one."""
+"""Summaries of telemetry snapshots, and lines that do not count as one."""
 
 import json
 
@@ -28,7 +28,7 @@ def snapshot(t, *, busy=0, steal=0, total=0, own=0, khz=(), celsius=(), cooling=
     }
 
 
-def test_digest_counts_what_others_used():
+def test_the_digest_counts_other_processes():
     # Four cores for ten seconds of 100 jiffies: 4000 in all. This process used one core, others half of one.
     first = snapshot(0, khz=(600, 1500), celsius=(40, 45), throttled=3)
     last = snapshot(10, busy=1500, steal=20, total=4000, own=1000, khz=(600, 900), celsius=(50, 61), throttled=5)
@@ -41,7 +41,7 @@ def test_digest_counts_what_others_used():
     assert not digest["cooling"]
 
 
-def test_digest_of_a_device_that_tells_nothing():
+def test_the_digest_of_a_device_that_reports_nothing():
     empty = {"t": 0.0, "jiffies": None, "khz": [], "celsius": [], "cooling": [], "cgroup_throttled": None}
     digest = telemetry.digest([empty, {**empty, "t": 1.0}], cores=1)
     assert digest["background"] is None and digest["khz_min"] is None and digest["watts"] is None
@@ -53,7 +53,7 @@ def test_only_the_timed_window_counts():
     assert [s["t"] for s in telemetry.within(snapshots, (2.5, 5.5))] == [2, 3, 4, 5, 6]
 
 
-def test_a_cut_line_is_left_out():
+def test_a_truncated_line_is_left_out():
     whole = snapshot(1.0, own=3)
     line = json.dumps(whole)
     odd = ["[]", '{"t": "x"}', line.replace("1.0", "NaN"), line.replace("[0]", '["hot"]'), line[:-2]]

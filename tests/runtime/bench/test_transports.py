@@ -1,4 +1,4 @@
-"""Reaching devices. A real sshd on the loopback where one is installed; shims for what must fail on cue, and for adb.
+"""Reaching devices: a real sshd on the loopback interface if installed; shims for forced failures and for adb.
 
 The adb here is a shell script that speaks adb's command line (shell, push, pull, -s): no Android device was at hand.
 """
@@ -43,7 +43,7 @@ def test_the_doctor_over_ssh(ssh_device):
     assert next(f for f in findings if f.name == "onnxruntime").version
 
 
-def test_a_key_that_is_not_taken_is_one_line_and_no_prompt(ssh_device):
+def test_a_rejected_key_is_one_line_and_no_prompt(ssh_device):
     refused = ssh_device.replace(getpass.getuser(), "nobody")
     with pytest.raises(DeviceError, match="reaching ssh://nobody@") as caught, open_transport(refused):
         pass
@@ -68,7 +68,7 @@ def test_files_with_hostile_names_arrive(ssh_device, tmp_path):
     assert status == 0 and text == str(names)
 
 
-def test_a_run_that_hangs_ends_at_its_time_and_is_cleaned_up(ssh_device, tmp_path):
+def test_a_hung_run_is_ended_and_cleaned_up(ssh_device, tmp_path):
     with open_transport(ssh_device, python=sys.executable) as transport:
         (tmp_path / "x").write_text("1")
         transport.push({"x": tmp_path / "x"}, "b0")
@@ -90,7 +90,7 @@ def test_a_run_that_hangs_ends_at_its_time_and_is_cleaned_up(ssh_device, tmp_pat
         ("head -c 100000 /dev/urandom", "where a folder name was expected"),
     ],
 )
-def test_a_device_that_answers_nonsense(shims, behaviour, line):
+def test_a_device_that_sends_nonsense(shims, behaviour, line):
     script(shims / "ssh", behaviour)
     with pytest.raises(DeviceError, match=line) as caught, open_transport("ssh://box"):
         pass
@@ -113,7 +113,7 @@ LOCAL_SCP = 'for to; do from=$last; last=$to; done; exec cp -r -- "${from#box:}"
 
 @pytest.fixture
 def loopback(shims, temporary):
-    """ssh and scp that reach this machine without a network, to be broken by the tests below."""
+    """ssh and scp that reach this machine without a network; tests below break them."""
     script(shims / "ssh", LOCAL_SSH)
     script(shims / "scp", LOCAL_SCP)
     return shims
@@ -162,7 +162,7 @@ def test_a_result_that_is_damaged_or_lost(loopback, temporary, make_bundle, shor
     assert left_over(temporary) == []
 
 
-def test_a_file_that_is_damaged_on_its_way(loopback, temporary, make_bundle, short_profile):
+def test_a_file_damaged_in_transit(loopback, temporary, make_bundle, short_profile):
     damage = 'case "$*" in *b0*result*) ;; *b0*) exec_after=1;; esac'
     text = f'{damage}; for to; do from=$last; last=$to; done; cp -r -- "${{from#box:}}" "${{to#box:}}" || exit 1; '
     text += (
@@ -184,7 +184,7 @@ def test_a_device_without_a_runtime_or_a_python(loopback, temporary, make_bundle
     assert left_over(temporary) == []
 
 
-def test_a_python_command_that_is_none(tmp_path):
+def test_an_invalid_python_command(tmp_path):
     with pytest.raises(InputError, match="close its quotes"):
         open_transport("local", python="python3 'x")
     (tmp_path / "python").write_text("no program")
@@ -196,7 +196,7 @@ def test_a_python_command_that_is_none(tmp_path):
         transport.run("b0", ["-c", "1"], timeout=5)
 
 
-def test_a_limit_of_the_users_own_on_files_is_kept(shims):
+def test_the_users_own_file_size_limit_is_kept(shims):
     script(shims / "ssh", 'echo "$(ulimit -Hf)" >&2; exit 1')
     code = "import robx.runtime.bench.transports as t; t.open_transport('ssh://box').__enter__()"
     lower = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # noqa: E731
@@ -229,7 +229,7 @@ esac""",
     return root
 
 
-def test_a_bench_over_adbs_command_line(adb, make_bundle, short_profile):
+def test_a_bench_over_adb(adb, make_bundle, short_profile):
     settings = BenchSettings(
         bundles=[make_bundle()], device="adb://emulator-5554", profile="rapid", python=sys.executable
     )
@@ -238,12 +238,12 @@ def test_a_bench_over_adbs_command_line(adb, make_bundle, short_profile):
     assert list(adb.iterdir()) == [], "cleaned up"
 
 
-def test_a_serial_number_that_is_not_there(adb):
+def test_an_unknown_serial_number(adb):
     with pytest.raises(DeviceError, match="'other' not found"), open_transport("adb://other"):
         pass
 
 
-def test_adb_that_is_not_installed(monkeypatch):
+def test_adb_is_not_installed(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(DeviceError, match="needs the command 'adb'"), open_transport("adb://x"):
         pass
@@ -280,12 +280,12 @@ def test_adb_that_is_not_installed(monkeypatch):
         "",
     ],
 )
-def test_addresses_that_are_none(address):
+def test_invalid_addresses(address):
     with pytest.raises(InputError, match="device"):
         open_transport(address)
 
 
-def test_addresses_that_are_some():
+def test_valid_addresses():
     for address, destination, port in (
         ("ssh://pi@raspberrypi", "pi@raspberrypi", None),
         ("ssh://Jetson-Nano:2222", "Jetson-Nano", 2222),

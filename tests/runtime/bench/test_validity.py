@@ -1,4 +1,4 @@
-"""Each way in which a bench can go wrong has its reason, and a quiet one has none."""
+"""Each way in which a benchmark can go wrong has its own reason, and a quiet one has none."""
 
 import dataclasses
 
@@ -76,11 +76,11 @@ def test_too_few_queries_or_processes():
         ({"samples": 1}, "no_telemetry"),
     ],
 )
-def test_what_the_machine_did_makes_it_unstable(change, code):
+def test_machine_conditions_that_make_it_unstable(change, code):
     assert judge(digests=[QUIET, QUIET | change]) == ("UNSTABLE", [code])
 
 
-def test_unsteady_figures():
+def test_unsteady_latencies():
     rising = (samples() * np.linspace(1, 1.1, 100)).astype(np.int64)
     assert judge(runs=[samples(), rising]) == ("UNSTABLE", ["drift"])
     noisy = np.random.default_rng(0).choice([700_000, 1_000_000, 1_300_000], size=500)
@@ -99,21 +99,21 @@ def test_a_gpu_is_held_to_less_noise():
     assert judge([xnnpack, xnnpack], runs=runs)[1] == [], "XNNPACK is the processor"
 
 
-def test_throttling_that_the_firmware_tells():
+def test_throttling_reported_by_the_firmware():
     assert judge([result(), result(throttled=["under-voltage"])])[1] == ["platform_throttle"]
     held = {"before": {"throttled": []}, "after": {"throttled": ["power brake"]}}
     assert judge([result(), result(gpu=held)]) == ("UNSTABLE", ["platform_throttle"])
     assert judge([result(gpu={**held, "after": {"throttled": []}})] * 2)[1] == []
 
 
-def test_cooling_down_counts_only_where_a_profile_waits():
+def test_cool_down_counts_only_in_profiles_that_wait():
     hot = result(cool_down={"reached": False})
     assert judge([hot, hot])[1] == []
     waiting = dataclasses.replace(RAPID, cool_down_seconds=60)
     assert judge([hot, hot], profile=waiting)[1] == ["not_cooled"]
 
 
-def test_profiles_are_those_of_the_rules():
+def test_profiles_have_the_lengths_of_the_rules():
     assert (PROFILES["rapid"].queries, PROFILES["rapid"].seconds) == (64, 6)
     assert (PROFILES["quick"].queries, PROFILES["quick"].seconds) == (128, 10)
     assert PROFILES["standard"].queries >= 1024 and PROFILES["standard"].seconds >= 60

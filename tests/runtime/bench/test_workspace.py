@@ -25,7 +25,7 @@ def wait_until(condition, seconds=30):
 
 
 def runners(folder):
-    """Processes that work below `folder`, the telemetry's included."""
+    """Processes whose working folder is below `folder`, including the telemetry process."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,10 +1,10 @@
-"""Make an arm64 device out of Debian's arm64 Python under qemu-user, with the aarch64 wheels of an engine.
+"""Make an arm64 device from Debian's arm64 Python under qemu-user, with the aarch64 wheels of an engine.
 
     python tests/runtime/device/arm64_device.py FOLDER      (as root, once; about 400 MB and five minutes)
     ROBX_ARM64_ROOT=FOLDER pytest tests/runtime/device/test_arm64.py
 
 ``make test-arm64`` does both. It needs debootstrap and qemu-user-static. The device's Python is FOLDER/python. It is
-emulated: its answers count, its times do not.
+emulated: its outputs count, its times do not.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SYSTEM = {
 
 
 def make(folder: Path) -> None:
-    """Unpack the system and the wheels below `folder`, and write its Python's command."""
+    """Unpack the system and the wheels into `folder`, and write the command of its Python."""
     folder.mkdir(parents=True, exist_ok=True)
     root, wheels, site = folder / "root", folder / "wheels", folder / "site"
     options = ["--arch=arm64", "--variant=minbase", "--foreign", "--include=python3,libgomp1,libstdc++6"]

@@ -30,7 +30,7 @@ def test_the_doctor_knows_that_it_is_emulated(call, ssh_device):
     assert next(f for f in told["findings"] if f["name"] == "onnxruntime")["version"]
 
 
-def test_its_answers_are_the_students_and_its_times_are_refused(call, ssh_device, make_student_bundle, tmp_path):
+def test_its_outputs_are_the_students_and_it_is_not_timed(call, ssh_device, make_student_bundle, tmp_path):
     folder = make_student_bundle()
     done = call("bench", folder, "--device", ssh_device, "--python", PYTHON, "--profile", "rapid")
     assert done.exit_code == 0, done.stderr
@@ -44,7 +44,7 @@ def test_its_answers_are_the_students_and_its_times_are_refused(call, ssh_device
     assert record.missing["p50"] and record.samples is None and not list(folder.glob("samples-*"))
 
 
-def test_a_broken_model_is_found_on_it(call, ssh_device, make_bundle):
+def test_a_broken_model_is_detected_on_it(call, ssh_device, make_bundle):
     make_bundle("onnx-fp32")
     folder = make_bundle("onnx-int8", precision="int8", kernel=np.zeros((8, 3, 3, 3), np.float32))
     done = call("bench", folder, "--device", ssh_device, "--python", PYTHON, "--profile", "rapid")

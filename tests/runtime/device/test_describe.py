@@ -1,4 +1,4 @@
-"""Facts, read from file systems laid out like the devices'; their texts follow the kernel's documents."""
+"""Device facts, read from file systems like those of real devices; the texts follow the kernel's documentation."""
 
 import os
 import platform
@@ -34,12 +34,12 @@ def test_this_machine():
         ({"proc/self/comm": "python3\n"}, "x86_64", False),
     ],
 )
-def test_emulation_is_seen(tmp_path, files, machine, emulated):
+def test_emulation_is_detected(tmp_path, files, machine, emulated):
     write(str(tmp_path), files)
     assert bool(describe.emulation(str(tmp_path), machine, "")) is emulated
 
 
-def test_emulation_is_seen_in_cpuinfo(tmp_path):
+def test_emulation_is_detected_from_cpuinfo(tmp_path):
     assert describe.emulation(str(tmp_path), "aarch64", "vendor_id : GenuineIntel")
     assert describe.emulation(str(tmp_path), "x86_64", "model name : QEMU TCG CPU version 2.5+")
     assert describe.emulation(str(tmp_path), "x86_64", "model name : AMD EPYC") is None

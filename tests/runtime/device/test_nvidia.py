@@ -1,4 +1,4 @@
-"""NVML's figures, over a stand-in that has the names and units of nvidia-ml-py: no NVIDIA GPU was at hand."""
+"""NVML readings from a stand-in with the names and units of nvidia-ml-py: no NVIDIA GPU was available."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ class NVMLError(Exception):
 
 @pytest.fixture
 def nvml(monkeypatch):
-    """A pynvml with one GPU: this process holds 300 bytes of it in two contexts, another process 5000."""
+    """A pynvml with one GPU: this process uses 300 bytes of it in two contexts, another process 5000."""
     process = types.SimpleNamespace
     fake = types.ModuleType("pynvml")
     fake.open = 0
@@ -68,7 +68,7 @@ def refuse(*_):
         ("nvmlDeviceGetComputeRunningProcesses", "memory"),
     ],
 )
-def test_a_counter_that_is_not_there_leaves_the_others(nvml, monkeypatch, name, figure):
+def test_a_missing_counter_does_not_affect_the_others(nvml, monkeypatch, name, figure):
     whole = nvidia.reading()
     monkeypatch.setattr(nvml, name, refuse)
     found = nvidia.reading()

@@ -1,4 +1,4 @@
-"""The one file that a device runs: what it may import, that it is the same every time, and that it trusts nothing."""
+"""The file that a device runs: what it may import, that it is reproducible, and that it trusts nothing."""
 
 import ast
 import itertools
@@ -88,7 +88,7 @@ def test_packing_is_deterministic_and_holds_one_engine(make_bundle):
 
 @pytest.fixture
 def job(make_bundle, images):
-    """A job's folder, as a device has it: nothing of robx is in it but the packed runner."""
+    """A job's folder as on a device: of robx it contains only the packed runner."""
     bundle = make_bundle()
     folder = bundle.parent / "job"
     folder.mkdir()
@@ -123,7 +123,7 @@ def job(make_bundle, images):
     return run
 
 
-def test_it_measures_and_keeps_the_answers_of_the_timed_queries(job, images):
+def test_it_keeps_the_outputs_of_the_timed_queries(job, images):
     status, result, folder = job()
     assert status == 0, result
     samples = np.load(folder / "samples.npy")
@@ -138,7 +138,7 @@ def test_it_measures_and_keeps_the_answers_of_the_timed_queries(job, images):
         np.testing.assert_allclose(arrays["outputs"], _plain(images), rtol=1e-4, atol=1e-5)
 
 
-def test_it_is_watched_by_another_process(job):
+def test_it_is_monitored_by_another_process(job):
     _, result, folder = job()
     assert result["telemetry_process"]
     lines = [json.loads(line) for line in (folder / "telemetry.jsonl").read_text().splitlines()]
@@ -147,7 +147,7 @@ def test_it_is_watched_by_another_process(job):
     assert lines[-1]["jiffies"]["total"] > lines[0]["jiffies"]["total"]
 
 
-def test_answers_without_times(job, images):
+def test_outputs_without_times(job, images):
     status, result, folder = job(latency=False)
     assert status == 0 and not result["timed"] and "window" not in result
     assert not (folder / "samples.npy").exists()
@@ -166,7 +166,7 @@ def test_answers_without_times(job, images):
         ({"settings": {"threads": 1, "precision_hint": "bf16"}}, "bf16 was asked for"),
     ],
 )
-def test_what_is_wrong_comes_back_as_one_line(job, changes, line):
+def test_errors_come_back_as_one_line(job, changes, line):
     status, result, _ = job(**changes)
     assert status == 1
     assert line in result["error"] and "\n" not in result["error"]
@@ -179,7 +179,7 @@ def test_an_old_result_is_never_taken_for_a_new_one(job):
 
 
 def repack(folder, changes):
-    """Put other files into the packed runner."""
+    """Replace files in the packed runner."""
     with zipfile.ZipFile(folder / runner_zip.NAME) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(folder / runner_zip.NAME, "w") as archive:
@@ -209,7 +209,7 @@ nvmlDeviceGetCurrentClocksThrottleReasons = lambda _: 0x20
 
 
 def test_a_gpu_is_read_before_and_after_the_timed_queries(job):
-    """A stand-in for both the engine and NVML: no NVIDIA GPU was at hand."""
+    """With a stand-in for both the engine and NVML: no NVIDIA GPU was available."""
     _, plain, folder = job()
     assert plain["gpu"] is None
     repack(folder, {ENGINE: GPU_ENGINE, "pynvml.py": NVML})
@@ -222,7 +222,7 @@ def test_a_gpu_is_read_before_and_after_the_timed_queries(job):
 
 @pytest.fixture
 def hung(job):
-    """The folder of a job whose engine never comes back, to be run by hand."""
+    """The folder of a job whose engine never returns, to be started by the test."""
     _, _, folder = job()
     (folder / "result.zip").unlink()
     repack(folder, {ENGINE: "import time\ndef open_model(*_):\n    open('opened', 'w').close()\n    time.sleep(60)\n"})
@@ -254,8 +254,8 @@ def test_it_ends_when_its_host_is_gone(hung):
         assert runner.wait(timeout=10) == -signal.SIGTERM
 
 
-def test_the_first_answer_waits_for_nothing_that_comes_after_it(job):
-    """What is imported to write the result down, or to ask tools that are not there, is no part of the start."""
+def test_the_first_inference_waits_for_no_later_import(job):
+    """Imports for writing the result, or for running tools that are not installed, do not delay the start."""
     _, _, folder = job()
     future = "from __future__ import annotations\n"
     engine = (ENGINE_FILES / "on_onnxruntime.py").read_text().replace(future, "")
@@ -266,7 +266,7 @@ def test_the_first_answer_waits_for_nothing_that_comes_after_it(job):
     assert result["answered"] < result["window"][0]
 
 
-def test_two_are_never_at_work_in_one_folder(hung):
+def test_two_runners_never_work_in_one_folder(hung):
     with start(hung) as first:
         try:
             (hung / "samples.npy").write_text("the first one's")
@@ -278,7 +278,7 @@ def test_two_are_never_at_work_in_one_folder(hung):
             first.kill()
 
 
-def test_throttling_since_the_boot_counts_only_when_it_is_new():
+def test_throttling_since_boot_counts_only_if_it_is_new():
     old = ["under-voltage since boot"]
     assert watch.new_flags(old, ["throttled", *old]) == ["throttled"]
     assert watch.new_flags([], old) == old

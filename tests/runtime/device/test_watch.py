@@ -1,4 +1,4 @@
-"""Counters, read from file systems laid out like the devices'; their texts follow the kernel's documents."""
+"""Counters, read from file systems like those of real devices; the texts follow the kernel's documentation."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ def write(root, files):
         path.write_text(text)
 
 
-def test_clocks_and_temperatures_in_the_order_of_the_cores(tmp_path):
+def test_clocks_and_temperatures_are_in_core_order(tmp_path):
     clocks = {f"sys/devices/system/cpu/cpu{i}/cpufreq/scaling_cur_freq": f"{600_000 + i}\n" for i in (0, 2, 10)}
     write(str(tmp_path), {**clocks, "sys/class/thermal/thermal_zone0/temp": "48312\n"})
     sample = watch.snapshot(str(tmp_path))
@@ -33,11 +33,11 @@ def test_clocks_and_temperatures_in_the_order_of_the_cores(tmp_path):
         ("VCHI initialization failed\n", None),
     ],
 )
-def test_the_pis_firmware_flags(text, flags):
+def test_the_raspberry_pis_throttling_flags(text, flags):
     assert watch.parse_throttled(text) == flags
 
 
-def test_a_tool_is_asked_only_where_it_is(shims):
+def test_a_tool_is_run_only_if_it_is_installed(shims):
     assert watch.throttle_flags() is None and sysfs.ask(["no-such-tool"]) is None
     (shims / "vcgencmd").write_text('#!/bin/sh\n[ "$1" = get_throttled ] && echo throttled=0x4\n')
     assert watch.throttle_flags() is None, "it cannot be executed"

@@ -1,4 +1,4 @@
-"""What LiteRT and ExecuTorch say of themselves, by stand-ins; export/formats/test_mobile.py runs the real ones."""
+"""What LiteRT and ExecuTorch report, with stand-ins; export/formats/test_mobile.py runs the real ones."""
 
 import sys
 import types
@@ -23,7 +23,7 @@ def fake(monkeypatch, name, **contents):
 
 @pytest.fixture
 def litert(monkeypatch):
-    """litert(operators after the delegates were applied) -> an interpreter that has these."""
+    """litert(operators after the delegates were applied) -> an interpreter with these."""
 
     def install(*operators):
         class Interpreter:
@@ -54,7 +54,7 @@ def litert(monkeypatch):
     ("operators", "provider", "parts"),
     [(("CONV_2D", "DELEGATE", "DELEGATE"), "xnnpack", 2), (("CONV_2D",), "cpu", 0), ((), "cpu", None)],
 )
-def test_litert_says_whether_xnnpack_runs_it(litert, operators, provider, parts):
+def test_litert_reports_whether_xnnpack_is_used(litert, operators, provider, parts):
     litert(*operators)
     facts = on_litert.open_model("folder", MANIFEST, {"threads": 3}).facts()
     assert (facts["provider"], facts["delegated_parts"], facts["threads"]) == (provider, parts, 3)
@@ -65,7 +65,7 @@ def test_litert_says_whether_xnnpack_runs_it(litert, operators, provider, parts)
 
 @pytest.fixture
 def executorch(monkeypatch, tmp_path):
-    """executorch(bytes of the program) -> its folder, with a runtime that opens anything."""
+    """executorch(bytes of the program) -> its folder, with a runtime that opens every file."""
     program = types.SimpleNamespace(load_method=lambda name: name)
     runtime = types.SimpleNamespace(get=lambda: types.SimpleNamespace(load_program=lambda path: program))
     library = types.SimpleNamespace(
@@ -84,7 +84,7 @@ def executorch(monkeypatch, tmp_path):
     return install
 
 
-def test_executorch_says_whether_xnnpack_runs_it(executorch):
+def test_executorch_reports_whether_xnnpack_is_used(executorch):
     assert (
         on_executorch.open_model(executorch(b"..XnnpackBackend.."), MANIFEST, {"threads": 2}).facts()["provider"]
         == "xnnpack"
@@ -97,7 +97,7 @@ def test_executorch_says_whether_xnnpack_runs_it(executorch):
 
 
 @pytest.mark.parametrize("engine", [on_litert, on_executorch])
-def test_what_they_cannot_do_is_refused(engine, tmp_path):
+def test_unsupported_settings_are_refused(engine, tmp_path):
     for settings, line in (({"provider": "gpu"}, "'gpu' was asked for"), ({"precision_hint": "f16"}, "f16 was asked")):
         with pytest.raises(RuntimeError, match=line):
             engine.open_model(str(tmp_path), MANIFEST, {"threads": 1, **settings})

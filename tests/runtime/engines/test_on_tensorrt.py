@@ -1,4 +1,4 @@
-"""The engine cache with a real builder, and the execution path on stand-ins for the GPU that this machine may lack.
+"""The engine cache with a real builder, and execution with stand-ins for a GPU that this machine may not have.
 
 The stand-in keeps device memory in numpy and "computes" the sum of each image: it shows that shapes, types, addresses
 and batches are right, and nothing about a real GPU's numbers.
@@ -60,7 +60,7 @@ def load(trt: Any, bundle: Path, cache: Path, *, gpu: dict[str, Any] = GPU, **ch
     return on_tensorrt.load_engine(trt, bundle, recipe, gpu, cache)
 
 
-def test_a_real_engine_is_built_once_and_kept(bundle: Path, tmp_path: Path) -> None:
+def test_a_real_engine_is_built_once_and_cached(bundle: Path, tmp_path: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
     cache = tmp_path / "cache"
     plan, source = load(trt, bundle, cache)
@@ -70,7 +70,7 @@ def test_a_real_engine_is_built_once_and_kept(bundle: Path, tmp_path: Path) -> N
     assert cache.stat().st_mode & 0o077 == 0  # an engine is code: nobody else writes one here
 
 
-def test_anything_else_builds_again(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_change_builds_a_new_engine(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trt = types.SimpleNamespace(__name__="tensorrt", __version__="10.3.0")
     built: list[str] = []
     monkeypatch.setattr(on_tensorrt, "build_engine", lambda *_: built.append("x") or f"engine {len(built)}".encode())
@@ -121,7 +121,7 @@ def test_an_engine_built_ahead_of_time_serves_its_capabilities_only(
     assert load(trt, bundle, cache, engines=[{**ready, "version": "1.6.0"}])[1] == "built"
 
 
-def test_another_onnx_file_than_the_recipes_is_refused(bundle: Path, tmp_path: Path) -> None:
+def test_an_onnx_file_that_does_not_match_the_recipe_is_refused(bundle: Path, tmp_path: Path) -> None:
     (bundle / "model.onnx").write_bytes(b"another")
     with pytest.raises(RuntimeError, match="not the file that the recipe was written for"):
         load(types.SimpleNamespace(__name__="tensorrt", __version__="10"), bundle, tmp_path)
@@ -136,7 +136,7 @@ def test_a_full_or_read_only_cache_does_not_stop_the_model(
     assert load(trt, bundle, tmp_path / "cache") == (b"engine", "built")
 
 
-def test_a_machine_without_a_gpu_or_with_another_provider_says_so(bundle: Path) -> None:
+def test_a_missing_gpu_or_wrong_provider_is_an_error(bundle: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
     with pytest.raises(RuntimeError, match="runs on cuda and 'cpu' was asked for"):
         on_tensorrt.open_model(str(bundle), MANIFEST, {"provider": "cpu"})
@@ -149,7 +149,7 @@ def test_a_machine_without_a_gpu_or_with_another_provider_says_so(bundle: Path) 
 
 
 class FakeCuda:
-    """Device memory that is host memory, by address."""
+    """Host memory that stands in for device memory, by address."""
 
     stream = 77
 
@@ -172,7 +172,7 @@ class FakeCuda:
 
 
 class FakeEngine:
-    """An engine for up to 4 images of (3, 4, 4) that answers (sum, batch) in float16, and its context."""
+    """An engine for up to 4 images of (3, 4, 4) that returns (sum, batch) in float16, and its context."""
 
     num_io_tensors = 2
 
