@@ -6,15 +6,12 @@ import csv
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from robx.errors import InputError
+from robx.images.protocol import ImageSource
 from robx.store.files import fingerprint
-
-if TYPE_CHECKING:
-    from robx.images.sources import ImageSource
 
 _MAX_BYTES = 256 * 1024**2
 # The names of a header's columns; without a header the first two columns are the path and the label.

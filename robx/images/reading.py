@@ -13,7 +13,7 @@ import numpy as np
 
 from robx.errors import CorruptImage
 from robx.images.decode import preprocess
-from robx.images.sources import ImageSource
+from robx.images.protocol import ImageSource
 
 if TYPE_CHECKING:
     from robx.records import Preprocessing

@@ -10,7 +10,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -19,6 +18,7 @@ from robx.errors import InputError, NoSplit
 from robx.images.arrays import open_cifar, open_idx
 from robx.images.decode import IMAGE_SUFFIXES, decode, read_image_file
 from robx.images.labels import FileLabelSource
+from robx.images.protocol import ImageSource as ImageSource
 from robx.images.shards import ShardSource, by_suffix
 from robx.images.splits import Split, choose_folder, choose_shards, split_folders
 from robx.records import DataInfo
@@ -33,36 +33,6 @@ _NOT_IMAGES = frozenset(
     {".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".rst", ".html", ".log", ".ini", ".db"}
     | {".py", ".sh", ".tar", ".zip", ".gz", ".tgz", ".lock", ".cls", ".pdf", ".bib", ".cfg", ".toml", ".sha256", ".md5"}
 )
-
-
-class ImageSource(Protocol):
-    """Indexed images with optional labels."""
-
-    name: str
-    classes: tuple[str, ...] | None
-    fingerprint: str  # 16 hex digits; the same images in the same order have the same
-    licence: str  # as licence.txt beside the images says, else "unknown"
-    note: str  # one line for the user about what was left out or chosen; empty when there is nothing to say
-
-    @property
-    def stamp(self) -> str:
-        """Changes when a file is rewritten, whatever it contains; empty where the fingerprint covers all contents."""
-
-    def __len__(self) -> int:
-        """The number of samples, including unreadable ones."""
-
-    def key(self, index: int) -> str:
-        """The sample's readable, unique name."""
-
-    def label(self, index: int) -> int | None:
-        """The index into `classes`, or None for an unlabelled sample."""
-
-    def read(self, index: int) -> Image.Image:
-        """The decoded RGB image.
-
-        Raises:
-            CorruptImage: it cannot be decoded.
-        """
 
 
 def open_source(
