@@ -1,8 +1,8 @@
-"""Labelled scenes that robx renders itself: shaded solids on a plane, in the manner of CLEVR.
+"""Labelled scenes that robx renders itself: shaded solids on a plane, in the style of CLEVR.
 
-They need no download and no licence. Tests use them, and the demo when nothing better can be had. A scene is a function
-of its seed and index alone. The labels are those of the Clevr/Count and Clevr/Dist tasks (Zhai et al., VTAB, arXiv
-1910.04867): how many objects there are, and how near the nearest is.
+They need no download and no licence. The tests use them, and the demo when no other images are available. A scene
+depends only on its seed and index. The labels are those of the Clevr/Count and Clevr/Dist tasks (Zhai et al., VTAB,
+arXiv 1910.04867): the number of objects, and the distance of the nearest one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _OVERSAMPLING = 3
 
 @dataclass(frozen=True)
 class Solid:
-    """One object: where it stands, in picture units of [0, 1], and how far from the camera."""
+    """One object: its position in the picture, in [0, 1], and its distance from the camera."""
 
     shape: str
     colour: str
@@ -50,31 +50,31 @@ class Solid:
 
 @dataclass(frozen=True)
 class Scene:
-    """The objects of one picture, far ones first."""
+    """The objects of one picture, the farthest first."""
 
     solids: tuple[Solid, ...]
 
     @property
     def count_label(self) -> int:
-        """Clevr/Count: the number of objects less 3, 0 to 7."""
+        """Clevr/Count: the number of objects minus 3, from 0 to 7."""
         return len(self.solids) - MIN_OBJECTS
 
     @property
     def distance_label(self) -> int:
-        """Clevr/Dist: the bin of the nearest object's distance, 0 to 5."""
+        """Clevr/Dist: the bin of the nearest object's distance, from 0 to 5."""
         nearest = min(solid.distance for solid in self.solids)
         return int(np.searchsorted(DISTANCE_EDGES, nearest, side="left"))
 
 
 def make_scene(seed: int, index: int) -> Scene:
-    """The `index`-th scene of `seed`; no other state goes in."""
+    """Scene number `index` of `seed`, which depends on nothing else."""
     rng = np.random.default_rng((seed, index))
     wanted = int(rng.integers(MIN_OBJECTS, MAX_OBJECTS + 1))
     nearest = float(rng.uniform(7.6, 10.6))
     solids: list[Solid] = []
     while len(solids) < wanted:
         distance = nearest if not solids else float(rng.uniform(nearest, 13.0))
-        # The plane's horizon is at .3 of the height; what is near is low in the picture, and large.
+        # The plane's horizon is at 0.3 of the height; near objects are low in the picture, and large.
         y = 0.3 + 0.6 * (13.5 - distance) / 6.0
         radius = 0.75 / distance
         for _ in range(20):
@@ -87,7 +87,7 @@ def make_scene(seed: int, index: int) -> Scene:
 
 
 def render(scene: Scene, *, size: int) -> Image.Image:
-    """The scene as RGB, (size, size)."""
+    """The scene as an RGB image of `size` x `size` pixels."""
     side = size * _OVERSAMPLING
     shade = np.linspace(200, 130, side, dtype=np.float32)[:, None, None] * np.ones((1, side, 3), np.float32)
     image = Image.fromarray(shade.astype(np.uint8))
@@ -113,7 +113,7 @@ def write_scenes(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> None:
-    """Write ``train-00000.tar`` and ``test-00000.tar`` with the count labels, and classes.json, whole or not at all."""
+    """Write ``train-00000.tar`` and ``test-00000.tar`` with count labels, and classes.json, atomically."""
     with new_folder(folder, ours=("train-00000.tar", "test-00000.tar", "classes.json")) as temporary:
         write_json(temporary / "classes.json", [f"{n} objects" for n in range(MIN_OBJECTS, MAX_OBJECTS + 1)])
 

@@ -135,7 +135,7 @@ class FolderSource:
         self._paths = sorted(_image_files(root, skipped))
         if not self._paths:
             there = f", but {by_suffix(skipped)}" if skipped else ""
-            raise InputError(f"{root} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}){there}: give another folder")
+            raise InputError(f"{root} has no images (.jpg, .png, .webp, .tif, .avif, ...){there}: give another folder")
         tops = [path.split("/", 1)[0] if "/" in path else None for path in self._paths]
         names = tuple(sorted({top for top in tops if top is not None})) if classes else ()
         strays = [path for path, top in zip(self._paths, tops, strict=True) if top is None]

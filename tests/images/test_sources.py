@@ -261,6 +261,21 @@ def test_the_licence_beside_the_images_goes_into_their_record(tmp_path: Path, te
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["shards", "folder"])
+def test_a_licence_that_is_a_link_is_refused(tmp_path: Path, kind: str) -> None:
+    """Its first line goes into every record that is made from the images."""
+    (tmp_path / "secret").write_text("root:x:0:0\n")
+    data = tmp_path / "data"
+    data.mkdir()
+    if kind == "shards":
+        write_shard(data / "a.tar", [("x.png", _png(1), None)])
+    else:
+        (data / "x.png").write_bytes(_png(1))
+    (data / "licence.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match=r"licence\.txt is a link: replace it with the file itself"):
+        open_source(data)
+
+
 def test_a_member_that_would_fill_the_memory_is_not_read(tmp_path: Path) -> None:
     info = tarfile.TarInfo("x.png")
     info.size = 4 * 1024**3

@@ -1,0 +1,37 @@
+"""What every source of images offers."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from PIL import Image
+
+
+class ImageSource(Protocol):
+    """Indexed images with optional labels."""
+
+    name: str
+    classes: tuple[str, ...] | None
+    fingerprint: str  # 16 hex digits; the same images in the same order have the same
+    licence: str  # as licence.txt beside the images says, else "unknown"
+    note: str  # one line for the user about what was left out or chosen; empty when there is nothing to say
+
+    @property
+    def stamp(self) -> str:
+        """Changes when a file is rewritten, whatever it contains; empty where the fingerprint covers all contents."""
+
+    def __len__(self) -> int:
+        """The number of samples, including unreadable ones."""
+
+    def key(self, index: int) -> str:
+        """The sample's readable, unique name."""
+
+    def label(self, index: int) -> int | None:
+        """The index into `classes`, or None for an unlabelled sample."""
+
+    def read(self, index: int) -> Image.Image:
+        """The decoded RGB image.
+
+        Raises:
+            CorruptImage: it cannot be decoded.
+        """
