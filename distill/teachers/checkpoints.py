@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 from torch import Tensor
 
 from robx.distill.teachers.foreign_files import read_checkpoint, require_sound
+from robx.distill.teachers.huggingface import from_transformers, is_transformers
 from robx.errors import ArtifactError, InputError
 
 Channels = tuple[float, float, float]  # red, green, blue
@@ -24,7 +25,10 @@ Layout = Literal["dino", "ibot", "msn", "swav", "backbone"]
 NAMES = {"dino": "DINO", "ibot": "iBOT", "msn": "MSN", "swav": "SwAV", "backbone": "backbone-only"}
 # Options of iBOT's head, and the values with which it is the one that frozen_heads.py rebuilds.
 _HEAD_OPTIONS = {"act_in_head": (None, "gelu"), "norm_in_head": (None, "bn", "syncbn", "psyncbn")}
-_PREFIXES = ("module.", "_orig_mod.", "model.")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
+_LIGHTNING = "pytorch-lightning_version"
+# Usual attributes of a Lightning module that hold a network.
+_NETWORKS = ("teacher", "teacher_backbone", "model", "net", "network", "backbone", "encoder", "trunk", "student")
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def read_teacher(path: Path, layout: Layout, *, full: str = "") -> PublishedTeac
         InputError: the file does not exist.
         ArtifactError: damaged, of another method, or without the head that the method's loss needs.
     """
-    content = read_checkpoint(path)
+    content = _unwrapped(read_checkpoint(path))
     found = detect_layout(content)
     headless = f"{path} contains only the backbone, without the {NAMES[layout]} head and prototypes: {_get(full)}"
     if found is None:
@@ -105,7 +109,7 @@ def read_trunk(path: Path) -> dict[str, Tensor]:
     Raises:
         InputError, ArtifactError: as :func:`read_checkpoint`, or the file contains no tensors.
     """
-    content = read_checkpoint(path)
+    content = _unwrapped(read_checkpoint(path))
     match detect_layout(content):
         case "dino" | "ibot":
             trunk = _read_dino(content, where=str(path)).trunk
@@ -115,11 +119,36 @@ def read_trunk(path: Path) -> dict[str, Tensor]:
             trunk = _read_swav(content).trunk
         case "backbone":
             trunk = _flat(content) or {}
+            if is_transformers(trunk):
+                trunk = from_transformers(trunk, where=str(path))
+            elif _LIGHTNING in content:
+                _require_one_network(trunk, where=str(path))
         case _:
             top = _describe(content)
             raise ArtifactError(f"{path} contains no weights (its top level is {top}): give a state dict")
     require_sound(trunk, where=str(path))
     return trunk
+
+
+def _unwrapped(content: Any) -> Any:
+    """A Lightning checkpoint whose one state dict has a teacher beside the student, in DINO's layout."""
+    if not isinstance(content, Mapping) or not _is_state(content.get("state_dict")):
+        return content
+    state = _strip(content["state_dict"])
+    teacher = {key.removeprefix("teacher."): value for key, value in state.items() if key.startswith("teacher.")}
+    if not any(key.startswith("backbone.") for key in teacher):
+        return content
+    return {key: value for key, value in content.items() if key != "state_dict"} | {"teacher": teacher}
+
+
+def _require_one_network(trunk: Mapping[str, Tensor], *, where: str) -> None:
+    """Refuse a Lightning module's state dict with several networks, as nothing says which one is the teacher."""
+    names = sorted({key.partition(".")[0] for key in trunk})
+    if networks := [name for name in names if name in _NETWORKS]:
+        raise ArtifactError(
+            f"{where} is a Lightning checkpoint with {', '.join(names[:6])}: save the state dict of "
+            f"{networks[0]} alone and give that file"
+        )
 
 
 def _read_dino(content: Mapping[str, Any], *, where: str) -> PublishedTeacher:
@@ -195,7 +224,7 @@ def _is_state(value: Any) -> bool:
 def _strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict without the prefixes of wrappers, such as DistributedDataParallel's ``module.``."""
     out = dict(state)
-    for prefix in (*_PREFIXES, "backbone."):
+    for prefix in (*_PREFIXES, "backbone.", "encoder."):
         while out and all(key.startswith(prefix) for key in out):
             out = {key.removeprefix(prefix): value for key, value in out.items()}
     return out

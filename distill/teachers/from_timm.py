@@ -144,14 +144,17 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def _for_model(state: Mapping[str, Tensor], model: nn.Module, *, classifier: bool) -> dict[str, Tensor]:
     """The tensors under `model`'s names, renamed by timm's own filter where it has one."""
-    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    timms = next(
+        cls for cls in type(model).__mro__ if cls.__module__.startswith("timm.")
+    )  # not what follow_release put
+    filter_fn = getattr(sys.modules[timms.__module__], "checkpoint_filter_fn", None)
     tensors: dict[str, Tensor] = dict(state)
     if filter_fn is not None:
         try:
             tensors = filter_fn(tensors, model)
         except Exception as error:
             raise ArtifactError(
-                f"the weights are not those of a {type(model).__name__} ({first_line(error)}): check --teacher-weights"
+                f"the weights are not those of a {timms.__name__} ({first_line(error)}): check --teacher-weights"
             ) from error
     if classifier:
         return tensors
