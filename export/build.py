@@ -6,13 +6,17 @@ candidate of the requested precision passes, the best float model ships instead,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from robx.errors import InputError
 from robx.export.bundle_folder import require_bundle_place, ship
+from robx.export.cache import Cache
 from robx.export.formats.network import export_model, tensor_specs, trunk_at_size
 from robx.export.gate import gate
 from robx.export.gate.decide import Decision, decide
@@ -51,6 +55,8 @@ class ExportSettings:
     target: ExportTarget
     data: Path | None = None  # images; calibration from train/, judging from test/. Needed for fp16 and int8
     test: Path | None = None  # judging images, where `data` has training images only
+    labels: Path | None = None  # CSV file with a path and a label in each line, for images without class folders
+    image_member: str | None = None  # image of a tar sample that has several, such as "rgb.jpg"
     out: Path | None = None  # the bundle's folder; default: see `folder`
     head: Path | None = None  # linear head to append (safetensors)
     limits: gate.Limits = field(default_factory=gate.Limits)
@@ -64,6 +70,9 @@ class ExportSettings:
     def __post_init__(self) -> None:
         if self.test is not None and self.data is None:
             raise InputError("--test gives judging images, and calibration needs others: give --data too")
+        for name, given in (("labels", self.labels), ("image-member", self.image_member)):
+            if given is not None and self.data is None:
+                raise InputError(f"--{name} is about images, and there are none: give --data too")
         if self.target.precision != "fp32" and self.data is None:
             raise InputError(f"an {self.target.precision} export is judged on real images: give --data")
         if self.sensitivity and self.data is None:
@@ -76,13 +85,18 @@ class ExportSettings:
 
 
 def export(
-    settings: ExportSettings, *, progress: Progress = silent, on_candidate: Callable[[Rung], None] | None = None
+    settings: ExportSettings,
+    *,
+    progress: Progress = silent,
+    say: Callable[[str], None] = lambda _: None,
+    on_candidate: Callable[[Rung], None] | None = None,
 ) -> Bundle:
     """Export a student and write the bundle's folder, as a whole or not at all.
 
     Args:
         settings: what to export, to what, and how it is judged.
         progress: called with (done, total, note).
+        say: called with a line about whatever was left out, computed again or done otherwise than asked.
         on_candidate: called with every candidate as soon as it is judged.
 
     Returns:
@@ -92,14 +106,13 @@ def export(
     Raises:
         RobxError: nothing is written then.
     """
-    if settings.out is not None:
-        require_bundle_place(settings.out)
     _refuse_bundle(settings.run)
+    _require_places(settings)
     student, trunk = load_trunk(settings.run)
     target, trained = settings.target, student.preprocessing
     student = dataclasses.replace(student, preprocessing=at_size(trained, target.size))
     trunk = trunk_at_size(trunk, student)
-    splits = _read_images(settings, student.preprocessing, progress)
+    splits = _read_images(settings, student.preprocessing, progress, say)
     head = load_head(settings.head) if settings.head else None
     labels = head.labels if head else None
     model = export_model(trunk, student, head=head, uint8_input=target.uint8_input)
@@ -114,10 +127,13 @@ def export(
     request = ExportRequest(
         target=target, student=student, inputs=inputs, outputs=outputs, labels=labels, rewrites=rewrites
     )
-    cache = settings.run / CACHE
+    for line in rewrites:
+        say(line)
     progress(0, 1, "exporting to ONNX")
-    with scratch_folder(cache, "work") as scratch:
-        builder = CandidateBuilder(request, networks, splits=splits, scratch=scratch, cache=cache, progress=progress)
+    with _cache_folder(settings, say) as cache, scratch_folder(cache, "work") as scratch:
+        builder = CandidateBuilder(
+            request, networks, splits=splits, scratch=scratch, cache=Cache(cache, say), progress=progress
+        )
         with Timer(builder, settings.limits) as timer:
             decision = Decision(
                 judge=Judge(builder, settings.limits),
@@ -133,11 +149,35 @@ def export(
         return ship(bundle, folder, settings.folder(bundle), layer_costs=builder.measured_costs)
 
 
-def _read_images(settings: ExportSettings, preprocessing: Preprocessing, progress: Progress) -> Splits | None:
+def _require_places(settings: ExportSettings) -> None:
+    """Raise InputError, before minutes of work, where the bundle cannot be written."""
+    if settings.out is not None:
+        require_bundle_place(settings.out)
+    elif settings.run.is_dir() and not os.access(settings.run, os.W_OK | os.X_OK):
+        raise InputError(f"{settings.run} is read-only: give --out with a folder for the bundle")
+
+
+@contextlib.contextmanager
+def _cache_folder(settings: ExportSettings, say: Callable[[str], None]) -> Iterator[Path]:
+    """Where computed files are kept: in the run or, if that is read-only, in a temporary folder."""
+    cache = settings.run / CACHE
+    if os.access(cache if cache.is_dir() else settings.run, os.W_OK | os.X_OK):
+        yield cache
+        return
+    say(f"{settings.run} is read-only: nothing is kept there for the next export")
+    with tempfile.TemporaryDirectory(prefix="robx-") as folder:
+        yield Path(folder)
+
+
+def _read_images(
+    settings: ExportSettings, preprocessing: Preprocessing, progress: Progress, say: Callable[[str], None]
+) -> Splits | None:
     """The images of an export; None without --data."""
     if settings.data is None:
         return None
-    source, held_out = open_data(settings.data, settings.test)
+    source, held_out = open_data(
+        settings.data, settings.test, labels=settings.labels, image_member=settings.image_member
+    )
     sizes = SplitSizes(
         calibration=settings.calibration_images,
         screening=SCREENING_IMAGES,
@@ -146,7 +186,7 @@ def _read_images(settings: ExportSettings, preprocessing: Preprocessing, progres
     )
     if settings.target.precision == "fp32" and not settings.sensitivity:  # parity takes 16 images, and nothing else
         sizes = SplitSizes(calibration=16, bank=16, screening=0, judging=64, least=16)
-    return read_splits(source, held_out, preprocessing, sizes=sizes, progress=progress)
+    return read_splits(source, held_out, preprocessing, sizes=sizes, progress=progress, say=say)
 
 
 def _refuse_bundle(run: Path) -> None:

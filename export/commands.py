@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 @click.option("--int8", is_flag=True, help="Search for an int8 model that is accurate and not slower.")
 @click.option("--data", type=click.Path(path_type=Path), help="Images: calibration from train/, judging from test/.")
 @click.option("--test", type=click.Path(path_type=Path), help="Judging images, where --data has training images only.")
+@click.option(
+    "--labels", type=click.Path(path_type=Path), help="CSV file of path,label, for images without class folders."
+)
+@click.option("--image-member", metavar="NAME", help="Image of a tar sample that has several, such as rgb.jpg.")
 @click.option("--out", type=click.Path(path_type=Path), help="Bundle folder. [default: RUN/<format>-<precision>]")
 @click.option("--head", type=click.Path(path_type=Path), help="Linear head to append; adds the output logits.")
 @click.option("--max-drop", default=1.0, show_default=True, help="Largest accuracy drop allowed, in points.")
@@ -102,6 +106,7 @@ def export(
         bundle = build.export(
             chosen,
             progress=progress,
+            say=say,
             on_candidate=lambda rung: say(f"{rung.name}: accuracy {rung.accuracy_said}, speed {rung.speed}"),
         )
     folder = chosen.folder(bundle)

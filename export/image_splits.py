@@ -1,39 +1,40 @@
-"""The images that quantisers see and those that judge them: real, deterministic, fingerprinted, disjoint.
+"""The calibration images and the judging images of an export: real, deterministic, fingerprinted, disjoint.
 
-Calibration, bank and screening images come from the training data, the judging images from its test split, or from the
-rest of the same data where it has none. All pass through the deployment's preprocessing. Two images with the same
-pixels count as one.
+Calibration, bank and screening images come from the training data, the judging images from its test split or, without
+one, from the rest of the same data. All pass through the student's preprocessing. Images with equal pixels count as
+one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from robx.errors import InputError, NoSplit
+from robx.errors import CorruptImage, InputError, NoSplit
 from robx.images.decode import resize_and_crop
 from robx.images.reading import read_batches
 from robx.images.sources import ImageSource, open_part, open_source
-from robx.progress import Progress
+from robx.progress import Progress, silent
 from robx.records import Calibration, Preprocessing
 from robx.store.files import sha256_bytes
 
-MIN_IMAGES = 300  # fewer leave the tails of the activations to chance
-JUDGING_IMAGES = 3000  # prove a drop below one point where some 5 % of the answers change
-SCREENING_IMAGES = 400  # at most, and at most a third of what the training data hold beside the calibration images
-MIN_JUDGING = 16  # to compare at all; the gate says INCONCLUSIVE long before
+MIN_IMAGES = 300  # with fewer, the extremes of the activations are left to chance
+JUDGING_IMAGES = 3000  # enough to prove a drop below one point where about 5 % of the predictions change
+SCREENING_IMAGES = 400  # at most, and at most a third of the training images besides the calibration images
+MIN_JUDGING = 16  # for any comparison; the gate needs more to reach a verdict
 _SEED = 20260
 _READ_BATCH = 32
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images after resize and crop, before the normalisation: a quarter of the memory of floats."""
+    """Images after resize and crop, before normalisation, which takes a quarter of the memory of floats."""
 
     pixels: np.ndarray  # uint8 (N, 3, H, W)
     labels: np.ndarray  # int64 (N,), -1 where there is none
@@ -66,16 +67,16 @@ class Images:
 
 @dataclass(frozen=True)
 class Splits:
-    """What one export reads: to fit, to choose by, and to judge; no image is in two of the three."""
+    """The images of one export: to fit, to choose and to judge with; no image serves two of these."""
 
     calibration: Images
-    bank: Images  # the first of them are the calibration images
-    screening: Images  # which of several candidates is held to `judging`; may be few or none
+    bank: Images  # includes the calibration images, first
+    screening: Images  # to choose the candidate that is judged; may be few or none
     judging: Images
     source: str  # fingerprint of the ImageSource of all but `judging`
 
     def record(self, screening: Images | None = None) -> Calibration:
-        """What goes into the manifest; `screening` are the images that a candidate was chosen by, if any was."""
+        """The record for the manifest; `screening` are the images that a candidate was chosen with, if any was."""
         return Calibration(
             images=len(self.calibration),
             fingerprint=self.calibration.fingerprint,
@@ -88,7 +89,7 @@ class Splits:
 
 
 def normalise(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """uint8 pixels (n, 3, H, W) as a model takes them, float32."""
+    """uint8 pixels (n, 3, H, W) normalised as in `preprocessing`, float32."""
     mean = np.asarray(preprocessing.mean, dtype=np.float32).reshape(1, 3, 1, 1)
     std = np.asarray(preprocessing.std, dtype=np.float32).reshape(1, 3, 1, 1)
     return (pixels.astype(np.float32) / np.float32(255) - mean) / std
@@ -101,11 +102,19 @@ def whole_batches(images: np.ndarray, batch: int) -> list[np.ndarray]:
     return [full[i : i + batch] for i in range(0, len(full), batch)]
 
 
-def open_data(data: Path, judge: Path | None = None) -> tuple[ImageSource, ImageSource | None]:
+def open_data(
+    data: Path, judge: Path | None = None, *, labels: Path | None = None, image_member: str | None = None
+) -> tuple[ImageSource, ImageSource | None]:
     """The training images and the held-out ones: `judge`, or the test split of `data`, or None without splits."""
+    how: dict[str, Any] = {"labels": labels, "image_member": image_member}
     if judge is not None:
-        return open_part(data, "train"), open_part(judge, "test")
-    return open_source(data), _test_split(data)
+        return open_part(data, "train", **how), open_part(judge, "test", **how)
+    try:
+        held_out = open_source(data, split="test", **how)
+        open_source(data, split="train", **how)
+    except NoSplit:
+        held_out = None
+    return open_source(data, **how), held_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,35 +134,39 @@ def read_splits(
     preprocessing: Preprocessing,
     *,
     sizes: SplitSizes | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Splits:
-    """Read the images of an export; without `held_out` the judging images are a part of `train` that nothing else sees.
+    """Read the images of an export; without `held_out` the judging images are a part of `train` kept for that alone.
+
+    `say` is called with a line about images that cannot be read and are left out.
 
     Raises:
         InputError: too few calibration or judging images, or images that are in both `train` and `held_out`.
     """
     sizes = sizes or SplitSizes()
+    read = _Reader(preprocessing, progress, say)
     wanted = max(sizes.calibration, sizes.bank) + sizes.screening
     order = _order(train)
     if held_out is None:
         spare = min(sizes.judging, max(0, len(order) - sizes.least), len(order) // 2)
         mine = _labelled_first(train, order[: len(order) - spare])
-        own = _read(train, mine, wanted, preprocessing, (), progress, "reading training images")
+        own = read(train, mine, wanted, note="reading training images")
         rest, held_out = order[len(order) - spare :], train
-        seen = set(own.digests)  # a duplicate within one data set is left out, not refused
+        seen = set(own.digests)  # duplicates within one data set are left out, not refused
     else:
         mine = _labelled_first(train, order)
-        own = _read(train, mine, wanted, preprocessing, (), progress, "reading training images")
+        own = read(train, mine, wanted, note="reading training images")
         rest, seen = _order(held_out), set()
     require_enough(min(len(own), sizes.calibration), least=sizes.least, where=train.name)
-    judging = _read(held_out, rest, sizes.judging, preprocessing, seen, progress, "reading held-out images")
+    judging = read(held_out, rest, sizes.judging, exclude=seen, note="reading held-out images")
     if len(judging) < MIN_JUDGING:
         raise InputError(
-            f"{held_out.name} leaves {len(judging)} images to judge with and {MIN_JUDGING} are needed: add images"
+            f"{held_out.name} has {len(judging)} images to judge with and at least {MIN_JUDGING} are needed: add images"
         )
     require_disjoint(own, judging, where=held_out.name)
     spared = min(sizes.screening, max(0, len(own) - sizes.calibration) // 3)
-    # Evenly from what follows the calibration images, so that labelled ones, which come first, go to both.
+    # Evenly spread over the rest, so that bank and screening both get labelled images, which come first.
     places = np.linspace(sizes.calibration, len(own) - 1, spared).astype(int) if spared else np.zeros(0, int)
     return Splits(
         calibration=own.part(np.arange(min(sizes.calibration, len(own)))),
@@ -174,8 +187,8 @@ def require_enough(count: int, *, least: int, where: str) -> None:
     """Refuse a calibration set that is too small."""
     if count < least:
         raise InputError(
-            f"{where} gives {count} different calibration images and at least {least} are needed: add images "
-            "(--calibration-images sets another number, for a demonstration)"
+            f"{where} has {count} different calibration images and at least {least} are needed: add images "
+            "(--calibration-images lowers the number, for a demonstration)"
         )
 
 
@@ -186,53 +199,54 @@ def require_disjoint(fitted: Images, judging: Images, *, where: str) -> None:
         raise InputError(f"{where} shares {shared} images with the calibration data: give other images to judge with")
 
 
-def _test_split(data: Path) -> ImageSource | None:
-    try:
-        test = open_source(data, split="test")
-        open_source(data, split="train")
-    except NoSplit:
-        return None
-    return test
-
-
 def _order(source: ImageSource) -> np.ndarray:
     """A fixed shuffle: any prefix of it is a fair sample of the classes."""
     return np.random.default_rng(_SEED).permutation(len(source))
 
 
-def _read(
-    source: ImageSource,
-    order: np.ndarray,
-    count: int,
-    preprocessing: Preprocessing,
-    exclude: Collection[bytes],
-    progress: Progress | None,
-    note: str,
-) -> Images:
-    """The first `count` readable images of `order` that differ from each other and from `exclude`."""
+@dataclass(frozen=True)
+class _Reader:
+    """Reads images of several sources with one preprocessing."""
 
-    def read(index: int) -> np.ndarray:
-        image = resize_and_crop(source.read(index), preprocessing)
+    preprocessing: Preprocessing
+    progress: Progress
+    say: Callable[[str], None]
+
+    def __call__(
+        self, source: ImageSource, order: np.ndarray, count: int, *, note: str, exclude: Collection[bytes] = ()
+    ) -> Images:
+        """The first `count` readable images of `order` that differ from each other and from `exclude`."""
+        digests = dict.fromkeys(exclude)
+        excluded, failures = len(digests), list[CorruptImage]()
+        pixels: list[np.ndarray] = []
+        labels: list[int] = []
+        batches = read_batches(
+            order.tolist(),
+            lambda index: self._pixels(source, index),
+            batch_size=_READ_BATCH,
+            on_skip=lambda _, error: failures.append(error),
+        )
+        with contextlib.closing(batches):
+            for index, array in ((i, a) for indices, arrays in batches for i, a in zip(indices, arrays, strict=True)):
+                digest = hashlib.sha256(array.tobytes()).digest()
+                if digest in digests:
+                    continue
+                digests[digest] = None
+                pixels.append(array)
+                label = source.label(index)
+                labels.append(-1 if label is None else label)
+                if len(pixels) % 50 == 0:
+                    self.progress(len(pixels), min(count, len(order)), note)
+                if len(pixels) == count:
+                    break
+        if failures:
+            self.say(
+                f"warning: {len(failures)} images of {source.name} cannot be read: left out (first: {failures[0]})"
+            )
+        stacked = np.stack(pixels) if pixels else np.zeros((0, 3, *self.preprocessing.shape), np.uint8)
+        return Images(stacked, np.array(labels, dtype=np.int64), tuple(digests)[excluded:], source.classes)
+
+    def _pixels(self, source: ImageSource, index: int) -> np.ndarray:
+        """uint8 (3, H, W)."""
+        image = resize_and_crop(source.read(index), self.preprocessing)
         return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
-
-    digests = dict.fromkeys(exclude)
-    pixels: list[np.ndarray] = []
-    labels: list[int] = []
-    excluded = len(digests)
-    batches = read_batches(order.tolist(), read, batch_size=_READ_BATCH)
-    with contextlib.closing(batches):
-        for index, array in ((i, a) for indices, arrays in batches for i, a in zip(indices, arrays, strict=True)):
-            digest = hashlib.sha256(array.tobytes()).digest()
-            if digest in digests:
-                continue
-            digests[digest] = None
-            pixels.append(array)
-            label = source.label(index)
-            labels.append(-1 if label is None else label)
-            if progress and len(pixels) % 50 == 0:
-                progress(len(pixels), min(count, len(order)), note)
-            if len(pixels) == count:
-                break
-    stacked = np.stack(pixels) if pixels else np.zeros((0, 3, *preprocessing.shape), np.uint8)
-    own = tuple(digests)[excluded:]
-    return Images(stacked, np.array(labels, dtype=np.int64), own, source.classes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import io
@@ -19,7 +18,8 @@ import torch
 from torch import nn
 
 from robx import __version__
-from robx.errors import ArtifactError, InputError
+from robx.errors import InputError
+from robx.export.cache import Cache
 from robx.export.formats import to_onnx
 from robx.export.formats.builder import Source, build_model, draft_manifest
 from robx.export.formats.half import to_half
@@ -35,7 +35,7 @@ from robx.formats import FORMATS
 from robx.progress import Progress, silent
 from robx.records import save_bundle, to_json
 from robx.store.files import sha256_bytes, write_bytes
-from robx.store.onnx_safety import load_checked
+from robx.store.onnx_safety import check_model, load_checked, walk_graphs
 from robx.trunk import embed
 
 _BATCH = 32
@@ -53,26 +53,14 @@ class Networks:
     head_sha256: str | None = None
 
 
-def cached_onnx(networks: Networks, request: ExportRequest, cache: Path) -> Path:
-    """The float32 ONNX of a student in `cache`, exported once for each combination of settings that changes it."""
+def _float_key(networks: Networks, request: ExportRequest) -> str:
+    """Twenty-four hex digits that change with every setting that changes the float32 ONNX."""
     target = request.target
     key: list[Any] = [_REVISION]
     key += [request.student.sha256, target.batch, target.opset, target.uint8_input, networks.head_sha256, __version__]
     key += [version(name) for name in ("torch", "onnxscript", "onnx")]
     key += [to_json(request.student.preprocessing), request.rewrites]
-    path = cache / f"{sha256_bytes(repr(key).encode())[:24]}.onnx"
-    if not _is_sound(path):
-        to_onnx.export_onnx(networks.model, path, student=request.student, batch=target.batch, opset=target.opset)
-    return path
-
-
-def _is_sound(path: Path) -> bool:
-    """Whether a cached model is there and can be read: a damaged one is exported again."""
-    try:
-        load_checked(path)
-    except (ArtifactError, InputError):
-        return False
-    return True
+    return sha256_bytes(repr(key).encode())[:24]
 
 
 class CandidateBuilder:
@@ -85,13 +73,13 @@ class CandidateBuilder:
         *,
         splits: Splits | None,
         scratch: Path,
-        cache: Path,
+        cache: Cache,
         progress: Progress = silent,
     ) -> None:
         self.request, self.networks = request, networks
         self.splits, self.progress = splits, progress
         self.scratch, self.cache = scratch, cache
-        self.float_onnx = cached_onnx(networks, request, cache)
+        self.float_key = _float_key(networks, request)
         self.folders: dict[str, Path] = {}  # candidate name -> the folder of its bundle
         self.sources: dict[str, Path] = {}  # candidate name -> the ONNX that its builder started from
         self.measured_costs: dict[str, float] | None = None  # of `layer_costs`, where they were needed
@@ -111,8 +99,25 @@ class CandidateBuilder:
 
     @cached_property
     def proto(self) -> onnx.ModelProto:
-        """The float32 ONNX model."""
-        return load_checked(self.float_onnx)
+        """The float32 ONNX model, from the cache where it is there and sound."""
+        name, request = f"{self.float_key}.onnx", self.request
+        stored = self.cache.read(name)
+        if stored is not None:
+            model: onnx.ModelProto = onnx.load_model_from_string(stored)
+            # robx writes no control flow, which could run for ever: such a file is another's.
+            if sum(1 for _ in walk_graphs(model)) == 1:
+                check_model(model, where=str(self.cache.folder / name))
+                return model
+        path = self.scratch / "float.onnx"
+        model = to_onnx.export_onnx(
+            self.networks.model,
+            path,
+            student=request.student,
+            batch=request.target.batch,
+            opset=request.target.opset,
+        )
+        self.cache.write(name, path.read_bytes())
+        return model
 
     @cached_property
     def facts(self) -> GraphFacts:
@@ -149,20 +154,17 @@ class CandidateBuilder:
         Computed by the float32 ONNX model, several times as fast as PyTorch and compared with it on the first images.
         """
         student = self.request.student
-        key = sha256_bytes(f"{student.sha256} {images.fingerprint} {self.float_onnx.stem}".encode())[:24]
-        path = self.cache / f"{key}.npy"
-        if path.is_file():
-            with contextlib.suppress(ValueError, OSError, EOFError):
-                stored: np.ndarray = np.load(path, allow_pickle=False)
-                if stored.shape == (len(images), student.width):
-                    return stored
+        name = f"{sha256_bytes(f'{images.fingerprint} {self.float_key}'.encode())[:24]}.npy"
+        if (stored := self.cache.read(name)) is not None:
+            found: np.ndarray = np.load(io.BytesIO(stored), allow_pickle=False)
+            return found
         self.progress(0, 1, note)
         features = self.simulate(self.proto, images, literal=False)
         first = images.normalised(student.preprocessing, slice(16))
         parity(self.reference(first), features[:16], precision="fp32", what="the float32 ONNX model")
         buffer = io.BytesIO()
         np.save(buffer, features)
-        write_bytes(path, buffer.getvalue())
+        self.cache.write(name, buffer.getvalue())
         return features
 
     def reference(self, images: np.ndarray) -> np.ndarray:

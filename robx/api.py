@@ -150,6 +150,8 @@ def export(
     fp16: bool = False,
     data: StrPath | None = None,
     test: StrPath | None = None,
+    labels: StrPath | None = None,
+    image_member: str | None = None,
     out: StrPath | None = None,
     head: StrPath | None = None,
     max_drop: float = 1.0,
@@ -176,6 +178,8 @@ def export(
         fp16: half-precision weights; inputs and outputs stay float32.
         data: images; calibration from their training split, judging from their test split. Needed for int8 and fp16.
         test: judging images, if `data` holds training images only.
+        labels: a CSV file with a path and a label in each line, for images without class folders.
+        image_member: which image of a tar sample to read when it has several, such as "rgb.jpg".
         out: the bundle's folder; None is STUDENT/FORMAT-PRECISION, with `size` STUDENT/FORMAT-PRECISION-SIZE.
         head: a linear classifier to append, as `evaluate(save_head=...)` writes it; adds the output logits.
         max_drop: the largest accuracy drop allowed, in percentage points.
@@ -221,6 +225,8 @@ def export(
         ),
         data=_path(data),
         test=_path(test),
+        labels=_path(labels),
+        image_member=image_member,
         out=_path(out),
         head=_path(head),
         limits=Limits(max_drop=max_drop, min_speedup=min_speedup),
@@ -232,7 +238,7 @@ def export(
         judging_images=judging_images,
     )
     with reporting(progress) as (shown, say):
-        bundle = export(settings, progress=shown)
+        bundle = export(settings, progress=shown, say=say)
         folder = settings.folder(bundle)
         if (error := gate_error(bundle, folder)) is not None:
             say(str(error))

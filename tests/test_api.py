@@ -94,7 +94,7 @@ BENCH: dict[str, Any] = {
     "processes": 4, "affinity": [0, 1], "batch": 5, "data": "images", "python": "python3.9", "emulated": True,
     "seed": 6, "retries": 1, "image_member": "rgb.jpg",
 }  # fmt: skip
-PATHS = {"data", "test", "labels", "lowshot_splits", "reference", "save_head", "cache", "out", "head"}
+PATHS = {"data", "test", "lowshot_splits", "reference", "save_head", "cache", "out", "head", "labels"}
 
 
 def _as_settings(given: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +169,8 @@ def test_distill_takes_every_setting_of_the_command(run: Path, monkeypatch: pyte
 
 
 EXPORT: dict[str, Any] = {
-    "data": "images", "test": "held-out", "out": "bundle", "head": "h", "max_drop": 2.0, "min_speedup": 1.5,
+    "data": "images", "test": "held-out", "labels": "l.csv", "image_member": "rgb.jpg", "out": "bundle", "head": "h",
+    "max_drop": 2.0, "min_speedup": 1.5,
     "opset": 19, "batch": 4, "target": "arm64", "uint8_input": True, "size": (96, 64), "candidates": 3, "budget": 60.0,
     "calibration_images": 30, "judging_images": 100, "sensitivity": True, "force": True,
 }  # fmt: skip
@@ -178,7 +179,7 @@ EXPORT: dict[str, Any] = {
 def test_export_takes_every_setting_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[ExportSettings] = []
 
-    def export(settings: ExportSettings, progress: object) -> Any:
+    def export(settings: ExportSettings, progress: object, say: object) -> Any:
         seen.append(settings)
         return SimpleNamespace(format="onnx", precision="int8", requested="int8")
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ from safetensors.numpy import save_file
 from robx.cli import main
 from robx.errors import ArtifactError, DeviceError, GateFailed, InputError
 from robx.export.build import CACHE, ExportSettings, export
+from robx.export.cache import Cache
 from robx.export.formats import to_onnx
 from robx.export.gate.gate import Limits, gate_error
+from robx.export.image_splits import SplitSizes, open_data, read_splits
 from robx.export.inspect_bundle import inspect_bundle
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.tensorrt_qdq import check_trt_qdq
@@ -29,7 +33,7 @@ from robx.export.parity import parity
 from robx.export.request import ExportTarget
 from robx.images.decode import renormalise
 from robx.linear_head import load_head
-from robx.records import Bundle, Rung, Value, load_bundle, load_student
+from robx.records import Bundle, Preprocessing, Rung, Value, load_bundle, load_student
 from robx.runtime.bench.interleave import interleave
 from robx.runtime.session import open_session
 from robx.trunk import embed, load_trunk
@@ -234,14 +238,106 @@ def test_another_cpu_is_judged_by_what_its_graph_computes_and_not_timed_here(
     assert "computed literally" in kept.reason and "robx bench" in kept.reason
 
 
-def test_a_damaged_cache_is_made_again(cnn_run: Path, tmp_path: Path) -> None:
+def _flip(path: Path) -> None:
+    """Damage a file where it stays readable: one bit, in the middle of the weights."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [_flip, lambda path: path.write_bytes(path.read_bytes()[:1000])])
+@pytest.mark.parametrize("kind", ["onnx", "npy"])
+def test_a_damaged_cache_is_named_and_made_again(
+    kind: str, damage: Callable[[Path], object], cnn_run: Path, scenes: Path, tmp_path: Path
+) -> None:
+    """One flipped bit of a weight passes parity, and would ship."""
+    run, said = tmp_path / "run", list[str]()
+    shutil.copytree(cnn_run, run, ignore=shutil.ignore_patterns(CACHE))
+    settings = ExportSettings(
+        run=run, target=ExportTarget(format="onnx", precision="fp16"), data=scenes, out=tmp_path / "a", **LENIENT
+    )
+    export(settings, say=said.append)
+    assert not said
+    cached = sorted((run / CACHE).glob(f"*.{kind}"))
+    good = [path.read_bytes() for path in cached]
+    assert cached
+    for path in cached:
+        damage(path)
+    export(dataclasses.replace(settings, out=tmp_path / "b"), say=said.append)
+    assert sorted(said) == [f"{path} is damaged: it is ignored and computed again" for path in cached]
+    assert [path.read_bytes() for path in cached] == good
+    assert (tmp_path / "a" / "model.onnx").read_bytes() == (tmp_path / "b" / "model.onnx").read_bytes()
+
+
+def test_a_cached_model_with_control_flow_is_not_used(cnn_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(cnn_run, run, ignore=shutil.ignore_patterns(CACHE))
     _export(run, None, tmp_path / "a", format="onnx")
     (cached,) = (run / CACHE).glob("*.onnx")
-    cached.write_bytes(cached.read_bytes()[:1000])
+    model = onnx.load(cached)
+    body = onnx.parser.parse_graph("b (int64 i, bool c) => (bool d) { d = Identity(c) }")
+    model.graph.node.append(onnx.helper.make_node("Loop", ["", ""], [], body=body))
+    Cache(run / CACHE).write(cached.name, model.SerializeToString())
     _export(run, None, tmp_path / "b", format="onnx")
     assert (tmp_path / "a" / "model.onnx").read_bytes() == (tmp_path / "b" / "model.onnx").read_bytes()
+
+
+def test_a_read_only_student_is_exported_elsewhere(
+    cnn_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, said = tmp_path / "run", list[str]()
+    shutil.copytree(cnn_run, run, ignore=shutil.ignore_patterns(CACHE))
+    before = sorted(run.rglob("*"))
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode, **how: not str(path).startswith(str(run)) and real(path, mode))
+    settings = ExportSettings(run=run, target=ExportTarget(format="onnx"), out=tmp_path / "b")
+    assert export(settings, say=said.append).precision == "fp32"
+    assert said == [f"{run} is read-only: nothing is kept there for the next export"]
+    assert sorted(run.rglob("*")) == before and (tmp_path / "b" / "manifest.json").is_file()
+    with pytest.raises(InputError, match="run is read-only: give --out"):
+        export(dataclasses.replace(settings, out=None))
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o077, 0o700), (0o022, 0o755)])
+def test_a_bundles_permissions_follow_the_umask(mask: int, mode: int, cnn_run: Path, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        _export(cnn_run, None, tmp_path / "b", format="onnx")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "b").stat().st_mode & 0o777 == mode
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "b").iterdir()} == {mode & 0o666}
+
+
+def test_images_that_cannot_be_read_are_counted_in_one_line(cnn_run: Path, scenes: Path, tmp_path: Path) -> None:
+    data, said = tmp_path / "data", list[str]()
+    shutil.copytree(scenes, data)
+    for folder in sorted((data / "train").iterdir())[:2]:
+        (folder / "broken.jpg").write_bytes(b"not an image")
+    splits = read_splits(
+        *open_data(data), Preprocessing(size=64, crop=64), sizes=SplitSizes(calibration=32, least=32), say=said.append
+    )
+    assert len(splits.bank) > 32
+    (line,) = said
+    assert re.match(r"warning: 2 images of .* cannot be read: left out \(first: .*broken\.jpg", line)
+
+
+def test_flat_images_take_their_labels_from_a_file(cnn_run: Path, scenes: Path, tmp_path: Path) -> None:
+    lines, data = [], tmp_path / "data"
+    for split in ("train", "test"):
+        (data / split).mkdir(parents=True)
+        for number, path in enumerate(sorted(path for path in (scenes / split).rglob("*") if path.is_file())):
+            name = f"{split}{number}{path.suffix}"
+            shutil.copy(path, data / split / name)
+            lines.append(f"{name},{path.parent.name}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    given = LENIENT | {"labels": tmp_path / "labels.csv"}
+    bundle = _export(cnn_run, data, tmp_path / "b", given, format="onnx", precision="fp16")
+    assert "probe_drop" in bundle.rungs[0].values
+    bare = _export(cnn_run, data, tmp_path / "c", format="onnx", precision="fp16")
+    assert "probe_drop" not in bare.rungs[0].values
+    with pytest.raises(InputError, match="--labels is about images"):
+        _export(cnn_run, None, tmp_path / "d", {"labels": tmp_path / "labels.csv"}, format="onnx")
 
 
 def test_a_session_is_closed_when_its_judgement_fails(
