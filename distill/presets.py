@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-_DINO: dict[str, Any] = {"objective": "dino", "drop_path": 0.1}
+_DINO: dict[str, Any] = {"objective": "dino", "drop_path": 0.1, "warmup_lr": 1e-5}
 _IBOT: dict[str, Any] = {
     "objective": "ibot",
+    "warmup_lr": 1e-5,
     "local_crops": 10,
     "global_scale": (0.25, 1.0),
     "local_scale": (0.05, 0.25),
@@ -87,7 +88,7 @@ _CNN: dict[str, Any] = {
     "optimizer": "larc",
     "lr": 0.2,
     "final_lr": 1e-5,
-    "warmup_lr": 0.0,
+    "warmup_lr": 1e-5,
     "weight_decay": 1e-6,
     "weight_decay_end": 1e-6,
     "drop_path": 0.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -18,7 +19,8 @@ from robx.distill.recipes import Recipe, StudentKind, override, preset
 from robx.distill.targets.stored import read_info
 from robx.distill.teachers.choose import default_objective
 from robx.distill.training.run import Options
-from robx.errors import InputError
+from robx.errors import InputError, RobxError
+from robx.store.files import read_json
 from robx.trunk import build_trunk
 
 
@@ -106,9 +108,11 @@ def resolve_recipe(settings: DistillSettings) -> Recipe:
     recipe = student_preset(method or _default_objective(settings.teacher), student, base=settings.base)
     recipe = override(recipe, values | {"objective": recipe.objective}, where=str(file or "recipe"))
     given = {name: value for name, value in settings.overrides.items() if value is not None}
-    if "lr" in given:  # the final rate keeps its ratio to the peak
-        share = min(1.0, recipe.final_lr / recipe.lr) if recipe.lr else 0.0
-        given |= {"lr_batch": None, "warmup_lr": 0.0, "final_lr": share * given["lr"]}
+    if "lr" in given:  # the first and the last rate keep their ratio to the peak
+        first, last = (min(1.0, rate / recipe.lr) if recipe.lr else 0.0 for rate in (recipe.warmup_lr, recipe.final_lr))
+        given |= {"lr_batch": None, "warmup_lr": first * given["lr"], "final_lr": last * given["lr"]}
+    if "augment" not in {*values, *given}:
+        given["augment"] = _default_augment(settings)
     return override(recipe, given, where="options")
 
 
@@ -153,6 +157,18 @@ def default_workers() -> int:
     """Half of this process's share of the processors, between one and eight; the other half computes."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that torchrun started on this machine
     return max(1, min(8, len(os.sched_getaffinity(0)) // (2 * here)))
+
+
+def _default_augment(settings: DistillSettings) -> str:
+    """As the stored targets or the run to resume were made; else on the training device if it is a GPU."""
+    if settings.targets is not None:
+        return str(read_info(settings.targets).decided_by.get("augment", "pillow"))
+    earlier = settings.out / "recipe.json" if settings.out is not None else None
+    if earlier is not None and earlier.is_file() and not settings.options.fresh:
+        with contextlib.suppress(RobxError, AttributeError):
+            return str(read_json(earlier).get("recipe", {}).get("augment", "pillow"))
+    device = settings.options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return "device" if device.startswith("cuda") else "pillow"
 
 
 def _default_objective(teacher: str | None) -> Any:

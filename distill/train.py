@@ -29,7 +29,7 @@ from robx.distill.teachers.choose import choose_teacher
 from robx.distill.teachers.load import build_teacher_skeleton, load_teacher
 from robx.distill.teachers.teacher import Teacher
 from robx.distill.training import run_checkpoint
-from robx.distill.training.collapse import require_finite
+from robx.distill.training.collapse import require_finite, targets_not_finite
 from robx.distill.training.dry_run import RunCost, dry_run
 from robx.distill.training.feed import batches, check_resources
 from robx.distill.training.knn_probe import Probe
@@ -66,6 +66,8 @@ def distill(settings: DistillSettings, *, progress: Progress | None = None, say:
             say(source.note)
         if warning := mixed_kinds(settings.students, recipe):
             say(warning)
+        if recipe.augment == "device":
+            say(f"crops are made on {processes.device} (recipe key augment; pillow makes them in the workers)")
         spec, teacher = _spec(settings, recipe, source, None), None
         if settings.teacher is not None and not settings.base:
             # Everything that can be refused is refused before the teacher is downloaded.
@@ -207,6 +209,7 @@ def _steps(
         losses = [torch.zeros((), device=processes.device) for _ in run.learners]
         stats: list[Stats] = [{} for _ in run.learners]
         names: list[str] = []
+        finite = torch.ones((), dtype=torch.bool, device=processes.device)
         for micro in range(recipe.accumulate):
             batch = next(feed)
             if batch is None:
@@ -214,12 +217,17 @@ def _steps(
             _count_skipped(run, batch.skipped)
             views = batch.views(processes.device)
             names += [run.source.key(int(index)) for index in batch.index]
+            targets_of_all = _targets(run, views)
+            if run.branch is not None and (shared := targets_of_all[0]):  # a base method's follow the student
+                finite &= torch.isfinite(shared.probs.sum())
             draw, last = step * recipe.accumulate + micro, micro == recipe.accumulate - 1
-            for i, (learner, targets) in enumerate(zip(run.learners, _targets(run, views), strict=True)):
+            for i, (learner, targets) in enumerate(zip(run.learners, targets_of_all, strict=True)):
                 loss, stats[i] = learner.learn(views, targets, draw=draw, last=last, observe=last and (logs or looks))
                 losses[i] += loss / recipe.accumulate
 
-        # The update, once loss and gradients are known to be finite.
+        # The update, once targets, loss and gradients are known to be finite.
+        if not finite and views.globals.isfinite().all():
+            raise targets_not_finite(step=step, images=names)
         norms = [_update(run, learner, loss, step, names) for learner, loss in zip(run.learners, losses, strict=True)]
         if run.branch is not None:
             run.branch.update(step, run.learners[0].net)
@@ -272,7 +280,7 @@ def _stop_waiting(run: Run, step: int, start: int, *, exact: bool, stop: StopReq
     )
 
 
-def _targets(run: Run, views: Views) -> list[Targets | None]:
+def _targets(run: Run, views: Views) -> Sequence[Targets | None]:
     """One Targets per learner, None where it makes its own; a shared branch is evaluated once."""
     with autocast(run.recipe, views.globals.device):
         if run.branch is None:

@@ -74,12 +74,23 @@ def warnings(health: Mapping[str, float], *, prototypes: int | None = None) -> l
     return found
 
 
+def targets_not_finite(*, step: int, images: Sequence[str]) -> NotFinite:
+    """The error for NaN targets of finite pixels, which names the images of the batch."""
+    return NotFinite(
+        f"the teacher's targets are NaN at step {step}; the images are {_some(images)}. This step was not saved: check "
+        "the teacher's weights, or give --precision fp32"
+    )
+
+
 def require_finite(name: str, value: Tensor, *, step: int, images: Sequence[str]) -> None:
     """Raise NotFinite, naming the images of the batch, if a loss or a gradient norm is not finite."""
     if bool(torch.isfinite(value).all()):
         return
-    shown = ", ".join(images[:8]) + (f" and {len(images) - 8} more" if len(images) > 8 else "")
     raise NotFinite(
-        f"the {name} is {float(value):g} at step {step}; its images are {shown}. This step was not saved: "
+        f"the {name} is {float(value):g} at step {step}; its images are {_some(images)}. This step was not saved: "
         "lower --lr, give --precision fp32, or remove the faulty image, then run the same command to resume"
     )
+
+
+def _some(images: Sequence[str]) -> str:
+    return ", ".join(images[:8]) + (f" and {len(images) - 8} more" if len(images) > 8 else "")

@@ -108,6 +108,7 @@ def open_run(spec: RunSpec, *, processes: Processes, say: Say) -> Run:
     initial = check_spec(spec)
     per_epoch = steps_per_epoch(len(spec.source), recipe.batch_size)
     micro_batch(recipe, processes=processes.world)
+    require_same_images(spec.source, processes)
     steps = recipe.epochs * per_epoch
     stored = None if spec.targets is None else open_targets(spec.targets, recipe, spec.source)
     if spec.teacher is not None:
@@ -157,6 +158,21 @@ def open_run(spec: RunSpec, *, processes: Processes, say: Say) -> Run:
         per_epoch=per_epoch,
         skipped=Skipped(images=len(spec.source), budget=options.corrupt_budget),
     )
+
+
+def require_same_images(source: ImageSource, processes: Processes) -> None:
+    """Refuse processes that see different images: they would wait for each other forever, or train on different data.
+
+    Raises:
+        InputError: the numbers of images or their fingerprints differ; raised in every process.
+    """
+    found = processes.gather((len(source), source.fingerprint))
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise InputError(
+                f"the processes see different images: process 0 has {found[0][0]} (fingerprint {found[0][1]}), process "
+                f"{rank} has {other[0]} (fingerprint {other[1]}): give all nodes the same --data"
+            )
 
 
 def require_out(spec: RunSpec) -> Path:

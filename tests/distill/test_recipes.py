@@ -43,7 +43,7 @@ TABLE: dict[str, tuple[object, object, object, object]] = {
     "lr_batch": (1024, 1024, 1024, 4096),
     "optimizer": ("adamw", "adamw", "adamw", "larc"),
     "lr": (2e-3, 2e-3, 1e-3, 4.8),
-    "warmup_lr": (0.0, 0.0, 2e-4, 0.3),
+    "warmup_lr": (1e-5, 1e-5, 2e-4, 0.3),
     "warmup_share": (0.033, 0.1, 0.1, 0.1),
     "final_lr": (1e-5, 1e-5, 1e-5, 4.8e-3),
     "weight_decay": (0.04, 0.04, 0.04, 1e-6),

@@ -65,3 +65,23 @@ def test_a_teacher_scores_in_float32_under_autocast() -> None:
     for found in (scores, patches):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=0)
+
+
+def test_crops_are_made_on_a_gpu_unless_something_else_is_said(tmp_path: Path) -> None:
+    def augment(**more: object) -> str:
+        settings = {"student": "test_resnet", "data": tmp_path, "teacher": "ema", "objective": "dino"} | more
+        return resolve_recipe(DistillSettings.of(**settings)).augment
+
+    assert (augment(device="cuda:1"), augment(device="cpu")) == ("device", "pillow")
+    assert augment(device="cuda", augment="pillow") == "pillow"
+    (tmp_path / "mine.toml").write_text('augment = "pillow"\n')
+    assert augment(device="cuda", recipe=tmp_path / "mine.toml") == "pillow"
+    (tmp_path / "recipe.json").write_text('{"recipe": {"objective": "dino"}}')  # a run of before the key existed
+    assert augment(device="cuda", out=tmp_path) == "pillow"
+    assert augment(device="cuda", out=tmp_path, fresh=True) == "device"
+
+
+def test_a_peak_rate_keeps_the_recipes_first_and_last(tmp_path: Path) -> None:
+    settings = DistillSettings.of(student="test_vit", data=tmp_path, teacher="ema", objective="dino", lr=4e-3)
+    recipe = resolve_recipe(settings)
+    assert (recipe.first_lr, recipe.peak_lr, recipe.last_lr) == pytest.approx((2e-5, 4e-3, 2e-5))

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from robx.distill.training import run_checkpoint
 from robx.distill.training.collapse import NotFinite
 from robx.distill.training.learner import Learner
 from robx.distill.training.processes import Processes
-from robx.distill.training.run import RunSpec, open_run
+from robx.distill.training.run import RunSpec, open_run, require_same_images
 from robx.errors import InputError
 from robx.images.sources import FolderSource, ImageSource, open_source
 from robx.records import load_student
@@ -267,6 +267,23 @@ def test_nan_stops_the_run_names_the_images_and_saves_nothing_poisoned(
     found = run_checkpoint.load_newest(tmp_path)
     assert found is not None and found[0] == 4
     assert all(torch.isfinite(value).all() for value in load_file(tmp_path / "student.safetensors").values())
+
+
+def test_a_teacher_that_gives_nan_is_named(tiny: ModuleType, source: ImageSource, tmp_path: Path) -> None:
+    teacher = tiny.tiny_teacher()
+    with torch.no_grad():
+        next(teacher.trunk.parameters()).fill_(float("nan"))
+    with pytest.raises(NotFinite, match=r"the teacher's targets are NaN at step 0; the images are .*\.png") as caught:
+        tiny.tiny_run(source, tmp_path, teacher=teacher, recipe=tiny.tiny_recipe(accumulate=2))
+    assert "--lr" not in str(caught.value) and run_checkpoint.load_newest(tmp_path) is None
+
+
+def test_processes_with_other_images_are_refused_by_name(source: ImageSource) -> None:
+    for other in ((len(source) - 16, "0" * 16), (len(source), "0" * 16)):
+        processes: Any = SimpleNamespace(gather=lambda mine, other=other: [mine, other])
+        with pytest.raises(InputError, match=rf"process 0 has {len(source)} .* process 1 has {other[0]} .*0000"):
+            require_same_images(source, processes)
+    require_same_images(source, Processes(0, 1, torch.device("cpu")))
 
 
 def test_a_collapsed_student_is_said_once(

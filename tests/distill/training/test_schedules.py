@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robx.distill.recipes import override, preset
+from robx.distill.recipes import StudentKind, override, preset
 from robx.distill.training.schedules import cosine, learning_rate, linear, weight_decay
 
 
@@ -65,3 +65,11 @@ def test_weight_decay_follows_its_cosine() -> None:
     recipe = preset("ibot", "vit")
     decays = [weight_decay(step, steps=11, recipe=recipe) for step in range(11)]
     assert decays[0] == pytest.approx(0.04) and decays[5] == pytest.approx(0.26) and decays[-1] == pytest.approx(0.48)
+
+
+@pytest.mark.parametrize(("method", "kind"), [("dino", "vit"), ("ibot", "vit"), ("dino", "cnn")])
+def test_the_first_step_takes_the_first_rate_and_the_last_step_the_last(method: str, kind: StudentKind) -> None:
+    recipe = override(preset(method, kind), {"batch_size": 256})
+    rates = [learning_rate(step, steps=300, recipe=recipe) for step in range(300)]
+    assert (rates[0], rates[-1]) == (pytest.approx(1e-5 / 4), pytest.approx(1e-5 / 4))
+    assert max(rates) == pytest.approx(recipe.lr / 4) and rates[1] > rates[0]
