@@ -79,10 +79,14 @@ def load_trunk(folder: Path) -> tuple[Student, nn.Module]:
         ArtifactError: the folder is damaged or altered, or the weights do not fit the network.
     """
     student = load_student(folder)
-    trunk = build_trunk(student.timm_name)
+    with torch.device("meta"):  # a record may name a network of any size: it takes no memory until the weights fit
+        empty = build_trunk(student.timm_name)
     try:
         # From bytes, because safetensors cannot open a file whose name is not UTF-8.
-        trunk.load_state_dict(load((folder / "student.safetensors").read_bytes()))
+        state = load((folder / "student.safetensors").read_bytes())
+        empty.load_state_dict({key: value.to("meta") for key, value in state.items()})
+        trunk = build_trunk(student.timm_name)
+        trunk.load_state_dict(state)
     except Exception as error:
         raise ArtifactError(
             f"{folder}: the weights do not fit {student.timm_name} ({first_line(error)}): distil again"

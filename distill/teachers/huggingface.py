@@ -60,9 +60,7 @@ def from_transformers(state: Mapping[str, Tensor], *, where: str) -> dict[str, T
         short = key.removeprefix(prefix or "")
         if short.startswith("pooler."):
             continue
-        if match := re.fullmatch(
-            r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(weight|bias)", short
-        ):
+        if match := re.fullmatch(_ATTENTION, short):
             number, part, kind = match.groups()
             qkv.setdefault(f"blocks.{number}.attn.qkv.{kind}", {})[part] = value
         else:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +16,8 @@ from robx.distill.recipes import Recipe, override, preset
 from robx.distill.students.projection_heads import FrozenPrototypes, IbotHead, MlpHead, SwavHead
 from robx.distill.students.student import StudentNet, build_student, cancel_last_layer_gradients, patch_grid, unwrapped
 from robx.errors import InputError
-from robx.trunk import build_trunk
+from robx.records import Preprocessing, Student
+from robx.trunk import build_trunk, save_trunk
 
 VIT, CNN = "test_vit", "test_resnet"
 TEACHER = {"name": "big", "num_prototypes": 12, "patch_size": 16, "patch_prototypes": 12}
@@ -248,3 +252,34 @@ def test_order_of_the_batch_does_not_matter() -> None:
     order = torch.tensor([2, 0, 1])
     moved = Views(held.globals[:, order], held.locals[:, order], held.index[order], masks[:, order])
     torch.testing.assert_close(student(moved).crops, student(held).crops[:, order], rtol=1e-4, atol=1e-5)
+
+
+def test_a_record_that_names_a_giant_network_takes_no_memory(tmp_path: Path) -> None:
+    trunk = build_trunk(VIT)
+    student = Student(
+        timm_name=VIT,
+        width=64,
+        preprocessing=Preprocessing(size=64, crop=64),
+        sha256="",
+        teacher=None,
+        data=None,
+        recipe={},
+        images_seen=0,
+        robx_version="0",
+    )
+    save_trunk(tmp_path, trunk, student)
+    text = (tmp_path / "student.json").read_text()
+    (tmp_path / "student.json").write_text(text.replace(VIT, "vit_giant_patch14_dinov2"))
+    code = (
+        "import resource, sys, torch\n"
+        "from pathlib import Path\n"
+        "from robx.errors import ArtifactError\n"
+        "from robx.trunk import load_trunk\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: load_trunk(Path(sys.argv[1]))\n"
+        "except ArtifactError as error: print(error)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    message, grown = done.stdout.splitlines()
+    assert "do not fit vit_giant_patch14_dinov2" in message and int(grown) < 500  # MiB; its weights have 4,500
