@@ -15,6 +15,7 @@ from typing import Literal
 
 from robx.export.gate.judge import Judge
 from robx.export.gate.search import Outcome, Steps, Trial, attempt, level_of, search
+from robx.export.gate.shipped import check_shipped
 from robx.export.gate.timing import Timer, with_speed
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.ladder import ladder, limit, machine_of, sensitive_candidates
@@ -137,7 +138,7 @@ def _accept(
     reasons.append(note)
     parity: dict[str, Value] = {}
     if candidate.precision != "int8":
-        parity, why_not = judge.parity(candidate, judged=candidate.precision == "fp16" and bool(trials))
+        parity, why_not = check_shipped(judge.builder, candidate, judged=candidate.precision == "fp16" and bool(trials))
         reasons.append(f"not run here: {why_not}" if why_not is not None else "")
         if candidate.precision == "fp32":
             verdict = "PASS" if parity and splits is not None else "NOT_JUDGED"

@@ -352,7 +352,7 @@ def test_a_session_is_closed_when_its_judgement_fails(
             monkeypatch.setattr(session, "run", lambda images: np.full((len(images), 1), np.nan, np.float32))
         return session
 
-    for module in ("judge", "timing"):
+    for module in ("judge", "timing", "shipped"):
         monkeypatch.setattr(f"robx.export.gate.{module}.open_candidate", open_broken)
     bundle = _export(cnn_run, scenes, tmp_path / "b", format="onnx", precision="fp16")
     assert bundle.precision == "fp32" and "do not pair" in bundle.rungs[0].reason

@@ -17,7 +17,7 @@ from robx.cli import main
 from robx.embeddings import centred_cosine
 from robx.errors import ArtifactError, InputError
 from robx.export.build import CACHE, ExportSettings, export
-from robx.export.gate import judge, timing
+from robx.export.gate import judge, shipped, timing
 from robx.export.gate.gate import Limits
 from robx.export.image_splits import normalise
 from robx.export.int8 import by_nncf, for_tensorrt
@@ -95,7 +95,7 @@ def test_what_no_engine_here_can_judge_ships_as_such(
     cnn_run: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As Core ML off macOS."""
-    for module in (judge, timing):
+    for module in (judge, timing, shipped):
         monkeypatch.setattr(module, "open_candidate", lambda *_, **__: "robx has no engine for it")
     half = _export(cnn_run, scenes, tmp_path / "half", format="openvino", precision="fp16")
     assert (half.precision, half.verdict) == ("fp16", "NOT_JUDGED") and "not run here: robx has no" in half.reason

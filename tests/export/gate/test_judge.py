@@ -15,7 +15,7 @@ import pytest
 from robx.errors import ArtifactError
 from robx.export.build import ExportSettings, export
 from robx.export.gate.gate import Limits
-from robx.export.gate.judge import check_batches
+from robx.export.gate.shipped import check_batches
 from robx.export.request import ExportTarget
 from robx.records import Bundle
 from robx.runtime.session import open_session
@@ -68,7 +68,7 @@ def test_odd_answers_fail_the_candidate_and_the_float_model_ships(
         return session
 
     monkeypatch.setattr("robx.runtime.session.RUN_SECONDS", 0.5)
-    for module in ("judge", "timing"):
+    for module in ("judge", "timing", "shipped"):
         monkeypatch.setattr(f"robx.export.gate.{module}.open_candidate", open_odd)
     bundle = _export(cnn_run, scenes, tmp_path / "b")
     assert (bundle.precision, bundle.requested) == ("fp32", "fp16")
