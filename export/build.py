@@ -127,8 +127,6 @@ def export(
     request = ExportRequest(
         target=target, student=student, inputs=inputs, outputs=outputs, labels=labels, rewrites=rewrites
     )
-    for line in rewrites:
-        say(line)
     progress(0, 1, "exporting to ONNX")
     with _cache_folder(settings, say) as cache, scratch_folder(cache, "work") as scratch:
         builder = CandidateBuilder(

@@ -196,6 +196,10 @@ def _show_result(bundle: Bundle, folder: Path) -> None:
     print_line(f"{folder}: {made}: {bundle.verdict}")
     if bundle.reason:
         print_line(f"  {bundle.reason}")
+    for line in bundle.rewrites:
+        print_line(f"  {line}")
+    if bundle.in_model is not None:
+        print_line("  takes RGB pixels 0..255 (uint8) and normalises them itself")
 
 
 def _show_sensitivity(costs: dict[str, float]) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from robx.errors import CorruptImage, InputError, NoSplit
 from robx.images.decode import resize_and_crop
+from robx.images.labels import FileLabelSource
 from robx.images.reading import read_batches
 from robx.images.sources import ImageSource, open_part, open_source
 from robx.progress import Progress, silent
@@ -173,7 +174,8 @@ def read_splits(
         bank=own.part(np.setdiff1d(np.arange(len(own)), places)),
         screening=own.part(places),
         judging=judging,
-        source=train.fingerprint,
+        # Without the labels of a file: they do not change which images were used.
+        source=train.images_fingerprint if isinstance(train, FileLabelSource) else train.fingerprint,
     )
 
 

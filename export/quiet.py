@@ -1,4 +1,4 @@
-"""Converters log, warn and print of their own accord; what matters is compared with PyTorch afterwards."""
+"""Silencing converters, which log, warn and print on their own; their results are compared with PyTorch afterwards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence a library's prints, progress bars, warnings and log lines below ERROR; what it raises is raised."""
+    """Silence a library's prints, progress bars, warnings and log lines below ERROR, but not its exceptions."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     nothing = io.StringIO()

@@ -1,4 +1,4 @@
-"""float32 ONNX to float16, with float32 at both ends: a graph rewrite, exact and fast, instead of a second export."""
+"""Float32 ONNX to float16 by rewriting the graph; its inputs and outputs stay float32."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from onnx import TensorProto, helper, numpy_helper
 from robx.errors import ArtifactError
 
 _F16_MAX = 65504.0
-# Below 2^-17 a half keeps seven bits and fewer of a scale, and below 2^-25 it is 0, by which nothing can be divided.
+# Below 2^-17 a float16 scale has seven bits or fewer, and below 2^-25 it is 0, which cannot divide.
 _LEAST_SCALE = 2.0**-17
 _RANDOM = ("RandomNormal", "RandomUniform")
 
 
 def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of `model` whose floats are float16 inside; its inputs and outputs stay what they are.
+    """A copy of `model` that computes in float16; its inputs and outputs keep their types.
 
     Raises:
         ArtifactError: a weight beyond float16's range (65504), or a graph with subgraphs.
@@ -24,7 +24,7 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
     half.CopyFrom(model)
     graph = half.graph
     if any(a.HasField("g") or a.graphs for node in graph.node for a in node.attribute):
-        raise ArtifactError("a model with control flow cannot be turned to fp16: export it as fp32")
+        raise ArtifactError("a model with control flow cannot be converted to fp16: export it as fp32")
     _raise_scales(graph)
     for tensor in graph.initializer:
         _halve(tensor)
@@ -38,9 +38,9 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _raise_scales(graph: onnx.GraphProto) -> None:
-    """Give Q/DQ pairs with a scale too small for a half, those of channels that training left dead, the least one.
+    """Raise the scales of Q/DQ pairs that are too small for float16, as those of channels that training left dead.
 
-    What is quantised already is rounded to the new steps, which are finer than what a half tells apart beside 0.01.
+    Weights that are quantised already are rounded to the new step.
     """
     constants = {tensor.name: tensor for tensor in graph.initializer}
     pairs = [n for n in graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear") and n.input[1] in constants]
@@ -56,7 +56,7 @@ def _raise_scales(graph: onnx.GraphProto) -> None:
 
 
 def _requantise(tensor: TensorProto, ratio: np.ndarray, node: onnx.NodeProto) -> None:
-    """Multiply integers with zero point 0 by `ratio`: a number, or one for each place of the node's axis."""
+    """Multiply integers with zero point 0 by `ratio`: a scalar, or one value per channel of the node's axis."""
     value = numpy_helper.to_array(tensor)
     axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
     shape = [1] * value.ndim
@@ -78,7 +78,7 @@ def _halve(tensor: TensorProto) -> None:
 
 def _halve_attributes(node: onnx.NodeProto) -> None:
     if node.op_type in _RANDOM:
-        raise ArtifactError(f"{node.name} ({node.op_type}) is random: a model for the edge is not")
+        raise ArtifactError(f"{node.name} ({node.op_type}) is random: choose another student")
     for attribute in node.attribute:
         if attribute.HasField("t"):
             _halve(attribute.t)
@@ -87,7 +87,7 @@ def _halve_attributes(node: onnx.NodeProto) -> None:
 
 
 def _cast_ends(graph: onnx.GraphProto) -> None:
-    """Cast float inputs to float16 behind the input, and the outputs back in front of the output."""
+    """Cast inputs to float16 and outputs back to float32."""
     front, back = [], []
     for value in graph.input:
         if value.type.tensor_type.elem_type == TensorProto.FLOAT:

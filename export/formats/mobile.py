@@ -1,4 +1,4 @@
-"""What the mobile converters share: a fixed batch, an example input, and attention that they all can take apart."""
+"""Shared by the mobile converters: a fixed batch, an example input, and attention that all of them support."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from timm.models.vision_transformer import Attention  # type: ignore[attr-define
 from torch import Tensor, nn
 
 from robx.errors import InputError
+from robx.export.parity import parity
 from robx.export.request import ExportRequest
 from robx.records import TensorSpec
 
@@ -18,17 +19,26 @@ from robx.records import TensorSpec
 def mobile_model(model: nn.Module | None, request: ExportRequest) -> nn.Module:
     """A copy of `model` whose attention is plain matrix products and a softmax on tensors of at most four axes.
 
-    timm's puts query, key and value into one tensor of five axes, which ncnn and Core ML's older targets do not have,
-    and its fused kernel comes apart into a dozen operators that no accelerator takes.
+    timm's attention puts query, key and value into one tensor of five axes, which ncnn and older Core ML targets do not
+    support, and its fused kernel decomposes into a dozen operators that accelerators do not take.
 
     Raises:
         InputError: no PyTorch model to convert from.
+        ArtifactError: the copy does not give the model's embeddings.
     """
     if model is None:
-        raise InputError(f"{request.target.format} is converted from a student's own weights: give a student's folder")
-    model = copy.deepcopy(model).eval()
-    _replace_attention(model)
-    return model
+        raise InputError(f"{request.target.format} is converted from a student's PyTorch weights: give a run's folder")
+    mobile = copy.deepcopy(model).eval()
+    _replace_attention(mobile)
+    pixels = torch.randn((2, 3, *request.image_shape), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, found = (_embedding(network(pixels)) for network in (model.eval(), mobile))
+    parity(expected, found, precision="fp32", what=f"{request.student.timm_name} with plain attention")
+    return mobile
+
+
+def _embedding(output: Tensor | tuple[Tensor, ...]) -> np.ndarray:
+    return (output if isinstance(output, Tensor) else output[0]).numpy()
 
 
 def example_input(request: ExportRequest) -> Tensor:
@@ -42,10 +52,10 @@ def fix_batch(specs: tuple[TensorSpec, ...], batch: int) -> tuple[TensorSpec, ..
 
 
 def calibration_batches(calibration: np.ndarray | None, request: ExportRequest) -> list[Tensor]:
-    """The calibration images (N, 3, H, W) as tensors of the exported input's batch; a short rest is dropped.
+    """The calibration images (N, 3, H, W) in batches of the exported size; an incomplete last batch is dropped.
 
     Raises:
-        InputError: fewer images than one batch; a quantiser without images would invent its ranges.
+        InputError: fewer images than one batch.
     """
     batch = request.fixed_batch
     if calibration is None or len(calibration) < batch:
@@ -72,7 +82,7 @@ class PlainAttention(nn.Module):
         self.proj = source.proj
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """(N, T, C) -> (N, T, C); a mask is refused, as no student has one."""
+        """(N, T, C) -> (N, T, C); masks are not supported, as no student has one."""
         if attn_mask is not None or is_causal:
             raise InputError("attention with a mask cannot be exported to a mobile format")
         n, tokens, _ = x.shape

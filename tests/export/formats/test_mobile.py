@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
-from robx.errors import InputError, MissingExtra
+from robx.errors import ArtifactError, InputError, MissingExtra
 from robx.export.formats import to_coreml, to_executorch, to_litert, to_ncnn
 from robx.export.formats.builder import BuiltModel, Source
 from robx.export.formats.mobile import PlainAttention, calibration_batches, example_input, mobile_model
@@ -235,14 +235,14 @@ def test_what_a_format_does_not_have_is_refused(
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"qkv_bias": False}])
 def test_plain_attention_is_timms_with_at_most_four_axes(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    settings = {"embed_dim": 24, "num_heads": 3, "depth": 2, "img_size": 32, "patch_size": 8, "num_classes": 0}
+    settings = {"embed_dim": 24, "num_heads": 3, "depth": 2, "img_size": SIZE, "patch_size": 16, "num_classes": 0}
     trunk = timm.models.VisionTransformer(**{**settings, **options}).eval()
     with torch.no_grad():
         for parameter in trunk.parameters():  # biases and norms that are not zero and one
             parameter.add_(0.2 * torch.randn_like(parameter))
     plain = mobile_model(trunk, make_request("ncnn", "fp32", vit()))
     assert sum(isinstance(module, PlainAttention) for module in plain.modules()) == 2
-    pixels = torch.randn(2, 3, 32, 32)
+    pixels = torch.randn(2, 3, SIZE, SIZE)
     with torch.inference_mode():
         torch.testing.assert_close(plain(pixels), trunk(pixels), rtol=1e-4, atol=1e-5)
     graph = torch.export.export(plain, (pixels,)).run_decompositions({}).graph
@@ -318,3 +318,13 @@ def test_an_engine_file_is_python_3_8_and_imports_nothing_of_robx_but_the_device
         if isinstance(node, (ast.Import, ast.ImportFrom))
     }
     assert not top & own  # imported when a model is opened
+
+
+def test_an_attention_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for Core ML, whose outputs no engine here can compare."""
+    trunk = vit()
+    monkeypatch.setattr(PlainAttention, "forward", lambda self, x, *_, **__: self.proj(x))
+    with pytest.raises(ArtifactError, match="tiny with plain attention differs from PyTorch"):
+        mobile_model(
+            export_model(trunk, make_request("coreml", "fp32", trunk).student), make_request("coreml", "fp32", trunk)
+        )
