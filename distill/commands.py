@@ -32,7 +32,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--image-member", metavar="NAME", help="Image of a tar sample that has several, such as rgb.jpg.")
 @click.option("--out", type=_FOLDER, help="Output folder; an unfinished run in it is resumed.")
 @click.option("--objective", type=_OBJECTIVES, help="Default: the method that pretrained the teacher, else msn.")
-@click.option("--init", type=_FOLDER, help="Start from the student of this run instead of random weights.")
+@click.option("--init", metavar="RUN|FILE|pretrained", help="Initial weights of the student. Default: random.")
 @click.option("--recipe", type=_FILE, help="TOML file with any keys of the recipe.")
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the images.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images per step, over all processes and micro-batches.")
@@ -95,7 +95,7 @@ def distill(*, resume: bool, dry_run: bool, gpu_memory: float | None, as_json: b
     Several students        robx distill ... --student resnet18 --student mobilenetv3_large_100
     Store targets           robx distill ... --store-targets targets/
     and reuse them          robx distill ... --targets targets/ --student efficientnet_b0
-    Start from another run  robx distill ... --init runs/earlier
+    Start from weights      robx distill ... --init pretrained (of timm), --init FILE or --init runs/earlier
     Resume                  run the same command again; the result is identical, bit for bit on a CPU
 
     All other settings are keys of the TOML file given with --recipe; `robx recipe` prints them. The resolved recipe is

@@ -36,7 +36,7 @@ class DistillSettings:
     teacher_weights: Path | None = None  # the teacher's checkpoint; None downloads it
     targets: Path | None = None  # stored targets used instead of a teacher
     objective: str | None = None  # None: the method that pretrained the teacher, or msn
-    init: Path | None = None  # a run whose student's weights to start from; None starts from random weights
+    init: Path | None = None  # weights to start from: a run, a file, or Path("pretrained") for timm's; None: random
     recipe: Path | None = None  # TOML file with keys of Recipe
     store_targets: Path | None = None  # where to write the targets of this run
     cache: Path | None = None  # downloads and fitted prototypes; None: $ROBX_CACHE or ~/.cache/robx

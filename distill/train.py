@@ -32,6 +32,7 @@ from robx.distill.training import run_checkpoint
 from robx.distill.training.collapse import require_finite, targets_not_finite
 from robx.distill.training.dry_run import RunCost, dry_run
 from robx.distill.training.feed import batches, check_resources
+from robx.distill.training.initial import starting_line
 from robx.distill.training.knn_probe import Probe
 from robx.distill.training.learner import Learner, autocast
 from robx.distill.training.log import log_step, monitor, note, open_probe, probe_references, probe_students, speed_bound
@@ -141,6 +142,7 @@ def _spec(settings: DistillSettings, recipe: Recipe, source: ImageSource, teache
             for path in (settings.teacher_weights, settings.recipe, settings.init, settings.targets)
             if path is not None
         ],
+        cache=settings.cache,
         options=settings.options,
     )
 
@@ -176,6 +178,8 @@ def train(
         stack.callback(run.close)
         processes.wait()
         start = resume_run(run)
+        for learner in run.learners if start == 0 else ():
+            speak(starting_line(learner.name, run.initial.get(learner.name)))
         if start < run.steps:
             _loop(run, start, stop=stop, progress=progress if progress and processes.first else silent)
         else:

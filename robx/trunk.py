@@ -17,8 +17,10 @@ from robx.records import Student, load_student, save_student
 from robx.store.files import sha256_file, write_bytes
 
 
-def build_trunk(timm_name: str, *, drop_path: float = 0.0) -> nn.Module:
+def build_trunk(timm_name: str, *, drop_path: float = 0.0, pretrained: Path | None = None) -> nn.Module:
     """A timm model without its classifier, randomly initialised; its output is the embedding, (N, D).
+
+    With `pretrained`, the folder for downloads, it has timm's weights; timm's own errors pass if there are none.
 
     A plain ViT returns its CLS token if it has one, and accepts any image size divisible by its patch size (for 96-px
     local crops).
@@ -31,6 +33,7 @@ def build_trunk(timm_name: str, *, drop_path: float = 0.0) -> nn.Module:
         hint = did_you_mean(timm_name, timm.list_models(), otherwise=others)
         raise InputError(f"unknown student {timm_name!r}: {hint}")
     options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    options |= {"pretrained": True, "cache_dir": pretrained} if pretrained else {}
     if is_vit(timm_name):
         options["dynamic_img_size"] = True
         # timm asserts that there is a CLS token (SigLIP has none), and has no other way to ask.
@@ -40,7 +43,7 @@ def build_trunk(timm_name: str, *, drop_path: float = 0.0) -> nn.Module:
 
 
 def _create(timm_name: str, **options: Any) -> nn.Module:
-    model: nn.Module = timm.create_model(timm_name, pretrained=False, num_classes=0, **options)
+    model: nn.Module = timm.create_model(timm_name, num_classes=0, **options)
     return model
 
 

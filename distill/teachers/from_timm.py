@@ -54,7 +54,7 @@ def load(entry: ZooEntry, *, weights: Path | None, folder: Path, image_size: int
     path = weights or find_weights(entry.package, entry.sha256, folder=folder / "teachers", hint=hint)
     state = _state(entry, path)
     model = _empty_trunk(entry, state, where=path)
-    load_strictly(model, _for_model(state, model, classifier=entry.method == "classifier"), where=str(path))
+    load_strictly(model, for_model(state, model, classifier=entry.method == "classifier"), where=str(path))
     return Teacher.of(entry, model, None, sha256=sha256_file(path), image_size=image_size)
 
 
@@ -120,7 +120,7 @@ def _empty_trunk(entry: ZooEntry, state: Mapping[str, Tensor], *, where: Path) -
         return build_trunk(entry)
     with torch.device("meta"):
         model = build_trunk(entry)
-    heads, renamed = _classifier_names(model), _for_model(state, model, classifier=True)
+    heads, renamed = _classifier_names(model), for_model(state, model, classifier=True)
     weight = next((renamed[f"{head}.weight"] for head in heads if f"{head}.weight" in renamed), None)
     if weight is None or weight.ndim == 0:
         wanted = " or ".join(f"{head}.weight" for head in heads)
@@ -142,7 +142,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         return {key: value.clone() for key, value in read_trunk(unpacked).items()}
 
 
-def _for_model(state: Mapping[str, Tensor], model: nn.Module, *, classifier: bool) -> dict[str, Tensor]:
+def for_model(state: Mapping[str, Tensor], model: nn.Module, *, classifier: bool) -> dict[str, Tensor]:
     """The tensors under `model`'s names, renamed by timm's own filter where it has one."""
     timms = next(
         cls for cls in type(model).__mro__ if cls.__module__.startswith("timm.")
@@ -154,7 +154,7 @@ def _for_model(state: Mapping[str, Tensor], model: nn.Module, *, classifier: boo
             tensors = filter_fn(tensors, model)
         except Exception as error:
             raise ArtifactError(
-                f"the weights are not those of a {timms.__name__} ({first_line(error)}): check --teacher-weights"
+                f"the weights are not those of a {timms.__name__} ({first_line(error)}): check the file"
             ) from error
     if classifier:
         return tensors

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from robx.distill.objectives.build import build_objective
 from robx.distill.recipes import Recipe
@@ -16,41 +15,10 @@ from robx.distill.targets.branches import TargetBranch, TeacherBranch
 from robx.distill.targets.build import StoredTeacher, build_branch
 from robx.distill.teachers.frozen_heads import PrototypeHead
 from robx.distill.teachers.teacher import Teacher
+from robx.distill.training.initial import Initial
 from robx.distill.training.learner import Learner
 from robx.distill.training.processes import Processes
 from robx.errors import InputError
-from robx.trunk import load_trunk
-
-
-@dataclass(frozen=True)
-class Initial:
-    """Weights to start from: the trunk of an earlier run's Student."""
-
-    timm_name: str
-    sha256: str
-    state: dict[str, Tensor]
-
-    @classmethod
-    def open(cls, folder: Path) -> Initial:
-        """Read a Student's folder.
-
-        Raises:
-            ArtifactError: the folder holds no Student, or a damaged one.
-        """
-        student, trunk = load_trunk(folder)
-        return cls(student.timm_name, student.sha256, trunk.state_dict())
-
-    def load_into(self, trunk: nn.Module, name: str) -> None:
-        """Load these weights into a trunk.
-
-        Raises:
-            InputError: the trunk is another network.
-        """
-        if name != self.timm_name:
-            raise InputError(
-                f"--init holds a {self.timm_name}, and the student is {name}: give --student {self.timm_name}"
-            )
-        trunk.load_state_dict(self.state)
 
 
 @dataclass(frozen=True)
@@ -72,7 +40,7 @@ def build_networks(
     steps: int,
     steps_per_epoch: int,
     compile: bool = False,
-    init: Initial | None = None,
+    init: Mapping[str, Initial] | None = None,
 ) -> Networks:
     """Students with initial weights that depend only on the recipe's seed, and their target branch.
 
@@ -85,7 +53,7 @@ def build_networks(
         steps: optimiser steps of the whole run.
         steps_per_epoch: optimiser steps of one epoch.
         compile: torch.compile the students and the teacher.
-        init: the weights that the trunk starts from, instead of random ones.
+        init: weights to start from by student, instead of random ones.
 
     Raises:
         InputError: a student that cannot serve the recipe.
@@ -98,8 +66,8 @@ def build_networks(
     for name in students:
         torch.manual_seed(recipe.seed)
         net = build_student(name, recipe, teacher or stored)
-        if init is not None:
-            init.load_into(net.trunk, name)
+        if init and name in init:
+            init[name].load_into(net.trunk)
         prepare_network(net, processes.device)
         own = None
         if recipe.base or (teacher is not None and shared is None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,8 +14,9 @@ from robx.distill.targets.build import open_targets, store_targets
 from robx.distill.targets.stored_writer import WritingBranch
 from robx.distill.teachers.teacher import Teacher
 from robx.distill.training import run_settings
+from robx.distill.training.initial import Initial, open_initial
 from robx.distill.training.learner import Learner
-from robx.distill.training.networks import Initial, build_networks, share_teacher
+from robx.distill.training.networks import build_networks, share_teacher
 from robx.distill.training.processes import Processes
 from robx.distill.training.run_folder import Metrics, check_folders, claim_folders, student_folders
 from robx.distill.training.speed import SpeedBound
@@ -60,7 +61,8 @@ class RunSpec:
     teacher: Teacher | None = None  # None for a base method, or with `targets`
     targets: Path | None = None  # stored targets used instead of a teacher
     store: Path | None = None  # where to write the targets of this run
-    init: Path | None = None  # the run whose student's weights to start from; None starts from random weights
+    init: Path | None = None  # weights to start from: a run, a file, or Path("pretrained"); None: random weights
+    cache: Path | None = None  # for downloads
     inputs: Sequence[Path] = ()  # other files that the run reads, which it must not remove
     options: Options = field(default_factory=Options)
 
@@ -84,6 +86,7 @@ class Run:
     per_epoch: int
     skipped: Skipped
     metrics: list[Metrics] = field(default_factory=list)
+    initial: dict[str, Initial] = field(default_factory=dict)  # weights that students start from, by name
     best: tuple[int, float] | None = None  # (step, kNN top-1) of the best evaluation
     bound: SpeedBound | None = None
     warned: set[str] = field(default_factory=set)
@@ -157,6 +160,7 @@ def open_run(spec: RunSpec, *, processes: Processes, say: Say) -> Run:
         steps=steps,
         per_epoch=per_epoch,
         skipped=Skipped(images=len(spec.source), budget=options.corrupt_budget),
+        initial=initial,
     )
 
 
@@ -186,30 +190,37 @@ def require_out(spec: RunSpec) -> Path:
     return spec.out
 
 
-def check_spec(spec: RunSpec) -> Initial | None:
-    """Check what can be checked before the teacher is loaded; returns the weights to start from, if any.
+def check_spec(spec: RunSpec) -> dict[str, Initial]:
+    """Check what can be checked before the teacher is loaded; returns the students' weights to start from.
 
     Raises:
         InputError: settings that contradict each other, or differ from those of the run in the folder.
-        ArtifactError: ``init`` is not a Student.
+        ArtifactError: ``init`` is damaged.
     """
     if spec.recipe.freeze_trunk and spec.init is None:
-        raise InputError("freeze_trunk keeps the trunk's initial weights: give --init RUN")
+        raise InputError("freeze_trunk keeps the trunk's initial weights: give --init RUN, FILE or pretrained")
     if len(set(spec.students)) != len(spec.students) or not spec.students:
         raise InputError("the same student is given twice: give each --student once")
     steps_per_epoch(len(spec.source), spec.recipe.batch_size)
-    initial = None if spec.init is None else Initial.open(spec.init)
+    initial = {}
+    if spec.init is not None:
+        initial = {name: open_initial(spec.init, name, cache=spec.cache) for name in spec.students}
     if spec.out is not None and not (spec.options.fresh or spec.options.force):
         run_settings.refuse_changes(spec.out, spec_settings(spec, initial), unknown="teacher")
     return initial
 
 
-def spec_settings(spec: RunSpec, initial: Initial | None) -> dict[str, object]:
+def spec_settings(spec: RunSpec, initial: Mapping[str, Initial]) -> dict[str, object]:
     """What recipe.json records of a run, except its teacher."""
     return run_settings.settings_of(
         spec.recipe,
         spec.students,
         spec.source,
-        init=None if initial is None else {"timm_name": initial.timm_name, "sha256": initial.sha256},
+        init={
+            "timm_name": ", ".join(initial),
+            "sha256": ", ".join(weights.sha256 for weights in initial.values()),
+        }
+        if initial
+        else None,
         stored=spec.targets is not None,
     )

@@ -1,0 +1,116 @@
+"""The weights that a student starts from: random ones, timm's, an earlier run's, or those of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+from torch import Tensor, nn
+
+from robx.distill.teachers.checkpoints import read_trunk
+from robx.distill.teachers.from_timm import for_model, hash_state
+from robx.distill.teachers.trunks import load_strictly
+from robx.errors import ArtifactError, InputError, first_line
+from robx.images.decode import IMAGENET_MEAN, IMAGENET_STD
+from robx.store.files import cache_folder, sha256_file
+from robx.trunk import build_trunk, load_trunk
+
+PRETRAINED = "pretrained"
+
+
+@dataclass(frozen=True)
+class Initial:
+    """Weights of one student's trunk, and where they are from."""
+
+    timm_name: str
+    sha256: str
+    origin: str
+    state: Mapping[str, Tensor]
+
+    def load_into(self, trunk: nn.Module) -> None:
+        """Load these weights into a trunk of the same network."""
+        trunk.load_state_dict(self.state)
+
+
+def open_initial(init: Path, student: str, *, cache: Path | None = None) -> Initial:
+    """The weights that `student`, a timm name, starts from.
+
+    Args:
+        init: ``pretrained`` for timm's weights of that name; the folder of a Student; or a file (safetensors or
+            torch.save) with the network's state dict as timm or torchvision names it, also below wrappers such as
+            ``state_dict`` or ``module.``; a classifier in it is left out.
+        student: a timm name; a tag chooses among timm's weights.
+        cache: folder for downloads; default ``$ROBX_CACHE`` or ``~/.cache/robx``.
+
+    Raises:
+        InputError: no such weights, no network access, or weights of another network.
+        ArtifactError: a damaged file or folder.
+    """
+    if str(init) == PRETRAINED:
+        return _from_timm(student, cache or cache_folder())
+    if init.is_dir():
+        return _from_run(init, student)
+    if not init.exists():
+        raise InputError(f"--init {init} does not exist: give a run's folder, a file of weights, or {PRETRAINED}")
+    return _from_file(init, student)
+
+
+def starting_line(student: str, initial: Initial | None) -> str:
+    """What a student starts from, as one line for the user."""
+    if initial is not None:
+        return f"{student} starts from {initial.origin}"
+    hint = ": its name chooses pretrained weights, give --init pretrained to use them" if "." in student else ""
+    return f"{student} starts from random weights{hint}"
+
+
+def _from_timm(student: str, cache: Path) -> Initial:
+    try:
+        trunk = build_trunk(student, pretrained=cache / "timm")
+    except InputError:
+        raise
+    except Exception as error:  # the hub's client, urllib and timm raise different types
+        raise InputError(
+            f"timm's weights of {student} are not available ({first_line(error)[:160]}): "
+            "check the network, or give --init FILE"
+        ) from error
+    config = timm.models.get_pretrained_cfg(student)
+    origin = "timm's pretrained weights" + (f" {config.hf_hub_id}" if config and config.hf_hub_id else "")
+    if config and (tuple(config.mean), tuple(config.std)) != (IMAGENET_MEAN, IMAGENET_STD):
+        origin += f", trained with mean {_short(config.mean)} and std {_short(config.std)}; this run uses ImageNet's"
+    state = trunk.state_dict()
+    return Initial(student, hash_state(state), origin, state)
+
+
+def _from_run(folder: Path, student: str) -> Initial:
+    record, trunk = load_trunk(folder)
+    if record.timm_name != student:
+        raise InputError(
+            f"--init holds a {record.timm_name}, and the student is {student}: give --student {record.timm_name}"
+        )
+    return Initial(student, record.sha256, f"the student in {folder}", trunk.state_dict())
+
+
+def _from_file(path: Path, student: str) -> Initial:
+    trunk = build_trunk(student)
+    state = _below_prefix(read_trunk(path), trunk.state_dict())
+    try:
+        load_strictly(trunk, for_model(state, trunk, classifier=False), where=str(path))
+    except ArtifactError as error:
+        raise InputError(f"--init does not fit the student {student}: {error}") from error
+    return Initial(student, sha256_file(path), str(path), trunk.state_dict())
+
+
+def _below_prefix(state: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors below the one prefix that holds all of `want`; `state` itself if there is none or several."""
+    learned = [key for key in want if not key.endswith("num_batches_tracked")]
+    ends = [key.removesuffix(learned[0]) for key in state if key.endswith(f".{learned[0]}")]
+    whole = [prefix for prefix in ends if all(f"{prefix}{key}" in state for key in learned)]
+    if len(whole) != 1 or all(key in state for key in learned):
+        return dict(state)
+    return {key.removeprefix(whole[0]): value for key, value in state.items() if key.startswith(whole[0])}
+
+
+def _short(values: tuple[float, ...]) -> str:
+    return "/".join(f"{value:g}" for value in values)
