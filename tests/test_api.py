@@ -206,7 +206,7 @@ def test_what_the_gate_rejects_is_said_and_the_fallback_returned(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fallback = SimpleNamespace(format="onnx", precision="fp32", requested="int8", verdict="FAIL", rungs=())
-    monkeypatch.setattr(robx.export.build, "export", lambda settings, progress: fallback)
+    monkeypatch.setattr(robx.export.build, "export", lambda settings, **_: fallback)
     bundle = api.export("run", format="onnx", int8=True, data="images", progress=None)
     assert bundle.path == Path("run/onnx-fp32") and bundle.record is fallback  # type: ignore[comparison-overlap]
     assert "no int8 candidate passed the gate, and run/onnx-fp32 was written in fp32" in caplog.text
