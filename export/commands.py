@@ -134,6 +134,8 @@ def inspect(bundle: Path, layers: bool) -> None:
     record = load_bundle(bundle)
     _show_result(record, bundle)
     _show_candidates(record)
+    if record.chosen_on:
+        print_line(f"Candidates were timed on: {_cpu(record)}")
     found = inspect_bundle(bundle, record)
     files = [(file.path, file.role, _size(file.bytes), file.sha256[:16]) for file in record.files]
     print_table(("file", "role", "size", "SHA-256"), files, title="Files", right=(2,))
@@ -210,6 +212,13 @@ def _show_sensitivity(costs: dict[str, float]) -> None:
         print_line(f"  {name:<32} {cost:.1e} {'█' * round(32 * cost / top)}")
     if len(costs) > 20:
         print_line(f"  ... and {len(costs) - 20} less sensitive layers")
+
+
+def _cpu(bundle: Bundle) -> str:
+    """The CPU that the gate timed on, with the instructions on which the speed of int8 depends."""
+    model, flags = bundle.chosen_on.get("model") or "a CPU of unknown model", bundle.chosen_on.get("flags")
+    listed = ", ".join(map(str, flags)) if isinstance(flags, list) else ""
+    return f"{model}, {bundle.chosen_on.get('arch')}" + (f" ({listed})" if listed else "")
 
 
 def _interval(value: Value) -> str:

@@ -521,6 +521,7 @@ def test_the_commands(cnn_run: Path, scenes: Path, tmp_path: Path) -> None:
     assert shipped.exit_code == 0, shipped.output
     plain = run.invoke(main, ["inspect", str(tmp_path / "b")])
     assert "robx export --sensitivity" in plain.output
+    assert "Candidates were timed on: " in plain.output and platform.machine() in plain.output
     again = run.invoke(main, [*base, "--min-speedup", "0.01", "--sensitivity"])
     assert again.exit_code == 0, again.output
     shown = run.invoke(main, ["inspect", str(tmp_path / "b"), "--layers"])
