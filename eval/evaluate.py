@@ -250,6 +250,8 @@ def _said_of_images(split: Split, bank: Features, test: Features, say: Callable[
         if found.skipped:
             say(f"warning: {found.skipped} of {len(source)} images of {source.name} cannot be read: left out")
     shared = look_alikes(bank.looks, test.looks)
+    if shared.checked:
+        say(f"compared {shared.checked} of {shared.images} test images with the training images, for near-duplicates")
     if shared.warning:
         say(f"warning: {shared.warning}")
     return shared
@@ -351,7 +353,10 @@ def _fidelity(session: Session, split: Split, comparison: Comparison, margin: fl
 
 def _data(split: Split) -> dict[str, Json]:
     """The training images, and how many test images repeat one of them."""
-    return {"bank": to_json(data_info(split.bank)), "look_alikes": to_json(split.shared)}
+    shared: Json = to_json(split.shared)
+    if split.shared is not None and split.shared.checked is None:
+        del shared["checked"]
+    return {"bank": to_json(data_info(split.bank)), "look_alikes": shared}
 
 
 def _device(session: Session) -> dict[str, Json]:

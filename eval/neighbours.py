@@ -1,6 +1,9 @@
 """Exact nearest neighbours by cosine similarity, block by block, so that neither side has to fit a similarity matrix.
 
-N bank images   M queries   D width   K neighbours
+Every bank row is normalised once. Once a query has its first k neighbours, only similarities above the k-th enter a
+selection: few do, so that the search costs little more than its matrix product.
+
+N bank images   M queries   D width   K neighbours   B queries of a block
 """
 
 from __future__ import annotations
@@ -32,8 +35,13 @@ def nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k most similar bank rows of each query: cosine similarities (M, k), descending, and row numbers (M, k).
 
-    `bank` (N, D) may be a memory map: it is read block by block. A bank row with NaN or infinity gets
-    similarity -inf; equal similarities are ordered by row number.
+    Equal similarities are ordered by row number. A bank row with NaN or infinity gets similarity -inf.
+
+    Args:
+        bank: (N, D); it may be a memory map, which is read block by block.
+        queries: (M, D).
+        k: 1 to N.
+        progress: called with (bank images done, N, note).
 
     Raises:
         InputError: an empty bank, widths that differ, or k below 1 or above N.
@@ -42,31 +50,56 @@ def nearest(
         raise InputError(f"bank {bank.shape} and queries {queries.shape} do not match: give features of one width")
     if not 1 <= k <= len(bank):
         raise InputError(f"k = {k} is out of range for a bank of {len(bank)} images: give k from 1 to {len(bank)}")
-    similarities = np.empty((len(queries), k), np.float32)
-    indices = np.empty((len(queries), k), np.int64)
-    for start in range(0, len(queries), _QUERY_BLOCK):
-        block = slice(start, start + _QUERY_BLOCK)
-        similarities[block], indices[block] = _nearest_of_block(bank, unit_rows(queries[block])[0], k)
-        if progress:
-            progress(min(start + _QUERY_BLOCK, len(queries)), len(queries), "neighbours")
-    return similarities, indices
-
-
-def _nearest_of_block(bank: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    best = np.empty((len(queries), 0), np.float32)
-    rows = np.empty((len(queries), 0), np.int64)
+    unit = unit_rows(queries)[0]
+    blocks = [slice(at, at + _QUERY_BLOCK) for at in range(0, len(queries), _QUERY_BLOCK)]
+    best = [np.empty((len(unit[block]), 0), np.float32) for block in blocks]
+    rows = [np.empty((len(unit[block]), 0), np.int64) for block in blocks]
     for start in range(0, len(bank), _BANK_BLOCK):
-        block, finite = unit_rows(bank[start : start + _BANK_BLOCK])
-        similarities = queries @ block.T
-        similarities[:, ~finite] = -np.inf
+        keys, finite = unit_rows(bank[start : start + _BANK_BLOCK])
+        for i, block in enumerate(blocks):
+            similarities = unit[block] @ keys.T
+            if not finite.all():
+                similarities[:, ~finite] = -np.inf
+            best[i], rows[i] = _merge(best[i], rows[i], similarities, start, k)
+        if progress:
+            progress(start + len(keys), len(bank), "neighbours")
+    found = np.concatenate([*best, np.empty((0, k), np.float32)])  # no queries give (0, k)
+    numbers = np.concatenate([*rows, np.empty((0, k), np.int64)])
+    order = np.lexsort((numbers, -found), axis=1)
+    return np.take_along_axis(found, order, axis=1), np.take_along_axis(numbers, order, axis=1)
+
+
+def _merge(
+    best: np.ndarray, rows: np.ndarray, similarities: np.ndarray, start: int, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best k, unordered, of those known (B, <= k) and of a bank block's similarities (B, n) from row `start` on."""
+    if best.shape[1] < k:
         columns = _top(similarities, k)
-        best = np.concatenate([best, np.take_along_axis(similarities, columns, axis=1)], axis=1)
-        rows = np.concatenate([rows, columns + start], axis=1)
-        if best.shape[1] > k:
-            keep = _top(best, k)
-            best, rows = np.take_along_axis(best, keep, axis=1), np.take_along_axis(rows, keep, axis=1)
-    order = np.lexsort((rows, -best), axis=1)
-    return np.take_along_axis(best, order, axis=1), np.take_along_axis(rows, order, axis=1)
+        return _select(best, rows, np.take_along_axis(similarities, columns, axis=1), columns + start, k)
+    row, column = np.divmod(
+        np.flatnonzero(similarities > best.min(axis=1, keepdims=True)), similarities.shape[1]
+    )  # np.nonzero of two axes takes several times as long
+    if not len(row):
+        return best, rows
+    touched, row = np.unique(row, return_inverse=True)
+    counts = np.bincount(row, minlength=len(touched))
+    place = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    new = np.full((len(touched), counts.max()), -np.inf, np.float32)
+    numbers = np.zeros(new.shape, np.int64)
+    new[row, place], numbers[row, place] = similarities[touched[row], column], column + start
+    best[touched], rows[touched] = _select(best[touched], rows[touched], new, numbers, k)
+    return best, rows
+
+
+def _select(
+    best: np.ndarray, rows: np.ndarray, more: np.ndarray, numbers: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best k of both sets of (similarities, row numbers), or all of them if there are fewer."""
+    both, all_rows = np.concatenate([best, more], axis=1), np.concatenate([rows, numbers], axis=1)
+    if both.shape[1] <= k:
+        return both, all_rows
+    keep = _top(both, k)
+    return np.take_along_axis(both, keep, axis=1), np.take_along_axis(all_rows, keep, axis=1)
 
 
 def _top(similarities: np.ndarray, k: int) -> np.ndarray:

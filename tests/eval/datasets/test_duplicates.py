@@ -108,3 +108,15 @@ def test_a_record_keeps_its_warning_and_strangers_settings_have_none():
     for settings in ({}, {"look_alikes": None}, {"look_alikes": "x"}, {"look_alikes": {"near": "many"}}):
         assert warning_in(settings) == ""
     assert LookAlikes(images=50, identical=0, near=0).warning == ""
+
+
+def test_a_large_set_is_sampled_for_near_copies_and_says_so(bank, monkeypatch):
+    copies = [*(jpeg(scene(i), 60) for i in range(10, 20)), scene(3), scene(4)]
+    whole = duplicates.look_alikes(bank, looks(copies))
+    assert (whole.identical, whole.near, whole.checked) == (2, 10, None)
+    monkeypatch.setattr(duplicates, "MOST_PAIRS", 60 * 4)
+    found = duplicates.look_alikes(bank, looks(copies))
+    assert found.identical == 2 and found.checked == 4 and 2 <= found.near <= 4
+    assert found == duplicates.look_alikes(bank, looks(copies))
+    assert found.warning.startswith(f"at least {2 + found.near} of 12 test images look like")
+    assert warning_in({"look_alikes": to_json(found)}) == found.warning

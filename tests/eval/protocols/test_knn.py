@@ -136,3 +136,30 @@ def test_what_does_not_fit_is_refused():
         knn.weighted_knn(bank, labels, queries, k=5, classes=3)
     with pytest.raises(InputError, match="labelled images on both sides"):
         knn.knn_accuracy(bank, np.full(300, -1), queries, wanted, classes=7)
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "random", "equal"])
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_the_order_of_the_bank_changes_nothing(monkeypatch, order, k):
+    """Rising similarities enter in every block, falling ones never after the first."""
+    monkeypatch.setattr(neighbours, "_BANK_BLOCK", 16)
+    rng = np.random.default_rng(0)
+    angles = {"rising": np.linspace(3, 0.1, 200), "falling": np.linspace(0.1, 3, 200)}
+    angle = angles.get(order, np.ones(200) if order == "equal" else rng.uniform(0, 3, 200))
+    bank = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+    queries = np.array([[1, 0], [1, 0.05], [-1, 0.3]], np.float32)
+    similarities, rows = neighbours.nearest(bank, queries, k)
+    unit = queries.astype(float) / np.linalg.norm(queries.astype(float), axis=1, keepdims=True)
+    exact = unit @ bank.astype(float).T
+    np.testing.assert_allclose(similarities, -np.sort(-exact, axis=1)[:, :k], atol=1e-6)
+    assert all(len(set(found)) == k for found in rows.tolist())
+    np.testing.assert_allclose(np.take_along_axis(exact, rows, axis=1), similarities, atol=1e-6)
+
+
+def test_a_bank_of_broken_rows_still_gives_k_different_rows(monkeypatch):
+    monkeypatch.setattr(neighbours, "_BANK_BLOCK", 4)
+    bank = np.full((12, 3), np.nan, np.float32)
+    bank[[2, 9]] = 1
+    similarities, rows = neighbours.nearest(bank, np.ones((2, 3), np.float32), 6)
+    assert rows[:, :2].tolist() == [[2, 9]] * 2 and np.isneginf(similarities[:, 2:]).all()
+    assert all(len(set(found)) == 6 for found in rows.tolist())
