@@ -6,33 +6,31 @@ that the reader can count it against a limit.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from robx.errors import InputError, NoSplit
 from robx.images.arrays import open_cifar, open_idx
-from robx.images.decode import IMAGE_SUFFIXES, decode, read_image_file
+from robx.images.decode import decode, read_image_file
 from robx.images.labels import FileLabelSource
+from robx.images.listing import Listing, keep, list_images
 from robx.images.protocol import ImageSource as ImageSource
 from robx.images.shards import ShardSource, by_suffix
 from robx.images.splits import Split, choose_folder, choose_shards, split_folders
 from robx.records import DataInfo
-from robx.store.files import fingerprint, fingerprint_files, read_bytes, stamp_of
+from robx.store.files import fingerprint, read_bytes, sampled, stamp_of, start_of
 
 # The images' licence, as an SPDX name or in words; it goes into every record that is made from them.
 LICENCE_FILE = "licence.txt"
 _MAX_LICENCE_BYTES = 64 * 1024
 _MOST_STRAYS = 0.1  # of all images, beside class folders
-# Files that a folder of images may contain without a word about them.
-_NOT_IMAGES = frozenset(
-    {".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".rst", ".html", ".log", ".ini", ".db"}
-    | {".py", ".sh", ".tar", ".zip", ".gz", ".tgz", ".lock", ".cls", ".pdf", ".bib", ".cfg", ".toml", ".sha256", ".md5"}
-)
 
 
 def open_source(
@@ -75,6 +73,8 @@ def data_info(source: ImageSource) -> DataInfo:
 
 def labels_of(source: ImageSource) -> np.ndarray:
     """Every sample's label, int64 (N,); -1 for none."""
+    if (known := getattr(source, "labels", None)) is not None:  # of a million images, without a call for each
+        return np.asarray(known, dtype=np.int64)
     found = (source.label(index) for index in range(len(source)))
     return np.fromiter((-1 if label is None else label for label in found), dtype=np.int64, count=len(source))
 
@@ -131,20 +131,32 @@ class FolderSource:
             InputError: no images, or a folder that cannot be read.
         """
         self.root, self.name = root, root.name
-        skipped: Counter[str] = Counter()
-        self._paths = sorted(_image_files(root, skipped))
-        if not self._paths:
-            there = f", but {by_suffix(skipped)}" if skipped else ""
+        listing, kept = list_images(root)
+        self._paths = listing.names
+        if not len(self._paths):
+            there = f", but {by_suffix(listing.skipped)}" if listing.skipped else ""
             raise InputError(f"{root} has no images (.jpg, .png, .webp, .tif, .avif, ...){there}: give another folder")
-        tops = [path.split("/", 1)[0] if "/" in path else None for path in self._paths]
-        names = tuple(sorted({top for top in tops if top is not None})) if classes else ()
-        strays = [path for path, top in zip(self._paths, tops, strict=True) if top is None]
-        labelled = bool(names) and (not strays or (len(names) > 1 and len(strays) <= _MOST_STRAYS * len(tops)))
+        strays = self._set_labels(classes=classes)
+        self.note = self._notes(strays if classes else (), listing.skipped)
+        self.fingerprint = self._fingerprint(listing, kept)
+
+    def _set_labels(self, *, classes: bool) -> list[str]:
+        """Number the first-level folders; returns the images that are beside them."""
+        numbers: dict[str, int] = {}
+        labels, strays = np.full(len(self._paths), -1, np.int32), []
+        for index, path in enumerate(self._paths):
+            top, slash, _ = path.partition("/")
+            if slash:
+                labels[index] = numbers.setdefault(top, len(numbers))  # sorted, as the paths are
+            else:
+                strays.append(path)
+        few = len(numbers) > 1 and len(strays) <= _MOST_STRAYS * len(labels)
+        labelled = classes and bool(numbers) and (not strays or few)
+        names = tuple(sorted(numbers))
         self.classes = names if labelled else None
-        numbers: dict[str | None, int] = {name: i for i, name in enumerate(names)} if labelled else {}
-        self._labels = [numbers.get(top) for top in tops]
-        self.note = self._notes(strays if classes else (), skipped)
-        self.fingerprint = fingerprint_files(root, self._paths, lines=self._paths)
+        order = np.array([names.index(name) for name in numbers], dtype=np.int32)
+        self._labels = np.where(labels >= 0, order[labels], -1).astype(np.int32) if labelled else None
+        return strays
 
     def _notes(self, strays: Sequence[str], skipped: Counter[str]) -> str:
         notes = []
@@ -156,10 +168,31 @@ class FolderSource:
             notes.append(f"{len(strays)} images in {self.root} are beside its folders {outcome} ({shown})")
         return "; ".join(notes)
 
+    def _fingerprint(self, listing: Listing, kept: Path | None) -> str:
+        """As `fingerprint_files` computes it; taken from a kept listing whose sample of contents is the same."""
+
+        def start(at: int, count: int) -> bytes:
+            return start_of(self.root / self._paths[at], count)
+
+        sample = list(sampled(len(self._paths), start))
+        digest = fingerprint(sample)
+        if listing.fingerprint and listing.sample == digest:
+            return listing.fingerprint
+        sized = (f"{path}\0{size}" for path, size in zip(self._paths, listing.sizes.tolist(), strict=True))
+        found = fingerprint(itertools.chain(sized, sample))
+        if kept is not None:
+            keep(replace(listing, fingerprint=found, sample=digest), kept)
+        return found
+
     @property
     def stamp(self) -> str:
         """Changes when a file is rewritten, whatever it contains."""
-        return stamp_of(self.root / path for path in self._paths)
+        return stamp_of(f"{self.root}/{path}" for path in self._paths)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """All labels at once, int64 (N,); -1 for none."""
+        return np.full(len(self), -1, np.int64) if self._labels is None else self._labels.astype(np.int64)
 
     def __len__(self) -> int:
         """The number of image files."""
@@ -171,7 +204,8 @@ class FolderSource:
 
     def label(self, index: int) -> int | None:
         """The index of the first-level folder among `classes`."""
-        return self._labels[index]
+        label = -1 if self._labels is None else int(self._labels[index])
+        return label if label >= 0 else None
 
     def read(self, index: int) -> Image.Image:
         """Read and decode one file."""
@@ -253,26 +287,3 @@ def _folders_and_shards(path: Path) -> tuple[list[str], list[Path]]:
             elif entry.is_dir():
                 folders.append(entry.name)
     return sorted(folders), sorted(shards)
-
-
-def _image_files(root: Path, skipped: Counter[str]) -> Iterator[str]:
-    """The image files below `root`, relative to it; other files are counted in `skipped` by their suffix."""
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=_refuse_folder):
-        # A link to a folder above itself would never end.
-        above = {os.path.realpath(p) for p in (Path(folder), *Path(folder).parents) if p.is_relative_to(root)}
-        kept = (f for f in folders if not f.startswith("."))
-        folders[:] = sorted(f for f in kept if os.path.realpath(os.path.join(folder, f)) not in above)  # noqa: PTH118
-        base = Path(folder).relative_to(root).as_posix()
-        for file in files:
-            suffix = PurePosixPath(file).suffix.lower()
-            if file.startswith("."):
-                continue
-            if suffix in IMAGE_SUFFIXES:
-                yield file if base == "." else f"{base}/{file}"
-            elif suffix and suffix not in _NOT_IMAGES:
-                skipped[suffix] += 1
-
-
-def _refuse_folder(error: OSError) -> None:
-    """A folder that is silently left out would be a missing class."""
-    raise InputError(f"{error.filename} cannot be read ({error.strerror}): fix its permissions, or move it away")
