@@ -36,6 +36,12 @@ class Names:
             np.concatenate([part.ends + size for part, size in zip(parts, sizes, strict=False)]),
         )
 
+    def part(self, start: int, stop: int) -> Names:
+        """The strings from `start` to before `stop`, in the same memory."""
+        first = int(self.ends[start - 1]) if start else 0
+        last = int(self.ends[stop - 1]) if stop > start else first
+        return Names(self.buffer[first:last], self.ends[start:stop] - first)
+
     def __len__(self) -> int:
         """The number of strings."""
         return len(self.ends)
