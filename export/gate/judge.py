@@ -180,7 +180,8 @@ class Judge:
         if self._is_half(candidate) and (self.overflowing or not np.isfinite(answers).all()):
             said = overflow_line(self.overflowing)
             if judged.verdict == "FAIL":
-                reasons.insert(0, f"overflow, {said}; keep fp32, or try --int8")
+                remedy = "keep fp32" if self._row.name == "trt" else "keep fp32, or try --int8"
+                reasons.insert(0, f"overflow, {said}; {remedy}")
             else:  # computed in float32 here, or harmless, as in front of a sigmoid
                 reasons.append(f"a device that computes in float16 may overflow, {said}")
             values = values | {"overflowing_layers": Value(value=float(len(self.overflowing)))}

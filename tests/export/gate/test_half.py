@@ -99,7 +99,7 @@ def test_an_overflow_is_named_with_its_layers(overflowing_run: Path, scenes: Pat
     assert done.exit_code == 3 and load_bundle(out).precision == "fp32"
     assert "overflow, beyond float16's largest value, 65504" in message and "LayerNorm" in message
     assert "in float16 arithmetic" in load_bundle(out).rungs[0].reason
-    assert "--int8" in message and "--max-drop" not in message and "--force" not in message
+    assert "keep fp32" in message and "--max-drop" not in message and "--force" not in message
     (half,) = load_bundle(out).rungs
     assert half.accuracy == "FAIL" and "overflow" in half.reason and not half.kept
 
@@ -113,6 +113,7 @@ def test_openvino_is_judged_in_float16_arithmetic(overflowing_run: Path, scenes:
     )
     bundle = export(settings)
     assert (bundle.precision, bundle.rungs[0].accuracy) == ("fp32", "FAIL")
+    assert "keep fp32, or try --int8" in bundle.rungs[0].reason
     assert "overflow, beyond float16" in bundle.rungs[0].reason and "LayerNorm" in bundle.rungs[0].reason
 
 
