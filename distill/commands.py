@@ -61,6 +61,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
     "--store-k", "stored_k", type=click.IntRange(1), default=256, show_default=True,
     help="Most probable prototypes kept per stored target.",
 )  # fmt: skip
+@click.option("--target-epochs", type=click.IntRange(1), help="Replay the crops and targets of the first N epochs.")
 @click.option("--targets", type=_FOLDER, help="Use stored targets instead of a teacher.")
 @click.option("--cache", type=_FOLDER, help="Downloads and fitted prototypes. Default: $ROBX_CACHE or ~/.cache/robx.")
 @click.option(
@@ -95,6 +96,7 @@ def distill(*, resume: bool, dry_run: bool, gpu_memory: float | None, as_json: b
     Several students        robx distill ... --student resnet18 --student mobilenetv3_large_100
     Store targets           robx distill ... --store-targets targets/
     and reuse them          robx distill ... --targets targets/ --student efficientnet_b0
+    with fewer on disk      robx distill ... --target-epochs 10 --store-targets targets/
     Start from weights      robx distill ... --init pretrained (of timm), --init FILE or --init runs/earlier
     Resume                  run the same command again; the result is identical, bit for bit on a CPU
 

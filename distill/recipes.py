@@ -98,6 +98,7 @@ class Recipe:
     trust: Annotated[float, "trust coefficient of larc"] = 0.001
     clip_grad: Annotated[float | None, "maximum gradient norm; 0 or none disables"] = None
     epochs: Annotated[int, "passes over the images"] = 300
+    target_epochs: Annotated[int, "replay the crops and stored targets of the first N epochs; 0 disables"] = 0
     batch_size: Annotated[int, "images per step, over all processes and micro-batches"] = 1024
     accumulate: Annotated[int, "micro-batches per step (gradient accumulation)"] = 1
     precision: Annotated[Literal["fp32", "bf16", "fp16"], "of the forward pass (autocast)"] = "fp32"
@@ -161,6 +162,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("teacher_temperature", 1e-3, 100),
     ("teacher_temperature_start", 1e-3, 100),
     ("teacher_temperature_epochs", 0, 100_000),
+    ("target_epochs", 0, 100_000),
     ("freeze_last_layer_epochs", 0, 100_000),
     ("student_temperature", 1e-3, 100),
     ("prototypes", 2, 1_000_000),

@@ -214,7 +214,7 @@ class CropDataset(Dataset[tuple[Any, ...]]):
 
 
 class PlaceSampler(Sampler[list[Place]]):
-    """The micro-batches of one process, as lists of (epoch, index)."""
+    """The micro-batches of one process, as lists of (epoch of the crops, index)."""
 
     def __init__(self, count: int, recipe: Recipe, *, share: Share, start: int, end: int) -> None:
         """Batches of optimiser steps `start` .. `end` - 1 over `count` images."""
@@ -231,9 +231,11 @@ class PlaceSampler(Sampler[list[Place]]):
             epoch, batch = divmod(step, per_epoch)
             if epoch != known:
                 known, order = epoch, epoch_order(self.count, seed=recipe.seed, epoch=epoch)
+            # The order of the images is always that of the epoch itself; only its crops are repeated.
+            crops = epoch % recipe.target_epochs if recipe.target_epochs else epoch
             first = batch * recipe.batch_size + share.rank * mine
             for at in range(first, first + mine, micro):
-                yield [(epoch, int(index)) for index in order[at : at + micro]]
+                yield [(crops, int(index)) for index in order[at : at + micro]]
 
     def __len__(self) -> int:
         """Remaining micro-batches."""

@@ -63,7 +63,7 @@ def open_targets(folder: Path, recipe: Recipe, source: ImageSource) -> StoredTea
 
     Raises:
         ArtifactError: no targets there, or damaged ones.
-        InputError: they were made from other crops or images; the message names the difference.
+        InputError: they were made from other crops or images, which the message names, or are of too few epochs.
     """
     info = read_info(folder)
     teacher = from_json(TeacherInfo, read_json(folder / "teacher.json"), where=str(folder / "teacher.json"))
@@ -74,7 +74,13 @@ def open_targets(folder: Path, recipe: Recipe, source: ImageSource) -> StoredTea
         data_fingerprint=source.fingerprint,
         teacher_sha256=teacher.sha256,
     )
-    return StoredTeacher(StoredBranch(folder, expect=expect), teacher, teacher.name, info.prototypes)
+    branch = StoredBranch(folder, expect=expect)
+    wanted, stored = recipe.target_epochs or recipe.epochs, set(branch.epochs)
+    complete = next((epoch for epoch in range(wanted) if epoch not in stored), wanted)
+    if complete < wanted:
+        remedy = f"give --target-epochs {complete} to replay them, or store more" if complete else "store them first"
+        raise InputError(f"{folder} has targets of {complete} epochs, and the run needs {wanted}: {remedy}")
+    return StoredTeacher(branch, teacher, teacher.name, info.prototypes)
 
 
 def store_targets(

@@ -4,14 +4,16 @@ A folder of targets holds
 
     targets.json       TargetsInfo: K, k, the images, and everything that determines the global crops
     epoch-00000.npy    one row per image of the source, in the source's order (NumPy format 2.0, memory-mapped):
-                         columns  int32 (crops, k)      the k most probable prototypes, most probable first
+                         columns  uint16 or int32 (crops, k)   the k most probable prototypes, most probable first
                          probs    float16 or float32 (crops, k)
-                         tail     float32 (crops,)      the mass of the other K - k, spread evenly when read
+                         tail     float32 (crops,)             the mass of the other K - k, spread evenly when read
     epoch-00000.json   written when the epoch is complete; without it the table is not read
 
 A row is addressed by (epoch, index), so the result does not depend on the order or number of processes that wrote it,
 and writing a row twice changes nothing. The row of an image that was in no batch is all zero. Crops are not stored:
-they are a function of (seed, epoch, index). Source of the sparse form: "marginal smoothing" of FKD, arXiv 2112.01528.
+they are a function of (seed, epoch, index). A run with `target_epochs` N replays the crops of N epochs, so that N
+tables serve any number of epochs: 10 epochs of 1.28 million images at k = 64 take 6.7 GB. Source of the sparse form:
+"marginal smoothing" of FKD, arXiv 2112.01528.
 
 Q crops of a row   B batch   K prototypes   k kept
 """
@@ -45,7 +47,7 @@ _WARM_UP = ("teacher_temperature_start", "teacher_temperature_epochs")
 
 @dataclass(frozen=True, kw_only=True)
 class TargetsInfo:
-    """The contents of a folder of targets; it fits a run if everything except `k` and `dtype` is equal."""
+    """The contents of a folder of targets; it fits a run if all but `k` and the types is equal."""
 
     prototypes: int  # K
     images: int  # rows of a table: the length of the source
@@ -55,6 +57,7 @@ class TargetsInfo:
     crops: int = 2
     k: int = 64
     dtype: Literal["float16", "float32"] = "float16"
+    columns: Literal["int32", "uint16"] = "int32"  # of the prototypes' numbers
     schema: int = 1
 
     @classmethod
@@ -90,15 +93,17 @@ class TargetsInfo:
             crops=recipe.teacher_crops,
             k=min(k, prototypes),
             dtype=dtype,
+            columns="uint16" if prototypes <= 1 << 16 else "int32",
         )
 
     @property
     def row(self) -> np.dtype[Any]:
         """The record of one image."""
         probs = "<f2" if self.dtype == "float16" else "<f4"
+        columns = "<u2" if self.columns == "uint16" else "<i4"
         return np.dtype(
             [
-                ("columns", "<i4", (self.crops, self.k)),
+                ("columns", columns, (self.crops, self.k)),
                 ("probs", probs, (self.crops, self.k)),
                 ("tail", "<f4", (self.crops,)),
             ]
@@ -219,8 +224,8 @@ def read_info(folder: Path) -> TargetsInfo:
 
 
 def require_same(have: TargetsInfo, want: TargetsInfo, *, folder: Path, every: bool) -> None:
-    """Raise InputError, naming the difference, unless `have` equals `want` (including k and dtype if `every`)."""
-    ignored = () if every else ("k", "dtype")
+    """Raise InputError, naming the difference, unless `have` equals `want` (including k and the types if `every`)."""
+    ignored = () if every else ("k", "dtype", "columns")
     for field in dataclasses.fields(TargetsInfo):
         ours, theirs = getattr(have, field.name), getattr(want, field.name)
         if field.name in ignored or to_json(ours) == to_json(theirs):

@@ -45,7 +45,7 @@ class TargetWriter:
         """
         if targets.patch_probs is not None:
             raise InputError("patch targets cannot be stored: set patch_weight = 0 to store RoB-iBOT's CLS targets")
-        if views.epoch != self._epoch:
+        if views.epoch != self._epoch or self._file is None:
             self.finish()
             self._open(views.epoch)
         rows = pack(targets, self.info)

@@ -183,6 +183,21 @@ def test_stored_targets_train_the_same_student_without_the_teacher(
         tiny.tiny_run(source, tmp_path / "other", recipe=tiny.tiny_recipe(seed=1), targets=tmp_path / "targets")
 
 
+def test_stored_targets_of_few_epochs_serve_many(tiny: ModuleType, source: ImageSource, tmp_path: Path) -> None:
+    """Two epochs of crops, replayed: the run without the teacher is the one with it, epoch 3 has the crops of 1."""
+    recipe = tiny.tiny_recipe(epochs=4, target_epochs=2)
+    options = {"stored_k": 12}
+    tiny.tiny_run(source, tmp_path / "live", recipe=recipe, store=tmp_path / "targets", options=options)
+    assert sorted(path.name for path in (tmp_path / "targets").glob("*.npy")) == ["epoch-00000.npy", "epoch-00001.npy"]
+    tiny.tiny_run(source, tmp_path / "stored", recipe=recipe, targets=tmp_path / "targets")
+    live, stored = tiny.losses(tmp_path / "live"), tiny.losses(tmp_path / "stored")
+    assert [step for step, _ in live] == [step for step, _ in stored]
+    assert np.allclose([loss for _, loss in live], [loss for _, loss in stored], rtol=1e-2)
+    longer = tiny.tiny_recipe(epochs=4)
+    with pytest.raises(InputError, match="targets of 2 epochs, and the run needs 4: give --target-epochs 2"):
+        tiny.tiny_run(source, tmp_path / "longer", recipe=longer, targets=tmp_path / "targets")
+
+
 def test_targets_of_one_teacher_crop_are_stored_and_read(tiny: ModuleType, source: ImageSource, tmp_path: Path) -> None:
     one = tiny.tiny_recipe(objective="swav", teacher_crops=1, warmup_lr=0.0, lr=1e-4)
     tiny.tiny_run(source, tmp_path / "live", recipe=one, store=tmp_path / "targets")

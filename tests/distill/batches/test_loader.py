@@ -167,3 +167,12 @@ def test_what_does_not_divide_or_fill_a_batch_is_refused(scenes: Path) -> None:
         InputError, match="batch size 8 is not divisible by 3 processes x 1 micro-batches: give --batch-size 9"
     ):
         load(open_source(scenes), share=Share(0, 3))
+
+
+def test_target_epochs_replay_the_crops_in_another_order() -> None:
+    recipe = override(preset("dino", "vit"), {"batch_size": 4, "target_epochs": 2})
+    places = [place for batch in PlaceSampler(8, recipe, share=Share(), start=0, end=10) for place in batch]
+    epochs = [places[i : i + 8] for i in range(0, 40, 8)]
+    assert [{epoch for epoch, _ in of_epoch} for of_epoch in epochs] == [{0}, {1}, {0}, {1}, {0}]
+    assert all(sorted(index for _, index in of_epoch) == list(range(8)) for of_epoch in epochs)
+    assert epochs[0] != epochs[2]

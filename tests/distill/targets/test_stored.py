@@ -66,7 +66,7 @@ def test_the_file_is_what_the_documentation_says(tmp_path: Path) -> None:
     writer.finish()
     table = np.load(tmp_path / "epoch-00000.npy", allow_pickle=False)
     assert table.shape == (20,)
-    assert table.dtype["columns"] == np.dtype(("<i4", (2, 8)))
+    assert table.dtype["columns"] == np.dtype(("<u2", (2, 8)))
     assert table.dtype["probs"] == np.dtype(("<f2", (2, 8)))
     assert table.dtype["tail"] == np.dtype(("<f4", (2,)))
     order = np.argsort(-probs[:, 0].numpy(), axis=-1)[:, :8]
@@ -287,3 +287,46 @@ def test_other_files_beside_the_epochs_are_ignored(tmp_path: Path) -> None:
     TargetWriter(tmp_path, info())
     (tmp_path / "epoch-notes.json").write_text("{}")
     assert StoredBranch(tmp_path).epochs == []
+
+
+def test_ten_epochs_of_imagenet_fit_in_eight_gigabytes() -> None:
+    of_imagenet = TargetsInfo.of(
+        RECIPE, prototypes=65_536, images=1_281_167, data_fingerprint="d", teacher_sha256="t", k=64
+    )
+    assert of_imagenet.row.itemsize == 2 * (64 * 2 + 64 * 2 + 4) == 520
+    assert 10 * of_imagenet.images * of_imagenet.row.itemsize < 8e9
+    assert TargetsInfo.of(RECIPE, prototypes=65_537, images=9, data_fingerprint="d", teacher_sha256="t").row[
+        "columns"
+    ].base == np.dtype("<i4")
+
+
+def test_sixteen_bit_columns_name_every_prototype(tmp_path: Path) -> None:
+    wide = info(prototypes=65_536, k=2, dtype="float32")
+    probs = torch.zeros(2, 3, 65_536)
+    probs[..., 65_535], probs[..., 32_768] = 0.75, 0.25
+    writer = TargetWriter(tmp_path, wide)
+    writer.write(views([0, 1, 2]), Targets(probs))
+    writer.finish()
+    got = StoredBranch(tmp_path).targets(views([2, 0]))
+    assert got.columns is not None and got.columns[0, 0].tolist() == [65_535, 32_768]
+    torch.testing.assert_close(got.probs, torch.tensor([0.75, 0.25]).expand(2, 2, 2))
+
+
+def test_targets_of_an_earlier_robx_have_32_bit_columns(tmp_path: Path) -> None:
+    writer = TargetWriter(tmp_path, dataclasses.replace(info(), columns="int32"))
+    writer.write(views(list(range(20))), Targets(draw(20)))
+    writer.finish()
+    path = tmp_path / "targets.json"
+    values = json.loads(path.read_text())
+    del values["columns"]
+    path.write_text(json.dumps(values))
+    got = StoredBranch(tmp_path, expect=info()).targets(views([3]))
+    assert torch.equal(got.columns, draw(20)[:, [3]].topk(8, dim=-1).indices)  # type: ignore[arg-type]
+
+
+def test_an_epoch_is_written_again_when_it_is_replayed(tmp_path: Path) -> None:
+    writer = TargetWriter(tmp_path, info())
+    for _ in range(3):  # target_epochs = 1: every epoch is epoch 0
+        writer.write(views(list(range(20))), Targets(draw(20)))
+        writer.finish()
+    assert StoredBranch(tmp_path).epochs == [0]
