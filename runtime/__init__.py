@@ -1,1 +1,1 @@
-"""An exported model on the device: the same answers, its latency and its memory."""
+"""Run exported models: verify their outputs, measure latency and memory on a device."""

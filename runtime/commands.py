@@ -131,18 +131,18 @@ def run(
     """
     with open_session(bundle, SessionSettings(threads=threads, provider=provider), labels=out is None) as session:
         labels = session.bundle.labels if isinstance(session.bundle, Bundle) else None
-        answers = infer(
+        outputs = infer(
             session, find_images(images, image_member=image_member), on_skip=lambda error: say(f"skipped {error}")
         )
         if out is not None:
-            _write_npz(out, list(answers))
+            _write_npz(out, list(outputs))
             return
-        for name, answer in answers:
+        for name, output in outputs:
             line: dict[str, Any]
             if labels is None:
-                line = {"image": name, "embedding": [round(float(x), 7) for x in answer]}
+                line = {"image": name, "embedding": [round(float(x), 7) for x in output]}
             else:
-                best = [{"label": label, "probability": p} for label, p in top_labels(answer, labels, count=top)]
+                best = [{"label": label, "probability": p} for label, p in top_labels(output, labels, count=top)]
                 line = {"image": name, "labels": best}
             click.echo(json.dumps(line, allow_nan=False))
 
@@ -177,11 +177,11 @@ def doctor(device: str, python: str | None, as_json: bool) -> None:
     print_table(("purpose", "package or tool", "state"), rows)
 
 
-def _watched(told: Mapping[str, bool]) -> str:
+def _watched(watched: Mapping[str, bool]) -> str:
     """Which background conditions that affect the measurement are monitored on the device, and which are not."""
     names = ("clocks", "temperatures", "throttling", "load")
-    unseen = [name for name in names if not told[name]]
-    seen = f"monitored during a bench: {', '.join(name for name in names if told[name]) or 'nothing'}"
+    unseen = [name for name in names if not watched[name]]
+    seen = f"monitored during a bench: {', '.join(name for name in names if watched[name]) or 'nothing'}"
     return seen + (f"; not readable on this machine: {', '.join(unseen)}" if unseen else "")
 
 
@@ -288,10 +288,10 @@ def _cores(text: str | None) -> tuple[int, ...] | None:
     return tuple(sorted(cores))
 
 
-def _write_npz(path: Path, answers: list[tuple[str, np.ndarray]]) -> None:
+def _write_npz(path: Path, outputs: list[tuple[str, np.ndarray]]) -> None:
     if path.suffix != ".npz":
         raise InputError(f"--out {path} must end in .npz")
-    keys, embeddings = np.array([name for name, _ in answers]), np.stack([answer for _, answer in answers])
+    keys, embeddings = np.array([name for name, _ in outputs]), np.stack([output for _, output in outputs])
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:

@@ -50,14 +50,14 @@ def examine(device: str = "local", *, python: str | None = None) -> tuple[dict[s
         DeviceError: the device cannot be reached, or has no Python 3.8 or later.
     """
     parts = (*_PARTS, *_engines())
-    told = _ask(device, python, [name for _, names, _, _ in parts for name in names])
+    answer = _ask(device, python, [name for _, names, _, _ in parts for name in names])
     local = device == "local"
-    findings = [_finding(part, told["packages"], local) for part in parts]
-    findings.append(_governor(told["facts"]["cpu"]))
+    findings = [_finding(part, answer["packages"], local) for part in parts]
+    findings.append(_governor(answer["facts"]["cpu"]))
     if local:
         findings += [_tool(*tool) for tool in _TOOLS]
         findings.append(_cuda())
-    return told["facts"], findings
+    return answer["facts"], findings
 
 
 def _engines() -> Iterator[Part]:

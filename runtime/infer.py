@@ -59,10 +59,10 @@ def infer(
     )
     for found, pixels in batches:
         answered = True
-        for (name, _), answer in zip(found, run_within(session, pixels), strict=True):
-            if not np.isfinite(answer).all():
+        for (name, _), output in zip(found, run_within(session, pixels), strict=True):
+            if not np.isfinite(output).all():
                 raise DeviceError(f"the output for {name} contains NaN or infinity: export the model again, or in fp32")
-            yield name, answer
+            yield name, output
     if not answered:
         raise InputError("none of the images could be decoded: give other images")
 

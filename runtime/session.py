@@ -241,8 +241,8 @@ class OpenModel:
             expected = ("N", *self._image_shape)
             raise InputError(f"images are {images.dtype} {images.shape}, but the model takes float32 {expected}")
         try:
-            answer: np.ndarray = run_in_batches(self._model, images, self._batch, self._widths)
-            return answer
+            output: np.ndarray = run_in_batches(self._model, images, self._batch, self._widths)
+            return output
         except Exception as error:
             raise DeviceError(f"the engine failed on a batch of {len(images)}: {first_line(error)}") from error
 

@@ -72,7 +72,7 @@ def interleave(
     }
     digest = telemetry.digest(snapshots, cores=os.cpu_count() or 1)
     throttled = {*(watch.new_flags(flags, watch.throttle_flags()) or ())}
-    if any("cuda" in str(told.get("provider")).lower() for told in facts.values()):
+    if any("cuda" in str(known.get("provider")).lower() for known in facts.values()):
         throttled |= {f"GPU {flag}" for flag in nvidia.reading()["throttled"]}
     return Interleaved(found, (*validity.conditions(digest), *validity.throttling(throttled)), noise)
 

@@ -106,7 +106,7 @@ class BenchSettings:
     data: str | Path | None = None  # images to run; None: rendered scenes
     image_member: str | None = None  # which image of a tar sample to read when it has several ("rgb.jpg")
     python: str | None = None  # Python command on the device
-    emulated: bool = False  # the processor is emulated: check the answers, refuse to time
+    emulated: bool = False  # the processor is emulated: check the outputs, do not time them
     seed: int = 0  # of the order of the processes
     retries: int = 2  # times that an UNSTABLE bundle is measured again, if the reason may pass
 

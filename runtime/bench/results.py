@@ -70,10 +70,10 @@ def figures(results: Sequence[ProcessResult], *, batch: int) -> tuple[dict[str, 
     }
     values["load"] = _over([r.report["load_ns"] / 1e6 for r in results], "ms")
     values["first"] = _over([r.report["first_ns"] / 1e6 for r in results], "ms")
-    told = [(r.report["memory_before"], r.report["memory"]) for r in results]
-    if all(before and after for before, after in told):
-        values["peak_memory"] = _over([after["peak"] / 1e6 for _, after in told], "MB")
-        values["model_memory"] = _over([(after["peak"] - before["now"]) / 1e6 for before, after in told], "MB")
+    memory = [(r.report["memory_before"], r.report["memory"]) for r in results]
+    if all(before and after for before, after in memory):
+        values["peak_memory"] = _over([after["peak"] / 1e6 for _, after in memory], "MB")
+        values["model_memory"] = _over([(after["peak"] - before["now"]) / 1e6 for before, after in memory], "MB")
     else:
         missing["peak_memory"] = "the kernel does not report it (no VmHWM)"
     _energy(results, batch, values, missing)

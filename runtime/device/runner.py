@@ -54,8 +54,8 @@ _ENVIRONMENT = (
 def main(arguments: list[str]) -> int:
     """Do one job, or describe the device and the given packages; returns the exit status."""
     if arguments[:1] == ["--doctor"]:
-        told = {"facts": describe.describe(), "packages": describe.packages(arguments[1:])}
-        sys.stdout.write(json.dumps(told) + "\n")
+        found = {"facts": describe.describe(), "packages": describe.packages(arguments[1:])}
+        sys.stdout.write(json.dumps(found) + "\n")
         return 0
     if len(arguments) != 1:
         sys.stderr.write("usage: robx_runner.pyz JOB.json | --doctor [PACKAGE...]\n")
@@ -147,7 +147,7 @@ def measure(job: dict[str, Any], *, timed: bool) -> dict[str, Any]:
             result.update(_timed(job, model, queries, (outputs, seen)))
         else:
             for index, query in enumerate(queries):
-                timing.keep_answer(model.run(query), index * batch, (outputs, seen))
+                timing.keep_output(model.run(query), index * batch, (outputs, seen))
         result["memory"], result["memory_before"] = watch.memory(), before
     finally:
         model.close()

@@ -51,18 +51,18 @@ def time_queries(model: Any, queries: list[Any], job: dict[str, Any], kept: tupl
     while (len(samples) < job["queries"] or now < least) and now < most:
         index = len(samples) % len(queries)
         before = clock()
-        answer = model.run(queries[index])
+        output = model.run(queries[index])
         now = clock()
         samples.append(now - before)
-        keep_answer(answer, index * batch, kept)
+        keep_output(output, index * batch, kept)
     gc.enable()
     return np.array(samples, dtype=np.int64), len(samples) >= job["queries"] and now >= least
 
 
-def keep_answer(answer: Any, start: int, kept: tuple[Any, Any]) -> None:
+def keep_output(output: Any, start: int, kept: tuple[Any, Any]) -> None:
     """Copy the output (B, D) for the images from `start` on into outputs (N, D), and mark them in seen (N,)."""
     outputs, seen = kept
-    if answer.shape[1:] != outputs.shape[1:] or not len(answer):
-        raise ValueError("the output has shape %s, expected (N, %d)" % (answer.shape, outputs.shape[1]))
-    outputs[start : start + len(answer)] = answer
-    seen[start : start + len(answer)] = True
+    if output.shape[1:] != outputs.shape[1:] or not len(output):
+        raise ValueError("the output has shape %s, expected (N, %d)" % (output.shape, outputs.shape[1]))
+    outputs[start : start + len(output)] = output
+    seen[start : start + len(output)] = True
