@@ -58,6 +58,7 @@ from robx.records import Accuracy, Fidelity, Measurement, Value
     type=click.Path(path_type=Path, dir_okay=False),
     help="Train a linear head on the embedding and save it for robx export --head.",
 )
+@click.option("--device", metavar="NAME", help="Device of the models and of kNN: cpu, cuda, ... Default: the engine's.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of the model. Default: all processors.")
 @click.option("--batch", default=64, show_default=True, type=click.IntRange(1), help="Batch size.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder for extracted features.")
@@ -79,6 +80,7 @@ def evaluate(
     margin: float,
     cached: bool,
     save_head: Path | None,
+    device: str | None,
     threads: int | None,
     batch: int,
     cache: Path | None,
@@ -103,8 +105,8 @@ def evaluate(
     settings = EvalSettings(
         models=folders, data=data, test=test, labels=labels, image_member=image_member, knn=knn, linear=linear,
         lowshot=lowshot or "", lowshot_splits=lowshot_splits, transfers=transfers, fidelity=fidelity,
-        reference=reference, margin=margin, cached=cached, save_head=save_head, threads=threads, batch=batch,
-        cache=cache, no_cache=no_cache,
+        reference=reference, margin=margin, cached=cached, save_head=save_head, device=device, threads=threads,
+        batch=batch, cache=cache, no_cache=no_cache,
     )  # fmt: skip
     found: list[Measurement] = []
     with progress_bar(quiet=as_json) as progress:

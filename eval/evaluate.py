@@ -61,6 +61,7 @@ class EvalSettings:
     margin: float = 1.0  # accepted drop of accuracy, percentage points
     cached: bool = False  # train heads on features extracted once, for a student too
     save_head: Path | None = None  # where to write a linear head on the embedding
+    device: str | None = None  # of the models, as the engine calls it: "cpu", "cuda", "gpu"; None: the engine's default
     threads: int | None = None  # of the model; None: all processors
     batch: int = BATCH
     cache: Path | None = None  # folder of extracted features; None: robx's own cache
@@ -106,12 +107,10 @@ def evaluate(
         MissingExtra, DeviceError: a model cannot be opened or run.
     """
     plan = _check(settings, progress, say)
+    how = SessionSettings(threads=plan.threads, provider=settings.device)
     with contextlib.ExitStack() as stack:
         wanted = dict.fromkeys([*plan.records, *plan.references.values()])
-        sessions = {
-            folder: stack.enter_context(open_session(folder, SessionSettings(threads=plan.threads)))
-            for folder in wanted
-        }
+        sessions = {folder: stack.enter_context(open_session(folder, how)) for folder in wanted}
         for folder, record in _measure(sessions, plan):
             append_measurements(folder / "measurements.jsonl", [record])
             yield record
@@ -220,7 +219,7 @@ def _on_the_data(
     repeats = {folder: repeat_difference(sessions[folder], split.test) for folder in bundles}
     if plan.knn:
         for folder in plan.records:
-            outcome = _knn(split, bank[folder], test[folder], repeats.get(folder), plan.progress)
+            outcome = _knn(split, bank[folder], test[folder], repeats.get(folder), plan)
             yield folder, _accuracy(sessions[folder], split, outcome)
     if plan.references:
         pairs = [
@@ -272,7 +271,14 @@ def _trained(model: Model, split: Split, bank: Features, test: Features, plan: _
 
 def _model(folder: Path, session: Session, plan: _Plan) -> Model:
     how = partial(extract, batch_size=plan.settings.batch, cache=plan.cache, progress=plan.progress)
-    return Model(folder=folder, session=session, extract=how, threads=plan.threads, progress=plan.progress)
+    return Model(
+        folder=folder,
+        session=session,
+        extract=how,
+        threads=plan.threads,
+        device=plan.settings.device,
+        progress=plan.progress,
+    )
 
 
 def _extract_all(sessions: Mapping[Path, Session], source: ImageSource, plan: _Plan) -> dict[Path, Features]:
@@ -301,9 +307,10 @@ def _refuse_broken(folder: Path, bank: Features, test: Features) -> None:
     refuse_constant(bank.features, folder)
 
 
-def _knn(split: Split, bank: Features, test: Features, repeat: Value | None, progress: Progress | None) -> Outcome:
+def _knn(split: Split, bank: Features, test: Features, repeat: Value | None, plan: _Plan) -> Outcome:
     values = knn_accuracy(
-        bank.features, bank.labels, test.features, test.labels, classes=split.classes, progress=progress
+        bank.features, bank.labels, test.features, test.labels, classes=split.classes,
+        device="cuda" if plan.settings.device == "cuda" else "cpu", progress=plan.progress,
     )  # fmt: skip
     settings: dict[str, Json] = {
         "k": min(KNN_K, int(np.count_nonzero(bank.labels >= 0))),

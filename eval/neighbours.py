@@ -31,7 +31,7 @@ def unit_rows(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def nearest(
-    bank: np.ndarray, queries: np.ndarray, k: int, *, progress: Progress | None = None
+    bank: np.ndarray, queries: np.ndarray, k: int, *, device: str = "cpu", progress: Progress | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k most similar bank rows of each query: cosine similarities (M, k), descending, and row numbers (M, k).
 
@@ -41,6 +41,7 @@ def nearest(
         bank: (N, D); it may be a memory map, which is read block by block.
         queries: (M, D).
         k: 1 to N.
+        device: "cpu" (NumPy), or a PyTorch device such as "cuda".
         progress: called with (bank images done, N, note).
 
     Raises:
@@ -51,6 +52,8 @@ def nearest(
     if not 1 <= k <= len(bank):
         raise InputError(f"k = {k} is out of range for a bank of {len(bank)} images: give k from 1 to {len(bank)}")
     unit = unit_rows(queries)[0]
+    if device != "cpu":
+        return _ordered(*_in_torch(bank, unit, k, device, progress))
     blocks = [slice(at, at + _QUERY_BLOCK) for at in range(0, len(queries), _QUERY_BLOCK)]
     best = [np.empty((len(unit[block]), 0), np.float32) for block in blocks]
     rows = [np.empty((len(unit[block]), 0), np.int64) for block in blocks]
@@ -65,8 +68,38 @@ def nearest(
             progress(start + len(keys), len(bank), "neighbours")
     found = np.concatenate([*best, np.empty((0, k), np.float32)])  # no queries give (0, k)
     numbers = np.concatenate([*rows, np.empty((0, k), np.int64)])
-    order = np.lexsort((numbers, -found), axis=1)
-    return np.take_along_axis(found, order, axis=1), np.take_along_axis(numbers, order, axis=1)
+    return _ordered(found, numbers)
+
+
+def _ordered(similarities: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both (M, k), by falling similarity and then by row number."""
+    order = np.lexsort((rows, -similarities), axis=1)
+    return np.take_along_axis(similarities, order, axis=1), np.take_along_axis(rows, order, axis=1)
+
+
+def _in_torch(
+    bank: np.ndarray, unit: np.ndarray, k: int, device: str, progress: Progress | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same with PyTorch's topk, unordered, for queries of length 1."""
+    import torch
+
+    queries = torch.split(torch.from_numpy(unit).to(device), _QUERY_BLOCK)
+    best = [torch.empty((len(block), 0), device=device) for block in queries]
+    rows = [torch.empty((len(block), 0), dtype=torch.int64, device=device) for block in queries]
+    for start in range(0, len(bank), _BANK_BLOCK):
+        found, finite = unit_rows(bank[start : start + _BANK_BLOCK])
+        keys, broken = torch.from_numpy(found).to(device), torch.from_numpy(~finite).to(device)
+        for i, block in enumerate(queries):
+            similarities = (block @ keys.T).masked_fill_(broken, -torch.inf)
+            values, columns = similarities.topk(min(k, len(keys)), dim=1)
+            both, numbers = torch.cat([best[i], values], dim=1), torch.cat([rows[i], columns + start], dim=1)
+            best[i], keep = both.topk(min(k, both.shape[1]), dim=1)
+            rows[i] = numbers.gather(1, keep)
+        if progress:
+            progress(start + len(keys), len(bank), "neighbours")
+    if not queries:
+        return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
+    return torch.cat(best).cpu().numpy(), torch.cat(rows).cpu().numpy()
 
 
 def _merge(

@@ -333,6 +333,7 @@ def evaluate(
     margin: float = 1.0,
     cached: bool = False,
     save_head: StrPath | None = None,
+    device: str | None = None,
     threads: int | None = None,
     batch: int = 64,
     cache: StrPath | None = None,
@@ -357,6 +358,7 @@ def evaluate(
         margin: accuracy drop that `fidelity` accepts, in percentage points.
         cached: train classifiers on features that are extracted once, without augmentation.
         save_head: where to write a linear classifier on the embedding, for `export(head=...)`.
+        device: of the models and of kNN: "cpu", "cuda", or as the bundle's engine calls it; None is its default.
         threads: threads of the model; None uses all processors.
         batch: images in one run of the model.
         cache: folder for extracted features; None is robx's cache.
@@ -390,6 +392,7 @@ def evaluate(
         margin=margin,
         cached=cached,
         save_head=_path(save_head),
+        device=device,
         threads=threads,
         batch=batch,
         cache=_path(cache),

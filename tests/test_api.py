@@ -87,7 +87,7 @@ EVALUATE: dict[str, Any] = {
     "data": "images", "test": "held-out", "labels": "l.csv", "image_member": "rgb.jpg",
     "knn": True, "linear": True, "lowshot": "1,5%", "lowshot_splits": "lists",
     "transfers": ["cifar10=c"], "fidelity": True, "reference": "run", "margin": 2.0, "cached": True, "save_head": "h",
-    "threads": 3, "batch": 7, "cache": "features", "no_cache": True,
+    "device": "cuda", "threads": 3, "batch": 7, "cache": "features", "no_cache": True,
 }  # fmt: skip
 BENCH: dict[str, Any] = {
     "device": "ssh://host", "profile": "rapid", "threads": 2, "provider": "gpu", "precision_hint": "f16",

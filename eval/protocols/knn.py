@@ -53,13 +53,14 @@ def knn_accuracy(
     *,
     classes: int,
     ks: Sequence[int] = KS,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Value]:
     """Top-1 and top-5 in % for every k that the bank is large enough for: "top1_k10", "top5_k10", "top1_k20", ...
 
     "top1" and "top5" alone are those of k = 20, or of the whole bank where it is smaller: k is fixed in advance,
     because choosing the best k would fit it to the test set. One search serves all k. Unlabelled images (label < 0) are
-    left out on both sides. Top-5 is left out with five classes or fewer.
+    left out on both sides. Top-5 is left out with five classes or fewer. `device` is that of `nearest`.
 
     Raises:
         InputError: no labelled images on one side, labels outside `classes`, or see `nearest`.
@@ -71,7 +72,7 @@ def knn_accuracy(
     _check_labels(bank, bank_labels, classes)
     headline = min(KNN_K, len(bank))
     served = sorted({k for k in ks if k <= len(bank)} | {headline})
-    similarities, indices = nearest(bank, queries, max(served), progress=progress)
+    similarities, indices = nearest(bank, queries, max(served), device=device, progress=progress)
     bad = ~np.isfinite(queries).all(axis=1)
     values: dict[str, Value] = {}
     for k in served:

@@ -37,7 +37,7 @@ def lowshot(
     """
     output = "embedding"
     if isinstance(model.session.bundle, Student):
-        with TrunkSession(model.folder, output="before_norm", threads=model.threads) as trunk:
+        with TrunkSession(model.folder, output="before_norm", threads=model.threads, device=model.device) as trunk:
             if (output := trunk.output) != "embedding":
                 bank = model.extract(trunk, split.bank)
                 test = split.aligned(model.extract(trunk, split.test))
@@ -88,7 +88,9 @@ def linear(
     with contextlib.ExitStack() as stack:
         trunk = None
         if isinstance(model.session.bundle, Student):
-            trunk = stack.enter_context(TrunkSession(model.folder, output="last4", threads=model.threads))
+            trunk = stack.enter_context(
+                TrunkSession(model.folder, output="last4", threads=model.threads, device=model.device)
+            )
         session, kinds = (model.session, None) if trunk is None else (trunk, trunk.kinds)
         test = split.aligned(embed(session, split.test))
         names = ", ".join(kinds or ("embedding",))

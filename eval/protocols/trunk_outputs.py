@@ -23,13 +23,16 @@ LAST = 4
 class TrunkSession:
     """A Session on a Student's trunk, in eval mode and frozen, with a chosen output."""
 
-    def __init__(self, folder: Path, *, output: Output, threads: int = 1) -> None:
-        """Open the Student in `folder`; a CNN has no tokens and returns the embedding, whatever `output` is."""
+    def __init__(self, folder: Path, *, output: Output, threads: int = 1, device: str | None = None) -> None:
+        """Open the Student in `folder`; a CNN has no tokens and returns the embedding, whatever `output` is.
+
+        `device` is PyTorch's; None is CUDA if there is any.
+        """
         self.student, self._trunk = load_trunk(folder)
         self.bundle: Bundle | Student = self.student
         self._trunk.requires_grad_(False)
         self.output: Output = output if is_vit(self.student.timm_name) else "embedding"
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._threads = threads
         self._trunk.to(self.device)
         if self.output == "before_norm":

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -500,3 +501,25 @@ def test_several_images_in_a_sample_are_refused_unless_one_is_named(run, scenes,
     assert found.exit_code == 0, found.output
     as_folders = robx(run, "--data", scenes, "--no-cache", "--json")
     assert json.loads(found.stdout)["values"] == json.loads(as_folders.stdout)["values"]
+
+
+def test_the_device_goes_to_every_model_and_to_the_search(run, scenes, monkeypatch):
+    seen = []
+    real = evaluate.open_session
+    monkeypatch.setattr(
+        evaluate, "open_session", lambda path, how: seen.append(how.provider) or real(path, replace(how, provider=None))
+    )
+    monkeypatch.setattr(evaluate, "knn_accuracy", lambda *given, device, **rest: seen.append(device) or {})
+    trunks = protocols.TrunkSession
+    monkeypatch.setattr(
+        protocols, "TrunkSession", lambda *given, device, **rest: seen.append(device) or trunks(*given, **rest)
+    )
+    robx(run, "--data", scenes, "--no-cache", "--knn", "--linear", "--cached", "--device", "cuda")
+    assert seen == ["cuda"] * 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused(run, scenes):
+    for device, said in (("cuda", "no CUDA device"), ("tpu", "torch runs on cpu or cuda and 'tpu' was asked for")):
+        result = robx(run, "--data", scenes, "--no-cache", "--device", device)
+        assert result.exit_code == 2 and said in result.output and result.output.count("\n") == 1

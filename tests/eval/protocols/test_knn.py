@@ -163,3 +163,18 @@ def test_a_bank_of_broken_rows_still_gives_k_different_rows(monkeypatch):
     similarities, rows = neighbours.nearest(bank, np.ones((2, 3), np.float32), 6)
     assert rows[:, :2].tolist() == [[2, 9]] * 2 and np.isneginf(similarities[:, 2:]).all()
     assert all(len(set(found)) == 6 for found in rows.tolist())
+
+
+@pytest.mark.parametrize("k", [1, 20, 150])
+@pytest.mark.parametrize("block", [16, 64, 1000])
+def test_pytorchs_search_finds_what_numpys_does(monkeypatch, k, block):
+    monkeypatch.setattr(neighbours, "_BANK_BLOCK", block)
+    monkeypatch.setattr(neighbours, "_QUERY_BLOCK", 25)
+    bank, _, queries, _ = data(7)
+    bank[3] = np.nan
+    similarities, rows = neighbours._ordered(
+        *neighbours._in_torch(bank, neighbours.unit_rows(queries)[0], k, "cpu", None)
+    )
+    expected = neighbours.nearest(bank, queries, k)
+    np.testing.assert_array_equal(rows, expected[1])
+    np.testing.assert_allclose(similarities, expected[0], atol=1e-6)
