@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ from robx.distill.training.processes import Processes, join_processes
 from robx.distill.training.run import Run, RunSpec, Say, check_spec, open_run, require_out
 from robx.distill.training.run_state import count_skipped, publish_teachers, resume_run, save_run
 from robx.distill.training.signals import StopRequest, stop_on_signals
-from robx.distill.training.speed import Rate, SpeedBound, measure_bound
+from robx.distill.training.speed import MEASURE_SECONDS, Rate, SpeedBound, measure_bound
 from robx.errors import InputError, Interrupted
 from robx.images.sources import ImageSource, open_source
 from robx.progress import Progress, silent
@@ -308,27 +308,34 @@ def _count_skipped(run: Run, found: dict[int, str]) -> None:
 
 
 def _measure(run: Run, start: int) -> SpeedBound:
-    """The speed of the computation alone on the first micro-batch; the state of the run is unchanged."""
+    """The speed of the computation alone on the first images; the state of the run is unchanged."""
     places = next(
         iter(PlaceSampler(len(run.source), run.recipe, share=run.processes.share, start=start, end=run.steps))
     )
     dataset = CropDataset(run.source, run.recipe, mask_grid=run.mask_grid, corrupt_budget=run.options.corrupt_budget)
-    began = time.perf_counter()
-    batch = collate([dataset[place] for place in places])
-    loader = len(places) / (time.perf_counter() - began)
+    began, samples = time.perf_counter(), list[Any]()
+    while len(samples) < len(places) and (len(samples) < 2 or time.perf_counter() - began < MEASURE_SECONDS / 2):
+        samples.append(dataset[places[len(samples)]])
+    loader = len(samples) / (time.perf_counter() - began)
+    batch = collate(samples)
     _count_skipped(run, batch.skipped)
     branches = [b for b in (run.branch, *(learner.branch for learner in run.learners)) if b is not None]
     before = [copy.deepcopy(branch.state_dict()) for branch in branches]
-    views = batch.views(run.processes.device)
-    bound = measure_bound(run.learners, views, lambda v: _targets(run, v), recipe=run.recipe)
+    measured = measure_bound(
+        run.learners,
+        batch.views(run.processes.device),
+        lambda views: _targets(run, views),
+        recipe=run.recipe,
+        any_process=lambda answer: run.processes.any(answer)[0],
+    )
     for branch, state in zip(branches, before, strict=True):
         branch.load_state_dict(state)
-    run.bound = bound
+    run.bound = measured.bound
     run.say(
-        f"speed bound {speed_bound(run):.1f} images/s on {run.processes.world} process(es); per process {bound.parts}, "
-        f"one loader worker {loader:.1f}"
+        f"speed bound {speed_bound(run):.1f} images/s on {run.processes.world} process(es), measured on "
+        f"{measured.views.globals.shape[1]} image(s); per process {run.bound.parts}, one loader worker {loader:.1f}"
     )
-    return bound
+    return run.bound
 
 
 def _silent(_: str) -> None:

@@ -20,6 +20,11 @@ class Views:
     masks: Tensor | None = None  # (2, B, P) bool, True where a patch is masked (RoB-iBOT) or dropped (RoB-MSN)
     epoch: int = 0  # crops are a function of (seed, epoch, index); stored targets are looked up by the last two
 
+    def first(self, images: int) -> Views:
+        """The crops of the first `images` images."""
+        masks = None if self.masks is None else self.masks[:, :images]
+        return Views(self.globals[:, :images], self.locals[:, :images], self.index[:images], masks, self.epoch)
+
 
 @dataclass(frozen=True)
 class Targets:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from robx.distill.batches.loader import CropDataset, collate, epoch_order, steps_per_epoch
@@ -21,7 +22,7 @@ from robx.distill.targets.build import open_targets
 from robx.distill.teachers.frozen_heads import PrototypeHead
 from robx.distill.teachers.prototypes import images_to_fit, require_images
 from robx.distill.teachers.teacher import Teacher
-from robx.distill.training.learner import Learner, autocast
+from robx.distill.training.learner import Learner
 from robx.distill.training.networks import Networks, build_networks
 from robx.distill.training.processes import Processes, pick_device
 from robx.distill.training.run import RunSpec, check_spec
@@ -59,6 +60,7 @@ class RunCost:
     student_images_per_s: float
     bound_images_per_s: float
     loader_images_per_s: float  # of one worker
+    measured_images: int  # at a time, and scaled to the run
     hours: float  # of one process at these speeds, fitting of prototypes included
     gpu_memory_gb: float | None = None
     gpu_batch: int | None = None  # estimated largest micro-batch that fits into that memory
@@ -77,7 +79,7 @@ class RunCost:
             f"at a micro-batch of {self.batch_size}",
             f"measured on {self.device}: speed bound {self.bound_images_per_s:.1f} images/s "
             f"({SpeedBound(self.teacher_images_per_s, self.student_images_per_s).parts}); "
-            f"one loader worker {self.loader_images_per_s:.1f} images/s",
+            f"one loader worker {self.loader_images_per_s:.1f} images/s; measured on {self.measured_images} image(s)",
             f"estimated run time on one process, including data loading: {self.hours:.2f} hours",
         ]
         if self.gpu_batch is not None:
@@ -111,14 +113,14 @@ def dry_run(spec: RunSpec, *, gpu_memory: float | None = None) -> RunCost:
         steps_per_epoch=per_epoch,
         init=check_spec(spec),
     )
-    views, loader_speed = _first_views(spec, networks, place.device)
+    first, loader_speed = _first_views(spec, networks, place.device)
 
     def targets_of(views: Views) -> list[Targets | None]:
         shared = networks.branch.targets(views) if networks.branch is not None else None
         return [shared or learner.own_targets(views) for learner in networks.learners]
 
-    bound = measure_bound(networks.learners, views, targets_of, recipe=recipe)
-    targets = targets_of(views)
+    measured = measure_bound(networks.learners, first, targets_of, recipe=recipe)
+    bound, views, targets = measured.bound, measured.views, measured.targets
     costs, kept = [], 0
     for learner, target in zip(networks.learners, targets, strict=True):
         cost, bytes_kept = _learner_cost(learner, views, target)
@@ -146,6 +148,7 @@ def dry_run(spec: RunSpec, *, gpu_memory: float | None = None) -> RunCost:
         student_images_per_s=bound.student,
         bound_images_per_s=bound.images_per_s,
         loader_images_per_s=loader_speed,
+        measured_images=images,
         hours=(steps * recipe.batch_size / rate + fitting) / 3600,
         gpu_memory_gb=gpu_memory,
         gpu_batch=None if gpu_memory is None else _largest_batch(gpu_memory, fixed=fixed, image=image_bytes),
@@ -216,12 +219,21 @@ def _flop_counter() -> FlopCounterMode:
 
 
 def _teacher_cost(teacher: Teacher, views: Views, recipe: Recipe) -> NetworkCost:
-    pixels = views.globals[: recipe.teacher_crops, :1].flatten(0, 1)
-    with _flop_counter() as counter, autocast(recipe, pixels.device):
-        teacher(pixels)
-    return NetworkCost(
-        name=teacher.name, params=_count(teacher.trunk), flops_per_image=float(counter.get_total_flops())
-    )
+    pixels = views.globals[0, :1]
+    flops = recipe.teacher_crops * count_flops(teacher, pixels)
+    return NetworkCost(name=teacher.name, params=_count(teacher.trunk), flops_per_image=float(flops))
+
+
+@torch.no_grad()
+def count_flops(net: nn.Module, pixels: Tensor) -> int:
+    """Floating-point operations of a forward pass, from the shapes of its tensors; computed only if it has to be."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), _flop_counter() as counter:
+            net(torch.zeros_like(pixels))
+    except Exception:  # a network whose control flow depends on values
+        with _flop_counter() as counter:
+            net(pixels)
+    return int(counter.get_total_flops())
 
 
 def _fixed_bytes(learner: Learner) -> int:

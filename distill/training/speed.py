@@ -17,6 +17,9 @@ from robx.distill.batches.views import Targets, Views
 from robx.distill.recipes import Recipe
 from robx.distill.training.learner import Learner, autocast
 
+MEASURE_SECONDS = 8.0
+_REPEATS = 3  # of the largest part, the first of which is a warm-up
+
 
 @dataclass(frozen=True)
 class SpeedBound:
@@ -37,35 +40,65 @@ class SpeedBound:
         return f"{teacher}, students alone {self.student:.1f}"
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A speed bound, and the last views and targets that it was measured on."""
+
+    bound: SpeedBound
+    views: Views
+    targets: Sequence[Targets | None]
+
+
 def measure_bound(
     learners: Sequence[Learner],
     views: Views,
     targets_of: Callable[[Views], Sequence[Targets | None]],
     *,
     recipe: Recipe,
-    repeats: int = 2,
-) -> SpeedBound:
-    """Time the computation of one micro-batch; the learners' state is restored, bit for bit.
+    seconds: float = MEASURE_SECONDS,
+    any_process: Callable[[bool], bool] = bool,
+) -> Measured:
+    """Time the computation, first of one image, then of more as long as `seconds` allow; restores the learners' state.
 
-    `targets_of` returns one Targets per learner, or None where they come from the student's own forward.
+    One image alone may take longer on a slow machine with a large teacher; it is then the whole measurement.
+
+    Args:
+        learners: of this process.
+        views: all images that may be measured.
+        targets_of: returns one Targets per learner, or None where they come from the student's own forward.
+        recipe: of the run.
+        seconds: for everything.
+        any_process: whether any process of the run says yes; processes exchange gradients and have to stop together.
     """
-    device, images = views.globals.device, views.globals.shape[1]
-    teacher = student = float("inf")
-    for _ in range(repeats + 1):  # the first is a warm-up
+    began, device, total = time.perf_counter(), views.globals.device, views.globals.shape[1]
+    images, times = 1, list[tuple[float, float]]()  # (teacher, student) of so many images
+    while True:
+        part = views.first(images)
         started = _now(device)
         with autocast(recipe, device):
-            targets = targets_of(views)
+            targets = targets_of(part)
         between = _now(device)
         for learner, target in zip(learners, targets, strict=True):
-            buffers = {name: buffer.clone() for name, buffer in learner.net.named_buffers()}
-            learner.learn(views, target, draw=0, observe=False)
-            learner.optimizer.zero_grad(set_to_none=True)
-            for name, buffer in learner.net.named_buffers():
-                buffer.copy_(buffers[name])
+            _learn_and_restore(learner, part, target)
         ended = _now(device)
-        teacher, student = min(teacher, between - started), min(student, ended - between)
+        times.append((between - started, ended - between))
+        following = min(4 * images, total)
+        late = ended - began + (ended - started) * following / images > seconds
+        if any_process(late or (images == total and len(times) == _REPEATS)):
+            break
+        if following > images:
+            images, times = following, []
+    teacher, student = (max(min(column), 1e-9) for column in zip(*times, strict=True))
     own = all(target is None for target in targets)
-    return SpeedBound(None if own else images / max(teacher, 1e-9), images / max(student, 1e-9))
+    return Measured(SpeedBound(None if own else images / teacher, images / student), part, targets)
+
+
+def _learn_and_restore(learner: Learner, views: Views, targets: Targets | None) -> None:
+    buffers = {name: buffer.clone() for name, buffer in learner.net.named_buffers()}
+    learner.learn(views, targets, draw=0, observe=False)
+    learner.optimizer.zero_grad(set_to_none=True)
+    for name, buffer in learner.net.named_buffers():
+        buffer.copy_(buffers[name])
 
 
 class Rate:
