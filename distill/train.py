@@ -63,8 +63,6 @@ def distill(settings: DistillSettings, *, progress: Progress | None = None, say:
     with join_processes(settings.options.device) as processes:
         progress = progress if progress and processes.first else silent
         say = say if say and processes.first else _silent
-        if source.note:
-            say(source.note)
         if warning := mixed_kinds(settings.students, recipe):
             say(warning)
         if recipe.augment == "device":
@@ -178,6 +176,8 @@ def train(
         stack.callback(run.close)
         processes.wait()
         start = resume_run(run)
+        if spec.source.note:
+            speak(spec.source.note)
         for learner in run.learners if start == 0 else ():
             speak(starting_line(learner.name, run.initial.get(learner.name)))
         if start < run.steps:

@@ -71,7 +71,11 @@ def measure_bound(
         any_process: whether any process of the run says yes; processes exchange gradients and have to stop together.
     """
     began, device, total = time.perf_counter(), views.globals.device, views.globals.shape[1]
-    images, times = 1, list[tuple[float, float]]()  # (teacher, student) of so many images
+    # BatchNorm needs two crops of each size.
+    images, times = (
+        min(total, 2 if len(views.locals) == 1 else 1),
+        list[tuple[float, float]](),
+    )  # (teacher, student) of so many images
     while True:
         part = views.first(images)
         started = _now(device)

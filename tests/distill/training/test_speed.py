@@ -17,7 +17,7 @@ from robx.trunk import build_trunk, size_error
 
 
 def _views(images: int) -> Views:
-    return Views(torch.zeros(2, images, 3, 4, 4), torch.zeros(1, images, 3, 2, 2), torch.arange(images))
+    return Views(torch.zeros(2, images, 3, 4, 4), torch.zeros(2, images, 3, 2, 2), torch.arange(images))
 
 
 def _measure(tiny: ModuleType, *, images: int, per_image: float, seconds: float) -> tuple[Any, list[int]]:
