@@ -37,7 +37,7 @@ def test_base_methods_swap_the_crops(method: str) -> None:
     assert objective.pairing == "swapped"  # type: ignore[attr-defined]
 
 
-def test_msn_itself_has_both_guards() -> None:
+def test_base_msn_has_sinkhorn_and_me_max() -> None:
     msn = build_objective(preset("msn", "vit", base=True))
     assert isinstance(msn, RobMsn)
     assert msn.sinkhorn_iterations == 3

@@ -128,7 +128,7 @@ def test_rows_are_weighted() -> None:
     torch.testing.assert_close(torch.autograd.grad(loss, scores), torch.autograd.grad(want, scores))
 
 
-def test_no_rows_cost_nothing_and_keep_the_graph() -> None:
+def test_no_rows_give_zero_and_keep_the_graph() -> None:
     scores = torch.zeros(0, 7, requires_grad=True)
     loss = rows_cross_entropy(scores, torch.zeros(0, 7), weights=torch.zeros(0), temperature=0.1)
     loss.backward()  # type: ignore[no-untyped-call]
@@ -165,6 +165,6 @@ def test_both_pairings_have_as_many_terms(local: int, pairing: str) -> None:
 
 
 @pytest.mark.parametrize(("pairing", "student", "teacher"), [("crossed", 4, 2), ("swapped", 1, 1)])
-def test_what_cannot_be_paired_is_refused(pairing: str, student: int, teacher: int) -> None:
+def test_invalid_pairings_are_refused(pairing: str, student: int, teacher: int) -> None:
     with pytest.raises(InputError, match=pairing):
         crop_pairs(pairing, student_crops=student, teacher_crops=teacher)  # type: ignore[arg-type]

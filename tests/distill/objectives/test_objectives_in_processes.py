@@ -63,12 +63,12 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tensor, list[dict[
     return scores, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-def test_sinkhorn_balances_the_batch_of_all(halves: tuple[Tensor, list[dict[str, Tensor]]]) -> None:
+def test_sinkhorn_balances_the_global_batch(halves: tuple[Tensor, list[dict[str, Tensor]]]) -> None:
     scores, parts = halves
     torch.testing.assert_close(torch.cat([part["plan"] for part in parts]), sinkhorn(scores[0], iterations=3))
 
 
-def test_me_max_and_its_gradient_are_those_of_the_batch_of_all(halves: tuple[Tensor, list[dict[str, Tensor]]]) -> None:
+def test_me_max_and_its_gradient_are_those_of_the_global_batch(halves: tuple[Tensor, list[dict[str, Tensor]]]) -> None:
     scores, parts = halves
     weight = torch.ones((), dtype=torch.float64, requires_grad=True)
     entropy = mean_entropy(scores * weight, temperature=0.2)
@@ -79,7 +79,7 @@ def test_me_max_and_its_gradient_are_those_of_the_batch_of_all(halves: tuple[Ten
         torch.testing.assert_close(part["gradient"], gradient)
 
 
-def test_the_centre_is_that_of_the_batch_of_all(halves: tuple[Tensor, list[dict[str, Tensor]]]) -> None:
+def test_the_centre_is_that_of_the_global_batch(halves: tuple[Tensor, list[dict[str, Tensor]]]) -> None:
     scores, parts = halves
     alone = TargetProcessor(RobDino(), centering=True)
     alone.probs(scores)

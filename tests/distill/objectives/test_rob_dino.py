@@ -60,7 +60,7 @@ def test_gradcheck() -> None:
     torch.autograd.gradcheck(lambda z: objective(Scores(z), targets, views(3))[0], student)
 
 
-def test_targets_are_probabilities_without_a_gradient() -> None:
+def test_targets_are_probabilities_without_gradient() -> None:
     scores = torch.randn(2, 3, 5, requires_grad=True, dtype=torch.bfloat16)
     probs = RobDino().target_probs(scores)
     assert probs.dtype == torch.float32
@@ -68,19 +68,19 @@ def test_targets_are_probabilities_without_a_gradient() -> None:
     torch.testing.assert_close(probs.sum(dim=-1), torch.ones(2, 3))
 
 
-def test_a_warm_up_temperature_stands_in() -> None:
+def test_a_warm_up_temperature_replaces_the_objectives() -> None:
     scores = torch.randn(2, 3, 5)
     torch.testing.assert_close(RobDino().target_probs(scores, temperature=0.04), (scores / 0.04).softmax(dim=-1))
 
 
-def test_sinkhorn_balances_each_crop_alone() -> None:
+def test_sinkhorn_balances_each_crop_separately() -> None:
     scores = torch.randn(2, 6, 4, dtype=torch.float64)
     plan = dino_targets(scores, temperature=0.07, sinkhorn_iterations=3)
     for q in range(2):
         torch.testing.assert_close(plan[q], sinkhorn(scores[q] / 0.07, iterations=3))
 
 
-def test_statistics_of_what_is_known() -> None:
+def test_statistics_of_known_distributions() -> None:
     sure = torch.full((4, 8, 16), -40.0)
     sure[..., 3] = 40
     uniform = Targets(torch.full((2, 8, 16), 1 / 16))

@@ -67,7 +67,7 @@ def test_patch_loss_and_gradient_equal_the_plain_form(seed: int, empty: bool, ch
         torch.testing.assert_close(torch.autograd.grad(loss, student), torch.autograd.grad(want, student))
 
 
-def test_gradcheck_of_the_whole() -> None:
+def test_gradcheck_of_the_full_loss() -> None:
     patches, teacher, masks = draw(1)
     objective = RobIbot(patch_weight=0.7)
     crops = torch.randn(4, 3, 6, dtype=torch.float64, requires_grad=True)
@@ -77,7 +77,7 @@ def test_gradcheck_of_the_whole() -> None:
 
 
 @pytest.mark.parametrize("pairing", ["same", "swapped"])
-def test_the_whole_is_the_weighted_sum_of_rob_dino_and_the_patches(pairing: Pairing) -> None:
+def test_the_loss_is_the_weighted_sum_of_rob_dino_and_the_patches(pairing: Pairing) -> None:
     patches, teacher, masks = draw(2)
     objective = RobIbot(patch_weight=0.5, pairing=pairing)
     generator = torch.Generator().manual_seed(3)

@@ -95,7 +95,7 @@ def test_swav_scores_are_cosines_and_names_are_published() -> None:
     torch.testing.assert_close(head(x), unit(head.projection_head(x)) @ state["prototypes.weight"].T)
 
 
-def test_frozen_prototypes_are_the_teachers_and_no_parameters() -> None:
+def test_frozen_prototypes_are_the_teachers_and_not_parameters() -> None:
     prototypes = torch.randn(10, 5)
     head = FrozenPrototypes(6, prototypes, hidden=8)
     assert "prototypes" in head.state_dict()

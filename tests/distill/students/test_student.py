@@ -150,7 +150,7 @@ def test_patches_are_dropped_in_training_only() -> None:
     torch.testing.assert_close(whole[0], student.head(student.trunk(held.globals[0])))
 
 
-def test_who_has_masks() -> None:
+def test_which_students_have_masks() -> None:
     ibot = build_student(VIT, small("ibot"), Spec(**TEACHER))  # type: ignore[arg-type]
     assert ibot.mask_grid(64) == (4, 4)
     assert ibot.drop_grid(64) is None
@@ -213,7 +213,7 @@ def test_drop_path_is_for_vits() -> None:
     build_student(CNN, small("dino", drop_path=0.3), Spec(**TEACHER))  # type: ignore[arg-type]
 
 
-def test_patches_do_not_make_a_msn_student_of_a_cnn() -> None:
+def test_a_cnn_student_of_msn_drops_no_patches() -> None:
     student = build_student(CNN, small("msn"), Spec(**TEACHER))  # type: ignore[arg-type]
     assert student.patch_drop == 0
     assert "no patches to drop" in student.note
@@ -221,7 +221,7 @@ def test_patches_do_not_make_a_msn_student_of_a_cnn() -> None:
         StudentNet(build_trunk(CNN), nn.Identity(), patch_drop=0.1)
 
 
-def test_a_trunk_of_one_size_is_refused_with_other_crops() -> None:
+def test_a_fixed_size_trunk_is_refused_with_other_crops() -> None:
     with pytest.raises(InputError, match="local_crops = 0"):
         build_student("swin_tiny_patch4_window7_224", small("dino", crop_size=224), Spec(**TEACHER))  # type: ignore[arg-type]
 

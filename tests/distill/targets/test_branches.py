@@ -74,7 +74,7 @@ def test_teacher_branch_asks_the_frozen_teacher_crop_by_crop() -> None:
     assert TeacherBranch(teacher, objective, crops=1).targets(held).probs.shape == (1, 4, 6)
 
 
-def test_teacher_branch_answers_for_the_masked_patches() -> None:
+def test_teacher_branch_gives_targets_of_the_masked_patches() -> None:
     teacher, objective = frozen(), RobIbot()
     held = views(masked=True)
     assert held.masks is not None
@@ -122,7 +122,7 @@ def test_ema_by_hand() -> None:
     assert branch.momentum_at(10) == pytest.approx(1.0)
 
 
-def test_ema_targets_are_the_averaged_network_whole() -> None:
+def test_ema_targets_come_from_the_unmasked_averaged_network() -> None:
     recipe = base("ibot", drop_path=0.5, centering=False, teacher_temperature_start=None)
     student = build_student(VIT, recipe, None)
     objective = build_objective(recipe)
@@ -156,7 +156,7 @@ def test_ema_of_ibot_centres_patches_by_all_of_them() -> None:
     torch.testing.assert_close(branch.processor.patch_center, want.detach(), rtol=1e-3, atol=1e-6)
 
 
-def test_swavs_step_is_its_releases() -> None:
+def test_swavs_step_equals_its_releases() -> None:
     """One forward over all crops; codes of its global scores, without a gradient, by algorithm 1 as it is written."""
     torch.manual_seed(0)
     recipe = base("swav", queue=0)
@@ -270,7 +270,7 @@ def test_base_methods_learn_a_batch(method: str, name: str) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_a_resumed_branch_goes_on_alike() -> None:
+def test_a_resumed_branch_continues_identically() -> None:
     recipe = base("dino")
 
     def fresh() -> tuple[StudentNet, Any]:

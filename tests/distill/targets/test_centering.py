@@ -17,7 +17,7 @@ def batches(number: int, *, batch: int = 4, width: int = 5) -> torch.Tensor:
     return torch.randn(number, 2, batch, width, generator=generator)
 
 
-def test_by_default_it_is_the_objective_alone() -> None:
+def test_by_default_only_the_objective_applies() -> None:
     processor = TargetProcessor(RobDino())
     for scores in batches(3):
         torch.testing.assert_close(processor.probs(scores), (scores / 0.07).softmax(dim=-1))
@@ -32,7 +32,7 @@ def test_centre_by_hand() -> None:
     torch.testing.assert_close(processor.center, centre)
 
 
-def test_patches_have_a_centre_of_their_own_that_all_patches_move() -> None:
+def test_patches_have_their_own_centre_over_all_patches() -> None:
     processor = TargetProcessor(RobIbot(), centering=True, center_momentum=0.5)
     centre = torch.zeros(5)
     for scores in batches(3):
@@ -80,7 +80,7 @@ def test_queue_enlarges_sinkhorns_batch_once_it_is_full() -> None:
     torch.testing.assert_close(processor.probs(fourth), swav_targets(joined, **codes)[:, :4])  # type: ignore[arg-type]
 
 
-def test_a_resumed_memory_goes_on_alike() -> None:
+def test_a_resumed_processor_continues_identically() -> None:
     def fresh() -> TargetProcessor:
         return TargetProcessor(
             RobSwav(), centering=True, temperatures=(0.05, 0.03), warmup_epochs=3, steps_per_epoch=3, queue=6
@@ -98,7 +98,7 @@ def test_a_resumed_memory_goes_on_alike() -> None:
         assert torch.equal(resumed.probs(batch), whole.probs(batch))
 
 
-def test_presets_of_the_base_methods_shape_and_those_of_rob_do_not() -> None:
+def test_only_the_base_methods_presets_centre_and_warm_up() -> None:
     recipe = preset("dino", "vit", base=True)
     processor = TargetProcessor.of(recipe, build_objective(recipe), steps_per_epoch=7)
     assert processor.centering

@@ -223,7 +223,7 @@ def test_patch_targets_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("epoch-*"))
 
 
-def test_a_full_disk_is_met_before_the_first_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_noticed_before_the_first_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -235,7 +235,7 @@ def test_a_full_disk_is_met_before_the_first_row(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("damage", ["empty", "npz", "pickle", "fifo", "folder", "missing", "header"])
-def test_a_table_that_is_none_is_refused(tmp_path: Path, damage: str) -> None:
+def test_a_file_that_is_not_a_table_is_refused(tmp_path: Path, damage: str) -> None:
     writer = TargetWriter(tmp_path, info())
     writer.write(views(list(range(20))), Targets(draw(20)))
     writer.finish()

@@ -41,7 +41,7 @@ def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_a_dino_vit_answers_as_the_formulas_say(tmp_path: Path, prefix: str, zipped: bool) -> None:
+def test_a_dino_vit_equals_the_formulas(tmp_path: Path, prefix: str, zipped: bool) -> None:
     trunk = pub.random_state(pub.vit_shapes(width=128), 1)
     head = pub.random_state(pub.dino_head_shapes(128, 40), 2)
     path = write(tmp_path / "full.pth", pub.dino_checkpoint(trunk, head, prefix=prefix), zipped=zipped)
@@ -89,7 +89,7 @@ def test_ibot_scores_patches_with_its_own_or_the_shared_layer(tmp_path: Path, sh
     assert teacher(PIXELS, patches=False).patches is None
 
 
-def test_a_path_among_the_arguments_is_read_as_a_name(tmp_path: Path) -> None:
+def test_a_path_among_the_arguments_is_read_as_a_pure_path(tmp_path: Path) -> None:
     content = pub.dino_checkpoint(
         pub.random_state(pub.vit_shapes(), 1), pub.random_state(pub.dino_head_shapes(64, 20), 2)
     )
@@ -100,7 +100,7 @@ def test_a_path_among_the_arguments_is_read_as_a_name(tmp_path: Path) -> None:
     assert type(held) is PurePosixPath and str(held) == "/checkpoint/run"
 
 
-def test_a_path_as_python_3_13_writes_it_is_read_too(tmp_path: Path) -> None:
+def test_a_path_pickled_by_python_3_13_is_read(tmp_path: Path) -> None:
     (tmp_path / "code.py").write_text(
         "import sys, types, pathlib, torch, argparse\n"
         "module = types.ModuleType('pathlib._local')\n"
@@ -122,7 +122,7 @@ def msn_parts(width: int = 64) -> tuple[pub.State, pub.State, torch.Tensor]:
     return trunk, pub.random_state(shapes, 2), torch.randn(16, 10) * 3
 
 
-def test_msn_answers_cosines_to_its_prototypes(tmp_path: Path) -> None:
+def test_msn_scores_are_cosines_to_its_prototypes(tmp_path: Path) -> None:
     trunk, fc, prototypes = msn_parts()
     encoder = pub.prefixed(trunk | pub.prefixed(fc, "fc."), "module.")
     encoder["module.fc.bn1.num_batches_tracked"] = torch.tensor(7)
@@ -184,7 +184,7 @@ def test_a_swin_of_ibot_in_its_old_key_names(tmp_path: Path) -> None:
     assert answer is not None and answer.shape == (1, 49, 9) and teacher.patch_size == 32
 
 
-def test_a_file_of_ones_own_names_any_trunk_of_timm(tmp_path: Path) -> None:
+def test_a_files_own_arch_may_be_any_timm_model(tmp_path: Path) -> None:
     import timm
 
     torch.manual_seed(0)
@@ -229,7 +229,7 @@ def test_a_malicious_pickle_never_runs(tmp_path: Path, where: str, zipped: bool)
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.95])
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_a_cut_file_is_one_line(tmp_path: Path, kept: float, zipped: bool) -> None:
+def test_a_truncated_file_is_one_line(tmp_path: Path, kept: float, zipped: bool) -> None:
     trunk, head = pub.random_state(pub.vit_shapes(), 1), pub.random_state(pub.dino_head_shapes(64, 8), 2)
     path = write(tmp_path / "cut.pth", pub.dino_checkpoint(trunk, head), zipped=zipped)
     data = path.read_bytes()
@@ -239,7 +239,7 @@ def test_a_cut_file_is_one_line(tmp_path: Path, kept: float, zipped: bool) -> No
     one_line(error)
 
 
-def test_files_that_are_no_teacher(tmp_path: Path) -> None:
+def test_files_that_are_not_teachers(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("<html>404</html>")
     for content in ([1, 2], {"a": 1}, {}, torch.zeros(3), {"target_encoder": {"module.cls_token": torch.zeros(1)}}):
         write(tmp_path / "odd.pth", content)
@@ -269,7 +269,7 @@ def test_wrong_shapes_name_the_tensor(tmp_path: Path) -> None:
         load_teacher("dino", weights=write(tmp_path / "d.pth", pub.dino_checkpoint(trunk, other)))
 
 
-def test_another_teachers_file_is_told_by_its_shapes(tmp_path: Path) -> None:
+def test_another_architectures_file_is_recognised_by_its_shapes(tmp_path: Path) -> None:
     trunk, head = pub.random_state(pub.vit_shapes(patch=16), 1), pub.random_state(pub.dino_head_shapes(64, 8), 2)
     path = write(tmp_path / "tiny.pth", pub.dino_checkpoint(trunk, head))
     with pytest.raises(ArtifactError, match=r"64 wide.*dino_vits16 is a ViT 384 wide, 12 deep, patch 16"):
@@ -324,7 +324,7 @@ def test_an_archive_with_a_damaged_directory_is_one_line(tmp_path: Path, suffix:
         ("swav", {"module.projection_head.0.weight": torch.zeros(1), 3: torch.zeros(1)}),
     ],
 )
-def test_keys_that_are_no_names_are_one_line(tmp_path: Path, layout: Any, content: Any) -> None:
+def test_keys_that_are_not_strings_are_one_line(tmp_path: Path, layout: Any, content: Any) -> None:
     path = write(tmp_path / "odd.pth", content)
     with pytest.raises(ArtifactError) as error:
         read_teacher(path, layout)
@@ -357,7 +357,7 @@ def test_a_teacher_whose_parts_do_not_fit_is_one_line(
     one_line(error)
 
 
-def test_layouts_are_told_apart_by_their_keys() -> None:
+def test_layouts_are_recognised_by_their_keys() -> None:
     one = torch.zeros(1)
     assert detect_layout({"teacher": {"backbone.a": one}, "dino_loss": {}}) == "dino"
     assert detect_layout({"teacher": {"backbone.masked_embed": one}}) == "ibot"
@@ -388,7 +388,7 @@ def test_a_file_larger_than_any_teacher_is_not_opened(tmp_path: Path, monkeypatc
         read_checkpoint(path)
 
 
-def test_the_students_half_and_the_optimiser_are_left_alone(tmp_path: Path) -> None:
+def test_student_and_optimiser_of_a_checkpoint_are_ignored(tmp_path: Path) -> None:
     trunk, head = pub.random_state(pub.vit_shapes(), 1), pub.random_state(pub.dino_head_shapes(64, 8), 2)
     found = read_teacher(write(tmp_path / "full.pth", pub.dino_checkpoint(trunk, head)), "dino")
     assert found.trunk.keys() == trunk.keys() and found.head.keys() == head.keys()
@@ -449,7 +449,7 @@ def test_an_unknown_option_of_the_head_is_named(tmp_path: Path, option: str, val
     ],
     ids=["empty", "sparse", "meta", "stride 0", "complex", "bool", "nan", "flat"],
 )
-def test_msn_prototypes_that_are_none(tmp_path: Path, prototypes: torch.Tensor) -> None:
+def test_invalid_msn_prototypes_are_refused(tmp_path: Path, prototypes: torch.Tensor) -> None:
     trunk, fc, _ = msn_parts()
     encoder = pub.prefixed(trunk | pub.prefixed(fc, "fc."), "module.")
     path = write(tmp_path / "msn.pth", {"target_encoder": encoder, "prototypes": prototypes})

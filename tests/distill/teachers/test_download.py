@@ -93,7 +93,7 @@ def test_downloaded_once_with_progress(server: Server, tmp_path: Path) -> None:
     assert files(tmp_path) == {"weights.pth", "weights.pth.sha256"}
 
 
-def test_a_broken_connection_goes_on_where_it_broke(server: Server, tmp_path: Path) -> None:
+def test_a_broken_connection_is_resumed(server: Server, tmp_path: Path) -> None:
     server.break_after = [1_500_000, 1_000_000]
     assert fetch(server.url, tmp_path, sha256=SHA).read_bytes() == DATA
     assert [status for _, status in server.seen] == [200, 206, 206]
@@ -101,9 +101,7 @@ def test_a_broken_connection_goes_on_where_it_broke(server: Server, tmp_path: Pa
     assert 0 < starts[0] <= 1_500_000 < starts[1] <= 2_500_000
 
 
-def test_on_a_disk_where_a_file_has_one_name_it_is_copied(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_hard_links_the_file_is_copied(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
@@ -112,7 +110,7 @@ def test_on_a_disk_where_a_file_has_one_name_it_is_copied(
     assert files(tmp_path) == {"weights.pth", "weights.pth.sha256"}
 
 
-def test_a_later_run_goes_on(server: Server, tmp_path: Path) -> None:
+def test_a_later_run_resumes_the_download(server: Server, tmp_path: Path) -> None:
     server.break_after = [1_000_000, 1_000_000, 1_000_000]
     with pytest.raises(InputError, match="run the same command again"):
         fetch(server.url, tmp_path, sha256=SHA)
@@ -121,7 +119,7 @@ def test_a_later_run_goes_on(server: Server, tmp_path: Path) -> None:
     assert server.seen[-1][1] == 206
 
 
-def test_a_file_that_changed_at_its_host_begins_again(server: Server, tmp_path: Path) -> None:
+def test_a_file_that_changed_on_its_host_is_restarted(server: Server, tmp_path: Path) -> None:
     server.break_after = [1_000_000] * 3
     with pytest.raises(InputError):
         fetch(server.url, tmp_path)
@@ -130,14 +128,14 @@ def test_a_file_that_changed_at_its_host_begins_again(server: Server, tmp_path: 
     assert server.seen[-1][1] == 200
 
 
-def test_a_server_without_ranges_begins_again(server: Server, tmp_path: Path) -> None:
+def test_a_server_without_ranges_is_restarted(server: Server, tmp_path: Path) -> None:
     server.ranges = False
     server.break_after = [1_000_000]
     assert fetch(server.url, tmp_path, sha256=SHA).read_bytes() == DATA
     assert [status for _, status in server.seen] == [200, 200]
 
 
-def test_a_partial_file_that_is_too_long_begins_again(server: Server, tmp_path: Path) -> None:
+def test_a_partial_file_that_is_too_long_is_restarted(server: Server, tmp_path: Path) -> None:
     (tmp_path / "weights.pth.part").write_bytes(DATA + b"more")
     (tmp_path / "weights.pth.part.tag").write_text(server.tag)
     assert fetch(server.url, tmp_path, sha256=SHA).read_bytes() == DATA

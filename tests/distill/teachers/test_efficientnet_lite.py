@@ -84,7 +84,7 @@ def lite_features(state: pub.State, pixels: torch.Tensor, number: int) -> torch.
 
 @pytest.mark.parametrize("number", [0, 2])
 @pytest.mark.parametrize("size", [64, 49], ids=["even", "odd"])
-def test_timms_network_answers_as_the_plain_one(tmp_path: Path, number: int, size: int) -> None:
+def test_timms_network_equals_the_plain_one(tmp_path: Path, number: int, size: int) -> None:
     state = lite_state(number)
     torch.save(state, tmp_path / "lite.pth")
     teacher = load_teacher(f"efficientnet_lite{number}", weights=tmp_path / "lite.pth", objective="kd", image_size=size)

@@ -109,7 +109,7 @@ def test_tensors_of_another_protocol_say_how_to_save_them(tmp_path: Path, protoc
         assert f"pickle protocol {protocol}" in str(error)
 
 
-def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pth")
     with pytest.raises(InputError, match="not a regular file"):
         read_checkpoint(tmp_path / "pipe.pth")
@@ -128,7 +128,7 @@ def test_a_pipe_is_no_file(tmp_path: Path) -> None:
         (torch.tensor([float("nan")]), "contains NaN or infinity"),
     ],
 )
-def test_what_cannot_be_weights_is_named(tmp_path: Path, value: torch.Tensor, said: str) -> None:
+def test_tensors_that_cannot_be_weights_are_named(tmp_path: Path, value: torch.Tensor, said: str) -> None:
     with pytest.raises(ArtifactError, match=f"file: some.weight {said}|file: some.weight has values of type {said}"):
         require_sound({"fine": torch.ones(1), "some.weight": value}, where="file")
     torch.save({"fine": torch.ones(1), "some.weight": value}, tmp_path / "odd.pth")

@@ -63,7 +63,7 @@ def test_four_directions_in_the_plane_in_closed_form() -> None:
 
 @given(seed=st.integers(0, 10_000), n=st.integers(12, 60), k=st.integers(1, 12))
 @settings(max_examples=25, deadline=None)
-def test_more_iterations_never_lose_and_no_centre_is_empty(seed: int, n: int, k: int) -> None:
+def test_more_iterations_never_reduce_the_objective_and_no_centre_is_empty(seed: int, n: int, k: int) -> None:
     points = torch.randn(n, 6, generator=torch.Generator().manual_seed(seed))
     before = -1.0
     for iterations in (1, 2, 4, 8, 40):
@@ -77,7 +77,7 @@ def test_more_iterations_never_lose_and_no_centre_is_empty(seed: int, n: int, k:
     assert found.objective == pytest.approx(float(similarity.max(dim=1).values.mean()), abs=1e-5)
 
 
-def test_the_seed_decides_and_lengths_do_not() -> None:
+def test_the_result_depends_on_the_seed_and_not_on_norms() -> None:
     points, _, _ = bundles(6, 20, spread=0.4)
     first = spherical_kmeans(points, 9, seed=3)
     assert torch.equal(first.centres, spherical_kmeans(points, 9, seed=3).centres)
@@ -104,7 +104,7 @@ def test_nearest_in_blocks_is_nearest_at_once(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("warm_up", [64, 10_000], ids=["streamed", "all in the warm-up"])
-def test_streaming_finds_the_bundles_and_keeps_none_of_them(warm_up: int) -> None:
+def test_streaming_finds_the_bundles_without_keeping_points(warm_up: int) -> None:
     points, labels, centres = bundles(8, 100)
     clusters = StreamingKMeans(8, seed=0, warm_up=warm_up)
     for start in range(0, 800, 37):
@@ -138,7 +138,7 @@ def test_one_file_under_two_names_is_fitted_under_each(tmp_path: Path) -> None:
     assert not torch.equal(first.head.prototypes, other.head.prototypes)
 
 
-def test_features_that_are_too_many_to_keep_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_features_to_keep_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ImageNet under SwAV's 3000 prototypes and a ViT-L takes 3 GB, under MSN's 1024 a third of it."""
     assert has_to_stream(images=1_281_167, prototypes=3000, width=1024)
     assert not has_to_stream(images=1_281_167, prototypes=1024, width=1024)
@@ -172,7 +172,7 @@ SETTINGS = FitSettings(teacher="t", data=pictures().fingerprint, prototypes=3, s
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_prototypes_are_the_kinds_of_pictures(streaming: bool) -> None:
+def test_prototypes_match_the_kinds_of_pictures(streaming: bool) -> None:
     source, wanted = pictures(), dataclasses.replace(SETTINGS, streaming=streaming)
     found = fit_prototypes(mean_colour, source, PREPROCESSING, wanted)
     pixels = torch.from_numpy(np.stack([preprocess(source.read(i), PREPROCESSING) for i in range(60)]))
@@ -183,7 +183,7 @@ def test_prototypes_are_the_kinds_of_pictures(streaming: bool) -> None:
     assert (found.images, found.skipped) == (60, 0)
 
 
-def test_fitted_once_and_kept_by_what_decides_them(tmp_path: Path) -> None:
+def test_fitted_once_and_cached_by_all_settings(tmp_path: Path) -> None:
     calls = []
 
     def embed(pixels: Tensor) -> Tensor:
