@@ -18,13 +18,19 @@ from robx.records import Student, load_student, save_student
 from robx.store.files import sha256_file, write_bytes
 
 
-def build_trunk(timm_name: str, *, drop_path: float = 0.0, pretrained: Path | None = None) -> nn.Module:
+def build_trunk(
+    timm_name: str, *, image_size: int | None = None, drop_path: float = 0.0, pretrained: Path | None = None
+) -> nn.Module:
     """A timm model without its classifier, randomly initialised; its output is the embedding, (N, D).
-
-    With `pretrained`, the folder for downloads, it has timm's weights; timm's own errors pass if there are none.
 
     A plain ViT returns its CLS token if it has one, and accepts any image size divisible by its patch size (for 96-px
     local crops).
+
+    Args:
+        timm_name: with or without a tag.
+        image_size: pixels; a network of one fixed size (Swin, LeViT, MaxViT, CoaT) is built for it. None: timm's own.
+        drop_path: rate of stochastic depth.
+        pretrained: the folder for downloads, to load timm's weights; timm's own errors pass if there are none.
 
     Raises:
         InputError: timm has no model of that name; the message suggests the closest names.
@@ -40,7 +46,29 @@ def build_trunk(timm_name: str, *, drop_path: float = 0.0, pretrained: Path | No
         # timm asserts that there is a CLS token (SigLIP has none), and has no other way to ask.
         with contextlib.suppress(AssertionError):
             return _create(timm_name, **options, global_pool="token")
-    return _create(timm_name, **options)
+    trunk = _create(timm_name, **options)
+    if image_size is not None and size_error(trunk, image_size):
+        with contextlib.suppress(Exception):  # timm and its models refuse img_size in many ways
+            resized = _create(timm_name, **options, img_size=image_size)
+            if not size_error(resized, image_size):
+                return resized
+    return trunk
+
+
+def sizes_near(timm_name: str, size: int) -> list[int]:
+    """Image sizes, in pixels, that a timm model can be built for: the nearest below and above `size`, if any."""
+    steps = {step * round(size / step) + step * offset for step in (32, 28, 16) for offset in (-2, -1, 0, 1, 2)}
+    below = sorted((step for step in steps if 32 <= step < size), reverse=True)
+    above = sorted(step for step in steps if step > size)
+    return [found for side in (below, above) if (found := _first_size(timm_name, side))]
+
+
+def _first_size(timm_name: str, sizes: list[int]) -> int:
+    for size in sizes:
+        with torch.device("meta"):
+            if not size_error(build_trunk(timm_name, image_size=size), size):
+                return size
+    return 0
 
 
 def _create(timm_name: str, **options: Any) -> nn.Module:
@@ -83,13 +111,14 @@ def load_trunk(folder: Path) -> tuple[Student, nn.Module]:
         ArtifactError: the folder is damaged or altered, or the weights do not fit the network.
     """
     student = load_student(folder)
+    size = student.preprocessing.crop
     with torch.device("meta"):  # a record may name a network of any size: it takes no memory until the weights fit
-        empty = build_trunk(student.timm_name)
+        empty = build_trunk(student.timm_name, image_size=size)
     try:
         # From bytes, because safetensors cannot open a file whose name is not UTF-8.
         state = load((folder / "student.safetensors").read_bytes())
         empty.load_state_dict({key: value.to("meta") for key, value in state.items()})
-        trunk = build_trunk(student.timm_name)
+        trunk = build_trunk(student.timm_name, image_size=size)
         trunk.load_state_dict(state)
     except Exception as error:
         raise ArtifactError(

@@ -19,7 +19,7 @@ from robx.distill.objectives.build import OBJECTIVES
 from robx.distill.recipes import Recipe
 from robx.distill.students.projection_heads import MlpHead, scores_and_embeddings
 from robx.errors import InputError
-from robx.trunk import build_trunk, embedding_width, is_vit, size_error
+from robx.trunk import build_trunk, embedding_width, is_vit, size_error, sizes_near
 
 
 class StudentNet(nn.Module):
@@ -148,7 +148,8 @@ def build_student(name: str, recipe: Recipe, teacher: TeacherSpec | None) -> Stu
         InputError: an unknown name, or a student or head that does not fit the recipe.
     """
     objective = OBJECTIVES[recipe.objective]
-    trunk = build_trunk(name, drop_path=recipe.drop_path if is_vit(name) else 0.0)
+    drop_path = recipe.drop_path if is_vit(name) else 0.0
+    trunk = build_trunk(name, image_size=recipe.crop_size, drop_path=drop_path)
     _require_sizes(name, trunk, recipe)
     outputs = teacher.num_prototypes if teacher else recipe.prototypes
     note = _why_no_patches(name, trunk, recipe, teacher) if objective.traits.masks_patches else ""
@@ -226,18 +227,14 @@ def _patch_size(trunk: nn.Module) -> int:
 
 def _require_sizes(name: str, trunk: nn.Module, recipe: Recipe) -> None:
     """Refuse crop sizes that the trunk cannot process, because of a fixed input size or of its patch size."""
-    patch_embed = getattr(trunk, "patch_embed", None)
-    fixed = getattr(patch_embed, "img_size", None)
-    if not getattr(patch_embed, "strict_img_size", False) or getattr(trunk, "dynamic_img_size", False):
-        fixed = None
-    for size in (recipe.crop_size, recipe.local_crop_size if recipe.local_crops else recipe.crop_size):
-        if fixed is not None and (size, size) != tuple(fixed):
-            raise InputError(
-                f"{name} only accepts images of {fixed[0]} pixels, and a crop has {size}: "
-                f"set crop_size = {fixed[0]} and local_crops = 0, or choose another student"
-            )
-        if why := size_error(trunk, size):
-            raise InputError(
-                f"{name} cannot process crops of {size} pixels ({why}): "
-                "set crop_size and local_crop_size to sizes that it accepts, or choose another student"
-            )
+    if why := size_error(trunk, recipe.crop_size):
+        nearest = " and ".join(f"{size}" for size in sizes_near(name, recipe.crop_size)) or "none nearby"
+        raise InputError(
+            f"{name} cannot process crops of {recipe.crop_size} pixels ({why}): set crop_size to one that it can "
+            f"(nearest: {nearest})"
+        )
+    if recipe.local_crops and (why := size_error(trunk, recipe.local_crop_size)):
+        raise InputError(
+            f"{name}, built for crops of {recipe.crop_size} pixels, cannot process local crops of "
+            f"{recipe.local_crop_size} ({why}): set local_crop_size = {recipe.crop_size} or local_crops = 0"
+        )

@@ -34,7 +34,7 @@ class Initial:
         trunk.load_state_dict(self.state)
 
 
-def open_initial(init: Path, student: str, *, cache: Path | None = None) -> Initial:
+def open_initial(init: Path, student: str, *, image_size: int, cache: Path | None = None) -> Initial:
     """The weights that `student`, a timm name, starts from.
 
     Args:
@@ -42,6 +42,7 @@ def open_initial(init: Path, student: str, *, cache: Path | None = None) -> Init
             torch.save) with the network's state dict as timm or torchvision names it, also below wrappers such as
             ``state_dict`` or ``module.``; a classifier in it is left out.
         student: a timm name; a tag chooses among timm's weights.
+        image_size: pixels of the global crops; position embeddings of other sizes are resampled as timm does.
         cache: folder for downloads; default ``$ROBX_CACHE`` or ``~/.cache/robx``.
 
     Raises:
@@ -49,12 +50,12 @@ def open_initial(init: Path, student: str, *, cache: Path | None = None) -> Init
         ArtifactError: a damaged file or folder.
     """
     if str(init) == PRETRAINED:
-        return _from_timm(student, cache or cache_folder())
+        return _from_timm(student, image_size, cache or cache_folder())
     if init.is_dir():
-        return _from_run(init, student)
+        return _from_run(init, student, image_size)
     if not init.exists():
         raise InputError(f"--init {init} does not exist: give a run's folder, a file of weights, or {PRETRAINED}")
-    return _from_file(init, student)
+    return _from_file(init, student, image_size)
 
 
 def starting_line(student: str, initial: Initial | None) -> str:
@@ -65,9 +66,9 @@ def starting_line(student: str, initial: Initial | None) -> str:
     return f"{student} starts from random weights{hint}"
 
 
-def _from_timm(student: str, cache: Path) -> Initial:
+def _from_timm(student: str, image_size: int, cache: Path) -> Initial:
     try:
-        trunk = build_trunk(student, pretrained=cache / "timm")
+        trunk = build_trunk(student, image_size=image_size, pretrained=cache / "timm")
     except InputError:
         raise
     except Exception as error:  # the hub's client, urllib and timm raise different types
@@ -83,23 +84,30 @@ def _from_timm(student: str, cache: Path) -> Initial:
     return Initial(student, hash_state(state), origin, state)
 
 
-def _from_run(folder: Path, student: str) -> Initial:
+def _from_run(folder: Path, student: str, image_size: int) -> Initial:
     record, trunk = load_trunk(folder)
     if record.timm_name != student:
         raise InputError(
             f"--init holds a {record.timm_name}, and the student is {student}: give --student {record.timm_name}"
         )
-    return Initial(student, record.sha256, f"the student in {folder}", trunk.state_dict())
+    state = _fitted(trunk.state_dict(), student, image_size, where=folder)
+    return Initial(student, record.sha256, f"the student in {folder}", state)
 
 
-def _from_file(path: Path, student: str) -> Initial:
-    trunk = build_trunk(student)
-    state = _below_prefix(read_trunk(path), trunk.state_dict())
+def _from_file(path: Path, student: str, image_size: int) -> Initial:
+    state = _fitted(read_trunk(path), student, image_size, where=path)
+    return Initial(student, sha256_file(path), str(path), state)
+
+
+def _fitted(state: Mapping[str, Tensor], student: str, image_size: int, *, where: Path) -> dict[str, Tensor]:
+    """The tensors as the student's trunk of this size names and shapes them."""
+    trunk = build_trunk(student, image_size=image_size)
     try:
-        load_strictly(trunk, for_model(state, trunk, classifier=False), where=str(path))
+        found = for_model(_below_prefix(state, trunk.state_dict()), trunk, classifier=False)
+        load_strictly(trunk, found, where=str(where))
     except ArtifactError as error:
         raise InputError(f"--init does not fit the student {student}: {error}") from error
-    return Initial(student, sha256_file(path), str(path), trunk.state_dict())
+    return trunk.state_dict()
 
 
 def _below_prefix(state: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ def full_model(name: str = "test_resnet", **options: Any) -> dict[str, Tensor]:
 
 
 def assert_loaded(path: Path, expected: dict[str, Tensor], student: str = "test_resnet") -> None:
-    initial, trunk = open_initial(path, student), build_trunk(student)
+    initial, trunk = open_initial(path, student, image_size=64), build_trunk(student)
     initial.load_into(trunk)
     for key, value in trunk.state_dict().items():
         assert torch.equal(value, expected[key]), key
@@ -55,7 +55,7 @@ def test_torchvisions_resnet(tmp_path: Path) -> None:
     model = torchvision.models.resnet18()
     torch.save(model.state_dict(), tmp_path / "resnet18.pth")
     assert_loaded(tmp_path / "resnet18.pth", model.state_dict(), "resnet18")
-    initial, trunk = open_initial(tmp_path / "resnet18.pth", "resnet18"), build_trunk("resnet18").eval()
+    initial, trunk = open_initial(tmp_path / "resnet18.pth", "resnet18", image_size=64), build_trunk("resnet18").eval()
     initial.load_into(trunk)
     model.fc = torch.nn.Identity()
     pixels = torch.randn(2, 3, 64, 64)
@@ -64,7 +64,7 @@ def test_torchvisions_resnet(tmp_path: Path) -> None:
 
 def test_a_vit_of_another_size_has_its_positions_resampled(tmp_path: Path) -> None:
     torch.save(full_model("test_vit", img_size=64), tmp_path / "vit.pth")
-    open_initial(tmp_path / "vit.pth", "test_vit").load_into(build_trunk("test_vit"))
+    open_initial(tmp_path / "vit.pth", "test_vit", image_size=64).load_into(build_trunk("test_vit"))
 
 
 @pytest.mark.parametrize(
@@ -80,10 +80,10 @@ def test_a_vit_of_another_size_has_its_positions_resampled(tmp_path: Path) -> No
 def test_weights_of_another_network_are_one_line(tmp_path: Path, content: Any, said: str) -> None:
     torch.save(content(), tmp_path / "weights.pth")
     with pytest.raises(RobxError, match=said) as caught:
-        open_initial(tmp_path / "weights.pth", "test_resnet")
+        open_initial(tmp_path / "weights.pth", "test_resnet", image_size=64)
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="does not exist: give a run's folder, a file of weights, or pretrained"):
-        open_initial(tmp_path / "none.pth", "test_resnet")
+        open_initial(tmp_path / "none.pth", "test_resnet", image_size=64)
 
 
 def test_timms_own_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,7 @@ def test_timms_own_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         return real(name, **options)
 
     monkeypatch.setattr(timm, "create_model", create)
-    initial = open_initial(Path("pretrained"), "test_resnet.r160_in1k", cache=tmp_path)
+    initial = open_initial(Path("pretrained"), "test_resnet.r160_in1k", image_size=64, cache=tmp_path)
     assert asked == [("test_resnet.r160_in1k", True, tmp_path / "timm")]
     trunk = build_trunk("test_resnet")
     torch.nn.init.zeros_(next(trunk.parameters()))
@@ -109,7 +109,7 @@ def test_timms_own_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(InputError, match=r"are not available \(no route\): check the network, or give --init FILE"):
-        open_initial(Path("pretrained"), "test_resnet", cache=tmp_path)
+        open_initial(Path("pretrained"), "test_resnet", image_size=64, cache=tmp_path)
 
 
 def test_a_run_says_what_it_starts_from(tiny: ModuleType, scenes: Path, tmp_path: Path) -> None:
