@@ -79,7 +79,7 @@ def open_targets(folder: Path, recipe: Recipe, source: ImageSource) -> StoredTea
     complete = next((epoch for epoch in range(wanted) if epoch not in stored), wanted)
     if complete < wanted:
         remedy = f"give --target-epochs {complete} to replay them, or store more" if complete else "store them first"
-        raise InputError(f"{folder} has targets of {complete} epochs, and the run needs {wanted}: {remedy}")
+        raise InputError(f"{folder} has targets of {complete} epoch(s), and the run needs {wanted}: {remedy}")
     return StoredTeacher(branch, teacher, teacher.name, info.prototypes)
 
 

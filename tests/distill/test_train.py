@@ -194,7 +194,7 @@ def test_stored_targets_of_few_epochs_serve_many(tiny: ModuleType, source: Image
     assert [step for step, _ in live] == [step for step, _ in stored]
     assert np.allclose([loss for _, loss in live], [loss for _, loss in stored], rtol=1e-2)
     longer = tiny.tiny_recipe(epochs=4)
-    with pytest.raises(InputError, match="targets of 2 epochs, and the run needs 4: give --target-epochs 2"):
+    with pytest.raises(InputError, match=r"targets of 2 epoch\(s\), and the run needs 4: give --target-epochs 2"):
         tiny.tiny_run(source, tmp_path / "longer", recipe=longer, targets=tmp_path / "targets")
 
 
