@@ -97,6 +97,7 @@ def evaluate(
     robx eval runs/r18 runs/r18/openvino-int8 --data images/ --fidelity
     robx eval runs/r18 --data images/ --linear --lowshot 1,2,5,1%
     robx eval runs/r18 --transfer cifar10=/data/cifar --transfer clevr_count=/data/CLEVR_v1.0
+    torchrun --nproc-per-node 8 -m robx.cli eval runs/r18 --data imagenet/ --device cuda
     """
     from robx.eval.evaluate import EvalSettings
     from robx.eval.evaluate import evaluate as run

@@ -14,7 +14,7 @@ import numpy as np
 from robx.embeddings import KNN_K, KNN_TEMPERATURE, refuse_constant
 from robx.errors import ArtifactError, InputError
 from robx.eval.datasets.duplicates import LookAlikes, look_alikes
-from robx.eval.datasets.features import BATCH, Features, extract, extract_each, model_id, model_name
+from robx.eval.datasets.features import BATCH, Features, decode_workers, extract, extract_each, model_id, model_name
 from robx.eval.datasets.layouts import open_dataset, parse_transfers
 from robx.eval.datasets.splits import Split, open_split
 from robx.eval.fidelity.fidelity import Comparison
@@ -22,7 +22,7 @@ from robx.eval.fidelity.run import Pair, compare, repeat_difference
 from robx.eval.protocols.knn import knn_accuracy
 from robx.eval.protocols.lowshot import check_splits, parse_shots
 from robx.eval.protocols.outcome import Model, Outcome
-from robx.images.reading import decode_threads
+from robx.eval.ranks import Ranks, join
 from robx.images.sources import ImageSource, data_info
 from robx.progress import Progress
 from robx.records import (
@@ -90,6 +90,7 @@ class _Plan:
     knn: bool
     threads: int
     cache: Path | None
+    ranks: Ranks
     progress: Progress | None
     say: Callable[[str], None]
 
@@ -99,6 +100,7 @@ def evaluate(
 ) -> Iterator[Measurement]:
     """Evaluate the models; each record is appended to measurements.jsonl in its model's folder, then yielded.
 
+    Under torchrun the processes share the images and the queries; the first one alone writes and yields records.
     `progress` is called with (done, total, note), `say` with a line about images that were left out or are suspect.
 
     Raises:
@@ -106,17 +108,21 @@ def evaluate(
         ArtifactError: a model that is damaged, has collapsed or returns NaN.
         MissingExtra, DeviceError: a model cannot be opened or run.
     """
-    plan = _check(settings, progress, say)
-    how = SessionSettings(threads=plan.threads, provider=settings.device)
     with contextlib.ExitStack() as stack:
+        ranks = stack.enter_context(join())
+        plan = _check(settings, ranks, progress if ranks.first else None, say if ranks.first else lambda _: None)
+        how = SessionSettings(threads=plan.threads, provider=settings.device)
         wanted = dict.fromkeys([*plan.records, *plan.references.values()])
         sessions = {folder: stack.enter_context(open_session(folder, how)) for folder in wanted}
         for folder, record in _measure(sessions, plan):
-            append_measurements(folder / "measurements.jsonl", [record])
-            yield record
+            if ranks.first:
+                append_measurements(folder / "measurements.jsonl", [record])
+                yield record
 
 
-def _check(settings: EvalSettings, progress: Progress | None, say: Callable[[str], None]) -> _Plan:
+def _check(
+    settings: EvalSettings, ranks: Ranks, progress: Progress | None, say: Callable[[str], None]
+) -> _Plan:  # fmt: skip
     """Refuse what cannot work before a model is opened or an image is embedded."""
     s = settings
     if s.no_cache and s.cache:
@@ -150,8 +156,9 @@ def _check(settings: EvalSettings, progress: Progress | None, say: Callable[[str
         transfers=opened,
         references=references,
         knn=knn,
-        threads=s.threads or decode_threads(),
+        threads=s.threads or decode_workers(ranks),
         cache=None if s.no_cache else s.cache or cache_folder() / "features",
+        ranks=ranks,
         progress=progress,
         say=say,
     )
@@ -265,12 +272,12 @@ def _trained(model: Model, split: Split, bank: Features, test: Features, plan: _
         yield from lowshot(model, split, bank, test, shots=plan.shots, folder=settings.lowshot_splits)
     if settings.linear:
         yield linear(model, split, cached=settings.cached)
-    if settings.save_head is not None:
+    if settings.save_head is not None and plan.ranks.first:
         yield kept_head(model, split, bank, test, path=settings.save_head)
 
 
 def _model(folder: Path, session: Session, plan: _Plan) -> Model:
-    how = partial(extract, batch_size=plan.settings.batch, cache=plan.cache, progress=plan.progress)
+    how = partial(extract, batch_size=plan.settings.batch, cache=plan.cache, ranks=plan.ranks, progress=plan.progress)
     return Model(
         folder=folder,
         session=session,
@@ -290,7 +297,7 @@ def _extract_all(sessions: Mapping[Path, Session], source: ImageSource, plan: _P
     for group in groups.values():
         opened = [sessions[folder] for folder in group]
         features = extract_each(
-            opened, source, batch_size=plan.settings.batch, cache=plan.cache, progress=plan.progress
+            opened, source, batch_size=plan.settings.batch, cache=plan.cache, ranks=plan.ranks, progress=plan.progress
         )  # fmt: skip
         found |= dict(zip(group, features, strict=True))
     return found
@@ -310,7 +317,8 @@ def _refuse_broken(folder: Path, bank: Features, test: Features) -> None:
 def _knn(split: Split, bank: Features, test: Features, repeat: Value | None, plan: _Plan) -> Outcome:
     values = knn_accuracy(
         bank.features, bank.labels, test.features, test.labels, classes=split.classes,
-        device="cuda" if plan.settings.device == "cuda" else "cpu", progress=plan.progress,
+        search=partial(plan.ranks.nearest, device="cuda" if plan.settings.device == "cuda" else "cpu"),
+        progress=plan.progress,
     )  # fmt: skip
     settings: dict[str, Json] = {
         "k": min(KNN_K, int(np.count_nonzero(bank.labels >= 0))),

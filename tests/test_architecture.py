@@ -54,6 +54,7 @@ LAYERS = {
     "runtime": (("device",), ("engines",), ("session",), ("bench",), ("infer", "doctor"), ("commands",)),
     "eval": (
         ("neighbours",),
+        ("ranks",),
         ("datasets",),
         ("protocols",),
         ("fidelity",),

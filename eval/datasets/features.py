@@ -19,8 +19,9 @@ import PIL
 
 from robx.errors import CorruptImage, DeviceError, InputError, RobxError, UnreadableImage
 from robx.eval.datasets.duplicates import LOOK, look
+from robx.eval.ranks import Ranks
 from robx.images.decode import preprocess
-from robx.images.reading import read_batches
+from robx.images.reading import decode_threads, read_batches
 from robx.images.sources import ImageSource, labels_of
 from robx.progress import Progress
 from robx.records import Bundle, Preprocessing, Student, to_json
@@ -65,12 +66,13 @@ def extract(
     *,
     batch_size: int = BATCH,
     cache: Path | None = None,
+    ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> Features:
     """Embed every readable image of `source`, in order; see `extract_each`."""
     return extract_each(
-        [session], source, preprocessing, batch_size=batch_size, cache=cache, progress=progress
-    )[0]  # fmt: skip
+        [session], source, preprocessing, batch_size=batch_size, cache=cache, ranks=ranks, progress=progress
+    )[0]
 
 
 def extract_each(
@@ -80,6 +82,7 @@ def extract_each(
     *,
     batch_size: int = BATCH,
     cache: Path | None = None,
+    ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> list[Features]:
     """Embed `source` with several models that share `preprocessing`, decoding each image once.
@@ -90,6 +93,7 @@ def extract_each(
         preprocessing: None is the first model's own.
         batch_size: images per run; a few batches are in memory at once.
         cache: the folder of cached features; None neither reads nor writes any.
+        ranks: the processes that share the work; None is this one alone.
         progress: called with (images done, images, note).
 
     Raises:
@@ -98,16 +102,29 @@ def extract_each(
     """
     preprocessing = preprocessing or sessions[0].bundle.preprocessing
     images = [source.fingerprint, source.stamp, len(source)] if cache else []  # only once: a stamp stats every file
+    ranks = ranks or Ranks()
     files = [_cache_file(cache, session, images, preprocessing) for session in sessions]
-    found = [_load(file) for file in files]
+    found = [_shared(_load(file) if ranks.first else None, ranks) for file in files]
     todo = [i for i, have in enumerate(found) if have is None]
     if todo:
-        fresh, whole = _run([sessions[i] for i in todo], source, preprocessing, batch_size, progress)
+        fresh, whole = _run([sessions[i] for i in todo], source, preprocessing, batch_size, ranks, progress)
         for i, features in zip(todo, fresh, strict=True):
             found[i] = features
-            if (file := files[i]) is not None and whole:  # a read error may be temporary
+            if (file := files[i]) is not None and whole and ranks.first:  # a read error may be temporary
                 _save(file, features)
     return [features for features in found if features is not None]
+
+
+def _shared(loaded: Features | None, ranks: Ranks) -> Features | None:
+    """What the first process loaded, on every process."""
+    arrays = {
+        name: ranks.gather(None if loaded is None else getattr(loaded, name))
+        for name in ("features", "labels", "indices", "looks")
+    }
+    skipped = ranks.gather(None if loaded is None else np.array([loaded.skipped]))
+    if skipped is None:
+        return None
+    return Features(**{name: array for name, array in arrays.items() if array is not None}, skipped=int(skipped[0]))
 
 
 def _run(
@@ -115,6 +132,7 @@ def _run(
     source: ImageSource,
     preprocessing: Preprocessing,
     batch_size: int,
+    ranks: Ranks,
     progress: Progress | None,
 ) -> tuple[list[Features], bool]:
     """The features, and whether every file could be read from disk."""
@@ -132,28 +150,39 @@ def _run(
 
     kept: list[int] = []
     answers: list[list[np.ndarray]] = [[] for _ in sessions]
-    for numbers, pixels in read_batches(range(len(source)), read, batch_size=batch_size, on_skip=skip):
+    for numbers, pixels in read_batches(
+        ranks.share(len(source)), read, batch_size=batch_size, threads=decode_workers(ranks), on_skip=skip
+    ):
         for session, answer in zip(sessions, answers, strict=True):
             answer.append(_embed(session, pixels))
         kept += numbers
         if progress:
             progress(kept[-1] + 1, len(source), f"embedding {source.name}")
-    if not kept:
+    mine = np.array(kept, dtype=np.int64)
+    indices = ranks.gather(mine if len(mine) else None)
+    if indices is None:
         raise InputError(f"none of the {len(source)} images of {source.name} can be read: give other data")
-    indices = np.array(kept, dtype=np.int64)
+    order = np.argsort(indices)
+    indices = indices[order]
     skipped = len(source) - len(indices)
     if skipped > max(_ALWAYS_ALLOWED, MOST_SKIPPED * len(source)):
         raise InputError(
             f"{skipped} of the {len(source)} images of {source.name} cannot be read: repair or remove them first"
         )
-    labels, looks = labels_of(source)[indices], looks[indices]
+    labels, looks = labels_of(source)[indices], ranks.all_rows(looks[mine])[order]
+    whole = bool(ranks.all_rows(np.array([whole])).all())
+    rows = [ranks.gather(np.concatenate(answer) if answer else None) for answer in answers]
     found = [
-        Features(
-            features=np.concatenate(answer), labels=labels, indices=indices, skipped=skipped, looks=looks
-        )
-        for answer in answers
-    ]  # fmt: skip
+        Features(features=gathered[order], labels=labels, indices=indices, skipped=skipped, looks=looks)
+        for gathered in rows
+        if gathered is not None
+    ]
     return found, whole
+
+
+def decode_workers(ranks: Ranks) -> int:
+    """The processors of this process: those that it may use, shared with its siblings on the machine."""
+    return max(1, decode_threads() // ranks.local)
 
 
 def _embed(session: Session, pixels: np.ndarray) -> np.ndarray:

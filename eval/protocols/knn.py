@@ -8,7 +8,7 @@ N bank images   M queries   D width   K neighbours
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from robx.records import Value
 from robx.stats import accuracy_value
 
 KS = (10, 20, 100, 200)
+Search = Callable[..., tuple[np.ndarray, np.ndarray]]
 
 
 def weighted_knn(
@@ -53,14 +54,14 @@ def knn_accuracy(
     *,
     classes: int,
     ks: Sequence[int] = KS,
-    device: str = "cpu",
+    search: Search = nearest,
     progress: Progress | None = None,
 ) -> dict[str, Value]:
     """Top-1 and top-5 in % for every k that the bank is large enough for: "top1_k10", "top5_k10", "top1_k20", ...
 
     "top1" and "top5" alone are those of k = 20, or of the whole bank where it is smaller: k is fixed in advance,
     because choosing the best k would fit it to the test set. One search serves all k. Unlabelled images (label < 0) are
-    left out on both sides. Top-5 is left out with five classes or fewer. `device` is that of `nearest`.
+    left out on both sides. Top-5 is left out with five classes or fewer. `search` is `nearest`, or does the same.
 
     Raises:
         InputError: no labelled images on one side, labels outside `classes`, or see `nearest`.
@@ -72,7 +73,7 @@ def knn_accuracy(
     _check_labels(bank, bank_labels, classes)
     headline = min(KNN_K, len(bank))
     served = sorted({k for k in ks if k <= len(bank)} | {headline})
-    similarities, indices = nearest(bank, queries, max(served), device=device, progress=progress)
+    similarities, indices = search(bank, queries, max(served), progress=progress)
     bad = ~np.isfinite(queries).all(axis=1)
     values: dict[str, Value] = {}
     for k in served:
