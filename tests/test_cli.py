@@ -21,13 +21,13 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
     assert f"robx {command}" in result.output
 
 
-def test_help_lists_every_command_in_the_order_of_the_work() -> None:
+def test_help_lists_every_command_in_order_of_use() -> None:
     output = CliRunner().invoke(main, ["--help"]).output
     places = [output.index(f"\n  {command} ") for command in COMMANDS]
     assert places == sorted(places)
 
 
-def test_a_misspelt_command_offers_the_nearest() -> None:
+def test_a_misspelt_command_suggests_the_closest() -> None:
     result = CliRunner().invoke(main, ["exprot"])
     assert result.exit_code == 2
     assert "did you mean 'export'?" in result.output
@@ -37,9 +37,7 @@ def test_a_misspelt_command_offers_the_nearest() -> None:
     ("number", "said"),
     [(errno.ENAMETOOLONG, "give a shorter name"), (errno.ESTALE, "mount its file system again"), (errno.EIO, "disk")],
 )
-def test_what_a_file_system_refuses_anywhere_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, number: int, said: str
-) -> None:
+def test_an_error_of_the_file_system_is_one_line(monkeypatch: pytest.MonkeyPatch, number: int, said: str) -> None:
     def refuse(path: object) -> None:
         raise OSError(number, os.strerror(number), "odd\n\x1b[31mname")
 
@@ -50,7 +48,7 @@ def test_what_a_file_system_refuses_anywhere_is_one_line(
     assert result.stderr.count("\n") == 1
 
 
-def test_an_operating_systems_error_that_is_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_os_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: object) -> None:
         raise OSError(errno.EBADF, "Bad file descriptor")
 
@@ -124,7 +122,7 @@ def robx(*arguments: str, redirect: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
 
 
-def test_a_closed_standard_output_is_said_on_the_other_stream() -> None:
+def test_a_closed_standard_output_is_reported_on_standard_error() -> None:
     done = robx("students", redirect=">&-")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == "robx: standard output is closed: what the command printed is lost\n"
@@ -140,7 +138,7 @@ def test_without_standard_error_nothing_is_lost(redirect: str) -> None:
     assert robx("students", redirect=f"{redirect} >&-").returncode == 1
 
 
-def test_no_file_takes_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+def test_no_file_gets_the_descriptor_of_a_closed_stream(tmp_path: Path) -> None:
     code = (
         "import sys, click, robx.cli as cli\n"
         "@click.command()\n"
@@ -155,7 +153,7 @@ def test_no_file_takes_the_number_of_a_closed_stream(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_reader_that_goes_away(stream: str) -> None:
-    """Of standard output ends the command, in one line; of standard error ends nothing."""
+    """If it read standard output, the command ends with one line; if standard error, it goes on."""
     code = (
         "import sys, click, robx.cli as cli\n"
         "from robx.console import say\n"

@@ -1,4 +1,4 @@
-"""What long work tells in a log: a line where a piece of work begins and ends, and the remaining time between."""
+"""Progress in a log: a line at the start and end of each task, and the remaining time in between."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def clock(monkeypatch):
     return now
 
 
-def test_a_log_gets_a_line_now_and_then_with_the_time_that_is_left(clock, capsys):
+def test_a_log_gets_a_line_every_15_seconds_with_the_remaining_time(clock, capsys):
     with console.progress_bar() as progress:
         for done in range(101):  # one a second; the figures in the note change all the time
             progress(done, 100, f"loss {1 / (done + 1):.3f}")
@@ -25,7 +25,7 @@ def test_a_log_gets_a_line_now_and_then_with_the_time_that_is_left(clock, capsys
     assert lines[-1] == "loss 0.010: 100 of 100"
 
 
-def test_resumed_work_is_timed_from_where_it_went_on(clock, capsys):
+def test_the_remaining_time_of_resumed_work_counts_from_the_resume(clock, capsys):
     with console.progress_bar() as progress:
         progress(500, 600, "step")
         clock[0] += 20

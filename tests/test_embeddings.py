@@ -1,4 +1,4 @@
-"""Constant answers are told from small differences between real ones."""
+"""Constant embeddings are distinguished from small differences between real ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from robx.errors import ArtifactError
 
 
 @given(seed=st.integers(0, 999), size=st.floats(1e-30, 1e30), images=st.integers(2, 9))
-def test_one_answer_is_constant_at_any_scale_and_two_are_not(seed: int, size: float, images: int) -> None:
+def test_equal_embeddings_are_constant_at_any_scale_and_different_ones_are_not(
+    seed: int, size: float, images: int
+) -> None:
     rng = np.random.default_rng(seed)
     row = (rng.normal(size=7) * size).astype(np.float32)
     assert is_constant(np.tile(row, (images, 1)))

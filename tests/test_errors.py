@@ -1,4 +1,4 @@
-"""Whatever a name holds, a message is one line that a terminal shows and does not obey."""
+"""Whatever a name contains, a message is one line that is safe on a terminal."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def test_nan_is_never_written(tmp_path: Path) -> None:
         ({"value": 1.0, "unit": ["x"]}, "is not of type str"),
     ],
 )
-def test_a_number_that_is_none_is_refused(change: dict[str, object], message: str) -> None:
+def test_a_number_that_is_not_finite_is_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ArtifactError, match=message):
         from_json(Value, change)
 
@@ -186,7 +186,7 @@ def test_a_wrong_value_is_not_repeated_at_length() -> None:
 
 
 @pytest.mark.parametrize("change", [{"size": 0}, {"crop": -1}, {"size": 10**9}, {"std": (1.0, 0.0, 1.0)}])
-def test_a_preprocessing_that_nothing_survives_is_refused(change: dict[str, Any]) -> None:
+def test_an_impossible_preprocessing_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ArtifactError, match="preprocessing"):
         from_json(Preprocessing, to_json(Preprocessing(size=8, crop=8)) | to_json(change))
 
@@ -207,7 +207,7 @@ def test_any_change_to_a_manifest_is_read_or_refused(data: st.DataObject) -> Non
         assert isinstance(from_json(Bundle, manifest), Bundle)
 
 
-def test_a_size_that_is_not_the_files_is_refused_unread(bundle_folder: Path) -> None:
+def test_a_wrong_size_is_refused_without_hashing(bundle_folder: Path) -> None:
     manifest = json.loads((bundle_folder / "manifest.json").read_text())
     manifest["files"][0]["bytes"] += 1
     (bundle_folder / "manifest.json").write_text(json.dumps(manifest))
@@ -227,7 +227,7 @@ def test_a_link_to_a_folder_in_the_bundle_is_refused(bundle_folder: Path, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["", ".", "a\0b", "x" * 400])
-def test_a_name_that_is_no_files_is_refused(bundle_folder: Path, name: str) -> None:
+def test_an_invalid_file_name_is_refused(bundle_folder: Path, name: str) -> None:
     bundle = load_bundle(bundle_folder)
     odd = BundleFile(path=name, role="weights", bytes=1, sha256="0" * 64)
     save_bundle(dataclasses.replace(bundle, files=(*bundle.files, odd)), bundle_folder)
@@ -245,7 +245,7 @@ def test_a_line_of_garbage_is_named(tmp_path: Path, line: bytes) -> None:
 
 
 def test_two_writers_lose_no_measurement(tmp_path: Path) -> None:
-    """Real processes that append at once, as robx eval and robx bench do."""
+    """Processes that append at the same time, as robx eval and robx bench do."""
     code = (
         "import pathlib, sys, robx.records as r\n"
         "known = r.load_measurements(pathlib.Path(sys.argv[1]))[:1]\n"

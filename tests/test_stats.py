@@ -100,7 +100,7 @@ def test_verdicts():
     assert "900 images" in close.reasons[0] and str(close.needed) in close.reasons[0]
 
 
-def test_a_difference_that_is_not_significant_is_no_pass():
+def test_no_significant_difference_is_not_a_pass():
     decision = stats.non_inferiority(*paired(5, 1, 60, 34), margin=1.0)
     assert decision.p_value > 0.05 and decision.verdict == "INCONCLUSIVE"
 
@@ -196,7 +196,7 @@ def test_a_margin_that_cannot_be_tested_is_refused(margin):
         stats.non_inferiority(np.ones(5, bool), np.ones(5, bool), margin)
 
 
-def test_answers_that_do_not_pair_are_refused():
+def test_results_that_do_not_pair_are_refused():
     with pytest.raises(InputError, match="same images"):
         stats.discordant(np.ones(5, bool), np.ones(4, bool))
     with pytest.raises(InputError, match="no labelled images"):

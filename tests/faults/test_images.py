@@ -1,4 +1,4 @@
-"""Odd images, links, pipes and damaged shards through whole commands: converted, or counted against the budget."""
+"""Odd images, links, pipes and damaged shards in whole commands: converted, or counted against the limit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def bomb_png(width: int, height: int) -> bytes:
-    """A PNG that says so many pixels and holds none of them."""
+    """A PNG whose header claims this many pixels and that contains none of them."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -121,7 +121,7 @@ def test_a_whole_run_on_odd_images(odd: Path, tmp_path: Path, robx: Callable[...
     assert json.loads(judged.stdout.splitlines()[-1])["data"]["images"] == 26
 
 
-def test_shards_that_are_cut_missing_or_say_things_twice(tmp_path: Path, robx: Callable[..., Any]) -> None:
+def test_truncated_missing_and_repeated_shards(tmp_path: Path, robx: Callable[..., Any]) -> None:
     data, picture = tmp_path / "shards", encoded(Image.fromarray(PIXELS))
     data.mkdir()
     for shard in range(4):
@@ -140,7 +140,7 @@ def test_shards_that_are_cut_missing_or_say_things_twice(tmp_path: Path, robx: C
 
 
 @pytest.mark.parametrize("label", [b"99999999999999", b"-3", b"", b"\xff\x00", b"1" * 4000])
-def test_a_wild_label_costs_its_label_and_not_its_image(tmp_path: Path, label: bytes) -> None:
+def test_an_invalid_label_leaves_the_image_unlabelled(tmp_path: Path, label: bytes) -> None:
     picture = encoded(Image.fromarray(PIXELS))
     members = {"x.png": picture, "x.cls": label, "y.png": picture, "y.CLS": b"1"}
     write_tar(tmp_path / "a.tar", members)
@@ -250,7 +250,7 @@ def test_a_header_of_gigabytes_is_not_read(tmp_path: Path) -> None:
     ],
     ids=["empty", "gzip", "bzip2", "xz", "text", "pipe", "nowhere", "no members"],
 )
-def test_shards_that_are_none_are_refused_with_the_reason(
+def test_files_that_are_not_tar_shards_are_refused_with_the_reason(
     tmp_path: Path, make: Callable[[Path], object], said: str
 ) -> None:
     make(tmp_path / "a.tar")
@@ -331,7 +331,7 @@ def test_any_damage_to_a_shard_is_a_robx_error(tmp_path: Path, data: st.DataObje
             assert str(error)
 
 
-def test_a_small_file_that_unpacks_to_gigabytes_is_no_idx(tmp_path: Path) -> None:
+def test_a_gzip_bomb_is_not_unpacked_as_idx(tmp_path: Path) -> None:
     import resource
 
     head = b"\0\0\x08\x03" + struct.pack(">III", 2, 4, 4)

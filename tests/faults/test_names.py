@@ -80,7 +80,7 @@ def clean(said: tuple[int, str, str], *, status: int = 0) -> tuple[str, str]:
     return out, errors
 
 
-def test_the_whole_way_with_odd_names(place: Path, shell: Any) -> None:
+def test_every_command_with_odd_names(place: Path, shell: Any) -> None:
     work, data, run = place / "work", place / ODD, place / f"run {ODD[:-1]}"  # engines open UTF-8 names only
     _, said = clean(shell(work, "distill", *TINY, "--data", data, "--out", run, "--corrupt-budget", 0.1))
     assert "broken\\n\\x1b[31m.png" in said  # named, and shown as it is

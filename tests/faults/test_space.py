@@ -1,4 +1,4 @@
-"""File systems that are full, read-only, or gone: one line, exit status 2, and the old checkpoint whole.
+"""File systems that are full, read-only, or gone: one line, exit status 2, and the old checkpoint intact.
 
 The mounts live in a mount namespace of the test's own, which an unprivileged user may not have: then they are skipped.
 """
@@ -38,7 +38,7 @@ def assert_one_line(done: subprocess.CompletedProcess[str], said: str) -> None:
 
 @needs_mounts
 @pytest.mark.parametrize("megabytes", [7, 9, 11, 13])
-def test_a_disk_that_becomes_full_while_it_learns(scenes: Path, tmp_path: Path, megabytes: int) -> None:
+def test_a_disk_that_fills_up_during_training(scenes: Path, tmp_path: Path, megabytes: int) -> None:
     (tmp_path / "disk").mkdir()
     done = shell(
         'mount -t tmpfs -o size=$3m none "$2"; "$PYTHON" "$TINY" "$1" "$2/run" epochs=4; status=$?; '

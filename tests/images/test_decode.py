@@ -57,7 +57,7 @@ def test_16_bit_grey_is_scaled_not_clipped() -> None:
     assert decode(_encoded(image), name="x").getpixel((0, 0)) == (128, 128, 128)
 
 
-def test_transparency_is_laid_on_white() -> None:
+def test_transparency_is_composited_on_white() -> None:
     for mode, colour in (("RGBA", (0, 0, 0, 0)), ("LA", (0, 0))):
         assert decode(_encoded(Image.new(mode, (4, 4), colour)), name="x").getpixel((1, 1)) == (255, 255, 255)
     half = decode(_encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 128))), name="x")
@@ -89,7 +89,7 @@ def _png_header(width: int, height: int) -> bytes:
     ],
     ids=["empty", "text", "cut png", "cut jpeg", "bomb", "line bomb"],
 )
-def test_what_is_no_image_is_one_named_error(data: bytes) -> None:
+def test_a_file_that_is_not_an_image_raises_one_error_with_its_name(data: bytes) -> None:
     with pytest.raises(CorruptImage, match=r"^some-name: ") as refused:
         decode(data, name="some-name")
     assert "object at 0x" not in str(refused.value)  # nobody can do anything with an address
@@ -126,7 +126,7 @@ def test_preprocessing_equals_torchvisions(
     np.testing.assert_allclose(ours, reference(image).numpy(), atol=2e-6)
 
 
-def test_a_needle_of_an_image_costs_no_memory() -> None:
+def test_an_extreme_aspect_ratio_needs_little_memory() -> None:
     image = Image.new("RGB", (30_000, 2), "red")
     assert resize_and_crop(image, Preprocessing(size=256, crop=224)).size == (224, 224)
     assert resize_and_crop(Image.new("RGB", (1, 1)), Preprocessing(size=256, crop=224)).size == (224, 224)

@@ -99,7 +99,7 @@ def test_shards_take_labels_by_key(tmp_path: Path) -> None:
         ('"' + "x" * 200_000, "cannot be read as CSV"),
     ],
 )
-def test_what_is_no_file_of_labels_is_refused_by_line(flat: Path, text: str, said: str) -> None:
+def test_a_bad_label_file_is_refused_with_the_line_number(flat: Path, text: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         labels(flat, text)
 

@@ -1,4 +1,4 @@
-"""Listing a folder of images: what is kept for the next start, and when it is not believed."""
+"""Listing a folder of images: what is kept for the next start, and when it is no longer valid."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_second_start_lists_nothing_and_finds_the_same(large: Path, monkeypatc
 
 
 @pytest.mark.parametrize("change", ["add", "remove", "rename", "folder", "rewrite", "damage", "link"])
-def test_what_has_changed_is_listed_again(large: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+def test_a_changed_folder_is_listed_again(large: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     first = FolderSource(large).fingerprint
     path = large / "c0" / "00.png"
     match change:

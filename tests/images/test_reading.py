@@ -14,7 +14,7 @@ from robx.images.reading import read_batches
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_batches_are_full_in_order_and_without_the_skipped(threads: int) -> None:
+def test_batches_are_full_and_in_order_without_skipped_images(threads: int) -> None:
     def read(index: int) -> np.ndarray:
         time.sleep(0.002 * (index % 3))  # threads finish in another order than they start
         if index % 4 == 1:
@@ -33,7 +33,7 @@ def test_batches_are_full_in_order_and_without_the_skipped(threads: int) -> None
     assert skipped == [(i, f"image {i}") for i in (1, 5, 9, 13, 17)]
 
 
-def test_keys_may_be_anything_and_nothing_gives_nothing() -> None:
+def test_keys_may_be_any_values_and_may_be_empty() -> None:
     assert list(read_batches([], np.zeros, batch_size=3)) == []
     assert [keys for keys, _ in read_batches("abc", lambda _: np.zeros(1), batch_size=2)] == [["a", "b"], ["c"]]
 
@@ -54,7 +54,7 @@ def test_only_a_few_batches_are_read_ahead() -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a defect"), MemoryError("none left")])
-def test_a_fault_of_reading_is_not_swallowed(error: BaseException) -> None:
+def test_an_unexpected_exception_is_raised(error: BaseException) -> None:
     def read(index: int) -> np.ndarray:
         raise error
 

@@ -122,7 +122,7 @@ def test_keys_that_repeat_over_shards_get_the_shards_name(tmp_path: Path) -> Non
     assert labels_of(source).tolist() == [0, -1, 1, -1]
 
 
-def test_links_and_devices_in_a_shard_are_passed_over(tmp_path: Path) -> None:
+def test_links_in_a_shard_are_ignored(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.tar", [("x.png", _png(1), None)])
     with tarfile.open(tmp_path / "a.tar", "a") as tar:
         link = tarfile.TarInfo("y.png")
@@ -143,7 +143,7 @@ def test_idx_as_published(tmp_path: Path, zipped: bool) -> None:
 
 
 @given(st.binary(max_size=64))
-def test_what_is_no_idx_is_refused(data: bytes) -> None:
+def test_bytes_that_are_not_idx_are_refused(data: bytes) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -173,7 +173,7 @@ def test_cifar_10_binary_as_published(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", ["missing", "empty", "text", "file"])
-def test_nothing_to_read_is_said_with_the_path(tmp_path: Path, make: str) -> None:
+def test_an_error_about_missing_images_names_the_path(tmp_path: Path, make: str) -> None:
     path = tmp_path / "data"
     if make != "missing":
         path.mkdir()
@@ -186,7 +186,7 @@ def test_nothing_to_read_is_said_with_the_path(tmp_path: Path, make: str) -> Non
         open_source(path)
 
 
-def test_the_labelled_view_leaves_the_others_out(tmp_path: Path) -> None:
+def test_the_labelled_view_contains_only_labelled_samples(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.tar", [("x.png", _png(1), None), ("y.png", _png(2), 3), ("z.png", _png(3), 0)])
     source = open_source(tmp_path)
     view = labelled(source)
@@ -197,9 +197,7 @@ def test_the_labelled_view_leaves_the_others_out(tmp_path: Path) -> None:
     assert labelled(view) is view
 
 
-def test_a_folder_that_cannot_be_read_is_not_a_class_that_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreadable_folder_is_refused_not_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.png").write_bytes(_png(1))
@@ -215,7 +213,7 @@ def test_a_folder_that_cannot_be_read_is_not_a_class_that_is_missing(
         open_source(tmp_path)
 
 
-def test_shards_that_are_links_to_nowhere_or_pipes_are_damaged_ones(tmp_path: Path) -> None:
+def test_dangling_links_and_pipes_count_as_damaged_shards(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.tar", [("x.png", _png(1), None)])
     (tmp_path / "b.tar").symlink_to("nowhere")
     os.mkfifo(tmp_path / "c.tar")
@@ -226,7 +224,7 @@ def test_shards_that_are_links_to_nowhere_or_pipes_are_damaged_ones(tmp_path: Pa
             source.read(index)
 
 
-def test_arrays_without_images_with_wild_labels_or_in_pipes_are_refused(tmp_path: Path) -> None:
+def test_empty_arrays_invalid_labels_and_pipes_are_refused(tmp_path: Path) -> None:
     for name, shape in (("train-images-idx3-ubyte", (0, 4, 4)), ("train-labels-idx1-ubyte", (0,))):
         (tmp_path / name).write_bytes(_idx(np.zeros(shape, np.uint8)))
     with pytest.raises(InputError, match="do not match"):
@@ -276,7 +274,7 @@ def test_a_licence_that_is_a_link_is_refused(tmp_path: Path, kind: str) -> None:
         open_source(data)
 
 
-def test_a_member_that_would_fill_the_memory_is_not_read(tmp_path: Path) -> None:
+def test_a_huge_member_is_not_read(tmp_path: Path) -> None:
     info = tarfile.TarInfo("x.png")
     info.size = 4 * 1024**3
     with (tmp_path / "a.tar").open("wb") as file:
@@ -287,8 +285,8 @@ def test_a_member_that_would_fill_the_memory_is_not_read(tmp_path: Path) -> None
         source.read(0)
 
 
-def test_images_of_the_same_names_and_sizes_are_told_apart(tmp_path: Path) -> None:
-    """Uncompressed ones: a cache of features would take the one for the other."""
+def test_images_with_the_same_names_and_sizes_are_distinguished(tmp_path: Path) -> None:
+    """Uncompressed images: otherwise a cache of features would mix them up."""
     for name, level in (("dark", 10), ("light", 200)):
         for place in range(200):
             path = tmp_path / name / str(place % 2) / f"{place:03d}.bmp"
@@ -300,7 +298,7 @@ def test_images_of_the_same_names_and_sizes_are_told_apart(tmp_path: Path) -> No
     assert dark.fingerprint == open_source(tmp_path / "dark").fingerprint
 
 
-def test_a_tar_beside_the_folders_that_it_was_unpacked_to_is_no_shard(tmp_path: Path) -> None:
+def test_a_tar_beside_the_folders_unpacked_from_it_is_not_a_shard(tmp_path: Path) -> None:
     """ImageNet's validation images in their own tar: training on them would be a leak that nobody sees."""
     for split in ("train", "val"):
         for place in range(3):
@@ -312,7 +310,7 @@ def test_a_tar_beside_the_folders_that_it_was_unpacked_to_is_no_shard(tmp_path: 
     assert len(source) == 3 and source.key(0).endswith("train0.png")
 
 
-def test_shards_of_the_same_names_and_sizes_are_told_apart(tmp_path: Path) -> None:
+def test_shards_with_the_same_names_and_sizes_are_distinguished(tmp_path: Path) -> None:
     for name, level in (("dark", 10), ("light", 200)):
         (tmp_path / name).mkdir()
         picture = io.BytesIO()

@@ -132,7 +132,7 @@ def test_a_split_that_is_not_there_is_its_own_error(tmp_path: Path) -> None:
     assert len(open_part(tmp_path, "test")) == 1
 
 
-def test_all_that_pillow_reads_is_used_and_the_rest_counted(tmp_path: Path) -> None:
+def test_every_supported_suffix_is_read_and_others_are_counted(tmp_path: Path) -> None:
     picture = Image.new("RGB", (8, 8), "red")
     for suffix, kind in (
         (".jfif", "JPEG"), (".jpe", "JPEG"), (".JPG", "JPEG"), (".avif", "AVIF"), (".jp2", "JPEG2000"), (".png", "PNG"),

@@ -1,4 +1,4 @@
-"""Foreign JSON: what is refused before anything behind it sees it."""
+"""Foreign JSON: what is refused before any other code sees it."""
 
 from __future__ import annotations
 

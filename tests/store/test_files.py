@@ -43,7 +43,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(
     assert [p.name for p in tmp_path.iterdir()] == ["value.json"]
 
 
-def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
+def test_a_full_disk_gives_a_one_line_error(tmp_path: Path) -> None:
     """A real process that may write no more than 64 KiB to any file."""
     code = textwrap.dedent(
         """
@@ -122,13 +122,13 @@ def test_a_huge_json_is_refused_unread(tmp_path: Path) -> None:
         read_json(tmp_path / "x.json")
 
 
-def test_too_little_space_is_said_before_the_work(tmp_path: Path) -> None:
+def test_too_little_space_is_reported_in_advance(tmp_path: Path) -> None:
     require_space(tmp_path, 1)
     with pytest.raises(InputError, match="are needed: free some space"):
         require_space(tmp_path, 2**62)
 
 
-def test_where_the_cache_is(monkeypatch, tmp_path):
+def test_the_location_of_the_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("ROBX_CACHE", str(tmp_path / "named"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     assert cache_folder() == tmp_path / "named"

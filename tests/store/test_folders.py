@@ -1,4 +1,4 @@
-"""A folder appears whole or not at all, and has one owner; what killed processes leave is removed."""
+"""A folder appears complete or not at all, and has one owner; leftovers of killed processes are removed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def start(code: str, *arguments: object) -> subprocess.Popen[str]:
 
 @pytest.fixture(params=["one step", "two steps"])
 def swap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With renameat2 and, as elsewhere than on Linux, without."""
+    """With renameat2 and, as on systems other than Linux, without."""
     if request.param == "two steps":
         monkeypatch.setattr(folders, "_exchange", lambda one, two: False)
     return str(request.param)
@@ -95,9 +95,7 @@ def test_a_file_of_that_name_and_a_link_to_a_folder(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "real"]
 
 
-def test_every_file_is_on_the_disk_before_the_folder_has_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_file_is_flushed_before_the_folder_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     real_sync, real_replace = os.fsync, os.replace
 
@@ -118,7 +116,7 @@ def test_every_file_is_on_the_disk_before_the_folder_has_its_name(
     assert {"weights", "package", folder.name} <= set(before) and after == [tmp_path.name]
 
 
-def test_writers_of_one_folder_each_put_a_whole_one_there(tmp_path: Path) -> None:
+def test_concurrent_writers_each_write_a_complete_folder(tmp_path: Path) -> None:
     code = """
     for turn in range(20):
         with f.new_folder(pathlib.Path(sys.argv[1]), ours="abc") as folder:
@@ -143,7 +141,7 @@ def test_writers_of_one_folder_each_put_a_whole_one_there(tmp_path: Path) -> Non
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_what_a_killed_process_left_goes_and_what_a_live_one_has_stays(tmp_path: Path) -> None:
+def test_leftovers_of_killed_processes_are_removed_and_live_ones_kept(tmp_path: Path) -> None:
     code = """
     with f.scratch_folder(pathlib.Path(sys.argv[1]), "work") as folder:
         (folder / "big").write_text("x")
@@ -203,7 +201,7 @@ def test_a_folder_whose_replacement_was_interrupted_is_put_back(tmp_path: Path) 
     assert contents(tmp_path / "bundle") == {"notes": "mine"}
 
 
-def test_a_scratch_folder_that_goes_while_it_is_looked_at_is_no_error(
+def test_a_scratch_folder_that_disappears_meanwhile_is_not_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / ".work.robx-0a1b2c3d.tmp").mkdir()
@@ -322,7 +320,7 @@ def test_the_workers_of_a_killed_owner_are_waited_for(tmp_path: Path) -> None:
     holder.communicate()
 
 
-def test_a_lock_that_the_file_system_has_not_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(descriptor: int, how: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 

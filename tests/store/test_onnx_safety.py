@@ -1,4 +1,4 @@
-"""Every place of an ONNX file that can hold a tensor refuses one that is stored elsewhere."""
+"""External data is refused in every place of an ONNX file that can hold a tensor."""
 
 from __future__ import annotations
 
@@ -76,9 +76,7 @@ PLACES = [
 
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("location", ["/etc/hostname", "../secret.bin", "secret.bin"])
-def test_a_tensor_that_is_stored_elsewhere_is_refused_wherever_it_hides(
-    where: str, location: str, tmp_path: Path
-) -> None:
+def test_external_data_is_refused_wherever_it_is_stored(where: str, location: str, tmp_path: Path) -> None:
     (tmp_path / "secret.bin").write_bytes(b"\0" * 16)
     path = tmp_path / "model.onnx"
     path.write_bytes(_place(where, location).SerializeToString())
