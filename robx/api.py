@@ -460,7 +460,10 @@ def _path(path: StrPath | None) -> Path | None:
 
 def _paths(paths: StrPath | Iterable[StrPath]) -> tuple[Path, ...]:
     """One path or several."""
-    return (Path(paths),) if isinstance(paths, str | os.PathLike) else tuple(map(Path, paths))
+    found = (Path(paths),) if isinstance(paths, str | os.PathLike) else tuple(map(Path, paths))
+    if not found:
+        raise InputError("no folder was given: give at least one that robx wrote")
+    return found
 
 
 def open(folder: StrPath, *, threads: int = 1, provider: str | None = None) -> Embedder:

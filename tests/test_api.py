@@ -212,6 +212,12 @@ def test_what_the_gate_rejects_is_said_and_the_fallback_returned(
     assert "no int8 candidate passed the gate, and run/onnx-fp32 was written in fp32" in caplog.text
 
 
+@pytest.mark.parametrize("call", [api.evaluate, api.bench, api.report])
+def test_no_folder_at_all_is_refused(call: Callable[..., Any]) -> None:
+    with pytest.raises(InputError, match="no folder was given"):
+        call([])
+
+
 # --------------------------------------------------------------------------------------------------------- load
 
 
@@ -260,11 +266,18 @@ def test_the_transform_is_torchvisions_own_resize_crop_and_normalisation() -> No
     assert torch.equal(torchvision_transform(wanted)(image), plain(image))
 
 
+def test_the_transform_of_an_input_that_is_not_square() -> None:
+    wanted = Preprocessing(size=40, crop=32, crop_width=64)
+    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (70, 90, 3), dtype=np.uint8))
+    found = torchvision_transform(wanted)(image)
+    assert found.shape == (3, 32, 64) and np.array_equal(found.numpy(), preprocess(image, wanted))
+
+
 def test_the_transform_serves_in_the_workers_of_a_data_loader(run: Path) -> None:
     transform = api.load(run).preprocessing
     image = Image.new("RGB", (50, 40), "red")
     assert torch.equal(pickle.loads(pickle.dumps(transform))(image), transform(image))  # type: ignore[operator]
-    assert "ResizeAndCrop(size=36, crop=32, interpolation='bicubic')" in repr(transform)
+    assert "ResizeAndCrop(size=36, crop=(32, 32), interpolation='bicubic')" in repr(transform)
 
 
 def test_load_refuses_what_is_not_a_student(tmp_path: Path) -> None:

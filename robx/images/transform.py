@@ -36,7 +36,7 @@ class ResizeAndCrop:
 
     def __repr__(self) -> str:
         wanted = self.preprocessing
-        return f"ResizeAndCrop(size={wanted.size}, crop={wanted.crop}, interpolation={wanted.interpolation!r})"
+        return f"ResizeAndCrop(size={wanted.size}, crop={wanted.shape}, interpolation={wanted.interpolation!r})"
 
 
 def torchvision_transform(preprocessing: Preprocessing) -> Compose:
