@@ -108,25 +108,8 @@ def export(
     """
     _refuse_bundle(settings.run)
     _require_places(settings)
-    student, trunk = load_trunk(settings.run)
-    target, trained = settings.target, student.preprocessing
-    student = dataclasses.replace(student, preprocessing=at_size(trained, target.size))
-    trunk = trunk_at_size(trunk, student)
-    splits = _read_images(settings, student.preprocessing, progress, say)
-    head = load_head(settings.head) if settings.head else None
-    labels = head.labels if head else None
-    model = export_model(trunk, student, head=head, uint8_input=target.uint8_input)
-    networks = Networks(trunk, model, sha256_file(settings.head) if settings.head else None)
-    inputs, outputs = tensor_specs(
-        student, batch=target.batch, uint8_input=target.uint8_input, labels=len(labels) if labels else None
-    )
-    rewrites = model.rewrites
-    if student.preprocessing != trained:
-        now, before = (f"{height} x {width}" for height, width in (student.preprocessing.shape, trained.shape))
-        rewrites = (*rewrites, f"exported for {now} pixels, trained with {before}")
-    request = ExportRequest(
-        target=target, student=student, inputs=inputs, outputs=outputs, labels=labels, rewrites=rewrites
-    )
+    request, networks = _prepare(settings)
+    splits = _read_images(settings, request.student.preprocessing, progress, say)
     progress(0, 1, "exporting to ONNX")
     with _cache_folder(settings, say) as cache, scratch_folder(cache, "work") as scratch:
         builder = CandidateBuilder(
@@ -147,10 +130,36 @@ def export(
         return ship(bundle, folder, settings.folder(bundle), layer_costs=builder.measured_costs)
 
 
+def _prepare(settings: ExportSettings) -> tuple[ExportRequest, Networks]:
+    """The student's networks for the size that is exported, and the request that describes them."""
+    target = settings.target
+    student, trunk = load_trunk(settings.run)
+    trained = student.preprocessing
+    student = dataclasses.replace(student, preprocessing=at_size(trained, target.size))
+    trunk = trunk_at_size(trunk, student)
+    head = load_head(settings.head) if settings.head else None
+    labels = head.labels if head else None
+    model = export_model(trunk, student, head=head, uint8_input=target.uint8_input)
+    inputs, outputs = tensor_specs(
+        student, batch=target.batch, uint8_input=target.uint8_input, labels=len(labels) if labels else None
+    )
+    rewrites = model.rewrites
+    if student.preprocessing != trained:
+        now, before = (f"{height} x {width}" for height, width in (student.preprocessing.shape, trained.shape))
+        rewrites = (*rewrites, f"exported for {now} pixels, trained with {before}")
+    request = ExportRequest(
+        target=target, student=student, inputs=inputs, outputs=outputs, labels=labels, rewrites=rewrites
+    )
+    return request, Networks(trunk, model, sha256_file(settings.head) if settings.head else None)
+
+
 def _require_places(settings: ExportSettings) -> None:
     """Raise InputError, before minutes of work, where the bundle cannot be written."""
     if settings.out is not None:
         require_bundle_place(settings.out)
+        existing = next(folder for folder in settings.out.resolve().parents if folder.exists())
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise InputError(f"{existing} is read-only: give --out in another folder")
     elif settings.run.is_dir() and not os.access(settings.run, os.W_OK | os.X_OK):
         raise InputError(f"{settings.run} is read-only: give --out with a folder for the bundle")
 

@@ -296,6 +296,8 @@ def test_a_read_only_student_is_exported_elsewhere(
     assert sorted(run.rglob("*")) == before and (tmp_path / "b" / "manifest.json").is_file()
     with pytest.raises(InputError, match="run is read-only: give --out"):
         export(dataclasses.replace(settings, out=None))
+    with pytest.raises(InputError, match="run is read-only: give --out in another folder"):
+        export(dataclasses.replace(settings, out=run / "deep" / "bundle"))
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o077, 0o700), (0o022, 0o755)])
