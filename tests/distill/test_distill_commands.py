@@ -173,3 +173,32 @@ def test_the_help_has_examples_and_needs_no_torch() -> None:
     text = robx("distill", "--help").stdout
     for part in ("robx distill --teacher dino_vits16", "torchrun", "--dry-run", "exit status 75"):
         assert part in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ((), "--out DIR is missing"),
+        (("--out", "run", "--init", "nowhere"), "--init nowhere does not exist"),
+        (("--out", "run", "--batch-size", "1000"), "fewer than one batch"),
+    ],
+)
+def test_what_needs_no_teacher_is_refused_before_it_is_downloaded(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], said: str
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        pytest.fail("the teacher was loaded")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("robx.distill.train.load_teacher", load)
+    found = robx("distill", "--teacher", "dino_vits16", *TINY, "--data", scenes, *more)
+    assert found.exit_code == 2 and said in found.stderr, found.output
+
+
+def test_a_recipe_is_printed_for_a_student() -> None:
+    found = robx("recipe", "msn", "--student", "vit_tiny_patch16_224")
+    assert found.exit_code == 0 and 'objective = "msn"' in found.stdout and "patch_drop = 0.1 " in found.stdout
+    assert 'optimizer = "larc"' in robx("recipe", "dino", "--student", "resnet18").stdout
+    assert "centering = true" in robx("recipe", "dino", "--student", "resnet18", "--base").stdout
+    unknown = robx("recipe", "dino", "--student", "resnet81")
+    assert unknown.exit_code == 2 and "did you mean" in unknown.stderr
