@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from robx.eval.datasets.duplicates import warning_in
-from robx.eval.report.collect import Packed, ReportData, device_label
+from robx.eval.report.collect import Packed, ReportData, device_label, text_of
 from robx.eval.report.recommend import Advice
 from robx.eval.report.rows import Row
 from robx.eval.report.tables import Cell, Table
@@ -155,7 +155,11 @@ def _bundle_line(bundle: Bundle) -> Cell:
     """The files with their hashes, and the versions that made them."""
     files = "; ".join(f"{f.path} {f.bytes} B {f.sha256}" for f in bundle.files)
     versions = ", ".join(f"{k} {v}" for k, v in sorted(bundle.versions.items()))
-    return Cell("Files", f"{files}. Made with {versions}, robx {bundle.robx_version or '?'}.")
+    made = f"{files}. Made with {versions}, robx {bundle.robx_version or '?'}."
+    cpu = text_of(bundle.chosen_on.get("model")) or text_of(bundle.chosen_on.get("arch"))
+    chosen = f"Selected by its speed on {cpu}." if cpu else ""
+    rewritten = f"Rewritten before export: {', '.join(bundle.rewrites)}." if bundle.rewrites else ""
+    return Cell("Files", " ".join(filter(None, (made, chosen, rewritten))))
 
 
 def _bundle_cells(packed: Packed, label: str) -> tuple[Cell, ...]:

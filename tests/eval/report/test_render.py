@@ -680,3 +680,14 @@ def test_a_report_leaves_nothing_in_the_home_folder(runs, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert list(home.rglob("*")) == [] and (tmp_path / "r.html").is_file()
+
+
+def test_a_bundle_says_on_which_processor_it_was_selected_and_what_was_rewritten(records, tmp_path):
+    student = records.write_run(tmp_path / "r")
+    seen = {"arch": "x86_64", "model": "Some Core i7", "flags": ["avx2"]}
+    records.write_bundle(
+        tmp_path / "r" / "openvino-int8", student, "int8", 900, chosen_on=seen, rewrites=("re-parameterised",)
+    )
+    pages = make_pages(collect([tmp_path]))
+    for form in (Page(pages.html).text, pages.markdown.replace("\\", "")):
+        assert "Selected by its speed on Some Core i7." in form and "Rewritten before export: re-parameterised." in form
