@@ -22,7 +22,7 @@ from robx.export.request import ExportTarget, at_size, parse_size
 from robx.linear_head import Head
 from robx.records import MAX_SIDE, Preprocessing, Student, load_bundle
 from robx.runtime.session import open_session
-from robx.trunk import build_trunk, embedding_width, save_trunk
+from robx.trunk import build_trunk, embedding_width, save_trunk, size_error
 
 # One of each timm network that pools channels-last, and two that pool channels-first, at the smallest size they take.
 CHANNELS_LAST = ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "sequencer2d_s"]
@@ -217,3 +217,9 @@ def test_a_head_of_another_width_is_refused() -> None:
     head = Head(weight=np.zeros((2, 5), np.float32), bias=np.zeros(2, np.float32), labels=("a", "b"))
     with pytest.raises(InputError, match="the head takes 5 features and the student gives 96"):
         export_model(trunk_of("test_resnet"), student_of("test_resnet", 64, 96), head=head)
+
+
+def test_trying_a_size_that_does_not_fit_logs_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """PyTorch logs the traceback of an operator that fails on shapes alone."""
+    assert "broadcast" in size_error(trunk_of("levit_128s"), 96)
+    assert capfd.readouterr().err == ""
