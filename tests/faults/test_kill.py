@@ -26,7 +26,7 @@ OPTIONS = {"checkpoint_steps": 2}
 @pytest.fixture(scope="module")
 def unbroken(server: Any, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("unbroken") / "run"
-    said = "test_vit starts from random weights\n"
+    said = f"reading {scenes / 'train'}, without test/\ntest_vit starts from random weights\n"
     assert server.run(scenes, run, recipe=RECIPE, options=OPTIONS) == (0, said)
     return run
 
