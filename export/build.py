@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from robx.errors import InputError
-from robx.export.bundle_folder import require_bundle_place, ship
+from robx.export.bundle_folder import describe_existing, require_bundle_place, ship
 from robx.export.cache import Cache
 from robx.export.formats.network import export_model, tensor_specs, trunk_at_size
 from robx.export.gate import gate
@@ -127,7 +127,12 @@ def export(
             bundle, folder = decide(decision)
         if settings.sensitivity:
             builder.layer_costs()
-        return ship(bundle, folder, settings.folder(bundle), layer_costs=builder.measured_costs)
+        out = settings.folder(bundle)
+        replaced = describe_existing(out)
+        bundle = ship(bundle, folder, out, layer_costs=builder.measured_costs)
+        if replaced:
+            say(f"{out}: {bundle.id} replaced {replaced}")
+        return bundle
 
 
 def _prepare(settings: ExportSettings) -> tuple[ExportRequest, Networks]:

@@ -26,6 +26,16 @@ def require_bundle_place(out: Path) -> None:
         raise InputError(f"{out} is not empty and is not a bundle: choose another folder")
 
 
+def describe_existing(out: Path) -> str:
+    """The bundle that exporting to `out` replaces, in words; "" where there is none."""
+    path = out / "manifest.json"
+    try:
+        old = from_json(Bundle, read_json(path), where=str(path))
+    except ArtifactError:
+        return "a damaged bundle" if _files_of(out) else ""
+    return f"{old.format} {old.precision} {old.id} (verdict before: {old.verdict})"
+
+
 def ship(bundle: Bundle, folder: Path, out: Path, *, layer_costs: Mapping[str, float] | None) -> Bundle:
     """Copy a bundle's files from `folder` to `out` and write the manifest last; `out` is complete or unchanged.
 

@@ -112,7 +112,7 @@ def export(
     folder = chosen.folder(bundle)
     _show_candidates(bundle)
     _show_result(bundle, folder)
-    if (error := gate_error(bundle, folder)) is not None:
+    if (error := gate_error(bundle, folder, most=rungs, budget=chosen.budget)) is not None:
         raise error
 
 
@@ -129,8 +129,9 @@ def inspect(bundle: Path, layers: bool) -> None:
     robx inspect runs/r18/onnx-int8 --layers
     """
     from robx.export.inspect_bundle import inspect_bundle
-    from robx.records import load_bundle
+    from robx.records import load_bundle, require_bundle
 
+    require_bundle(bundle)
     record = load_bundle(bundle)
     _show_result(record, bundle)
     _show_candidates(record)

@@ -31,11 +31,16 @@ def parity(
     # Two rows of zeros have no direction and are equal all the same: the caller reports such a student as collapsed.
     cosines = np.where((a == b).all(axis=1), 1.0, cosine(a, b))
     least, largest, spread = float(cosines.min()), float(np.abs(a - b).max()), float(np.abs(a).max())
-    figures = {"max_abs": Value(value=largest, n=len(a)), "cosine_min": Value(value=least, n=len(a))}
+    relative = largest / max(spread, 1e-6)
+    figures = {
+        "max_abs": Value(value=largest, n=len(a)),
+        "max_relative": Value(value=relative, n=len(a)),  # to the largest value of all
+        "cosine_min": Value(value=least, n=len(a)),
+    }
     if not refuse:
         return figures
     if precision in MIN_COSINE and least < MIN_COSINE[precision]:
         raise ArtifactError(f"{what} differs from PyTorch: cosine {least:.5f} on one image; not shipped")
-    if precision == "fp32" and largest > FP32_TOLERANCE * max(spread, 1e-6):
+    if precision == "fp32" and relative > FP32_TOLERANCE:
         raise ArtifactError(f"{what} differs from PyTorch by {largest:.2e} (values up to {spread:.2e}); not shipped")
     return figures

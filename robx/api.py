@@ -240,7 +240,7 @@ def export(
     with reporting(progress) as (shown, say):
         bundle = export(settings, progress=shown, say=say)
         folder = settings.folder(bundle)
-        if (error := gate_error(bundle, folder)) is not None:
+        if (error := gate_error(bundle, folder, most=candidates, budget=budget)) is not None:
             say(str(error))
     return Artifact(folder, bundle)
 

@@ -41,6 +41,7 @@ class RuntimeRow:
     packages: tuple[str, ...]  # distributions, any of which provides it
     extra: str | None  # extra of robx that installs it; None: installed with robx
     device_install: str = ""  # command for a device without robx
+    title: str = ""  # as its project spells it, where several runtimes execute one format
 
 
 def _formats(*rows: FormatRow) -> dict[str, FormatRow]:
@@ -77,9 +78,9 @@ RUNTIMES = _runtimes(
     RuntimeRow(name="openvino", engine="on_openvino", packages=("openvino",), extra="openvino",
                device_install="pip install openvino"),
     RuntimeRow(name="tensorrt", engine="on_tensorrt", packages=("tensorrt",), extra="trt",
-               device_install="use the board's JetPack, or pip install tensorrt"),
+               device_install="use the board's JetPack, or pip install tensorrt", title="TensorRT"),
     RuntimeRow(name="tensorrt_rtx", engine="on_tensorrt", packages=("tensorrt_rtx",), extra="trt-rtx",
-               device_install="pip install tensorrt_rtx"),
+               device_install="pip install tensorrt_rtx", title="TensorRT-RTX"),
     RuntimeRow(name="executorch", engine="on_executorch", packages=("executorch",), extra="executorch",
                device_install="pip install executorch"),
     RuntimeRow(name="litert", engine="on_litert", packages=("ai-edge-litert",), extra="litert",

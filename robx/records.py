@@ -345,8 +345,20 @@ def _check_tensors(bundle: Bundle, where: str) -> None:
         takes, makes = str([channels, *sides])[:80], [3, height, width]
         raise ArtifactError(f"{where}: the model takes images of shape {takes} and preprocessing makes {makes}")
     if batch is not None and batch * bundle.preprocessing.image_bytes > MAX_BATCH_BYTES:
-        most, size = MAX_BATCH_BYTES // bundle.preprocessing.image_bytes, f"{width}x{height}"
+        most, size = MAX_BATCH_BYTES // bundle.preprocessing.image_bytes, f"{height} x {width}"
         raise ArtifactError(f"{where}: a batch of {str(batch)[:12]} images of {size} px: at most {most} are allowed")
+
+
+def require_bundle(folder: Path) -> None:
+    """Raise InputError, with what to give instead, if `folder` is a student and not a bundle."""
+    if (folder / "manifest.json").exists() or not (folder / "student.json").is_file():
+        return
+    bundles = sorted(path.parent for path in folder.glob("*/manifest.json"))
+    if not bundles:
+        raise InputError(f"{folder} is a student, not a bundle: export it with robx export, and give the bundle")
+    advice = "give one of its bundles: " if len(bundles) > 1 else "give its bundle, "
+    listed = ", ".join(map(str, bundles[:3])) + (f" (and {len(bundles) - 3} more)" if len(bundles) > 3 else "")
+    raise InputError(f"{folder} is a student, not a bundle: {advice}{listed}")
 
 
 def describe_file(folder: Path, path: str, role: typing.Any) -> BundleFile:

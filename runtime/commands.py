@@ -129,11 +129,12 @@ def run(
     Prints one JSON line per image; --out writes an .npz with keys (N,) and embeddings (N, D) instead. Images that
     cannot be decoded are skipped and listed on standard error.
     """
+    if out is not None and out.suffix != ".npz":
+        raise InputError(f"--out {out} must end in .npz")
     with open_session(bundle, SessionSettings(threads=threads, provider=provider), labels=out is None) as session:
         labels = session.bundle.labels if isinstance(session.bundle, Bundle) else None
-        outputs = infer(
-            session, find_images(images, image_member=image_member), on_skip=lambda error: say(f"skipped {error}")
-        )
+        found = find_images(images, image_member=image_member)
+        outputs = infer(session, found, on_skip=lambda error: say(f"skipped {error}"))
         if out is not None:
             _write_npz(out, list(outputs))
             return
@@ -289,8 +290,6 @@ def _cores(text: str | None) -> tuple[int, ...] | None:
 
 
 def _write_npz(path: Path, outputs: list[tuple[str, np.ndarray]]) -> None:
-    if path.suffix != ".npz":
-        raise InputError(f"--out {path} must end in .npz")
     keys, embeddings = np.array([name for name, _ in outputs]), np.stack([output for _, output in outputs])
 
     def write(temporary: Path) -> None:

@@ -65,7 +65,8 @@ def _engines() -> Iterator[Part]:
     for row in RUNTIMES.values():
         if row.engine is not None:
             formats = [name for name, form in FORMATS.items() if row.name in form.runtimes]
-            yield f"{' and '.join(formats)} bundles", row.packages, _install(row), row.device_install
+            purpose = f"{' and '.join(formats)} bundles" + (f" in {row.title}" if row.title else "")
+            yield purpose, row.packages, _install(row), row.device_install
 
 
 def _install(row: RuntimeRow) -> str:

@@ -26,7 +26,14 @@ def find_images(paths: Sequence[str | Path], *, image_member: str | None = None)
     Raises:
         InputError: a path does not exist, or a folder has no images.
     """
-    for path in map(Path, paths):
+    given = [Path(path) for path in paths]
+    if (missing := next((path for path in given if not path.exists()), None)) is not None:
+        raise InputError(f"{missing} does not exist: give an image file, a folder of images or a .tar shard")
+    return _images_of(given, image_member)
+
+
+def _images_of(paths: Sequence[Path], image_member: str | None) -> Iterator[Reader]:
+    for path in paths:
         if path.is_file() and path.suffix != ".tar":
             yield str(path), lambda path=path: _read(path)  # type: ignore[misc]
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from robx.export.int8.candidate import Candidate
 from robx.export.quiet import quiet
 from robx.export.request import ExportRequest
 from robx.store.onnx_safety import load_checked
+
+_NAMED_BY_OPENVINO = re.compile(
+    r"[A-Z][A-Za-z0-9]*_\d+"
+)  # such as Constant_8076; the nodes of an ONNX file begin small
 
 
 def build(source: Source, request: ExportRequest, folder: Path) -> BuiltModel:
@@ -39,6 +44,7 @@ def build(source: Source, request: ExportRequest, folder: Path) -> BuiltModel:
         candidate = source.candidate or Candidate(name="nncf", quantiser="nncf")
         network = quantize_openvino(network, load_checked(source.onnx), source.calibration, candidate)
         versions["nncf"] = version("nncf")
+    _number_unnamed(network)
     try:
         ov.save_model(network, folder / "model.xml", compress_to_fp16=request.precision == "fp16")
     except Exception as error:
@@ -51,6 +57,17 @@ def build(source: Source, request: ExportRequest, folder: Path) -> BuiltModel:
         versions=versions,
         opset=request.target.opset,
     )
+
+
+def _number_unnamed(network: Any) -> None:
+    """Number the nodes that OpenVINO named itself from 0, in place.
+
+    Its own counter runs through the whole process, and one network would give other files with each export.
+    """
+    for number, node in enumerate(network.get_ordered_ops()):
+        name = node.get_friendly_name()
+        if _NAMED_BY_OPENVINO.fullmatch(name):
+            node.set_friendly_name(f"{name.rpartition('_')[0]}_{number}")
 
 
 def read_onnx(model: bytes, *, where: str) -> Any:

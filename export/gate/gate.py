@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from robx.errors import GateFailed, InputError
+from robx.export.image_splits import MIN_IMAGES
 from robx.records import Bundle, Precision, Rung, Value, Verdict
 from robx.stats import worst
 
@@ -141,8 +142,17 @@ def judge_speed(
     return Judgement(verdict=verdict, values=values, reasons=tuple(reasons), is_fast=is_fast)
 
 
-def gate_error(bundle: Bundle, folder: Path) -> GateFailed | None:
-    """The error that ends an export whose bundle is not in the precision asked for; None otherwise, or with --force."""
+def gate_error(
+    bundle: Bundle, folder: Path, *, most: int | None = None, budget: float | None = None
+) -> GateFailed | None:
+    """The error that ends an export whose bundle is not in the precision asked for; None otherwise, or with --force.
+
+    Args:
+        bundle: the record of what was shipped.
+        folder: where it was written.
+        most: --rungs, the number of int8 candidates that the search was limited to; None: not limited.
+        budget: --budget, the seconds that it was limited to; None: not limited.
+    """
     if bundle.precision == bundle.requested or bundle.verdict == "FORCED":
         return None
     tried = [rung for rung in bundle.rungs if rung.precision == bundle.requested]
@@ -152,35 +162,72 @@ def gate_error(bundle: Bundle, folder: Path) -> GateFailed | None:
     elif len(tried) == 1 and _overflows(tried[0]):
         advice = tried[0].reason
     else:
-        advice = f"{_advice(tried)}, or ship {bundle.requested} anyway with --force"
+        searches = _better_searches(bundle, len(tried), most, budget)
+        advice = f"{_advice(tried, searches)}, or ship {bundle.requested} anyway with --force"
     return GateFailed(
         f"no {bundle.requested} candidate passed the gate, and {folder} was written in {bundle.precision}: {advice}"
     )
 
 
-def _advice(tried: Sequence[Rung]) -> str:
+def _better_searches(bundle: Bundle, tried: int, most: int | None, budget: float | None) -> list[str]:
+    """How the same export could find a better int8 candidate: more of them, more calibration images."""
+    if bundle.requested != "int8":
+        return []
+    found = []
+    if most is not None and tried >= most:
+        found.append(f"try more candidates (--rungs was {most})")
+    elif budget is not None:
+        found.append(f"try more candidates (--budget was {budget:g} s)")
+    if bundle.calibration is not None and (images := bundle.calibration.images) < MIN_IMAGES:
+        found.append(f"calibrate on more than {images} images (--data, --calibration-images)")
+    return found
+
+
+def _advice(tried: Sequence[Rung], searches: Sequence[str]) -> str:
     """Why none of the candidates shipped, judged by the one that came closest, and what to do."""
     accurate = [rung for rung in tried if rung.accuracy == "PASS" or (rung.accuracy != "FAIL" and not rung.was_judged)]
     if any(rung.speed == "INCONCLUSIVE" and "speedup_fp32" in rung.values for rung in accurate):
         return "an accurate one could not be timed precisely enough; run it again on a quiet machine"
     if accurate:
-        return "the accurate ones are slower than required; allow that with a lower --min-speedup"
+        remedies = (*searches, "allow that with a lower --min-speedup")
+        return f"the accurate ones are slower than required; {', '.join(remedies)}"
     open_ones = [rung for rung in tried if rung.accuracy == "INCONCLUSIVE" and rung.was_judged]
     if open_ones:
         judged = (rung.values.get("probe_drop", rung.values.get("cosine_mean")) for rung in open_ones)
         images = max((value.n or 0 for value in judged if value is not None), default=0)
         probed = any("probe_drop" in rung.values for rung in open_ones)
-        more = ", or allow a larger drop with --max-drop" if probed else ""
+        remedies = ("give more test images (--test, --judging-images)", *searches)
+        remedies = (*remedies, "allow a larger drop with --max-drop") if probed else remedies
         return (
             f"the drop of {len(open_ones)} of them is neither proven nor refuted by {images} images; "
-            f"give more test images (--test, --judging-images){more}"
+            f"{', '.join(remedies)}"
         )
-    if any("probe_drop" in rung.values for rung in tried):
-        return "all of them lose more accuracy than allowed; allow a larger drop with --max-drop"
+    if probed_ones := [rung for rung in tried if "probe_drop" in rung.values]:
+        return _advice_on_drops(probed_ones, searches)
     return (
         "their embeddings differ too much from the student's; "
         "give labelled test images of classes that --data has too, so that accuracy can decide"
     )
+
+
+def _advice_on_drops(tried: Sequence[Rung], searches: Sequence[str]) -> str:
+    """The smallest drop of candidates that all lose too much, how certain it is, and what could make it smaller."""
+    closest = min(tried, key=lambda rung: rung.values["probe_drop"].value)
+    drop = closest.values["probe_drop"]
+    said, is_wide = f"{drop.value:.1f} points", not closest.was_judged
+    if drop.low is not None and drop.high is not None:
+        said += f" ({drop.low:.1f} to {drop.high:.1f})"
+        is_wide |= drop.high - drop.low > abs(drop.value)
+    said += f" on {drop.n or 0} {'judging' if closest.was_judged else 'screening'} images"
+    remedies = list(searches)
+    if is_wide:
+        remedies.append("give more images for a surer figure (--data, --test, --judging-images)")
+    if closest.speed == "INCONCLUSIVE" and "speedup_fp32" in closest.values:
+        remedies.append("use a quiet machine, as its speed is undecided too")
+    remedies.append("allow a larger drop with --max-drop")
+    who = "the only one measured loses" if len(tried) == 1 else f"all {len(tried)} of them lose"
+    least = "" if len(tried) == 1 else "at least "
+    return f"{who} more accuracy than allowed, {least}{said}; {', '.join(remedies)}"
 
 
 def _overflows(rung: Rung) -> bool:

@@ -167,7 +167,10 @@ def _rung(accuracy: str, speed: str, *, measured: bool = True, by: str = "probe_
 @pytest.mark.parametrize(
     ("rungs", "words"),
     [
-        ([_rung("FAIL", "PASS")], "lose more .* --max-drop"),
+        (
+            [_rung("FAIL", "PASS")],
+            r"the only one measured loses .*1\.0 points on 500 judging images; allow .* --max-drop",
+        ),
         ([_rung("FAIL", "PASS"), _rung("INCONCLUSIVE", "PASS")], "of 1 of them .* 500 images.* --judging-images"),
         ([_rung("INCONCLUSIVE", "PASS"), _rung("PASS", "FAIL")], "slower .* --min-speedup"),
         ([_rung("PASS", "FAIL"), _rung("PASS", "INCONCLUSIVE")], "quiet machine"),
@@ -183,6 +186,78 @@ def test_what_to_do_follows_from_the_rung_that_came_nearest(
     plain = _export(cnn_run, None, tmp_path / "b", format="onnx")
     refused = dataclasses.replace(plain, requested="int8", rungs=tuple(rungs))
     assert re.search(words, str(gate_error(refused, tmp_path / "b")))
+
+
+def test_a_refused_int8_is_told_what_could_still_find_a_better_one(cnn_run: Path, scenes: Path, tmp_path: Path) -> None:
+    plain = _export(cnn_run, scenes, tmp_path / "b", format="onnx")
+    lost = _rung("FAIL", "INCONCLUSIVE")
+    wide = lost.values | {"probe_drop": Value(value=4.0, low=-1.0, high=9.0, n=24), "screened": Value(value=24.0)}
+    rungs = (dataclasses.replace(lost, values=wide), _rung("FAIL", "PASS", measured=False))
+    refused = dataclasses.replace(plain, requested="int8", rungs=rungs)
+    assert plain.calibration is not None
+    message = str(gate_error(refused, tmp_path / "b", most=2))
+    assert "the only one measured loses more accuracy than allowed, 4.0 points (-1.0 to 9.0) on 24 screening" in message
+    for words in ("--rungs was 2", "calibrate on more than 16 images", "give more images", "quiet machine"):
+        assert words in message.partition("allow a larger drop")[0]
+    assert "--rungs" not in str(gate_error(refused, tmp_path / "b", most=3))
+    assert "--budget was 5 s" in str(gate_error(refused, tmp_path / "b", budget=5.0))
+    enough = dataclasses.replace(plain.calibration, images=300)
+    sure = dataclasses.replace(refused, rungs=(_rung("FAIL", "PASS"), _rung("FAIL", "PASS")), calibration=enough)
+    message = str(gate_error(sure, tmp_path / "b"))
+    assert "all 2 of them lose more accuracy than allowed, at least 1.0 points on 500 judging images; allow" in message
+
+
+def test_the_parity_that_is_said_is_the_relative_one_that_was_checked(cnn_run: Path, tmp_path: Path) -> None:
+    bundle = _export(cnn_run, None, tmp_path / "b", format="onnx")
+    relative = bundle.parity["max_relative"].value
+    assert 0 < relative < 1e-3 and f"within {relative:.1e} of the largest value" in bundle.reason
+    huge = 1e12 * np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
+    found = parity(huge, huge * np.float32(1 + 1e-4), precision="fp32", what="x")
+    assert found["max_abs"].value > 1e6
+    assert found["max_relative"].value == pytest.approx(1e-4, rel=0.01)
+
+
+@pytest.mark.parametrize("fmt", ["onnx", "openvino"])
+def test_a_second_export_of_the_same_student_has_the_same_id(fmt: str, vit_run: Path, tmp_path: Path) -> None:
+    first = _export(vit_run, None, tmp_path / "a", format=fmt)
+    shutil.rmtree(vit_run / CACHE)  # the network is exported anew
+    assert _export(vit_run, None, tmp_path / "b", format=fmt).id == first.id
+
+
+def test_exporting_over_a_bundle_says_which_one_it_replaces(cnn_run: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def again(fmt: Any) -> Bundle:
+        settings = ExportSettings(run=cnn_run, target=ExportTarget(format=fmt), out=tmp_path / "b")
+        return export(settings, say=said.append)
+
+    first = again("onnx")
+    assert said == []
+    second = again("openvino")
+    assert said == [f"{tmp_path / 'b'}: {second.id} replaced onnx fp32 {first.id} (verdict before: NOT_JUDGED)"]
+    manifest = tmp_path / "b" / "manifest.json"
+    manifest.write_text(manifest.read_text()[:-20])
+    again("openvino")
+    assert said[1:] == [f"{tmp_path / 'b'}: {second.id} replaced a damaged bundle"]
+
+
+def test_inspect_of_a_run_names_its_bundles(cnn_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("student.json", "student.safetensors"):
+        shutil.copy(cnn_run / name, run)
+
+    def inspect() -> str:
+        done = CliRunner().invoke(main, ["inspect", str(run)])
+        assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1, done.output
+        return done.stderr
+
+    assert f"{run} is a student, not a bundle: export it with robx export" in inspect()
+    _export(run, None, run / "onnx-fp32", format="onnx")
+    assert f"{run} is a student, not a bundle: give its bundle, {run / 'onnx-fp32'}" in inspect()
+    for number in range(4):
+        shutil.copytree(run / "onnx-fp32", run / f"x{number}")
+    assert f"give one of its bundles: {run / 'onnx-fp32'}, {run / 'x0'}, {run / 'x1'} (and 2 more)" in inspect()
 
 
 @pytest.mark.parametrize(("fmt", "options"), [

@@ -62,7 +62,14 @@ def set_input(shape):
         (set_input([0, 3, 32, 32]), "which is not (N, 3, H, W)"),
         (set_input([1, 3, 64, 64]), "the model takes images of shape [3, 64, 64] and preprocessing makes [3, 32, 32]"),
         (set_input([1, 4, 32, 32]), "the model takes images of shape [4, 32, 32]"),
-        (set_input([10**9, 3, 32, 32]), "a batch of 1000000000 images of 32x32 px"),
+        (set_input([10**9, 3, 32, 32]), "a batch of 1000000000 images of 32 x 32 px"),
+        (
+            lambda m: [
+                m["preprocessing"].update(size=64, crop=32, crop_width=64),
+                m["inputs"][0].update(shape=[10**9, 3, 32, 64]),
+            ],
+            "a batch of 1000000000 images of 32 x 64 px",  # height x width, as --size
+        ),
         (set_input([10**400, 3, 32, 32]), "is too large"),
         (lambda m: m["outputs"][0].update(shape=[]), "has shape [], which is not (N, D)"),
         (lambda m: m["preprocessing"].update(crop=8192, size=8192), "must be between 1 and 4096 pixels"),

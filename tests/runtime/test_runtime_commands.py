@@ -100,7 +100,7 @@ def test_bench_ab(call, make_bundle, short_profile):
         (["bench", "{bundle}", "--affinity", "3-1"], "write 0,1 or 4-7"),
         (["bench", "{bundle}", "--device", "host"], "give local, ssh://"),
         (["run", "nowhere", "x.jpg"], "neither a bundle"),
-        (["run", "{bundle}", "nowhere.jpg"], "does not exist"),
+        (["run", "{bundle}", "nowhere.jpg"], "nowhere.jpg does not exist: give an image file, a folder of images or"),
         (["doctor", "--device", "ssh://-x"], "is not an address"),
     ],
 )
@@ -161,6 +161,15 @@ def test_run_writes_an_npz_and_skips_corrupt_images(call, make_bundle, scenes, t
     assert call("run", make_bundle("c"), scenes / "test", "--out", tmp_path / "out.csv").exit_code == 2
 
 
+def test_a_wrong_path_is_refused_before_any_image_is_read(call, make_bundle, scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr("robx.runtime.commands.infer", lambda *_, **__: pytest.fail("an image was read"))
+    bundle = make_bundle()
+    wrong = call("run", bundle, scenes / "test", "--out", tmp_path / "out.csv")
+    assert wrong.exit_code == 2 and "out.csv must end in .npz" in wrong.stderr
+    missing = call("run", bundle, scenes / "test", "missing.jpg")
+    assert missing.exit_code == 2 and missing.stderr.startswith("robx: missing.jpg does not exist")
+
+
 def test_run_prints_labels_if_there_is_a_head(call, make_bundle, scenes):
     labels = tuple("abcdefgh")
     image = next((scenes / "test").rglob("*.png"))
@@ -182,6 +191,8 @@ def test_doctor(call):
     assert told["facts"]["arch"]
     states = {finding["name"]: finding for finding in told["findings"]}
     assert states["torch"]["version"] and not states["torch"]["remedy"]
+    purposes = [finding["purpose"] for finding in told["findings"]]
+    assert "trt bundles in TensorRT" in purposes and "trt bundles in TensorRT-RTX" in purposes
     if states["adb"]["version"] is None:
         assert states["adb"]["remedy"]
 
