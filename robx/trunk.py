@@ -109,7 +109,7 @@ def load_trunk(folder: Path) -> tuple[Student, nn.Module]:
     """A student's record and its trunk, in eval mode, on the CPU, in float32.
 
     Raises:
-        ArtifactError: the folder is damaged or altered, or the weights do not fit the network.
+        ArtifactError: the folder is damaged or altered, or its weights or its width do not fit the network.
     """
     student = load_student(folder)
     size = student.preprocessing.crop
@@ -125,6 +125,10 @@ def load_trunk(folder: Path) -> tuple[Student, nn.Module]:
         raise ArtifactError(
             f"{folder}: the weights do not fit {student.timm_name} ({first_line(error)}): distil again"
         ) from error
+    if (width := embedding_width(trunk)) != student.width:
+        raise ArtifactError(
+            f"{folder}: student.json says {student.width} but the network gives {width}: restore student.json"
+        )
     return student, trunk.eval()
 
 

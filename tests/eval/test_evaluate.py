@@ -148,6 +148,15 @@ def test_a_second_run_is_answered_by_the_cache(run, scenes, tmp_path, monkeypatc
     assert json.loads(first.stdout)["values"] == json.loads(second.stdout)["values"]
 
 
+def test_a_width_that_is_not_the_networks_is_refused_before_the_cache_answers(run, scenes, tmp_path):
+    assert robx(run, "--data", scenes, "--cache", tmp_path / "cache").exit_code == 0
+    (run / "student.json").write_text((run / "student.json").read_text().replace('"width": 512', '"width": 256'))
+    result = robx(run, "--data", scenes, "--cache", tmp_path / "cache")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
+    assert "student.json says 256 but the network gives 512" in result.stderr
+    assert len(load_measurements(run / "measurements.jsonl")) == 1
+
+
 def _never(session):
     def run(images):
         raise AssertionError("the cache should have answered")
