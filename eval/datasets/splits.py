@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from robx.errors import InputError
+from robx.errors import InputError, NoSplit
 from robx.eval.datasets.duplicates import LookAlikes
 from robx.eval.datasets.features import Features
-from robx.images.labels import FileLabelSource
+from robx.images.labels import FileLabelSource, unmatched_note
 from robx.images.sources import ImageSource, class_numbers, labelled, labels_of, open_part, open_source, renumbered
 
 
@@ -47,11 +47,13 @@ def open_split(
         try:
             bank = open_source(data, split="train", labels=labels, image_member=image_member)
             judged = open_source(data, split="test", labels=labels, image_member=image_member)
-        except InputError as error:
+        except NoSplit as error:
             raise InputError(f"{error}; or give the test set with --test") from error
     else:
         bank = open_part(data, "train", labels=labels, image_member=image_member)
         judged = open_part(test, "test", labels=labels, image_member=image_member)
+    if isinstance(bank, FileLabelSource) and isinstance(judged, FileLabelSource):
+        judged.note = "; ".join(filter(None, (judged.note, unmatched_note(bank, judged))))
     return make_split(bank, judged)
 
 
@@ -79,7 +81,8 @@ def make_split(bank: ImageSource, test: ImageSource) -> Split:
         return split
     renumber = class_numbers(test.classes, bank.classes)
     if unknown := [test.classes[label] for label in np.unique(labels_of(test)) if renumber[label] < 0]:
+        which = f" ({test.note})" if test.note else ""
         raise InputError(
-            f"{test.name} has the class {unknown[0]!r}, which {bank.name} lacks: give both sets the same classes"
+            f"{test.name}{which} has the class {unknown[0]!r}, which {bank.name} lacks: give both sets the same classes"
         )
     return replace(split, renumber=renumber)

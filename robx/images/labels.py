@@ -30,10 +30,15 @@ class FileLabelSource:
         """
         self._source, self.name, self.licence = source, source.name, source.licence
         self.images_fingerprint = source.fingerprint  # of the images without these labels
-        rows = read_labels(path)
+        lines = _read_lines(path)
+        rows = {name: label for name, (label, _) in lines.items()}
         self.classes: tuple[str, ...] | None = _in_order({label for label in rows.values() if label})
         numbers = {name: number for number, name in enumerate(self.classes)}
-        found = _match(rows, [source.key(index) for index in range(len(source))], source.name)
+        # The row of each image, then its label: so that the rows without an image are known.
+        paths = _match({name: name for name in rows}, [source.key(index) for index in range(len(source))], source.name)
+        found = [rows.get(name, "") for name in paths]
+        self.file, self.rows, used = path, len(rows), set(paths)
+        self.unmatched = {name: line for name, (_, line) in lines.items() if name not in used}  # path -> line
         self._labels = [numbers.get(label) for label in found]
         matched = sum(label is not None for label in self._labels)
         if not matched:
@@ -67,17 +72,36 @@ class FileLabelSource:
         return self._source.read(index)
 
 
+def unmatched_note(*sources: FileLabelSource) -> str:
+    """One line about the lines of a file of labels that name no image of any of `sources`; empty if there is none."""
+    first = sources[0]
+    lost = {name: line for name, line in first.unmatched.items() if all(name in other.unmatched for other in sources)}
+    if not lost:
+        return ""
+    name, line = next(iter(lost.items()))
+    names = "names" if len(lost) == 1 else "name"
+    return (
+        f"{len(lost)} of {first.rows} lines of {first.file.name} {names} no image of "
+        f"{' or '.join(dict.fromkeys(source.name for source in sources))} (first: line {line}, {name!r})"
+    )
+
+
 def read_labels(path: Path) -> dict[str, str]:
     """path -> label of every line of a CSV file (separated by comma, semicolon or tab), with or without a header.
 
     Raises:
         InputError: not such a file; the message has the line.
     """
+    return {name: label for name, (label, _) in _read_lines(path).items()}
+
+
+def _read_lines(path: Path) -> dict[str, tuple[str, int]]:
+    """path -> label and line number; see `read_labels`."""
     if not path.is_file():
         raise InputError(f"{path} is not a file: give a CSV file with a path and a label in each line")
     if path.stat().st_size > _MAX_BYTES:
         raise InputError(f"{path} is larger than {_MAX_BYTES} bytes: it is not a file of labels")
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, int]] = {}
     columns = 0, 1
     try:
         # As file names are read, so that odd ones match.
@@ -91,8 +115,8 @@ def read_labels(path: Path) -> dict[str, str]:
                 if len(row) <= max(columns):
                     raise InputError(f"{path}, line {number}: expected a path and a label, got {','.join(row)[:80]!r}")
                 name, label = _normal(row[columns[0]]), row[columns[1]].strip()
-                if found.setdefault(name, label) != label:
-                    raise InputError(f"{path}, line {number}: {name!r} has the labels {found[name]!r} and {label!r}")
+                if (before := found.setdefault(name, (label, number))[0]) != label:
+                    raise InputError(f"{path}, line {number}: {name!r} has the labels {before!r} and {label!r}")
     except (csv.Error, OSError) as error:
         raise InputError(f"{path} cannot be read as CSV ({error}): give a path and a label in each line") from error
     if not found:
@@ -102,7 +126,10 @@ def read_labels(path: Path) -> dict[str, str]:
 
 def _delimiter(path: Path) -> str:
     with path.open("rb") as file:
-        first = file.readline(65536).decode("utf-8-sig", errors="replace")
+        start = file.read(65536)
+    if b"\0" in start:
+        raise InputError(f"{path} is not a text file: give a CSV file in UTF-8 with a path and a label in each line")
+    first = start.partition(b"\n")[0].decode("utf-8-sig", errors="replace")
     return max(",;\t", key=first.count)
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from robx.errors import InputError, NoSplit
 from robx.images.arrays import open_cifar, open_idx
 from robx.images.decode import decode, read_image_file
-from robx.images.labels import FileLabelSource
+from robx.images.labels import FileLabelSource, unmatched_note
 from robx.images.listing import Listing, keep, list_images
 from robx.images.protocol import ImageSource as ImageSource
 from robx.images.shards import ShardSource, by_suffix
@@ -61,7 +61,12 @@ def open_source(
     else:
         source = ShardSource([path], name=path.stem, image=image_member)
     source.licence = _read_licence(path if path.is_dir() else path.parent)
-    return FileLabelSource(source, labels) if labels is not None else source
+    if labels is None:
+        return source
+    found = FileLabelSource(source, labels)
+    if split is None:  # a file of all splits has lines for the others, too: see open_split
+        found.note = "; ".join(filter(None, (found.note, unmatched_note(found))))
+    return found
 
 
 def data_info(source: ImageSource) -> DataInfo:
@@ -267,6 +272,8 @@ def _open_folder(path: Path, split: str | None, image_member: str | None, *, cla
         other = _open_folder(path / name, None, image_member, classes=True)
         if other.classes is not None:
             source, note = other, f"reading {path / name}, because {path / names[0]} has no labels"
+    if len(names) > 1 and not note:
+        note = f"reading {path / names[0]}, without {', '.join(f'{name}/' for name in names[1:])}"
     return _noted(source, note)
 
 

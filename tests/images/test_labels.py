@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from robx.errors import InputError
+from robx.eval.datasets.splits import open_split
 from robx.images.labels import read_labels
 from robx.images.shards import write_shard
 from robx.images.sources import labelled, labels_of, open_source
@@ -137,3 +138,34 @@ def test_odd_files(tmp_path: Path, flat: Path) -> None:
     (tmp_path / "l.csv").write_bytes(b"caf\xe9.png,cat\n1.png,dog\n")
     source = open_source(flat, labels=tmp_path / "l.csv")
     assert sorted(n for n in labels_of(source).tolist() if n >= 0) == [0, 1]
+
+
+def test_lines_that_name_no_image_are_counted_with_the_first(flat: Path) -> None:
+    path = flat.parent / "labels.csv"
+    path.write_text("path,label\n1.png,cat\n2.png,dog\n4.png,cat\ndeep/3.png,dog\ntypo/0.jpg,dog\n")
+    assert open_source(flat, labels=path).note == (
+        "1 of 5 lines of labels.csv names no image of img (first: line 6, 'typo/0.jpg')"
+    )
+    path.write_text("1.png,cat\n2.png,dog\n4.png,cat\n3.png,dog\n")
+    assert open_source(flat, labels=path).note == ""
+
+
+def test_a_line_of_the_other_split_names_an_image(tmp_path: Path) -> None:
+    for name in ("train/1.png", "train/2.png", "test/3.png"):
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / name).write_bytes(png())
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "d" / "test" / "3.png")
+    path = tmp_path / "labels.csv"
+    path.write_text("train/1.png,cat\ntrain/2.png,dog\ntest/3.png,cat\n")
+    split = open_split(tmp_path / "d", None, labels=path)
+    assert "names no image" not in split.bank.note + split.test.note
+    path.write_text(path.read_text() + "test/4.png,cat\ntest/5.png,cat\n")
+    split = open_split(tmp_path / "d", None, labels=path)
+    assert "names no image" not in split.bank.note
+    assert "2 of 5 lines of labels.csv name no image of train or test (first: line 4, 'test/4.png')" in split.test.note
+
+
+def test_a_file_that_is_not_text_is_refused_as_labels(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_bytes(png())
+    with pytest.raises(InputError, match="is not a text file"):
+        read_labels(tmp_path / "labels.csv")

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from robx.errors import InputError, NoSplit
+from robx.eval.datasets.splits import open_split
 from robx.images.shards import write_shard
 from robx.images.sources import open_part, open_source
 from robx.images.splits import split_of_folder, split_of_shard
@@ -159,3 +160,22 @@ def test_a_stray_image_beside_the_class_folders_is_named_and_unlabelled(tmp_path
     fill(tmp_path, *(f"{n}.png" for n in range(9)))
     source = open_source(tmp_path)
     assert source.classes is None and "so that there are no labels" in source.note and "0.png" in source.note
+
+
+@pytest.mark.parametrize(("read", "left"), [("val", "valid"), ("test", "val")])
+def test_of_two_test_splits_the_one_that_is_not_read_is_named(tmp_path: Path, read: str, left: str) -> None:
+    fill(tmp_path, "train/a/1.png", f"{read}/b/2.png", f"{left}/a/3.png", f"{left}/a/4.png")
+    note = f"reading {tmp_path / read}, without {left}/"
+    assert open_source(tmp_path, split="test").note == note
+    with pytest.raises(InputError, match="has the class 'b'") as error:
+        open_split(tmp_path, None)
+    assert note in str(error.value)
+
+
+def test_the_hint_at_test_is_given_only_where_it_helps(tmp_path: Path) -> None:
+    fill(tmp_path, "data/train/a/1.png")
+    with pytest.raises(InputError, match=r"has no test split.*give the test set with --test"):
+        open_split(tmp_path / "data", None)
+    with pytest.raises(InputError, match="does not exist") as error:
+        open_split(tmp_path / "absent", None)
+    assert "--test" not in str(error.value)
