@@ -197,5 +197,5 @@ def report(folders: tuple[Path, ...], out: Path, margin: float, budgets: tuple[f
     """
     from robx.eval.report.render import render
 
-    pages = render(folders, out=out, margin=margin, budgets=budgets)
+    pages = render(folders, out=out, margin=margin, budgets=budgets, say=say)
     print_line(f"{pages.title}: {out}")

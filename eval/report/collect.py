@@ -114,9 +114,15 @@ class ReportData:
         """``resnet18 · openvino int8`` by model id, for every student and bundle."""
         students = {sha256[:16]: model_label(name, "torch", "fp32") for sha256, name in self.names.items()}
         return students | {
-            b.id: model_label(self.names[b.student.sha256], b.format, b.precision)
+            b.id: model_label(self.name_of(b), b.format, b.precision)
             for b in (packed.bundle for packed in self.bundles)
         }
+
+    def name_of(self, bundle: Bundle) -> str:
+        """Its student's name; with the input size, height by width, where that is not the student's own."""
+        name, shape = self.names[bundle.student.sha256], bundle.preprocessing.shape
+        own = self.students[bundle.student.sha256].preprocessing.shape
+        return name if shape == own else f"{name} at {shape[0]}x{shape[1]}"
 
     @cached_property
     def accuracies(self) -> list[tuple[Sourced, Accuracy]]:
@@ -195,7 +201,7 @@ def collect(folders: Sequence[Path]) -> ReportData:
             if "manifest.json" in files:
                 bundles.append(Packed(folder=where, bundle=load_bundle(folder)))
         except (RobxError, OSError) as error:
-            problems.append(Problem(where=where, what=str(error)))
+            problems.append(_problem(folder, error))
         if "measurements.jsonl" in files:
             found = _read_measurements(folder / "measurements.jsonl", problems)
             measurements += found
@@ -232,6 +238,14 @@ def _walk(folders: Sequence[Path], problems: list[Problem]) -> Iterator[tuple[Pa
                 yield folder, set(files)
 
 
+def _problem(path: Path, error: Exception) -> Problem:
+    """A file or folder that cannot be used; a message that begins with the path is not repeated after it."""
+    what = str(error)
+    if what.startswith(str(path)) and (rest := what.removeprefix(str(path)).lstrip(" :,")):
+        what = rest
+    return Problem(where=str(path), what=what)
+
+
 def _read_run(folder: Path, problems: list[Problem]) -> Run:
     student = load_student(folder)
     curves = folder / "metrics.jsonl"
@@ -247,7 +261,7 @@ def _read_measurements(path: Path, problems: list[Problem]) -> list[Sourced]:
     try:
         records = load_measurements(path)
     except (RobxError, OSError, UnicodeDecodeError) as error:
-        problems.append(Problem(where=str(path), what=str(error)))
+        problems.append(_problem(path, error))
         return []
     return [Sourced(record=record, file=str(path), line=line) for line, record in enumerate(records, start=1)]
 

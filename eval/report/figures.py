@@ -101,7 +101,9 @@ def latency_figures(rows: Sequence[Row], samples: Mapping[str, tuple[np.ndarray,
             text=clean(words),
             size=(9.6, 0.9 + 0.52 * len(bands)),
         )
-        caption = f"{device}: all raw samples. Long tick: median. Short tick: p90. Hollow, ▲: UNSTABLE."
+        left_out = sum(int(np.count_nonzero(b["ms"] > plots.longest(b["ms"]))) for b in bands)
+        without = f", without the {left_out} above each model's 99th percentile or twice its p90" if left_out else ""
+        caption = f"{device}: all raw samples{without}. Long tick: median. Short tick: p90. Hollow, ▲: UNSTABLE."
         found.append(Picture(svg=Markup(svg), caption=caption))
     return found
 

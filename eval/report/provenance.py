@@ -9,7 +9,7 @@ from typing import NamedTuple
 from robx.eval.datasets.duplicates import warning_in
 from robx.eval.report.collect import Packed, ReportData, device_label, text_of
 from robx.eval.report.recommend import Advice
-from robx.eval.report.rows import Row
+from robx.eval.report.rows import Row, headline_data, images_of
 from robx.eval.report.tables import Cell, Table
 from robx.eval.report.text import DASH, brief, figure
 from robx.records import Accuracy, Bundle, DataInfo, Latency
@@ -86,6 +86,7 @@ def provenance(data: ReportData) -> list[Table]:
 def doubts(data: ReportData, rows: Sequence[Row], advice: Sequence[Advice]) -> list[Doubt]:
     """What is UNSTABLE, INVALID, undecided, missing or damaged: the kind, the model, and why."""
     found = [Doubt("DAMAGED", problem.where, problem.what) for problem in data.problems]
+    found += _other_test_sets(data)
     for row in rows:
         found += _latency_doubts(row, data)
     for row in {row.model_id: row for row in rows}.values():
@@ -97,6 +98,25 @@ def doubts(data: ReportData, rows: Sequence[Row], advice: Sequence[Advice]) -> l
         if m.model_id not in data.labels
     ]
     return list(dict.fromkeys(found))
+
+
+def _other_test_sets(data: ReportData) -> list[Doubt]:
+    """Which images the accuracy is of, where the same protocol was run on others as well."""
+    headline = headline_data(data)
+    if headline is None:
+        return []
+    sets: dict[tuple[str, str], str] = {}
+    for _, record in data.accuracies:
+        if record.protocol == headline[0]:
+            info, (_, bank) = record.data, images_of(record)
+            trained = f", training images {bank[:12]}" if bank else ""
+            sets[images_of(record)] = (
+                f"{info.name} ({info.images} images, fingerprint {info.fingerprint[:12]}{trained})"
+            )
+    used = sets.pop(headline[1:])
+    why = f"evaluated on {len(sets) + 1} test sets: this is the one that most models share, and of those the largest"
+    others = f"not used here: {'; '.join(sets.values())}"
+    return [Doubt("TEST SET", f"accuracy on {used}", f"{why}; {others}")] if sets else []
 
 
 def _latency_doubts(row: Row, data: ReportData) -> list[Doubt]:

@@ -10,10 +10,11 @@ import contextlib
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -65,8 +66,13 @@ class Pages:
 
 
 def render(
-    folders: Sequence[Path], *, out: Path, margin: float = MARGIN, budgets: Sequence[float] = ()
-) -> Pages:  # fmt: skip
+    folders: Sequence[Path],
+    *,
+    out: Path,
+    margin: float = MARGIN,
+    budgets: Sequence[float] = (),
+    say: Callable[[str], None] = lambda _: None,
+) -> Pages:
     """Write the report on everything below `folders` to `out`, and the same figures beside it as .md and .json.
 
     Args:
@@ -74,10 +80,11 @@ def render(
         out: the page, a name that ends in .html.
         margin: the accepted drop of top-1 in points, against the fp32 student and the best model that fits.
         budgets: latency budgets in ms to list by name; the page covers every other budget as well.
+        say: called with one line for each damaged file.
 
     Raises:
-        InputError: no such folder, nothing of robx in it, a name that is not an HTML file's, or a margin or budget out
-            of range.
+        InputError: no such folder, no run or bundle in it, a name that is not an HTML file's, a file that is not a
+            report of robx in its place, or a margin or budget out of range.
     """
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{out} is not the name of an HTML file: give one that ends in .html")
@@ -86,10 +93,50 @@ def render(
     for budget in budgets:
         if not 0 < budget < math.inf:
             raise InputError(f"budget {budget:g} is not a latency in ms: give a number above 0")
-    pages = make_pages(collect(folders), margin=margin, budgets=budgets)
-    for suffix, text in ((".json", pages.json), (".md", pages.markdown), (out.suffix, pages.html)):
-        write_text(out.with_suffix(suffix), text)
+    data = collect(folders)
+    if not (data.runs or data.bundles):
+        first = f" ({data.problems[0].where}: {data.problems[0].what})" if data.problems else ""
+        raise InputError(
+            f"{', '.join(map(str, folders))} has no run or bundle that can be read{first}: "
+            "give a folder that robx distill or robx export wrote"
+        )
+    pages = make_pages(data, margin=margin, budgets=budgets)
+    files = {out.with_suffix(".json"): pages.json, out.with_suffix(".md"): pages.markdown, out: pages.html}
+    for path in files:
+        _refuse_foreign(path)
+    for problem in data.problems:
+        say(f"warning: {problem.where}: {problem.what}")
+    for path, text in files.items():
+        write_text(path, text)
     return pages
+
+
+# The start of each page, and of those that earlier versions wrote.
+_OWN_START = {
+    ".json": re.compile(rb'\{\s*"schema": \d+,\s*"title": .*?"margin": .*?"accuracy": ', re.DOTALL),
+    ".md": re.compile(rb"# [^\n]*\n+(Measured [^\n]*\n+)?For each device and latency budget: the fastest model"),
+}
+_OWN_PAGE = re.compile(rb"<!doctype html>.*?<title>[^<]* robx report</title>", re.DOTALL | re.IGNORECASE)
+_START_BYTES = 64 * 1024
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuse to replace a file that `render` did not write.
+
+    Raises:
+        InputError: `path` exists and does not start like the report's page of its kind.
+    """
+    if not os.path.lexists(path):
+        return
+    if path.is_file():
+        try:
+            with path.open("rb") as file:
+                start = file.read(_START_BYTES)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}): give another name with --out") from error
+        if _OWN_START.get(path.suffix, _OWN_PAGE).match(start):
+            return
+    raise InputError(f"{path} exists and is not a robx report: move it, or give another name with --out")
 
 
 def make_pages(data: ReportData, *, margin: float = MARGIN, budgets: Sequence[float] = ()) -> Pages:

@@ -32,7 +32,7 @@ class Row:
 
     model_id: str
     student: str  # SHA-256 of the fp32 student
-    name: str  # of the student, unique in the report
+    name: str  # of the student, unique in the report, with the input size if that is not the student's
     format: str  # a Bundle's, or "torch" for the student itself
     precision: str
     folder: str
@@ -65,7 +65,7 @@ def build_rows(data: ReportData) -> tuple[Row, ...]:
     """One row per model and device, ordered by device, student, format and precision."""
     models = [_student_row(data, sha256, name) for sha256, name in data.names.items()]
     unique = {packed.bundle.id: packed for packed in reversed(data.bundles)}
-    models += [_bundle_row(packed, data.names[packed.bundle.student.sha256]) for packed in unique.values()]
+    models += [_bundle_row(packed, data.name_of(packed.bundle)) for packed in unique.values()]
     judged = [_with_drop(row, data, unique.get(row.model_id)) for row in models]
     accurate = _with_accuracy(judged, data)
     rows = [measured for row in accurate for measured in _with_latency(row, data)]
@@ -79,13 +79,19 @@ def kept_rung(bundle: Bundle) -> tuple[int, Rung] | None:
 
 
 def headline_data(data: ReportData) -> tuple[str, str, str] | None:
-    """(protocol, fingerprint of the test and of the training images) that most models share; kNN on a tie."""
+    """(protocol, fingerprint of the test and of the training images) that most models share.
+
+    On a tie kNN, and then the largest test set.
+    """
     seen: dict[tuple[str, str, str], set[str]] = {}
+    images: dict[tuple[str, str, str], int] = {}
     for _, record in data.accuracies:
         if top1(record.values):
-            seen.setdefault((record.protocol, *images_of(record)), set()).add(record.model_id)
+            key = (record.protocol, *images_of(record))
+            seen.setdefault(key, set()).add(record.model_id)
+            images[key] = record.data.images
     order = {"knn": 0, "linear": 1}
-    return min(seen, key=lambda key: (-len(seen[key]), order.get(key[0], 2), key), default=None)
+    return min(seen, key=lambda key: (-len(seen[key]), order.get(key[0], 2), -images[key], key), default=None)
 
 
 def images_of(record: Accuracy) -> tuple[str, str]:
@@ -268,7 +274,8 @@ def precision_pairs(rows: Sequence[Row]) -> list[tuple[Row, Row, Figure | None]]
 
 
 def _same_place(a: Row, b: Row) -> bool:
-    return bool(a.device) and (a.student, a.format, a.device) == (b.student, b.format, b.device)
+    # The name has the input size: figures at two sizes are not a pair.
+    return bool(a.device) and (a.student, a.name, a.format, a.device) == (b.student, b.name, b.format, b.device)
 
 
 def _order(row: Row) -> tuple[bool, str, str, bool, str, int, str]:

@@ -21,10 +21,12 @@ from robx.cli import main
 from robx.errors import InputError
 from robx.eval.report import collect as collecting
 from robx.eval.report.collect import ReportData, Run, collect
+from robx.eval.report.figures import latency_figures
+from robx.eval.report.plots import longest
 from robx.eval.report.render import make_pages, render
 from robx.eval.report.rows import build_rows
 from robx.eval.report.text import at_most, clean, number
-from robx.records import Latency, Value, append_measurements
+from robx.records import Latency, TensorSpec, Value, append_measurements
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -691,3 +693,98 @@ def test_a_bundle_says_on_which_processor_it_was_selected_and_what_was_rewritten
     pages = make_pages(collect([tmp_path]))
     for form in (Page(pages.html).text, pages.markdown.replace("\\", "")):
         assert "Selected by its speed on Some Core i7." in form and "Rewritten before export: re-parameterised." in form
+
+
+@pytest.mark.parametrize("name", ["page.html", "page.md", "page.json"])
+def test_a_file_that_robx_did_not_write_is_not_replaced_by_a_report(records, tmp_path, name):
+    records.write_run(tmp_path / "r")
+    (tmp_path / name).write_text('{"schema": 1, "title": "mine"}' if name.endswith("json") else "# Mine\n")
+    before = (tmp_path / name).read_bytes()
+    result = CliRunner().invoke(main, ["report", str(tmp_path / "r"), "-o", str(tmp_path / "page.html")])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
+    assert f"{tmp_path / name} exists and is not a robx report" in result.stderr
+    assert (tmp_path / name).read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "r"])
+
+
+def test_a_report_replaces_an_earlier_report(runs, records, tmp_path):
+    records.write_run(tmp_path / "r")
+    render([tmp_path / "r"], out=tmp_path / "page.html")
+    pages = render([runs], out=tmp_path / "page.html")  # with measurements: another start of each page
+    assert render([runs], out=tmp_path / "page.html") == pages
+    assert (tmp_path / "page.html").read_text() == pages.html
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "student.json", "measurements.jsonl", "cat.png"])
+def test_a_folder_without_a_run_or_bundle_gives_no_report(tmp_path, name):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / name).write_text("{}")
+    result = CliRunner().invoke(main, ["report", str(tmp_path / "images"), "-o", str(tmp_path / "page.html")])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_what_is_damaged_is_said_on_stderr_with_its_path_once(records, tmp_path):
+    student = records.write_run(tmp_path / "r")
+    bundle = records.write_bundle(tmp_path / "r" / "openvino-fp32", student, "fp32", 900)
+    latency = records.write_latency(tmp_path / "r" / "openvino-fp32", bundle.id, 4.0)
+    (tmp_path / "r" / "openvino-fp32" / latency.samples).write_bytes(b"changed")
+    (tmp_path / "r" / "measurements.jsonl").write_text("{]\n")
+    result = CliRunner().invoke(main, ["report", str(tmp_path / "r"), "-o", str(tmp_path / "page.html")])
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.stderr.splitlines() if "warning: " in line]
+    assert len(lines) == 2 and "its SHA-256 differs" in result.stderr
+    assert [line.count(str(tmp_path)) for line in lines] == [1, 1]
+    assert all(problem.where not in problem.what for problem in collect([tmp_path]).problems)
+
+
+def test_the_test_set_of_the_accuracy_is_named_where_there_are_several(records, tmp_path):
+    student = records.write_run(tmp_path / "r")
+    for images, fingerprint, top1 in ((20, "1" * 64, 99.0), (5000, "9" * 64, 55.0), (40, "2" * 64, 98.0)):
+        info = replace(records.JUDGED, name="val", images=images, fingerprint=fingerprint)
+        record = records.accuracy(student.sha256[:16], "knn", top1, data=info)
+        append_measurements(tmp_path / "r" / "measurements.jsonl", [record])
+    data = collect([tmp_path])
+    (row,) = build_rows(data)
+    assert row.accuracy["knn"].value.value == 55.0  # of the largest set, not of the last or of the first fingerprint
+    (caveat,) = [doubt for doubt in json.loads(make_pages(data).json)["doubts"] if doubt[0] == "TEST SET"]
+    assert "val (5000 images, fingerprint 999999999999)" in caveat[1] and "4 test sets" in caveat[2]
+    assert "val (20 images" in caveat[2] and "905 images" in caveat[2]
+
+
+def test_one_test_set_needs_no_caveat(pages):
+    assert not [doubt for doubt in json.loads(pages.json)["doubts"] if doubt[0] == "TEST SET"]
+
+
+def test_bundles_of_another_input_size_have_a_name_of_their_own_and_are_no_pair(records, tmp_path):
+    student = records.write_run(tmp_path / "r")
+    small = replace(student.preprocessing, crop=160)
+    places = {"fp32": 9.0, "int8": 4.0, "int8-160": 2.0}
+    for name, ms in places.items():
+        changes = {"preprocessing": small} if name.endswith("160") else {}
+        if changes:
+            changes["inputs"] = (TensorSpec(name="pixels", dtype="float32", shape=(None, 3, 160, 160)),)
+        bundle = records.write_bundle(tmp_path / "r" / name, student, name[:4], int(100 * ms), **changes)
+        records.write_latency(tmp_path / "r" / name, bundle.id, ms)
+    data = collect([tmp_path])
+    rows = {Path(row.folder).name: row for row in build_rows(data) if row.device}
+    assert rows["int8-160"].label == "resnet18 at 160x160 · openvino int8"
+    assert rows["int8"].label == "resnet18 · openvino int8" and rows["int8"].speedup is not None
+    assert rows["int8-160"].speedup is None  # the fp32 bundle has another input size
+    assert len(set(data.labels.values())) == len(data.labels)
+
+
+def test_a_few_very_slow_calls_do_not_set_the_axis_of_the_latencies():
+    quiet = np.linspace(10.0, 11.0, 1000)
+    assert longest(quiet) == pytest.approx(np.quantile(quiet, 0.99))
+    loaded = np.concatenate([quiet[:960], np.full(40, 900.0)])
+    assert longest(loaded) <= 2 * np.quantile(loaded, 0.9) < 30
+
+
+def test_the_caption_of_the_latencies_counts_what_is_not_drawn(data):
+    rows = [row for row in build_rows(data) if row.device]
+    for picture in latency_figures(rows, data.samples):
+        here = [r for r in rows if picture.caption.startswith(f"{r.device}:") and r.samples in data.samples]
+        pooled = [np.concatenate(data.samples[row.samples]) for row in here]
+        beyond = sum(int((ms > min(np.quantile(ms, 0.99), 2 * np.quantile(ms, 0.9))).sum()) for ms in pooled)
+        assert beyond > 0 and f"without the {beyond} above each model's 99th percentile" in picture.caption
