@@ -49,7 +49,9 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--device", metavar="NAME", help="cpu, cuda or cuda:1. Default: a GPU if one is available.")
 @click.option("--workers", type=click.IntRange(0), help="Data-loading processes. Default: half of the CPU cores.")
 @click.option("--compile", is_flag=True, help="torch.compile teacher and students.")
-@click.option("--resume/--fresh", default=True, help="Resume the run in --out (default), or start over.")
+@click.option(
+    "--resume/--fresh", default=True, help="Resume the run in --out (default), or start over. The last counts."
+)
 @click.option("--force", is_flag=True, help="Resume even if settings changed.")
 @click.option("--probe-every", type=click.IntRange(0), metavar="EPOCHS", help="Run a kNN evaluation every N epochs.")
 @click.option(

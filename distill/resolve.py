@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,10 +48,13 @@ class DistillSettings:
         """Check what the settings say of each other.
 
         Raises:
-            InputError: no student, or no unambiguous source of targets.
+            InputError: no student, no unambiguous source of targets, or a folder to write to among the images.
         """
         if not self.students:
             raise InputError("--student NAME is missing: see robx distill --help")
+        for option, folder in (("--out", self.out), ("--store-targets", self.store_targets)):
+            if folder is not None and self.data.is_dir() and folder.resolve().is_relative_to(self.data.resolve()):
+                raise InputError(f"{option} {folder} is inside the images of --data {self.data}: give another folder")
         if self.base and (self.teacher_weights or self.targets):
             raise InputError(
                 "--teacher ema is the base method and has no teacher: drop --teacher-weights and --targets"
@@ -113,7 +117,24 @@ def resolve_recipe(settings: DistillSettings) -> Recipe:
         given |= {"lr_batch": None, "warmup_lr": first * given["lr"], "final_lr": last * given["lr"]}
     if "augment" not in {*values, *given}:
         given["augment"] = _default_augment(settings)
-    return override(recipe, given, where="options")
+    try:
+        return override(recipe, given, where="options")
+    except InputError as error:
+        raise InputError(_naming_options(str(error), settings.overrides)) from error
+
+
+def _naming_options(message: str, overrides: Mapping[str, Any]) -> str:
+    """A message about a recipe key that the user gave as an option, with the option's name."""
+    for name in _RECIPE_OPTIONS & {name for name, value in overrides.items() if value is not None}:
+        message = re.sub(rf"^(options\.|recipe: ){name}\b", f"--{name.replace('_', '-')}", message)
+    return message
+
+
+# Recipe keys that are options of ``robx distill``.
+_RECIPE_OPTIONS = (
+    {"epochs", "batch_size", "lr", "crop_size", "local_crop_size", "local_crops", "prototypes", "seed", "precision"}
+    | {"accumulate", "target_epochs", "teacher_mean", "teacher_std"}
+)  # fmt: skip
 
 
 def student_preset(method: str, student: str, *, base: bool = False) -> Recipe:

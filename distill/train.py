@@ -37,11 +37,11 @@ from robx.distill.training.knn_probe import Probe
 from robx.distill.training.learner import Learner, autocast
 from robx.distill.training.log import log_step, monitor, note, open_probe, probe_references, probe_students, speed_bound
 from robx.distill.training.processes import Processes, join_processes
-from robx.distill.training.run import Run, RunSpec, Say, check_spec, open_run, require_out
+from robx.distill.training.run import Run, RunSpec, Say, check_outputs, check_spec, open_run, require_out
 from robx.distill.training.run_state import count_skipped, publish_teachers, resume_run, save_run
 from robx.distill.training.signals import StopRequest, stop_on_signals
 from robx.distill.training.speed import MEASURE_SECONDS, Rate, SpeedBound, measure_bound
-from robx.errors import InputError, Interrupted
+from robx.errors import InputError, Interrupted, counted
 from robx.images.sources import ImageSource, open_source
 from robx.progress import Progress, silent
 from robx.store.locks import lock_folder
@@ -72,6 +72,8 @@ def distill(settings: DistillSettings, *, progress: Progress | None = None, say:
             # Everything that can be refused is refused before the teacher is downloaded.
             choose_teacher(settings.teacher, weights=settings.teacher_weights, objective=recipe.objective)
             require_out(spec)
+            if processes.first:
+                check_outputs(spec)
             check_spec(spec)
             teacher = load_teacher(
                 settings.teacher,
@@ -165,6 +167,7 @@ def train(
     with contextlib.ExitStack() as stack:
         processes = processes or stack.enter_context(join_processes(spec.options.device))
         if processes.first:
+            check_outputs(spec)  # before anything is written, even a lock
             stack.enter_context(lock_folder(out))
             run_checkpoint.clean(out)
             if spec.store is not None:
@@ -183,7 +186,8 @@ def train(
         if start < run.steps:
             _loop(run, start, stop=stop, progress=progress if progress and processes.first else silent)
         else:
-            speak(f"{out} already holds the complete run ({spec.recipe.epochs} epochs): give --fresh to start over")
+            epochs = counted(spec.recipe.epochs, "epoch")
+            speak(f"{out} already holds the complete run ({epochs}): give --fresh to start over")
         processes.wait()
         return run.folders
 
@@ -331,9 +335,11 @@ def _measure(run: Run, start: int) -> SpeedBound:
     for branch, state in zip(branches, before, strict=True):
         branch.load_state_dict(state)
     run.bound = measured.bound
+    processes = counted(run.processes.world, "process", "processes")
     run.say(
-        f"speed bound {speed_bound(run):.1f} images/s on {run.processes.world} process(es), measured on "
-        f"{measured.views.globals.shape[1]} image(s); per process {run.bound.parts}, one loader worker {loader:.1f}"
+        f"speed bound {speed_bound(run):.1f} images/s on {processes}, measured on "
+        f"{counted(measured.views.globals.shape[1], 'image')}; per process {run.bound.parts}, "
+        f"one loader worker {loader:.1f}"
     )
     return run.bound
 

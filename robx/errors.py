@@ -93,6 +93,11 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number and its noun, in the plural unless there is exactly one: "1 epoch", "0 epochs", "2 processes"."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or the name of its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

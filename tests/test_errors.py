@@ -7,7 +7,7 @@ import ast
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robx.errors import MissingExtra, one_line, visible
+from robx.errors import MissingExtra, counted, one_line, visible
 
 # Lone surrogates too: they stand for the bytes of a name that is not UTF-8.
 ANY = st.text(st.characters() | st.characters(categories=("Cs", "Cc", "Cf", "Zl", "Zp")))
@@ -33,3 +33,8 @@ def test_a_missing_package_is_named_with_its_extra_and_its_cause() -> None:
     error = MissingExtra("openvino", "openvino", purpose="the export", cause=ImportError("no module"))
     assert str(error) == "the export needs the package openvino (no module): pip install 'robx[openvino]'"
     assert error.exit_status == 2
+
+
+def test_a_count_and_its_noun_agree() -> None:
+    found = [counted(n, "epoch") for n in (0, 1, 2)] + [counted(n, "batch", "batches") for n in (1, 3)]
+    assert found == ["0 epochs", "1 epoch", "2 epochs", "1 batch", "3 batches"]

@@ -95,12 +95,18 @@ class Skipped:
         new = [reason for index, reason in found.items() if index not in self.found]
         self.found.update(found)
         if new and len(self.found) > self.budget * self.images:
-            first = "; ".join(list(self.found.values())[:3])
+            shown, more = list(self.found.values())[:3], len(self.found) - 3
+            first = "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
             raise InputError(
                 f"{len(self.found)} of {self.images} images cannot be decoded, more than --corrupt-budget "
-                f"{self.budget:g} allows; corrupt.txt beside the run lists them: {first}"
+                f"{self.budget:g} allows; corrupt.txt in the run's folder lists them: {first}"
             )
         return new
+
+
+def _reason(key: str, error: CorruptImage) -> str:
+    """Why an image cannot be decoded, with its name once: the errors of a folder's images contain its path already."""
+    return str(error) if key in str(error) else f"{key}: {error}"
 
 
 @dataclass
@@ -193,7 +199,7 @@ class CropDataset(Dataset[tuple[Any, ...]]):
             try:
                 image = self.source.read(at)
             except CorruptImage as error:
-                skipped[at] = f"{self.source.key(at)}: {error}"
+                skipped[at] = _reason(self.source.key(at), error)
                 continue
             return self._crops(image, epoch, at), at, epoch, self._masks(epoch, at), skipped
         # The budget is exceeded: counting `skipped` ends the run before this blank image is used.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
 from torch import nn
 
 from robx.distill.objectives.base import Objective
@@ -14,10 +15,12 @@ from robx.distill.targets.centering import TargetProcessor
 from robx.distill.targets.stored import StoredBranch, TargetsInfo, read_info
 from robx.distill.targets.stored_writer import TargetWriter, WritingBranch
 from robx.distill.teachers.teacher import Teacher
-from robx.errors import InputError
+from robx.errors import InputError, counted
 from robx.images.sources import ImageSource
 from robx.records import TeacherInfo, from_json, to_json
 from robx.store.files import read_json, write_json
+
+NO_TEACHER = "--store-targets needs a teacher: a moving average has no reusable targets; drop the option"
 
 
 def build_branch(
@@ -79,8 +82,20 @@ def open_targets(folder: Path, recipe: Recipe, source: ImageSource) -> StoredTea
     complete = next((epoch for epoch in range(wanted) if epoch not in stored), wanted)
     if complete < wanted:
         remedy = f"give --target-epochs {complete} to replay them, or store more" if complete else "store them first"
-        raise InputError(f"{folder} has targets of {complete} epoch(s), and the run needs {wanted}: {remedy}")
+        raise InputError(f"{folder} has targets of {counted(complete, 'epoch')}, and the run needs {wanted}: {remedy}")
     return StoredTeacher(branch, teacher, teacher.name, info.prototypes)
+
+
+def stored_info(recipe: Recipe, *, teacher: Teacher, source: ImageSource, k: int) -> TargetsInfo:
+    """What a run writes into the targets.json of its stored targets; `k` prototypes are kept of each."""
+    return TargetsInfo.of(
+        recipe,
+        prototypes=teacher.num_prototypes,
+        images=len(source),
+        data_fingerprint=source.fingerprint,
+        teacher_sha256=teacher.info.sha256,
+        k=k,
+    )
 
 
 def store_targets(
@@ -89,18 +104,12 @@ def store_targets(
     """The branch, with its targets written to `folder` as they are made; `k` prototypes are kept of each.
 
     Raises:
-        InputError: there is no teacher, or the folder holds targets of another run.
+        InputError: there is no teacher, or the folder holds targets of another run or files that robx did not write.
     """
     if branch is None or teacher is None:
-        raise InputError("--store-targets needs a teacher: a moving average has no reusable targets; drop the option")
-    info = TargetsInfo.of(
-        recipe,
-        prototypes=teacher.num_prototypes,
-        images=len(source),
-        data_fingerprint=source.fingerprint,
-        teacher_sha256=teacher.info.sha256,
-        k=k,
-    )
-    writer = TargetWriter(folder, info)
-    write_json(folder / "teacher.json", to_json(teacher.info))
+        raise InputError(NO_TEACHER)
+    info = stored_info(recipe, teacher=teacher, source=source, k=k)
+    writer = TargetWriter(folder, info, epochs=recipe.target_epochs or recipe.epochs)
+    if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+        write_json(folder / "teacher.json", to_json(teacher.info))
     return WritingBranch(branch, writer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,58 @@ from robx.distill.targets.stored import TargetsInfo, pack, read_info, require_sa
 from robx.errors import InputError
 from robx.records import to_json
 from robx.store.files import unwritable, write_json
+from robx.store.written import Written
+
+
+def check_folder(folder: Path, *, epochs: int, info: TargetsInfo | None = None) -> list[str]:
+    """Refuse a folder in which targets of `epochs` epochs would replace files that robx did not write; writes nothing.
+
+    Returns:
+        The files of an earlier version of robx, which kept no record of them: those beside a valid targets.json.
+
+    Raises:
+        InputError: the message names the file; or the folder holds targets other than `info`.
+        ArtifactError: targets.json is not robx's, or damaged.
+    """
+    written, earlier = Written(folder), list[str]()
+    if (folder / "targets.json").exists():
+        found = read_info(folder)
+        if info is not None:
+            require_same(found, info, folder=folder, every=True)
+        if "targets.json" not in written:
+            names = {"targets.json", "teacher.json"}
+            earlier = [p.name for p in folder.iterdir() if p.name in names or _TABLE.fullmatch(p.name)]
+    written.check(*(name for name in _names(epochs) if name not in earlier))
+    return earlier
+
+
+def _names(epochs: int) -> list[str]:
+    tables = (f"epoch-{epoch:05d}" for epoch in range(epochs))
+    return ["targets.json", "teacher.json", *(name + suffix for name in tables for suffix in (".npy", ".json"))]
+
+
+_TABLE = re.compile(r"epoch-\d{5,}\.(npy|json)")
 
 
 class TargetWriter:
     """Writes epochs of targets; each process of a run has one for the same folder."""
 
-    def __init__(self, folder: Path, info: TargetsInfo) -> None:
-        """Start or continue `folder`.
+    def __init__(self, folder: Path, info: TargetsInfo, *, epochs: int = 1) -> None:
+        """Start or continue `folder` with targets of `epochs` epochs; the first process alone prepares it.
 
         Raises:
-            InputError: it holds targets of another run, or is not writable.
+            InputError: it holds targets of another run or files that robx did not write, or is not writable.
         """
         self.folder, self.info = folder, info
         self._file: int | None = None
         self._epoch = -1
-        path = folder / "targets.json"
-        if path.exists():
-            require_same(read_info(folder), info, folder=folder, every=True)
-        else:
-            write_json(path, to_json(info))
+        if _rank() == 0:
+            earlier = check_folder(folder, epochs=epochs, info=info)
+            written = Written(folder)
+            written.adopt(*earlier)
+            written.claim(*_names(epochs))
+            if not (folder / "targets.json").exists():
+                write_json(folder / "targets.json", to_json(info))
 
     def write(self, views: Views, targets: Targets) -> None:
         """Store one batch's targets under (views.epoch, views.index).
@@ -70,11 +104,9 @@ class TargetWriter:
             return
         self.sync()
         self.close()
-        rank = 0
         if dist.is_available() and dist.is_initialized():
             dist.barrier()
-            rank = dist.get_rank()
-        if rank == 0:
+        if _rank() == 0:
             write_json(self._table.with_suffix(".json"), {"epoch": self._epoch, "bytes": self._table.stat().st_size})
 
     def close(self) -> None:
@@ -137,6 +169,10 @@ class WritingBranch:
             self.writer.finish()
         else:
             self.writer.sync()
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def _header(info: TargetsInfo) -> bytes:

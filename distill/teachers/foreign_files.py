@@ -153,4 +153,6 @@ def _refusal(path: Path, error: Exception, found: Mapping[str, Any]) -> str:
             f"{path} was written with pickle protocol {found['protocol']}, and only protocol 2, torch.save's default, "
             "is read: save it again"
         )
-    return f"{path} is truncated, damaged or not a PyTorch file ({first_line(error)[:120]}): get it again"
+    # A RuntimeError is of the zip reader; what the unpickler stumbles over says nothing to a user.
+    why = f" ({first_line(error)[:120]})" if isinstance(error, RuntimeError) else ""
+    return f"{path} is truncated, damaged or not a PyTorch file{why}: get it again"

@@ -25,8 +25,9 @@ from robx.distill.teachers.teacher import Teacher
 from robx.distill.training.learner import Learner
 from robx.distill.training.networks import Networks, build_networks
 from robx.distill.training.processes import Processes, pick_device
-from robx.distill.training.run import RunSpec, check_spec
+from robx.distill.training.run import RunSpec, check_outputs, check_spec
 from robx.distill.training.speed import SpeedBound, measure_bound
+from robx.errors import counted
 
 # CUDA context, workspaces of cuDNN and cuBLAS, and allocator fragmentation: an estimate.
 _CUDA_BYTES = 1.2e9
@@ -74,13 +75,15 @@ class RunCost:
         """The estimate in sentences, without the networks; `batch_size` is the recipe's, over all micro-batches."""
         per_image = f"{self.image_bytes / 1e6:.1f} MB per image"
         found = [
-            f"{self.images} images x {self.epochs} epochs, batch {batch_size}: {self.steps} steps",
+            f"{counted(self.images, 'image')} x {counted(self.epochs, 'epoch')}, batch {batch_size}: "
+            f"{counted(self.steps, 'step')}",
             f"memory: {self.fixed_bytes / 1e9:.2f} GB fixed + {per_image} = {self.batch_bytes / 1e9:.2f} GB "
             f"at a micro-batch of {self.batch_size}",
             f"measured on {self.device}: speed bound {self.bound_images_per_s:.1f} images/s "
             f"({SpeedBound(self.teacher_images_per_s, self.student_images_per_s).parts}); "
-            f"one loader worker {self.loader_images_per_s:.1f} images/s; measured on {self.measured_images} image(s)",
-            f"estimated run time on one process, including data loading: {self.hours:.2f} hours",
+            f"one loader worker {self.loader_images_per_s:.1f} images/s; measured on "
+            f"{counted(self.measured_images, 'image')}",
+            f"estimated run time on one process, including data loading: {_duration(self.hours)}",
         ]
         if self.gpu_batch is not None:
             fits = f"a micro-batch of about {self.gpu_batch}" if self.gpu_batch else "not even a micro-batch of 1"
@@ -100,6 +103,7 @@ def dry_run(spec: RunSpec, *, gpu_memory: float | None = None) -> RunCost:
     """
     recipe, source, options = spec.recipe, spec.source, spec.options
     place = Processes(0, 1, pick_device(options.device))
+    check_outputs(spec)
     fitted = _images_to_fit(spec)
     per_epoch = steps_per_epoch(len(source), recipe.batch_size)
     steps = per_epoch * recipe.epochs
@@ -153,6 +157,13 @@ def dry_run(spec: RunSpec, *, gpu_memory: float | None = None) -> RunCost:
         gpu_memory_gb=gpu_memory,
         gpu_batch=None if gpu_memory is None else _largest_batch(gpu_memory, fixed=fixed, image=image_bytes),
     )
+
+
+def _duration(hours: float) -> str:
+    """In the unit in which it is easiest to read."""
+    if hours < 1 / 60:
+        return counted(max(1, round(hours * 3600)), "second")
+    return counted(round(hours * 60), "minute") if hours < 2 else f"{hours:.1f} hours"
 
 
 def _images_to_fit(spec: RunSpec) -> int:

@@ -18,7 +18,7 @@ from robx.distill.batches.crops import plan_image
 from robx.distill.batches.loader import BATCH_LOST, Batch, build_loader, micro_batch
 from robx.distill.training.run import Run
 from robx.distill.training.signals import StopRequest
-from robx.errors import CorruptImage, InputError, first_line
+from robx.errors import CorruptImage, InputError, counted, first_line
 
 PREFETCH = 4  # batches per worker
 _POLL_SECONDS = 1.0
@@ -131,8 +131,9 @@ def check_resources(run: Run) -> int:
             f"{free / 1e6:.0f} MB free: enlarge it (docker run --shm-size), or {_REMEDY}"
         )
     if fitting < PREFETCH:
+        batches_of = f"{counted(fitting, 'batch', 'batches')} of"
         run.say(
-            f"/dev/shm has only {free / 1e6:.0f} MB free: each worker prefetches {fitting} batch(es) of "
+            f"/dev/shm has only {free / 1e6:.0f} MB free: each worker prefetches {batches_of} "
             f"{size / 1e6:.0f} MB instead of {PREFETCH} (docker run --shm-size enlarges it)"
         )
     return min(fitting, PREFETCH)

@@ -98,5 +98,7 @@ def speed_bound(run: Run) -> float:
 
 def note(run: Run, loss: float, speed: float) -> str:
     """The text beside the progress bar."""
+    if not speed:  # not known before the second step
+        return f"loss {loss:.3f}"
     share = f" ({speed / speed_bound(run):.0%} of the bound)" if run.bound else ""
     return f"loss {loss:.3f}, {speed:.1f} images/s{share}"

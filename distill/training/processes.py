@@ -135,9 +135,16 @@ def pick_device(name: str | None, *, local: int = 0) -> torch.device:
         place = torch.device(f"cuda:{local}" if kind == "cuda" else kind)
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = first_line(error)
+        why = _why_not(kind, error)
         raise InputError(f"--device {kind} cannot be used ({why}): give cpu, cuda or cuda:N") from error
     return place
+
+
+def _why_not(kind: str, error: BaseException) -> str:
+    """Why a device cannot be used; torch's own message for a missing driver has a paragraph of advice and a URL."""
+    if kind.startswith("cuda") and not torch.cuda.is_available():
+        return "no usable NVIDIA GPU or driver on this machine"
+    return first_line(error)
 
 
 @functools.cache

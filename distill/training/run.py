@@ -10,8 +10,8 @@ from robx import __version__
 from robx.distill.batches.loader import Skipped, micro_batch, steps_per_epoch
 from robx.distill.recipes import Recipe
 from robx.distill.targets.branches import TargetBranch
-from robx.distill.targets.build import open_targets, store_targets
-from robx.distill.targets.stored_writer import WritingBranch
+from robx.distill.targets.build import NO_TEACHER, open_targets, store_targets, stored_info
+from robx.distill.targets.stored_writer import WritingBranch, check_folder
 from robx.distill.teachers.teacher import Teacher
 from robx.distill.training import run_settings
 from robx.distill.training.initial import Initial, open_initial
@@ -120,7 +120,7 @@ def open_run(spec: RunSpec, *, processes: Processes, say: Say) -> Run:
     settings = {"teacher": to_json(info)} | spec_settings(spec, initial)
     folders = student_folders(out, spec.students)
     if processes.first:
-        check_folders(out, folders, inputs=spec.inputs, base=recipe.base, fresh=options.fresh)
+        check_outputs(spec)
         if not (options.force or options.fresh):
             run_settings.refuse_changes(out, settings)
     networks = build_networks(
@@ -138,13 +138,16 @@ def open_run(spec: RunSpec, *, processes: Processes, say: Say) -> Run:
         if learner.net.note:
             say(learner.net.note)
     branch = networks.branch
+    if spec.store is not None and spec.teacher is not None and processes.first:
+        kept = stored_info(recipe, teacher=spec.teacher, source=spec.source, k=options.stored_k)
+        check_folder(spec.store, epochs=recipe.target_epochs or recipe.epochs, info=kept)
+    if processes.first:  # only now, when nothing can be refused any more
+        claim_folders(out, folders, base=recipe.base, fresh=options.fresh)
+        write_json(out / "recipe.json", settings | {"robx_version": __version__})
     if spec.store is not None:
         branch = store_targets(
             branch, spec.store, recipe=recipe, teacher=spec.teacher, source=spec.source, k=options.stored_k
         )
-    if processes.first:  # only now, when nothing can be refused any more
-        claim_folders(out, folders, base=recipe.base, fresh=options.fresh)
-        write_json(out / "recipe.json", settings | {"robx_version": __version__})
     return Run(
         recipe=recipe,
         options=options,
@@ -188,6 +191,22 @@ def require_out(spec: RunSpec) -> Path:
     if spec.out is None:
         raise InputError("--out DIR is missing: see robx distill --help")
     return spec.out
+
+
+def check_outputs(spec: RunSpec) -> None:
+    """Refuse folders in which the run would replace files that robx did not write; writes nothing.
+
+    Raises:
+        InputError: the message names the file.
+        ArtifactError: a targets.json there is damaged.
+    """
+    if spec.store is not None:
+        if spec.recipe.base or spec.targets is not None:
+            raise InputError(NO_TEACHER)
+        check_folder(spec.store, epochs=spec.recipe.target_epochs or spec.recipe.epochs)
+    if spec.out is not None:
+        folders = student_folders(spec.out, spec.students)
+        check_folders(spec.out, folders, inputs=spec.inputs, base=spec.recipe.base, fresh=spec.options.fresh)
 
 
 def check_spec(spec: RunSpec) -> dict[str, Initial]:

@@ -65,7 +65,7 @@ class Metrics:
 
 
 def check_folders(out: Path, folders: Sequence[Path], *, inputs: Sequence[Path], base: bool, fresh: bool) -> None:
-    """Refuse a run that would remove or replace files that robx did not write, or that it reads; writes only records.
+    """Refuse a run that would remove or replace files that robx did not write, or that it reads; writes nothing.
 
     Args:
         out: the run's folder.
@@ -82,9 +82,9 @@ def check_folders(out: Path, folders: Sequence[Path], *, inputs: Sequence[Path],
             raise InputError(
                 f"{path} is a link, and robx does not write or remove files behind it: remove it, or make {out} a link"
             )
-    _adopt_earlier(out, folders)
+    earlier = _earlier(out, folders)
     for folder in {out, *folders}:
-        written = Written(folder)
+        written = [*Written(folder), *earlier.get(folder, ())]
         for name in _names(folder, out=out, folders=folders, base=base):
             if name not in written and os.path.lexists(folder / name):
                 raise InputError(
@@ -97,6 +97,8 @@ def check_folders(out: Path, folders: Sequence[Path], *, inputs: Sequence[Path],
 
 def claim_folders(out: Path, folders: Sequence[Path], *, base: bool, fresh: bool) -> None:
     """Record the files that a run is about to write, after removing with `fresh` what an earlier one wrote."""
+    for folder, names in _earlier(out, folders).items():
+        Written(folder).adopt(*names)
     for folder in {out, *folders}:
         written = Written(folder)
         if fresh:
@@ -111,20 +113,21 @@ def _names(folder: Path, *, out: Path, folders: Sequence[Path], base: bool) -> l
     return run + student + (["teacher.pth"] if student and base else [])
 
 
-def _adopt_earlier(out: Path, folders: Sequence[Path]) -> None:
-    """Record the files of a run of an earlier version of robx, which kept no record."""
+def _earlier(out: Path, folders: Sequence[Path]) -> dict[Path, list[str]]:
+    """The files of a run of an earlier version of robx, which kept no record, by folder."""
     try:
         settings = read_json(out / "recipe.json") if (out / "recipe.json").is_file() else None
         recipe_from_json(settings["recipe"] if isinstance(settings, dict) else None)
     except (RobxError, KeyError):
-        return  # not a run
+        return {}  # not a run
     usual = ("recipe.json", "corrupt.txt", "student.json", "student.safetensors", "metrics.jsonl", "teacher.pth")
     below = ("checkpoints/step-*/state.*", "tensorboard/events.out.tfevents.*")
+    found = {}
     for folder in {out, *folders}:
         if not (folder / RECORD).exists():
-            names = [name for name in usual if (folder / name).is_file()]
-            names += [path.relative_to(folder).as_posix() for pattern in below for path in folder.glob(pattern)]
-            Written(folder).adopt(*names)
+            found[folder] = [name for name in usual if (folder / name).is_file()]
+            found[folder] += [path.relative_to(folder).as_posix() for pattern in below for path in folder.glob(pattern)]
+    return found
 
 
 def student_folders(out: Path, students: Sequence[str]) -> list[Path]:

@@ -15,6 +15,7 @@ from robx.records import to_json
 from robx.store.files import read_json
 
 _ABSENT = object()
+_DERIVED = ("recipe.lr_batch", "recipe.warmup_lr", "recipe.final_lr")  # set by --lr as well
 
 
 def settings_of(
@@ -50,6 +51,8 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], *, run: Path) -> Non
         for key in sorted({*before, *after})
         if before.get(key, _ABSENT) != after.get(key, _ABSENT)
     ]
+    if any(line.startswith("recipe.lr:") for line in changed):  # the others follow from it
+        changed = [line for line in changed if line.partition(":")[0] not in _DERIVED]
     if changed:
         raise InputError(
             f"{run} holds a run with other settings ({'; '.join(changed)}): restore the old settings to resume it, "

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from robx.errors import CorruptImage, InputError, UnreadableImage
+from robx.errors import CorruptImage, InputError, UnreadableImage, counted
 from robx.images.decode import MAX_FILE_BYTES, decode
 from robx.images.names import Names
 from robx.images.tar_index import NO_LABEL, ShardIndex, TarIndex, index_shards, keep_index, split_name
@@ -177,11 +177,11 @@ def _note(found: Sequence[TarIndex], odd: int, image: str | None) -> str:
     notes = []
     skipped: Counter[str] = sum((Counter(index.skipped) for index in found), Counter())
     if skipped:
-        notes.append(f"skipped {skipped.total()} images that robx cannot read ({by_suffix(skipped)})")
+        notes.append(f"skipped {counted(skipped.total(), 'image')} that robx cannot read ({by_suffix(skipped)})")
     if odd:
         notes.append(f"{odd} samples have an empty or invalid .cls and count as unlabelled")
     if image is not None and (without := sum(index.without for index in found)):
-        notes.append(f"skipped {without} samples without an image {image!r}")
+        notes.append(f"skipped {counted(without, 'sample')} without an image {image!r}")
     return "; ".join(notes)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from robx.errors import InputError, NoSplit
+from robx.errors import InputError, NoSplit, counted
 from robx.images.arrays import open_cifar, open_idx
 from robx.images.decode import decode, read_image_file
 from robx.images.labels import FileLabelSource, unmatched_note
@@ -166,11 +166,13 @@ class FolderSource:
     def _notes(self, strays: Sequence[str], skipped: Counter[str]) -> str:
         notes = []
         if skipped:
-            notes.append(f"{self.root}: skipped {skipped.total()} files that robx cannot read ({by_suffix(skipped)})")
+            notes.append(
+                f"{self.root}: skipped {counted(skipped.total(), 'file')} that robx cannot read ({by_suffix(skipped)})"
+            )
         if strays and len(strays) < len(self._paths):
             shown = ", ".join(strays[:3]) + (" ..." if len(strays) > 3 else "")
-            outcome = "and have no label" if self.classes else "so that there are no labels"
-            notes.append(f"{len(strays)} images in {self.root} are beside its folders {outcome} ({shown})")
+            outcome = "without a label" if self.classes else "so that there are no labels"
+            notes.append(f"{counted(len(strays), 'image')} in {self.root} beside its folders, {outcome} ({shown})")
         return "; ".join(notes)
 
     def _fingerprint(self, listing: Listing, kept: Path | None) -> str:

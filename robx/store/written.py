@@ -44,12 +44,11 @@ class Written:
         """The recorded files, in the order in which they were first written."""
         return iter(tuple(self._names))
 
-    def claim(self, *names: str) -> None:
-        """Record files that are about to be written.
+    def check(self, *names: str) -> None:
+        """Refuse to write a file that exists already and that robx did not write; nothing is recorded.
 
         Raises:
-            InputError: one exists already and robx did not write it; nothing is recorded then.
-            RobxError: the record cannot be written.
+            InputError: the message names the file.
         """
         for name in names:
             if name not in self._names and os.path.lexists(self.folder / name):
@@ -57,6 +56,15 @@ class Written:
                     f"{self.folder / name} was not written by robx and would be replaced: move it away, or choose "
                     "another folder"
                 )
+
+    def claim(self, *names: str) -> None:
+        """Record files that are about to be written.
+
+        Raises:
+            InputError: one exists already and robx did not write it; nothing is recorded then.
+            RobxError: the record cannot be written.
+        """
+        self.check(*names)
         self.adopt(*names)
 
     def adopt(self, *names: str) -> None:

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from click.testing import CliRunner, Result
 
 from robx.cli import main
+from robx.distill.training.dry_run import _duration
+from robx.images.sources import open_source
 from robx.records import load_student
 
 TINY = (
@@ -70,7 +73,7 @@ def test_a_dry_run_counts_and_writes_nothing(scenes: Path, tmp_path: Path) -> No
     used = cost["fixed_bytes"] + cost["gpu_batch"] * cost["image_bytes"]
     assert 20e9 < used < 24e9 and not (tmp_path / "run").exists()
     words = robx(*command, "--dry-run", "--gpu-memory", "0.5").stdout
-    assert "64 images x 1 epochs, batch 16: 4 steps" in words and "not even a micro-batch of 1" in words
+    assert "64 images x 1 epoch, batch 16: 4 steps" in words and "not even a micro-batch of 1" in words
 
 
 @pytest.mark.parametrize(
@@ -202,3 +205,73 @@ def test_a_recipe_is_printed_for_a_student() -> None:
     assert "centering = true" in robx("recipe", "dino", "--student", "resnet18", "--base").stdout
     unknown = robx("recipe", "dino", "--student", "resnet81")
     assert unknown.exit_code == 2 and "did you mean" in unknown.stderr
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("teacher", ["dino_vits16", "ema"])
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize("option", ["--out", "--store-targets"])
+def test_a_folder_of_anothers_files_is_refused_before_anything_is_loaded_or_written(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, dry: bool, teacher: str
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        pytest.fail("the teacher was loaded")
+
+    monkeypatch.setattr("robx.distill.train.load_teacher", load)
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for name in ("student.json", "teacher.json", "epoch-00000.npy"):
+        (theirs / name).write_text("mine")
+    before = _contents(tmp_path)
+    folders = {"--out": tmp_path / "run", "--store-targets": tmp_path / "targets"} | {option: theirs}
+    if teacher == "ema":
+        del folders["--store-targets"]
+        folders["--out"] = theirs
+    given = (str(value) for pair in folders.items() for value in pair)
+    found = robx("distill", "--teacher", teacher, *TINY, "--data", scenes, *given, *["--dry-run"] * dry)
+    assert found.exit_code == 2 and "was not written by robx" in found.stderr, found.output
+    assert found.stderr.count("\n") == 1 and _contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("option", ["--out", "--store-targets"])
+@pytest.mark.parametrize("inside", [".", "train", "new/run"])
+def test_nothing_is_written_among_the_images(scenes: Path, tmp_path: Path, option: str, inside: str) -> None:
+    before = _contents(scenes)
+    folders = {"--out": tmp_path / "run"} | {option: scenes / inside}
+    given = (str(value) for pair in folders.items() for value in pair)
+    found = robx("distill", "--teacher", "timm:test_resnet", *TINY, "--data", scenes, *given)
+    assert found.exit_code == 2 and f"{option} {scenes / inside} is inside the images" in found.stderr, found.output
+    assert _contents(scenes) == before and not (tmp_path / "run").exists()
+
+
+def test_targets_beside_the_student_survive_fresh(scenes: Path, tmp_path: Path, tiny: ModuleType) -> None:
+    for fresh in (False, True):
+        tiny.tiny_run(open_source(scenes), tmp_path, store=tmp_path, options={"fresh": fresh})
+    assert {"targets.json", "teacher.json", "epoch-00000.npy", "epoch-00000.json", "student.json"} <= set(
+        _contents(tmp_path)
+    )
+
+
+@pytest.mark.parametrize(("option", "value"), [("--lr", "nan"), ("--lr", "1e9"), ("--epochs", "1000000")])
+def test_a_value_out_of_range_is_named_by_its_option(scenes: Path, option: str, value: str) -> None:
+    found = robx("distill", "--teacher", "ema", *TINY, "--data", scenes, option, value, "--dry-run")
+    assert found.exit_code == 2 and found.stderr.startswith(f"robx: {option}"), found.output
+    assert "options." not in found.stderr
+
+
+def test_a_changed_lr_is_listed_without_what_follows_from_it(scenes: Path, tmp_path: Path, recipe: Path) -> None:
+    command = ("distill", "--teacher", "ema", *TINY, "--data", scenes, "--out", tmp_path / "run", "--recipe", recipe)
+    assert robx(*command).exit_code == 0
+    changed = robx(*command, "--lr", "0.5")
+    assert changed.exit_code == 2 and "recipe.lr: " in changed.stderr
+    assert "lr_batch" not in changed.stderr and "final_lr" not in changed.stderr
+
+
+@pytest.mark.parametrize(
+    ("hours", "shown"), [(0.0, "1 second"), (0.01, "36 seconds"), (0.5, "30 minutes"), (3.21, "3.2 hours")]
+)
+def test_a_duration_is_in_a_unit_that_can_be_read(hours: float, shown: str) -> None:
+    assert _duration(hours) == shown

@@ -135,6 +135,7 @@ def test_neither_probe_nor_monitor_nor_measurement_changes_the_run(
     tiny.tiny_run(source, tmp_path, options=options, say=said.append, progress=lambda d, t, note: notes.append(note))
     assert weights(tmp_path) == weights(unbroken) and tiny.losses(tmp_path) == tiny.losses(unbroken)
     assert any(text.startswith("speed bound ") for text in said) and "% of the bound" in notes[-1]
+    assert "loss " in notes[0] and "images/s" not in notes[0]  # not known before the second step
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     keys = {key for line in lines for key in line}
     assert {"probe_knn", "embedding_std", "embedding_rank", "target_entropy", "grad_norm", "share_of_bound"} <= keys
@@ -194,7 +195,7 @@ def test_stored_targets_of_few_epochs_serve_many(tiny: ModuleType, source: Image
     assert [step for step, _ in live] == [step for step, _ in stored]
     assert np.allclose([loss for _, loss in live], [loss for _, loss in stored], rtol=1e-2)
     longer = tiny.tiny_recipe(epochs=4)
-    with pytest.raises(InputError, match=r"targets of 2 epoch\(s\), and the run needs 4: give --target-epochs 2"):
+    with pytest.raises(InputError, match=r"targets of 2 epochs, and the run needs 4: give --target-epochs 2"):
         tiny.tiny_run(source, tmp_path / "longer", recipe=longer, targets=tmp_path / "targets")
 
 

@@ -143,6 +143,15 @@ def test_past_the_budget_the_run_fails_and_says_how_many(pictures: Path) -> None
             skipped.add(batch.skipped)
 
 
+def test_the_first_few_corrupt_images_are_named_once_and_the_others_counted(pictures: Path) -> None:
+    bad = spoil(pictures, 4)
+    found = {index: why for batch in load(open_source(pictures), end=5) for index, why in batch.skipped.items()}
+    assert len(found) == 4
+    with pytest.raises(InputError, match=r"corrupt\.txt in the run's folder lists them: .*; and 1 more$") as caught:
+        Skipped(images=40, budget=0.001).add(found)
+    assert sum(str(caught.value).count(name) for name in map(str, bad)) == 3
+
+
 def test_a_folder_of_nothing_but_rubbish_ends_soon(pictures: Path) -> None:
     for path in pictures.glob("*.png"):
         path.write_bytes(b"")

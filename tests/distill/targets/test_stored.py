@@ -19,6 +19,7 @@ from robx.distill.recipes import Recipe, override, preset
 from robx.distill.targets.stored import StoredBranch, TargetsInfo, pack, unpack
 from robx.distill.targets.stored_writer import TargetWriter, WritingBranch
 from robx.errors import ArtifactError, InputError
+from robx.store.written import Written
 
 RECIPE = preset("dino", "vit")
 
@@ -330,3 +331,30 @@ def test_an_epoch_is_written_again_when_it_is_replayed(tmp_path: Path) -> None:
         writer.write(views(list(range(20))), Targets(draw(20)))
         writer.finish()
     assert StoredBranch(tmp_path).epochs == [0]
+
+
+@pytest.mark.parametrize("name", ["teacher.json", "epoch-00000.npy", "epoch-00001.json"])
+def test_a_file_that_robx_did_not_write_is_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=f"{name} was not written by robx"):
+        TargetWriter(tmp_path, info(), epochs=2)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
+
+
+def test_more_epochs_never_replace_a_file_of_the_users(tmp_path: Path) -> None:
+    TargetWriter(tmp_path, info(), epochs=1)
+    (tmp_path / "epoch-00001.npy").write_text("mine")
+    with pytest.raises(InputError, match=r"epoch-00001\.npy was not written by robx"):
+        TargetWriter(tmp_path, info(), epochs=2)
+    assert (tmp_path / "epoch-00001.npy").read_text() == "mine"
+
+
+def test_a_folder_without_a_record_is_continued(tmp_path: Path) -> None:
+    writer = TargetWriter(tmp_path, info())
+    writer.write(views(list(range(20))), Targets(draw(20)))
+    writer.finish()
+    (tmp_path / "teacher.json").write_text("{}")
+    (tmp_path / ".robx-written").unlink()  # of an earlier version, which kept none
+    TargetWriter(tmp_path, info(), epochs=3)
+    names = set(Written(tmp_path))
+    assert {"targets.json", "teacher.json", "epoch-00000.npy", "epoch-00000.json", "epoch-00002.npy"} <= names

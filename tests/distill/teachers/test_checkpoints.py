@@ -252,6 +252,15 @@ def test_files_that_are_not_teachers(tmp_path: Path) -> None:
         load_teacher("msn", weights=tmp_path / "nowhere.pth")
 
 
+@pytest.mark.parametrize("content", [b"not a checkpoint\n", b"aaaa", b"R0lGODlh", b"\x89PNG\r\n", b"..", b"0", b"s"])
+def test_what_pytorchs_unpickler_stumbles_over_is_not_shown(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "text.pth").write_bytes(content)
+    with pytest.raises(ArtifactError, match="not a PyTorch file") as error:
+        load_teacher("msn", weights=tmp_path / "text.pth")
+    for words in ("pop from", "index out of range", "has no attribute", "NoneType", "weights_only"):
+        assert words not in str(error.value)
+
+
 def test_wrong_shapes_name_the_tensor(tmp_path: Path) -> None:
     trunk, head = pub.random_state(pub.vit_shapes(), 1), pub.random_state(pub.dino_head_shapes(64, 8), 2)
     bad = trunk | {"blocks.1.attn.qkv.bias": torch.zeros(5)}

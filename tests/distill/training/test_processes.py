@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from robx.distill.training import run_checkpoint
-from robx.distill.training.processes import Processes
+from robx.distill.training.processes import Processes, pick_device
+from robx.errors import InputError
 from robx.images.sources import open_source
 
 SCRIPT = Path(__file__).parents[1] / "tiny.py"
@@ -211,3 +212,15 @@ def test_batch_norm_is_synchronised_between_gpus(world: int, device: str, synchr
     net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
     found = Processes(0, world, torch.device(device)).synchronised(net)
     assert found is net and isinstance(net[1], torch.nn.SyncBatchNorm) is synchronised
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_a_missing_gpu_is_one_short_line(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def without_driver(*_: object, **__: object) -> None:
+        raise RuntimeError("Found no NVIDIA driver on your system. Please check that you ... http://www.nvidia.com")
+
+    monkeypatch.setattr(torch, "empty", without_driver)
+    with pytest.raises(InputError, match=f"--device {name} cannot be used .no usable NVIDIA GPU") as caught:
+        pick_device(name)
+    assert "http" not in str(caught.value) and len(str(caught.value)) < 120
