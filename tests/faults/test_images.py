@@ -187,7 +187,7 @@ def test_a_sample_with_several_images_is_refused_until_one_is_named(tmp_path: Pa
         assert [source.key(i) for i in range(2)] == ["d/s0", "d/s1"] and [source.label(i) for i in range(2)] == [1, 0]
         assert source.read(0).getpixel((0, 0)) == (255, 0, 0)
     masks = open_source(tmp_path, image_member="mask")
-    assert len(masks) == 1 and "skipped 1 samples without an image 'mask'" in masks.note
+    assert len(masks) == 1 and "skipped 1 sample without an image 'mask'" in masks.note
     with pytest.raises(InputError, match="no sample has an image 'depth'"):
         open_source(tmp_path, image_member="depth")
     write_tar(tmp_path / "a.tar", {"x.jpg": red, "x.png": mask, "x.cls": b"0"})
