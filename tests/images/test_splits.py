@@ -156,7 +156,7 @@ def test_a_stray_image_beside_the_class_folders_is_named_and_unlabelled(tmp_path
     fill(tmp_path, *(f"{c}/{n}.png" for c in "ab" for n in range(10)), "stray.png")
     source = open_source(tmp_path)
     assert source.classes == ("a", "b") and [source.label(i) for i in (0, 19, 20)] == [0, 1, None]
-    assert "1 image in" in source.note and "stray.png" in source.note and "have no label" in source.note
+    assert "1 image in" in source.note and "stray.png" in source.note and "without a label" in source.note
     fill(tmp_path, *(f"{n}.png" for n in range(9)))
     source = open_source(tmp_path)
     assert source.classes is None and "so that there are no labels" in source.note and "0.png" in source.note
