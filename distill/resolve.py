@@ -22,6 +22,7 @@ from robx.distill.teachers.choose import default_objective
 from robx.distill.training.run import Options
 from robx.errors import InputError, RobxError
 from robx.store.files import read_json
+from robx.store.written import RECORD
 from robx.trunk import build_trunk
 
 
@@ -53,8 +54,8 @@ class DistillSettings:
         if not self.students:
             raise InputError("--student NAME is missing: see robx distill --help")
         for option, folder in (("--out", self.out), ("--store-targets", self.store_targets)):
-            if folder is not None and self.data.is_dir() and folder.resolve().is_relative_to(self.data.resolve()):
-                raise InputError(f"{option} {folder} is inside the images of --data {self.data}: give another folder")
+            if folder is not None and self.data.is_dir() and _holds_images(folder, self.data):
+                raise InputError(f"{option} {folder} is a folder of the images of --data {self.data}: give another one")
         if self.base and (self.teacher_weights or self.targets):
             raise InputError(
                 "--teacher ema is the base method and has no teacher: drop --teacher-weights and --targets"
@@ -86,6 +87,13 @@ class DistillSettings:
         options = {name: values.pop(name) for name in _OPTIONS & set(values)}
         options.setdefault("workers", default_workers())
         return cls(students=students, **own | paths, options=Options(**options), overrides=values)
+
+
+def _holds_images(folder: Path, data: Path) -> bool:
+    """Whether `folder` is `data` or exists inside it without being robx's; a new folder inside it is harmless."""
+    ours = (RECORD, "recipe.json", "targets.json")
+    inside = folder.is_dir() and folder.resolve().is_relative_to(data.resolve())
+    return inside and (folder.resolve() == data.resolve() or not any((folder / name).exists() for name in ours))
 
 
 _PATHS = {"data", "out", "teacher_weights", "targets", "init", "recipe", "store_targets", "cache"}

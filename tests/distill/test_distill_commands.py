@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from robx.cli import main
+from robx.distill.resolve import DistillSettings
 from robx.distill.training.dry_run import _duration
 from robx.images.sources import open_source
 from robx.records import load_student
@@ -237,14 +238,25 @@ def test_a_folder_of_anothers_files_is_refused_before_anything_is_loaded_or_writ
 
 
 @pytest.mark.parametrize("option", ["--out", "--store-targets"])
-@pytest.mark.parametrize("inside", [".", "train", "new/run"])
+@pytest.mark.parametrize("inside", [".", "train"])
 def test_nothing_is_written_among_the_images(scenes: Path, tmp_path: Path, option: str, inside: str) -> None:
     before = _contents(scenes)
     folders = {"--out": tmp_path / "run"} | {option: scenes / inside}
     given = (str(value) for pair in folders.items() for value in pair)
     found = robx("distill", "--teacher", "timm:test_resnet", *TINY, "--data", scenes, *given)
-    assert found.exit_code == 2 and f"{option} {scenes / inside} is inside the images" in found.stderr, found.output
+    assert found.exit_code == 2 and f"{option} {scenes / inside} is a folder of the images" in found.stderr, (
+        found.output
+    )
     assert _contents(scenes) == before and not (tmp_path / "run").exists()
+
+
+def test_a_new_folder_below_the_images_is_allowed(tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "a"
+    settings = {"student": "test_resnet", "teacher": "timm:test_resnet", "data": tmp_path, "out": out}
+    DistillSettings.of(**settings)
+    out.mkdir(parents=True)
+    (out / "recipe.json").write_text("{}")
+    assert DistillSettings.of(**settings).out == out  # the next start resumes it
 
 
 def test_targets_beside_the_student_survive_fresh(scenes: Path, tmp_path: Path, tiny: ModuleType) -> None:
