@@ -189,7 +189,7 @@ def with_uint8(path: Path, folder: Path) -> Path:
 def test_uint8_is_refused_by_the_check_and_by_listening_to_the_parser(cnn: Exported, tmp_path: Path) -> None:
     trt = needs_rtx()
     path = with_uint8(cnn.path("int8"), tmp_path)
-    with pytest.raises(InputError, match="uint8 where TensorRT takes int8"):
+    with pytest.raises(InputError, match="uint8, and TensorRT takes only int8"):
         build(cnn, tmp_path / "out", precision="int8", path=path, device="rtx:sm89")
     # TensorRT itself takes the file with a warning: the same warning has to stop us.
     recipe = {"profile": {"pixels": [[1, 3, 64, 64]] * 3}, "flags": {"tf32": True}}
