@@ -76,9 +76,11 @@ def test_crops_are_made_on_a_gpu_unless_something_else_is_said(tmp_path: Path) -
     assert augment(device="cuda", augment="pillow") == "pillow"
     (tmp_path / "mine.toml").write_text('augment = "pillow"\n')
     assert augment(device="cuda", recipe=tmp_path / "mine.toml") == "pillow"
-    (tmp_path / "recipe.json").write_text('{"recipe": {"objective": "dino"}}')  # a run of before the key existed
-    assert augment(device="cuda", out=tmp_path) == "pillow"
-    assert augment(device="cuda", out=tmp_path, fresh=True) == "device"
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.json").write_text('{"recipe": {"objective": "dino"}}')  # a run of before the key existed
+    assert augment(device="cuda", out=run) == "pillow"
+    assert augment(device="cuda", out=run, fresh=True) == "device"
 
 
 def test_a_peak_rate_keeps_the_recipes_first_and_last(tmp_path: Path) -> None:
