@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from robx.console import print_line, print_table, progress_bar, say
+from robx.console import hints, print_line, print_table, progress_bar, quiet_option, say
 from robx.distill.presets import ROB
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 )
 @click.option("--dry-run", is_flag=True, help="Check the settings and estimate the cost of the run; write nothing.")
 @click.option("--gpu-memory", type=_POSITIVE, metavar="GB", help="With --dry-run: estimate the batch that fits.")
+@quiet_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def distill(*, resume: bool, dry_run: bool, gpu_memory: float | None, as_json: bool, **settings: Any) -> None:
     """Distil a large self-supervised teacher into a small student, without labels.
@@ -119,7 +120,7 @@ def distill(*, resume: bool, dry_run: bool, gpu_memory: float | None, as_json: b
     with progress_bar(quiet=not first) as progress:
         folders = run(request, progress=progress, say=say)
     if first:
-        _show_result(folders, as_json=as_json)
+        _show_result(folders, data=request.data, image_member=request.image_member, as_json=as_json)
 
 
 @click.command()
@@ -142,15 +143,17 @@ def recipe(objective: str, student: str, base: bool) -> None:
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
-def teachers(as_json: bool) -> None:
-    """List the teachers: method, size, licence, published accuracy, and the checkpoint to download.
+@click.option("--long", "with_files", is_flag=True, help="Also list each teacher's prototypes and checkpoint file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON, checkpoints included.")
+def teachers(with_files: bool, as_json: bool) -> None:
+    """List the teachers: method, size, licence, published accuracy, and with --long the checkpoint to download.
 
     kNN and linear are ImageNet-1k top-1 accuracies in %, as published. In addition, --teacher dino, ibot, msn or swav
     with --teacher-weights reads any full checkpoint of that method, and timm:NAME uses any timm model.
 
     \b
     robx teachers
+    robx teachers --long
     robx teachers --json
     """
     from robx.distill.teachers.zoo import teacher_rows
@@ -159,6 +162,7 @@ def teachers(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
+    note = " (non-commercial use only)"  # in a line of its own, so that the table fits 80 columns
     shown = [
         (
             row["name"],
@@ -166,14 +170,15 @@ def teachers(as_json: bool) -> None:
             f"{row['params'] / 1e6:.1f} M",
             _figure(row["knn"]),
             _figure(row["linear"]),
-            str(row["prototypes"] or "fitted"),
-            row["licence"],
-            row["file"],
+            row["licence"].replace(note, " *"),
         )
         for row in rows
     ]
-    headings = ("teacher", "method", "params", "kNN", "linear", "K", "licence", "file")
-    print_table(headings, shown, right=(2, 3, 4, 5))
+    print_table(("teacher", "method", "params", "kNN", "linear", "licence"), shown, right=(2, 3, 4))
+    click.echo("* non-commercial use only")
+    for row in rows if with_files else ():
+        prototypes = f"{row['prototypes']} prototypes" if row["prototypes"] else "fitted prototypes"
+        click.echo(f"{row['name']}: {prototypes}, {row['file']}")
 
 
 @click.command()
@@ -218,12 +223,17 @@ def _figure(value: float | None) -> str:
     return "" if value is None else str(value)
 
 
-def _show_result(folders: list[Path], *, as_json: bool) -> None:
+def _show_result(folders: list[Path], *, data: Path, image_member: str | None, as_json: bool) -> None:
+    from robx.distill.next_steps import knn_line, next_lines
     from robx.records import load_student, to_json
 
     for folder in folders:
         student = load_student(folder)
         if as_json:
             click.echo(json.dumps({"folder": str(folder)} | to_json(student)))
-        else:
-            print_line(f"{folder}: {student.timm_name}, embedding width {student.width}, {student.images_seen} images")
+            continue
+        made = f"{folder}: {student.timm_name}, embedding width {student.width}, {student.images_seen} images"
+        knn = knn_line(folder)
+        print_line(f"{made}, {knn}" if knn else made)
+    if not as_json:
+        hints("Next, with labelled images:", next_lines(folders, data=data, image_member=image_member))

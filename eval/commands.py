@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from robx.console import print_line, print_table, progress_bar, say
+from robx.console import print_line, print_table, progress_bar, quiet_option, say
 from robx.errors import RobxError
 from robx.records import Accuracy, Fidelity, Measurement, Value
 
@@ -63,6 +63,7 @@ from robx.records import Accuracy, Fidelity, Measurement, Value
 @click.option("--batch", default=64, show_default=True, type=click.IntRange(1), help="Batch size.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder for extracted features.")
 @click.option("--no-cache", is_flag=True, help="Neither read nor write extracted features.")
+@quiet_option
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON lines instead of a table.")
 def evaluate(
     folders: tuple[Path, ...],

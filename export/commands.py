@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from robx.console import print_line, print_table, progress_bar, say
+from robx.console import print_line, print_table, progress_bar, quiet_option, say
 from robx.errors import InputError
 from robx.formats import FORMATS
 
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 )
 @click.option("--sensitivity", is_flag=True, help="Measure the cost of each layer in int8, for robx inspect.")
 @click.option("--force", is_flag=True, help="Ship the best int8 candidate even if it failed, marked FORCED.")
+@quiet_option
 def export(
     run: Path,
     fmt: str,

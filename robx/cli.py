@@ -61,6 +61,13 @@ class LazyGroup(click.Group):
         with _open_streams():
             return super().main(*args, **extra)
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """Like click's; wrong arguments before the command become one line."""
+        try:
+            return super().make_context(*args, **extra)
+        except click.UsageError as error:
+            raise _one_line_usage(error) from error
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The commands, in the order in which they are used."""
         return list(COMMANDS)
@@ -93,6 +100,8 @@ class LazyGroup(click.Group):
             result = super().invoke(ctx)
             sys.stdout.flush()
             return result
+        except click.UsageError as error:
+            raise _one_line_usage(error, command=f"{ctx.command_path} {ctx.invoked_subcommand}") from error
         except BrokenPipeError:
             click.echo("robx: standard output was closed by the program that reads it: stopped", err=True)
             _drop(sys.stdout)
@@ -112,6 +121,28 @@ class LazyGroup(click.Group):
             where = f"{os.fsdecode(error.filename)[:200]}: " if isinstance(error.filename, str | bytes) else ""
             click.echo(f"robx: {one_line(f'{where}{error.strerror}: {_REMEDIES[error.errno]}')}", err=True)
             ctx.exit(RobxError.exit_status)
+
+
+class _UsageLine(click.UsageError):
+    """Wrong arguments, in one line as every other error of robx."""
+
+    def show(self, file: Any = None) -> None:
+        """Print the line on standard error."""
+        click.echo(f"robx: {one_line(self.format_message())}", err=True, file=file)
+
+
+def _one_line_usage(error: click.UsageError, *, command: str = "robx") -> click.UsageError:
+    """click's error with its usage and hint, of four lines and more, as one line; the help of a bare `robx` stays.
+
+    Args:
+        error: what click raised.
+        command: whose help to name when the error does not know its command.
+    """
+    if isinstance(error, (_UsageLine, getattr(click.exceptions, "NoArgsIsHelpError", _UsageLine))):
+        return error
+    message = error.format_message()
+    command = error.ctx.command_path if error.ctx else command
+    return _UsageLine(f"{message[:1].lower()}{message[1:].rstrip('.')} (see {command} --help)", error.ctx)
 
 
 @contextlib.contextmanager

@@ -6,8 +6,10 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, TypeVar
 
+import click
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -17,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from robx.errors import visible
-from robx.progress import Progress, silent
+from robx.progress import Progress, duration, silent
 
 # Seconds between two lines of progress where there is no terminal (a log, CI).
 _LINE_SECONDS = 15.0
@@ -26,11 +28,30 @@ _WIDTH = 160
 _COLOURS = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow", "FORCED": "magenta", "NOT_JUDGED": "yellow"}
 
 
+_QUIET = "robx.quiet"  # key of click's context
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def quiet_option(command: Command) -> Command:
+    """The option --quiet, for commands that take long; `progress_bar` obeys it."""
+
+    def remember(context: click.Context, _: click.Parameter, quiet: bool) -> None:
+        context.meta[_QUIET] = quiet
+
+    help_text = "Show no progress; results, warnings and errors remain."
+    return click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=remember, help=help_text)(command)
+
+
+def _is_quiet() -> bool:
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(_QUIET))
+
+
 @contextlib.contextmanager
 def progress_bar(*, quiet: bool = False) -> Iterator[Progress]:
-    """A Progress: a bar on a terminal, a line every 15 seconds elsewhere, nothing when `quiet`."""
+    """A Progress: a bar on a terminal, a line every 15 seconds elsewhere, nothing with --quiet or when `quiet`."""
     console = Console(stderr=True)
-    if quiet:
+    if quiet or _is_quiet():
         yield silent
     elif not console.is_terminal:
         yield _plain_lines()
@@ -88,6 +109,12 @@ def print_line(text: str, *, dim: bool = False) -> None:
     Console().print(_coloured(text), style="dim" if dim else None, soft_wrap=True)
 
 
+def hints(heading: str, lines: Sequence[str]) -> None:
+    """Print commands to copy, one a line, if standard output is a terminal: a file or a pipe gets results only."""
+    if sys.stdout.isatty() and not _is_quiet():
+        click.echo("\n".join((visible(heading), *(f"  {visible(line)}" for line in lines))))
+
+
 def say(text: str) -> None:
     """Print one line on standard error."""
     sys.stderr.write(f"{visible(text)}\n")  # rich prints it above a progress bar
@@ -128,7 +155,7 @@ def _plain_lines() -> Progress:
             say(note)
             return
         left = (now - started) / (done - first) * (total - done) if done > first else 0.0
-        tail = f", about {left:.0f} s left" if left else ""
+        tail = f", about {duration(left)} left" if left else ""
         say(f"{note}: {done} of {total}{tail}")
 
     return show

@@ -13,7 +13,7 @@ from typing import Any
 import click
 import numpy as np
 
-from robx.console import print_line, print_table, progress_bar, say
+from robx.console import print_line, print_table, progress_bar, quiet_option, say
 from robx.errors import GateFailed, InputError
 from robx.records import Bundle, Latency, Value, to_json
 from robx.runtime.bench.ab import Comparison, compare
@@ -67,6 +67,7 @@ _PROVIDER_HELP = "Hardware backend of the engine: cpu, cuda, gpu, npu, ...; neve
     help="Measure an UNSTABLE bundle again up to N times, if the reason may pass.",
 )
 @click.option("--ab", is_flag=True, help="Compare each bundle with the first in alternating blocks on this machine.")
+@quiet_option
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON lines.")
 def bench(
     *,
@@ -174,8 +175,14 @@ def doctor(device: str, python: str | None, as_json: bool) -> None:
     click.echo(_watched(facts["watched"]))
     if facts["emulated"]:
         click.echo(f"emulated ({facts['emulated']}): outputs can be verified, latency cannot be measured")
-    rows = [(f.purpose, f.name, f.version or f"missing: {f.remedy}") for f in findings]
-    print_table(("purpose", "package or tool", "state"), rows)
+    print_table(
+        ("purpose", "package or tool", "state"), [(f.purpose, f.name, f.version or "missing") for f in findings]
+    )
+    missing = [finding for finding in findings if finding.version is None]
+    if missing:
+        click.echo("What is missing, and how to get it, if you need it:")
+    for finding in missing:
+        click.echo(f"  {finding.name}: {finding.remedy}")
 
 
 def _watched(watched: Mapping[str, bool]) -> str:

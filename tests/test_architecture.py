@@ -39,7 +39,7 @@ LAYERS = {
         ("teachers",),
         ("targets",),
         ("training", "resolve"),
-        ("train",),
+        ("train", "next_steps"),
         ("commands",),
     ),
     "export": (

@@ -34,6 +34,38 @@ def test_a_misspelt_command_suggests_the_closest() -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--no-such"], "robx: no such option '--no-such' (see main --help)"),
+        (["bench"], "missing argument 'BUNDLES...' (see main bench --help)"),
+        (["export", "run"], "missing option '--format'"),
+        (["export", "run", "--format", "gguf"], "'gguf' is not one of 'onnx'"),
+        (["distill", "--epochs", "0"], "invalid value for '--epochs'"),
+        (["distill", "--studnt", "resnet18"], "'--student'"),
+        (["run", "bundle"], "missing argument 'IMAGES...'"),
+        (["doctor", "--device"], "requires an argument (see main doctor --help)"),
+        (["report", "x", "-o", "a", "-z"], "no such option '-z'"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_status_2(arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.startswith("robx: ") and said in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_robx_alone_prints_its_help() -> None:
+    result = CliRunner().invoke(main, [])
+    assert "Commands:" in result.output and "robx distill" in result.output
+
+
+@pytest.mark.parametrize(("command", "longest"), [("teachers", "dino_xcit_medium_24_p16 "), ("students", "vit_small_")])
+def test_the_lists_fit_80_columns(command: str, longest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("robx.console._WIDTH", 80)
+    output = CliRunner().invoke(main, [command]).output
+    assert max(map(len, output.splitlines())) <= 80 and longest in output  # which is not folded
+
+
+@pytest.mark.parametrize(
     ("number", "said"),
     [(errno.ENAMETOOLONG, "give a shorter name"), (errno.ESTALE, "mount its file system again"), (errno.EIO, "disk")],
 )

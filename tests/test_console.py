@@ -1,8 +1,11 @@
 """Progress in a log: a line at the start and end of each task, and the remaining time in between."""
 
+import click
 import pytest
+from click.testing import CliRunner
 
 from robx import console
+from robx.progress import duration
 
 
 @pytest.fixture
@@ -30,7 +33,7 @@ def test_the_remaining_time_of_resumed_work_counts_from_the_resume(clock, capsys
         progress(500, 600, "step")
         clock[0] += 20
         progress(510, 600, "step")
-    assert capsys.readouterr().err.splitlines()[-1] == "step: 510 of 600, about 180 s left"
+    assert capsys.readouterr().err.splitlines()[-1] == "step: 510 of 600, about 3 min left"
 
 
 def test_each_piece_of_work_begins_with_a_line(clock, capsys):
@@ -46,6 +49,37 @@ def test_quiet_work_says_nothing(capsys):
     with console.progress_bar(quiet=True) as progress:
         progress(1, 1, "x")
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0, "1 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2.0 h"), (50 * 3600, "2.1 days")],
+)
+def test_a_duration_is_in_a_unit_that_can_be_read(seconds, shown):
+    assert duration(seconds) == shown
+
+
+@click.command()
+@console.quiet_option
+def long_command():
+    with console.progress_bar() as progress:
+        progress(0, 10, "working")
+    console.say("warning")
+    console.hints("Next:", ["robx eval runs/r18"])
+    console.print_line("result")
+
+
+@pytest.mark.parametrize(("options", "errors"), [((), "working: 0 of 10\nwarning\n"), (("--quiet",), "warning\n")])
+def test_quiet_hides_the_progress_and_nothing_else(options, errors):
+    found = CliRunner().invoke(long_command, options)
+    assert found.exit_code == 0 and found.stderr == errors
+    assert found.stdout == "result\n"  # not a terminal: no hints
+
+
+def test_hints_are_for_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(console.sys.stdout, "isatty", lambda: True)
+    console.hints("Next:", ["robx eval runs/r18"])
+    assert capsys.readouterr().out == "Next:\n  robx eval runs/r18\n"
 
 
 def test_a_table_prints_what_it_is_given(capsys):

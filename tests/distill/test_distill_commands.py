@@ -143,7 +143,7 @@ def test_what_is_wrong_is_one_line_and_status_2(
 )
 def test_a_number_that_cannot_work_is_refused_before_anything_is_read(option: str, value: str) -> None:
     found = robx("distill", option, value)
-    assert found.exit_code == 2 and f"Invalid value for '{option}'" in found.stderr, found.output
+    assert found.exit_code == 2 and f"invalid value for '{option}'" in found.stderr, found.output
 
 
 def test_processes_that_torchrun_did_not_start_are_refused(
@@ -166,7 +166,8 @@ def test_the_lists() -> None:
     rows = json.loads(robx("teachers", "--json").stdout)
     assert {"dino_vits16", "msn_vitl", "swav_rn50"} <= {row["name"] for row in rows}
     text = robx("teachers").stdout
-    assert "CC-BY-NC" in text and "vitl16_600ep" in text
+    assert "CC-BY-NC-4.0 *" in text and "* non-commercial use only" in text and "vitl16_600ep" not in text
+    assert "msn_vitl: 1024 prototypes, msn/vitl16_600ep.pth.tar" in robx("teachers", "--long").stdout
     assert {"resnet18", "mobilenetv3_large_100"} <= {
         row["name"] for row in json.loads(robx("students", "--json").stdout)
     }
