@@ -33,6 +33,7 @@ from robx.distill.batches.loader import CropDataset
 from robx.distill.recipes import Recipe, override, preset
 from robx.distill.resolve import student_kind
 from robx.distill.teachers.load import build_teacher_skeleton
+from robx.distill.training.compute import KEYS, DeviceFacts, compute_of, cuda_settings, decide, facts_of
 from robx.distill.training.networks import prepare_network
 from robx.images.sources import FolderSource, ImageSource
 
@@ -90,7 +91,8 @@ def measure(teacher: str, student: str, photos: ImageSource, folder: Path, given
     skeleton = build_teacher_skeleton(teacher, objective=recipe.objective, image_size=given.size)
     prepare_network(skeleton, device)
     few = first_images(photos, given.batch * given.steps)
-    bare = bare_rate(student, skeleton, recipe, few, given)
+    with cuda_settings(compute_of(recipe, device, workers=given.workers)):
+        bare = bare_rate(student, skeleton, recipe, few, given)
     say(f"{teacher} -> {student}: bare {bare:.0f} images/s")
     cpu_ms = worker_ms(few, recipe)
     with BusyShare(device) as busy:
@@ -119,12 +121,11 @@ def measure(teacher: str, student: str, photos: ImageSource, folder: Path, given
 def gpu_recipe(teacher: str, student: str, given: argparse.Namespace) -> Recipe:
     """The published recipe with robx's defaults for a GPU."""
     method: Any = teacher.split("_")[0]
-    half = given.device == "cpu" or torch.cuda.is_bf16_supported()
-    values = {
+    stand_in = DeviceFacts(kind="cuda", bf16=True)
+    compute = decide(facts_of(given.device) if given.device == "cuda" else stand_in, {})
+    values = {key: getattr(compute, key) for key in KEYS} | {
         "batch_size": given.batch,
         "epochs": 1,
-        "augment": "device",
-        "precision": "bf16" if half else "fp16",
         "crop_size": given.size,
         "local_crop_size": max(32, 16 * round(given.size * 96 / 224 / 16)),
     }

@@ -43,11 +43,15 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--prototypes", type=click.IntRange(2), help="Prototypes of base methods and of teachers without a head.")
 @click.option("--seed", type=click.IntRange(0), help="Random seed.")
 @click.option(
-    "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="Precision of forward passes (autocast)."
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    help="Of forward passes. Default: bf16 on a GPU, else fp32.",
 )
 @click.option("--accumulate", type=click.IntRange(1), help="Micro-batches per optimiser step (gradient accumulation).")
 @click.option("--device", metavar="NAME", help="cpu, cuda or cuda:1. Default: a GPU if one is available.")
-@click.option("--workers", type=click.IntRange(0), help="Data-loading processes. Default: half of the CPU cores.")
+@click.option(
+    "--workers", type=click.IntRange(0), help="Data-loading processes. Default: all cores but one; on a CPU half."
+)
 @click.option("--compile", is_flag=True, help="torch.compile teacher and students.")
 @click.option(
     "--resume/--fresh", default=True, help="Resume the run in --out (default), or start over. The last counts."

@@ -82,7 +82,8 @@ class Recipe:
     blur_p: Annotated[tuple[float, float, float], "probability for global crop 1, 2 and local crops"] = (1.0, 0.1, 0.5)
     solarize_p: Annotated[tuple[float, float, float], "likewise"] = (0.0, 0.2, 0.0)
     augment: Annotated[
-        Literal["pillow", "device"], "pillow: workers make the crops; device: batched on the training device"
+        Literal["pillow", "device"],
+        "pillow: workers make the crops; device: batched on the training device; on a GPU device",
     ] = "pillow"
 
     optimizer: Annotated[Literal["adamw", "sgd", "larc"], "larc: SGD with layer-wise scaling"] = "adamw"
@@ -101,7 +102,10 @@ class Recipe:
     target_epochs: Annotated[int, "replay the crops and stored targets of the first N epochs; 0 disables"] = 0
     batch_size: Annotated[int, "images per step, over all processes and micro-batches"] = 1024
     accumulate: Annotated[int, "micro-batches per step (gradient accumulation)"] = 1
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], "of the forward pass (autocast)"] = "fp32"
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"], "of the forward pass (autocast); on a GPU bf16, or fp16 without bf16"
+    ] = "fp32"
+    tf32: Annotated[bool, "CUDA: float32 products in TF32; on by default unless precision is given as fp32"] = False
     seed: Annotated[int, "random seed"] = 0
 
     def __post_init__(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from robx.distill.recipe_toml import read_toml
 from robx.distill.recipes import Recipe, StudentKind, override, preset
 from robx.distill.targets.stored import read_info
 from robx.distill.teachers.choose import default_objective
+from robx.distill.training.compute import KEYS, decide, facts_of
 from robx.distill.training.run import Options
 from robx.errors import InputError, RobxError
 from robx.store.files import read_json
@@ -85,7 +85,7 @@ class DistillSettings:
         own = {name: values.pop(name) for name in _OWN & set(values)}
         paths = {name: Path(value) for name, value in own.items() if name in _PATHS}
         options = {name: values.pop(name) for name in _OPTIONS & set(values)}
-        options.setdefault("workers", default_workers())
+        options.setdefault("workers", decide(facts_of(options.get("device")), {}).workers)
         return cls(students=students, **own | paths, options=Options(**options), overrides=values)
 
 
@@ -123,8 +123,7 @@ def resolve_recipe(settings: DistillSettings) -> Recipe:
     if "lr" in given:  # the first and the last rate keep their ratio to the peak
         first, last = (min(1.0, rate / recipe.lr) if recipe.lr else 0.0 for rate in (recipe.warmup_lr, recipe.final_lr))
         given |= {"lr_batch": None, "warmup_lr": first * given["lr"], "final_lr": last * given["lr"]}
-    if "augment" not in {*values, *given}:
-        given["augment"] = _default_augment(settings)
+    given |= _decided_by_device(settings, values | given)
     try:
         return override(recipe, given, where="options")
     except InputError as error:
@@ -182,22 +181,27 @@ def mixed_kinds(students: tuple[str, ...], recipe: Recipe) -> str:
     )
 
 
-def default_workers() -> int:
-    """Half of this process's share of the processors, between one and eight; the other half computes."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that torchrun started on this machine
-    return max(1, min(8, len(os.sched_getaffinity(0)) // (2 * here)))
+def _decided_by_device(settings: DistillSettings, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Recipe keys that the user left open: as in the run to resume or the stored targets, else by the device."""
+    known = _inherited(settings) | {key: chosen[key] for key in KEYS if key in chosen}
+    compute = decide(facts_of(settings.options.device), known)
+    return {key: getattr(compute, key) for key in KEYS if key not in chosen}
 
 
-def _default_augment(settings: DistillSettings) -> str:
-    """As the stored targets or the run to resume were made; else on the training device if it is a GPU."""
-    if settings.targets is not None:
-        return str(read_info(settings.targets).decided_by.get("augment", "pillow"))
+def _inherited(settings: DistillSettings) -> dict[str, Any]:
+    """What the run in ``--out`` and the stored targets were made with; keys that they lack had the recipe's default."""
+    found: dict[str, Any] = {}
     earlier = settings.out / "recipe.json" if settings.out is not None else None
     if earlier is not None and earlier.is_file() and not settings.options.fresh:
-        with contextlib.suppress(RobxError, AttributeError):
-            return str(read_json(earlier).get("recipe", {}).get("augment", "pillow"))
-    device = settings.options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return "device" if device.startswith("cuda") else "pillow"
+        with contextlib.suppress(RobxError, AttributeError, KeyError, TypeError):
+            recipe = read_json(earlier)["recipe"]
+            found = {key: recipe.get(key, _DEFAULTS[key]) for key in KEYS}
+    if settings.targets is not None:
+        found["augment"] = str(read_info(settings.targets).decided_by.get("augment", "pillow"))
+    return found
+
+
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(Recipe) if f.name in KEYS}
 
 
 def _default_objective(teacher: str | None) -> Any:

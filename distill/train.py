@@ -30,6 +30,7 @@ from robx.distill.teachers.load import build_teacher_skeleton, load_teacher
 from robx.distill.teachers.teacher import Teacher
 from robx.distill.training import run_checkpoint
 from robx.distill.training.collapse import require_finite, targets_not_finite
+from robx.distill.training.compute import compute_of, cuda_settings
 from robx.distill.training.dry_run import RunCost, dry_run
 from robx.distill.training.feed import batches, check_resources
 from robx.distill.training.initial import starting_line
@@ -65,8 +66,8 @@ def distill(settings: DistillSettings, *, progress: Progress | None = None, say:
         say = say if say and processes.first else _silent
         if warning := mixed_kinds(settings.students, recipe):
             say(warning)
-        if recipe.augment == "device":
-            say(f"crops are made on {processes.device} (recipe key augment; pillow makes them in the workers)")
+        if processes.device.type == "cuda":
+            say(compute_of(recipe, processes.device, workers=settings.options.workers).line)
         spec, teacher = _spec(settings, recipe, source, None), None
         if settings.teacher is not None and not settings.base:
             # Everything that can be refused is refused before the teacher is downloaded.
@@ -175,7 +176,9 @@ def train(
         processes.wait()
         stop = stack.enter_context(stop_on_signals())
         speak = say if say is not None and processes.first else _silent
-        run = open_run(spec, processes=processes, say=speak)
+        compute = compute_of(spec.recipe, processes.device, workers=spec.options.workers)
+        stack.enter_context(cuda_settings(compute))
+        run = open_run(spec, compute, processes=processes, say=speak)
         stack.callback(run.close)
         processes.wait()
         start = resume_run(run)

@@ -22,6 +22,7 @@ from robx.distill.targets.build import open_targets
 from robx.distill.teachers.frozen_heads import PrototypeHead
 from robx.distill.teachers.prototypes import images_to_fit, require_images
 from robx.distill.teachers.teacher import Teacher
+from robx.distill.training.compute import compute_of, cuda_settings
 from robx.distill.training.learner import Learner
 from robx.distill.training.networks import Networks, build_networks
 from robx.distill.training.processes import Processes, pick_device
@@ -123,7 +124,8 @@ def dry_run(spec: RunSpec, *, gpu_memory: float | None = None) -> RunCost:
         shared = networks.branch.targets(views) if networks.branch is not None else None
         return [shared or learner.own_targets(views) for learner in networks.learners]
 
-    measured = measure_bound(networks.learners, first, targets_of, recipe=recipe)
+    with cuda_settings(compute_of(recipe, place.device, workers=options.workers)):
+        measured = measure_bound(networks.learners, first, targets_of, recipe=recipe)
     bound, views, targets = measured.bound, measured.views, measured.targets
     costs, kept = [], 0
     for learner, target in zip(networks.learners, targets, strict=True):

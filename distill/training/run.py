@@ -14,6 +14,7 @@ from robx.distill.targets.build import NO_TEACHER, open_targets, store_targets, 
 from robx.distill.targets.stored_writer import WritingBranch, check_folder
 from robx.distill.teachers.teacher import Teacher
 from robx.distill.training import run_settings
+from robx.distill.training.compute import Compute
 from robx.distill.training.initial import Initial, open_initial
 from robx.distill.training.learner import Learner
 from robx.distill.training.networks import build_networks, share_teacher
@@ -99,7 +100,7 @@ class Run:
             self.branch.writer.close()
 
 
-def open_run(spec: RunSpec, *, processes: Processes, say: Say) -> Run:
+def open_run(spec: RunSpec, compute: Compute, *, processes: Processes, say: Say) -> Run:
     """Check the settings against each other and against the folder, and build the networks.
 
     Raises:
@@ -112,6 +113,7 @@ def open_run(spec: RunSpec, *, processes: Processes, say: Say) -> Run:
     per_epoch = steps_per_epoch(len(spec.source), recipe.batch_size)
     micro_batch(recipe, processes=processes.world)
     require_same_images(spec.source, processes)
+    require_same_recipe(recipe, processes)
     steps = recipe.epochs * per_epoch
     stored = None if spec.targets is None else open_targets(spec.targets, recipe, spec.source)
     if spec.teacher is not None:
@@ -143,7 +145,7 @@ def open_run(spec: RunSpec, *, processes: Processes, say: Say) -> Run:
         check_folder(spec.store, epochs=recipe.target_epochs or recipe.epochs, info=kept)
     if processes.first:  # only now, when nothing can be refused any more
         claim_folders(out, folders, base=recipe.base, fresh=options.fresh)
-        write_json(out / "recipe.json", settings | {"robx_version": __version__})
+        write_json(out / "recipe.json", settings | {"compute": to_json(compute), "robx_version": __version__})
     if spec.store is not None:
         branch = store_targets(
             branch, spec.store, recipe=recipe, teacher=spec.teacher, source=spec.source, k=options.stored_k
@@ -180,6 +182,22 @@ def require_same_images(source: ImageSource, processes: Processes) -> None:
                 f"the processes see different images: process 0 has {found[0][0]} (fingerprint {found[0][1]}), process "
                 f"{rank} has {other[0]} (fingerprint {other[1]}): give all nodes the same --data"
             )
+
+
+def require_same_recipe(recipe: Recipe, processes: Processes) -> None:
+    """Refuse processes whose recipes differ, such as in a precision that each chose for its own kind of GPU.
+
+    Raises:
+        InputError: the message names a key and both values; raised in every process.
+    """
+    found = processes.gather(to_json(recipe))
+    for rank, other in enumerate(found):
+        for key, value in other.items():
+            if value != found[0][key]:
+                raise InputError(
+                    f"the processes have different recipes: {key} is {found[0][key]} in process 0 and {value} in "
+                    f"process {rank}: set {key} with --recipe FILE"
+                )
 
 
 def require_out(spec: RunSpec) -> Path:

@@ -61,10 +61,10 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], *, run: Path) -> Non
 
 
 def _comparable(settings: Any) -> dict[str, Any]:
-    """Settings that a resumed run must share: neither robx's version nor the images' licence is compared."""
+    """Settings that a resumed run must share: not the machine's, nor robx's version or the images' licence."""
     if not isinstance(settings, Mapping):
         return {}
-    kept = {key: value for key, value in settings.items() if key != "robx_version"}
+    kept = {key: value for key, value in settings.items() if key not in ("robx_version", "compute")}
     if isinstance(kept.get("recipe"), dict):  # a key that a later robx added had its default value in an earlier run
         with contextlib.suppress(InputError):
             kept["recipe"] = to_json(recipe_from_json(kept["recipe"]))

@@ -23,6 +23,7 @@ from robx.distill.teachers.foreign_files import read_checkpoint
 from robx.distill.teachers.load import build_teacher_skeleton, load_teacher
 from robx.distill.training import run_checkpoint
 from robx.distill.training.collapse import NotFinite
+from robx.distill.training.compute import compute_of
 from robx.distill.training.learner import Learner
 from robx.distill.training.processes import Processes
 from robx.distill.training.run import RunSpec, open_run, require_same_images
@@ -396,7 +397,8 @@ def test_a_folder_in_use_and_settings_that_contradict_are_refused(
     with pytest.raises(InputError, match="is not divisible by 3 processes"):
         recipe, teacher = tiny.tiny_recipe(), tiny.tiny_teacher()
         spec = RunSpec(recipe=recipe, students=["test_vit"], source=source, out=tmp_path, teacher=teacher)
-        open_run(spec, processes=three, say=print)
+        compute = compute_of(recipe, three.device, workers=0)
+        open_run(spec, compute, processes=three, say=print)
     assert not (tmp_path / "recipe.json").exists()  # nothing half-written
 
 

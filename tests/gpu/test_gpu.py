@@ -47,13 +47,14 @@ def gpu() -> Iterator[str]:
     name = os.environ.get("ROBX_GPU", "cuda")
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
-    places = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [place.allow_tf32 for place in places]
+    cudnn: Any = torch.backends.cudnn
+    places = (cudnn.conv, torch.backends.cuda.matmul)
+    before = [place.fp32_precision for place in places]
     for place in places:
-        place.allow_tf32 = False
+        place.fp32_precision = "ieee"
     yield name
     for place, value in zip(places, before, strict=True):
-        place.allow_tf32 = value
+        place.fp32_precision = value
 
 
 @pytest.fixture(scope="session")

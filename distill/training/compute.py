@@ -1,0 +1,122 @@
+"""How a run computes on its device: precision, TF32, crops and loader workers. What the user leaves open is set here.
+
+On a CPU everything is float32 and Pillow makes the crops, so that a run gives the same bits as ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from robx.distill.recipes import Recipe
+from robx.errors import counted
+
+# Recipe keys whose default depends on the device.
+KEYS = ("precision", "tf32", "augment")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceFacts:
+    """What the decision needs to know about the device and this process's share of the machine."""
+
+    kind: str  # "cpu", "cuda", ...
+    name: str = ""  # of a GPU
+    bf16: bool = False  # computes in bfloat16 natively
+    tf32: bool = False  # multiplies float32 matrices in TF32
+    cores: int = 1  # processors of this process
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How a run computes; recipe.json records it under "compute"."""
+
+    device: str  # kind, or the GPU's name
+    precision: str
+    tf32: bool
+    augment: str
+    cudnn_benchmark: bool  # time cuDNN's algorithms for each shape and keep the fastest
+    channels_last: bool  # memory format of networks with convolutions
+    workers: int  # data-loading processes
+
+    @property
+    def line(self) -> str:
+        """One line for the user."""
+        products = ", TF32 for float32 products" if self.tf32 else ""
+        crops = "on the device" if self.augment == "device" else "by the workers"
+        tuned = "cuDNN autotuning, " if self.cudnn_benchmark else ""
+        return (
+            f"computing on {self.device}: {self.precision}{products}, {tuned}crops made {crops}, "
+            f"{counted(self.workers, 'loader worker')}"
+        )
+
+
+def decide(facts: DeviceFacts, given: Mapping[str, Any], *, workers: int | None = None) -> Compute:
+    """The settings of a run on a device; a pure function.
+
+    A CUDA GPU computes in bf16, or in fp16 with a loss scaler where bf16 would be emulated; what stays in float32 uses
+    TF32; the device makes the crops; and all of the process's cores but one load images. Precision fp32 that the user
+    asks for means IEEE float32, without TF32.
+
+    Args:
+        facts: of the device.
+        given: recipe keys that are decided already, by the user or by the run that is resumed.
+        workers: data-loading processes, if decided already.
+    """
+    cuda = facts.kind == "cuda"
+    default = ("bf16" if facts.bf16 else "fp16") if cuda else "fp32"
+    if workers is None:
+        workers = max(1, facts.cores - 1) if cuda else max(1, min(8, facts.cores // 2))
+    return Compute(
+        device=facts.name or facts.kind,
+        precision=given.get("precision", default),
+        tf32=given.get("tf32", cuda and facts.tf32 and given.get("precision") != "fp32"),
+        augment=given.get("augment", "device" if cuda else "pillow"),
+        cudnn_benchmark=cuda,
+        channels_last=True,
+        workers=workers,
+    )
+
+
+def facts_of(device: str | None) -> DeviceFacts:
+    """The facts of a device by the name that ``--device`` takes; one that is not there gets no features."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that torchrun started on this machine
+    cores = max(1, len(os.sched_getaffinity(0)) // here)
+    kind, _, index = (device or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")
+    if kind != "cuda" or not torch.cuda.is_available():
+        return DeviceFacts(kind=kind, cores=cores)
+    number = int(index or os.environ.get("LOCAL_RANK", "0")) if index.isdigit() or not index else -1
+    if not 0 <= number < torch.cuda.device_count():  # refused when the run opens the device
+        return DeviceFacts(kind=kind, cores=cores)
+    found = torch.cuda.get_device_properties(number)
+    modern = torch.version.hip is not None or found.major >= 8  # what torch.cuda.is_bf16_supported tests
+    return DeviceFacts(kind=kind, name=found.name, bf16=modern, tf32=modern, cores=cores)
+
+
+def compute_of(recipe: Recipe, device: torch.device, *, workers: int) -> Compute:
+    """How a run of a complete recipe computes."""
+    return decide(facts_of(str(device)), {key: getattr(recipe, key) for key in KEYS}, workers=workers)
+
+
+@contextlib.contextmanager
+def cuda_settings(compute: Compute) -> Iterator[None]:
+    """Torch's global CUDA settings inside the block, and the earlier ones after it; nothing for other devices."""
+    if not compute.cudnn_benchmark:
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    products = (torch.backends.cuda.matmul, cudnn.conv)
+    before = cudnn.benchmark, [place.fp32_precision for place in products]
+    cudnn.benchmark = True
+    for place in products:
+        place.fp32_precision = "tf32" if compute.tf32 else "ieee"
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before[0]
+        for place, value in zip(products, before[1], strict=True):
+            place.fp32_precision = value
