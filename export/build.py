@@ -20,6 +20,7 @@ from robx.export.cache import Cache
 from robx.export.formats.network import export_model, tensor_specs, trunk_at_size
 from robx.export.gate import gate
 from robx.export.gate.decide import Decision, decide
+from robx.export.gate.golden import golden_sample
 from robx.export.gate.judge import Judge
 from robx.export.gate.timing import Timer
 from robx.export.image_splits import (
@@ -129,7 +130,9 @@ def export(
             builder.layer_costs()
         out = settings.folder(bundle)
         replaced = describe_existing(out)
-        bundle = ship(bundle, folder, out, layer_costs=builder.measured_costs)
+        progress(0, 1, "recording the golden sample")
+        sample = golden_sample(builder, bundle, folder)
+        bundle = ship(bundle, folder, out, sample=sample, layer_costs=builder.measured_costs)
         if replaced:
             say(f"{out}: {bundle.id} replaced {replaced}")
         return bundle

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from robx.errors import ArtifactError, InputError
 from robx.formats import FORMATS
+from robx.golden.sample import GoldenSample, write_sample
 from robx.records import Bundle, BundleFile, describe_file, from_json, save_bundle
 from robx.store.files import read_bytes, read_json, sha256_file, write_json
 from robx.store.folders import new_folder
@@ -36,10 +37,12 @@ def describe_existing(out: Path) -> str:
     return f"{old.format} {old.precision} {old.id} (verdict before: {old.verdict})"
 
 
-def ship(bundle: Bundle, folder: Path, out: Path, *, layer_costs: Mapping[str, float] | None) -> Bundle:
-    """Copy a bundle's files from `folder` to `out` and write the manifest last; `out` is complete or unchanged.
+def ship(
+    bundle: Bundle, folder: Path, out: Path, *, sample: GoldenSample, layer_costs: Mapping[str, float] | None
+) -> Bundle:
+    """Copy a bundle's files from `folder` to `out` and add what documents it; the manifest is written last.
 
-    The files of an older bundle in `out` are replaced; notes, measurements and other files in it stay.
+    `out` is complete or unchanged. The files of an older bundle in it are replaced; measurements and other files stay.
 
     Raises:
         InputError: `out` is not a bundle, or a file of it that robx did not write would be replaced.
@@ -56,6 +59,7 @@ def ship(bundle: Bundle, folder: Path, out: Path, *, layer_costs: Mapping[str, f
         if bundle.labels is not None:
             write_json(temporary / "labels.json", list(bundle.labels))
             files = (*files, describe_file(temporary, "labels.json", "labels"))
+        files = (*files, *write_sample(sample, temporary))
         bundle = dataclasses.replace(bundle, files=files)
         save_bundle(bundle, temporary)
     return bundle

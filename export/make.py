@@ -186,7 +186,7 @@ class CandidateBuilder:
             except Exception:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-            self.folders[candidate.name], self.sources[candidate.name] = folder, _source_of(folder)
+            self.folders[candidate.name], self.sources[candidate.name] = folder, source_of(folder)
         return self.folders[candidate.name]
 
     def _write(self, candidate: Candidate, folder: Path) -> None:
@@ -197,7 +197,7 @@ class CandidateBuilder:
             candidate = dataclasses.replace(candidate, float_nodes=(*candidate.float_nodes, *self.facts.head))
         source = Source(
             model=self.networks.model,
-            onnx=_source_of(folder),
+            onnx=source_of(folder),
             calibration=self.calibration if request.precision == "int8" else None,
             candidate=candidate,
         )
@@ -244,5 +244,6 @@ class CandidateBuilder:
         return run_model(model, images.pixels, batch=_BATCH, literal=literal, prepare=self.as_input)
 
 
-def _source_of(folder: Path) -> Path:
+def source_of(folder: Path) -> Path:
+    """Where `CandidateBuilder.make` keeps the ONNX that it built the candidate in `folder` from."""
     return folder.with_name(f"{folder.name}.onnx")

@@ -30,6 +30,7 @@ COMMANDS = {
     "inspect": ("robx.export.commands", "inspect", "Show what a bundle contains: layers, precisions, sizes, verdict."),
     "bench": ("robx.runtime.commands", "bench", "Measure bundles on a device: latency, memory, agreement of outputs."),
     "run": ("robx.runtime.commands", "run", "Compute embeddings or labels of images with a bundle."),
+    "check": ("robx.runtime.commands", "check", "Check your own program's output for a bundle's golden image."),
     "report": ("robx.eval.commands", "report", "Write one page that recommends what to deploy, and why."),
     "demo": ("robx.demo.demo", "demo", "Run every step on real images, in minutes on two cores."),
     "teachers": ("robx.distill.commands", "teachers", "List the teachers: file, licence, published accuracy."),

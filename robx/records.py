@@ -82,10 +82,16 @@ class Preprocessing:
 
 @dataclass(frozen=True, kw_only=True)
 class Normalisation:
-    """(pixels / 255 - mean) / std as a part of the model, whose input is RGB pixels 0..255."""
+    """(pixels / 255 - mean) / std as a part of the model, whose input is pixels 0..255, uint8.
+
+    With `resize` the model also resizes and crops, as the student's preprocessing says, and takes images of any size.
+    """
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    layout: Literal["NCHW", "NHWC"] = "NCHW"  # axes of the input
+    channels: Literal["RGB", "BGR"] = "RGB"  # their order in the input
+    resize: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +144,14 @@ class BundleFile:
     """One file of a Bundle, relative to its folder."""
 
     path: str
-    role: Literal["model", "weights", "recipe", "engine", "operators", "labels", "notes"]
+    role: Literal["model", "weights", "recipe", "engine", "operators", "labels", "notes", "readme", "golden"]
     bytes: int
     sha256: str
+
+    @property
+    def is_documentation(self) -> bool:
+        """Whether no runtime needs it: the README and the golden sample."""
+        return self.role in ("readme", "golden")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,13 +234,18 @@ class Bundle:
 
     @property
     def id(self) -> str:
-        """Sixteen hex digits that change with any of the bundle's files."""
-        return sha256_bytes("".join(sorted(f.path + f.sha256 for f in self.files)).encode())[:16]
+        """Sixteen hex digits that change with any of the bundle's deployed files."""
+        return sha256_bytes("".join(sorted(f.path + f.sha256 for f in self.deployed)).encode())[:16]
+
+    @property
+    def deployed(self) -> tuple[BundleFile, ...]:
+        """The files that a device needs: all but the README and the golden sample."""
+        return tuple(file for file in self.files if not file.is_documentation)
 
     @property
     def bytes(self) -> int:
-        """Size of all files, in bytes."""
-        return sum(f.bytes for f in self.files)
+        """Size of the deployed files, in bytes."""
+        return sum(file.bytes for file in self.deployed)
 
     @property
     def model(self) -> BundleFile:
@@ -339,10 +355,12 @@ def _check_tensors(bundle: Bundle, where: str) -> None:
             if len(spec.shape) != rank or any(n is not None and n < 1 for n in spec.shape):
                 shape = str(list(spec.shape))[:80]
                 raise ArtifactError(f"{where}: {kind} {spec.name!r} has shape {shape}, which is not (N, {_DIMS[rank]})")
-    batch, channels, *sides = bundle.inputs[0].shape
+    batch, *image = bundle.inputs[0].shape
+    if bundle.in_model is not None and bundle.in_model.layout == "NHWC":
+        image = [image[2], *image[:2]]
     height, width = bundle.preprocessing.shape
-    if any(have not in (None, want) for have, want in zip((channels, *sides), (3, height, width), strict=True)):
-        takes, makes = str([channels, *sides])[:80], [3, height, width]
+    if any(have not in (None, want) for have, want in zip(image, (3, height, width), strict=True)):
+        takes, makes = str(image)[:80], [3, height, width]
         raise ArtifactError(f"{where}: the model takes images of shape {takes} and preprocessing makes {makes}")
     if batch is not None and batch * bundle.preprocessing.image_bytes > MAX_BATCH_BYTES:
         most, size = MAX_BATCH_BYTES // bundle.preprocessing.image_bytes, f"{height} x {width}"

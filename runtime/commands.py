@@ -1,4 +1,4 @@
-"""`robx bench`, `robx run` and `robx doctor`."""
+"""`robx bench`, `robx run`, `robx check` and `robx doctor`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ import numpy as np
 
 from robx.console import print_line, print_table, progress_bar, quiet_option, say
 from robx.errors import GateFailed, InputError
+from robx.golden.compare import Comparison as PortComparison
 from robx.records import Bundle, Latency, Value, to_json
 from robx.runtime.bench.ab import Comparison, compare
 from robx.runtime.bench.bench import bench as run_bench
 from robx.runtime.bench.profiles import PROFILES, BenchSettings
+from robx.runtime.check import check as check_port
 from robx.runtime.doctor import examine
 from robx.runtime.infer import find_images, infer, top_labels
 from robx.runtime.session import SessionSettings, open_session
@@ -147,6 +149,63 @@ def run(
                 best = [{"label": label, "probability": p} for label, p in top_labels(output, labels, count=top)]
                 line = {"image": name, "labels": best}
             click.echo(json.dumps(line, allow_nan=False))
+
+
+@click.command()
+@click.argument("bundle", type=_PATH)
+@click.argument("array", type=_PATH)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(bundle: Path, array: Path, as_json: bool) -> None:
+    """Check your own program's output for a bundle's golden image, and name the mistake that explains a difference.
+
+    ARRAY is what your program computed for BUNDLE/golden/image.png: the model's output (embedding or logits), or the
+    tensor that it gives to the model. It may be .npy, raw float32 (.bin) or text (.txt). No runtime is needed.
+
+    \b
+    robx check runs/r18/onnx-int8 my_output.npy
+    robx check runs/r18/onnx-int8 my_input.bin
+
+    Exit status 3 means that the array differs from the golden sample.
+    """
+    found = check_port(bundle, array)
+    mistake = found.explained_by
+    if as_json:
+        fits = [{"mistake": f.mistake.name if f.mistake else None, "distance": f.distance} for f in found.fits]
+        said = {"said": mistake.said, "remedy": mistake.remedy} if mistake else {"said": None, "remedy": None}
+        told = {
+            "what": found.what,
+            "passes": found.passes,
+            "difference": _finite(found.difference),
+            **said,
+            "fits": fits,
+        }
+        click.echo(json.dumps({**told, "tolerance": found.tolerance, "note": found.note}))
+    else:
+        rows = [(f.mistake.said if f.mistake else "correct", f"{f.distance:.1e}") for f in found.fits[:4]]
+        print_table((f"{found.what}, closest answers", "distance"), rows, right=(1,))
+        if found.note:
+            print_line(found.note)
+    if not found.passes:
+        raise GateFailed(_difference(array, found))
+    if not as_json:
+        harmless = f": {mistake.said}, which is harmless" if mistake else ""
+        print_line(f"{array}: the {found.what} matches the golden sample{harmless}")
+
+
+def _difference(array: Path, found: PortComparison) -> str:
+    """A line that names the mistake, or says that none is known."""
+    share = f" by {found.difference:.1e} of its length" if _finite(found.difference) else ""
+    differs = f"{array} differs from the golden {found.what}{share} (tolerance {found.tolerance:.0e})"
+    if (mistake := found.explained_by) is not None:
+        return f"{differs}: {mistake.said}: {mistake.remedy}"
+    advice = (
+        "compare the input tensor with golden/input.npy next" if found.what != "input" else "see the README's steps"
+    )
+    return f"{differs}, and no common mistake of preprocessing explains it: {advice}"
+
+
+def _finite(number: float) -> float | None:
+    return number if np.isfinite(number) else None
 
 
 @click.command()

@@ -28,6 +28,7 @@ LAYERS = {
         ("records",),
         ("stats", "trunk", "linear_head", "embeddings"),
         ("images",),
+        ("golden",),
         ("api",),
         ("cli",),
         ("demo",),
@@ -51,7 +52,7 @@ LAYERS = {
         ("build", "inspect_bundle"),
         ("commands",),
     ),
-    "runtime": (("device",), ("engines",), ("session",), ("bench",), ("infer", "doctor"), ("commands",)),
+    "runtime": (("device",), ("engines",), ("session",), ("bench",), ("check", "infer", "doctor"), ("commands",)),
     "eval": (
         ("neighbours",),
         ("ranks",),

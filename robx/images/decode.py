@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 from robx.errors import CorruptImage, UnreadableImage
 from robx.records import IMAGENET_MEAN as IMAGENET_MEAN
 from robx.records import IMAGENET_STD as IMAGENET_STD
-from robx.records import Preprocessing
+from robx.records import Bundle, Preprocessing, Student
 
 # The formats that robx opens, and their usual suffixes. A fixed list, because Pillow also has formats that start other
 # programs (EPS runs Ghostscript), whatever the file is called.
@@ -50,7 +50,7 @@ _STRIP_PIXELS = 4_000_000  # converted at once
 MAX_FILE_BYTES = 256 * 1024 * 1024
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # Beyond this aspect ratio the resized image would be huge, and only its centre crop is used.
-_MAX_ASPECT = 20
+MAX_ASPECT = 20
 
 
 def read_image_file(path: Path) -> bytes:
@@ -167,30 +167,53 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.I
 
     With ``crop_width``: timm's ResizeKeepRatio and CenterCrop.
     """
-    crop_height, crop_width = preprocessing.shape
     width, height = image.size
-    short, long = min(width, height), max(width, height)
-    if long > _MAX_ASPECT * short:
+    short = min(width, height)
+    if max(width, height) > MAX_ASPECT * short:
         left, top = (width - short) // 2, (height - short) // 2
         image = image.crop((left, top, left + short, top + short))
-        width = height = long = short
-    size = preprocessing.size
-    if crop_height == crop_width:
-        scaled = (size, int(size * long / short)) if width <= height else (int(size * long / short), size)
-    else:
-        scale = max(size / height, size * crop_width / crop_height / width)
-        scaled = (max(crop_width, round(width * scale)), max(crop_height, round(height * scale)))
+    scaled = resized_size(image.size, preprocessing)
     image = image.resize(scaled, _FILTERS[preprocessing.interpolation])
-    left, top = round((scaled[0] - crop_width) / 2), round((scaled[1] - crop_height) / 2)
-    return image.crop((left, top, left + crop_width, top + crop_height))
+    return image.crop(centre_box(scaled, preprocessing))
+
+
+def resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+    """(width, height) of an image of `size` (width, height) after the resize and before the crop, in pixels."""
+    (crop_height, crop_width), (width, height), short = preprocessing.shape, size, preprocessing.size
+    if crop_height == crop_width:
+        long = int(short * max(size) / min(size))
+        return (short, long) if width <= height else (long, short)
+    scale = max(short / height, short * crop_width / crop_height / width)
+    return max(crop_width, round(width * scale)), max(crop_height, round(height * scale))
+
+
+def centre_box(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int, int, int]:
+    """The crop (left, top, right, bottom) of a resized image of `size` (width, height)."""
+    height, width = preprocessing.shape
+    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+    return left, top, left + width, top + height
 
 
 def preprocess(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """An RGB image as a model's input, float32 (3, H, W)."""
-    pixels = np.asarray(resize_and_crop(image, preprocessing), dtype=np.float32) / np.float32(255)
-    mean = np.asarray(preprocessing.mean, dtype=np.float32)
-    std = np.asarray(preprocessing.std, dtype=np.float32)
-    return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
+    return normalise_pixels(np.asarray(resize_and_crop(image, preprocessing), dtype=np.float32), preprocessing)
+
+
+def host_input(image: Image.Image, model: Bundle | Student) -> np.ndarray:
+    """What the host gives a Session of `model` for an RGB image, float32 (3, H, W).
+
+    A bundle that resizes and crops by itself takes the whole image; all others take what `preprocess` makes of it.
+    """
+    inside = model.in_model if isinstance(model, Bundle) else None
+    if inside is None or not inside.resize:
+        return preprocess(image, model.preprocessing)
+    return normalise_pixels(np.asarray(image, dtype=np.float32), model.preprocessing)
+
+
+def normalise_pixels(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """Pixels 0..255, float32 (H, W, 3), normalised: float32 (3, H, W)."""
+    mean, std = (np.asarray(values, dtype=np.float32) for values in (preprocessing.mean, preprocessing.std))
+    return np.ascontiguousarray(((pixels / np.float32(255) - mean) / std).transpose(2, 0, 1))
 
 
 def renormalise(images: np.ndarray, given: Preprocessing, wanted: Preprocessing) -> np.ndarray:

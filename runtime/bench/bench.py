@@ -127,10 +127,10 @@ def _push(transport: Transport, run: Run, settings: BenchSettings) -> None:
     with workspace() as here:
         np.save(here / "images.npy", run.inputs.images)
         (here / runner_zip.NAME).write_bytes(runner_zip.pack_runner(run.bundle))
-        hashes = {f"bundle/{f.path}": f.sha256 for f in run.bundle.files}
+        hashes = {f"bundle/{f.path}": f.sha256 for f in run.bundle.deployed}
         hashes["images.npy"] = sha256_file(here / "images.npy")
         (here / "job.json").write_text(json.dumps(_job(run, settings, hashes)))
-        files = {f"bundle/{f.path}": run.folder / f.path for f in run.bundle.files}
+        files = {f"bundle/{f.path}": run.folder / f.path for f in run.bundle.deployed}
         files |= {name: here / name for name in ("images.npy", runner_zip.NAME, "job.json")}
         transport.push(files, run.name)
 
