@@ -205,7 +205,8 @@ def _sample(pixels: np.ndarray, size: tuple[int, int], kernel: str) -> np.ndarra
     """Resize (H, W, 3) to `size` (width, height) without antialiasing, as OpenCV and PyTorch do by default."""
     for axis, wanted in ((0, size[1]), (1, size[0])):
         pixels = np.moveaxis(np.tensordot(_weights(pixels.shape[axis], wanted, kernel), pixels, (1, axis)), 0, axis)
-    return np.clip(pixels, 0, 255)
+    clipped: np.ndarray = np.clip(pixels, 0, 255)
+    return clipped
 
 
 def _weights(length: int, wanted: int, kernel: str) -> np.ndarray:
