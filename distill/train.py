@@ -38,7 +38,16 @@ from robx.distill.training.knn_probe import Probe
 from robx.distill.training.learner import Learner, autocast
 from robx.distill.training.log import log_step, monitor, note, open_probe, probe_references, probe_students, speed_bound
 from robx.distill.training.processes import Processes, join_processes
-from robx.distill.training.run import Run, RunSpec, Say, check_outputs, check_spec, open_run, require_out
+from robx.distill.training.run import (
+    Run,
+    RunSpec,
+    Say,
+    check_outputs,
+    check_spec,
+    open_run,
+    require_out,
+    require_same_images,
+)
 from robx.distill.training.run_state import count_skipped, publish_teachers, resume_run, save_run
 from robx.distill.training.signals import StopRequest, stop_on_signals
 from robx.distill.training.speed import MEASURE_SECONDS, Rate, SpeedBound, measure_bound
@@ -76,6 +85,7 @@ def distill(settings: DistillSettings, *, progress: Progress | None = None, say:
             if processes.first:
                 check_outputs(spec)
             check_spec(spec)
+            require_same_images(source, processes)  # all processes fit the teacher's prototypes together
             teacher = load_teacher(
                 settings.teacher,
                 weights=settings.teacher_weights,
@@ -87,6 +97,7 @@ def distill(settings: DistillSettings, *, progress: Progress | None = None, say:
                 std=recipe.teacher_std,
                 image_size=recipe.crop_size,
                 seed=recipe.seed,
+                team=processes,
                 device=processes.device,
                 progress=progress,
             )

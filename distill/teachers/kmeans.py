@@ -63,62 +63,19 @@ def spherical_kmeans(
     return Clustering(centres, assignment, float(similarity.double().mean()), iteration)
 
 
-class StreamingKMeans:
-    """Spherical k-means in one pass without keeping the batches: each centre is the mean of its points so far.
-
-    The first `warm_up` points are kept, clustered together, and give the first centres (Sculley, "Web-scale k-means
-    clustering", 2010, with per-centre counts as learning rates). Memory does not grow with the stream.
-    """
-
-    def __init__(self, k: int, *, seed: int, warm_up: int | None = None) -> None:
-        """`warm_up` is 16 K points by default."""
-        self.k, self.seed = k, seed
-        self.warm_up = max(k, warm_up if warm_up is not None else 16 * k)
-        self.seen = 0
-        self._buffer: list[Tensor] = []
-        self._sums: Tensor | None = None  # (K, D), of unit points
-
-    def update(self, points: Tensor) -> None:
-        """Add a batch (B, D)."""
-        points = F.normalize(points.float(), dim=1)
-        self.seen += len(points)
-        if self._sums is not None:
-            self._add(points)
-            return
-        self._buffer.append(points)
-        if self.seen >= self.warm_up:
-            self._start()
-
-    def centres(self) -> Tensor:
-        """The centres so far, (K, D), unit rows.
-
-        Raises:
-            InputError: fewer points than centres.
-        """
-        sums = self._start() if self._sums is None else self._sums
-        return F.normalize(sums, dim=1)
-
-    def _start(self) -> Tensor:
-        points = torch.cat(self._buffer) if self._buffer else torch.empty(0, 1)
-        found = spherical_kmeans(points, self.k, seed=self.seed)
-        sums = torch.zeros_like(found.centres).index_add_(0, found.assignment, points)
-        # A centre whose points cancel out, or that has none, keeps its direction with a small weight.
-        self._sums = sums.add_(found.centres, alpha=1e-3)
-        self._buffer = []
-        return sums
-
-    def _add(self, points: Tensor) -> None:
-        sums = self._sums
-        if sums is not None:
-            _, assignment = nearest(points, F.normalize(sums, dim=1))
-            sums.index_add_(0, assignment, points)
-
-
 def nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine to the nearest of the centres (K, D), and its index, both (N,), for unit points (N, D)."""
     rows = max(1, _BLOCK_NUMBERS // len(centres))
     found = [(points[at : at + rows] @ centres.T).max(dim=1) for at in range(0, len(points), rows)]
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+
+
+def sums_of(points: Tensor, assignment: Tensor, k: int) -> Tensor:
+    """The sum of the points (N, D) assigned to each of K centres, (K, D); the same in every call, on a GPU too."""
+    sums = points.new_zeros(k, points.shape[1])
+    if points.is_cuda:  # sorts first; index_add_ adds in any order there
+        return sums.index_put_((assignment,), points, accumulate=True)
+    return sums.index_add_(0, assignment, points)
 
 
 def _plus_plus(points: Tensor, k: int, *, seed: int) -> Tensor:
@@ -139,7 +96,7 @@ def _plus_plus(points: Tensor, k: int, *, seed: int) -> Tensor:
 
 
 def _means(points: Tensor, assignment: Tensor, similarity: Tensor, centres: Tensor) -> Tensor:
-    sums = torch.zeros_like(centres).index_add_(0, assignment, points)
+    sums = sums_of(points, assignment, len(centres))
     counts = torch.bincount(assignment, minlength=len(centres))
     empty = (counts == 0).nonzero().flatten()
     if len(empty):

@@ -14,8 +14,9 @@ from robx.distill.teachers import from_checkpoint, from_timm
 from robx.distill.teachers.checkpoints import Channels
 from robx.distill.teachers.choose import choose_teacher, licence
 from robx.distill.teachers.frozen_heads import fitted_head
-from robx.distill.teachers.prototypes import fit_teacher
+from robx.distill.teachers.prototypes import Method, fit_teacher
 from robx.distill.teachers.teacher import Teacher
+from robx.distill.teachers.team import Team
 from robx.distill.teachers.zoo import ZOO
 from robx.errors import InputError
 from robx.images.sources import ImageSource
@@ -36,7 +37,8 @@ def load_teacher(
     std: Channels | None = None,
     image_size: int = 224,
     seed: int = 0,
-    streaming: bool | None = None,
+    method: Method | None = None,
+    team: Team | None = None,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> Teacher:
@@ -55,7 +57,8 @@ def load_teacher(
         std: likewise.
         image_size: side of the square crops, in pixels; prototypes are fitted at this size.
         seed: random seed of the fit.
-        streaming: fit in one pass over all images without keeping features; None: if they do not fit into memory.
+        method: of the fit, "full" or "minibatch"; None: the one that fits the set and the device, or was used before.
+        team: the processes that share the fit; all of them have to call this. None: this one alone.
         device: where the fit runs and where the teacher is left.
         progress: called with (done, total, note) during the download and the fit.
 
@@ -83,8 +86,9 @@ def load_teacher(
             source,
             prototypes=prototypes,
             seed=seed,
-            streaming=streaming,
+            method=method,
             folder=folder / "prototypes",
+            team=team,
             progress=progress,
         )
     return teacher

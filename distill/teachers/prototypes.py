@@ -4,15 +4,22 @@ This goes beyond the paper, whose teachers have the prototypes that they were pr
 spherical k-means over the trunk's features replace them, and the MSN or SwAV objective applies unchanged. Features are
 centred on their mean first: pooled activations share a large common component that would make all cosines alike.
 
-D width of the features   K prototypes
+Two methods. "full" keeps the features of one process in float32 and runs Lloyd's algorithm. "minibatch" is for large
+sets and GPUs: every process embeds its share of the images, in bf16 where the device computes in it, keeps their
+features on its device in 2 bytes per value, and all fit together on mini-batches.
+
+N images   D width of the features   K prototypes
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,10 +28,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from robx.distill.teachers.frozen_heads import fitted_head
-from robx.distill.teachers.kmeans import StreamingKMeans, spherical_kmeans
+from robx.distill.teachers.kmeans import spherical_kmeans
+from robx.distill.teachers.minibatch_kmeans import DTYPE, minibatch_kmeans, unit_points
 from robx.distill.teachers.teacher import Teacher
+from robx.distill.teachers.team import Alone, Team
 from robx.errors import CorruptImage, InputError
-from robx.images.reading import read_batches, reader
+from robx.images.reading import decode_threads, read_batches, reader
 from robx.images.sources import ImageSource
 from robx.progress import Progress
 from robx.records import Preprocessing
@@ -33,12 +42,19 @@ from robx.store.locks import wait_for
 
 # Above this many points per centre, more points hardly move it (FAISS's rule of thumb).
 _POINTS_PER_CENTRE = 256
-# Limit on the features kept in memory; k-means holds three such tensors.
-_FEATURE_BYTES = 2 * 1024**3
+# Limits of the full method: the features in memory, of which k-means holds three copies, and the multiplications of an
+# iteration, half a minute on one CPU core.
+_FULL_BYTES = 2 * 1024**3
+_FULL_PRODUCTS = 2**40
+# Limit of the mini-batch method on the features that a process keeps: two million images at D = 1024.
+_SHARE_BYTES = 4 * 1024**3
 _BATCH = 64
 _VERSION = 1
 
 Embed = Callable[[Tensor], Tensor]
+# "streaming" is what older versions did beyond _FULL_BYTES; its files are still read.
+Method = Literal["full", "minibatch", "streaming"]
+_WORDS: dict[Method, str] = {"full": "", "minibatch": "mini-batch ", "streaming": "streaming "}
 
 
 @dataclass(frozen=True)
@@ -51,14 +67,22 @@ class FitSettings:
     size: int  # pixels of the shorter side after the resize
     crop: int  # side of the square that the teacher sees, in pixels
     seed: int = 0
-    streaming: bool = False
+    method: Method = "full"
     normalisation: tuple[float, ...] = ()  # the teacher's mean and std: one file may be loaded under two names
     version: int = _VERSION
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """The settings as a file records them; those of the older methods as older versions wrote them."""
+        values = asdict(self)
+        method = values.pop("method")
+        values["streaming"] = method == "streaming"
+        return values | ({"method": method} if method == "minibatch" else {})
+
+    @property
     def id(self) -> str:
         """Sixteen hex digits of the settings."""
-        return sha256_bytes(json.dumps(asdict(self), sort_keys=True).encode())[:16]
+        return sha256_bytes(json.dumps(self.facts, sort_keys=True).encode())[:16]
 
 
 @dataclass(frozen=True)
@@ -69,19 +93,20 @@ class Prototypes:
     vectors: Tensor  # (K, D), unit rows
     images: int  # read
     skipped: int  # could not be read
-    objective: float  # mean cosine between an image's centred feature and its nearest prototype; nan when streaming
+    objective: float  # mean cosine between an image's centred feature and its nearest prototype; nan: not known
+    processes: int = 1  # that fitted them
 
 
-def images_to_fit(images: int, *, prototypes: int, width: int) -> int:
-    """Number of `images` that a fit reads: all of them when streaming, else at most 256 per prototype."""
-    if has_to_stream(images=images, prototypes=prototypes, width=width):
-        return images
-    return min(images, _POINTS_PER_CENTRE * prototypes)
+def images_to_fit(images: int, *, prototypes: int, width: int, processes: int = 1) -> int:
+    """How many of `images` a fit reads: at most 256 per prototype, and what the processes can keep."""
+    return min(images, _POINTS_PER_CENTRE * prototypes, processes * (_SHARE_BYTES // (DTYPE.itemsize * width)))
 
 
-def has_to_stream(*, images: int, prototypes: int, width: int) -> bool:
-    """Whether the features (N, D) that a fit would keep exceed the memory limit."""
-    return min(images, _POINTS_PER_CENTRE * prototypes) * width * 4 > _FEATURE_BYTES
+def choose_method(*, images: int, prototypes: int, width: int, device: torch.device) -> Method:
+    """Full k-means on a CPU up to 2 GiB of features and 2^40 products an iteration, else mini-batches."""
+    values = min(images, _POINTS_PER_CENTRE * prototypes) * width
+    fits = values * 4 <= _FULL_BYTES and values * prototypes <= _FULL_PRODUCTS
+    return "full" if fits and device.type == "cpu" else "minibatch"
 
 
 def fit_teacher(
@@ -90,13 +115,16 @@ def fit_teacher(
     *,
     prototypes: int,
     seed: int,
-    streaming: bool | None,
+    method: Method | None,
     folder: Path,
+    team: Team | None = None,
     progress: Progress | None,
 ) -> None:
-    """Give a teacher without a head prototypes fitted to `source`, or those fitted earlier and kept in `folder`."""
-    if streaming is None:
-        streaming = has_to_stream(images=len(source), prototypes=prototypes, width=teacher.width)
+    """Give a teacher without a head prototypes fitted to `source`, or those fitted earlier and kept in `folder`.
+
+    With `method` None those fitted earlier count whichever method made them: a resumed run keeps its prototypes.
+    """
+    team, device = team or Alone(), teacher.scale.device
     settings = FitSettings(
         teacher=teacher.info.sha256,
         data=source.fingerprint,
@@ -104,17 +132,27 @@ def fit_teacher(
         size=teacher.preprocessing.size,
         crop=teacher.preprocessing.crop,
         seed=seed,
-        streaming=streaming,
         normalisation=(*teacher.mean, *teacher.std),
     )
-    device = teacher.scale.device
+    if method is None:
+        best = choose_method(images=len(source), prototypes=prototypes, width=teacher.width, device=device)
+        kept: Iterator[Method] = (m for m in (best, *_WORDS) if _load(folder, replace(settings, method=m)) is not None)
+        method = team.gather(next(kept, best))[0]
+    settings = replace(settings, method=method)
     found = fit_or_load(
-        teacher.features, source, teacher.preprocessing, settings, folder=folder, device=device, progress=progress
+        teacher.features,
+        source,
+        teacher.preprocessing,
+        settings,
+        folder=folder,
+        device=device,
+        team=team,
+        progress=progress,
     )
     teacher.set_head(fitted_head(found.mean, found.vectors))
-    way = "streaming spherical k-means" if streaming else "spherical k-means"
-    how = f"{prototypes} fitted by {way} to {found.images} images of {source.name} ({source.fingerprint})"
-    teacher.info = replace(teacher.info, prototypes=f"{how}, seed {seed}")
+    many = f" on {found.processes} processes" if found.processes > 1 else ""
+    how = f"{prototypes} fitted by {_WORDS[method]}spherical k-means{many} to {found.images} images of {source.name}"
+    teacher.info = replace(teacher.info, prototypes=f"{how} ({source.fingerprint}), seed {seed}")
 
 
 def fit_or_load(
@@ -125,16 +163,39 @@ def fit_or_load(
     *,
     folder: Path,
     device: str | torch.device = "cpu",
+    team: Team | None = None,
     progress: Progress | None = None,
 ) -> Prototypes:
-    """The prototypes of `settings`: from `folder`, or fitted now and saved there."""
-    path = folder / f"prototypes-{settings.id}.safetensors"
-    with wait_for(path):
-        found = load_prototypes(path, settings)
+    """The prototypes of `settings`: from `folder`, or fitted now and saved there.
+
+    What the first process of `team` finds counts for all. Otherwise all fit on mini-batches together, while the full
+    method is run once in every folder that processes share.
+    """
+    team, path = team or Alone(), _path(folder, settings)
+    with wait_for(path):  # another process may be fitting
+        found = _load(folder, settings)
+    if team.gather(found is not None)[0]:
+        return _from_first(found, team, device)
+    with wait_for(path) if team.rank == 0 or settings.method == "full" else contextlib.nullcontext():
+        found = _load(folder, settings) if settings.method == "full" else None
         if found is None:
-            found = fit_prototypes(embed, source, preprocessing, settings, device=device, progress=progress)
-            save_prototypes(path, found, settings)
-        return found
+            found = fit_prototypes(embed, source, preprocessing, settings, device=device, team=team, progress=progress)
+            if team.rank == 0 or settings.method == "full":
+                save_prototypes(path, found, settings)
+    return found
+
+
+def _from_first(found: Prototypes | None, team: Team, device: str | torch.device) -> Prototypes:
+    """The first process's prototypes, in all of them."""
+    facts: Prototypes
+    empty = torch.empty(0)
+    known = None if found is None else (replace(found, mean=empty, vectors=empty), *found.vectors.shape)
+    facts, k, width = team.gather(known)[0]
+    both = torch.zeros(k + 1, width, device=device)  # one process adds its rows, the others zeros
+    if found is not None and team.rank == 0:
+        both[0], both[1:] = found.mean, found.vectors
+    team.sum(both)
+    return replace(facts, mean=both[0].cpu(), vectors=both[1:].cpu())
 
 
 def require_images(source: ImageSource, k: int) -> None:
@@ -151,38 +212,59 @@ def fit_prototypes(
     settings: FitSettings,
     *,
     device: str | torch.device = "cpu",
+    team: Team | None = None,
     progress: Progress | None = None,
 ) -> Prototypes:
-    """Fit K prototypes to the features that `embed` returns for pixels (N, 3, H, W), from at most 256 K images.
-
-    With ``settings.streaming`` no features are kept, and every image of the source is read.
+    """Fit K prototypes to the features (B, D) that `embed` returns for pixels (B, 3, H, W), by `settings.method`.
 
     Raises:
         InputError: fewer images than prototypes, or more than 1 % of the images cannot be read.
     """
-    k = settings.prototypes
-    require_images(source, k)
-    order = _pick(len(source), len(source) if settings.streaming else _POINTS_PER_CENTRE * k, seed=settings.seed)
-    reader = _Features(embed, source, preprocessing, device=device, progress=progress)
-    if settings.streaming:
-        mean, vectors = _stream(reader.batches(order), k, seed=settings.seed)
-        objective = float("nan")
-    else:
-        features = torch.cat(list(reader.batches(order)))
-        mean = features.double().mean(dim=0).float()
-        found = spherical_kmeans((features - mean).to(device), k, seed=settings.seed, progress=progress)
-        vectors, objective = found.centres.cpu(), found.objective
-    return Prototypes(mean, vectors, reader.read, reader.skipped, objective)
+    require_images(source, settings.prototypes)
+    images = _Features(embed, source, preprocessing, device=torch.device(device), progress=progress)
+    if settings.method == "minibatch":
+        return _fit_minibatch(images, settings, team or Alone(), progress=progress)
+    features = torch.cat([batch.cpu() for batch in images.batches(_pick(source, settings))])
+    mean = features.double().mean(dim=0).float()
+    fit = spherical_kmeans((features - mean).to(device), settings.prototypes, seed=settings.seed, progress=progress)
+    return Prototypes(mean, fit.centres.cpu(), images.read, images.skipped, fit.objective)
+
+
+def _fit_minibatch(images: _Features, settings: FitSettings, team: Team, *, progress: Progress | None) -> Prototypes:
+    """Every process embeds its share of the images and keeps their features; all fit together."""
+    width = images.width()
+    count = images_to_fit(
+        len(images.source), prototypes=settings.prototypes, width=width, processes=team.world
+    )  # fmt: skip
+    mine = _pick(images.source, settings)[:count][team.rank :: team.world]
+    points = torch.empty(len(mine), width, dtype=DTYPE, device=images.device)
+    sums = torch.zeros(width + 2, dtype=torch.float64, device=images.device)
+    shift = None
+    for batch in images.batches(mine, half=True):
+        if shift is None:
+            shift = batch.mean(dim=0)  # 16 bits hold the distance from about the mean better than the feature itself
+        points[images.read - len(batch) : images.read] = batch - shift
+        sums[:width] += batch.double().sum(dim=0)
+    sums[width], sums[width + 1] = images.read, images.skipped
+    team.sum(sums)
+    mean = (sums[:width] / sums[width]).float()
+    points = points[: images.read]
+    unit_points(points, mean if shift is None else mean - shift)
+    fit = minibatch_kmeans(points, settings.prototypes, seed=settings.seed, team=team, progress=progress)
+    read, skipped = (int(number) for number in sums[width:])
+    return Prototypes(mean.cpu(), fit.centres.cpu(), read, skipped, fit.objective, processes=team.world)
 
 
 def save_prototypes(path: Path, prototypes: Prototypes, settings: FitSettings) -> None:
     """Write `prototypes` with their settings, atomically, as safetensors."""
     facts = {
-        "settings": json.dumps(asdict(settings), sort_keys=True),
+        "settings": json.dumps(settings.facts, sort_keys=True),
         "images": str(prototypes.images),
         "skipped": str(prototypes.skipped),
         "objective": repr(prototypes.objective),
     }
+    if prototypes.processes > 1:
+        facts["processes"] = str(prototypes.processes)
     tensors = {"mean": prototypes.mean.contiguous(), "vectors": prototypes.vectors.contiguous()}
     write_bytes(path, save(tensors, metadata=facts))  # save_file raises other errors on a full disk
 
@@ -192,12 +274,21 @@ def load_prototypes(path: Path, settings: FitSettings) -> Prototypes | None:
     try:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata() or {}
-            if facts.get("settings") != json.dumps(asdict(settings), sort_keys=True):
+            if facts.get("settings") != json.dumps(settings.facts, sort_keys=True):
                 return None
             mean, vectors = file.get_tensor("mean"), file.get_tensor("vectors")
     except Exception:  # safetensors raises its own type for a damaged file
         return None
-    return Prototypes(mean, vectors, int(facts["images"]), int(facts["skipped"]), float(facts["objective"]))
+    numbers = int(facts["images"]), int(facts["skipped"])
+    return Prototypes(mean, vectors, *numbers, float(facts["objective"]), int(facts.get("processes", "1")))
+
+
+def _path(folder: Path, settings: FitSettings) -> Path:
+    return folder / f"prototypes-{settings.id}.safetensors"
+
+
+def _load(folder: Path, settings: FitSettings) -> Prototypes | None:
+    return load_prototypes(_path(folder, settings), settings)
 
 
 class _Features:
@@ -209,15 +300,20 @@ class _Features:
         source: ImageSource,
         preprocessing: Preprocessing,
         *,
-        device: str | torch.device,
+        device: torch.device,
         progress: Progress | None,
     ) -> None:
         self.embed, self.source, self.preprocessing = embed, source, preprocessing
         self.device, self.progress = device, progress
         self.read = self.skipped = 0
 
-    def batches(self, order: np.ndarray) -> Iterator[Tensor]:
-        """Features (B, D) on the CPU, in the order of `order`."""
+    def width(self) -> int:
+        """D."""
+        with torch.inference_mode():
+            return self.embed(torch.zeros(1, 3, *self.preprocessing.shape, device=self.device)).shape[1]
+
+    def batches(self, order: np.ndarray, *, half: bool = False) -> Iterator[Tensor]:
+        """Features (B, D), float32, on the device, in the order of `order`; `half` computes in bf16 where that pays."""
         budget = min(max(10, len(order) // 100), len(order) - 1)
 
         def skip(index: int, error: CorruptImage) -> None:
@@ -228,32 +324,22 @@ class _Features:
                 )
 
         read = reader(self.source, self.preprocessing)
-        for found, pixels in read_batches(order.tolist(), read, batch_size=_BATCH, on_skip=skip):
+        threads = max(1, decode_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        for found, pixels in read_batches(order.tolist(), read, batch_size=_BATCH, threads=threads, on_skip=skip):
             self.read += len(found)
-            with torch.inference_mode():
-                yield self.embed(torch.from_numpy(pixels).to(self.device)).float().cpu().clone()
+            with torch.inference_mode(), self._precision(half=half):
+                features = self.embed(torch.from_numpy(pixels).to(self.device)).float()
+            yield features.clone()
             if self.progress is not None:
                 self.progress(self.read + self.skipped, len(order), "teacher features for the prototypes")
 
-
-def _stream(batches: Iterator[Tensor], k: int, *, seed: int) -> tuple[Tensor, Tensor]:
-    """The mean of the warm-up and the streamed centres around it; the mean must stay fixed once centres exist."""
-    clusters, waiting, mean = StreamingKMeans(k, seed=seed), list[Tensor](), None
-    for batch in batches:
-        if mean is None:
-            waiting.append(batch)
-            if sum(map(len, waiting)) < clusters.warm_up:
-                continue
-            batch = torch.cat(waiting)
-            mean = batch.double().mean(dim=0).float()
-        clusters.update(batch - mean)
-    if mean is None:  # fewer images than the warm-up
-        everything = torch.cat(waiting)
-        mean = everything.double().mean(dim=0).float()
-        clusters.update(everything - mean)
-    return mean, clusters.centres()
+    def _precision(self, *, half: bool) -> contextlib.AbstractContextManager[Any]:
+        if half and self.device.type == "cuda" and torch.cuda.is_bf16_supported():
+            return torch.autocast("cuda", dtype=torch.bfloat16)
+        return contextlib.nullcontext()
 
 
-def _pick(images: int, limit: int, *, seed: int) -> np.ndarray:
-    """At most `limit` of the places 0 .. images - 1, in random order."""
-    return np.random.default_rng(seed).permutation(images)[:limit]
+def _pick(source: ImageSource, settings: FitSettings) -> np.ndarray:
+    """At most 256 K of the images' indices, in random order."""
+    order = np.random.default_rng(settings.seed).permutation(len(source))
+    return order[: _POINTS_PER_CENTRE * settings.prototypes]

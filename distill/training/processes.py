@@ -57,6 +57,11 @@ class Processes:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def sum(self, tensor: Tensor) -> None:
+        """Replace a tensor on this process's device by its sum over all processes."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite `tensors` in every process with the values of the first one."""
         if self.world == 1:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,22 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
-from robx.distill.teachers.kmeans import StreamingKMeans, nearest, spherical_kmeans
+from robx.distill.teachers.kmeans import nearest, spherical_kmeans
 from robx.distill.teachers.load import load_teacher
-from robx.distill.teachers.prototypes import FitSettings, fit_or_load, fit_prototypes, has_to_stream, load_prototypes
+from robx.distill.teachers.prototypes import (
+    FitSettings,
+    choose_method,
+    fit_or_load,
+    fit_prototypes,
+    images_to_fit,
+    load_prototypes,
+)
 from robx.errors import InputError
 from robx.images.arrays import ArraySource
 from robx.images.decode import preprocess
@@ -103,26 +114,6 @@ def test_nearest_in_blocks_is_nearest_at_once(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(similarity, whole.max(dim=1).values)
 
 
-@pytest.mark.parametrize("warm_up", [64, 10_000], ids=["streamed", "all in the warm-up"])
-def test_streaming_finds_the_bundles_without_keeping_points(warm_up: int) -> None:
-    points, labels, centres = bundles(8, 100)
-    clusters = StreamingKMeans(8, seed=0, warm_up=warm_up)
-    for start in range(0, 800, 37):
-        clusters.update(points[start : start + 37])
-    found = clusters.centres()
-    assert adjusted_rand_score(labels, nearest(F.normalize(points, dim=1), found)[1]) == 1
-    assert (found @ centres.T).max(dim=1).values.min() > 0.995
-    assert clusters.seen == 800
-    # What it holds afterwards does not grow with the stream.
-    assert not clusters._buffer and clusters._sums is not None and clusters._sums.shape == (8, 24)
-
-
-def test_a_stream_that_is_too_short() -> None:
-    clusters = StreamingKMeans(8, seed=0)
-    with pytest.raises(InputError):
-        clusters.centres()
-
-
 def test_one_file_under_two_names_is_fitted_under_each(tmp_path: Path) -> None:
     """EfficientNet-Lite's pixels are (x - 127) / 128 under its own name, and what timm says under timm's."""
     import timm
@@ -138,21 +129,76 @@ def test_one_file_under_two_names_is_fitted_under_each(tmp_path: Path) -> None:
     assert not torch.equal(first.head.prototypes, other.head.prototypes)
 
 
-def test_too_many_features_to_keep_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ImageNet under SwAV's 3000 prototypes and a ViT-L takes 3 GB, under MSN's 1024 a third of it."""
-    assert has_to_stream(images=1_281_167, prototypes=3000, width=1024)
-    assert not has_to_stream(images=1_281_167, prototypes=1024, width=1024)
-    assert not has_to_stream(images=5000, prototypes=65_536, width=1024)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("images", "prototypes", "device", "want"),
+    [
+        (1_281_167, 1024, CPU, "full"),  # of ImageNet, 256 images for each
+        (1_281_167, 3000, CPU, "minibatch"),  # 3 GB of features
+        (500_000, 65_536, CPU, "minibatch"),  # 2 GB, and hours of products
+        (5000, 65_536, CPU, "full"),
+        (5000, 256, CUDA, "minibatch"),
+    ],
+)
+def test_the_method_depends_on_size_and_device(images: int, prototypes: int, device: torch.device, want: str) -> None:
+    assert choose_method(images=images, prototypes=prototypes, width=1024, device=device) == want
+
+
+def test_a_fit_reads_what_the_processes_can_keep() -> None:
+    assert images_to_fit(1_281_167, prototypes=1024, width=1024) == 256 * 1024
+    assert images_to_fit(1_281_167, prototypes=65_536, width=1024) == 1_281_167
+    kept = 4 * 1024**3 // 2048
+    assert images_to_fit(10_000_000, prototypes=65_536, width=1024) == kept
+    assert images_to_fit(10_000_000, prototypes=65_536, width=1024, processes=8) == min(10_000_000, 8 * kept)
+
+
+def test_a_minibatch_fit_keeps_no_more_than_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("robx.distill.teachers.prototypes._SHARE_BYTES", 40 * 3 * 2)
+    found = fit_prototypes(mean_colour, pictures(), PREPROCESSING, replace(SETTINGS, method="minibatch"))
+    assert (found.images, found.skipped, found.vectors.shape) == (40, 0, (3, 3))
+
+
+def test_prototypes_fitted_before_are_kept_by_whichever_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run finds the prototypes of its first part, made on another device or by an older version."""
     import timm
 
     path = tmp_path / "weights.pth"
     torch.save(timm.create_model("resnet18").state_dict(), path)
-    monkeypatch.setattr("robx.distill.teachers.prototypes._FEATURE_BYTES", 60 * 512 * 4 - 1)
-    options: dict[str, Any] = {"weights": path, "cache": tmp_path, "source": pictures(), "image_size": 32}
-    teacher = load_teacher("timm:resnet18", objective="msn", prototypes=3, **options)
-    assert "3 fitted by streaming spherical k-means to 60 images" in teacher.info.prototypes
-    kept = load_teacher("timm:resnet18", objective="msn", prototypes=3, streaming=False, **options)
-    assert "3 fitted by spherical k-means to 60 images" in kept.info.prototypes
+    options: dict[str, Any] = {"weights": path, "source": pictures(), "image_size": 32, "prototypes": 3}
+
+    def load(folder: str, **more: Any) -> str:
+        return load_teacher(
+            "timm:resnet18", objective="msn", cache=tmp_path / folder, **options, **more
+        ).info.prototypes
+
+    assert "3 fitted by spherical k-means to 60 images" in load("full")
+    assert "3 fitted by mini-batch spherical k-means to 60 images" in load("minibatch", method="minibatch")
+    monkeypatch.setattr("robx.distill.teachers.prototypes._FULL_BYTES", 60 * 512 * 4 - 1)
+    assert "3 fitted by spherical k-means to 60 images" in load("full")
+    assert "3 fitted by mini-batch spherical k-means to 60 images" in load("large")
+    monkeypatch.undo()
+    assert "3 fitted by mini-batch spherical k-means to 60 images" in load("large")
+    # A file of the one-pass method that older versions used for large sets.
+    (tmp_path / "old" / "prototypes").mkdir(parents=True)
+    (kept,) = (tmp_path / "full" / "prototypes").glob("*.safetensors")
+    with safe_open(kept, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in ("mean", "vectors")}
+        facts = dict(file.metadata() or {})
+    values = json.loads(facts["settings"]) | {"streaming": True}
+    facts["settings"] = json.dumps(values, sort_keys=True)
+    name = hashlib.sha256(facts["settings"].encode()).hexdigest()[:16]
+    save_file(tensors, tmp_path / "old" / "prototypes" / f"prototypes-{name}.safetensors", metadata=facts)
+    assert "3 fitted by streaming spherical k-means to 60 images" in load("old")
+
+
+def test_the_settings_of_older_files_keep_their_identity() -> None:
+    """The name of a file that the first version wrote."""
+    settings = FitSettings(teacher="t", data="d", prototypes=3, size=37, crop=32, seed=1, normalisation=(0.5, 0.25))
+    values = {"crop": 32, "data": "d", "normalisation": [0.5, 0.25], "prototypes": 3, "seed": 1, "size": 37}
+    values |= {"streaming": False, "teacher": "t", "version": 1}
+    assert settings.id == hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def pictures(count: int = 60) -> ArraySource:
@@ -171,9 +217,9 @@ PREPROCESSING = Preprocessing(size=16, crop=16)
 SETTINGS = FitSettings(teacher="t", data=pictures().fingerprint, prototypes=3, size=16, crop=16)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_prototypes_match_the_kinds_of_pictures(streaming: bool) -> None:
-    source, wanted = pictures(), dataclasses.replace(SETTINGS, streaming=streaming)
+@pytest.mark.parametrize("method", ["full", "minibatch"])
+def test_prototypes_match_the_kinds_of_pictures(method: Any) -> None:
+    source, wanted = pictures(), dataclasses.replace(SETTINGS, method=method)
     found = fit_prototypes(mean_colour, source, PREPROCESSING, wanted)
     pixels = torch.from_numpy(np.stack([preprocess(source.read(i), PREPROCESSING) for i in range(60)]))
     features = mean_colour(pixels)
@@ -195,7 +241,7 @@ def test_fitted_once_and_cached_by_all_settings(tmp_path: Path) -> None:
     assert sum(calls) == 60 and torch.equal(first.vectors, again.vectors) and torch.equal(first.mean, again.mean)
     pixels = {"normalisation": (0.5, 0.5, 0.5, 0.5, 0.5, 0.5)}
     for change in (
-        {"teacher": "u"}, {"data": "0"}, {"prototypes": 4}, {"crop": 8}, {"seed": 1}, {"streaming": True}, pixels
+        {"teacher": "u"}, {"data": "0"}, {"prototypes": 4}, {"crop": 8}, {"seed": 1}, {"method": "minibatch"}, pixels
     ):  # fmt: skip
         other = dataclasses.replace(SETTINGS, **change)
         assert other.id != SETTINGS.id
