@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 import typing
 from pathlib import Path
 from typing import Any
 
 from robx.distill.recipes import Recipe
-from robx.errors import InputError
+from robx.store.toml import read_toml, toml_value
 
-_MAX_BYTES = 1024 * 1024
 # The first key of each section.
 _SECTIONS = {
     "objective": "Objective",
@@ -22,37 +19,22 @@ _SECTIONS = {
 }
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path) -> dict[str, Any]:
     """The keys of a recipe file; ``robx.distill.recipes.override`` checks them.
 
     Raises:
         InputError: the file is missing or is not TOML.
     """
-    try:
-        if path.exists() and (not path.is_file() or path.stat().st_size > _MAX_BYTES):
-            raise InputError(f"{path} is not a regular file of at most {_MAX_BYTES} bytes: give a recipe in TOML")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): give a recipe in TOML") from error
-    except RecursionError:
-        raise InputError(f"{path} is not valid TOML (it is nested too deeply): see robx recipe") from None
-    except ValueError as error:  # of TOML, of its encoding, or of an integer with thousands of digits
-        raise InputError(f"{path} is not valid TOML ({error}): see robx recipe") from error
+    return read_toml(path, what="a recipe in TOML (see robx recipe)")
 
 
 def to_toml(recipe: Recipe) -> str:
-    """Every key of the recipe, with its meaning as a comment; ``read_toml`` reads it back to the same recipe."""
+    """Every key of the recipe, with its meaning as a comment; ``read_recipe`` reads it back to the same recipe."""
     lines = []
     for name, kind in typing.get_type_hints(Recipe, include_extras=True).items():
+        value = getattr(recipe, name)
         if name in _SECTIONS:
             lines += ["", f"# {_SECTIONS[name]}"]
-        lines.append(f"{name} = {_value(getattr(recipe, name))}".ljust(38) + f"  # {kind.__metadata__[0]}")
+        lines.append(f"{name} = {toml_value('none' if value is None else value)}".ljust(38))
+        lines[-1] += f"  # {kind.__metadata__[0]}"
     return "\n".join(lines[1:]) + "\n"
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return '"none"'
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_value, value))}]"
-    return json.dumps(value)  # bool, number and string are written alike in JSON and TOML

@@ -14,7 +14,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robx.distill.presets import TINY
-from robx.distill.recipe_toml import read_toml
+from robx.distill.recipe_toml import read_recipe
 from robx.distill.recipes import Recipe, StudentKind, override, preset
 from robx.distill.targets.stored import read_info
 from robx.distill.teachers.choose import default_objective
@@ -111,7 +111,7 @@ def resolve_recipe(settings: DistillSettings) -> Recipe:
         ArtifactError: the stored targets are missing or damaged.
     """
     file, student = settings.recipe, settings.students[0]
-    values = read_toml(file) if file else {}
+    values = read_recipe(file) if file else {}
     if bool(values.get("base", settings.base)) != settings.base:
         raise InputError(f"{file}: base = {str(values['base']).lower()} contradicts --teacher {settings.teacher}")
     method: Any = settings.objective or values.get("objective")

@@ -20,7 +20,7 @@ message says what to do. Long calls show their progress on a terminal and in a n
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from robx.eval.report.render import Pages
     from robx.records import Bundle, Format, Latency, Measurement, Student
     from robx.runtime.session import Session
+    from robx.ship.run import Shipped
 
     StrPath = str | os.PathLike[str]
     Images = StrPath | Image.Image | np.ndarray | Iterable[StrPath | Image.Image | np.ndarray]
@@ -426,6 +427,41 @@ def report(
     from robx.eval.report.render import render
 
     return render(_paths(folders), out=Path(out), margin=margin, budgets=tuple(budgets))
+
+
+# The functions that run the stages of a plan, by the names of its tables.
+VERBS: Mapping[str, Callable[..., Any]] = {
+    "distill": distill,
+    "export": export,
+    "eval": evaluate,
+    "bench": bench,
+    "report": report,
+}
+
+
+def ship(plan: StrPath | Mapping[str, Any], *, fresh: bool = False, progress: Reporting = "auto") -> Shipped:
+    """Distil, export, evaluate, measure and report, as a plan says; finished stages are reused.
+
+    Args:
+        plan: a TOML file, or the same nested tables: {"teacher": ..., "student": ..., "data": ..., "out": ...,
+            "export": [{"format": "onnx", "int8": True}], ...}; see `robx.ship.plan`.
+        fresh: run every stage again, distillation from its first step.
+        progress: "auto", a callable of (done, total, note), or None; see `robx.reporting`.
+
+    Returns:
+        The folders, the report, and one line for each stage that failed or that a gate refused.
+
+    Raises:
+        InputError: a wrong key or value in the plan, or images that cannot be used.
+        Interrupted: a signal stopped a stage; the same call continues.
+        RobxError: the student could not be distilled, or the report not written.
+    """
+    from robx.ship.plan import make_plan, read_plan
+    from robx.ship.run import run_plan
+
+    chosen = make_plan(plan, where="the plan") if isinstance(plan, Mapping) else read_plan(Path(plan))
+    with reporting(progress) as (shown, say):
+        return run_plan(chosen, VERBS, fresh=fresh, progress=shown, say=say)
 
 
 def load(run: StrPath) -> nn.Module:

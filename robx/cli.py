@@ -32,6 +32,7 @@ COMMANDS = {
     "run": ("robx.runtime.commands", "run", "Compute embeddings or labels of images with a bundle."),
     "check": ("robx.runtime.commands", "check", "Check your own program's output for a bundle's golden image."),
     "report": ("robx.eval.commands", "report", "Write one page that recommends what to deploy, and why."),
+    "ship": ("robx.ship.commands", "ship", "Run all of the above from one plan: teacher to report."),
     "demo": ("robx.demo.demo", "demo", "Run every step on real images, in minutes on two cores."),
     "teachers": ("robx.distill.commands", "teachers", "List the teachers: file, licence, published accuracy."),
     "students": ("robx.distill.commands", "students", "List the students that are tested end to end."),

@@ -20,6 +20,7 @@ from robx.records import Bundle, Latency, Value, to_json
 from robx.runtime.bench.ab import Comparison, compare
 from robx.runtime.bench.bench import bench as run_bench
 from robx.runtime.bench.profiles import PROFILES, BenchSettings
+from robx.runtime.bench.validity import codes_of, is_refused
 from robx.runtime.check import check as check_port
 from robx.runtime.doctor import examine
 from robx.runtime.infer import find_images, infer, top_labels
@@ -273,9 +274,9 @@ def _ended_by_signals() -> Iterator[None]:
 
 def _refuse_invalid(found: Sequence[Latency | Comparison]) -> None:
     """Exit with status 3 if one is INVALID for a reason other than an emulated processor."""
-    codes = [reason.split(":")[0] for one in found if one.verdict == "INVALID" for reason in one.reasons]
-    if set(codes) - {"emulated"}:
-        raise GateFailed(f"some measurements are INVALID ({', '.join(dict.fromkeys(codes))}): measure again")
+    if wrong := [one for one in found if is_refused(one.verdict, one.reasons)]:
+        codes = {code: None for one in wrong for code in sorted(codes_of(one.reasons))}
+        raise GateFailed(f"some measurements are INVALID ({', '.join(codes)}): measure again")
 
 
 def _print_comparisons(found: Sequence[Comparison], *, as_json: bool) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robx.errors import MissingExtra, counted, one_line, visible
+from robx.errors import MissingExtra, counted, duration, one_line, visible
 
 # Lone surrogates too: they stand for the bytes of a name that is not UTF-8.
 ANY = st.text(st.characters() | st.characters(categories=("Cs", "Cc", "Cf", "Zl", "Zp")))
@@ -38,3 +39,10 @@ def test_a_missing_package_is_named_with_its_extra_and_its_cause() -> None:
 def test_a_count_and_its_noun_agree() -> None:
     found = [counted(n, "epoch") for n in (0, 1, 2)] + [counted(n, "batch", "batches") for n in (1, 3)]
     assert found == ["0 epochs", "1 epoch", "2 epochs", "1 batch", "3 batches"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0, "1 second"), (36, "36 seconds"), (1800, "30 minutes"), (11556, "3.2 hours")]
+)
+def test_a_duration_is_in_a_unit_that_can_be_read(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown

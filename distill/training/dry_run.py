@@ -28,7 +28,7 @@ from robx.distill.training.networks import Networks, build_networks
 from robx.distill.training.processes import Processes, pick_device
 from robx.distill.training.run import RunSpec, check_outputs, check_spec
 from robx.distill.training.speed import SpeedBound, measure_bound
-from robx.errors import counted
+from robx.errors import counted, duration
 
 # CUDA context, workspaces of cuDNN and cuBLAS, and allocator fragmentation: an estimate.
 _CUDA_BYTES = 1.2e9
@@ -84,7 +84,7 @@ class RunCost:
             f"({SpeedBound(self.teacher_images_per_s, self.student_images_per_s).parts}); "
             f"one loader worker {self.loader_images_per_s:.1f} images/s; measured on "
             f"{counted(self.measured_images, 'image')}",
-            f"estimated run time on one process, including data loading: {_duration(self.hours)}",
+            f"estimated run time on one process, including data loading: {duration(3600 * self.hours)}",
         ]
         if self.gpu_batch is not None:
             fits = f"a micro-batch of about {self.gpu_batch}" if self.gpu_batch else "not even a micro-batch of 1"
@@ -159,13 +159,6 @@ def dry_run(spec: RunSpec, *, gpu_memory: float | None = None) -> RunCost:
         gpu_memory_gb=gpu_memory,
         gpu_batch=None if gpu_memory is None else _largest_batch(gpu_memory, fixed=fixed, image=image_bytes),
     )
-
-
-def _duration(hours: float) -> str:
-    """In the unit in which it is easiest to read."""
-    if hours < 1 / 60:
-        return counted(max(1, round(hours * 3600)), "second")
-    return counted(round(hours * 60), "minute") if hours < 2 else f"{hours:.1f} hours"
 
 
 def _images_to_fit(spec: RunSpec) -> int:

@@ -57,6 +57,11 @@ def codes_of(reasons: Iterable[str]) -> set[str]:
     return {reason.split(":", 1)[0] for reason in reasons}
 
 
+def is_refused(verdict: str, reasons: Iterable[str]) -> bool:
+    """Whether a measurement has to be made again: INVALID, and not only because the processor is emulated."""
+    return verdict == "INVALID" and bool(codes_of(reasons) - {"emulated"})
+
+
 def judge(
     results: Sequence[Mapping[str, Any]],
     samples: Sequence[np.ndarray],

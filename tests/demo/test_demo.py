@@ -1,104 +1,63 @@
-"""The demo runs the commands a user would type, reuses finished steps, and continues after an interruption."""
+"""The demo is a committed plan, run on images that it prepares or on the user's own."""
 
 from __future__ import annotations
 
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 from click.testing import CliRunner
 
+from robx import api
 from robx.cli import main
 from robx.demo import demo as module
-from robx.demo.demo_data import DemoData
-from robx.errors import GateFailed, InputError
+from robx.distill.resolve import DistillSettings, resolve_recipe
+from robx.ship.plan import Plan, check_keys, read_plan
+from robx.ship.run import Shipped
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands that the demo runs; each writes the files it promises."""
-    made: list[list[str]] = []
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """The plans that the demo runs; nothing is run."""
+    seen: list[Plan] = []
 
-    def call(arguments: list[str]) -> None:
-        made.append(arguments)
-        for step in module.plan(_images(Path("data")), out=Path("run"), teacher="t", student="s", epochs=3):
-            if step.command[0] == arguments[0]:
-                for path in step.makes:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.touch()
+    def run(plan: Plan, **_: Any) -> Shipped:
+        seen.append(plan)
+        return Shipped(student=plan.out, bundles=(), report=plan.out / "report.html", refused=("int8 is refused",))
 
-    monkeypatch.setattr(module, "_call", call)
-    monkeypatch.setattr(module, "_show", lambda path: None)
-    monkeypatch.setattr(module, "_runnable_bundles", lambda run: [run / "onnx-fp32"])
-    return made
+    monkeypatch.setattr(module, "run_and_show", run)
+    return seen
 
 
-def _images(folder: Path) -> DemoData:
-    return DemoData(folder, "scenes", "made by robx", "Scenes.")
+def test_the_committed_plan_is_valid() -> None:
+    with resources.as_file(resources.files("robx.demo") / "plan.toml") as path:
+        plan = read_plan(path)
+    check_keys(plan, api.VERBS)
+    settings = DistillSettings.of(teacher=plan.teacher, student=plan.student, data=plan.data, **plan.distill)
+    recipe = resolve_recipe(settings)
+    assert (recipe.epochs, recipe.crop_size, recipe.lr, recipe.optimizer) == (2, 64, 0.001, "adamw")
 
 
-def _demo(scene_shards: Path, *more: str) -> str:
-    result = CliRunner().invoke(main, ["demo", "--data", str(scene_shards), "--out", "run", *more])
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def test_every_command_of_the_plan_is_valid(scene_shards: Path) -> None:
-    for step in module.plan(_images(scene_shards), out=Path("run"), teacher="t", student="s", epochs=3):
-        command = main.get_command(click.Context(main), step.command[0])
-        assert command is not None
-        command.make_context("robx", list(step.command[1:]))  # raises on an option that does not exist
-
-
-def test_a_second_run_reuses_the_steps_and_a_changed_one_does_not(
-    calls: list[list[str]], scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_options_replace_values_of_the_plan_and_a_refused_export_is_no_failure(
+    plans: list[Plan], scene_shards: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    first = _demo(scene_shards)
-    assert [c[0] for c in calls] == ["distill", "export", "export", "export", "export", "eval", "bench", "report"]
-    assert "$ robx distill --teacher" in first and "[8/8]" in first
-    calls.clear()
-    assert _demo(scene_shards).count("already done, reused") == 8 and not calls
-    _demo(scene_shards, "--epochs", "4")
-    assert len(calls) == 8
+    out = tmp_path / "run"
+    arguments = ["demo", "--data", str(scene_shards), "--out", str(out), "--student", "resnet18", "--epochs", "4"]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0 and "refused by a gate: int8 is refused" in result.stderr
+    (plan,) = plans
+    assert (plan.data, plan.out, plan.teacher, plan.student) == (scene_shards, out, "efficientnet_lite0", "resnet18")
+    assert plan.distill["epochs"] == 4 and plan.distill["crop_size"] == 64 and plan.margin == 4
 
 
-def test_an_interrupted_demo_continues_where_it_stopped(
-    calls: list[list[str]], scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_stage_that_failed_ends_the_demo_with_its_message(
+    plans: list[Plan], scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    good = module._call
-
-    def broken(arguments: list[str]) -> None:
-        if "onnx" in arguments:
-            raise InputError("no space left")
-        good(arguments)
-
-    monkeypatch.setattr(module, "_call", broken)
-    result = CliRunner().invoke(main, ["demo", "--data", str(scene_shards), "--out", "run"])
-    assert result.exit_code == 2 and "no space left" in result.stderr
-    monkeypatch.setattr(module, "_call", good)
-    calls.clear()
-    _demo(scene_shards)
-    assert calls[0][:1] == ["export"] and len(calls) == 7
-
-
-def test_a_refused_export_and_a_missing_package_do_not_end_it(
-    calls: list[list[str]], scene_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    good = module._call
-
-    def picky(arguments: list[str]) -> None:
-        if "--int8" in arguments:
-            raise GateFailed("no int8 candidate passed")
-        if "trt" in arguments:
-            raise InputError("tensorrt_rtx is missing")
-        good(arguments)
-
-    monkeypatch.setattr(module, "_call", picky)
-    output = _demo(scene_shards)
-    assert "no int8 candidate passed" in output and "skipped: tensorrt_rtx is missing" in output
+    broken = Shipped(student=tmp_path, bundles=(), report=tmp_path / "report.html", failed=("no space left",))
+    monkeypatch.setattr(module, "run_and_show", lambda plan, **_: broken)
+    result = CliRunner().invoke(main, ["demo", "--data", str(scene_shards), "--out", str(tmp_path / "run")])
+    assert result.exit_code == 2 and result.stderr.endswith("robx: no space left\n")
 
 
 def test_images_without_labels_are_refused_at_once(tmp_path: Path, scenes: Path) -> None:

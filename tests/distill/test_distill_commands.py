@@ -9,7 +9,6 @@ from click.testing import CliRunner, Result
 
 from robx.cli import main
 from robx.distill.resolve import DistillSettings
-from robx.distill.training.dry_run import _duration
 from robx.images.sources import open_source
 from robx.records import load_student
 
@@ -281,10 +280,3 @@ def test_a_changed_lr_is_listed_without_what_follows_from_it(scenes: Path, tmp_p
     changed = robx(*command, "--lr", "0.5")
     assert changed.exit_code == 2 and "recipe.lr: " in changed.stderr
     assert "lr_batch" not in changed.stderr and "final_lr" not in changed.stderr
-
-
-@pytest.mark.parametrize(
-    ("hours", "shown"), [(0.0, "1 second"), (0.01, "36 seconds"), (0.5, "30 minutes"), (3.21, "3.2 hours")]
-)
-def test_a_duration_is_in_a_unit_that_can_be_read(hours: float, shown: str) -> None:
-    assert _duration(hours) == shown

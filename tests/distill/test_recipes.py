@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from robx.distill.recipe_toml import read_toml, to_toml
+from robx.distill.recipe_toml import read_recipe, to_toml
 from robx.distill.recipes import METHODS, Method, Recipe, StudentKind, override, preset, recipe_from_json
 from robx.errors import InputError
 from robx.records import to_json
@@ -172,13 +172,13 @@ def test_values_that_cannot_work_are_refused_by_name(values: dict[str, object], 
 def test_a_toml_file_changes_a_preset(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('objective = "msn"\nepochs = 7\nglobal_scale = [0.5, 1]\n')
-    recipe = override(preset("msn", "vit"), read_toml(path))
+    recipe = override(preset("msn", "vit"), read_recipe(path))
     assert recipe == Recipe(**(vars(preset("msn", "vit")) | {"epochs": 7, "global_scale": (0.5, 1.0)}))
     path.write_text("epochs = \n")
     with pytest.raises(InputError, match="not valid TOML"):
-        read_toml(path)
+        read_recipe(path)
     with pytest.raises(InputError, match="cannot be read"):
-        read_toml(tmp_path / "none.toml")
+        read_recipe(tmp_path / "none.toml")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -190,7 +190,7 @@ def test_a_printed_recipe_has_every_key_and_reads_back_to_itself(
     for base in (False,) if method == "kd" else (False, True):
         recipe = preset(method, kind, base=base)
         path.write_text(to_toml(recipe))
-        values = read_toml(path)
+        values = read_recipe(path)
         assert list(values) == [f.name for f in dataclasses.fields(Recipe)]
         assert override(preset("swav", "vit", base=base), values) == recipe
     assert all(line.count("  # ") == 1 for line in path.read_text().splitlines() if " = " in line.partition("#")[0])
@@ -201,7 +201,7 @@ def test_off_can_be_written_in_toml(off: str, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(
         f'{off}\nlr_batch = 0\nteacher_temperature_start = "none"\nstudent_ema = "none"\n'
     )
-    recipe = override(preset("dino", "vit", base=True), read_toml(tmp_path / "mine.toml"))
+    recipe = override(preset("dino", "vit", base=True), read_recipe(tmp_path / "mine.toml"))
     assert preset("dino", "vit", base=True).clip_grad == 3.0 and recipe.clip_grad is None
     assert (recipe.lr_batch, recipe.teacher_temperature_start, recipe.student_ema) == (None, None, None)
     with pytest.raises(InputError, match="'none' is not of type int"):
@@ -227,5 +227,5 @@ def test_a_hostile_recipe_is_one_short_line(text: str, said: str, tmp_path: Path
     path = tmp_path / "mine.toml"
     path.write_text(text)
     with pytest.raises(InputError) as caught:
-        override(preset("dino", "vit"), read_toml(path), where="mine.toml")
+        override(preset("dino", "vit"), read_recipe(path), where="mine.toml")
     assert said in str(caught.value) and len(str(caught.value)) < 2000

@@ -1,0 +1,74 @@
+"""A stage's arguments as the robx command that does the same, to be shown and copied."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+# Where an argument of the Python API has another name than the command's parameter.
+_NAMES = {
+    "distill": {"fresh": "resume"},
+    "export": {"student": "run", "format": "fmt", "candidates": "rungs"},
+    "eval": {"models": "folders"},
+}
+_JOINED = {"affinity": ",", "size": "x"}  # lists that are one word on the command line
+
+
+def command_line(verb: str, arguments: Mapping[str, Any]) -> str:
+    """The command that calls the function of ``robx.api`` behind `verb` with these arguments.
+
+    Args:
+        verb: "distill", "export", "eval", "bench" or "report".
+        arguments: keyword arguments that the command has options for; see `option_names`.
+    """
+    words = [*_words(verb, arguments)]
+    return shlex.join(["robx", verb, *words]).replace(f" {Path.home()}/", " ~/")
+
+
+def option_names(verb: str) -> set[str]:
+    """The arguments of the verb's function that its command has an option for."""
+    theirs = {theirs: ours for ours, theirs in _NAMES.get(verb, {}).items()}
+    return {theirs.get(str(parameter.name), str(parameter.name)) for parameter in _command(verb).params}
+
+
+def _words(verb: str, arguments: Mapping[str, Any]) -> Iterator[str]:
+    """Positional arguments first, then the options in the order given."""
+    known = {parameter.name: parameter for parameter in _command(verb).params}
+    names = _NAMES.get(verb, {})
+    given = [(known[names.get(name, name)], name, value) for name, value in arguments.items() if value is not None]
+    for parameter, _, value in given:
+        if parameter.param_type_name == "argument":
+            yield from map(str, value if isinstance(value, list | tuple) else [value])
+    for parameter, name, value in given:
+        if parameter.param_type_name == "option":
+            yield from _option(parameter, name, value)
+
+
+def _option(option: Any, name: str, value: Any) -> Iterator[str]:
+    if isinstance(value, bool):
+        negative = name != option.name  # fresh is --no-resume, so to speak
+        flags = option.opts if value is not negative else option.secondary_opts
+        yield from flags[:1]
+        return
+    flag = max(option.opts, key=len)
+    if not isinstance(value, list | tuple):
+        yield from (flag, str(value))
+    elif name in _JOINED:
+        yield from (flag, _JOINED[name].join(map(str, value)))
+    elif option.multiple:
+        for one in value:
+            yield from (flag, str(one))
+    else:
+        yield from (flag, *map(str, value))
+
+
+def _command(verb: str) -> Any:
+    """The click command of a stage."""
+    from robx.distill.commands import distill
+    from robx.eval.commands import evaluate, report
+    from robx.export.commands import export
+    from robx.runtime.commands import bench
+
+    return {"distill": distill, "export": export, "eval": evaluate, "bench": bench, "report": report}[verb]
