@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -97,26 +96,45 @@ class ReportData:
     @cached_property
     def names(self) -> dict[str, str]:
         """A unique name per student, by SHA-256: timm's; where that is ambiguous with the run's folder, or the hash."""
-        folders = {run.student.sha256: PurePath(run.folder).name for run in reversed(self.runs)}
-        plain = {sha256: student.timm_name for sha256, student in self.students.items()}
-        placed = {sha256: f"{name} ({folders.get(sha256, sha256[:8])})" for sha256, name in plain.items()}
-        once, twice = Counter(plain.values()), Counter(placed.values())
-
-        def unique(sha256: str) -> str:
-            if once[plain[sha256]] == 1:
-                return plain[sha256]
-            return placed[sha256] if twice[placed[sha256]] == 1 else f"{plain[sha256]} ({sha256[:8]})"
-
-        return {sha256: unique(sha256) for sha256 in self.students}
+        places = {run.student.sha256: run.folder for run in reversed(self.runs)}
+        return unique_names({sha256: student.timm_name for sha256, student in self.students.items()}, places)
 
     @cached_property
     def labels(self) -> dict[str, str]:
-        """``resnet18 · openvino int8`` by model id, for every student and bundle."""
+        """``resnet18 · openvino int8`` by model id, unique, for every student and bundle."""
         students = {sha256[:16]: model_label(name, "torch", "fp32") for sha256, name in self.names.items()}
+        bundles = {packed.bundle.id: packed for packed in reversed(self.bundles)}
         return students | {
-            b.id: model_label(self.name_of(b), b.format, b.precision)
-            for b in (packed.bundle for packed in self.bundles)
+            id_: model_label(self.name_of(packed.bundle), packed.bundle.format, self.variant_of(packed.bundle))
+            for id_, packed in bundles.items()
         }
+
+    def variant_of(self, bundle: Bundle) -> str:
+        """``int8``; with the folder, or the id, where the student has several int8 bundles of this format and size."""
+        return self._variants[bundle.id]
+
+    @cached_property
+    def _variants(self) -> dict[str, str]:
+        bundles = {packed.bundle.id: packed for packed in reversed(self.bundles)}
+        plain = {
+            id_: model_label(self.name_of(packed.bundle), packed.bundle.format, packed.bundle.precision)
+            for id_, packed in bundles.items()
+        }
+        told = unique_names(plain, {id_: packed.folder for id_, packed in bundles.items()})
+        return {id_: packed.bundle.precision + told[id_].removeprefix(plain[id_]) for id_, packed in bundles.items()}
+
+    def device_of(self, record: Latency) -> str:
+        """`device_label`; with the machine's own name where several machines of one kind were measured."""
+        label, machine = device_label(record), _machine(record)
+        return f"{label} ({machine})" if machine and len(self._machines[label]) > 1 else label
+
+    @cached_property
+    def _machines(self) -> dict[str, set[str]]:
+        """The machines behind each device label."""
+        found: dict[str, set[str]] = {}
+        for _, record in self.latencies:
+            found.setdefault(device_label(record), set()).add(_machine(record))
+        return found
 
     def name_of(self, bundle: Bundle) -> str:
         """Its student's name; with the input size, height by width, where that is not the student's own."""
@@ -171,6 +189,43 @@ def device_label(record: Latency) -> str:
     if device.get("emulated"):
         parts.append("emulated")
     return ", ".join(parts)
+
+
+def _machine(record: Latency) -> str:
+    """What tells a machine from another of its kind: its serial number or host name; "" where neither was recorded."""
+    return text_of(record.device.get("id")) or text_of(record.device.get("host"))
+
+
+def unique_names(names: Mapping[str, str], places: Mapping[str, str]) -> dict[str, str]:
+    """`names` by key, made unique: ``name (end of its place)`` where several share one, else ``name (key's start)``.
+
+    Args:
+        names: key, a hash, -> name.
+        places: key -> the path that it was read from; keys without one are told apart by the hash.
+    """
+    keys: dict[str, list[str]] = {}
+    for key, name in names.items():
+        keys.setdefault(name, []).append(key)
+    found = {}
+    for name, sharing in keys.items():
+        tails = _path_ends([places.get(key, "") for key in sharing])
+        for key, tail in zip(sharing, tails, strict=True):
+            found[key] = name if len(sharing) == 1 else f"{name} ({tail or key[:8]})"
+    return {key: found[key] for key in names}
+
+
+def _path_ends(paths: Sequence[str]) -> list[str]:
+    """The shortest end of each path that no other one has; "" for an empty path and for one that occurs twice."""
+    ends = []
+    for path in paths:
+        parts = PurePath(path).parts
+        tails = ("/".join(parts[-length:]) for length in range(1, len(parts) + 1))
+        ends.append(next((tail for tail in tails if sum(_ends_with(other, tail) for other in paths) == 1), ""))
+    return ends
+
+
+def _ends_with(path: str, tail: str) -> bool:
+    return path == tail or path.endswith(f"/{tail}")
 
 
 def text_of(value: Json) -> str:

@@ -46,7 +46,7 @@ def pareto_figure(
             "high": y[2],
             "bytes": row.bytes,
             "precision": row.precision,
-            "label": short(f"{row.name} {row.format} {row.precision}"),
+            "label": short(f"{row.name} {row.kind}"),
             "valid": row.validity == "VALID",
             "picked": row is picked,
         }
@@ -81,7 +81,7 @@ def latency_figures(rows: Sequence[Row], samples: Mapping[str, tuple[np.ndarray,
             continue
         bands: list[dict[str, Any]] = [
             {
-                "label": short(f"{row.name} {row.format} {row.precision}") + ("" if row.validity == "VALID" else " ▲"),
+                "label": short(f"{row.name} {row.kind}") + ("" if row.validity == "VALID" else " ▲"),
                 "ms": np.concatenate(samples[row.samples]),
                 "precision": row.precision,
                 "valid": row.validity == "VALID",
@@ -112,7 +112,7 @@ def pair_figure(pairs: Sequence[tuple[Row, Row, Figure | None]], *, margin: floa
     """How much faster and how much less accurate each lower precision is, with intervals."""
     rows: list[dict[str, Any]] = [
         {
-            "label": short(f"{row.name} {row.format} {row.precision} / {base.precision}", 44),
+            "label": short(f"{row.name} {row.kind} / {base.precision}", 44),
             "precision": row.precision,
             "valid": row.validity == base.validity == "VALID",
             "speedup": _triple(figure),
@@ -171,9 +171,13 @@ def curve_figures(data: ReportData) -> list[tuple[str, Picture]]:
 
 
 def short(text: str, most: int = 36) -> str:
-    """`text` for a figure: clean, on one line, at most `most` characters."""
+    """`text` for a figure: clean, on one line, at most `most` characters, without its middle if it is longer.
+
+    What tells two models apart (precision, folder) stands at the end.
+    """
     line = " ".join(clean(text).split())
-    return line if len(line) <= most else line[: most - 1] + "…"
+    head = (most - 1) // 3
+    return line if len(line) <= most else f"{line[:head]}…{line[head + 1 - most :]}"
 
 
 def _lines(curves: Sequence[Mapping[str, float]], x_key: str, wanted: Any) -> list[tuple[str, np.ndarray, np.ndarray]]:

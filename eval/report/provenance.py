@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from robx.eval.datasets.duplicates import warning_in
-from robx.eval.report.collect import Packed, ReportData, device_label, text_of
+from robx.eval.report.collect import Packed, ReportData, text_of
 from robx.eval.report.recommend import Advice
 from robx.eval.report.rows import Row, headline_data, images_of
 from robx.eval.report.tables import Cell, Table
@@ -35,16 +35,17 @@ class Doubt(NamedTuple):
 def licence_warnings(data: ReportData) -> list[str]:
     """One line for each teacher or data set whose licence forbids commercial use, or is unknown."""
     found = []
-    for student in data.students.values():
+    for sha256, student in data.students.items():
+        name = data.names[sha256]
         for what, made in (("teacher", student.teacher), ("training data", student.data)):
             if made is None:
                 continue
             if what == "teacher" and made.licence.strip().lower().partition(" ")[0] in ("", "unknown"):
                 known = made.licence.strip() or "unknown"
-                found.append(f"{student.timm_name}: the licence of the {what} {made.name} is {known}.")
+                found.append(f"{name}: the licence of the {what} {made.name} is {known}.")
             elif _NON_COMMERCIAL.search(made.licence):
                 found.append(
-                    f"{student.timm_name} was distilled with the {what} {made.name}, licensed {made.licence}: "
+                    f"{name} was distilled with the {what} {made.name}, licensed {made.licence}: "
                     "non-commercial use only. Get legal advice before you sell or ship this student."
                 )
     return list(dict.fromkeys(found))
@@ -77,7 +78,7 @@ def provenance(data: ReportData) -> list[Table]:
     found = [_student_table(data)] if data.students else []
     if data.bundles:
         found.append(_bundle_table(data))
-    devices = {device_label(record): (record, measurement.place) for measurement, record in data.latencies}
+    devices = {data.device_of(record): (record, measurement.place) for measurement, record in data.latencies}
     if devices:
         found.append(_device_table(devices))
     return found
@@ -217,7 +218,7 @@ def source_table(data: ReportData) -> Table:
         what = f"{record.kind} {record.protocol}" if isinstance(record, Accuracy) else record.kind
         raw = Cell(DASH)
         if isinstance(record, Latency):
-            what += f" on {device_label(record)}"
+            what += f" on {data.device_of(record)}"
             raw = Cell(record.samples or DASH, record.samples_sha256 or "")
         model = data.labels.get(measurement.model_id, measurement.model_id)
         rows.append((Cell(measurement.place), Cell(what, model), Cell(record.started), raw))

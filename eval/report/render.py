@@ -30,6 +30,7 @@ from robx.eval.report import tables as tables
 from robx.eval.report.collect import ReportData, collect
 from robx.eval.report.recommend import MARGIN, Advice, Step, advise
 from robx.eval.report.rows import Row, build_rows, headline_data, images_of, precision_pairs
+from robx.eval.report.summary import summaries
 from robx.eval.report.text import MS_AT_MOST, PERCENT, POINTS, SIZE, TIMES, at_most, clean, figure
 from robx.records import Latency, Value, to_json
 from robx.store.files import write_text
@@ -114,7 +115,9 @@ def render(
 # The start of each page, and of those that earlier versions wrote.
 _OWN_START = {
     ".json": re.compile(rb'\{\s*"schema": \d+,\s*"title": .*?"margin": .*?"accuracy": ', re.DOTALL),
-    ".md": re.compile(rb"# [^\n]*\n+(Measured [^\n]*\n+)?For each device and latency budget: the fastest model"),
+    ".md": re.compile(
+        rb"# [^\n]*\n+(On [^\n]*\n+)*(Measured [^\n]*\n+)?For each device and latency budget: the fastest model"
+    ),
 }
 _OWN_PAGE = re.compile(rb"<!doctype html>.*?<title>[^<]* robx report</title>", re.DOTALL | re.IGNORECASE)
 _START_BYTES = 64 * 1024
@@ -163,6 +166,7 @@ def _view(
     axis = _axis(data)
     return {
         "title": _title(advice, rows),
+        "summaries": summaries(advice, rows, protocol),
         "margin": f"{margin:g}",
         "axis": axis,
         "devices": [_device(i, one, rows, protocol, margin, axis) for i, one in enumerate(advice)],
@@ -253,7 +257,7 @@ def _pick(row: Row, protocol: str | None) -> dict[str, Any]:
         facts.append((row.speedup.value, TIMES, "speed-up vs fp32", row.speedup.source))
     if row.bytes:
         facts.append((Value(value=row.bytes), SIZE, "model size", row.folder))
-    return {"name": row.name, "what": f"{row.format} {row.precision}", "folder": row.folder, "facts": facts}
+    return {"name": row.name, "what": row.kind, "folder": row.folder, "facts": facts}
 
 
 def _step(step: Step) -> dict[str, str]:
@@ -302,6 +306,7 @@ def _machine_form(data: ReportData, rows: Sequence[Row], advice: Sequence[Advice
         "title": view["title"],
         "margin": view["margin"],
         "accuracy": view["axis"],
+        "summaries": [{"device": device, "text": text} for device, text in view["summaries"]],
         "devices": [_advice_json(one) for one in advice],
         "rows": to_json(list(rows)),
         "doubts": [list(doubt) for doubt in view["doubts"]],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from robx.eval.report.collect import Packed, ReportData, Sourced, device_label, model_label, text_of
+from robx.eval.report.collect import Packed, ReportData, Sourced, model_label, text_of
 from robx.records import Accuracy, Bundle, Latency, Rung, Validity, Value
 
 # The drop that decides comes first: a user's head is already trained on fp32 features.
@@ -54,18 +54,24 @@ class Row:
     missing: dict[str, str] = field(default_factory=dict)
     samples: str = ""  # SHA-256 of the raw samples
     profile: str = ""
+    variant: str = ""  # the precision, with the bundle's folder where several bundles share it; "": the precision
 
     @property
     def label(self) -> str:
-        """``resnet18 · openvino int8``."""
-        return model_label(self.name, self.format, self.precision)
+        """``resnet18 · openvino int8``, unique in the report."""
+        return model_label(self.name, self.format, self.variant or self.precision)
+
+    @property
+    def kind(self) -> str:
+        """``openvino int8``, the label without the student."""
+        return f"{self.format} {self.variant or self.precision}"
 
 
 def build_rows(data: ReportData) -> tuple[Row, ...]:
     """One row per model and device, ordered by device, student, format and precision."""
     models = [_student_row(data, sha256, name) for sha256, name in data.names.items()]
     unique = {packed.bundle.id: packed for packed in reversed(data.bundles)}
-    models += [_bundle_row(packed, data.name_of(packed.bundle)) for packed in unique.values()]
+    models += [_bundle_row(packed, data) for packed in unique.values()]
     judged = [_with_drop(row, data, unique.get(row.model_id)) for row in models]
     accurate = _with_accuracy(judged, data)
     rows = [measured for row in accurate for measured in _with_latency(row, data)]
@@ -120,8 +126,8 @@ def _student_row(data: ReportData, sha256: str, name: str) -> Row:
     )
 
 
-def _bundle_row(packed: Packed, name: str) -> Row:
-    bundle = packed.bundle
+def _bundle_row(packed: Packed, data: ReportData) -> Row:
+    bundle, name = packed.bundle, data.name_of(packed.bundle)
     return Row(
         model_id=bundle.id,
         student=bundle.student.sha256,
@@ -132,6 +138,7 @@ def _bundle_row(packed: Packed, name: str) -> Row:
         bytes=bundle.bytes,
         gate=bundle.verdict,
         gate_reason=bundle.reason,
+        variant=data.variant_of(bundle),
     )
 
 
@@ -202,7 +209,7 @@ def _with_latency(row: Row, data: ReportData) -> list[Row]:
     latest: dict[str, tuple[Sourced, Latency]] = {}
     for measurement, record in data.latencies:
         if record.bundle_id == row.model_id:
-            latest[device_label(record)] = measurement, record
+            latest[data.device_of(record)] = measurement, record
     return [_measured(row, device, *found) for device, found in latest.items()] or [row]
 
 

@@ -105,7 +105,7 @@ def model_table(rows: Sequence[Row], *, caption: str, picked: Row | None) -> Tab
         (
             Cell(
                 row.name,
-                f"{row.format} {row.precision}",
+                row.kind,
                 row.folder,
                 row.precision + (" picked" if row is picked else ""),
             ),

@@ -273,6 +273,57 @@ def test_students_of_one_name_are_told_apart_wherever_they_lie(records, tmp_path
     assert len(set(names)) == 3 and "resnet18 (other)" in names
 
 
+def test_two_bundles_of_one_kind_are_told_apart_by_their_folders_everywhere(records, tmp_path):
+    student = records.write_run(tmp_path / "r")
+    for place in ("a/int8", "b/int8"):
+        bundle = records.write_bundle(tmp_path / "r" / place, student, "int8", 900 + len(place) * ord(place[0]))
+        records.write_latency(tmp_path / "r" / place, bundle.id, 7.31 + ord(place[0]))
+    data = collect([tmp_path])
+    labels = [label for label in data.labels.values() if "int8" in label]
+    assert sorted(labels) == ["resnet18 · openvino int8 (a/int8)", "resnet18 · openvino int8 (b/int8)"]
+    pages = make_pages(data)
+    page = Page(pages.html)
+    assert sorted({row.label for row in build_rows(data) if row.device}) == sorted(labels)
+    for words in ("resnet18 · openvino int8 (a/int8)", "openvino int8 (b/int8)"):
+        assert words in page.text and words in pages.markdown.replace("\\", "")
+    assert not re.search(r"openvino int8(?! \()", page.text)
+    drawn = re.findall(r"<text[^>]*>([^<]*)</text>|<desc[^>]*>([^<]*)</desc>", pages.html)
+    assert any("(a/int8)" in "".join(words) for words in drawn)
+
+
+def test_two_machines_of_one_kind_are_two_devices(records, tmp_path):
+    student = records.write_run(tmp_path / "r")
+    place = tmp_path / "r" / "openvino-fp32"
+    bundle = records.write_bundle(place, student, "fp32", 900)
+    for host, ms in (("kitchen", 7.0), ("garage", 9.0)):
+        records.write_latency(place, bundle.id, ms, device=records.PI | {"host": host})
+    devices = {row.device for row in build_rows(collect([tmp_path])) if row.device}
+    assert devices == {f"Raspberry Pi 5 Model B, 4 threads ({host})" for host in ("kitchen", "garage")}
+
+
+def test_the_first_lines_say_what_to_deploy_what_it_gains_and_loses_and_how_sure(records, data, pages):
+    (pi,) = json.loads(pages.json)["summaries"]
+    text = pi["text"]
+    (row,) = [r for r in build_rows(data) if r.device == pi["device"] and r.label in text]
+    assert text.startswith(f"On {row.device}, deploy {row.label}.")
+    speedup, drop = row.speedup.value, row.drop.value
+    assert f"{speedup.value:.2f} times as fast as fp32 ({speedup.low:.2f} to {speedup.high:.2f})" in text
+    assert "2.0 times smaller" in text and "loses no measurable part of linear-probe accuracy" in text
+    assert f"at most {drop.high:.2f}, on 905 images" in text
+    assert f"within {at_most(row.bound.value.value)} ms, with 99 % confidence (1500 calls): VALID" in text
+    assert text in Page(pages.html).text and text in pages.markdown.replace("\\", "")
+
+
+def test_a_recommended_fp32_model_is_not_said_to_gain_or_lose(records, tmp_path):
+    student = records.write_run(tmp_path / "r")
+    place = tmp_path / "r" / "openvino-fp32"
+    bundle = records.write_bundle(place, student, "fp32", 900_000)
+    records.write_latency(place, bundle.id, 7.0)
+    (one,) = json.loads(make_pages(collect([tmp_path])).json)["summaries"]
+    assert "It is the fp32 model (0.9 MB): no smaller precision qualifies here" in one["text"]
+    assert "Its outputs are the student's. Its knn top-1 is 61.3 %." in one["text"] and "loses" not in one["text"]
+
+
 def test_a_column_of_linear_accuracy_is_there_only_when_a_model_has_one(records, tmp_path):
     student = records.write_run(tmp_path / "r")
     assert "Linear top-1" in make_pages(collect([tmp_path])).html
