@@ -90,6 +90,7 @@ class Run:
     initial: dict[str, Initial] = field(default_factory=dict)  # weights that students start from, by name
     best: tuple[int, float] | None = None  # (step, kNN top-1) of the best evaluation
     bound: SpeedBound | None = None
+    bound_tries: int = 0  # measurements of it
     warned: set[str] = field(default_factory=set)
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from robx.distill import train as module
 from robx.distill.objectives import rob_msn
 from robx.distill.recipes import override
 from robx.distill.teachers.foreign_files import read_checkpoint
@@ -27,6 +29,7 @@ from robx.distill.training.compute import compute_of
 from robx.distill.training.learner import Learner
 from robx.distill.training.processes import Processes
 from robx.distill.training.run import RunSpec, open_run, require_same_images
+from robx.distill.training.speed import SpeedBound
 from robx.errors import InputError
 from robx.images.sources import FolderSource, ImageSource, open_source
 from robx.records import load_student
@@ -140,6 +143,22 @@ def test_neither_probe_nor_monitor_nor_measurement_changes_the_run(
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     keys = {key for line in lines for key in line}
     assert {"probe_knn", "embedding_std", "embedding_rank", "target_entropy", "grad_norm", "share_of_bound"} <= keys
+
+
+def test_a_bound_that_was_measured_on_a_busy_machine_is_measured_again(
+    tiny: ModuleType, source: ImageSource, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, bounds = module.measure_bound, [1e-3, 1e-3, 1e6, 1e-3]
+
+    def busy(*given: Any, **settings: Any) -> Any:
+        return replace(measure(*given, **settings), bound=SpeedBound(None, bounds.pop(0)))
+
+    monkeypatch.setattr(module, "measure_bound", busy)
+    said: list[str] = []
+    tiny.tiny_run(source, tmp_path, options={"measure": True}, say=said.append)
+    assert sum("measuring it again" in line for line in said) == 2 and len(bounds) == 1
+    assert [line.split(",")[0] for line in said if line.startswith("speed bound")][-1].endswith("1 process")
+    assert weights(tmp_path) == weights(unbroken) and tiny.losses(tmp_path) == tiny.losses(unbroken)
 
 
 def test_statistics_are_those_of_their_step_and_made_for_no_other(
