@@ -259,6 +259,7 @@ def bench(
     batch: int = 1,
     data: StrPath | None = None,
     image_member: str | None = None,
+    runner: Literal["python", "native"] | None = None,
     python: str | None = None,
     emulated: bool = False,
     seed: int = 0,
@@ -269,7 +270,7 @@ def bench(
 
     Args:
         bundles: one or more bundles' folders.
-        device: "local", "ssh://[user@]host[:port]" or "adb://serial".
+        device: "local", "ssh://[user@]host[:port]", "adb://serial" or "adb://host:port".
         profile: length of the run: "rapid", "quick", "standard" or "mlperf".
         threads: threads of one inference.
         provider: the runtime's device: "cpu", "cuda", "gpu", "npu"; None is the runtime's default. It never falls back.
@@ -279,6 +280,8 @@ def bench(
         batch: images in one inference; more than 1 measures offline throughput.
         data: images to run; None renders scenes.
         image_member: which image of a tar sample to read when it has several, such as "rgb.jpg".
+        runner: the program that measures: "python", or "native", which needs no Python on the device; None is Python
+            if the device has one.
         python: the Python command on the device.
         emulated: the processor is emulated: verify the outputs, but measure no latency.
         seed: seed for the order of the processes.
@@ -308,6 +311,7 @@ def bench(
         batch=batch,
         data=_path(data),
         image_member=image_member,
+        runner=runner,
         python=python,
         emulated=emulated,
         seed=seed,

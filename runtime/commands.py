@@ -20,6 +20,7 @@ from robx.records import Bundle, Latency, Value, to_json
 from robx.runtime.bench.ab import Comparison, compare
 from robx.runtime.bench.bench import bench as run_bench
 from robx.runtime.bench.profiles import PROFILES, BenchSettings
+from robx.runtime.bench.runners import RUNNERS
 from robx.runtime.bench.validity import codes_of, is_refused
 from robx.runtime.check import check as check_port
 from robx.runtime.doctor import examine
@@ -28,7 +29,8 @@ from robx.runtime.session import SessionSettings, open_session
 from robx.store.files import write_atomically
 
 _PATH = click.Path(path_type=Path)
-_DEVICE_HELP = "Device: local, ssh://[user@]host[:port] or adb://serial."
+_DEVICE_HELP = "Device: local, ssh://[user@]host[:port], adb://serial or adb://host:port."
+_RUNNER_HELP = "Program that measures.  [default: python if the device has one, else native]"
 _PYTHON_HELP = "Python command on the device.  [default: python3]"
 _PROVIDER_HELP = "Hardware backend of the engine: cpu, cuda, gpu, npu, ...; never falls back to another."
 
@@ -59,6 +61,7 @@ _PROVIDER_HELP = "Hardware backend of the engine: cpu, cuda, gpu, npu, ...; neve
 )
 @click.option("--data", type=_PATH, help="Images to run.  [default: rendered scenes]")
 @click.option("--image-member", metavar="NAME", help="Image of a tar sample that has several, such as rgb.jpg.")
+@click.option("--runner", type=click.Choice(list(RUNNERS)), help=_RUNNER_HELP)
 @click.option("--python", help=_PYTHON_HELP)
 @click.option("--emulated", is_flag=True, help="The processor is emulated: check the outputs, do not time them.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Random seed for the order of the processes.")
@@ -211,9 +214,10 @@ def _finite(number: float) -> float | None:
 
 @click.command()
 @click.option("--device", default="local", show_default=True, help=_DEVICE_HELP)
+@click.option("--runner", type=click.Choice(list(RUNNERS)), help=_RUNNER_HELP)
 @click.option("--python", help=_PYTHON_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(device: str, python: str | None, as_json: bool) -> None:
+def doctor(device: str, runner: str | None, python: str | None, as_json: bool) -> None:
     """Show what this machine or a device can run, what is missing, and how to install it.
 
     \b
@@ -221,13 +225,13 @@ def doctor(device: str, python: str | None, as_json: bool) -> None:
     robx doctor --device ssh://pi@raspberrypi
     """
     with _ended_by_signals():
-        facts, findings = examine(device, python=python)
+        facts, findings = examine(device, runner=runner, python=python)
     if as_json:
         click.echo(json.dumps({"facts": facts, "findings": [asdict(finding) for finding in findings]}, indent=2))
         return
     cpu = facts["cpu"]
     memory = f"{facts['memory_bytes'] / 1e9:.1f} GB" if facts["memory_bytes"] else "memory unknown"
-    click.echo(f"{facts['board'] or facts['host']}: {facts['os']}, {facts['arch']}, Python {facts['python']}")
+    click.echo(f"{facts['board'] or facts['host']}: {facts['os']}, {facts['arch']}, {_program(facts)}")
     click.echo(f"{cpu['model'] or 'unknown processor'}, {cpu['usable_cores']} cores, {memory}")
     missing = facts["watched"]["energy"]
     energy = facts["energy_counter"] or (f"not measured, {missing}" if missing else "power rails")
@@ -243,6 +247,11 @@ def doctor(device: str, python: str | None, as_json: bool) -> None:
         click.echo("What is missing, and how to get it, if you need it:")
     for finding in missing:
         click.echo(f"  {finding.name}: {finding.remedy}")
+
+
+def _program(facts: Mapping[str, Any]) -> str:
+    """What runs a benchmark on the device."""
+    return f"Python {facts['python']}" if facts["python"] else "native runner"
 
 
 def _watched(watched: Mapping[str, bool]) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 
 from robx.errors import DeviceError, first_line
 from robx.formats import FORMATS, RUNTIMES, RuntimeRow
-from robx.runtime.bench import result_schema, runner_zip
+from robx.runtime.bench import native_runner, result_schema
+from robx.runtime.bench.runners import choose_runner, python_command
 from robx.runtime.bench.transports import open_transport
 from robx.runtime.bench.workspace import workspace
 
@@ -42,17 +43,24 @@ class Finding:
     remedy: str  # the command that installs it; "" if present
 
 
-def examine(device: str = "local", *, python: str | None = None) -> tuple[dict[str, Any], list[Finding]]:
+def examine(
+    device: str = "local", *, runner: str | None = None, python: str | None = None
+) -> tuple[dict[str, Any], list[Finding]]:
     """A device's facts, and what is present or missing. Runs the benchmark's own runner there, so both see the same.
 
+    Args:
+        device: local, ssh://[user@]host[:port] or adb://[serial].
+        runner: "python" or "native"; None: Python where the device has one, else native.
+        python: the Python command on the device.
+
     Raises:
-        InputError: the address is not valid.
-        DeviceError: the device cannot be reached, or has no Python 3.8 or later.
+        InputError: the address is not valid, or the native runner is needed and was not built.
+        DeviceError: the device cannot be reached, or its Python is older than 3.8.
     """
     parts = (*_PARTS, *_engines())
-    answer = _ask(device, python, [name for _, names, _, _ in parts for name in names])
+    answer, abi = _ask(device, runner, python, [name for _, names, _, _ in parts for name in names])
     local = device == "local"
-    findings = [_finding(part, answer["packages"], local) for part in parts]
+    findings = _native(abi) if abi else [_finding(part, answer["packages"], local) for part in parts]
     findings.append(_governor(answer["facts"]["cpu"]))
     if local:
         findings += [_tool(*tool) for tool in _TOOLS]
@@ -73,21 +81,35 @@ def _install(row: RuntimeRow) -> str:
     return f"pip install 'robx[{row.extra}]'" if row.extra else "pip install robx"
 
 
-def _ask(device: str, python: str | None, packages: list[str]) -> dict[str, Any]:
-    with workspace() as folder, open_transport(device, python=python) as transport:
-        path = folder / runner_zip.NAME
-        path.write_bytes(runner_zip.pack_runner(None))
-        transport.push({runner_zip.NAME: path}, "doctor")
-        status, text = transport.run("doctor", [runner_zip.NAME, "--doctor", *packages], timeout=_DOCTOR_SECONDS)
+def _ask(device: str, runner: str | None, python: str | None, packages: list[str]) -> tuple[dict[str, Any], str]:
+    """What the runner says about the device, and the ABI of a native runner ("" for Python)."""
+    python_command(python)  # raises before anything is reached
+    with workspace() as folder, open_transport(device) as transport:
+        chosen = choose_runner(transport, wanted=runner, python=python)
+        transport.push(chosen.files(None, folder), "doctor")
+        status, text = transport.run("doctor", [*chosen.command, "--doctor", *packages], timeout=_DOCTOR_SECONDS)
     last = text.splitlines()[-1].strip() if text else ""
     if status:
         raise DeviceError(f"{device} cannot run the runner: {last[:300] or f'exit status {status}'}")
     try:
-        return dict(result_schema.check(result_schema.parse(last), result_schema.DoctorAnswer, "answer"))
+        answer = result_schema.check(result_schema.parse(last), result_schema.DoctorAnswer, "answer")
     except DeviceError as error:
         raise DeviceError(
             f"{device} answered {last[:80]!r} where the runner's facts were expected: check --python"
         ) from error
+    return dict(answer), chosen.abi
+
+
+def _native(abi: str) -> list[Finding]:
+    """What the native runner for `abi` can run: the libraries that were built into its folder."""
+    build = native_runner.read_build(abi)
+    have = {lib["runtime"]: lib["version"] or "version unknown" for lib in build["libraries"]}
+    remedy = f"robx device build --abi {abi} --help tells how to add it"
+    findings = [Finding("the benchmark runner", f"native, {abi}", build["robx_version"], "")]
+    return findings + [
+        Finding(f"bundles in {name}", name, have.get(name), "" if name in have else remedy)
+        for name in dict.fromkeys((*native_runner.RUNTIMES, *have))
+    ]
 
 
 def _finding(part: tuple[str, tuple[str, ...], str, str], packages: Mapping[str, str], local: bool) -> Finding:

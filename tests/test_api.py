@@ -91,8 +91,8 @@ EVALUATE: dict[str, Any] = {
 }  # fmt: skip
 BENCH: dict[str, Any] = {
     "device": "ssh://host", "profile": "rapid", "threads": 2, "provider": "gpu", "precision_hint": "f16",
-    "processes": 4, "affinity": [0, 1], "batch": 5, "data": "images", "python": "python3.9", "emulated": True,
-    "seed": 6, "retries": 1, "image_member": "rgb.jpg",
+    "processes": 4, "affinity": [0, 1], "batch": 5, "data": "images", "runner": "python", "python": "python3.9",
+    "emulated": True, "seed": 6, "retries": 1, "image_member": "rgb.jpg",
 }  # fmt: skip
 PATHS = {"data", "test", "lowshot_splits", "reference", "save_head", "cache", "out", "head", "labels"}
 

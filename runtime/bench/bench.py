@@ -19,9 +19,10 @@ from robx.records import Latency, Preprocessing, append_measurements, load_bundl
 from robx.runtime.bench import profiles, runner_zip, validity
 from robx.runtime.bench.inputs import Inputs, load_inputs
 from robx.runtime.bench.profiles import BenchSettings, find_profile
-from robx.runtime.bench.record import Run, Try, make_record, require_writable
+from robx.runtime.bench.record import Origin, Run, Try, make_record, require_writable
 from robx.runtime.bench.reference import find_reference
 from robx.runtime.bench.results import read_result
+from robx.runtime.bench.runners import Runner, choose_runner, job_hashes, python_command
 from robx.runtime.bench.transports import Transport, open_transport
 from robx.runtime.bench.workspace import workspace
 from robx.runtime.device.runner import RESULT
@@ -46,11 +47,12 @@ def bench(settings: BenchSettings, *, progress: Progress = silent) -> list[Laten
     """
     runs = _prepare(settings)
     started = utc_now()
-    with open_transport(settings.device, python=settings.python) as transport:
+    with open_transport(settings.device) as transport:
+        runner = choose_runner(transport, wanted=settings.runner, python=settings.python)
         for run in runs:
-            _push(transport, run, settings)
+            _push(transport, run, settings, runner)
         begun = time.monotonic()
-        _measure_all(transport, runs, settings, progress)
+        _measure_all(transport, runs, settings, progress, runner)
         each = (time.monotonic() - begun) / len(runs)
         retried, deadline = runs, time.monotonic() + profiles.RETRY_SECONDS
         for _ in range(settings.retries):
@@ -59,16 +61,18 @@ def bench(settings: BenchSettings, *, progress: Progress = silent) -> list[Laten
                 break
             for run in retried:
                 run.tries.append(Try())
-            _measure_all(transport, retried, settings, progress)
+            _measure_all(transport, retried, settings, progress, runner)
         kind = transport.kind
     if not any(one.results for run in runs for one in run.tries):
         raise DeviceError(
             f"{runs[0].folder} could not be measured on {settings.device}: {runs[0].tries[0].failures[0]}"
         )
-    return _record(runs, settings, kind=kind, started=started)
+    return _record(runs, settings, Origin(kind=kind, started=started, runner=runner))
 
 
-def _measure_all(transport: Transport, runs: list[Run], settings: BenchSettings, progress: Progress) -> None:
+def _measure_all(
+    transport: Transport, runs: list[Run], settings: BenchSettings, progress: Progress, runner: Runner
+) -> None:
     """Run the processes of one try of each bundle, in random order."""
     order = [run for run in runs for _ in range(settings.process_count)]
     random.Random(settings.seed).shuffle(order)
@@ -78,11 +82,11 @@ def _measure_all(transport: Transport, runs: list[Run], settings: BenchSettings,
         again = f" again ({', '.join(sorted(codes))})"
     for done, run in enumerate(order):
         progress(done, len(order), f"measuring {run.label}{again}")
-        _measure(transport, run, _time_limit(settings))
+        _measure(transport, run, _time_limit(settings), runner)
     progress(len(order), len(order), "measured")
 
 
-def _record(runs: list[Run], settings: BenchSettings, *, kind: str, started: str) -> list[Latency]:
+def _record(runs: list[Run], settings: BenchSettings, origin: Origin) -> list[Latency]:
     """Write every bundle's record; a folder that cannot be written does not lose the other folders' records."""
     outputs: dict[int, dict[Path, np.ndarray]] = {}  # of the references, by input and folder
     found, unsaved = [], list[RobxError]()
@@ -90,7 +94,7 @@ def _record(runs: list[Run], settings: BenchSettings, *, kind: str, started: str
         cache = outputs.setdefault(id(run.inputs), {})
         reference = find_reference(run.folder, run.bundle, run.inputs.images, cache)
         try:
-            record = make_record(run, settings, kind=kind, started=started, reference=reference)
+            record = make_record(run, settings, origin, reference=reference)
             append_measurements(run.folder / "measurements.jsonl", [record])
             found.append(record)
         except RobxError as error:
@@ -101,6 +105,7 @@ def _record(runs: list[Run], settings: BenchSettings, *, kind: str, started: str
 
 
 def _prepare(settings: BenchSettings) -> list[Run]:
+    python_command(settings.python)  # raises before anything is read
     data = settings.data
     source = open_source(Path(data), image_member=settings.image_member) if data is not None else None
     inputs: dict[tuple[Preprocessing, int], Inputs] = {}
@@ -122,16 +127,17 @@ def _prepare(settings: BenchSettings) -> list[Run]:
     return runs
 
 
-def _push(transport: Transport, run: Run, settings: BenchSettings) -> None:
+def _push(transport: Transport, run: Run, settings: BenchSettings, runner: Runner) -> None:
     """Copy the runner, the images, the job and the bundle's files; the job lists the hash of each."""
     with workspace() as here:
         np.save(here / "images.npy", run.inputs.images)
-        (here / runner_zip.NAME).write_bytes(runner_zip.pack_runner(run.bundle))
+        program = runner.files(run.bundle, here)
         hashes = {f"bundle/{f.path}": f.sha256 for f in run.bundle.deployed}
         hashes["images.npy"] = sha256_file(here / "images.npy")
+        hashes |= job_hashes(runner, program)
         (here / "job.json").write_text(json.dumps(_job(run, settings, hashes)))
         files = {f"bundle/{f.path}": run.folder / f.path for f in run.bundle.deployed}
-        files |= {name: here / name for name in ("images.npy", runner_zip.NAME, "job.json")}
+        files |= program | {name: here / name for name in ("images.npy", "job.json")}
         transport.push(files, run.name)
 
 
@@ -165,13 +171,13 @@ def _time_limit(settings: BenchSettings) -> int:
     )
 
 
-def _measure(transport: Transport, run: Run, limit: int) -> None:
+def _measure(transport: Transport, run: Run, limit: int, runner: Runner) -> None:
     """Run one fresh process; an error is kept as a failure of the bundle, whose other processes may still succeed."""
     current = run.tries[-1]
     if current.untimed or current.hung or len(current.failures) >= _MAX_FAILURES:
         return
     try:
-        status, text = transport.run(run.name, [runner_zip.NAME, "job.json"], timeout=limit + 30)
+        status, text = transport.run(run.name, [*runner.command, "job.json"], timeout=limit + 30)
         current.hung = status in (-signal.SIGALRM, 128 + signal.SIGALRM)
         with workspace() as folder:
             path = _pull(transport, run, folder, status, text)

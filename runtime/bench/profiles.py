@@ -105,6 +105,7 @@ class BenchSettings:
     batch: int = 1  # more than 1 measures offline throughput
     data: str | Path | None = None  # images to run; None: rendered scenes
     image_member: str | None = None  # which image of a tar sample to read when it has several ("rgb.jpg")
+    runner: str | None = None  # python or native; None: Python where the device has one, else native
     python: str | None = None  # Python command on the device
     emulated: bool = False  # the processor is emulated: check the outputs, do not time them
     seed: int = 0  # of the order of the processes

@@ -15,11 +15,12 @@ import numpy as np
 from robx import __version__
 from robx.errors import InputError
 from robx.records import Bundle, Latency, Validity, Value, to_json
-from robx.runtime.bench import latency, runner_zip, validity
+from robx.runtime.bench import latency, validity
 from robx.runtime.bench.inputs import Inputs
 from robx.runtime.bench.profiles import BenchSettings, find_profile
 from robx.runtime.bench.reference import Reference, check_outputs
 from robx.runtime.bench.results import ProcessResult, figures
+from robx.runtime.bench.runners import Runner
 from robx.store.files import sha256_bytes, write_bytes
 
 # Of /proc/cpuinfo, as runtime/device/describe.py reports them.
@@ -95,14 +96,16 @@ def require_writable(folder: Path) -> None:
         raise InputError(f"{folder} is read-only, and measurements are written into it: copy the bundle elsewhere")
 
 
-def make_record(
-    run: Run,
-    settings: BenchSettings,
-    *,
-    kind: str,
-    started: str,
-    reference: Reference | None,
-) -> Latency:
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where and when a benchmark ran, and which program measured."""
+
+    kind: str  # of the transport
+    started: str
+    runner: Runner
+
+
+def make_record(run: Run, settings: BenchSettings, origin: Origin, *, reference: Reference | None) -> Latency:
     """The record of one bundle: its figures, why any are missing, and every reason to doubt them.
 
     Writes the raw samples into the bundle's folder, but not the record.
@@ -116,23 +119,23 @@ def make_record(
     else:
         values, missing = figures(results, batch=run.batch)
         values |= latency.sustained([r.samples for r in results])
-        _preprocessing(run, kind, values, missing)
+        _preprocessing(run, origin.kind, values, missing)
     for result in results:
         cosines, against = check_outputs(result.outputs, result.seen, reference, run.bundle)
         # The lowest of all processes.
         values |= {name: min(value, values.get(name, value), key=lambda v: v.value) for name, value in cosines.items()}
         reasons += [reason for reason in against if reason not in reasons]
-    name, digest = _save_samples(run.folder, results, started)
+    name, digest = _save_samples(run.folder, results, origin.started)
     return Latency(
         bundle_id=run.bundle.id,
-        device={**(results[0].report["device"] if results else {}), "kind": kind, "address": settings.device},
-        settings=_settings(run, settings, chosen, reference),
+        device={**(results[0].report["device"] if results else {}), "kind": origin.kind, "address": settings.device},
+        settings=_settings(run, settings, chosen, reference) | origin.runner.facts(run.bundle),
         values=values,
         verdict=validity.verdict(reasons),
         reasons=tuple(reasons),
         samples=name,
         samples_sha256=digest,
-        started=started,
+        started=origin.started,
         missing=missing,
     )
 
@@ -181,7 +184,6 @@ def _settings(run: Run, settings: BenchSettings, chosen: Try, reference: Referen
         "tries": [_summary(one, settings, chosen) for one in run.tries] if len(run.tries) > 1 else [],
         "order_seed": settings.seed,
         "robx_version": __version__,
-        "runner_sha256": runner_zip.runner_sha256(run.bundle),
     }
 
 

@@ -23,6 +23,7 @@ from robx.records import Bundle, Preprocessing, Student, TensorSpec, describe_fi
 from robx.runtime.bench import profiles
 from robx.runtime.bench.profiles import PROFILES
 from robx.trunk import build_trunk, embedding_width, save_trunk
+from tests.runtime.adbd import Adbd
 
 PREPROCESSING = Preprocessing(size=36, crop=32, interpolation="bilinear")
 WIDTH = 8
@@ -212,10 +213,47 @@ def ssh_device(start_sshd):
 
 
 @pytest.fixture
+def start_adbd(tmp_path, monkeypatch):
+    """start_adbd(**settings) -> a device (tests/runtime/adbd.py) for the real adb.
+
+    The adb server, its port and its keys are the test's own.
+    """
+    if shutil.which("adb") is None:
+        pytest.skip("adb is not installed (Debian: adb)")
+    home = tmp_path / "adb-home"
+    home.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("ANDROID_ADB_SERVER_PORT", str(port))
+    monkeypatch.setenv("ADB_LOCAL_TRANSPORT_MAX_PORT", "5554")  # look for no emulators of this machine
+    monkeypatch.setenv("HOME", str(home))
+    for name in ("ANDROID_SERIAL", "ADB_VENDOR_KEYS", "ADB_SERVER_SOCKET", "ANDROID_ADB_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    with contextlib.ExitStack() as devices:
+
+        def start(**settings):
+            folder = tmp_path / f"android-{len(list(tmp_path.glob('android-*')))}"
+            folder.mkdir()
+            return devices.enter_context(Adbd(folder, **settings))
+
+        yield start
+        subprocess.run(["adb", "kill-server"], capture_output=True)
+
+
+def _with_path(home: Path, path: str) -> Path:
+    """A script that does what the client asks for with another PATH, whatever the user's shell set."""
+    sftp = "/usr/lib/openssh/sftp-server"
+    what = f'case "$SSH_ORIGINAL_COMMAND" in *sftp*) exec {sftp};; *) exec sh -c "$SSH_ORIGINAL_COMMAND";; esac'
+    return script(home / "command", f"PATH={path}\nexport PATH\n{what}")
+
+
+@pytest.fixture
 def start_sshd(tmp_path, shims):
-    """start_sshd(folder=None, mount=None) -> ssh:// address of a real sshd with its own keys and known hosts.
+    """start_sshd(folder=None, mount=None, path=None) -> ssh:// address of a real sshd with keys of its own.
 
     The device puts its files in `folder`; `mount` is a shell command that mounts it, in a namespace of the device.
+    `path` is its PATH.
     """
     sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
     if sshd is None:
@@ -231,7 +269,7 @@ def start_sshd(tmp_path, shims):
     Path("/run/sshd").mkdir(exist_ok=True)  # where sshd drops its privileges to
     servers = []
 
-    def start(folder=None, mount=None):
+    def start(folder=None, mount=None, path=None):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -240,6 +278,7 @@ def start_sshd(tmp_path, shims):
             f"ListenAddress 127.0.0.1\nPort {port}\nHostKey {home}/host\nAuthorizedKeysFile {home}/authorized\n"
             f"StrictModes no\nPasswordAuthentication no\nUsePAM no\nPidFile {home}/pid\nSubsystem sftp internal-sftp\n"
             + (f"SetEnv TMPDIR={folder}\n" if folder else "")
+            + (f"ForceCommand {_with_path(home, path)}\n" if path else "")
         )
         command = [sshd, "-D", "-e", "-f", str(home / "sshd_config")]
         if mount:

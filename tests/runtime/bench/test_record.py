@@ -9,9 +9,10 @@ import pytest
 from robx.records import load_bundle
 from robx.runtime.bench.inputs import load_inputs
 from robx.runtime.bench.profiles import BenchSettings
-from robx.runtime.bench.record import Run, Try, make_record, other_cpu
+from robx.runtime.bench.record import Origin, Run, Try, make_record, other_cpu
 from robx.runtime.bench.reference import Reference, check_outputs
 from robx.runtime.bench.results import ProcessResult
+from robx.runtime.bench.runners import Runner
 
 
 @pytest.fixture
@@ -27,12 +28,12 @@ def record(make_bundle):
         nothing = np.empty(0, dtype=np.int64)
         results = [ProcessResult(report, nothing, expected + noise, np.ones(4, bool), []) for noise in noises]
         run = Run(folder, load_bundle(folder), inputs, "b0", 1, "x", [Try(results)])
-        told = {"kind": "ssh", "started": "2026-01-01T00:00:00"}
+        runner = Runner(kind="python", command=("python3",))
         return make_record(
             run,
             BenchSettings(bundles=[folder], device="ssh://box"),
+            Origin(kind="ssh", started="2026-01-01T00:00:00", runner=runner),
             reference=Reference(expected, "x", False),
-            **told,
         )
 
     return make

@@ -1,7 +1,4 @@
-"""Reaching devices: a real sshd on the loopback interface if installed; shims for forced failures and for adb.
-
-The adb here is a shell script that speaks adb's command line (shell, push, pull, -s): no Android device was at hand.
-"""
+"""Reaching devices over SSH: a real sshd on the loopback interface if installed, and shims for forced failures."""
 
 import getpass
 import json
@@ -15,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from robx.errors import DeviceError, InputError
-from robx.runtime.bench import transports
+from robx.runtime.bench import over_ssh
 from robx.runtime.bench.bench import BenchSettings, bench
 from robx.runtime.bench.transports import open_transport
 from robx.runtime.doctor import examine
+from robx.store.files import sha256_file
 
 
 def script(path: Path, text: str) -> None:
@@ -27,8 +25,8 @@ def script(path: Path, text: str) -> None:
 
 
 def test_a_bench_over_ssh(ssh_device, make_bundle, short_profile, monkeypatch):
-    folders, trusted = [], transports._folder
-    monkeypatch.setattr(transports, "_folder", lambda *a: folders.append(trusted(*a)) or folders[-1])
+    folders, trusted = [], over_ssh.folder_in
+    monkeypatch.setattr(over_ssh, "folder_in", lambda *a: folders.append(trusted(*a)) or folders[-1])
     (record,) = bench(BenchSettings(bundles=[make_bundle()], device=ssh_device, profile="rapid", python=sys.executable))
     assert record.device["kind"] == "ssh"
     assert record.values["p50"].value > 0 and record.values["output_cosine"].value > 0.9999
@@ -59,23 +57,25 @@ def test_files_with_hostile_names_arrive(ssh_device, tmp_path):
         files[f"deep/{name}"] = tmp_path / "from" / name
     (tmp_path / "back").mkdir()
     code = "import os,json; json.dump({n: open('deep/'+n).read() for n in os.listdir('deep')}, open('out.json','w'))"
-    with open_transport(ssh_device, python=sys.executable) as transport:
+    with open_transport(ssh_device) as transport:
         transport.push(files, "b0")
-        assert transport.run("b0", ["-c", code], timeout=30)[0] == 0
+        assert transport.run("b0", [sys.executable, "-c", code], timeout=30)[0] == 0
         got = json.loads(transport.pull("b0", "out.json", tmp_path / "back").read_text())
-        status, text = transport.run("b0", ["-c", "import sys; print(sys.argv[1:])", *names], timeout=30)
+        status, text = transport.run(
+            "b0", [sys.executable, "-c", "import sys; print(sys.argv[1:])", *names], timeout=30
+        )
     assert got == {name: str(i) for i, name in enumerate(names)}
     assert status == 0 and text == str(names)
 
 
 def test_a_hung_run_is_ended_and_cleaned_up(ssh_device, tmp_path):
-    with open_transport(ssh_device, python=sys.executable) as transport:
+    with open_transport(ssh_device) as transport:
         (tmp_path / "x").write_text("1")
         transport.push({"x": tmp_path / "x"}, "b0")
         root = Path(transport._root)
         assert root.is_dir()
         with pytest.raises(DeviceError, match="did not answer within 1 s"):
-            transport.run("b0", ["-c", "import time; time.sleep(5)"], timeout=1)
+            transport.run("b0", [sys.executable, "-c", "import time; time.sleep(5)"], timeout=1)
     assert not root.exists()
 
 
@@ -98,7 +98,7 @@ def test_a_device_that_sends_nonsense(shims, behaviour, line):
 
 
 def test_a_device_that_never_answers(shims, monkeypatch):
-    monkeypatch.setattr(transports, "_CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(over_ssh, "CONNECT_SECONDS", 0.2)
     script(shims / "ssh", "exec sleep 30")
     start = time.monotonic()
     with pytest.raises(DeviceError, match="did not answer"), open_transport("ssh://box"):
@@ -163,14 +163,12 @@ def test_a_result_that_is_damaged_or_lost(loopback, temporary, make_bundle, shor
 
 
 def test_a_file_damaged_in_transit(loopback, temporary, make_bundle, short_profile):
-    damage = 'case "$*" in *b0*result*) ;; *b0*) exec_after=1;; esac'
-    text = f'{damage}; for to; do from=$last; last=$to; done; cp -r -- "${{from#box:}}" "${{to#box:}}" || exit 1; '
-    text += (
-        '[ -z "$exec_after" ] || { rm "${to#box:}b0/bundle/model.onnx"; echo x > "${to#box:}b0/bundle/model.onnx"; }'
-    )
-    script(loopback / "scp", text)
+    folder = make_bundle()
+    damaged = f'"${{to#box:}}files/{sha256_file(folder / "model.onnx")}"'
+    text = 'for to; do from=$last; last=$to; done; cp -r -- "${from#box:}" "${to#box:}" || exit 1; '
+    script(loopback / "scp", f"{text} [ ! -e {damaged} ] || {{ rm {damaged}; echo x > {damaged}; }}")
     with pytest.raises(DeviceError, match="arrived damaged"):
-        bench(BenchSettings(bundles=[make_bundle()], device="ssh://box", profile="rapid", python=sys.executable))
+        bench(BenchSettings(bundles=[folder], device="ssh://box", profile="rapid", python=sys.executable))
     assert left_over(temporary) == []
 
 
@@ -186,14 +184,11 @@ def test_a_device_without_a_runtime_or_a_python(loopback, temporary, make_bundle
 
 def test_an_invalid_python_command(tmp_path):
     with pytest.raises(InputError, match="close its quotes"):
-        open_transport("local", python="python3 'x")
+        examine("local", python="python3 'x")
     (tmp_path / "python").write_text("no program")
-    with (
-        open_transport("local", python=str(tmp_path / "python")) as transport,
-        pytest.raises(DeviceError, match="Permission denied"),
-    ):
+    with open_transport("local") as transport, pytest.raises(DeviceError, match="Permission denied"):
         transport.push({"x": tmp_path / "python"}, "b0")
-        transport.run("b0", ["-c", "1"], timeout=5)
+        transport.run("b0", [str(tmp_path / "python"), "-c", "1"], timeout=5)
 
 
 def test_the_users_own_file_size_limit_is_kept(shims):
@@ -202,45 +197,6 @@ def test_the_users_own_file_size_limit_is_kept(shims):
     lower = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # noqa: E731
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=lower)
     assert done.stderr.strip().endswith("failed: 1953"), "in blocks of 512 bytes"
-
-
-@pytest.fixture
-def adb(shims, temporary):
-    """A stand-in for adb: one device, emulator-5554, whose /data/local/tmp is a folder here."""
-    root = temporary / "android"
-    root.mkdir()
-    here = f"sed 's#/data/local/tmp#{root}#g'"
-    script(
-        shims / "adb",
-        f"""
-if [ "$1" = -s ]; then
-    [ "$2" = emulator-5554 ] || {{ echo "adb: device '$2' not found" >&2; exit 1; }}
-    shift 2
-fi
-verb=$1; shift
-map() {{ printf %s "$1" | {here}; }}
-case $verb in
-    shell) sh -c "$(map "$*")" | sed 's#{root}#/data/local/tmp#g' ;;
-    push) cp -r -- "$1" "$(map "$2")" ;;
-    pull) cp -- "$(map "$1")" "$2" ;;
-    *) echo "adb: unknown command $verb" >&2; exit 1 ;;
-esac""",
-    )
-    return root
-
-
-def test_a_bench_over_adb(adb, make_bundle, short_profile):
-    settings = BenchSettings(
-        bundles=[make_bundle()], device="adb://emulator-5554", profile="rapid", python=sys.executable
-    )
-    (record,) = bench(settings)
-    assert record.device["kind"] == "adb" and record.values["p50"].value > 0
-    assert list(adb.iterdir()) == [], "cleaned up"
-
-
-def test_an_unknown_serial_number(adb):
-    with pytest.raises(DeviceError, match="'other' not found"), open_transport("adb://other"):
-        pass
 
 
 def test_adb_is_not_installed(monkeypatch):
