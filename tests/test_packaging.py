@@ -63,6 +63,8 @@ def test_the_wheel_has_every_module_once(wheel: Path) -> None:
             inside = source.relative_to(ROOT / folder).as_posix()
             assert names.count(f"{package.replace('.', '/')}/{inside}") == 1
     assert "robx/py.typed" in names and "robx/eval/report/report.html.j2" in names
+    sources = {f"robx/runtime/device/native/{p.name}" for p in (ROOT / "runtime/device/native").iterdir()}
+    assert len(sources) > 20 and sources <= set(names)
     assert not [n for n in names if n.startswith(("tests/", "distill/", "eval/", "benchmarks/"))]
 
 
@@ -80,6 +82,7 @@ def test_the_sdist_has_no_links_and_no_tests(wheel: Path) -> None:
         "pyproject.toml",
         "robx/cli.py",
         "eval/report/report.html.j2",
+        "runtime/device/native/CMakeLists.txt",
     } <= below
 
 
