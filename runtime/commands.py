@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -138,6 +139,8 @@ def run(
     """
     if out is not None and out.suffix != ".npz":
         raise InputError(f"--out {out} must end in .npz")
+    if out is not None:
+        _refuse_foreign(out)
     with open_session(bundle, SessionSettings(threads=threads, provider=provider), labels=out is None) as session:
         labels = session.bundle.labels if isinstance(session.bundle, Bundle) else None
         found = find_images(images, image_member=image_member)
@@ -363,6 +366,19 @@ def _cores(text: str | None) -> tuple[int, ...] | None:
     if not cores or min(cores) < 0 or max(cores) > 4095:
         raise InputError(f"affinity {text!r} is not a list of cores: write 0,1 or 4-7")
     return tuple(sorted(cores))
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raise InputError if `path` exists and holds other arrays than those of an earlier ``robx run --out``."""
+    if not path.exists():
+        return
+    names: set[str] = set()
+    with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        names = set(archive.namelist())
+    if names != {"keys.npy", "embeddings.npy"}:
+        raise InputError(
+            f"{path} exists and was not written by robx run: move it away, or give another name with --out"
+        )
 
 
 def _write_npz(path: Path, outputs: list[tuple[str, np.ndarray]]) -> None:

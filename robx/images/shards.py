@@ -179,7 +179,7 @@ def _note(found: Sequence[TarIndex], odd: int, image: str | None) -> str:
     if skipped:
         notes.append(f"skipped {counted(skipped.total(), 'image')} that robx cannot read ({by_suffix(skipped)})")
     if odd:
-        notes.append(f"{odd} samples have an empty or invalid .cls and count as unlabelled")
+        notes.append(f"{counted(odd, 'sample')} with an empty or invalid .cls: unlabelled")
     if image is not None and (without := sum(index.without for index in found)):
         notes.append(f"skipped {counted(without, 'sample')} without an image {image!r}")
     return "; ".join(notes)

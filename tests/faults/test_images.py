@@ -147,7 +147,7 @@ def test_an_invalid_label_leaves_the_image_unlabelled(tmp_path: Path, label: byt
     source = open_source(tmp_path / "a.tar")
     assert source.classes == ("0", "1") and [source.label(i) for i in range(len(source))] == [None, 1]
     assert source.read(0).size == source.read(1).size == (30, 24)
-    assert ("1 samples have an empty or invalid .cls" in source.note) == (label != b"-3")  # -1 and below mean none
+    assert ("1 sample with an empty or invalid .cls" in source.note) == (label != b"-3")  # -1 and below mean none
 
 
 def test_labels_may_be_class_names(tmp_path: Path) -> None:

@@ -157,6 +157,13 @@ def test_run_writes_an_npz_and_skips_corrupt_images(call, make_bundle, scenes, t
     with np.load(tmp_path / "out.npz") as arrays:
         assert arrays["embeddings"].shape == (len(arrays["keys"]), 8)
         assert len(arrays["keys"]) == 32
+    again = call("run", make_bundle("d"), scenes / "test", "--out", tmp_path / "out.npz")
+    assert again.exit_code == 0
+    np.savez(tmp_path / "mine.npz", labels=np.arange(3))
+    before = (tmp_path / "mine.npz").read_bytes()
+    foreign = call("run", make_bundle("e"), scenes / "test", "--out", tmp_path / "mine.npz")
+    assert foreign.exit_code == 2 and "was not written by robx run" in foreign.stderr
+    assert (tmp_path / "mine.npz").read_bytes() == before
     assert call("run", make_bundle("b"), broken).exit_code == 2
     assert call("run", make_bundle("c"), scenes / "test", "--out", tmp_path / "out.csv").exit_code == 2
 
