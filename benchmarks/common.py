@@ -73,9 +73,9 @@ class Chosen:
         """As the source says."""
         return self._source.label(self._places[index])
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int, *, at_least: int | None = None) -> Image.Image:
         """As the source reads it."""
-        return self._source.read(self._places[index])
+        return self._source.read(self._places[index], at_least=at_least)
 
 
 def first_images(source: ImageSource, count: int) -> ImageSource:

@@ -85,6 +85,9 @@ class Recipe:
         Literal["pillow", "device"],
         "pillow: workers make the crops; device: batched on the training device; on a GPU device",
     ] = "pillow"
+    decode: Annotated[
+        Literal["full", "scaled"], "scaled: decode a JPEG at 1/2, 1/4 or 1/8 if that is as large as all crops need"
+    ] = "full"
 
     optimizer: Annotated[Literal["adamw", "sgd", "larc"], "larc: SGD with layer-wise scaling"] = "adamw"
     lr: Annotated[float, "peak learning rate at a batch of lr_batch, scaled linearly to batch_size"] = 2e-3

@@ -197,7 +197,8 @@ def _inherited(settings: DistillSettings) -> dict[str, Any]:
             recipe = read_json(earlier)["recipe"]
             found = {key: recipe.get(key, _DEFAULTS[key]) for key in KEYS}
     if settings.targets is not None:
-        found["augment"] = str(read_info(settings.targets).decided_by.get("augment", "pillow"))
+        decided_by = read_info(settings.targets).decided_by
+        found |= {key: str(decided_by.get(key, _DEFAULTS[key])) for key in ("augment", "decode")}
     return found
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from robx.errors import CorruptImage, InputError, NoSplit
 from robx.images.decode import resize_and_crop
-from robx.images.labels import FileLabelSource
+from robx.images.labels import labels_file
 from robx.images.reading import read_batches
 from robx.images.sources import ImageSource, open_part, open_source
 from robx.progress import Progress, silent
@@ -175,7 +175,7 @@ def read_splits(
         screening=own.part(places),
         judging=judging,
         # Without the labels of a file: they do not change which images were used.
-        source=train.images_fingerprint if isinstance(train, FileLabelSource) else train.fingerprint,
+        source=train.fingerprint if (file := labels_file(train)) is None else file.images,
     )
 
 

@@ -83,14 +83,17 @@ def plan_image(image: Image.Image, recipe: Recipe, *, epoch: int, index: int) ->
     An image more than twice as large as its most magnified crop needs is first reduced by 2, 4 or 8, so that fewer
     pixels are sent to the device and memory is bounded.
     """
-    needed = max(
-        recipe.crop_size / math.sqrt(recipe.global_scale[0]), recipe.local_crop_size / math.sqrt(recipe.local_scale[0])
-    )
-    surplus = min(image.size) / needed
+    surplus = min(image.size) / needed_side(recipe)
     if surplus >= 2:
         image = image.reduce(2 ** min(3, int(math.log2(surplus))))
     plans = plan_crops(image.width, image.height, recipe, epoch=epoch, index=index)
     return Planned(np.asarray(image), plans, (recipe.crop_size, recipe.local_crop_size))
+
+
+def needed_side(recipe: Recipe) -> int:
+    """Pixels of an image's shorter side from which on its smallest crops are not magnified."""
+    kinds = ((recipe.crop_size, recipe.global_scale), (recipe.local_crop_size, recipe.local_scale))
+    return math.ceil(max(size / math.sqrt(scale[0]) for size, scale in kinds[: 2 if recipe.local_crops else 1]))
 
 
 def plan_crops(width: int, height: int, recipe: Recipe, *, epoch: int, index: int) -> NDArray[np.void]:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from robx.distill.batches.crops import Crops, Planned, multi_crop, normalise, plan_image
+from robx.distill.batches.crops import Crops, Planned, multi_crop, needed_side, normalise, plan_image
 from robx.distill.batches.device_crops import device_crops
 from robx.distill.batches.masks import block_masks, drop_masks
 from robx.distill.batches.views import Views
@@ -175,6 +175,15 @@ class Batch:
         )
 
 
+def read_image(source: ImageSource, recipe: Recipe, index: int) -> Image.Image:
+    """One RGB image, decoded as the recipe says.
+
+    Raises:
+        CorruptImage: it cannot be decoded.
+    """
+    return source.read(index, at_least=needed_side(recipe) if recipe.decode == "scaled" else None)
+
+
 class CropDataset(Dataset[tuple[Any, ...]]):
     """The crops of one place, (epoch, index)."""
 
@@ -197,7 +206,7 @@ class CropDataset(Dataset[tuple[Any, ...]]):
         for offset in range(self._most_skipped + 1):
             at = (index + offset) % len(self.source)
             try:
-                image = self.source.read(at)
+                image = read_image(self.source, self.recipe, at)
             except CorruptImage as error:
                 skipped[at] = _reason(self.source.key(at), error)
                 continue

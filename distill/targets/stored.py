@@ -30,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from robx.distill.batches.crops import needed_side
 from robx.distill.batches.views import Targets, Views
 from robx.distill.recipes import Recipe
 from robx.errors import ArtifactError, InputError, first_line
@@ -79,6 +80,10 @@ class TargetsInfo:
         decided_by |= {name: values[name][:2] for name in ("blur_p", "solarize_p")}
         if recipe.augment != "pillow":  # folders of before this key hold Pillow's crops
             decided_by["augment"] = values["augment"]
+        if recipe.decode != "full":  # likewise
+            decided_by["decode"] = values["decode"]
+        if recipe.augment != "pillow" or recipe.decode != "full":  # large images are reduced as far as all crops allow
+            decided_by["needed_side"] = needed_side(recipe)
         if recipe.centering:
             decided_by["center_momentum"] = values["center_momentum"]
         decided_by |= {name: values[name] for name in ("teacher_mean", "teacher_std") if values[name] is not None}

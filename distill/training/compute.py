@@ -17,7 +17,7 @@ from robx.distill.recipes import Recipe
 from robx.errors import counted
 
 # Recipe keys whose default depends on the device.
-KEYS = ("precision", "tf32", "augment")
+KEYS = ("precision", "tf32", "augment", "decode")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class Compute:
     precision: str
     tf32: bool
     augment: str
+    decode: str
     cudnn_benchmark: bool  # time cuDNN's algorithms for each shape and keep the fastest
     channels_last: bool  # memory format of networks with convolutions
     workers: int  # data-loading processes
@@ -48,9 +49,10 @@ class Compute:
         """One line for the user."""
         products = ", TF32 for float32 products" if self.tf32 else ""
         crops = "on the device" if self.augment == "device" else "by the workers"
+        scaled = ", large JPEGs decoded at reduced size" if self.decode == "scaled" else ""
         tuned = "cuDNN autotuning, " if self.cudnn_benchmark else ""
         return (
-            f"computing on {self.device}: {self.precision}{products}, {tuned}crops made {crops}, "
+            f"computing on {self.device}: {self.precision}{products}, {tuned}crops made {crops}{scaled}, "
             f"{counted(self.workers, 'loader worker')}"
         )
 
@@ -59,8 +61,8 @@ def decide(facts: DeviceFacts, given: Mapping[str, Any], *, workers: int | None 
     """The settings of a run on a device; a pure function.
 
     A CUDA GPU computes in bf16, or in fp16 with a loss scaler where bf16 would be emulated; what stays in float32 uses
-    TF32; the device makes the crops; and all of the process's cores but one load images. Precision fp32 that the user
-    asks for means IEEE float32, without TF32.
+    TF32; the device makes the crops, of JPEGs decoded at reduced size where that is enough; and all of the process's
+    cores but one load images. Precision fp32 that the user asks for means IEEE float32, without TF32.
 
     Args:
         facts: of the device.
@@ -76,6 +78,7 @@ def decide(facts: DeviceFacts, given: Mapping[str, Any], *, workers: int | None 
         precision=given.get("precision", default),
         tf32=given.get("tf32", cuda and facts.tf32 and given.get("precision") != "fp32"),
         augment=given.get("augment", "device" if cuda else "pillow"),
+        decode=given.get("decode", "scaled" if cuda else "full"),
         cudnn_benchmark=cuda,
         channels_last=True,
         workers=workers,

@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 from robx.distill.batches.crops import plan_image
-from robx.distill.batches.loader import BATCH_LOST, Batch, build_loader, micro_batch
+from robx.distill.batches.loader import BATCH_LOST, Batch, build_loader, micro_batch, read_image
 from robx.distill.training.run import Run
 from robx.distill.training.signals import StopRequest
 from robx.errors import CorruptImage, InputError, counted, first_line
@@ -164,7 +164,9 @@ def _decoded_bytes(run: Run) -> int:
     sizes = [1]
     for index in range(0, len(run.source), max(1, len(run.source) // _SAMPLED)):
         with contextlib.suppress(CorruptImage):
-            sizes.append(plan_image(run.source.read(index), run.recipe, epoch=0, index=index).pixels.nbytes)
+            sizes.append(
+                plan_image(read_image(run.source, run.recipe, index), run.recipe, epoch=0, index=index).pixels.nbytes
+            )
     return max(sizes)
 
 

@@ -26,6 +26,7 @@ from PIL import Image
 from robx.errors import ArtifactError, InputError
 from robx.images.arrays import ArraySource, open_cifar, open_idx
 from robx.images.decode import decode, read_image_file
+from robx.images.derived import DerivedSource
 from robx.images.sources import ImageSource, open_source
 from robx.store.files import fingerprint_files, sha256_bytes, stamp_of
 
@@ -82,46 +83,21 @@ class ListSource:
         """The list's label."""
         return self._samples[index][1]
 
-    def read(self, index: int) -> Image.Image:
-        """Read and decode one file."""
+    def read(self, index: int, *, at_least: int | None = None) -> Image.Image:
+        """Read and decode one file; see `decode`."""
         path = self.root / self._samples[index][0]
-        return decode(read_image_file(path), name=str(path))
+        return decode(read_image_file(path), name=str(path), at_least=at_least)
 
 
-class WholeImages:
-    """A source whose whole images are resized to the model's input, where a crop would change the answer."""
-
-    def __init__(self, source: ImageSource, shape: tuple[int, int]) -> None:
-        """Resize the images of `source` to `shape`, height and width, bilinear."""
-        self._source, self._shape = source, shape
-        self.name, self.classes, self.licence, self.note = source.name, source.classes, source.licence, source.note
-        self.fingerprint = sha256_bytes(f"{source.fingerprint} squeezed {self._size}".encode())[:16]
-
-    @property
-    def _size(self) -> str:
-        height, width = self._shape
-        return str(height) if height == width else f"{height}x{width}"
-
-    @property
-    def stamp(self) -> str:
-        """As the source's."""
-        return self._source.stamp
-
-    def __len__(self) -> int:
-        """As the source's."""
-        return len(self._source)
-
-    def key(self, index: int) -> str:
-        """As the source's."""
-        return self._source.key(index)
-
-    def label(self, index: int) -> int | None:
-        """As the source's."""
-        return self._source.label(index)
-
-    def read(self, index: int) -> Image.Image:
-        """The resized image."""
-        return self._source.read(index).resize(self._shape[::-1], Image.Resampling.BILINEAR)
+def whole_images(source: ImageSource, shape: tuple[int, int]) -> ImageSource:
+    """The source with whole images resized to `shape`, height and width, where a crop would change the answer."""
+    height, width = shape
+    size = str(height) if height == width else f"{height}x{width}"
+    return DerivedSource(
+        source,
+        fingerprint=sha256_bytes(f"{source.fingerprint} squeezed {size}".encode())[:16],
+        change=lambda image: image.resize((width, height), Image.Resampling.BILINEAR),
+    )
 
 
 def open_dataset(name: str, root: Path) -> tuple[ImageSource, ImageSource]:

@@ -10,7 +10,7 @@ import numpy as np
 from robx.errors import InputError, NoSplit
 from robx.eval.datasets.duplicates import LookAlikes
 from robx.eval.datasets.features import Features
-from robx.images.labels import FileLabelSource, unmatched_note
+from robx.images.labels import labels_file, unmatched_note
 from robx.images.sources import ImageSource, class_numbers, labelled, labels_of, open_part, open_source, renumbered
 
 
@@ -52,14 +52,14 @@ def open_split(
     else:
         bank = open_part(data, "train", labels=labels, image_member=image_member)
         judged = open_part(test, "test", labels=labels, image_member=image_member)
-    if isinstance(bank, FileLabelSource) and isinstance(judged, FileLabelSource):
-        judged.note = "; ".join(filter(None, (judged.note, unmatched_note(bank, judged))))
+    judged.note = "; ".join(filter(None, (judged.note, unmatched_note(bank, judged))))
     return make_split(bank, judged)
 
 
 def make_split(bank: ImageSource, test: ImageSource) -> Split:
     """Pair the labelled images of two sources, with the bank's numbering of the classes; see `open_split`."""
-    given = {test.fingerprint} | ({test.images_fingerprint} if isinstance(test, FileLabelSource) else set())
+    file = labels_file(test)
+    given = {test.fingerprint} | ({file.images} if file is not None else set())
     bank, test = labelled(bank), labelled(test)
     if bank.fingerprint == test.fingerprint:
         raise InputError(f"{bank.name} is both the training and the test set: give other images with --test")

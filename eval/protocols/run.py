@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from robx.eval.datasets.features import Features
-from robx.eval.datasets.layouts import WholeImages
+from robx.eval.datasets.layouts import whole_images
 from robx.eval.datasets.splits import Split, make_split
 from robx.eval.protocols.linear import LEAST_STEPS, VISSL, linear_cached, linear_streamed, train_cached
 from robx.eval.protocols.lowshot import LAMBDA, draw_splits, low_shot, read_splits
@@ -116,7 +116,7 @@ def transfer(
     how = TRANSFERS[name]
     if not how.crop:
         shape = model.session.bundle.preprocessing.shape
-        sources = (WholeImages(sources[0], shape), WholeImages(sources[1], shape))
+        sources = (whole_images(sources[0], shape), whole_images(sources[1], shape))
     split = make_split(*sources)
     return split, linear(model, split, cached=cached, protocol=f"transfer:{name}", how=how)
 

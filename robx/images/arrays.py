@@ -54,8 +54,8 @@ class ArraySource:
         """The row's label."""
         return None if self._labels is None else int(self._labels[index])
 
-    def read(self, index: int) -> Image.Image:
-        """One row as RGB."""
+    def read(self, index: int, *, at_least: int | None = None) -> Image.Image:
+        """One row as RGB; it has one size."""
         return Image.fromarray(self._pixels[index]).convert("RGB")
 
 

@@ -79,11 +79,14 @@ def open_image(file: IO[bytes] | Path) -> Image.Image:
     return Image.open(file, formats=FORMATS)
 
 
-def decode(data: bytes, *, name: str) -> Image.Image:
+def decode(data: bytes, *, name: str, at_least: int | None = None) -> Image.Image:
     """Decode an encoded image to 8-bit RGB, upright.
 
     The EXIF rotation is applied, transparency is composited on white, 16 bits are scaled to 8, CMYK and palettes are
     converted. A JPEG with more than MAX_PIXELS is decoded at half size.
+
+    With `at_least`, a JPEG is decoded at the smallest of 1/8, 1/4 and 1/2 of its size that leaves its shorter side that
+    many pixels, by averaging within its blocks of 8 x 8: twice as fast at half the size, and five times at 1/8.
 
     Raises:
         CorruptImage: not an image, truncated, or too many pixels; the message has `name`.
@@ -95,6 +98,8 @@ def decode(data: bytes, *, name: str) -> Image.Image:
             warnings.simplefilter("ignore")
             image = open_image(io.BytesIO(data))
             _limit_pixels(image, name)
+            if at_least is not None and image.format in ("JPEG", "MPO"):
+                _scale_down(image, at_least)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image)
@@ -121,6 +126,13 @@ def _limit_pixels(image: Image.Image, name: str) -> None:
         f"{name}: {image.width} x {image.height} pixels is too large (at most {limit / 1e6:.0f} megapixels for "
         f"{image.format}): shrink it first"
     )
+
+
+def _scale_down(image: Image.Image, at_least: int) -> None:
+    """Set an opened JPEG to the smallest of 1/8, 1/4 and 1/2 of its size with `at_least` pixels on the shorter side."""
+    scale = next((scale for scale in (8, 4, 2) if min(image.size) >= scale * at_least), 1)
+    if scale > 1:
+        image.draft(None, (image.width // scale, image.height // scale))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

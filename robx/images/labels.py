@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
-from PIL import Image
-
 from robx.errors import InputError
+from robx.images.derived import DerivedSource, LabelsFile
 from robx.images.protocol import ImageSource
 from robx.store.files import fingerprint
 
@@ -19,69 +18,56 @@ _PATH_COLUMNS = ("path", "file", "filename", "file_name", "file_path", "image", 
 _LABEL_COLUMNS = ("label", "class", "class_name", "category", "target", "species", "breed")
 
 
-class FileLabelSource:
-    """A source whose labels come from a file."""
+def with_labels(source: ImageSource, path: Path) -> DerivedSource:
+    """The source with the labels in the file `path` instead of its own.
 
-    def __init__(self, source: ImageSource, path: Path) -> None:
-        """Read the labels in `path` and match them with the images of `source`.
-
-        Raises:
-            InputError: not such a file, no path that matches an image, or two labels for one path.
-        """
-        self._source, self.name, self.licence = source, source.name, source.licence
-        self.images_fingerprint = source.fingerprint  # of the images without these labels
-        lines = _read_lines(path)
-        rows = {name: label for name, (label, _) in lines.items()}
-        self.classes: tuple[str, ...] | None = _in_order({label for label in rows.values() if label})
-        numbers = {name: number for number, name in enumerate(self.classes)}
-        # The row of each image, then its label: so that the rows without an image are known.
-        paths = _match({name: name for name in rows}, [source.key(index) for index in range(len(source))], source.name)
-        found = [rows.get(name, "") for name in paths]
-        self.file, self.rows, used = path, len(rows), set(paths)
-        self.unmatched = {name: line for name, (_, line) in lines.items() if name not in used}  # path -> line
-        self._labels = [numbers.get(label) for label in found]
-        matched = sum(label is not None for label in self._labels)
-        if not matched:
-            raise InputError(
-                f"{path}: none of its {len(rows)} paths ({next(iter(rows), '')!r}, ...) is an image of {source.name} "
-                f"({source.key(0)!r}, ...): give paths relative to the images' folder"
-            )
-        self.fingerprint = fingerprint([source.fingerprint, *(label or "" for label in found)])
-        without = f"{len(source) - matched} of {len(source)} images have no label in {path.name}"
-        self.note = "; ".join(filter(None, (source.note, without if matched < len(source) else "")))
-
-    @property
-    def stamp(self) -> str:
-        """That of the images."""
-        return self._source.stamp
-
-    def __len__(self) -> int:
-        """The number of images, labelled or not."""
-        return len(self._source)
-
-    def key(self, index: int) -> str:
-        """The sample's name in the images' source."""
-        return self._source.key(index)
-
-    def label(self, index: int) -> int | None:
-        """The label in the file, as an index into `classes`."""
-        return self._labels[index]
-
-    def read(self, index: int) -> Image.Image:
-        """The decoded RGB image."""
-        return self._source.read(index)
+    Raises:
+        InputError: not such a file, no path that matches an image, or two labels for one path.
+    """
+    lines = _read_lines(path)
+    rows = {name: label for name, (label, _) in lines.items()}
+    classes = _in_order({label for label in rows.values() if label})
+    numbers = {name: number for number, name in enumerate(classes)}
+    # The row of each image, then its label: so that the rows without an image are known.
+    paths = _match({name: name for name in rows}, [source.key(index) for index in range(len(source))], source.name)
+    found, used = [rows.get(name, "") for name in paths], set(paths)
+    labels = [numbers.get(label) for label in found]
+    matched = sum(label is not None for label in labels)
+    if not matched:
+        raise InputError(
+            f"{path}: none of its {len(rows)} paths ({next(iter(rows), '')!r}, ...) is an image of {source.name} "
+            f"({source.key(0)!r}, ...): give paths relative to the images' folder"
+        )
+    without = f"{len(source) - matched} of {len(source)} images have no label in {path.name}"
+    unmatched = {name: line for name, (_, line) in lines.items() if name not in used}
+    return DerivedSource(
+        source,
+        fingerprint=fingerprint([source.fingerprint, *(label or "" for label in found)]),
+        labels=labels,
+        classes=classes,
+        note="; ".join(filter(None, (source.note, without if matched < len(source) else ""))),
+        labels_file=LabelsFile(path, len(rows), unmatched, source.fingerprint),
+    )
 
 
-def unmatched_note(*sources: FileLabelSource) -> str:
+def labels_file(source: ImageSource) -> LabelsFile | None:
+    """The file that gives a source its labels; None where they are its own."""
+    return source.labels_file if isinstance(source, DerivedSource) else None
+
+
+def unmatched_note(*sources: ImageSource) -> str:
     """One line about the lines of a file of labels that name no image of any of `sources`; empty if there is none."""
-    first = sources[0]
-    lost = {name: line for name, line in first.unmatched.items() if all(name in other.unmatched for other in sources)}
+    files = [file for source in sources if (file := labels_file(source)) is not None]
+    first = files[0] if len(files) == len(sources) else None
+    if first is None:
+        return ""
+    lost = {name: line for name, line in first.unmatched.items() if all(name in file.unmatched for file in files)}
     if not lost:
         return ""
     name, line = next(iter(lost.items()))
     names = "names" if len(lost) == 1 else "name"
     return (
-        f"{len(lost)} of {first.rows} lines of {first.file.name} {names} no image of "
+        f"{len(lost)} of {first.rows} lines of {first.path.name} {names} no image of "
         f"{' or '.join(dict.fromkeys(source.name for source in sources))} (first: line {line}, {name!r})"
     )
 

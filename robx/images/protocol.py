@@ -29,8 +29,11 @@ class ImageSource(Protocol):
     def label(self, index: int) -> int | None:
         """The index into `classes`, or None for an unlabelled sample."""
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int, *, at_least: int | None = None) -> Image.Image:
         """The decoded RGB image.
+
+        With `at_least` pixels of the shorter side, a larger JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which
+        is faster and gives other pixels; see `robx.images.decode.decode`.
 
         Raises:
             CorruptImage: it cannot be decoded.

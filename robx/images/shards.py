@@ -105,8 +105,8 @@ class ShardSource:
         label = int(self._labels[index])
         return label if label >= 0 else None
 
-    def read(self, index: int) -> Image.Image:
-        """Read and decode one image."""
+    def read(self, index: int, *, at_least: int | None = None) -> Image.Image:
+        """Read and decode one image; see `decode`."""
         if fault := self._faults.get(index):
             raise CorruptImage(fault)
         shard, size = self._shards[self._numbers[index]], int(self._sizes[index])
@@ -118,7 +118,7 @@ class ShardSource:
                 data = os.pread(file.fileno(), size, int(self._offsets[index]))
         except OSError as error:
             raise UnreadableImage(f"{shard}: cannot be read ({error.strerror})") from error
-        return decode(data, name=name)
+        return decode(data, name=name, at_least=at_least)
 
 
 def _classes(folder: Path, shards: Sequence[TarIndex]) -> tuple[tuple[str, ...] | None, np.ndarray, int]:

@@ -19,7 +19,8 @@ from PIL import Image
 from robx.errors import InputError, NoSplit, counted
 from robx.images.arrays import open_cifar, open_idx
 from robx.images.decode import decode, read_image_file
-from robx.images.labels import FileLabelSource, unmatched_note
+from robx.images.derived import DerivedSource
+from robx.images.labels import unmatched_note, with_labels
 from robx.images.listing import Listing, keep, list_images
 from robx.images.protocol import ImageSource as ImageSource
 from robx.images.shards import ShardSource, by_suffix
@@ -63,7 +64,7 @@ def open_source(
     source.licence = _read_licence(path if path.is_dir() else path.parent)
     if labels is None:
         return source
-    found = FileLabelSource(source, labels)
+    found = with_labels(source, labels)
     if split is None:  # a file of all splits has lines for the others, too: see open_split
         found.note = "; ".join(filter(None, (found.note, unmatched_note(found))))
     return found
@@ -84,41 +85,12 @@ def labels_of(source: ImageSource) -> np.ndarray:
     return np.fromiter((-1 if label is None else label for label in found), dtype=np.int64, count=len(source))
 
 
-class LabelledSource:
-    """The labelled samples of a partly labelled source."""
-
-    def __init__(self, source: ImageSource, chosen: np.ndarray) -> None:
-        """Keep the samples with the indices `chosen`."""
-        self.name, self.classes, self._source, self._chosen = source.name, source.classes, source, chosen
-        self.fingerprint, self.licence = fingerprint([source.fingerprint, "labelled"]), source.licence
-        self.note = source.note
-
-    @property
-    def stamp(self) -> str:
-        """That of the whole source."""
-        return self._source.stamp
-
-    def __len__(self) -> int:
-        """The number of labelled samples."""
-        return len(self._chosen)
-
-    def key(self, index: int) -> str:
-        """The sample's name in the whole source."""
-        return self._source.key(int(self._chosen[index]))
-
-    def label(self, index: int) -> int | None:
-        """The sample's label."""
-        return self._source.label(int(self._chosen[index]))
-
-    def read(self, index: int) -> Image.Image:
-        """The decoded RGB image."""
-        return self._source.read(int(self._chosen[index]))
-
-
 def labelled(source: ImageSource) -> ImageSource:
     """The source without its unlabelled samples; the source itself if it has none."""
     chosen = np.flatnonzero(labels_of(source) >= 0)
-    return source if len(chosen) == len(source) else LabelledSource(source, chosen)
+    if len(chosen) == len(source):
+        return source
+    return DerivedSource(source, fingerprint=fingerprint([source.fingerprint, "labelled"]), chosen=chosen)
 
 
 class FolderSource:
@@ -214,10 +186,10 @@ class FolderSource:
         label = -1 if self._labels is None else int(self._labels[index])
         return label if label >= 0 else None
 
-    def read(self, index: int) -> Image.Image:
-        """Read and decode one file."""
+    def read(self, index: int, *, at_least: int | None = None) -> Image.Image:
+        """Read and decode one file; see `decode`."""
         path = self.root / self._paths[index]
-        return decode(read_image_file(path), name=str(path))
+        return decode(read_image_file(path), name=str(path), at_least=at_least)
 
 
 def _read_licence(folder: Path) -> str:

@@ -19,7 +19,7 @@ from robx.images.arrays import ArraySource
 class Hanging(ArraySource):
     """As a file server that hangs."""
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int, *, at_least: int | None = None) -> Image.Image:
         time.sleep(60)
         return super().read(index)
 
@@ -27,7 +27,7 @@ class Hanging(ArraySource):
 class Losing(ArraySource):
     """As a /dev/shm that is full: what a worker reads cannot be handed over."""
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int, *, at_least: int | None = None) -> Image.Image:
         def full(*_: Any) -> None:
             raise RuntimeError("unable to allocate shared memory: No space left on device")
 

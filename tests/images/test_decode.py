@@ -64,6 +64,23 @@ def test_transparency_is_composited_on_white() -> None:
     assert half.getpixel((0, 0)) == (127, 127, 127)
 
 
+@pytest.mark.parametrize(
+    ("at_least", "size"), [(None, (320, 200)), (101, (320, 200)), (100, (160, 100)), (25, (40, 25))]
+)
+def test_a_jpeg_is_decoded_at_the_smallest_size_that_suffices(at_least: int | None, size: tuple[int, int]) -> None:
+    """At 1/2, 1/4 or 1/8: about the average of the full image's blocks. Other formats have no such decoding."""
+    smooth = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 8, 3), dtype=np.uint8)).resize((320, 200))
+    data = _encoded(smooth, "JPEG", quality=95)
+    found = decode(data, name="x", at_least=at_least)
+    assert found.size == size and found.mode == "RGB"
+    reduced = np.asarray(decode(data, name="x").reduce(320 // size[0]), dtype=float)
+    assert np.abs(np.asarray(found, dtype=float) - reduced).mean() < 1.5
+    assert decode(_encoded(smooth), name="x", at_least=at_least).size == (320, 200)
+    assert decode(_encoded(smooth.convert("CMYK"), "JPEG"), name="x", at_least=at_least).size == size
+    with pytest.raises(CorruptImage, match="cut"):
+        decode(data[: len(data) // 2], name="cut", at_least=at_least)
+
+
 def test_exif_rotation_is_applied() -> None:
     image = Image.new("RGB", (20, 10))
     exif = image.getexif()

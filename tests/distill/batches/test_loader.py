@@ -11,8 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from robx.distill.batches.crops import plan_image
-from robx.distill.batches.loader import Batch, PlaceSampler, Share, Skipped, build_loader, epoch_order, steps_per_epoch
+from robx.distill.batches.crops import needed_side, plan_image
+from robx.distill.batches.loader import (
+    Batch,
+    PlaceSampler,
+    Share,
+    Skipped,
+    build_loader,
+    epoch_order,
+    read_image,
+    steps_per_epoch,
+)
 from robx.distill.recipes import Recipe, override, preset
 from robx.errors import InputError
 from robx.images.decode import IMAGENET_STD
@@ -75,6 +84,27 @@ def test_large_images_are_reduced_before_they_are_sent() -> None:
         planned = plan_image(Image.new("RGB", size, (9, 80, 200)), recipe, epoch=0, index=0)
         assert planned.pixels.shape == (expected[1], expected[0], 3) and (planned.pixels == (9, 80, 200)).all()
         assert (planned.plans["box"][:, 2] <= expected[0]).all() and (planned.plans["box"][:, 3] <= expected[1]).all()
+
+
+def test_a_scaled_decode_leaves_what_the_crops_need(tmp_path: Path) -> None:
+    """Crops of 32 and 16 pixels of a quarter of the image need 64: a JPEG of twice that is decoded at half its size."""
+    recipe = override(RECIPE, {"global_scale": [0.25, 1.0], "local_scale": [0.25, 1.0]})
+    scaled = override(recipe, {"decode": "scaled"})
+    assert needed_side(recipe) == 64
+    rng = np.random.default_rng(0)
+    sizes = {"a.jpg": (127, 300), "b.jpg": (128, 300), "c.jpg": (600, 511), "d.jpg": (2000, 640), "e.png": (600, 511)}
+    for name, size in sizes.items():
+        Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).save(tmp_path / name)
+    source = open_source(tmp_path)
+    assert [read_image(source, recipe, at).size for at in range(5)] == list(sizes.values())
+    expected = [(127, 300), (64, 150), (150, 128), (250, 80), (600, 511)]
+    assert [read_image(source, scaled, at).size for at in range(5)] == expected
+    (full,), (half,) = (load(source, override(one, {"batch_size": 5}), end=1) for one in (recipe, scaled))
+    (again,) = load(source, override(scaled, {"batch_size": 5}), end=1)
+    small = [at for at, index in enumerate(full.index.tolist()) if index in (0, 4)]
+    assert torch.equal(full.crops.globals[:, small], half.crops.globals[:, small])
+    assert not torch.equal(full.crops.globals, half.crops.globals)
+    assert torch.equal(again.crops.globals, half.crops.globals)
 
 
 def test_an_epoch_sees_every_image_once_and_the_next_in_another_order(scenes: Path) -> None:

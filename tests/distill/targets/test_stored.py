@@ -204,6 +204,14 @@ def test_targets_of_other_crops_images_or_teacher_are_refused(tmp_path: Path) ->
     on_device = dataclasses.replace(info(), decided_by=decided_by(override(RECIPE, {"augment": "device"})))
     with pytest.raises(InputError, match="augment = None, not device"):
         StoredBranch(tmp_path, expect=on_device)
+    scaled = override(RECIPE, {"decode": "scaled"})
+    with pytest.raises(InputError, match="decode = None, not scaled"):
+        StoredBranch(tmp_path, expect=dataclasses.replace(info(), decided_by=decided_by(scaled)))
+    # How far a large JPEG is reduced depends on the local crops, too.
+    TargetWriter(tmp_path / "scaled", dataclasses.replace(info(), decided_by=decided_by(scaled)))
+    fewer = override(scaled, {"local_crops": 0})
+    with pytest.raises(InputError, match="needed_side = 430, not "):
+        StoredBranch(tmp_path / "scaled", expect=dataclasses.replace(info(), decided_by=decided_by(fewer)))
     local = override(RECIPE, {"local_crops": 2, "local_crop_size": 64, "lr": 1.0, "epochs": 3})
     TargetWriter(
         tmp_path, TargetsInfo.of(local, prototypes=32, images=20, data_fingerprint="d", teacher_sha256="t", k=8)

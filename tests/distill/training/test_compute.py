@@ -72,8 +72,8 @@ def test_the_facts_of_a_gpu(monkeypatch: pytest.MonkeyPatch, major: int, precisi
 
 def test_the_user_sees_it_in_one_line() -> None:
     assert decide(H200, {}).line == (
-        "computing on NVIDIA H200: bf16, TF32 for float32 products, cuDNN autotuning, crops made on the device, "
-        "11 loader workers"
+        "computing on NVIDIA H200: bf16, TF32 for float32 products, cuDNN autotuning, crops made on the device, large "
+        "JPEGs decoded at reduced size, 11 loader workers"
     )
     assert decide(CPU, {}, workers=1).line == "computing on cpu: fp32, crops made by the workers, 1 loader worker"
 
@@ -81,27 +81,27 @@ def test_the_user_sees_it_in_one_line() -> None:
 def test_options_recipe_file_and_earlier_run_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("robx.distill.resolve.facts_of", lambda device: H200 if device == "cuda" else CPU)
 
-    def resolved(**more: object) -> tuple[str, bool, str]:
+    def resolved(**more: object) -> tuple[object, ...]:
         settings = {"student": "test_resnet", "data": tmp_path, "teacher": "ema", "objective": "dino"} | more
         recipe = resolve_recipe(DistillSettings.of(**settings))
-        return recipe.precision, recipe.tf32, recipe.augment
+        return recipe.precision, recipe.tf32, recipe.augment, recipe.decode
 
-    assert resolved(device="cpu") == ("fp32", False, "pillow")
-    assert resolved(device="cuda") == ("bf16", True, "device")
-    assert resolved(device="cuda", precision="fp32") == ("fp32", False, "device")
+    assert resolved(device="cpu") == ("fp32", False, "pillow", "full")
+    assert resolved(device="cuda") == ("bf16", True, "device", "scaled")
+    assert resolved(device="cuda", precision="fp32") == ("fp32", False, "device", "scaled")
     (tmp_path / "mine.toml").write_text('precision = "fp16"\ntf32 = false\n')
-    assert resolved(device="cuda", recipe=tmp_path / "mine.toml") == ("fp16", False, "device")
+    assert resolved(device="cuda", recipe=tmp_path / "mine.toml") == ("fp16", False, "device", "scaled")
     run = tmp_path / "run"
     run.mkdir()
     record = run / "recipe.json"
     record.write_text('{"recipe": {"precision": "fp32"}}')  # of a version without the other keys
-    assert resolved(device="cuda", out=run) == ("fp32", False, "pillow")
-    record.write_text('{"recipe": {"precision": "bf16", "tf32": true, "augment": "device"}}')
-    assert resolved(device="cpu", out=run) == ("bf16", True, "device")  # begun on a GPU
-    assert resolved(device="cpu", out=run, fresh=True) == ("fp32", False, "pillow")
+    assert resolved(device="cuda", out=run) == ("fp32", False, "pillow", "full")
+    record.write_text('{"recipe": {"precision": "bf16", "tf32": true, "augment": "device", "decode": "scaled"}}')
+    assert resolved(device="cpu", out=run) == ("bf16", True, "device", "scaled")  # begun on a GPU
+    assert resolved(device="cpu", out=run, fresh=True) == ("fp32", False, "pillow", "full")
     for damaged in ("{}", "[]", '{"recipe": 3}', "{"):
         record.write_text(damaged)
-        assert resolved(device="cuda", out=run) == ("bf16", True, "device")
+        assert resolved(device="cuda", out=run) == ("bf16", True, "device", "scaled")
 
 
 def test_torchs_settings_hold_inside_the_block_alone() -> None:
@@ -126,8 +126,8 @@ def test_a_run_records_how_it_computes_and_resumes_with_another_number_of_worker
     tiny.tiny_run(source, tmp_path)
     record = json.loads((tmp_path / "recipe.json").read_text())
     assert record["compute"] == {
-        "device": "cpu", "precision": "fp32", "tf32": False, "augment": "pillow", "cudnn_benchmark": False,
-        "channels_last": True, "workers": 0,
+        "device": "cpu", "precision": "fp32", "tf32": False, "augment": "pillow", "decode": "full",
+        "cudnn_benchmark": False, "channels_last": True, "workers": 0,
     }  # fmt: skip
     said: list[str] = []
     tiny.tiny_run(source, tmp_path, options={"workers": 1}, say=said.append)

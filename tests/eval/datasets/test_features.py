@@ -152,7 +152,7 @@ def test_several_models_share_one_decoding(tmp_path):
     reads = []
 
     class Counted(ArraySource):
-        def read(self, index):
+        def read(self, index, *, at_least=None):
             reads.append(index)
             return super().read(index)
 

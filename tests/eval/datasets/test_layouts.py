@@ -223,9 +223,9 @@ def test_a_scene_outside_of_the_task_is_refused(clevr):
 
 def test_squeezing_keeps_the_whole_image(clevr):
     source = layouts.open_dataset("clevr_dist", clevr)[0]
-    squeezed = layouts.WholeImages(source, (16, 16))
+    squeezed = layouts.whole_images(source, (16, 16))
     assert squeezed.read(0).size == (16, 16) and labels_of(squeezed).tolist() == labels_of(source).tolist()
-    assert squeezed.fingerprint != source.fingerprint != layouts.WholeImages(source, (24, 24)).fingerprint
+    assert squeezed.fingerprint != source.fingerprint != layouts.whole_images(source, (24, 24)).fingerprint
 
 
 @pytest.mark.parametrize("path", ["../outside.png", "/etc/hostname", "a/../../b.png"])
@@ -286,6 +286,6 @@ def test_a_damaged_test_split_is_refused_and_not_passed_over(tmp_path):
 def test_a_squeezed_source_is_stamped_as_what_it_squeezes(tmp_path):
     save(tmp_path / "a" / "1.png")
     source = open_source(tmp_path)
-    squeezed, before = layouts.WholeImages(source, (8, 8)), source.stamp
+    squeezed, before = layouts.whole_images(source, (8, 8)), source.stamp
     os.utime(tmp_path / "a" / "1.png", ns=(1, 1))
     assert squeezed.stamp == source.stamp != before
