@@ -1,13 +1,15 @@
 """The teacher: a frozen network, always in eval mode and outside of every graph.
 
 A Teacher takes pixels that are normalised with ImageNet's mean and standard deviation, as the crops are; if it was
-trained with another normalisation, the change is folded in. Its scores are BEFORE any temperature.
+trained with another normalisation, the change is folded in. Its scores are BEFORE any temperature. In bf16 and fp16 the
+weights of its matrix products are kept in that precision; head, prototypes and scores stay in float32.
 
 N images   D width of the trunk   K prototypes (or head outputs, or classes)   P patches
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -62,6 +64,7 @@ class Teacher(nn.Module):
             shared = head.patch_prototypes is None
             self.patch_prototypes = len(head.prototypes if shared else cast(Tensor, head.patch_prototypes))
         self.mean, self.std = mean, std
+        self.precision: torch.dtype | None = None  # of autocast; None: float32
         scale, shift = fold_normalisation(mean, std)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
@@ -95,6 +98,22 @@ class Teacher(nn.Module):
         self.head = head.to(self.scale.device).requires_grad_(False).eval()
         self.num_prototypes = len(head.prototypes)
 
+    def keep_in(self, precision: torch.dtype) -> None:
+        """Compute in `precision` from now on, with the trunk's linear and convolution weights stored in it.
+
+        Autocast would round these very weights in each forward pass, so the scores are the same, bit for bit. All other
+        weights stay in float32, and so do those of layers that transform their weights before they use them.
+        """
+        self.precision = precision
+        for module in self.trunk.modules():
+            if type(module) in (nn.Linear, nn.Conv2d):
+                module.to(precision)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.precision is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.scale.device.type, dtype=self.precision)
+
     def train(self, mode: bool = True) -> Teacher:
         """Stay in eval mode: BatchNorm keeps its running statistics, dropout and drop path stay off."""
         super().train(False)
@@ -107,7 +126,10 @@ class Teacher(nn.Module):
         `patches` False skips an iBOT teacher's patch logits, for a student without patch tokens; a mask (N, P) selects
         those of M patches, in the order of its ``nonzero()``.
         """
-        pixels = pixels * self.scale + self.shift
+        with self._autocast():
+            return self._scores(pixels * self.scale + self.shift, patches)
+
+    def _scores(self, pixels: Tensor, patches: bool | Tensor) -> TeacherScores:
         if self.method == "classifier":
             maps = cast(Any, self.trunk).forward_features(pixels)
             logits = cast(Any, self.trunk).forward_head(maps)
@@ -126,10 +148,11 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
         """The trunk's features (N, D), float32, of ImageNet-normalised pixels (N, 3, H, W); the head is not run."""
-        pixels = pixels * self.scale + self.shift
-        if self.method == "classifier":
-            return self._pooled(cast(Any, self.trunk).forward_features(pixels))
-        return cast(Tensor, self.trunk(pixels).float())
+        with self._autocast():
+            pixels = pixels * self.scale + self.shift
+            if self.method == "classifier":
+                return self._pooled(cast(Any, self.trunk).forward_features(pixels))
+            return cast(Tensor, self.trunk(pixels).float())
 
     def _pooled(self, maps: Tensor) -> Tensor:
         return cast(Tensor, cast(Any, self.trunk).forward_head(maps, pre_logits=True).float())

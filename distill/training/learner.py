@@ -19,14 +19,14 @@ from robx.distill.training.optimizers import build_optimizer, load_optimizer, se
 from robx.distill.training.processes import Processes
 from robx.distill.training.schedules import learning_rate, weight_decay
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(recipe: Recipe, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The recipe's precision, for forward passes."""
     if recipe.precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=_DTYPES[recipe.precision])
+    return torch.autocast(device.type, dtype=HALF[recipe.precision])
 
 
 def seed_step(seed: int, *, step: int, rank: int) -> None:

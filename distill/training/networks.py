@@ -16,7 +16,7 @@ from robx.distill.targets.build import StoredTeacher, build_branch
 from robx.distill.teachers.frozen_heads import PrototypeHead
 from robx.distill.teachers.teacher import Teacher
 from robx.distill.training.initial import Initial
-from robx.distill.training.learner import Learner
+from robx.distill.training.learner import HALF, Learner
 from robx.distill.training.processes import Processes
 from robx.errors import InputError
 
@@ -61,6 +61,8 @@ def build_networks(
     objective = build_objective(recipe)
     if teacher is not None:
         prepare_network(teacher, processes.device)
+        if recipe.precision != "fp32":
+            teacher.keep_in(HALF[recipe.precision])
     learners: list[Learner] = []
     shared: TargetBranch | None = None if stored is None else stored.branch
     for name in students:
