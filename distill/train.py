@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,15 +30,15 @@ from robx.distill.teachers.choose import choose_teacher
 from robx.distill.teachers.load import build_teacher_skeleton, load_teacher
 from robx.distill.teachers.teacher import Teacher
 from robx.distill.training import run_checkpoint
-from robx.distill.training.collapse import require_finite, targets_not_finite
 from robx.distill.training.compute import compute_of, cuda_settings
 from robx.distill.training.dry_run import RunCost, dry_run
 from robx.distill.training.feed import batches, check_resources
 from robx.distill.training.initial import starting_line
 from robx.distill.training.knn_probe import Probe
-from robx.distill.training.learner import Learner, autocast
+from robx.distill.training.learner import autocast
 from robx.distill.training.log import log_step, monitor, note, open_probe, probe_references, probe_students, speed_bound
 from robx.distill.training.processes import Processes, join_processes
+from robx.distill.training.readings import Readings, StepTensors, reads_late
 from robx.distill.training.run import (
     Run,
     RunSpec,
@@ -224,66 +225,50 @@ def _steps(
     run: Run, start: int, feed: Iterator[Batch | None], *, probe: Probe | None, stop: StopRequest, progress: Progress
 ) -> None:
     recipe, processes, options = run.recipe, run.processes, run.options
-    rate, saved = Rate(), time.monotonic()
+    readings = Readings(late=reads_late(processes.device), key=run.source.key, scaled=recipe.precision == "fp16")
+    rate, saved, loss = Rate(), time.monotonic(), None
     for step in range(start, run.steps):
         done = step + 1
         logs = done % options.log_every == 0 or done == run.steps
         looks = done % options.monitor_every == 0 or done == run.steps
+        probes = options.probe_every > 0 and done % (options.probe_every * run.per_epoch) == 0
 
         # Crops, their targets, and the students' gradients.
-        losses = [torch.zeros((), device=processes.device) for _ in run.learners]
-        stats: list[Stats] = [{} for _ in run.learners]
-        names: list[str] = []
-        finite = torch.ones((), dtype=torch.bool, device=processes.device)
-        for micro in range(recipe.accumulate):
-            batch = next(feed)
-            if batch is None:
-                _stop_waiting(run, step, start, exact=micro == 0, stop=stop)
-            _count_skipped(run, batch.skipped)
-            views = batch.views(processes.device)
-            names += [run.source.key(int(index)) for index in batch.index]
-            targets_of_all = _targets(run, views)
-            if run.branch is not None and (shared := targets_of_all[0]):  # a base method's follow the student
-                finite &= torch.isfinite(shared.probs.sum())
-            draw, last = step * recipe.accumulate + micro, micro == recipe.accumulate - 1
-            for i, (learner, targets) in enumerate(zip(run.learners, targets_of_all, strict=True)):
-                loss, stats[i] = learner.learn(views, targets, draw=draw, last=last, observe=last and (logs or looks))
-                losses[i] += loss / recipe.accumulate
+        give_up = functools.partial(_stop_waiting, run, step, start, readings, stop=stop)
+        tensors, pixels = _gradients(run, step, feed, logs=logs, observe=logs or looks, give_up=give_up)
 
-        # The update, once targets, loss and gradients are known to be finite.
-        if not finite and views.globals.isfinite().all():
-            raise targets_not_finite(step=step, images=names)
-        norms = [_update(run, learner, loss, step, names) for learner, loss in zip(run.learners, losses, strict=True)]
+        # The update, once targets, loss and gradients are known to be finite: this step's, or the last one's on a GPU.
+        read = readings.put(tensors)
+        for learner in run.learners:
+            learner.update(step=step, steps=run.steps)
         if run.branch is not None:
             run.branch.update(step, run.learners[0].net)
 
         # Logging.
         rate.tick()
         speed = rate.steps_per_s() * recipe.batch_size
-        if logs:
-            log_step(run, done, losses=losses, norms=norms, stats=stats, speed=speed)
+        if looks or probes:
+            read += readings.settle()
+        for values in read:
+            log_step(run, values, speed=speed)
+            loss = values.losses[0]
         if processes.first and looks:
-            monitor(run, done, views.globals[0], stats)
-        progress(done, run.steps, note(run, float(losses[0]), speed))
+            monitor(run, read[-1], pixels)
+        progress(done, run.steps, note(run, loss, speed))
         if logs:
             rate.pause(_measure_again(run, done, speed))
 
         # A kNN evaluation, a checkpoint, and the end of the run if a signal asked for it.
         began = time.monotonic()
-        probed = (
-            probe is not None and done % (options.probe_every * run.per_epoch) == 0 and probe_students(run, probe, done)
-        )
+        probed = probe is not None and probes and probe_students(run, probe, done)
         due = began - saved > 60 * options.checkpoint_minutes or (
             options.checkpoint_steps > 0 and done % options.checkpoint_steps == 0
         )
         asked, due = processes.any(stop.signal is not None, due or probed or done == run.steps)
         if asked or due:
-            # The checkpoint comes last: everything that it counts as done is on disk by then.
-            if isinstance(run.branch, WritingBranch):
-                run.branch.settle(epoch_done=done % run.per_epoch == 0)
-            if done == run.steps:
-                publish_teachers(run)
-            save_run(run, done)
+            for values in readings.settle():
+                log_step(run, values, speed=speed)
+            _save(run, done)
             saved = time.monotonic()
         rate.pause(time.monotonic() - began)
         if asked and done < run.steps:
@@ -293,14 +278,59 @@ def _steps(
             )
 
 
-def _stop_waiting(run: Run, step: int, start: int, *, exact: bool, stop: StopRequest) -> NoReturn:
-    """End the run between two batches: the loader does not deliver, and a signal asked for the end."""
+def _gradients(
+    run: Run, step: int, feed: Iterator[Batch | None], *, logs: bool, observe: bool, give_up: Callable[..., NoReturn]
+) -> tuple[StepTensors, Tensor]:
+    """Forward and backward of one step: its values, and the first global crops (B, 3, G, G) of its last micro-batch.
+
+    `observe` computes the losses' statistics; `give_up` is called if a signal asked for the end while no batch arrived.
+    """
+    recipe, device = run.recipe, run.processes.device
+    losses = [torch.zeros((), device=device) for _ in run.learners]
+    stats: list[Stats] = [{} for _ in run.learners]
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    index: list[Tensor] = []
+    for micro in range(recipe.accumulate):
+        batch = next(feed)
+        if batch is None:
+            give_up(exact=micro == 0)
+        _count_skipped(run, batch.skipped)
+        index.append(batch.index)
+        views = batch.views(device)
+        targets_of_all = _targets(run, views)
+        if run.branch is not None and (shared := targets_of_all[0]):  # a base method's follow the student
+            finite &= shared.probs.sum().isfinite() | ~views.globals.sum().isfinite()  # NaN pixels are not its fault
+        draw, last = step * recipe.accumulate + micro, micro == recipe.accumulate - 1
+        for i, (learner, targets) in enumerate(zip(run.learners, targets_of_all, strict=True)):
+            loss, stats[i] = learner.learn(views, targets, draw=draw, last=last, observe=last and observe)
+            losses[i] += loss / recipe.accumulate
+    norms = [learner.gradient_norm(epoch=step // run.per_epoch) for learner in run.learners]
+    tensors = StepTensors(
+        step=step, index=index, targets_finite=finite, losses=losses, norms=norms, stats=stats, logs=logs
+    )
+    return tensors, views.globals[0]
+
+
+def _save(run: Run, done: int) -> None:
+    """Save the state after `done` steps. The checkpoint comes last: what it counts as done is on disk by then."""
+    if isinstance(run.branch, WritingBranch):
+        run.branch.settle(epoch_done=done % run.per_epoch == 0)
+    if done == run.steps:
+        publish_teachers(run)
+    save_run(run, done)
+
+
+def _stop_waiting(run: Run, step: int, start: int, readings: Readings, *, exact: bool, stop: StopRequest) -> NoReturn:
+    """End the run between two batches: the loader does not deliver, and a signal asked for the end.
+
+    `exact`: no micro-batch of this step was computed, so the state is that after `step` steps.
+    """
     name = stop.signal.name if stop.signal is not None else "a signal"
     saved = "the run resumes from its last checkpoint"
     if exact and step > start and run.processes.world == 1:
-        if isinstance(run.branch, WritingBranch):
-            run.branch.settle(epoch_done=step % run.per_epoch == 0)
-        save_run(run, step)
+        for values in readings.settle():
+            log_step(run, values, speed=0.0)
+        _save(run, step)
         saved = "its state is saved"
     raise Interrupted(
         f"{name} after step {step} of {run.steps}, while no image arrived; {saved}: run the same command to resume"
@@ -313,16 +343,6 @@ def _targets(run: Run, views: Views) -> Sequence[Targets | None]:
         if run.branch is None:
             return [learner.own_targets(views) for learner in run.learners]
         return list[Targets | None]([run.branch.targets(views)]) * len(run.learners)
-
-
-def _update(run: Run, learner: Learner, loss: Tensor, step: int, images: Sequence[str]) -> Tensor:
-    """One learner's optimiser step; returns its gradient norm."""
-    require_finite("loss", loss, step=step, images=images)
-    norm = learner.gradient_norm(epoch=step // run.per_epoch)
-    if run.recipe.precision != "fp16":  # whose loss scaler handles infinite gradients
-        require_finite("gradient", norm, step=step, images=images)
-    learner.update(step=step, steps=run.steps)
-    return norm
 
 
 def _count_skipped(run: Run, found: dict[int, str]) -> None:

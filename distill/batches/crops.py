@@ -121,14 +121,21 @@ def normalise(pixels: Tensor, device: torch.device) -> Tensor:
     """
     # Whole rows at a time: broadcasting over only three channels takes sixteen times as long on a CPU.
     width = pixels.shape[3]
-    scale = torch.tensor([1 / (255 * s) for s in IMAGENET_STD] * width, device=device)
-    shift = torch.tensor([-m / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)] * width, device=device)
+    scale = to_device(np.array([1 / (255 * s) for s in IMAGENET_STD] * width, np.float32), device)
+    offsets = [-m / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
+    shift = to_device(np.array(offsets * width, np.float32), device)
     rows = (
         pixels.to(device, non_blocking=True)
         .to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         .flatten(3)
     )
     return rows.mul_(scale).add_(shift).view(pixels.shape).permute(0, 1, 4, 2, 3)
+
+
+def to_device(values: NDArray[np.generic], device: torch.device) -> Tensor:
+    """A small array on the device; the host does not wait for a GPU, as in ``torch.tensor(..., device=...)``."""
+    found = torch.from_numpy(np.array(values, order="C"))
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
 
 
 def _plan(width: int, height: int, draws: list[float], recipe: Recipe, view: int) -> tuple[object, ...]:

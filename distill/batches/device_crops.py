@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robx.distill.batches.crops import ORDERS
+from robx.distill.batches.crops import ORDERS, to_device
 
 _PIXELS = 1 << 23  # of padded images that are resized at a time; bounds the memory
 _BITS = 22  # of Pillow's fixed-point resampling weights
@@ -51,8 +51,8 @@ def augment(crops: Tensor, plans: NDArray[np.void]) -> Tensor:
     for wanted, values, change in _steps(plans):
         rows = np.flatnonzero(wanted)
         if len(rows):
-            where = _to(rows, crops.device)
-            given = _to(values[rows].astype(np.float32), crops.device)[:, None, None, None]
+            where = to_device(rows, crops.device)
+            given = to_device(values[rows].astype(np.float32), crops.device)[:, None, None, None]
             crops = crops.index_copy(0, where, change(crops.index_select(0, where), given))
     return crops
 
@@ -95,7 +95,7 @@ def _cut(images: Sequence[Tensor], boxes: NDArray[np.int32], size: int) -> Tenso
     padded = torch.zeros(number, 3, height, width, device=device)
     for row, image in zip(padded, images, strict=True):
         row[:, : image.shape[0], : image.shape[1]] = image.permute(2, 0, 1)
-    box = _to(boxes.transpose(1, 0, 2), device).double()  # (B, V, 4)
+    box = to_device(boxes.transpose(1, 0, 2), device).double()  # (B, V, 4)
     crops = boxes.shape[0]
     # (B, 3H, W) @ (B, W, V * S)
     across = _weights(box[..., 0], box[..., 2], size, width)
@@ -143,7 +143,7 @@ def _weights(start: Tensor, end: Tensor, size: int, length: int) -> tuple[Tensor
 
 def luminance(x: Tensor) -> Tensor:
     """Pillow's conversion to "L": (N, 3, S, S) -> (N, 1, S, S), rounded; exact, for all sums stay below 2 ** 24."""
-    weights = x.new_tensor([19595.0, 38470.0, 7471.0])[:, None, None]
+    weights = to_device(np.array([19595.0, 38470.0, 7471.0], np.float32), x.device)[:, None, None]
     return (((x * weights).sum(dim=1, keepdim=True) + 32768) / 65536).floor()
 
 
@@ -194,7 +194,7 @@ def shift_hue(x: Tensor, step: Tensor) -> Tensor:
     t = _round(value * (1 - share.double() * (1 - part.double())))
     levels = torch.stack([value.double(), q, p, t])
     # Which of value, q, p, t is red, green and blue in each of the six sectors.
-    table = torch.tensor([[0, 1, 2, 2, 3, 0], [3, 0, 0, 1, 2, 2], [2, 2, 3, 0, 0, 1]], device=x.device)
+    table = to_device(np.array([[0, 1, 2, 2, 3, 0], [3, 0, 0, 1, 2, 2], [2, 2, 3, 0, 0, 1]]), x.device)
     chosen = table[:, (sector % 6).long()]  # (3, N, S, S)
     turned = levels.gather(0, chosen).transpose(0, 1)
     return torch.where((saturation == 0).unsqueeze(1) | grey.unsqueeze(1), value.unsqueeze(1), turned.float())
@@ -239,8 +239,3 @@ def _box_blur(x: Tensor, taps: list[Tensor]) -> Tensor:
         left, right = padded[..., _REACH - tap :][..., :width], padded[..., _REACH + tap :][..., :width]
         total = total + taps[tap] * (left + right)
     return _round(total / 2**_BLUR_BITS)
-
-
-def _to(values: NDArray[np.generic], device: torch.device) -> Tensor:
-    found = torch.from_numpy(np.array(values, order="C"))
-    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found

@@ -158,10 +158,15 @@ class Batch:
     epoch: int
     masks: Tensor | None  # (2, B, P) bool
     skipped: dict[int, str]
+    masked: Tensor | None = None  # (M,) int64, places of the masked patches; counted only for a GPU
 
     def pin_memory(self) -> Batch:
         """The same in page-locked memory, for asynchronous copies to a GPU."""
-        return replace(self, crops=self.crops.pin_memory())
+        pinned = replace(self, crops=self.crops.pin_memory())
+        if self.masks is not None:
+            pinned.masks = self.masks.pin_memory()
+            pinned.masked = self.masks.flatten().nonzero()[:, 0].pin_memory()
+        return pinned
 
     def views(self, device: torch.device) -> Views:
         """Normalised crops on the device."""
@@ -172,6 +177,7 @@ class Batch:
             index=self.index,
             epoch=self.epoch,
             masks=None if self.masks is None else self.masks.to(device, non_blocking=True),
+            masked=None if self.masked is None else self.masked.to(device, non_blocking=True),
         )
 
 

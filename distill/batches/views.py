@@ -19,11 +19,26 @@ class Views:
     index: Tensor  # (B,) int64, index of each image in the source
     masks: Tensor | None = None  # (2, B, P) bool, True where a patch is masked (RoB-iBOT) or dropped (RoB-MSN)
     epoch: int = 0  # crops are a function of (seed, epoch, index); stored targets are looked up by the last two
+    masked: Tensor | None = None  # (M,) int64, places of the masked patches among all 2 * B * P; see masked_patches
 
     def first(self, images: int) -> Views:
         """The crops of the first `images` images."""
         masks = None if self.masks is None else self.masks[:, :images]
         return Views(self.globals[:, :images], self.locals[:, :images], self.index[:images], masks, self.epoch)
+
+    def masked_patches(self, crops: int = 2) -> Tensor:
+        """Places (M,) of the masked patches of the first `crops` global crops, in the order of ``masks.nonzero()``.
+
+        They come with a batch from the loader, because counting them on a GPU makes the host wait for it.
+
+        Raises:
+            ValueError: the views have no masks.
+        """
+        if self.masks is None:
+            raise ValueError("these views have no masks")
+        if self.masked is not None and crops == len(self.masks):
+            return self.masked
+        return self.masks[:crops].flatten().nonzero()[:, 0]
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ class _Mix:
         if self.columns is None or self.even is None:
             found: Tensor = torch.linalg.vecdot(self._sum(teachers), logs)
             return found
-        total = logs.sum(dim=-1) * self.even[list(teachers)].sum(dim=(0, 2))
+        total = logs.sum(dim=-1) * self._even_of(self.even, teachers)[:, 0]
         for q in teachers:
             total += ((self.probs[q].to(self.dtype) - self.even[q]) * logs.gather(1, self.columns[q])).sum(dim=-1)
         return total
@@ -157,9 +157,17 @@ class _Mix:
         if self.columns is None or self.even is None:
             softmax.sub_(self._sum(teachers))
             return
-        softmax.sub_(self.even[list(teachers)].sum(dim=0))
+        softmax.sub_(self._even_of(self.even, teachers))
         for q in teachers:
             softmax.scatter_add_(1, self.columns[q], self.even[q] - self.probs[q].to(self.dtype))
+
+    @staticmethod
+    def _even_of(even: Tensor, teachers: tuple[int, ...]) -> Tensor:
+        """The summed shares (rows, 1); indexing with a list would make the host wait for a GPU."""
+        total = even[teachers[0]]
+        for q in teachers[1:]:
+            total = total + even[q]
+        return total
 
     def _sum(self, teachers: tuple[int, ...]) -> Tensor:
         if teachers not in self._sums:

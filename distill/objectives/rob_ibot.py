@@ -24,7 +24,9 @@ from robx.distill.students.projection_heads import IbotHead
 from robx.errors import InputError
 
 
-def masked_patch_loss(scores: Tensor, probs: Tensor, masks: Tensor, *, temperature: float) -> Tensor:
+def masked_patch_loss(
+    scores: Tensor, probs: Tensor, masks: Tensor, *, temperature: float, masked: Tensor | None = None
+) -> Tensor:
     """Mean over the crops (2, B) of the mean cross-entropy over each one's masked patches (iBOT, eq. 2).
 
     Args:
@@ -32,17 +34,19 @@ def masked_patch_loss(scores: Tensor, probs: Tensor, masks: Tensor, *, temperatu
         probs: targets of the same patches, (M, K) or (2, B, P, K).
         masks: (2, B, P), True where the student's patch was masked. A crop with none adds 0.
         temperature: the student's.
+        masked: places (M,) of the masked patches, from ``Views.masked_patches``; None counts them.
     """
+    masked = masks.flatten().nonzero()[:, 0] if masked is None else masked
     number = masks.sum(dim=-1, keepdim=True).clamp(min=1)
-    weights = (1.0 / (number * masks.shape[0] * masks.shape[1]).double()).expand(masks.shape)[masks]
+    weights = (1.0 / (number * masks.shape[0] * masks.shape[1]).double()).expand(masks.shape).flatten()[masked]
     return rows_cross_entropy(
-        masked_rows(scores, masks), masked_rows(probs, masks), weights=weights, temperature=temperature
+        masked_rows(scores, masked), masked_rows(probs, masked), weights=weights, temperature=temperature
     )
 
 
-def masked_rows(patches: Tensor, masks: Tensor) -> Tensor:
+def masked_rows(patches: Tensor, masked: Tensor) -> Tensor:
     """The masked patches' rows (M, K) out of all patches (2, B, P, K); selected rows stay."""
-    return patches if patches.ndim == 2 else patches[masks]
+    return patches if patches.ndim == 2 else patches.flatten(0, 2)[masked]
 
 
 class RobIbot(RobDino):
@@ -94,7 +98,11 @@ class RobIbot(RobDino):
                 "set patch_weight = 0, or use an iBOT teacher instead of stored targets"
             )
         patch = masked_patch_loss(
-            scores.patches, targets.patch_probs, views.masks, temperature=self.student_temperature
+            scores.patches,
+            targets.patch_probs,
+            views.masks,
+            temperature=self.student_temperature,
+            masked=views.masked_patches(),
         )
         with torch.no_grad():
             stats |= {"cls_loss": cls.detach(), "patch_loss": patch.detach(), "masked": views.masks.float().mean()}

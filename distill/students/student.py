@@ -78,7 +78,7 @@ class StudentNet(nn.Module):
             features = torch.cat([features, self.trunk(views.locals.flatten(0, 1))])
         patches = None
         if self.masked_embed is not None and views.masks is not None and tokens is not None:
-            patches = self._head.patches(tokens[views.masks.flatten(0, 1)])
+            patches = self._head.patches(tokens.flatten(0, 1).index_select(0, views.masked_patches()))
         scores, embeddings, _ = scores_and_embeddings(self.head, features)
         if embeddings is not None:
             embeddings = embeddings[: 2 * batch].view(2, batch, -1)

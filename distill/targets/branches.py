@@ -77,15 +77,15 @@ class TeacherBranch(_WithoutNetwork):
     def targets(self, views: Views) -> Targets:
         """One teacher forward over its crops; the teacher's input is never masked."""
         seen = views.globals[: self.crops]
-        masks = None if views.masks is None else views.masks[: self.crops]
+        wanted = views.masks is not None and self.processor.objective.traits.masks_patches
+        masked = views.masked_patches(self.crops) if wanted else None
         # Centring the patches, an ablation, needs all of them.
-        wanted = masks is not None and self.processor.objective.traits.masks_patches
-        chosen = masks.flatten(0, 1) if masks is not None and wanted and not self.processor.centering else wanted
+        chosen = wanted if masked is None or self.processor.centering else masked
         scores = self.teacher(seen.flatten(0, 1), patches=chosen)
         patch_probs = None
-        if wanted and masks is not None and scores.patches is not None:
+        if masked is not None and scores.patches is not None:
             mean = scores.patches.flatten(0, -2).mean(dim=0) if self.processor.centering else None
-            rows = scores.patches if scores.patches.ndim == 2 else scores.patches[masks.flatten(0, 1)]
+            rows = scores.patches if scores.patches.ndim == 2 else scores.patches.flatten(0, 1)[masked]
             patch_probs = self.processor.patch_probs(rows, mean=mean)
         return Targets(probs=self.processor.probs(scores.crops.view(*seen.shape[:2], -1)), patch_probs=patch_probs)
 
@@ -138,7 +138,8 @@ class EmaBranch:
         if views.masks is not None and tokens is not None:
             head = cast(Any, self.network.head)
             mean = head.mean_patch_scores(tokens.flatten(0, 1)) if self.processor.centering else None
-            patch_probs = self.processor.patch_probs(head.patches(tokens[views.masks.flatten(0, 1)]), mean=mean)
+            rows = tokens.flatten(0, 1)[views.masked_patches()]
+            patch_probs = self.processor.patch_probs(head.patches(rows), mean=mean)
         shape = views.globals.shape[:2]
         if embeddings is not None:
             embeddings = embeddings.view(*shape, -1)

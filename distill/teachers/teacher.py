@@ -123,8 +123,8 @@ class Teacher(nn.Module):
     def forward(self, pixels: Tensor, *, patches: bool | Tensor = True) -> TeacherScores:
         """Score pixels (N, 3, H, W) that are normalised with ImageNet's mean and standard deviation.
 
-        `patches` False skips an iBOT teacher's patch logits, for a student without patch tokens; a mask (N, P) selects
-        those of M patches, in the order of its ``nonzero()``.
+        `patches` False skips an iBOT teacher's patch logits, for a student without patch tokens; places (M,) among all
+        N * P patches select those of M patches.
         """
         with self._autocast():
             return self._scores(pixels * self.scale + self.shift, patches)
@@ -138,7 +138,7 @@ class Teacher(nn.Module):
             raise InputError(f"teacher {self.name} has no prototypes: give images (--data) to fit them to")
         if self.patch_prototypes is not None and patches is not False:
             features, places = tokens(self.trunk, pixels)
-            selected = places[patches][None] if isinstance(patches, Tensor) else places
+            selected = places.flatten(0, 1)[patches][None] if isinstance(patches, Tensor) else places
             logits = self.head.patches(selected).float()
             logits = logits[0] if isinstance(patches, Tensor) else logits
             return TeacherScores(self.head(features).float(), logits, features.float())

@@ -82,12 +82,10 @@ def targets_not_finite(*, step: int, images: Sequence[str]) -> NotFinite:
     )
 
 
-def require_finite(name: str, value: Tensor, *, step: int, images: Sequence[str]) -> None:
-    """Raise NotFinite, naming the images of the batch, if a loss or a gradient norm is not finite."""
-    if bool(torch.isfinite(value).all()):
-        return
-    raise NotFinite(
-        f"the {name} is {float(value):g} at step {step}; its images are {_some(images)}. This step was not saved: "
+def not_finite(name: str, value: float, *, step: int, images: Sequence[str]) -> NotFinite:
+    """The error for a NaN or infinite loss or gradient norm, which names the images of the batch."""
+    return NotFinite(
+        f"the {name} is {value:g} at step {step}; its images are {_some(images)}. This step was not saved: "
         "lower --lr, give --precision fp32, or remove the faulty image, then run the same command to resume"
     )
 

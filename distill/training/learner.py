@@ -143,8 +143,9 @@ class Learner:
 
 @torch.no_grad()
 def _blend(average: nn.Module, trunk: nn.Module, *, keep: float) -> None:
-    for old, new in zip(average.state_dict().values(), trunk.state_dict().values(), strict=True):
-        if old.is_floating_point():
-            old.lerp_(new, 1 - keep)
-        else:
+    pairs = list(zip(average.state_dict().values(), trunk.state_dict().values(), strict=True))
+    blended = [(old, new) for old, new in pairs if old.is_floating_point()]
+    torch._foreach_lerp_([old for old, _ in blended], [new for _, new in blended], weight=1 - keep)
+    for old, new in pairs:
+        if not old.is_floating_point():
             old.copy_(new)

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from robx.distill.objectives.base import Stats
 from robx.distill.targets.branches import TeacherBranch
 from robx.distill.targets.stored_writer import WritingBranch
 from robx.distill.training.collapse import embedding_health, warnings
 from robx.distill.training.knn_probe import Probe, build_probe, run_probe, score
+from robx.distill.training.readings import StepValues
 from robx.distill.training.run import Run
 from robx.distill.training.run_folder import student_preprocessing
 from robx.distill.training.schedules import learning_rate
 
 
-def log_step(
-    run: Run, done: int, *, losses: list[Tensor], norms: list[Tensor], stats: list[Stats], speed: float
-) -> None:
-    """Write one line of metrics per student; losses are averaged over processes."""
-    everywhere = run.processes.gather([float(loss) for loss in losses])
+def log_step(run: Run, values: StepValues, *, speed: float) -> None:
+    """Write one line of metrics per student, if the step is one that logs; losses are averaged over processes."""
+    if not values.logs:
+        return
+    everywhere = run.processes.gather(values.losses)
     if not run.processes.first:
         return
+    done = values.step + 1
     shared = {
         "step": done,
         "epoch": done / run.per_epoch,
@@ -29,19 +30,19 @@ def log_step(
         "share_of_bound": None if run.bound is None else round(speed / speed_bound(run), 4),
     }
     for i, metrics in enumerate(run.metrics):
-        loss = sum(values[i] for values in everywhere) / len(everywhere)
-        figures = {name: float(value) for name, value in stats[i].items()}
-        metrics.add(shared | {"loss": loss, "grad_norm": float(norms[i])} | figures)
+        loss = sum(losses[i] for losses in everywhere) / len(everywhere)
+        metrics.add(shared | {"loss": loss, "grad_norm": values.norms[i]} | values.stats[i])
 
 
-def monitor(run: Run, done: int, pixels: Tensor, stats: list[Stats]) -> None:
-    """Check for collapse, and warn once of each kind."""
-    for learner, metrics, figures in zip(run.learners, run.metrics, stats, strict=True):
+def monitor(run: Run, values: StepValues, pixels: Tensor) -> None:
+    """Check for collapse, and warn once of each kind; `pixels` are those of the step."""
+    done = values.step + 1
+    for learner, metrics, figures in zip(run.learners, run.metrics, values.stats, strict=True):
         health = {}
         if len(pixels) >= 8:  # fewer images say nothing about spread and rank
             health = embedding_health(learner.trunk, pixels[:64])
             metrics.add({"step": done, "epoch": done / run.per_epoch} | health)
-        seen = health | {name: float(value) for name, value in figures.items()}
+        seen = health | figures
         soft = learner.objective.traits.soft_targets
         for text in warnings(seen, prototypes=None if soft else learner.net.num_prototypes):
             if (kind := f"{learner.name}: {text.split(';')[0][:24]}") not in run.warned:
@@ -96,8 +97,10 @@ def speed_bound(run: Run) -> float:
     return run.bound.images_per_s * run.processes.world if run.bound else float("nan")
 
 
-def note(run: Run, loss: float, speed: float) -> str:
-    """The text beside the progress bar."""
+def note(run: Run, loss: float | None, speed: float) -> str:
+    """The text beside the progress bar; None: no loss has been read yet."""
+    if loss is None:
+        return ""
     if not speed:  # not known before the second step
         return f"loss {loss:.3f}"
     share = f" ({speed / speed_bound(run):.0%} of the bound)" if run.bound else ""

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from robx.distill.batches import loader
 from robx.distill.batches.crops import multi_crop, plan_crops
 from robx.distill.batches.device_crops import device_crops
 from robx.distill.batches.loader import build_loader
@@ -27,6 +28,7 @@ from robx.distill.recipes import Method, override, preset
 from robx.distill.students.student import build_student
 from robx.distill.targets.build import build_branch
 from robx.distill.teachers.load import build_teacher_skeleton
+from robx.distill.training.collapse import NotFinite
 from robx.distill.training.networks import prepare_network
 from robx.distill.training.run_checkpoint import load_newest
 from robx.images.sources import ImageSource, open_source
@@ -150,6 +152,55 @@ def test_half_precision_learns_as_single(
     pairs = zip(tiny.losses(tmp_path / "fp32"), tiny.losses(tmp_path / precision), strict=True)
     for (_, single), (_, half) in pairs:
         assert half == pytest.approx(single, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("student", "values"),
+    [
+        ("test_vit", {"objective": "msn", "precision": "bf16"}),
+        ("test_vit", {"objective": "ibot", "base": True, "precision": "bf16"}),
+        ("test_resnet", {"objective": "swav", "kind": "cnn", "optimizer": "larc", "precision": "fp16", "queue": 16}),
+        ("test_resnet", {"objective": "msn", "kind": "cnn", "optimizer": "sgd", "precision": "fp16"}),
+    ],
+)
+def test_a_step_synchronises_with_the_gpu_in_one_place(
+    tiny: ModuleType, source: ImageSource, tmp_path: Path, gpu: str, student: str, values: dict[str, Any]
+) -> None:
+    """torch raises at every operation that waits for the GPU; the event that the host does wait for is not one."""
+
+    def progress(done: int, total: int, note: str) -> None:
+        if gpu == "cuda":
+            torch.cuda.set_sync_debug_mode("error" if 3 <= done < 7 else "default")
+
+    recipe = tiny.tiny_recipe(augment="device", **values)
+    options = {"device": gpu, "workers": 1, "log_every": 100, "monitor_every": 100}
+    try:
+        tiny.tiny_run(source, tmp_path, students=[student], recipe=recipe, options=options, progress=progress)
+    finally:
+        if gpu == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(tiny.losses(tmp_path)) == 1
+
+
+def test_a_bad_step_is_named_and_not_saved(
+    tiny: ModuleType, source: ImageSource, tmp_path: Path, gpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU its values arrive while the next step computes."""
+    real, calls = loader.normalise, 0
+
+    def poisoned(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        found = real(pixels, device)
+        if calls == 11:  # the global crops of step 5, which is the last before a checkpoint
+            found[0, 3] = float("nan")
+        return found
+
+    monkeypatch.setattr(loader, "normalise", poisoned)
+    with pytest.raises(NotFinite, match="loss is nan at step 5; its images are"):
+        tiny.tiny_run(source, tmp_path, recipe=tiny.tiny_recipe(), options={"device": gpu, "checkpoint_steps": 3})
+    found = load_newest(tmp_path)
+    assert found is not None and found[0] == 3
 
 
 def test_crops_on_the_device_are_pillows(gpu: str) -> None:

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from robx.distill.recipes import override, preset
 from robx.distill.students.student import build_student
@@ -47,6 +49,83 @@ def test_larc_against_a_plain_implementation(decay: float) -> None:
         plain_larc(theirs, [g.double() for g in grads], buffers, lr=0.7, decay=decay, momentum=0.9, trust=0.01)
         for p, q in zip(ours, theirs, strict=True):
             torch.testing.assert_close(p.detach().double(), q, atol=1e-6, rtol=1e-5)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operations, except those that only make views."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def layers(count: int) -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    shapes: list[tuple[int, ...]] = [(4, 3, 3, 3), (5,), (2, 7), ()]
+    found = [nn.Parameter(torch.randn(shapes[i % 4])) for i in range(count)]
+    found[0] = nn.Parameter(found[0].data.to(memory_format=torch.channels_last))
+    for parameter in found:
+        parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape))
+    found[1].grad = torch.zeros(5)
+    return found
+
+
+def test_larc_takes_as_many_operations_for_many_tensors_as_for_few() -> None:
+    numbers = []
+    for count in (8, 80):
+        optimizer = Larc(layers(count), lr=0.1, weight_decay=1e-3)
+        optimizer.step()
+        with Kernels() as kernels:
+            optimizer.step()
+        numbers.append(kernels.number)
+    assert numbers[0] == numbers[1] < 30
+
+
+def test_larc_is_the_list_of_factors_that_it_was_bit_for_bit() -> None:
+    """As before one buffer held all updates: a product of lists, which torch does tensor by tensor on a GPU."""
+    ours, theirs = layers(12), layers(12)
+    buffers = [torch.zeros_like(p) for p in theirs]
+    optimizer = Larc(ours, lr=0.3, weight_decay=1e-2, momentum=0.9, trust=0.01)
+    for _ in range(4):
+        optimizer.step()
+        with torch.no_grad():
+            grads: Any = [p.grad for p in theirs]
+            p_norm, g_norm = (torch.stack(torch._foreach_norm(one)) for one in (theirs, grads))
+            ratio = 0.01 * p_norm / (g_norm + 1e-2 * p_norm + 1e-8)
+            factors = torch.where((p_norm > 0) & (g_norm > 0), ratio, torch.ones_like(ratio)).unbind()
+            updates = torch._foreach_add(grads, theirs, alpha=1e-2)
+            torch._foreach_mul_(updates, factors)
+            torch._foreach_mul_(buffers, 0.9)
+            torch._foreach_add_(buffers, updates)
+            torch._foreach_add_(theirs, buffers, alpha=-0.3)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_larc_skips_a_step_with_infinite_gradients_without_reading_them() -> None:
+    parameters, plain = layers(6), layers(6)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer, other = (Larc(one, lr=0.1, weight_decay=1e-3) for one in (parameters, plain))
+    for step in range(3):
+        before = [p.detach().clone() for p in parameters]
+        for p, q in zip(parameters, plain, strict=True):
+            p.grad = q.grad * 8.0  # type: ignore[operator]
+        if step == 1:
+            parameters[2].grad[0, 0] = float("inf")  # type: ignore[index]
+        scaler.scale(torch.zeros(()))  # makes the scale
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        if step == 1:
+            scaler.update()
+            assert scaler.get_scale() == 4.0 and all(map(torch.equal, before, parameters))
+            scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+            continue
+        scaler.update()
+        other.step()
+        for p, q in zip(parameters, plain, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+            assert p.isfinite().all()
 
 
 def test_larc_is_scale_invariant_in_the_gradient() -> None:
