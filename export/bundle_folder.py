@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from robx.errors import ArtifactError, InputError
+from robx.export.readme.write_readme import readme
 from robx.formats import FORMATS
 from robx.golden.sample import GoldenSample, write_sample
 from robx.records import Bundle, BundleFile, describe_file, from_json, save_bundle
-from robx.store.files import read_bytes, read_json, sha256_file, write_json
+from robx.store.files import read_bytes, read_json, sha256_file, write_json, write_text
 from robx.store.folders import new_folder
 
+README = "README.md"
 # How save_bundle's text begins; manifests of other tools begin otherwise.
 _BEGINNING = re.compile(rf'\{{\s*"format": "({"|".join(FORMATS)})",\s*"precision": "')
 
@@ -23,8 +25,11 @@ def require_bundle_place(out: Path) -> None:
     """Raise InputError unless `out` is empty, does not exist, or holds a bundle, which would be replaced."""
     if (out / "student.json").exists():
         raise InputError(f"{out} holds a student: choose another folder for the bundle")
-    if out.is_dir() and any(out.iterdir()) and not _files_of(out):
+    ours = _files_of(out)
+    if out.is_dir() and any(out.iterdir()) and not ours:
         raise InputError(f"{out} is not empty and is not a bundle: choose another folder")
+    if (out / README).exists() and README not in ours:
+        raise InputError(f"{out / README} was not written by robx and would be replaced: move it away")
 
 
 def describe_existing(out: Path) -> str:
@@ -59,8 +64,9 @@ def ship(
         if bundle.labels is not None:
             write_json(temporary / "labels.json", list(bundle.labels))
             files = (*files, describe_file(temporary, "labels.json", "labels"))
-        files = (*files, *write_sample(sample, temporary))
-        bundle = dataclasses.replace(bundle, files=files)
+        bundle = dataclasses.replace(bundle, files=(*files, *write_sample(sample, temporary)))
+        write_text(temporary / README, readme(bundle, sample))
+        bundle = dataclasses.replace(bundle, files=(*bundle.files, describe_file(temporary, README, "readme")))
         save_bundle(bundle, temporary)
     return bundle
 

@@ -44,7 +44,7 @@ LAYERS = {
         ("commands",),
     ),
     "export": (
-        ("request", "quiet", "parity", "cache", "bundle_folder", "onnx_graph", "onnx_run", "image_splits"),
+        ("request", "quiet", "parity", "cache", "readme", "bundle_folder", "onnx_graph", "onnx_run", "image_splits"),
         ("int8",),
         ("formats",),
         ("make",),

@@ -62,9 +62,9 @@ def test_the_wheel_has_every_module_once(wheel: Path) -> None:
         ]:
             inside = source.relative_to(ROOT / folder).as_posix()
             assert names.count(f"{package.replace('.', '/')}/{inside}") == 1
-    assert "robx/py.typed" in names and "robx/eval/report/report.html.j2" in names
     sources = {f"robx/runtime/device/native/{p.name}" for p in (ROOT / "runtime/device/native").iterdir()}
     assert len(sources) > 20 and sources <= set(names)
+    assert {"robx/py.typed", "robx/eval/report/report.html.j2", "robx/export/readme/readme.md.j2"} <= set(names)
     assert not [n for n in names if n.startswith(("tests/", "distill/", "eval/", "benchmarks/"))]
 
 
@@ -83,6 +83,7 @@ def test_the_sdist_has_no_links_and_no_tests(wheel: Path) -> None:
         "robx/cli.py",
         "eval/report/report.html.j2",
         "runtime/device/native/CMakeLists.txt",
+        "export/readme/readme.md.j2",
     } <= below
 
 
