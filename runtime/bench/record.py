@@ -179,6 +179,7 @@ def _settings(run: Run, settings: BenchSettings, chosen: Try, reference: Referen
         "runtime": dict(reports[0]["facts"]) if reports else {},
         "warm_up": [r.get("warm_up") for r in reports],
         "cool_down": [r.get("cool_down") for r in reports],
+        "battery": [r["device"].get("battery") for r in reports],
         "telemetry": [r.digest() for r in chosen.results],
         "process_p50_ms": _p50s(chosen),
         "tries": [_summary(one, settings, chosen) for one in run.tries] if len(run.tries) > 1 else [],

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import platform
 import sys
 from typing import Any
 
+from robx.runtime.device.power import power
 from robx.runtime.device.sysfs import ask, numbers, read
 from robx.runtime.device.watch import energy, snapshot, throttle_flags
 
@@ -28,7 +28,7 @@ def describe(root: str = "/") -> dict[str, Any]:
         "accelerator": _accelerator(),
         "container": _container(root),
         "cgroup_cpu_max": read(root, "sys/fs/cgroup/cpu.max"),
-        "power_source": _power_source(root),
+        **power(root),
         "jetson": _jetson(root),
         "emulated": emulation(root, platform.machine(), cpuinfo),
         "energy_counter": energy(root)["source"],
@@ -154,14 +154,6 @@ def _watched(root: str) -> dict[str, Any]:
         "load": sample["jiffies"] is not None,
         "energy": "" if sample["milliwatt"] is not None else energy(root)["reason"] or "",
     }
-
-
-def _power_source(root: str) -> str:
-    online = numbers(root, "sys/class/power_supply/*/online")
-    status = [read(f, "status") for f in glob.glob(os.path.join(root, "sys/class/power_supply/BAT*"))]
-    if any(online):
-        return "mains"
-    return "battery" if "Discharging" in status else "unknown"
 
 
 def _family(machine: str) -> str:

@@ -13,6 +13,7 @@ import signal
 import time
 from typing import Any
 
+from robx.runtime.device.power import parse_thermal
 from robx.runtime.device.sysfs import ask, numbers, read
 
 _INTERVAL = 0.2  # seconds between two samples of the telemetry
@@ -99,8 +100,11 @@ def parent_of(pid: int) -> int | None:
 
 
 def throttle_flags() -> list[str] | None:
-    """What limits the clock according to the platform; None where it does not report that (only a Pi does)."""
-    return parse_throttled(ask(["vcgencmd", "get_throttled"]) or "")
+    """What limits the clock according to the platform; None where it does not report that (a Pi and Android do)."""
+    on_pi = ask(["vcgencmd", "get_throttled"])
+    if on_pi is not None:
+        return parse_throttled(on_pi)
+    return parse_thermal(ask(["dumpsys", "thermalservice"]) or "")
 
 
 def parse_throttled(text: str) -> list[str] | None:

@@ -43,6 +43,28 @@ PROPERTIES = {
     "ro.soc.model": "Imagined",
     "ro.product.cpu.abi": "arm64-v8a",
 }
+# As Android 15 prints it, shortened.
+BATTERY = """Current Battery Service state:
+  AC powered: false
+  USB powered: true
+  Wireless powered: false
+  Max charging current: 500000
+  status: 2
+  health: 2
+  present: true
+  level: 83
+  scale: 100
+  voltage: 4213
+  temperature: 314
+  technology: Li-ion
+"""
+THERMAL = """IsStatusOverride: false
+ThermalEventListeners:
+	callbacks: 2
+Thermal Status: 0
+Cached temperatures:
+	Temperature{mValue=31.4, mType=2, mName=battery, mStatus=0}
+"""
 
 
 class Adbd:
@@ -52,6 +74,7 @@ class Adbd:
         self.folder = folder  # what stands for /data/local/tmp
         self.features, self.authorised = features, authorised
         self.properties = dict(PROPERTIES)
+        self.dumps = {"battery": BATTERY, "thermalservice": THERMAL}  # of dumpsys
         self.capacity: int | None = None  # bytes that fit below the folder
         self.before: Callable[[str], None] = lambda service: None  # called before each service; may raise or drop
         self.path = os.environ["PATH"]  # of the commands, after Android's own tools
@@ -253,11 +276,12 @@ class _Stream:
         """A folder with the commands of Android that this machine lacks."""
         folder = self.device.folder.parent / f"{self.device.folder.name}-bin"
         folder.mkdir(exist_ok=True)
-        cases = " ".join(f"{key}) echo {shlex.quote(value)};;" for key, value in self.device.properties.items())
-        getprop = folder / "getprop"
-        if not getprop.exists():
-            getprop.write_text(f'#!/bin/sh\ncase "$1" in {cases} esac\n')
-            getprop.chmod(0o755)
+        for name, answers in (("getprop", self.device.properties), ("dumpsys", self.device.dumps)):
+            cases = " ".join(f"{key}) echo {shlex.quote(value)};;" for key, value in answers.items())
+            tool = folder / name
+            if not tool.exists():
+                tool.write_text(f'#!/bin/sh\ncase "$1" in {cases} esac\n')
+                tool.chmod(0o755)
         return folder
 
 

@@ -14,6 +14,7 @@ from robx.errors import DeviceError
 from robx.runtime.bench.bench import BenchSettings, bench
 from robx.runtime.bench.transports import open_transport
 from robx.runtime.doctor import examine
+from tests.runtime.adbd import THERMAL
 
 
 def settings(bundles, device, **changes):
@@ -38,9 +39,17 @@ def opened(device):
 def test_a_bench_over_adb(phone, make_bundle, short_profile):
     (record,) = bench(settings(make_bundle(), phone))
     assert record.device["kind"] == "adb" and record.device["board"] == "Nobody Phone 1 Imagined"
+    assert record.device["battery"] == {"percent": 83, "charging": True, "celsius": 31.4}
+    assert record.device["power_source"] == "mains" and len(record.settings["battery"]) == 2
     assert record.values["p50"].value > 0 and record.values["output_cosine"].value > 0.9999
     assert not codes(record) & {"failed", "incomplete", "output_mismatch"}
     assert list(phone.folder.iterdir()) == [], "cleaned up"
+
+
+def test_a_phone_that_slows_down_for_heat_is_unstable(phone, make_bundle, short_profile):
+    phone.dumps["thermalservice"] = THERMAL.replace("Thermal Status: 0", "Thermal Status: 3")
+    (record,) = bench(settings(make_bundle(), phone, processes=1))
+    assert "platform_throttle: the device reports severe thermal throttling" in record.reasons
 
 
 def test_the_doctor_over_adb(phone):
