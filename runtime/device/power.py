@@ -36,7 +36,7 @@ def power(root: str = "/") -> dict[str, Any]:
 
 def parse_dumpsys(text: str) -> dict[str, Any]:
     """As `power`, from what ``dumpsys battery`` prints."""
-    fields = {}
+    fields: dict[str, str] = {}
     for line in text.splitlines():
         name, _, value = line.strip().partition(": ")
         fields.setdefault(name, value.strip())
