@@ -10,7 +10,7 @@ PYTEST_FLAGS ?= -n 2 --dist loadfile --max-worker-restart 0 -q
 
 export ORT_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test lint types format check gpu test-mobile test-arm64 soak sbom audit clean
+.PHONY: demo test docs lint types format check gpu test-mobile test-arm64 soak sbom audit clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/robx demo $(DEMO_FLAGS)
@@ -22,6 +22,10 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# The site, in site/. A link or a reference that leads nowhere is an error.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 types: $(VENV)/.dev
 	$(VENV)/bin/mypy
@@ -122,4 +126,4 @@ export AUDIT
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

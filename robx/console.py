@@ -18,8 +18,8 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from robx.errors import visible
-from robx.progress import Progress, duration, silent
+from robx.errors import duration, visible
+from robx.progress import Progress, silent
 
 # Seconds between two lines of progress where there is no terminal (a log, CI).
 _LINE_SECONDS = 15.0

@@ -5,18 +5,16 @@ from __future__ import annotations
 import inspect
 import os
 import pickle
-import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
@@ -26,10 +24,7 @@ import robx.eval.evaluate
 import robx.export.build
 import robx.runtime.bench.bench
 from robx import api
-from robx.distill.recipes import Recipe, override
-from robx.distill.resolve import DistillSettings, resolve_recipe
-from robx.distill.teachers.load import build_teacher_skeleton
-from robx.distill.teachers.teacher import Teacher
+from robx.distill.resolve import DistillSettings
 from robx.distill.training.run import Options
 from robx.errors import CorruptImage, InputError
 from robx.eval.evaluate import EvalSettings
@@ -37,11 +32,10 @@ from robx.export.build import ExportSettings
 from robx.export.gate.gate import Limits
 from robx.export.request import ExportTarget
 from robx.images.decode import decode, preprocess, read_image_file
-from robx.images.scenes import make_scene, render
 from robx.images.sources import open_source
 from robx.images.transform import torchvision_transform
-from robx.records import Preprocessing, Student, load_measurements, load_student
-from robx.runtime.bench.profiles import PROFILES, BenchSettings
+from robx.records import Preprocessing, Student, load_student
+from robx.runtime.bench.profiles import BenchSettings
 from robx.runtime.session import SessionSettings
 from robx.trunk import build_trunk, embedding_width, load_trunk, save_trunk
 
@@ -325,56 +319,3 @@ def test_embed_refuses_what_is_no_image_and_names_it(run: Path, photos: list[Pat
         ):
             with pytest.raises(error, match=words):
                 model.embed(images)  # type: ignore[arg-type]
-
-
-# ------------------------------------------------------------------------------------------------------- README
-
-
-def test_the_python_snippet_of_the_readme_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only its surroundings are smaller: images, the networks behind the names, recipe, int8 search and bench."""
-    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ROBX_CACHE", str(tmp_path / "cache"))
-    for index in range(420):
-        scene = make_scene(1, index)
-        folder = Path("images", "train" if index < 340 else "test", str(scene.count_label))
-        for place in (folder, *([Path("photos")] if index < 5 else [])):
-            place.mkdir(parents=True, exist_ok=True)
-            render(scene, size=32).save(place / f"{index}.png")
-    create = timm.create_model
-    names = {"resnet18": "test_resnet"}
-    monkeypatch.setattr(timm, "create_model", lambda name, **more: create(names.get(name, name), **more))
-    monkeypatch.setattr(robx.distill.train, "load_teacher", _tiny_teacher)
-    monkeypatch.setattr(robx.distill.train, "resolve_recipe", _tiny_recipe)
-    export = robx.export.build.export
-    monkeypatch.setattr(
-        robx.export.build, "export", lambda settings, **more: export(replace(settings, candidates=1), **more)
-    )
-    quick = replace(PROFILES["quick"], queries=64, seconds=1, processes=1, warm_up_seconds=0.1, cool_down_seconds=0)
-    monkeypatch.setitem(PROFILES, "quick", quick)
-
-    found: dict[str, Any] = {}
-    exec(compile(snippet, "README.md", "exec"), found)
-
-    student, bundle = found["student"], found["bundle"]
-    assert student.record.timm_name == "resnet18" and student.record.images_seen == 336
-    assert bundle.record.requested == "int8" and bundle.path.parent == Path("runs/r18")
-    kinds = [record.kind for record in load_measurements(bundle.path / "measurements.jsonl")]
-    assert kinds == ["fidelity", "latency"]
-    assert Path("report.html").is_file() and Path("report.md").is_file()
-    assert repr(api.report("runs/r18")).startswith("Pages(title=") and len(repr(api.report("runs/r18"))) < 200
-    assert found["embeddings"].shape == (5, student.record.width)
-    assert found["model"].preprocessing(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
-
-
-def _tiny_teacher(name: str, **settings: Any) -> Teacher:
-    assert name == "dino_vits16"
-    torch.manual_seed(0)
-    return build_teacher_skeleton("timm:test_resnet", objective="msn", prototypes=8, image_size=32)
-
-
-def _tiny_recipe(settings: DistillSettings) -> Recipe:
-    recipe = resolve_recipe(settings)
-    assert recipe.objective == "dino" and recipe.epochs == 10
-    small = {"epochs": 1, "batch_size": 16, "crop_size": 32, "local_crops": 0, "prototypes": 8}
-    return override(recipe, small)

@@ -1,0 +1,108 @@
+"""Write docs/recipe-keys.md from the dataclass Recipe and its presets: python docs/generate.py."""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+from typing import Any
+
+from robx.distill.presets import BASE, ROB
+from robx.distill.recipe_toml import _SECTIONS
+from robx.distill.recipes import _RANGES, Recipe, preset
+
+PAGE = Path(__file__).with_name("recipe-keys.md")
+HEAD = """# Every recipe key
+
+<!-- Written by docs/generate.py: edit the dataclass Recipe in distill/recipes.py instead. -->
+
+These keys may stand in the file given with `--recipe`, and are keyword arguments of `robx.api.distill`. The values are
+those of a ViT student with a teacher; a column has a value where the objective's recipe differs from the default. CNN
+students differ in what the [second table](#cnn-students) says. `"none"` switches an optional key off. `robx recipe
+OBJECTIVE --student NAME` prints the exact values for one student.
+"""
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+def page() -> str:
+    """The whole page."""
+    return "\n".join([HEAD, *_keys(), *_differences()]) + "\n"
+
+
+def _keys() -> list[str]:
+    """One table for each section of the recipe."""
+    ranges = {name: f"{low:g} to {high:g}" for name, low, high in _RANGES}
+    methods = {name: preset(name, "vit") for name in ROB}  # type: ignore[arg-type]
+    default, lines = Recipe(objective="dino"), list[str]()
+    for name, kind in typing.get_type_hints(Recipe, include_extras=True).items():
+        if name in _SECTIONS:
+            lines += [f"## {_SECTIONS[name]}", ""]
+            lines += [f"| key | meaning | range | default | {' | '.join(methods)} |", f"| {' | '.join(['---'] * 9)} |"]
+        start = getattr(default, name)
+        values = [getattr(recipe, name) for recipe in methods.values()]
+        cells = ["" if value == start else _shown(value) for value in values]
+        meaning = kind.__metadata__[0].replace("|", "\\|")
+        row = (
+            f"`{name}`",
+            meaning,
+            ranges.get(name, _choices(kind)),
+            "" if name == "objective" else _shown(start),
+            *cells,
+        )
+        lines.append(f"| {' | '.join(row)} |")
+        if name in _last_of_sections():
+            lines.append("")
+    return lines
+
+
+def _differences() -> list[str]:
+    """What CNN students and base methods change."""
+    lines = ["## CNN students", "", "With a CNN student the recipe of a ViT changes in these keys.", ""]
+    lines += _table({name: (preset(name, "vit"), preset(name, "cnn")) for name in ROB})  # type: ignore[arg-type]
+    lines += ["", "## Base methods", "", "With `--teacher ema`, the method without a teacher, these change.", ""]
+    pairs = {name: (preset(name, "vit"), preset(name, "vit", base=True)) for name in BASE}  # type: ignore[arg-type]
+    return lines + _table(pairs)
+
+
+def _table(pairs: dict[str, tuple[Recipe, Recipe]]) -> list[str]:
+    changed = [
+        name
+        for name in typing.get_type_hints(Recipe)
+        if any(getattr(before, name) != getattr(after, name) for before, after in pairs.values())
+    ]
+    rows = [f"| key | {' | '.join(pairs)} |", f"| {' | '.join(['---'] * (len(pairs) + 1))} |"]
+    for name in changed:
+        after = [
+            _shown(getattr(new, name)) if getattr(new, name) != getattr(old, name) else ""
+            for old, new in pairs.values()
+        ]
+        rows.append(f"| `{name}` | {' | '.join(after)} |")
+    return rows
+
+
+def _last_of_sections() -> set[str]:
+    names = list(typing.get_type_hints(Recipe))
+    return {names[names.index(first) - 1] for first in _SECTIONS if names.index(first)} | {names[-1]}
+
+
+def _choices(kind: Any) -> str:
+    """The values that a Literal allows."""
+    inner = typing.get_args(kind)[0]
+    return ", ".join(map(str, typing.get_args(inner))) if typing.get_origin(inner) is typing.Literal else ""
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""A small world in which the commands of the pages run: scenes as images, tiny networks behind the usual names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+import robx.distill.train
+import robx.export.build
+from robx.distill.recipes import Recipe, override
+from robx.distill.resolve import DistillSettings, resolve_recipe
+from robx.distill.teachers.load import build_teacher_skeleton
+from robx.distill.teachers.teacher import Teacher
+from robx.images.scenes import make_scene, render
+from robx.runtime.bench import profiles
+from robx.runtime.bench.profiles import PROFILES
+
+SMALL = {"epochs": 1, "batch_size": 16, "crop_size": 32, "local_crops": 0, "prototypes": 8, "lr": 1e-3}
+STAND_INS = dict.fromkeys(("resnet18", "mobilenetv3_large_100", "mobilenetv3_small_100"), "test_resnet")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[set[str]]:
+    """A working directory with images/train, images/test and photos/, which all pages share, and the smaller settings.
+
+    The commands are those of the pages; their networks, recipes, searches and measurements are small. Yields the
+    commands and snippets that have been run, which the tests add to.
+    """
+    folder = tmp_path_factory.mktemp("docs")
+    for index in range(420):
+        scene = make_scene(1, index)
+        split = "train" if index < 340 else "test"
+        places = [folder / "images" / split / str(scene.count_label), *([folder / "photos"] if index < 5 else [])]
+        for place in places:
+            place.mkdir(parents=True, exist_ok=True)
+            render(scene, size=32).save(place / f"{index}.png")
+    before = Path.cwd()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROBX_CACHE", str(folder / "cache"))
+        create, export = timm.create_model, robx.export.build.export
+        patch.setattr(timm, "create_model", lambda name, **more: create(STAND_INS.get(name, name), **more))
+        patch.setattr(robx.distill.train, "load_teacher", _teacher)
+        patch.setattr(robx.distill.train, "resolve_recipe", _recipe)
+        patch.setattr(robx.export.build, "export", lambda settings, **more: export(_quick(settings), **more))
+        patch.setattr(profiles, "RETRY_SECONDS", 0)  # an UNSTABLE figure is not measured again
+        short = {"queries": 64, "seconds": 1, "processes": 1, "warm_up_seconds": 0.1, "cool_down_seconds": 0}
+        for name in ("quick", "standard"):
+            patch.setitem(PROFILES, name, replace(PROFILES[name], **short))
+        os.chdir(folder)
+        yield set()
+        os.chdir(before)
+
+
+def _quick(settings: Any) -> Any:
+    """One int8 candidate, shipped whatever the gate says of a network with next to no training."""
+    return replace(settings, candidates=1, force=settings.target.precision == "int8")
+
+
+def _teacher(name: str, **settings: Any) -> Teacher:
+    torch.manual_seed(0)
+    return build_teacher_skeleton("timm:test_resnet", objective="msn", prototypes=8, image_size=32)
+
+
+def _recipe(settings: DistillSettings) -> Recipe:
+    return override(resolve_recipe(settings), SMALL)
