@@ -47,7 +47,9 @@ class Recipe:
     queue: Annotated[int, "scores kept for Sinkhorn; 0 disables"] = 0
     teacher_mean: Annotated[Triple | None, "RGB mean of the teacher's pixels (0 to 1); none: as published"] = None
     teacher_std: Annotated[Triple | None, "their standard deviation; none: as published"] = None
-    teacher_crops: Annotated[int, "global crops that the teacher sees, 1 or 2; 1 halves its cost"] = 2
+    teacher_crops: Annotated[int, "global crops that the teacher sees, at most; 1 halves its cost"] = 2
+    prototype_weight: Annotated[float, "weight of the method's own loss; 0 leaves the feature term alone"] = 1.0
+    feature_weight: Annotated[float, "weight of a term that matches the teacher's features; 0 disables"] = 0.0
     centering: Annotated[bool, "subtract a running mean from the target scores (base DINO, iBOT)"] = False
     center_momentum: Annotated[float, "momentum of that mean"] = 0.9
     me_max: Annotated[float, "weight of MSN's mean-entropy regulariser; 0 disables"] = 0.0
@@ -69,6 +71,7 @@ class Recipe:
 
     crop_size: Annotated[int, "pixels"] = 224
     local_crop_size: Annotated[int, "pixels"] = 96
+    global_crops: Annotated[int, "per image, 1 or 2"] = 2
     local_crops: Annotated[int, "per image"] = 8
     global_scale: Annotated[Pair, "fraction of the image's area"] = (0.4, 1.0)
     local_scale: Annotated[Pair, "fraction of the image's area"] = (0.05, 0.4)
@@ -81,6 +84,7 @@ class Recipe:
     flip_p: Annotated[float, "probability of a horizontal flip"] = 0.5
     blur_p: Annotated[tuple[float, float, float], "probability for global crop 1, 2 and local crops"] = (1.0, 0.1, 0.5)
     solarize_p: Annotated[tuple[float, float, float], "likewise"] = (0.0, 0.2, 0.0)
+    mixup: Annotated[float, "blend pairs of images by Beta(mixup, mixup), for teacher and student; 0 disables"] = 0.0
     augment: Annotated[
         Literal["pillow", "device"],
         "pillow: workers make the crops; device: batched on the training device; on a GPU device",
@@ -136,14 +140,26 @@ class Recipe:
             raise InputError(f"recipe: batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
         if self.base and self.objective not in BASE:
             raise InputError(f"recipe: {self.objective} has no base method: give a teacher instead of --teacher ema")
-        if self.teacher_crops != 2 and self.base:
-            raise InputError("recipe: teacher_crops needs a teacher: a base method uses both global crops, give 2")
-        if self.teacher_crops != 2 and self.objective == "ibot" and self.patch_weight:
+        for name in ("teacher_crops", "global_crops"):
+            if getattr(self, name) != 2 and self.base:
+                raise InputError(f"recipe: {name} needs a teacher: a base method uses both global crops, give 2")
+        if self.target_crops < self.global_crops and self.objective == "ibot" and self.patch_weight:
             raise InputError("recipe: teacher_crops = 1 leaves half of the masked patches without a target: give 2")
+        if self.pairing == "swapped" and self.global_crops + self.local_crops < 2:
+            raise InputError("recipe: swapped pairs need two crops of an image: give global_crops = 2 or local crops")
+        if self.base and (self.feature_weight or self.prototype_weight != 1):
+            raise InputError("recipe: feature_weight and prototype_weight need a teacher, not --teacher ema: drop them")
+        if not self.feature_weight and not self.prototype_weight:
+            raise InputError("recipe: prototype_weight = 0 leaves no loss: give feature_weight")
         if self.freeze_trunk and not self.base:
             raise InputError(
                 "recipe: freeze_trunk needs a base method (--teacher ema): with a teacher the trunk has to be trained"
             )
+
+    @property
+    def target_crops(self) -> int:
+        """Global crops that the teacher sees."""
+        return min(self.teacher_crops, self.global_crops)
 
     @property
     def peak_lr(self) -> float:
@@ -177,6 +193,10 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("sinkhorn_epsilon", 1e-4, 10),
     ("queue", 0, 1_000_000),
     ("teacher_crops", 1, 2),
+    ("prototype_weight", 0, 1000),
+    ("feature_weight", 0, 1000),
+    ("global_crops", 1, 2),
+    ("mixup", 0, 100),
     ("center_momentum", 0, 1),
     ("me_max", 0, 100),
     ("patch_weight", 0, 100),

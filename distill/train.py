@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from robx.distill.batches.loader import Batch, CropDataset, PlaceSampler, collate
+from robx.distill.batches.mixup import mix
 from robx.distill.batches.views import Targets, Views
 from robx.distill.objectives.base import Stats
 from robx.distill.recipes import Recipe
@@ -296,11 +297,13 @@ def _gradients(
             give_up(exact=micro == 0)
         _count_skipped(run, batch.skipped)
         index.append(batch.index)
+        draw, last = step * recipe.accumulate + micro, micro == recipe.accumulate - 1
         views = batch.views(device)
+        if recipe.mixup:
+            views = mix(views, alpha=recipe.mixup, seed=recipe.seed, draw=draw, rank=run.processes.rank)
         targets_of_all = _targets(run, views)
         if run.branch is not None and (shared := targets_of_all[0]):  # a base method's follow the student
             finite &= shared.probs.sum().isfinite() | ~views.globals.sum().isfinite()  # NaN pixels are not its fault
-        draw, last = step * recipe.accumulate + micro, micro == recipe.accumulate - 1
         for i, (learner, targets) in enumerate(zip(run.learners, targets_of_all, strict=True)):
             loss, stats[i] = learner.learn(views, targets, draw=draw, last=last, observe=last and observe)
             losses[i] += loss / recipe.accumulate

@@ -7,7 +7,7 @@ counter-based generator at position (seed, epoch, index).
 All crops come from one decoded image. Each is cropped and resized in one pass before its colours change; pixels stay
 uint8 until they are on the device.
 
-G global crop size   S local crop size   L local crops   B batch
+G global crop size   S local crop size   M global and L local crops   B batch
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ PLAN = np.dtype(
 class Crops:
     """All crops of one image, uint8."""
 
-    globals: Pixels  # (2, G, G, 3)
+    globals: Pixels  # (M, G, G, 3)
     locals: Pixels  # (L, S, S, 3)
 
 
@@ -64,16 +64,17 @@ class Planned:
     """One decoded image and the plans of its crops, which are made elsewhere."""
 
     pixels: Pixels  # (H, W, 3)
-    plans: NDArray[np.void]  # PLAN records (2 + L,)
+    plans: NDArray[np.void]  # PLAN records (M + L,)
+    globals: int  # M, the first of the plans
     sizes: tuple[int, int]  # sizes of the global and the local crops
 
 
 def multi_crop(image: Image.Image, recipe: Recipe, *, epoch: int, index: int) -> Crops:
     """Cut and augment all crops of one RGB image with Pillow."""
     plans = plan_crops(image.width, image.height, recipe, epoch=epoch, index=index)
-    large = [apply_plan(image, plan, recipe.crop_size) for plan in plans[:2]]
+    large = [apply_plan(image, plan, recipe.crop_size) for plan in plans[: recipe.global_crops]]
     side = recipe.local_crop_size
-    small = [apply_plan(image, plan, side) for plan in plans[2:]]
+    small = [apply_plan(image, plan, side) for plan in plans[recipe.global_crops :]]
     return Crops(np.stack(large), np.stack(small) if small else np.empty((0, side, side, 3), dtype=np.uint8))
 
 
@@ -87,7 +88,7 @@ def plan_image(image: Image.Image, recipe: Recipe, *, epoch: int, index: int) ->
     if surplus >= 2:
         image = image.reduce(2 ** min(3, int(math.log2(surplus))))
     plans = plan_crops(image.width, image.height, recipe, epoch=epoch, index=index)
-    return Planned(np.asarray(image), plans, (recipe.crop_size, recipe.local_crop_size))
+    return Planned(np.asarray(image), plans, recipe.global_crops, (recipe.crop_size, recipe.local_crop_size))
 
 
 def needed_side(recipe: Recipe) -> int:
@@ -97,8 +98,8 @@ def needed_side(recipe: Recipe) -> int:
 
 
 def plan_crops(width: int, height: int, recipe: Recipe, *, epoch: int, index: int) -> NDArray[np.void]:
-    """PLAN records (2 + L,) of the crops of an image of `width` x `height` pixels, the two global ones first."""
-    number = 2 + recipe.local_crops
+    """PLAN records (M + L,) of the crops of an image of `width` x `height` pixels, the global ones first."""
+    number = recipe.global_crops + recipe.local_crops
     rows = uniforms(recipe.seed, epoch=epoch, index=index, count=number * _DRAWS).reshape(-1, _DRAWS).tolist()
     return np.array([_plan(width, height, row, recipe, view) for view, row in enumerate(rows)], dtype=PLAN)
 
@@ -139,11 +140,12 @@ def to_device(values: NDArray[np.generic], device: torch.device) -> Tensor:
 
 
 def _plan(width: int, height: int, draws: list[float], recipe: Recipe, view: int) -> tuple[object, ...]:
-    """One PLAN record; `view` 0 and 1 are the global crops."""
-    scale = recipe.global_scale if view < 2 else recipe.local_scale
+    """One PLAN record; the first views are the global crops."""
+    is_global = view < recipe.global_crops
+    scale = recipe.global_scale if is_global else recipe.local_scale
     box = crop_box(width, height, scale, draws[:BOX_DRAWS])
     flip, jitter, *factors, order, gray, blur, sigma, solarize = draws[BOX_DRAWS:]
-    kind = min(view, 2)
+    kind = view if is_global else 2
     return (
         box,
         flip < recipe.flip_p,

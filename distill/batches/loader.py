@@ -113,7 +113,7 @@ def _reason(key: str, error: CorruptImage) -> str:
 class CutCrops:
     """Crops that a worker made with Pillow."""
 
-    globals: Tensor  # (2, B, G, G, 3) uint8
+    globals: Tensor  # (M, B, G, G, 3) uint8, M global crops
     locals: Tensor  # (L, B, S, S, 3) uint8
 
     def pin_memory(self) -> CutCrops:
@@ -131,7 +131,8 @@ class DecodedImages:
 
     pixels: Tensor  # (sum of H * W * 3,) uint8, image after image
     shapes: list[tuple[int, int]]  # (H, W) of each
-    plans: NDArray[np.void]  # PLAN records (2 + L, B)
+    plans: NDArray[np.void]  # PLAN records (M + L, B)
+    globals: int  # M, the first of the plans
     sizes: tuple[int, int]  # sides of the global and the local crops
 
     def pin_memory(self) -> DecodedImages:
@@ -144,7 +145,7 @@ class DecodedImages:
         images = [part.view(h, w, 3) for part, (h, w) in zip(parts, self.shapes, strict=True)]
         large, small = (
             device_crops(images, plans, size=size)
-            for plans, size in zip((self.plans[:2], self.plans[2:]), self.sizes, strict=True)
+            for plans, size in zip((self.plans[: self.globals], self.plans[self.globals :]), self.sizes, strict=True)
         )
         return normalise(large.permute(0, 1, 3, 4, 2), device), normalise(small.permute(0, 1, 3, 4, 2), device)
 
@@ -156,7 +157,7 @@ class Batch:
     crops: CutCrops | DecodedImages
     index: Tensor  # (B,) int64, of the images that were read
     epoch: int
-    masks: Tensor | None  # (2, B, P) bool
+    masks: Tensor | None  # (M, B, P) bool
     skipped: dict[int, str]
     masked: Tensor | None = None  # (M,) int64, places of the masked patches; counted only for a GPU
 
@@ -229,9 +230,10 @@ class CropDataset(Dataset[tuple[Any, ...]]):
         if self.mask_grid is None:
             return None
         recipe = self.recipe
+        where = {"seed": recipe.seed, "epoch": epoch, "index": index, "crops": recipe.global_crops}
         if recipe.objective == "ibot":
-            return block_masks(self.mask_grid, recipe.mask_ratios, seed=recipe.seed, epoch=epoch, index=index)
-        return drop_masks(self.mask_grid, recipe.patch_drop, seed=recipe.seed, epoch=epoch, index=index)
+            return block_masks(self.mask_grid, recipe.mask_ratios, **where)
+        return drop_masks(self.mask_grid, recipe.patch_drop, **where)
 
 
 class PlaceSampler(Sampler[list[Place]]):
@@ -322,6 +324,7 @@ def _pack(images: Sequence[Planned]) -> DecodedImages:
         pixels=torch.from_numpy(np.concatenate([image.pixels.reshape(-1) for image in images])),
         shapes=[image.pixels.shape[:2] for image in images],
         plans=np.stack([image.plans for image in images], axis=1),
+        globals=images[0].globals,
         sizes=images[0].sizes,
     )
 

@@ -1,6 +1,7 @@
 """The tensors that pass between the data, the two branches and the objective in one step.
 
-B batch   L local crops   V = 2 + L student crops   K prototypes (or head outputs)   P patches   D width
+B batch   M global and L local crops   V = M + L student crops   Q <= M target crops   K prototypes (or head outputs)
+P patches   D width
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from torch import Tensor
 class Views:
     """All crops of one batch, already normalised, on the device."""
 
-    globals: Tensor  # (2, B, 3, G, G) float32
+    globals: Tensor  # (M, B, 3, G, G) float32; M is 1 or 2
     locals: Tensor  # (L, B, 3, S, S) float32; L may be 0
     index: Tensor  # (B,) int64, index of each image in the source
-    masks: Tensor | None = None  # (2, B, P) bool, True where a patch is masked (RoB-iBOT) or dropped (RoB-MSN)
+    masks: Tensor | None = None  # (M, B, P) bool, True where a patch is masked (RoB-iBOT) or dropped (RoB-MSN)
     epoch: int = 0  # crops are a function of (seed, epoch, index); stored targets are looked up by the last two
     masked: Tensor | None = None  # (M,) int64, places of the masked patches among all 2 * B * P; see masked_patches
 
@@ -45,21 +46,23 @@ class Views:
 class Targets:
     """Target probabilities of the global crops, never in the autograd graph.
 
-    Dense: ``probs`` holds every column and ``columns`` is None. Sparse (stored targets): ``probs`` (2, B, k) belong to
-    ``columns`` (2, B, k), and the remaining mass, ``tail`` (2, B), is spread evenly over the other columns.
+    Dense: ``probs`` holds every column and ``columns`` is None. Sparse (stored targets): ``probs`` (Q, B, k) belong to
+    ``columns`` (Q, B, k), and the remaining mass, ``tail`` (Q, B), is spread evenly over the other columns.
     """
 
-    probs: Tensor  # (2, B, K), rows sum to 1; or (2, B, k)
-    columns: Tensor | None = None  # (2, B, k) int64
-    tail: Tensor | None = None  # (2, B)
-    # (2, B, P, K_patch), or (M, K_patch): only the masked patches, in the order of masks.nonzero()
+    probs: Tensor  # (Q, B, K), rows sum to 1; or (Q, B, k)
+    columns: Tensor | None = None  # (Q, B, k) int64
+    tail: Tensor | None = None  # (Q, B)
+    # (Q, B, P, K_patch), or (rows, K_patch): only the masked patches, in the order of masks.nonzero()
     patch_probs: Tensor | None = None
+    features: Tensor | None = None  # (Q, B, D) of the teacher's trunk, for the feature term
 
 
 @dataclass(frozen=True)
 class Scores:
     """The student's logits of every crop, before the temperature, in the autograd graph."""
 
-    crops: Tensor  # (V, B, K), the two global crops first
-    patches: Tensor | None = None  # likewise of masked patches, (2, B, P, K_patch) or (M, K_patch)
-    embeddings: Tensor | None = None  # (2, B, E), detached: what SwAV's prototypes score of the global crops
+    crops: Tensor  # (V, B, K), the global crops first
+    patches: Tensor | None = None  # likewise of masked patches, (M, B, P, K_patch) or (rows, K_patch)
+    features: Tensor | None = None  # (M, B, D), the global crops' features projected to the teacher's width
+    embeddings: Tensor | None = None  # (M, B, E), detached: what SwAV's prototypes score of the global crops

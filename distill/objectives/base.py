@@ -21,6 +21,7 @@ class TeacherSpec(Protocol):
     """What a student needs to know about its teacher; ``robx.distill.teachers.teacher.Teacher`` provides it."""
 
     name: str
+    width: int  # of its features; 0 if they are not available
     num_prototypes: int
     patch_size: int | None
     patch_prototypes: int | None

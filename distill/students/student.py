@@ -1,6 +1,6 @@
 """The student: a timm trunk with a fresh head, and the patches that each method masks or drops.
 
-V = 2 + L student crops   B batch   D width   P patches of a global crop   M masked patches   K prototypes
+M global crops   V = M + L student crops   B batch   D width   P patches of a global crop   K prototypes
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from robx.distill.students.projection_heads import MlpHead, scores_and_embedding
 from robx.errors import InputError
 from robx.trunk import build_trunk, embedding_width, is_vit, size_error, sizes_near
 
+_PROJECTION = 1024  # hidden width of the feature term's projection
+
 
 class StudentNet(nn.Module):
     """Trunk and head; scores all crops of a batch, crops of one size together.
@@ -38,6 +40,7 @@ class StudentNet(nn.Module):
         patch_drop: float = 0.0,
         frozen: bool = False,
         note: str = "",
+        projection: nn.Module | None = None,
     ) -> None:
         """Combine trunk and head.
 
@@ -49,6 +52,7 @@ class StudentNet(nn.Module):
             patch_drop: share of a global crop's patches that is dropped in training (RoB-MSN).
             frozen: the trunk is not trained and stays in eval mode, so BatchNorm keeps its running statistics.
             note: one sentence for the user.
+            projection: features (N, D) -> (N, width of the teacher), for the feature term.
         """
         super().__init__()
         if (mask_token or patch_drop) and not takes_patches(trunk):
@@ -56,6 +60,7 @@ class StudentNet(nn.Module):
                 "masking or dropping patches needs a plain ViT student: set patch_drop and patch_weight to 0"
             )
         self.trunk, self.head, self.patch_drop, self.note = trunk, head, patch_drop, note
+        self.projection = projection
         self.num_prototypes = num_prototypes
         # Name, shape and initial value of iBOT's `masked_embed`.
         self.masked_embed = nn.Parameter(torch.zeros(1, embedding_width(trunk))) if mask_token else None
@@ -71,9 +76,10 @@ class StudentNet(nn.Module):
         return self
 
     def forward(self, views: Views) -> Scores:
-        """Scores of the 2 global crops, then of the local ones, and of the masked patches."""
-        crops, batch = 2 + len(views.locals), views.globals.shape[1]
+        """Scores of the global crops, then of the local ones, and of the masked patches."""
+        large, batch = views.globals.shape[:2]
         features, tokens = self.embed_globals(views.globals, masks=views.masks)
+        projected = None if self.projection is None else self.projection(features).view(large, batch, -1)
         if len(views.locals):
             features = torch.cat([features, self.trunk(views.locals.flatten(0, 1))])
         patches = None
@@ -81,13 +87,14 @@ class StudentNet(nn.Module):
             patches = self._head.patches(tokens.flatten(0, 1).index_select(0, views.masked_patches()))
         scores, embeddings, _ = scores_and_embeddings(self.head, features)
         if embeddings is not None:
-            embeddings = embeddings[: 2 * batch].view(2, batch, -1)
-        return Scores(crops=scores.view(crops, batch, -1), patches=patches, embeddings=embeddings)
+            embeddings = embeddings[: large * batch].view(large, batch, -1)
+        crops = scores.view(large + len(views.locals), batch, -1)
+        return Scores(crops=crops, patches=patches, features=projected, embeddings=embeddings)
 
     def embed_globals(self, pixels: Tensor, *, masks: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Features (2B, D) of global crops (2, B, 3, G, G), and patch tokens (2B, P, D) with a mask token.
+        """Features (MB, D) of global crops (M, B, 3, G, G), and patch tokens (MB, P, D) with a mask token.
 
-        `masks` (2, B, P) selects the patches that the mask token replaces or, without a mask token, that are dropped.
+        `masks` (M, B, P) selects the patches that the mask token replaces or, without a mask token, that are dropped.
         """
         flat = pixels.flatten(0, 1)
         rows = None if masks is None else masks.flatten(0, 1)
@@ -159,12 +166,27 @@ def build_student(name: str, recipe: Recipe, teacher: TeacherSpec | None) -> Stu
     if drop and not takes_patches(trunk):
         drop, note = 0.0, f"{name} has no patches to drop: it sees its global crops in full"
     width = embedding_width(trunk)
-    if recipe.head == "mlp":
-        head: nn.Module = MlpHead(width, outputs, batch_norm=not takes_patches(trunk))
+    batch_norm = not takes_patches(trunk)
+    if not recipe.prototype_weight:
+        head: nn.Module = nn.Identity()
+    elif recipe.head == "mlp":
+        head = MlpHead(width, outputs, batch_norm=batch_norm)
     else:
         head = objective.native_head(width, recipe, outputs=outputs, patch_outputs=patch_outputs, teacher=teacher)
+    projection = None  # after the head, whose first weights do not depend on it
+    if recipe.feature_weight and teacher is not None:
+        if not teacher.width:
+            raise InputError("feature_weight needs the teacher's features, which stored targets lack: give --teacher")
+        projection = MlpHead(width, teacher.width, hidden=_PROJECTION, batch_norm=batch_norm)
     return StudentNet(
-        trunk, head, num_prototypes=outputs, mask_token=patches, patch_drop=drop, frozen=recipe.freeze_trunk, note=note
+        trunk,
+        head,
+        num_prototypes=outputs,
+        mask_token=patches,
+        patch_drop=drop,
+        frozen=recipe.freeze_trunk,
+        note=note,
+        projection=projection,
     )
 
 

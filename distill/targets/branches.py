@@ -87,7 +87,8 @@ class TeacherBranch(_WithoutNetwork):
             mean = scores.patches.flatten(0, -2).mean(dim=0) if self.processor.centering else None
             rows = scores.patches if scores.patches.ndim == 2 else scores.patches.flatten(0, 1)[masked]
             patch_probs = self.processor.patch_probs(rows, mean=mean)
-        return Targets(probs=self.processor.probs(scores.crops.view(*seen.shape[:2], -1)), patch_probs=patch_probs)
+        probs = self.processor.probs(scores.crops.view(*seen.shape[:2], -1))
+        return Targets(probs=probs, patch_probs=patch_probs, features=scores.features.view(*seen.shape[:2], -1))
 
 
 class EmaBranch:

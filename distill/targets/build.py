@@ -35,7 +35,7 @@ def build_branch(
     """The branch that `recipe` describes: the teacher's, or a base method's when there is no teacher."""
     processor = TargetProcessor.of(recipe, objective, steps_per_epoch=steps_per_epoch)
     if teacher is not None:
-        return TeacherBranch(teacher, objective, processor=processor, crops=recipe.teacher_crops)
+        return TeacherBranch(teacher, objective, processor=processor, crops=recipe.target_crops)
     if objective.traits.self_targets and not any(recipe.ema_momentum):
         return OwnBranch(student, processor)
     return EmaBranch(
@@ -57,6 +57,7 @@ class StoredTeacher:
     info: TeacherInfo
     name: str
     num_prototypes: int
+    width: int = 0  # features are not stored
     patch_size: int | None = None
     patch_prototypes: int | None = None
 

@@ -95,7 +95,7 @@ class TargetsInfo:
             data_fingerprint=data_fingerprint,
             teacher_sha256=teacher_sha256,
             decided_by=decided_by,
-            crops=recipe.teacher_crops,
+            crops=recipe.target_crops,
             k=min(k, prototypes),
             dtype=dtype,
             columns="uint16" if prototypes <= 1 << 16 else "int32",

@@ -226,7 +226,7 @@ def _flop_counter() -> FlopCounterMode:
 
 def _teacher_cost(teacher: Teacher, views: Views, recipe: Recipe) -> NetworkCost:
     pixels = views.globals[0, :1]
-    flops = recipe.teacher_crops * count_flops(teacher, pixels)
+    flops = recipe.target_crops * count_flops(teacher, pixels)
     return NetworkCost(name=teacher.name, params=_count(teacher.trunk), flops_per_image=float(flops))
 
 

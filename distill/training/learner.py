@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from robx.distill.batches.views import Targets, Views
+from robx.distill.batches.views import Scores, Targets, Views
 from robx.distill.objectives.base import Objective, Stats
+from robx.distill.objectives.feature_term import feature_loss
 from robx.distill.recipes import Recipe
 from robx.distill.students.student import StudentNet, cancel_last_layer_gradients
 from robx.distill.targets.branches import EmaBranch, OwnBranch
@@ -93,9 +94,21 @@ class Learner:
                 scores = self._forward(views)
             if targets is None:
                 targets = cast(OwnBranch, self.branch).read(scores)
-            loss, stats = self.objective(scores, targets, views, observe=observe)
+            loss, stats = self._loss(scores, targets, views, observe=observe)
             self.scaler.scale(loss / self.recipe.accumulate).backward()  # type: ignore[no-untyped-call]
         return loss.detach(), stats
+
+    def _loss(self, scores: Scores, targets: Targets, views: Views, *, observe: bool) -> tuple[Tensor, Stats]:
+        """The method's loss and, if the recipe asks for it, the feature term."""
+        recipe = self.recipe
+        loss, stats = scores.crops.new_zeros((), dtype=torch.float32), Stats()
+        if recipe.prototype_weight:
+            loss, stats = self.objective(scores, targets, views, observe=observe)
+            loss = loss if recipe.prototype_weight == 1 else recipe.prototype_weight * loss
+        if scores.features is not None and targets.features is not None:
+            distance = feature_loss(scores.features, targets.features)
+            loss, stats = loss + recipe.feature_weight * distance, stats | {"feature_loss": distance.detach()}
+        return loss, stats
 
     def gradient_norm(self, *, epoch: int) -> Tensor:
         """The L2 norm of all gradients before clipping, 0-dim; gradients are then clipped as the recipe says."""

@@ -237,6 +237,8 @@ def check_spec(spec: RunSpec) -> dict[str, Initial]:
     """
     if spec.recipe.freeze_trunk and spec.init is None:
         raise InputError("freeze_trunk keeps the trunk's initial weights: give --init RUN, FILE or pretrained")
+    if spec.recipe.mixup and (spec.targets is not None or spec.store is not None):
+        raise InputError("stored targets are of single images, and mixup blends them: set mixup = 0")
     if len(set(spec.students)) != len(spec.students) or not spec.students:
         raise InputError("the same student is given twice: give each --student once")
     steps_per_epoch(len(spec.source), spec.recipe.batch_size)

@@ -1,0 +1,210 @@
+"""Options beyond the published recipes: one global crop, mixup, and the feature term."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+
+from robx.distill.batches.crops import multi_crop, plan_image
+from robx.distill.batches.loader import CropDataset, collate
+from robx.distill.batches.mixup import mix
+from robx.distill.batches.views import Views
+from robx.distill.objectives.feature_term import feature_loss
+from robx.distill.recipes import override, preset
+from robx.distill.students.student import build_student
+from robx.errors import InputError
+from robx.images.scenes import make_scene, render
+from robx.images.sources import ImageSource, open_source
+
+
+@pytest.fixture(scope="module")
+def source(scenes: Path) -> ImageSource:
+    return open_source(scenes)
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+# ------------------------------------------------------------------------------------------------- one global crop
+
+
+def test_one_global_crop_is_the_first_of_two_and_local_crops_keep_their_own_settings() -> None:
+    image = render(make_scene(3, 1), size=96)
+    two = override(
+        preset("msn", "cnn"), {"crop_size": 64, "local_crop_size": 32, "local_crops": 3, "blur_p": [0, 0, 1]}
+    )
+    one = override(two, {"global_crops": 1})
+    pair, single = (multi_crop(image, recipe, epoch=2, index=7) for recipe in (two, one))
+    assert single.globals.shape == (1, 64, 64, 3) and single.locals.shape == (3, 32, 32, 3)
+    assert (single.globals[0] == pair.globals[0]).all()
+    plans = plan_image(image, one, epoch=2, index=7).plans
+    assert len(plans) == 4 and plans["sigma"][0] == 0 and (plans["sigma"][1:] > 0).all()
+    widths = plans["box"][:, 2] - plans["box"][:, 0]
+    assert widths[0] > widths[1:].max()  # .3 to 1 of the area against .05 to .3
+
+
+@pytest.mark.parametrize("augment", ["pillow", "device"])
+def test_a_batch_with_one_global_crop(source: ImageSource, tiny: ModuleType, augment: str) -> None:
+    recipe = tiny.tiny_recipe(global_crops=1, augment=augment)
+    dataset = CropDataset(source, recipe)
+    views = collate([dataset[0, index] for index in range(4)]).views(torch.device("cpu"))
+    assert views.globals.shape[:2] == (1, 4) and views.locals.shape[:2] == (recipe.local_crops, 4)
+
+
+@pytest.mark.parametrize("student", ["test_vit", "test_resnet"])
+def test_a_run_with_one_global_crop_resumes_exactly(
+    tiny: ModuleType, source: ImageSource, tmp_path: Path, student: str
+) -> None:
+    recipe = tiny.tiny_recipe(global_crops=1, kind="vit" if student == "test_vit" else "cnn", epochs=2)
+
+    def stop(done: int, total: int, note: str) -> None:
+        if done == 6:
+            raise KeyboardInterrupt
+
+    tiny.tiny_run(source, tmp_path / "a", students=[student], recipe=recipe)
+    with pytest.raises(KeyboardInterrupt):
+        options = {"checkpoint_steps": 3}
+        tiny.tiny_run(source, tmp_path / "b", students=[student], recipe=recipe, options=options, progress=stop)
+    tiny.tiny_run(source, tmp_path / "b", students=[student], recipe=recipe)
+    assert tiny.losses(tmp_path / "a") == tiny.losses(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"global_crops": 3}, "global_crops must be between 1 and 2"),
+        ({"base": True, "global_crops": 1}, "global_crops needs a teacher"),
+        ({"pairing": "swapped", "global_crops": 1, "local_crops": 0}, "swapped pairs need two crops"),
+        ({"feature_weight": -1.0}, "feature_weight must be between"),
+        ({"prototype_weight": 0.0}, "leaves no loss"),
+        ({"base": True, "feature_weight": 1.0}, "need a teacher, not --teacher ema"),
+    ],
+)
+def test_what_does_not_fit_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        override(preset("msn", "cnn"), values)
+
+
+def test_ibot_may_have_one_global_crop_that_the_teacher_sees() -> None:
+    recipe = override(preset("ibot", "vit"), {"global_crops": 1})
+    assert recipe.target_crops == 1
+    with pytest.raises(InputError, match="without a target"):
+        override(preset("ibot", "vit"), {"teacher_crops": 1})
+
+
+# ----------------------------------------------------------------------------------------------------------- mixup
+
+
+def _views(batch: int = 6) -> Views:
+    torch.manual_seed(0)
+    return Views(torch.randn(2, batch, 3, 8, 8), torch.randn(3, batch, 3, 4, 4), torch.arange(batch))
+
+
+def test_mixup_blends_all_crops_of_an_image_with_those_of_one_partner() -> None:
+    views = _views()
+    mixed = mix(views, alpha=0.4, seed=5, draw=9, rank=0)
+    for name in ("globals", "locals"):
+        crops, blended = getattr(views, name), getattr(mixed, name)
+        for b in range(6):
+            # Least squares against every possible partner: exactly one explains all of the image's crops.
+            found = []
+            for p in range(6):
+                a, c = crops[:, b].flatten().double(), crops[:, p].flatten().double()
+                matrix = torch.stack([a, c], dim=1)
+                solution = torch.linalg.lstsq(
+                    matrix, blended[:, b].flatten().double()[:, None], driver="gelsd"
+                ).solution
+                if torch.allclose(matrix @ solution, blended[:, b].flatten().double()[:, None], atol=1e-5):
+                    found.append(float(solution[0]) if p != b else 1.0)
+            assert found and all(weight >= 0.5 - 1e-5 for weight in found)
+    assert mixed.index is views.index
+    assert not torch.equal(mixed.globals, views.globals)
+
+
+def test_blends_are_a_function_of_seed_draw_and_rank() -> None:
+    views = _views()
+    first = mix(views, alpha=0.4, seed=5, draw=9, rank=0).globals
+    assert torch.equal(first, mix(views, alpha=0.4, seed=5, draw=9, rank=0).globals)
+    for other in ({"seed": 6}, {"draw": 8}, {"rank": 1}):
+        assert not torch.equal(first, mix(views, **{"alpha": 0.4, "seed": 5, "draw": 9, "rank": 0, **other}).globals)
+
+
+def test_teacher_and_student_see_the_same_blends(tiny: ModuleType, source: ImageSource, tmp_path: Path) -> None:
+    seen: list[torch.Tensor] = []
+    teacher = tiny.tiny_teacher()
+    teacher.register_forward_pre_hook(lambda module, given: seen.append(given[0].clone()))
+    recipe = tiny.tiny_recipe(mixup=0.5, kind="cnn")
+    tiny.tiny_run(source, tmp_path, recipe=recipe, teacher=teacher, students=["test_resnet"])
+    plain: list[torch.Tensor] = []
+    teacher = tiny.tiny_teacher()
+    teacher.register_forward_pre_hook(lambda module, given: plain.append(given[0].clone()))
+    tiny.tiny_run(
+        source, tmp_path / "plain", recipe=replace(recipe, mixup=0.0), teacher=teacher, students=["test_resnet"]
+    )
+    count = len(plain[0]) // 2
+    blended = mix(
+        Views(plain[0].view(2, count, *plain[0].shape[1:]), torch.empty(0), torch.arange(count)),
+        alpha=0.5, seed=recipe.seed, draw=0, rank=0,
+    ).globals.flatten(0, 1)  # fmt: skip
+    assert torch.equal(seen[0], blended) and not torch.equal(seen[0], plain[0])
+
+
+def test_mixup_and_stored_targets_exclude_each_other(tiny: ModuleType, source: ImageSource, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="mixup blends them"):
+        tiny.tiny_run(source, tmp_path / "run", recipe=tiny.tiny_recipe(mixup=0.5), store=tmp_path / "targets")
+
+
+# ---------------------------------------------------------------------------------------------------- feature term
+
+
+def test_the_feature_loss_is_the_mean_centred_cosine_distance() -> None:
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 16, 8)) + 3, rng.normal(size=(1, 16, 8)) - 5
+    ours, theirs = student[0] - student[0].mean(axis=0), teacher[0] - teacher[0].mean(axis=0)
+    cosines = (ours * theirs).sum(axis=1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
+    loss = feature_loss(torch.tensor(student), torch.tensor(teacher))
+    assert_allclose(float(loss), 1 - cosines.mean(), rtol=1e-6)
+    same = torch.tensor(teacher)
+    assert float(feature_loss(7 * same + 2, same)) == pytest.approx(0, abs=1e-6)  # scale and offset do not count
+    assert float(feature_loss(-same, same)) == pytest.approx(2, abs=1e-6)
+
+
+def test_the_feature_term_adds_to_the_loss_and_alone_trains_without_prototypes(
+    tiny: ModuleType, source: ImageSource, tmp_path: Path
+) -> None:
+    kind = {"kind": "cnn", "epochs": 2}
+    for name, values in (
+        ("rob", {}),
+        ("both", {"feature_weight": 2.0}),
+        ("alone", {"feature_weight": 1.0, "prototype_weight": 0.0}),
+    ):
+        tiny.tiny_run(source, tmp_path / name, recipe=tiny.tiny_recipe(**kind, **values), students=["test_resnet"])
+    both, alone = _lines(tmp_path / "both"), _lines(tmp_path / "alone")
+    assert "feature_loss" not in _lines(tmp_path / "rob")[0]
+    for line in alone:
+        assert line["loss"] == pytest.approx(line["feature_loss"], rel=1e-5)
+    assert alone[-1]["feature_loss"] < alone[0]["feature_loss"]
+    # The same first weights and crops: RoB's own loss at the first step, plus twice the distance.
+    assert both[0]["loss"] - 2 * both[0]["feature_loss"] == pytest.approx(_lines(tmp_path / "rob")[0]["loss"], rel=1e-5)
+
+
+def test_students_without_the_prototype_loss_have_no_head(tiny: ModuleType) -> None:
+    recipe = tiny.tiny_recipe(kind="cnn", feature_weight=1.0, prototype_weight=0.0)
+    net = build_student("test_resnet", recipe, tiny.tiny_teacher())
+    assert not list(net.head.parameters()) and net.projection is not None
+    with pytest.raises(InputError, match="which stored targets lack"):
+        build_student("test_resnet", recipe, _Stored())
+
+
+class _Stored:
+    name, width, num_prototypes, patch_size, patch_prototypes = "stored", 0, 12, None, None
