@@ -181,12 +181,11 @@ def _cell(value: Value) -> str:
 @click.option(
     "--budget",
     "budgets",
-    metavar="MS",
+    metavar="[DEVICE=]MS",
     multiple=True,
-    type=click.FloatRange(0, min_open=True),
-    help="Latency budget (p90, ms); may be repeated.",
+    help="Latency budget (p90, ms), of every device or of those with DEVICE in their names; may be repeated.",
 )
-def report(folders: tuple[Path, ...], out: Path, margin: float, budgets: tuple[float, ...]) -> None:
+def report(folders: tuple[Path, ...], out: Path, margin: float, budgets: tuple[str, ...]) -> None:
     """Write one page that says what to deploy, and why.
 
     DIR is a run, a bundle, or a folder that contains some. The page works offline; the same figures are
@@ -195,6 +194,7 @@ def report(folders: tuple[Path, ...], out: Path, margin: float, budgets: tuple[f
     \b
     robx report runs/r18 -o report.html
     robx report runs/ --budget 10 --budget 33
+    robx report runs/ --budget "raspberry=50" --budget "pixel=20"
     """
     from robx.eval.report.render import render
 

@@ -412,7 +412,7 @@ def report(
     *,
     out: StrPath = "report.html",
     margin: float = 1.0,
-    budgets: Sequence[float] = (),
+    budgets: Sequence[float | str] = (),
 ) -> Pages:
     """Write one page that says what to deploy, from everything that was measured.
 
@@ -420,7 +420,8 @@ def report(
         folders: one or more runs, bundles, or folders that contain some.
         out: the page, a name that ends in .html; the same figures are written beside it as .md and .json.
         margin: accuracy drop that a recommendation may have, in percentage points.
-        budgets: p90 latency budgets in ms to list by name; the page covers every other budget as well.
+        budgets: p90 latency budgets to list by name: a number of ms for every device, or "DEVICE=MS" for those with
+            DEVICE in their names. The page covers every other budget as well.
 
     Returns:
         The page as written: its title, which is the recommendation, and its html, markdown and json.

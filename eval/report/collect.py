@@ -186,7 +186,7 @@ def device_label(record: Latency) -> str:
         parts.append(f"cores {' '.join(map(str, cores))}")
     if (hint := settings.get("precision_hint", "f32")) != "f32":
         parts.append(f"computing in {text_of(hint)}")
-    if device.get("emulated"):
+    if device.get("emulated") or any(reason.startswith("emulated:") for reason in record.reasons):
         parts.append("emulated")
     return ", ".join(parts)
 

@@ -126,6 +126,8 @@ def _latency_doubts(row: Row, data: ReportData) -> list[Doubt]:
         found.append(Doubt(row.validity, where, "; ".join(row.reasons) or "no reason was recorded"))
     if row.profile in ("rapid", "quick"):
         found.append(Doubt("SHORT", where, f"{row.profile} profile: not for publication"))
+    if row.emulated:
+        return found
     found += [Doubt("MISSING", f"{row.label}: {what}", why) for what, why in sorted(row.missing.items())]
     if row.samples and row.samples not in data.samples:
         found.append(Doubt("MISSING", f"{row.label}: raw samples", "its latency distribution cannot be checked"))

@@ -12,9 +12,38 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from robx.errors import InputError
 from robx.eval.report.rows import Row
 
 MARGIN = 1.0  # points of top-1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """A requested latency budget (p90, ms), of every device or of those with `device` in their names."""
+
+    ms: float
+    device: str = ""
+
+    @classmethod
+    def parse(cls, text: str | float) -> Budget:
+        """From a number of ms, or from ``DEVICE=MS``.
+
+        Raises:
+            InputError: it is neither, or not above 0.
+        """
+        device, _, number = str(text).rpartition("=")
+        try:
+            ms = float(number)
+        except ValueError:
+            ms = math.nan
+        if not 0 < ms < math.inf:
+            raise InputError(f"budget {text} is not a latency in ms: give a number above 0, or DEVICE=MS")
+        return cls(ms=ms, device=device.strip())
+
+    def applies_to(self, device: str) -> bool:
+        """Whether it is a budget of this device."""
+        return self.device.lower() in device.lower()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +74,7 @@ class Advice:
     device: str
     steps: tuple[Step, ...]
     asked: tuple[tuple[float, Row | None], ...] = ()  # (budget, row) of the requested budgets
+    emulated: str = ""  # why the device counts as emulated: its latencies mean nothing
     provisional: tuple[Step, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
 
@@ -55,13 +85,34 @@ class Advice:
 
 
 def advise(
-    rows: Sequence[Row], *, protocol: str | None, margin: float = MARGIN, budgets: Sequence[float] = ()
+    rows: Sequence[Row], *, protocol: str | None, margin: float = MARGIN, budgets: Sequence[Budget | float] = ()
 ) -> tuple[Advice, ...]:
-    """Recommendations for each device among `rows`, judged by the top-1 of `protocol` (a key of Row.accuracy)."""
+    """Recommendations for each device among `rows`, judged by the top-1 of `protocol` (a key of Row.accuracy).
+
+    Emulated devices come last.
+
+    Raises:
+        InputError: a budget names no device.
+    """
     devices = sorted({row.device for row in rows if row.device})
-    return tuple(
-        _advise_one(device, [r for r in rows if r.device == device], protocol, margin, budgets) for device in devices
-    )
+    wanted = [budget if isinstance(budget, Budget) else Budget(ms=budget) for budget in budgets]
+    for budget in wanted:
+        if not any(budget.applies_to(device) for device in devices) and (budget.device or devices):
+            raise InputError(
+                f"budget {budget.device}={budget.ms:g}: no device has {budget.device!r} in its name: "
+                f"give a part of one of {'; '.join(devices) or 'none, since no latency was measured'}"
+            )
+    found = [
+        _advise_one(
+            device,
+            [r for r in rows if r.device == device],
+            protocol,
+            margin,
+            [budget.ms for budget in wanted if budget.applies_to(device)],
+        )
+        for device in devices
+    ]
+    return tuple(sorted(found, key=lambda one: bool(one.emulated)))
 
 
 def why_not(row: Row, margin: float) -> str | None:
@@ -127,6 +178,7 @@ def _advise_one(
         asked=tuple((b, pick(valid, budget=b, score=score, margin=margin)) for b in budgets),
         provisional=() if valid else steps(comparable, score=score, margin=margin),
         left_out=tuple(left_out),
+        emulated=rows[0].emulated if all(row.emulated for row in rows) else "",
     )
 
 

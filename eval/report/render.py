@@ -28,7 +28,8 @@ from robx.eval.report import accuracy_tables as accuracy
 from robx.eval.report import provenance as provenance
 from robx.eval.report import tables as tables
 from robx.eval.report.collect import ReportData, collect
-from robx.eval.report.recommend import MARGIN, Advice, Step, advise
+from robx.eval.report.devices import device_table, emulated_table
+from robx.eval.report.recommend import MARGIN, Advice, Budget, Step, advise
 from robx.eval.report.rows import Row, build_rows, headline_data, images_of, precision_pairs
 from robx.eval.report.summary import summaries
 from robx.eval.report.text import MS_AT_MOST, PERCENT, POINTS, SIZE, TIMES, at_most, clean, figure
@@ -71,7 +72,7 @@ def render(
     *,
     out: Path,
     margin: float = MARGIN,
-    budgets: Sequence[float] = (),
+    budgets: Sequence[float | str] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> Pages:
     """Write the report on everything below `folders` to `out`, and the same figures beside it as .md and .json.
@@ -80,7 +81,8 @@ def render(
         folders: runs, bundles, or folders that contain some.
         out: the page, a name that ends in .html.
         margin: the accepted drop of top-1 in points, against the fp32 student and the best model that fits.
-        budgets: latency budgets in ms to list by name; the page covers every other budget as well.
+        budgets: latency budgets to list by name: a number of ms for every device, or "DEVICE=MS" for those with DEVICE
+            in their names. The page covers every other budget as well.
         say: called with one line for each damaged file.
 
     Raises:
@@ -91,9 +93,7 @@ def render(
         raise InputError(f"{out} is not the name of an HTML file: give one that ends in .html")
     if not 0 <= margin < math.inf:
         raise InputError(f"margin {margin:g} is not a number of points: give 0 or more")
-    for budget in budgets:
-        if not 0 < budget < math.inf:
-            raise InputError(f"budget {budget:g} is not a latency in ms: give a number above 0")
+    wanted = [Budget.parse(budget) for budget in budgets]
     data = collect(folders)
     if not (data.runs or data.bundles):
         first = f" ({data.problems[0].where}: {data.problems[0].what})" if data.problems else ""
@@ -101,7 +101,7 @@ def render(
             f"{', '.join(map(str, folders))} has no run or bundle that can be read{first}: "
             "give a folder that robx distill or robx export wrote"
         )
-    pages = make_pages(data, margin=margin, budgets=budgets)
+    pages = make_pages(data, margin=margin, budgets=wanted)
     files = {out.with_suffix(".json"): pages.json, out.with_suffix(".md"): pages.markdown, out: pages.html}
     for path in files:
         _refuse_foreign(path)
@@ -142,7 +142,7 @@ def _refuse_foreign(path: Path) -> None:
     raise InputError(f"{path} exists and is not a robx report: move it, or give another name with --out")
 
 
-def make_pages(data: ReportData, *, margin: float = MARGIN, budgets: Sequence[float] = ()) -> Pages:
+def make_pages(data: ReportData, *, margin: float = MARGIN, budgets: Sequence[Budget] = ()) -> Pages:
     """The page, the Markdown and the JSON of `data`; see `render`."""
     rows = build_rows(data)
     headline = headline_data(data)
@@ -162,14 +162,21 @@ def _view(
 ) -> dict[str, Any]:
     """What the templates show: text, figures and tables, but no records."""
     pairs = precision_pairs(rows)
-    measured = [row for row in rows if row.device]
+    measured = [row for row in rows if row.device and not row.emulated]
+    real = [one for one in advice if not one.emulated]
     axis = _axis(data)
     return {
         "title": _title(advice, rows),
-        "summaries": summaries(advice, rows, protocol),
+        "summaries": summaries(real, rows, protocol),
         "margin": f"{margin:g}",
         "axis": axis,
-        "devices": [_device(i, one, rows, protocol, margin, axis) for i, one in enumerate(advice)],
+        "device_table": device_table(data, rows, advice, protocol),
+        "devices": [_device(i, one, rows, protocol, margin, axis) for i, one in enumerate(real)],
+        "emulated": [
+            {"name": one.device, "why": one.emulated, "table": emulated_table(rows, one.device)}
+            for one in advice
+            if one.emulated
+        ],
         "unmeasured": _unmeasured(rows),
         "warnings": provenance.licence_warnings(data),
         "data_notes": provenance.data_notes(data),
@@ -183,7 +190,7 @@ def _view(
         "fidelity_table": accuracy.fidelity_table(data),
         "figure_table": accuracy.figure_table(data),
         "provenance": provenance.provenance(data),
-        "doubts": provenance.doubts(data, rows, advice),
+        "doubts": provenance.doubts(data, rows, real),
         "source_table": provenance.source_table(data) if data.measurements else None,
         "span": _span(data),
         "robx": ", ".join(sorted({b.bundle.robx_version for b in data.bundles if b.bundle.robx_version})),
@@ -196,10 +203,13 @@ def _span(data: ReportData) -> tuple[str, str] | None:
     return (times[0], times[-1]) if times else None
 
 
-def _title(advice: Sequence[Advice], rows: Sequence[Row]) -> str:
+def _title(everywhere: Sequence[Advice], rows: Sequence[Row]) -> str:
+    """The decision in a line; an emulated device is not counted."""
+    advice = [one for one in everywhere if not one.emulated]
     best = {one.best.label for one in advice if one.best}
     if not advice:
-        return "Nothing to recommend: no latency was measured"
+        why = "only emulated devices were measured" if everywhere else "no latency was measured"
+        return f"Nothing to recommend: {why}"
     if not any(row.validity == "VALID" for row in rows):
         return "Nothing to recommend yet: no latency is VALID"
     if not best:
@@ -342,6 +352,7 @@ def _advice_json(advice: Advice) -> dict[str, Any]:
 
     return {
         "device": advice.device,
+        "emulated": advice.emulated,
         "recommended": key(advice.best),
         "budgets": spans(advice.steps),
         "asked": [{"budget_ms": b, "model_id": key(row)} for b, row in advice.asked],

@@ -62,6 +62,11 @@ class Row:
         return model_label(self.name, self.format, self.variant or self.precision)
 
     @property
+    def emulated(self) -> str:
+        """Why its device counts as emulated; "" where it does not."""
+        return next((reason.partition(": ")[2] for reason in self.reasons if reason.startswith("emulated:")), "")
+
+    @property
     def kind(self) -> str:
         """``openvino int8``, the label without the student."""
         return f"{self.format} {self.variant or self.precision}"

@@ -59,6 +59,7 @@ class Form:
 
 PERCENT = Form(percent, " %")
 POINTS = Form(hundredths, " pt")
+SIGNED_PERCENT = Form(lambda x: f"{x + 0.0:+.1f}".replace("-0.0", "+0.0").replace("-", "−"), " %")
 MS = Form(number, " ms", bounded=True)
 MS_AT_MOST = Form(at_most, " ms")
 IN_THE_HEAD = Form(number, bounded=True)
