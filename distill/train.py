@@ -196,6 +196,7 @@ def train(
         stack.enter_context(cuda_settings(compute))
         run = open_run(spec, compute, processes=processes, say=speak)
         stack.callback(run.close)
+        stack.enter_context(run.writer)
         processes.wait()
         start = resume_run(run)
         if spec.source.note:
@@ -204,6 +205,7 @@ def train(
             speak(starting_line(learner.name, run.initial.get(learner.name)))
         if start < run.steps:
             _loop(run, start, stop=stop, progress=progress if progress and processes.first else silent)
+            run.writer.wait()
         else:
             epochs = counted(spec.recipe.epochs, "epoch")
             speak(f"{out} already holds the complete run ({epochs}): give --fresh to start over")
@@ -272,7 +274,9 @@ def _steps(
             _save(run, done)
             saved = time.monotonic()
         rate.pause(time.monotonic() - began)
+        run.writer.check()
         if asked and done < run.steps:
+            run.writer.wait()
             name = stop.signal.name if stop.signal is not None else "another process's signal"
             raise Interrupted(
                 f"{name} after step {done} of {run.steps}; its state is saved: run the same command to resume {run.out}"
@@ -315,7 +319,10 @@ def _gradients(
 
 
 def _save(run: Run, done: int) -> None:
-    """Save the state after `done` steps. The checkpoint comes last: what it counts as done is on disk by then."""
+    """Save the state after `done` steps, in the background.
+
+    The checkpoint comes last: what it counts as done is on disk by then.
+    """
     if isinstance(run.branch, WritingBranch):
         run.branch.settle(epoch_done=done % run.per_epoch == 0)
     if done == run.steps:
@@ -334,6 +341,7 @@ def _stop_waiting(run: Run, step: int, start: int, readings: Readings, *, exact:
         for values in readings.settle():
             log_step(run, values, speed=0.0)
         _save(run, step)
+        run.writer.wait()
         saved = "its state is saved"
     raise Interrupted(
         f"{name} after step {step} of {run.steps}, while no image arrived; {saved}: run the same command to resume"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +92,21 @@ def embedding_width(trunk: nn.Module) -> int:
 
 
 def save_trunk(folder: Path, trunk: nn.Module, student: Student) -> Student:
-    """Write a trunk's weights and its record to `folder`; returns the record with the weights' SHA-256.
+    """Write a trunk's weights and its record to `folder`; returns the record with the weights' SHA-256."""
+    return save_weights(folder, trunk.state_dict(), student)
+
+
+def save_weights(folder: Path, weights: Mapping[str, Tensor], student: Student) -> Student:
+    """Write a trunk's state dict and its record to `folder`; returns the record with the weights' SHA-256.
 
     The weights are written first: a reader between the two writes finds a hash mismatch, never a wrong network.
     """
-    state = {k: v.detach().cpu().contiguous() for k, v in trunk.state_dict().items()}
-    weights = folder / "student.safetensors"
+    state = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+    path = folder / "student.safetensors"
     # A single key of metadata, because safetensors writes several in random order. Not with save_file, which leaves a
     # temporary file of its own when the process is killed.
-    write_bytes(weights, save(state, metadata={"format": "pt"}))
-    student = dataclasses.replace(student, sha256=sha256_file(weights))
+    write_bytes(path, save(state, metadata={"format": "pt"}))
+    student = dataclasses.replace(student, sha256=sha256_file(path))
     save_student(student, folder)
     return student
 

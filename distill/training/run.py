@@ -14,6 +14,7 @@ from robx.distill.targets.build import NO_TEACHER, open_targets, store_targets, 
 from robx.distill.targets.stored_writer import WritingBranch, check_folder
 from robx.distill.teachers.teacher import Teacher
 from robx.distill.training import run_settings
+from robx.distill.training.background import BackgroundWriter
 from robx.distill.training.compute import Compute
 from robx.distill.training.initial import Initial, open_initial
 from robx.distill.training.learner import Learner
@@ -92,6 +93,7 @@ class Run:
     bound: SpeedBound | None = None
     bound_tries: int = 0  # measurements of it
     warned: set[str] = field(default_factory=set)
+    writer: BackgroundWriter = field(default_factory=BackgroundWriter)  # of checkpoints
 
     def close(self) -> None:
         """Close the open files, however the run ended."""

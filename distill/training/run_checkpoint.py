@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,30 @@ _PREFIX = "step-"
 _FILES = ("state.safetensors", "state.json")
 
 
-def save_checkpoint(run: Path, state: Mapping[str, Any], *, step: int, keep: int = 2, best: int | None = None) -> Path:
-    """Write `state` (nested dicts and lists of tensors and plain values) as the checkpoint of `step`.
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of a run's state in host memory, which training does not change."""
+
+    tree: Any  # the state as JSON, with references to tensors
+    tensors: dict[str, Tensor]  # by their path in the state: "/learners/NAME/net/..."
+
+    def below(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose path starts with `prefix`, by the rest of it."""
+        return {path.removeprefix(prefix): t for path, t in self.tensors.items() if path.startswith(prefix)}
+
+
+def snapshot(state: Mapping[str, Any]) -> Snapshot:
+    """Copy `state`, nested dicts and lists of tensors and plain values.
+
+    Raises:
+        RobxError: a value of another type.
+    """
+    tensors: dict[str, Tensor] = {}
+    return Snapshot(_flatten(state, tensors, ""), tensors)
+
+
+def save_checkpoint(run: Path, state: Snapshot, *, step: int, keep: int = 2, best: int | None = None) -> Path:
+    """Write `state` as the checkpoint of `step`.
 
     Afterwards only the newest `keep` checkpoints and that of step `best` remain. On failure the old ones are untouched.
 
@@ -45,18 +68,16 @@ def save_checkpoint(run: Path, state: Mapping[str, Any], *, step: int, keep: int
         InputError: the checkpoint would replace files that robx did not write.
     """
     folder = run / "checkpoints" / f"{_PREFIX}{step:08d}"
-    tensors: dict[str, Tensor] = {}
-    tree = _flatten(state, tensors, "")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(folder.parent, error) from error
-    require_space(folder.parent, int(1.1 * sum(t.nbytes for t in tensors.values())))
+    require_space(folder.parent, int(1.1 * sum(t.nbytes for t in state.tensors.values())))
     Written(run).claim(*(f"checkpoints/{folder.name}/{name}" for name in _FILES))
     with new_folder(folder, ours=_FILES) as temporary:
         weights = temporary / "state.safetensors"
-        write_atomically(weights, lambda path: _save(tensors, path))
-        record = {"schema": SCHEMA, "step": step, "sha256": sha256_file(weights), "tree": tree}
+        write_atomically(weights, lambda path: _save(state.tensors, path))
+        record = {"schema": SCHEMA, "step": step, "sha256": sha256_file(weights), "tree": state.tree}
         write_json(temporary / "state.json", record | {"digest": _digest(record)})
     _prune(run, keep=max(1, keep), best=best)
     return folder

@@ -20,7 +20,7 @@ from robx.errors import InputError, first_line, one_line
 from robx.images.sources import data_info
 from robx.records import Student, to_json
 from robx.store.files import write_text
-from robx.trunk import embedding_width, save_trunk
+from robx.trunk import embedding_width, save_weights
 
 
 def resume_run(run: Run) -> int:
@@ -66,26 +66,50 @@ def _restore(run: Run, state: dict[str, Any]) -> None:
 
 
 def save_run(run: Run, done: int) -> None:
-    """Gather skipped images and queues from all processes; the first one writes the students and the checkpoint."""
+    """Gather skipped images and queues from all processes; the first one saves the students and the checkpoint.
+
+    The state is copied and then written in the background; ``run.writer`` waits for it, and raises what went wrong.
+
+    Raises:
+        RobxError: the save before this one failed; or too many images cannot be decoded.
+    """
     for found in run.processes.gather(run.skipped.found):
         count_skipped(run, found)
     queues = run.processes.gather([None if s.queue is None else s.queue.cpu() for s in _processors(run)])
     if not run.processes.first:
         return
-    state = {
+    run.writer.wait()  # one copy of the state at a time
+    _list_corrupt(run)
+    copy = run_checkpoint.snapshot(_state(run, queues))
+    students = [
+        (folder, copy.below(_trunk_path(learner)), _record(run, learner, done))
+        for learner, folder in zip(run.learners, run.folders, strict=True)
+    ]
+    best = run.best[0] if run.best else None
+
+    def write() -> None:
+        for folder, weights, record in students:
+            save_weights(folder, weights, record)
+        # The checkpoint is last: a run killed before it repeats this, and one killed after it has everything on disk.
+        run_checkpoint.save_checkpoint(run.out, copy, step=done, keep=run.options.keep, best=best)
+
+    run.writer.start(write)
+
+
+def _state(run: Run, queues: list[Any]) -> dict[str, Any]:
+    """Everything that a resumed run needs."""
+    return {
         "learners": {learner.name: learner.state() for learner in run.learners},
         "branch": None if run.branch is None else run.branch.state_dict(),
         "best": run.best,
         "skipped": {str(index): reason for index, reason in run.skipped.found.items()},
         "queues": queues,  # of every process; everything else is the same in all of them
     }
-    for learner, folder in zip(run.learners, run.folders, strict=True):
-        save_trunk(folder, learner.trunk, _record(run, learner, done))
-    _list_corrupt(run)
-    # The checkpoint is last: a run killed before it repeats this, and one killed after it has everything on disk.
-    run_checkpoint.save_checkpoint(
-        run.out, state, step=done, keep=run.options.keep, best=run.best[0] if run.best else None
-    )
+
+
+def _trunk_path(learner: Learner) -> str:
+    """Where the state holds the weights of ``learner.trunk``."""
+    return f"/learners/{learner.name}/" + ("net/trunk." if learner.average is None else "average/")
 
 
 def count_skipped(run: Run, found: dict[int, str]) -> list[str]:

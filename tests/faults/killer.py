@@ -2,7 +2,8 @@
 
 ``die`` says how: {"step": n, "after": s} is SIGKILL s seconds after step n; {"step": n, "bytes": k} lets the kernel
 kill the process when it writes past byte k of any file after step n; {"trunk": n, "bytes": k} does so in the n-th save
-of a student; {"call": "replace", "number": n} is SIGKILL at the n-th call of os.replace (or os.fsync, or os.open).
+of a student; {"call": "replace", "number": n} is SIGKILL at the n-th call of os.replace (or os.fsync, or os.open);
+{"write": n, "after": s} holds the n-th checkpoint half-written in the background, and is SIGKILL s seconds later.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import tiny
 import torch
 
-from robx.distill.training import run_state
+from robx.distill.training import run_checkpoint, run_state
 from robx.errors import RobxError
 from robx.images.sources import open_source
 
@@ -59,6 +60,9 @@ def _run(request: dict[str, Any], reached: int) -> None:
     if "call" in die:
         _lose_power(die["call"], die["number"])
 
+    if "write" in die:
+        _hold_write(die["write"], reached)
+
     if "trunk" in die:
         _bound_trunk(die["trunk"], die["bytes"])
 
@@ -95,7 +99,7 @@ def _run(request: dict[str, Any], reached: int) -> None:
 
 
 def _bound_trunk(number: int, limit: int) -> None:
-    real, calls = run_state.save_trunk, 0
+    real, calls = run_state.save_weights, 0
 
     def bounded(*arguments: Any) -> Any:
         nonlocal calls
@@ -104,7 +108,23 @@ def _bound_trunk(number: int, limit: int) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         return real(*arguments)
 
-    run_state.save_trunk = bounded
+    run_state.save_weights = bounded
+
+
+def _hold_write(number: int, reached: int) -> None:
+    real, calls = run_checkpoint._save, 0
+
+    def held(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls < number:
+            real(tensors, path)
+            return
+        path.write_bytes(bytes(100))
+        os.write(reached, b".")
+        time.sleep(600)
+
+    run_checkpoint._save = held
 
 
 def _lose_power(call: str, number: int) -> None:

@@ -95,6 +95,21 @@ def test_killed_at_any_byte_of_a_checkpoint(
     assert_same_run(tiny, run, unbroken)
 
 
+def test_killed_while_a_checkpoint_is_written_in_the_background(
+    tiny: ModuleType, server: Any, scenes: Path, tmp_path: Path, unbroken: Path
+) -> None:
+    """Training goes on beside the write; what it did since the last whole checkpoint is done again."""
+    run = tmp_path / "run"
+    for number, before in ((1, 0), (3, 4)):
+        die = {"write": number, "after": 1.0}
+        status, said = server.run(scenes, run, die=die, recipe=RECIPE, options=OPTIONS | {"checkpoint_steps": 2})
+        assert status == -signal.SIGKILL, said
+        assert assert_whole(run) == before
+        assert tiny.losses(run)[-1][0] == before + 4  # the next save waits for this one
+    assert server.run(scenes, run, recipe=RECIPE, options=OPTIONS)[0] == 0
+    assert_same_run(tiny, run, unbroken)
+
+
 def test_killed_in_the_midst_of_a_student_nothing_half_written_stays(server: Any, scenes: Path, tmp_path: Path) -> None:
     students, run = ["test_vit", "test_resnet"], tmp_path / "run"
     assert server.run(scenes, run, students=students)[0] == 0

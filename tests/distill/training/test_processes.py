@@ -67,7 +67,7 @@ def test_killed_then_asked_to_end_then_resumed_it_is_the_unbroken_run(
     epochs = "epochs=3"
     # SIGKILL with a worker alive, soon after a checkpoint.
     process = start(scenes, tmp_path / "run", epochs, checkpoint_steps=3, workers=1)
-    wait_for_step(process, 5)
+    wait_for_step(process, 7)  # the save of step 6 has waited for that of step 3
     workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     assert end(process)[0] == -signal.SIGKILL

@@ -49,7 +49,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 
 def test_everything_comes_back_as_it_was(tmp_path: Path) -> None:
-    run_checkpoint.save_checkpoint(tmp_path, state(), step=12)
+    run_checkpoint.save_checkpoint(tmp_path, run_checkpoint.snapshot(state()), step=12)
     found = run_checkpoint.load_newest(tmp_path)
     assert found is not None and found[0] == 12
     assert_same(found[1], state())
@@ -58,7 +58,9 @@ def test_everything_comes_back_as_it_was(tmp_path: Path) -> None:
 
 def test_the_last_few_and_the_best_are_kept(tmp_path: Path) -> None:
     for step in range(1, 7):
-        run_checkpoint.save_checkpoint(tmp_path, state(step), step=step, keep=2, best=2 if step >= 2 else None)
+        run_checkpoint.save_checkpoint(
+            tmp_path, run_checkpoint.snapshot(state(step)), step=step, keep=2, best=2 if step >= 2 else None
+        )
     assert [path.name[-1] for path in run_checkpoint.checkpoints(tmp_path)] == ["2", "5", "6"]
 
 
@@ -71,8 +73,8 @@ def test_the_last_few_and_the_best_are_kept(tmp_path: Path) -> None:
 def test_any_damage_is_found_and_the_one_before_is_taken(tmp_path: Path, where: float, name: str, cut: bool) -> None:
     run = tmp_path / "run"
     shutil.rmtree(run, ignore_errors=True)
-    run_checkpoint.save_checkpoint(run, state(1), step=1)
-    newest = run_checkpoint.save_checkpoint(run, state(2), step=2)
+    run_checkpoint.save_checkpoint(run, run_checkpoint.snapshot(state(1)), step=1)
+    newest = run_checkpoint.save_checkpoint(run, run_checkpoint.snapshot(state(2)), step=2)
     data = bytearray((newest / name).read_bytes())
     at = int(where * len(data))
     if cut:
@@ -93,14 +95,14 @@ def test_any_damage_is_found_and_the_one_before_is_taken(tmp_path: Path, where: 
 
 def test_when_none_is_whole_it_says_so_and_no_run_is_none(tmp_path: Path) -> None:
     assert run_checkpoint.load_newest(tmp_path) is None
-    (run_checkpoint.save_checkpoint(tmp_path, state(), step=1) / "state.safetensors").unlink()
+    (run_checkpoint.save_checkpoint(tmp_path, run_checkpoint.snapshot(state()), step=1) / "state.safetensors").unlink()
     with pytest.raises(ArtifactError, match="none of its 1 checkpoints is intact"):
         run_checkpoint.load_newest(tmp_path)
 
 
 def test_a_newer_schema_is_refused_and_not_passed_over(tmp_path: Path) -> None:
-    run_checkpoint.save_checkpoint(tmp_path, state(1), step=1)
-    path = run_checkpoint.save_checkpoint(tmp_path, state(2), step=2) / "state.json"
+    run_checkpoint.save_checkpoint(tmp_path, run_checkpoint.snapshot(state(1)), step=1)
+    path = run_checkpoint.save_checkpoint(tmp_path, run_checkpoint.snapshot(state(2)), step=2) / "state.json"
     record = json.loads(path.read_text()) | {"schema": 99}
     path.write_text(json.dumps(record))  # a flipped bit: the digest still says 1
     found = run_checkpoint.load_newest(tmp_path)
@@ -116,7 +118,7 @@ def test_a_newer_schema_is_refused_and_not_passed_over(tmp_path: Path) -> None:
 def test_a_failing_disk_leaves_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ) -> None:
-    run_checkpoint.save_checkpoint(tmp_path, state(1), step=1)
+    run_checkpoint.save_checkpoint(tmp_path, run_checkpoint.snapshot(state(1)), step=1)
     real = getattr(os, call)
     for fails_at in range(1, 14):
         calls = 0
@@ -130,7 +132,7 @@ def test_a_failing_disk_leaves_the_old_checkpoint(
 
         monkeypatch.setattr(os, call, fail)
         try:
-            run_checkpoint.save_checkpoint(tmp_path, state(2), step=2)
+            run_checkpoint.save_checkpoint(tmp_path, run_checkpoint.snapshot(state(2)), step=2)
         except InputError:
             failed = True
         else:
@@ -150,29 +152,29 @@ def test_a_failing_disk_leaves_the_old_checkpoint(
 
 
 def test_too_little_space_is_met_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_checkpoint.save_checkpoint(tmp_path, state(1), step=1)
+    run_checkpoint.save_checkpoint(tmp_path, run_checkpoint.snapshot(state(1)), step=1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))  # type: ignore[attr-defined]
     with pytest.raises(InputError, match="free some space"):
-        run_checkpoint.save_checkpoint(tmp_path, state(2), step=2)
+        run_checkpoint.save_checkpoint(tmp_path, run_checkpoint.snapshot(state(2)), step=2)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
 def test_a_file_in_the_place_of_the_checkpoints_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(InputError, match="checkpoints cannot be written"):
-        run_checkpoint.save_checkpoint(tmp_path, state(), step=1)
+        run_checkpoint.save_checkpoint(tmp_path, run_checkpoint.snapshot(state()), step=1)
 
 
 def test_a_full_file_system_is_one_clear_line(tmp_path: Path) -> None:
     import resource
     import signal
 
-    run_checkpoint.save_checkpoint(tmp_path, {"a": torch.zeros(10)}, step=1)
+    run_checkpoint.save_checkpoint(tmp_path, run_checkpoint.snapshot({"a": torch.zeros(10)}), step=1)
     old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (65536, old[1]))
         with pytest.raises(InputError, match="no space left"):
-            run_checkpoint.save_checkpoint(tmp_path, {"a": torch.zeros(1_000_000)}, step=2)
+            run_checkpoint.save_checkpoint(tmp_path, run_checkpoint.snapshot({"a": torch.zeros(1_000_000)}), step=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, handler)
@@ -192,7 +194,7 @@ def test_changed_settings_are_shown_as_a_diff(tmp_path: Path) -> None:
 
 def test_starting_over_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
     claim_folders(tmp_path, [tmp_path], base=True, fresh=False)
-    run_checkpoint.save_checkpoint(tmp_path, state(), step=1)
+    run_checkpoint.save_checkpoint(tmp_path, run_checkpoint.snapshot(state()), step=1)
     for name in ("metrics.jsonl", "teacher.pth", "student.json", "mine.txt"):
         (tmp_path / name).write_text("{}\n")
     claim_folders(tmp_path, [tmp_path], base=True, fresh=True)
@@ -210,7 +212,7 @@ def test_random_numbers_are_a_function_of_the_step() -> None:
 
 @pytest.mark.parametrize("call", ["replace", "fsync", "open"])
 def test_a_process_that_dies_while_it_writes_leaves_a_whole_checkpoint(tmp_path: Path, call: str) -> None:
-    run_checkpoint.save_checkpoint(tmp_path, state(1), step=1)
+    run_checkpoint.save_checkpoint(tmp_path, run_checkpoint.snapshot(state(1)), step=1)
     for dies_at in range(1, 12):
         child = os.fork()
         if not child:
@@ -240,5 +242,5 @@ def _die_in(run: Path, call: str, dies_at: int) -> None:
         return real(*arguments, **options)
 
     setattr(os, call, fatal)
-    run_checkpoint.save_checkpoint(run, state(2), step=2)
+    run_checkpoint.save_checkpoint(run, run_checkpoint.snapshot(state(2)), step=2)
     os._exit(0)
