@@ -36,6 +36,7 @@ COMMANDS = {
     "demo": ("robx.demo.demo", "demo", "Run every step on real images, in minutes on two cores."),
     "teachers": ("robx.distill.commands", "teachers", "List the teachers: file, licence, published accuracy."),
     "students": ("robx.distill.commands", "students", "List the students that are tested end to end."),
+    "device": ("robx.runtime.commands", "device", "Build the native runner for phones and boards without Python."),
     "doctor": ("robx.runtime.commands", "doctor", "Check what this machine or a device supports, and what is missing."),
 }
 

@@ -1,4 +1,4 @@
-"""`robx bench`, `robx run`, `robx check` and `robx doctor`."""
+"""`robx bench`, `robx run`, `robx check`, `robx device` and `robx doctor`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from robx.golden.compare import Comparison as PortComparison
 from robx.records import Bundle, Latency, Value, to_json
 from robx.runtime.bench.ab import Comparison, compare
 from robx.runtime.bench.bench import bench as run_bench
+from robx.runtime.bench.native_runner import ABIS, native_folder
 from robx.runtime.bench.profiles import PROFILES, BenchSettings
 from robx.runtime.bench.runners import RUNNERS
 from robx.runtime.bench.validity import codes_of, is_refused
 from robx.runtime.check import check as check_port
+from robx.runtime.device_build import build as build_runner
 from robx.runtime.doctor import examine
 from robx.runtime.infer import find_images, infer, top_labels
 from robx.runtime.session import SessionSettings, open_session
@@ -213,6 +215,40 @@ def _difference(array: Path, found: PortComparison) -> str:
 
 def _finite(number: float) -> float | None:
     return number if np.isfinite(number) else None
+
+
+@click.group()
+def device() -> None:
+    """Prepare devices that have no Python, such as phones."""
+
+
+@device.command()
+@click.option("--abi", type=click.Choice(ABIS), required=True, help="Kind of device; arm64-v8a is Android.")
+@click.option(
+    "--runtime",
+    "runtimes",
+    multiple=True,
+    type=_PATH,
+    help="File with the runtime's library for that ABI: .so, .whl or .aar; may be given once per runtime.  "
+    "[default: those installed here, if the ABI is this machine's]",
+)
+@click.option("--ndk", type=_PATH, help="Folder of the Android NDK, for arm64-v8a.  [default: $ANDROID_NDK_HOME]")
+def build(*, abi: str, runtimes: tuple[Path, ...], ndk: Path | None) -> None:
+    """Build the native runner, which `robx bench` uses on devices without Python.
+
+    \b
+    robx device build --abi linux-x86_64
+    robx device build --abi linux-arm64 --runtime onnxruntime-1.23.0-cp311-cp311-manylinux_2_28_aarch64.whl
+    robx device build --abi arm64-v8a --ndk android-ndk-r27c --runtime onnxruntime-android-1.23.0.aar
+
+    Needs CMake and a C++17 compiler for the ABI. It replaces the runner and libraries built for that ABI before. robx
+    downloads no library and contains none; docs/android.md names the downloads.
+    """
+    built = build_runner(abi, runtimes=runtimes, ndk=ndk)
+    print_line(f"{native_folder(abi)}: the native runner for {abi}")
+    for library in built["libraries"]:
+        version, size = library["version"] or "version unknown", library["bytes"] / 1e6
+        print_line(f"{library['file']}: {library['runtime']} {version}, {library['licence']}, {size:.1f} MB")
 
 
 @click.command()
