@@ -9,7 +9,11 @@
 #include <memory>
 #include <vector>
 
-#if defined(__x86_64__)
+#if !defined(__x86_64__) && !defined(__aarch64__)
+#define ROBX_PORTABLE
+#endif
+#if defined(ROBX_PORTABLE)
+#elif defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -58,7 +62,10 @@ void plain_blocks(State& state, const unsigned char* p, std::size_t count) {
   }
 }
 
-#if defined(__x86_64__)
+#if defined(ROBX_PORTABLE)
+bool has_instructions() { return false; }
+void fast_blocks(State& state, const unsigned char* p, std::size_t count) { plain_blocks(state, p, count); }
+#elif defined(__x86_64__)
 bool has_instructions() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (b >> 29 & 1) != 0;
@@ -111,9 +118,6 @@ void fast_blocks(State& state, const unsigned char* p, std::size_t count) {
   vst1q_u32(&state[0], abcd);
   vst1q_u32(&state[4], efgh);
 }
-#else
-bool has_instructions() { return false; }
-void fast_blocks(State& state, const unsigned char* p, std::size_t count) { plain_blocks(state, p, count); }
 #endif
 
 void blocks(State& state, const unsigned char* p, std::size_t count) {
