@@ -163,7 +163,7 @@ def _compile(options: Sequence[str], target: Path) -> None:
         status, text = call(command, timeout=_BUILD_SECONDS, what="the build")
         if status:
             errors = [line.strip() for line in text.splitlines() if "error" in line.lower()] or text.splitlines()[-1:]
-            raise DeviceError(f"the runner could not be built ({first_line(errors[0])[:300]}): check the compiler")
+            raise DeviceError(f"the runner could not be built ({errors[0][:300] if errors else 'no message'}): check the compiler")
     shutil.move(scratch / NAME, target)
     shutil.rmtree(scratch)
 
@@ -251,7 +251,7 @@ def _from_archive(path: Path, archive: zipfile.ZipFile, abi: str) -> Found:
 def _licence(headers: Any) -> str | None:
     """The licence that a package states, on one line."""
     stated = str(headers.get("License-Expression") or headers.get("License") or "").strip()
-    return first_line(stated)[:100] if stated else None
+    return stated.splitlines()[0][:100] if stated else None
 
 
 def _version(runtime: str, data: bytes) -> str | None:
