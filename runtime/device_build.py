@@ -162,8 +162,9 @@ def _compile(options: Sequence[str], target: Path) -> None:
     for command in steps:
         status, text = call(command, timeout=_BUILD_SECONDS, what="the build")
         if status:
-            errors = [line.strip() for line in text.splitlines() if "error" in line.lower()] or text.splitlines()[-1:]
-            raise DeviceError(f"the runner could not be built ({errors[0][:300] if errors else 'no message'}): check the compiler")
+            lines = [line.strip() for line in text.splitlines()]
+            why = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no message")
+            raise DeviceError(f"the runner could not be built ({why[:300]}): check the compiler")
     shutil.move(scratch / NAME, target)
     shutil.rmtree(scratch)
 
