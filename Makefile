@@ -1,6 +1,8 @@
-# make demo   the whole pipeline on real images: data, distil, export, evaluate, measure, report
-# make test   the tests
-# Both create .venv and install what they need; no other step is required first.
+# make demo        the whole pipeline on real images: data, distil, export, evaluate, measure, report
+# make test        the tests
+# make test-unit   the quick ones among them, in under three minutes
+# make test-slow   the slow ones, and hundreds of kills instead of thirty
+# All create .venv and install what they need; no other step is required first.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -10,7 +12,7 @@ PYTEST_FLAGS ?= -n 2 --dist loadfile --max-worker-restart 0 -q
 
 export ORT_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test docs lint types format check gpu test-mobile test-arm64 soak sbom audit clean
+.PHONY: demo test test-unit test-slow docs release lint types format check gpu test-mobile test-arm64 soak sbom audit clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/robx demo $(DEMO_FLAGS)
@@ -18,6 +20,13 @@ demo: $(VENV)/.demo
 # One thread per process: two processes with two threads each would oversubscribe two cores.
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+
+test-unit: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m 'not slow'
+
+test-slow: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m slow
+	$(MAKE) soak
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -91,6 +100,19 @@ gpu:
 sbom: $(VENV)/.dev .venv-audit/.tools
 	.venv-audit/bin/cyclonedx-py environment --output-format JSON --output-file sbom.json $(VENV)/bin/python
 
+# The sdist and, from it, the wheel, checked in an environment without the repository: docs/releasing.md.
+release: $(VENV)/.dev .venv-audit/.tools
+	rm -rf dist .venv-release
+	$(VENV)/bin/python -m build --outdir dist .
+	.venv-audit/bin/twine check --strict dist/*
+	$(VENV)/bin/python -m venv .venv-release
+	.venv-release/bin/pip install --quiet --disable-pip-version-check --no-deps dist/*.whl
+	$(VENV)/bin/python -c 'import site; print(*site.getsitepackages(), sep="\n")' \
+	  > "$$(ls -d .venv-release/lib/python3*/site-packages)/dependencies.pth"
+	cd / && $(CURDIR)/.venv-release/bin/robx --version && $(CURDIR)/.venv-release/bin/robx students
+	.venv-audit/bin/cyclonedx-py environment --output-format JSON --output-file dist/sbom.json $(VENV)/bin/python
+	cd dist && sha256sum * > SHA256SUMS && cat SHA256SUMS
+
 # Known vulnerabilities, from the package index's database. robx itself is not on the index.
 audit: $(VENV)/.dev .venv-audit/.tools
 	@$(VENV)/bin/pip --disable-pip-version-check freeze --exclude-editable > .venv-audit/installed.txt
@@ -122,7 +144,7 @@ export AUDIT
 # The audit tools have their own environment, so that they do not change the one they examine.
 .venv-audit/.tools:
 	$(PYTHON) -m venv .venv-audit
-	.venv-audit/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) cyclonedx-bom pip-audit
+	.venv-audit/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) cyclonedx-bom pip-audit twine
 	@touch $@
 
 clean:

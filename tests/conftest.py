@@ -10,6 +10,41 @@ import torch
 import robx  # noqa: F401 (switches telemetry off before any engine is imported)
 from robx.images.scenes import make_scene, render, write_scenes
 
+# Files and folders of tests that train, export, measure or start processes for more than a few seconds each. They are
+# marked `slow`: make test-unit leaves them out, make test runs everything.
+SLOW = (
+    "demo/test_demo.py",
+    "distill/objectives/test_objectives_in_processes.py",
+    "distill/test_student_kinds.py",
+    "distill/test_train.py",
+    "distill/training/test_processes.py",
+    "docs/test_pages.py::test_the_",
+    "eval/report/test_report_browser.py",
+    "eval/test_evaluate.py",
+    "export/formats",
+    "export/gate/test_gate.py",
+    "export/test_build.py",
+    "export/test_odd_inputs.py",
+    "faults",
+    "runtime/bench/test_adb.py",
+    "runtime/bench/test_ssh_faults.py",
+    "runtime/bench/test_transports.py",
+    "runtime/test_runtime_commands.py",
+    "ship",
+    "test_checkout_without_links.py",
+    "test_end_to_end.py",
+    "test_named_students.py",
+    "test_packaging.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of SLOW."""
+    for item in items:
+        name = item.nodeid.removeprefix("tests/")
+        if name.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
