@@ -30,7 +30,7 @@ import torch
 from common import CLIP_ART, demo_images, publish, save_student, say, shown
 from vit_weights import vit_small
 
-from robx.distill.recipe_toml import read_toml
+from robx.distill.recipe_toml import read_recipe
 from robx.distill.recipes import Method, Recipe, override, preset
 from robx.distill.resolve import student_kind
 from robx.distill.teachers.load import load_teacher
@@ -179,7 +179,7 @@ def recipe_of(chain: Chain, network: str, given: argparse.Namespace, *, base: bo
         values["teacher_temperature"] = 0.04
     if base:  # the warm-ups of hundreds of epochs are shortened in proportion
         values |= {"teacher_temperature_epochs": round(0.1 * epochs), "freeze_last_layer_epochs": int(epochs >= 30)}
-    values |= read_toml(given.recipe) if given.recipe else {}
+    values |= read_recipe(given.recipe) if given.recipe else {}
     return override(preset(chain.objective, student_kind(network), base=base), values)
 
 
