@@ -20,6 +20,7 @@ from robx.export.cache import Cache
 from robx.export.formats.network import export_model, tensor_specs, trunk_at_size
 from robx.export.gate import gate
 from robx.export.gate.decide import Decision, decide
+from robx.export.gate.front import with_front
 from robx.export.gate.golden import golden_sample
 from robx.export.gate.judge import Judge
 from robx.export.gate.timing import Timer
@@ -126,6 +127,7 @@ def export(
                 told=lambda trial: on_candidate(trial.record()) if on_candidate is not None else None,
             )
             bundle, folder = decide(decision)
+        bundle, folder = with_front(builder, bundle, folder)
         if settings.sensitivity:
             builder.layer_costs()
         out = settings.folder(bundle)

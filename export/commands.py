@@ -42,6 +42,23 @@ if TYPE_CHECKING:
 )
 @click.option("--size", help="Input size in pixels: 224, or HEIGHTxWIDTH. [default: as trained]")
 @click.option("--uint8-input", is_flag=True, help="Take uint8 pixels; the normalisation becomes part of the model.")
+@click.option(
+    "--resize-in-graph", is_flag=True, help="With --uint8-input: take images of any size; the model resizes and crops."
+)
+@click.option(
+    "--input-layout",
+    type=click.Choice(["nchw", "nhwc"]),
+    default="nchw",
+    show_default=True,
+    help="Axes of uint8 pixels: nhwc as cameras give them.",
+)
+@click.option(
+    "--input-channels",
+    type=click.Choice(["rgb", "bgr"]),
+    default="rgb",
+    show_default=True,
+    help="Order of uint8 channels: bgr as OpenCV gives them.",
+)
 @click.option("--rungs", type=click.IntRange(1), help="Maximum number of int8 candidates to try.")
 @click.option("--budget", type=click.FloatRange(min=0), help="Seconds after which no further candidate is started.")
 @click.option(
@@ -71,6 +88,9 @@ def export(
     opset: int,
     size: str | None,
     uint8_input: bool,
+    resize_in_graph: bool,
+    input_layout: str,
+    input_channels: str,
     max_drop: float,
     min_speedup: float,
     rungs: int | None,
@@ -99,6 +119,9 @@ def export(
         batch=_batch(batch),
         opset=opset,
         uint8_input=uint8_input,
+        resize_in_graph=resize_in_graph,
+        input_layout=input_layout.upper(),  # type: ignore[arg-type]
+        input_channels=input_channels.upper(),  # type: ignore[arg-type]
         size=parse_size(size) if size is not None else None,
     )
     limits = Limits(max_drop=max_drop, min_speedup=min_speedup)
@@ -203,7 +226,7 @@ def _show_result(bundle: Bundle, folder: Path) -> None:
     for line in bundle.rewrites:
         print_line(f"  {line}")
     if bundle.in_model is not None:
-        print_line("  takes RGB pixels 0..255 (uint8) and normalises them itself")
+        print_line(f"  takes {bundle.in_model.channels} pixels 0..255 (uint8) and normalises them itself")
 
 
 def _show_sensitivity(costs: dict[str, float]) -> None:

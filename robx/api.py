@@ -161,6 +161,9 @@ def export(
     batch: int | None = None,
     target: str = "local",
     uint8_input: bool = False,
+    resize_in_graph: bool = False,
+    input_layout: Literal["NCHW", "NHWC"] = "NCHW",
+    input_channels: Literal["RGB", "BGR"] = "RGB",
     size: int | tuple[int, int] | None = None,
     candidates: int | None = None,
     budget: float | None = None,
@@ -189,6 +192,9 @@ def export(
         batch: batch size; None is dynamic.
         target: the device: "local" or "arm64"; for trt also "rtx:sm86+sm89" or "jetson-orin".
         uint8_input: take uint8 pixels; the normalisation becomes part of the model.
+        resize_in_graph: with `uint8_input`, take images of any size; the resize and crop become part of the model.
+        input_layout: with `uint8_input`, the axes of the input: "NCHW", or "NHWC" as cameras give it.
+        input_channels: with `uint8_input`, the order of the channels: "RGB", or "BGR" as OpenCV gives it.
         size: input size in pixels, or (height, width); None is the size that the student was trained with.
         candidates: the largest number of int8 candidates to try.
         budget: seconds after which no further candidate is started.
@@ -222,6 +228,9 @@ def export(
             batch=batch,
             opset=opset,
             uint8_input=uint8_input,
+            resize_in_graph=resize_in_graph,
+            input_layout=input_layout,
+            input_channels=input_channels,
             size=(size, size) if isinstance(size, int) else size,
         ),
         data=_path(data),

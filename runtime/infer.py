@@ -9,9 +9,10 @@ import numpy as np
 from PIL import Image
 
 from robx.errors import CorruptImage, DeviceError, InputError
-from robx.images.decode import decode, preprocess, read_image_file
+from robx.images.decode import decode, host_input, read_image_file
 from robx.images.reading import read_batches
 from robx.images.sources import open_source
+from robx.records import Bundle
 from robx.runtime.session import Session, run_within
 
 _BATCH_BYTES = 2**28  # of one batch of large images
@@ -57,10 +58,13 @@ def infer(
         DeviceError: the engine failed, gave no output in time, or returned NaN or infinity.
     """
     answered = False
-    batch = max(1, min(batch, _BATCH_BYTES // session.bundle.preprocessing.image_bytes))
+    model = session.bundle
+    batch = max(1, min(batch, _BATCH_BYTES // model.preprocessing.image_bytes))
+    if isinstance(model, Bundle) and model.in_model is not None and model.in_model.resize:
+        batch = 1  # the images have sizes of their own
     batches = read_batches(
         images,
-        lambda image: preprocess(image[1](), session.bundle.preprocessing),
+        lambda image: host_input(image[1](), model),
         batch_size=batch,
         on_skip=lambda _, error: on_skip(error) if on_skip is not None else None,
     )

@@ -222,7 +222,10 @@ class OpenModel:
         self.bundle = record
         self._model: Model | None = model
         shape = record.inputs[0].shape if isinstance(record, Bundle) else (None, 3, *record.preprocessing.shape)
+        inside = record.in_model if isinstance(record, Bundle) else None
         self._batch, self._image_shape = shape[0] or batch, shape[1:]
+        if inside is not None and inside.layout == "NHWC":  # a session takes NCHW whatever the model's axes are
+            self._image_shape = (shape[3], *shape[1:3])
         self._widths = _output_widths(record, labels=labels)
 
     def run(self, images: np.ndarray) -> np.ndarray:

@@ -166,6 +166,7 @@ EXPORT: dict[str, Any] = {
     "data": "images", "test": "held-out", "labels": "l.csv", "image_member": "rgb.jpg", "out": "bundle", "head": "h",
     "max_drop": 2.0, "min_speedup": 1.5,
     "opset": 19, "batch": 4, "target": "arm64", "uint8_input": True, "size": (96, 64), "candidates": 3, "budget": 60.0,
+    "resize_in_graph": True, "input_layout": "NHWC", "input_channels": "BGR",
     "calibration_images": 30, "judging_images": 100, "sensitivity": True, "force": True,
 }  # fmt: skip
 
@@ -185,9 +186,10 @@ def test_export_takes_every_setting_of_the_command(monkeypatch: pytest.MonkeyPat
     )
     api.export("run", format="onnx")
     limits = Limits(max_drop=2.0, min_speedup=1.5)
-    names = {"max_drop", "min_speedup", "opset", "batch", "target", "uint8_input", "size"}
+    front = {"resize_in_graph": True, "input_layout": "NHWC", "input_channels": "BGR"}
+    names = {"max_drop", "min_speedup", "opset", "batch", "target", "uint8_input", "size", *front}
     others = _as_settings({name: value for name, value in EXPORT.items() if name not in names})
-    shape = {"batch": 4, "uint8_input": True, "size": (96, 64)}
+    shape = {"batch": 4, "uint8_input": True, "size": (96, 64), **front}
     target = ExportTarget(format="onnx", precision="int8", device="arm64", opset=19, **shape)  # type: ignore[arg-type]
     assert seen[0] == ExportSettings(run=Path("run"), target=target, limits=limits, **others)
     assert seen[1].target == ExportTarget(format="onnx", precision="fp16")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -76,7 +77,7 @@ class _Nodes:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: list[onnx.TensorProto] = field(default_factory=list)
 
-    def add(self, operator: str, inputs: Sequence[str], *, output: str = "", **attributes: object) -> str:
+    def add(self, operator: str, inputs: Sequence[str], *, output: str = "", **attributes: Any) -> str:
         name = f"{self.prefix}_{operator.lower()}_{len(self.nodes)}"
         output = output or name
         self.nodes.append(helper.make_node(operator, inputs, [output], name=name, **attributes))

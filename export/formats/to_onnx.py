@@ -21,7 +21,7 @@ from robx.export.formats.builder import BuiltFile, BuiltModel, Source
 from robx.export.formats.network import EMBEDDING, LOGITS, PIXELS, ExportModel
 from robx.export.quiet import quiet
 from robx.export.request import ExportRequest
-from robx.records import Student
+from robx.records import Normalisation, Student
 from robx.store.files import write_bytes
 from robx.store.onnx_safety import check_model
 
@@ -61,7 +61,9 @@ def export_onnx(model: ExportModel, path: Path, *, student: Student, batch: int 
     return proto
 
 
-def finish(proto: onnx.ModelProto, student: Student, *, opset: int) -> None:
+def finish(
+    proto: onnx.ModelProto, student: Student, *, opset: int, front: Normalisation | None = None
+) -> None:  # fmt: skip
     """Check the opset, pin the IR version, remove the exporter's file paths, add robx's metadata; in place.
 
     Raises:
@@ -78,12 +80,12 @@ def finish(proto: onnx.ModelProto, student: Student, *, opset: int) -> None:
         del value.metadata_props[:]
     del proto.graph.metadata_props[:]
     del proto.metadata_props[:]
-    onnx.helper.set_model_props(proto, _properties(proto, student))
+    onnx.helper.set_model_props(proto, _properties(proto, student, front))
     proto.producer_name, proto.producer_version = "robx", __version__
     check_model(proto, where=f"the export of {student.timm_name}", full_check=True)
 
 
-def _properties(proto: onnx.ModelProto, student: Student) -> dict[str, str]:
+def _properties(proto: onnx.ModelProto, student: Student, front: Normalisation | None) -> dict[str, str]:
     """robx's metadata: what the file is, what the host has to do to an image, and what the model does itself."""
     pre = student.preprocessing
     host: dict[str, Any] = {"size": pre.size, "crop": pre.crop, "interpolation": pre.interpolation}
@@ -95,6 +97,13 @@ def _properties(proto: onnx.ModelProto, student: Student) -> dict[str, str]:
         "robx.student": student.timm_name,
         "robx.student_sha256": student.sha256,
     }
+    if front is not None:
+        resizes = front.resize
+        return found | {
+            "robx.preprocessing": json.dumps({} if resizes else host),
+            "robx.in_model": json.dumps(host | normalisation if resizes else normalisation),
+            "robx.input": f"{front.channels} pixels 0..255, uint8, {front.layout}{', any size' if resizes else ''}",
+        }
     if proto.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8:
         return found | {
             "robx.preprocessing": json.dumps(host),

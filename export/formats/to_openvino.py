@@ -13,6 +13,7 @@ from robx.export.formats.builder import BuiltFile, BuiltModel, Source
 from robx.export.int8.candidate import Candidate
 from robx.export.quiet import quiet
 from robx.export.request import ExportRequest
+from robx.records import Normalisation, Preprocessing
 from robx.store.onnx_safety import load_checked
 
 _NAMED_BY_OPENVINO = re.compile(
@@ -56,6 +57,35 @@ def build(source: Source, request: ExportRequest, folder: Path) -> BuiltModel:
         outputs=request.outputs,
         versions=versions,
         opset=request.target.opset,
+    )
+
+
+def add_front_to(
+    folder: Path, front: Normalisation, preprocessing: Preprocessing, made: Path, *, request: ExportRequest
+) -> BuiltModel:  # fmt: skip
+    """Write the model of `folder` into `made` with `front` before it; see `front_openvino`.
+
+    Raises:
+        ArtifactError: OpenVINO cannot write the model.
+    """
+    import openvino as ov
+
+    from robx.export.formats.front_openvino import add_front
+
+    try:
+        network = add_front(ov.Core().read_model(folder / "model.xml"), front, preprocessing)
+        _number_unnamed(network)
+        ov.save_model(network, made / "model.xml", compress_to_fp16=False)  # weights in fp16 stay so
+    except Exception as error:
+        raise ArtifactError(
+            f"OpenVINO cannot put the resize before the model ({first_line(error)}): drop --resize-in-graph"
+        ) from error
+    return BuiltModel(
+        files=(BuiltFile(path="model.xml", role="model"), BuiltFile(path="model.bin", role="weights")),
+        runtime="openvino",
+        inputs=request.inputs,
+        outputs=request.outputs,
+        versions={},
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from robx.embeddings import centred_cosine, is_constant
 from robx.errors import RobxError
 from robx.images.decode import renormalise
-from robx.records import Bundle, Value, load_bundle, load_student
+from robx.records import Bundle, Preprocessing, Value, load_bundle, load_student
 from robx.runtime.session import SessionSettings, open_session, run_within
 
 # Minimum mean cosine to the fp32 outputs. robx eval judges int8; below this it is not the same model at all.
@@ -96,9 +96,18 @@ def _answers(folder: Path, images: np.ndarray, bundle: Bundle) -> np.ndarray | N
     try:
         with open_session(folder, SessionSettings(threads=os.cpu_count() or 1)) as session:
             wanted = renormalise(images, bundle.preprocessing, session.bundle.preprocessing)
+            if bundle.in_model is not None and bundle.in_model.resize and session.bundle != bundle:
+                wanted = _centres(wanted, session.bundle.preprocessing)  # as the bundle crops them itself
             return np.concatenate([run_within(session, wanted[i : i + 8]) for i in range(0, len(wanted), 8)])
     except RobxError:
         return None
+
+
+def _centres(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """The centres of images (N, 3, H, W), in the shape that `preprocessing` makes."""
+    height, width = preprocessing.shape
+    top, left = (round((have - want) / 2) for have, want in zip(images.shape[2:], (height, width), strict=True))
+    return np.ascontiguousarray(images[:, :, top : top + height, left : left + width])
 
 
 def _is_student_of(run: Path, bundle: Bundle) -> bool:

@@ -30,14 +30,26 @@ def model_path(folder: str, manifest: dict[str, Any]) -> str:
 
 
 def input_converter(manifest: dict[str, Any]) -> Callable[[Any], Any]:
-    """A function from normalised images (N, 3, H, W) to the model's input: a float type, or uint8 pixels again."""
+    """A function from normalised RGB images (N, 3, H, W) to the model's input.
+
+    That is the same in a float type, or uint8 pixels again, in the axes and the order of channels that the model takes.
+    """
     import numpy as np
 
     dtype = np.dtype(manifest["inputs"][0]["dtype"])
     if dtype != np.uint8:
         return lambda images: np.ascontiguousarray(images, dtype=dtype)
     mean, std = (np.array(manifest["preprocessing"][k], np.float32).reshape(1, 3, 1, 1) for k in ("mean", "std"))
-    return lambda images: np.clip(np.rint((images * std + mean) * 255), 0, 255).astype(np.uint8)
+    inside = manifest.get("in_model") or {}
+    is_bgr, is_nhwc = inside.get("channels") == "BGR", inside.get("layout") == "NHWC"
+
+    def convert(images: Any) -> Any:
+        pixels = np.clip(np.rint((images * std + mean) * 255), 0, 255).astype(np.uint8)
+        pixels = pixels[:, ::-1] if is_bgr else pixels
+        pixels = pixels.transpose(0, 2, 3, 1) if is_nhwc else pixels
+        return np.ascontiguousarray(pixels)
+
+    return convert
 
 
 def check_output(output: Any, count: int, widths: Iterable[int]) -> Any:

@@ -50,7 +50,7 @@ class OpenVinoModel:
             batch, *image = manifest["inputs"][0]["shape"]
             if batch is None and settings.get("batch"):
                 # A model compiled for one shape is faster than for any batch, most of all if its graph computes shapes.
-                model.reshape([int(settings["batch"]), *image])
+                model.reshape([int(settings["batch"]), *(-1 if side is None else side for side in image)])
             # The request crashes if its compiled model is garbage-collected first, so both are kept.
             self._compiled = core.compile_model(model, device, config)
             self._request = self._compiled.create_infer_request()

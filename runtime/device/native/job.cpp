@@ -95,6 +95,19 @@ void read_preprocessing(const Json& manifest, Job& job) {
   }
 }
 
+// Refuse a uint8 model whose input is not RGB pixels (N, 3, H, W) of one size, as the images of a job are.
+void check_front(const Json& manifest) {
+  const Json& inside = manifest.get("in_model", "manifest");
+  if (inside.is_null()) return;
+  const auto differs = [&inside](const char* key, const char* usual) {
+    const Json& value = inside.get(key, "in_model");
+    return !value.is_null() && value.as_string(key) != usual;
+  };
+  const Json& resize = inside.get("resize", "in_model");
+  if (differs("layout", "NCHW") || differs("channels", "RGB") || (!resize.is_null() && resize.as_bool("resize")))
+    throw Error("the model resizes images, or takes NHWC or BGR, which this runner does not give: use the Python runner");
+}
+
 }  // namespace
 
 Job read_job(const std::string& text) {
@@ -111,6 +124,7 @@ Job read_job(const std::string& text) {
   if (job.input.dtype != "float32" && job.input.dtype != "uint8")
     throw Error("the model takes " + job.input.dtype.substr(0, 20) + ", and this runner has float32 and uint8 inputs");
   read_preprocessing(manifest, job);
+  check_front(manifest);
   job.settings = read_settings(json.get("settings", "job"));
   for (const auto& [path, digest] : json.get("files", "job").as_object("files"))
     job.files.emplace_back(inside(path), digest.as_string("files"));
