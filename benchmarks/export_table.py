@@ -65,8 +65,9 @@ def main() -> None:
     """Measure every student in every engine, and write the table after each."""
     given = arguments()
     data = given.data or demo_images()
-    if given.hold_out:
-        data = hold_out(data, given.hold_out, given.out / f"images-{given.hold_out}")
+    if given.hold_out or given.hold_out_unlabelled:
+        name = f"images-{given.hold_out}" + (f"-{given.hold_out_unlabelled}" if given.hold_out_unlabelled else "")
+        data = hold_out(data, given.out / name, labelled=given.hold_out, unlabelled=given.hold_out_unlabelled)
     rows: list[Row] = []
     missing: list[str] = []
     learnt: list[str] = []
@@ -115,6 +116,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.1, help="seconds of a block")
     parser.add_argument("--data", type=Path, help="labelled images in train/ and test/; default: the demo's")
     parser.add_argument("--hold-out", type=int, default=0, help="labelled training images to move into the test set")
+    parser.add_argument(
+        "--hold-out-unlabelled", type=int, default=0, help="unlabelled training images to move there, for the cosines"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/export-table"))
     parser.add_argument("--name", default="export-table", help="name of the result files")
     return parser.parse_args()

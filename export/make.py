@@ -200,6 +200,7 @@ class CandidateBuilder:
             onnx=source_of(folder),
             calibration=self.calibration if request.precision == "int8" else None,
             candidate=candidate,
+            shared=self.scratch,
         )
         write_bytes(source.onnx, self.onnx_for(candidate).SerializeToString())
         built = build_model(source, request, folder)

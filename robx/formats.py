@@ -14,6 +14,7 @@ from typing import Literal
 
 Format = Literal["onnx", "openvino", "trt", "ort", "executorch", "litert", "coreml", "ncnn"]
 Precision = Literal["fp32", "fp16", "int8"]
+Int8Ladder = Literal["onnxruntime", "nncf", "tensorrt", "pt2e", "ai-edge", "converter"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class FormatRow:
     extra: str | None  # extra of robx that installs the converter; None: installed with robx
     precisions: tuple[Precision, ...] = ("fp32", "fp16", "int8")
     onnx_precision: bool = False  # the builder takes ONNX already in the target precision; else float32
-    quantiser: Literal["onnxruntime", "nncf", "tensorrt", "converter"] | None = None  # int8 search space
+    quantiser: Int8Ladder | None = None  # which int8 candidates are tried; None: no int8
     uint8_input: bool = False  # can include the normalisation and take uint8 pixels
     own_targets: bool = False  # --target is parsed by the builder (rtx:sm89, jetson-orin)
 
@@ -63,9 +64,9 @@ FORMATS = _formats(
     FormatRow(name="ort", title="ONNX Runtime (.ort)", builder="to_ort", runtimes=("onnxruntime",), extra=None,
               onnx_precision=True, quantiser="onnxruntime", uint8_input=True),
     FormatRow(name="executorch", title="ExecuTorch", builder="to_executorch", runtimes=("executorch",),
-              extra="executorch", precisions=("fp32", "int8"), quantiser="converter"),
+              extra="executorch", precisions=("fp32", "int8"), quantiser="pt2e"),
     FormatRow(name="litert", title="LiteRT", builder="to_litert", runtimes=("litert",), extra="litert",
-              precisions=("fp32", "int8"), quantiser="converter"),
+              precisions=("fp32", "int8"), quantiser="ai-edge"),
     FormatRow(name="coreml", title="Core ML", builder="to_coreml", runtimes=("coreml",), extra="coreml",
               quantiser="converter"),
     FormatRow(name="ncnn", title="ncnn", builder="to_ncnn", runtimes=("ncnn",), extra="ncnn",

@@ -40,6 +40,7 @@ class Source:
     # Images (N, 3, H, W) as the model takes them in deployment; present whenever the precision is int8.
     calibration: np.ndarray | None = None
     candidate: Candidate | None = None  # how to quantise, for formats whose builder does it
+    shared: Path | None = None  # folder for files that the candidates of one export have in common; None: none is kept
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Shared by the mobile converters: a fixed batch, an example input, and attention that all of them support."""
+"""Shared by the mobile converters: a fixed batch, attention that all support, and which layers stay in float."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from timm.models.vision_transformer import Attention  # type: ignore[attr-define
 from torch import Tensor, nn
 
 from robx.errors import InputError
+from robx.export.formats.builder import Source
+from robx.export.int8.float_scope import module_names
 from robx.export.parity import parity
 from robx.export.request import ExportRequest
 from robx.records import TensorSpec
+from robx.store.onnx_safety import load_checked
 
 
 def mobile_model(model: nn.Module | None, request: ExportRequest) -> nn.Module:
@@ -63,6 +66,25 @@ def calibration_batches(calibration: np.ndarray | None, request: ExportRequest) 
         raise InputError(f"{have} calibration images are fewer than one batch of {batch}: give more with --data")
     images = torch.from_numpy(calibration)
     return list(torch.split(images[: len(images) // batch * batch], batch))
+
+
+def float_modules(source: Source, mobile: nn.Module) -> list[str]:
+    """Names of the modules of `mobile`, a `mobile_model` of ``source.model``, that the candidate keeps in float.
+
+    Raises:
+        ArtifactError: a node of the candidate is not one of the model's layers.
+    """
+    candidate = source.candidate
+    if candidate is None or not candidate.float_nodes or source.model is None:
+        return []
+    found = []
+    for name in module_names(source.model, load_checked(source.onnx), candidate):
+        parent, _, last = name.rpartition(".")
+        if last == "qkv" and isinstance(mobile.get_submodule(parent), PlainAttention):
+            found += [f"{parent}.{part}" for part in ("query", "key", "value")]
+        else:
+            found.append(name)
+    return found
 
 
 class PlainAttention(nn.Module):

@@ -1,4 +1,4 @@
-"""ExecuTorch with the XNNPACK delegate: fp32, and int8 by PT2E (per-channel weights, static activations)."""
+"""ExecuTorch with the XNNPACK delegate: fp32, and int8 by PT2E (see ``int8/by_pt2e.py``)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torch import nn
 
 from robx.errors import ArtifactError, InputError, MissingExtra, first_line
 from robx.export.formats.builder import BuiltFile, BuiltModel, Source
-from robx.export.formats.mobile import calibration_batches, example_input, fix_batch, mobile_model
+from robx.export.formats.mobile import calibration_batches, example_input, fix_batch, float_modules, mobile_model
+from robx.export.int8 import by_pt2e
+from robx.export.int8.candidate import Candidate
 from robx.export.quiet import quiet
 from robx.export.request import ExportRequest
 from robx.store.files import write_bytes
@@ -35,9 +37,11 @@ def build(source: Source, request: ExportRequest, folder: Path) -> BuiltModel:
     try:
         with quiet():
             if request.precision == "int8":
-                mobile = _quantise(mobile, example, calibration_batches(source.calibration, request))
+                candidate = source.candidate or Candidate(name="static, min-max", quantiser="pt2e")
+                images = torch.cat(calibration_batches(source.calibration, request))
+                mobile = by_pt2e.quantize(mobile, images, candidate, kept=float_modules(source, mobile))
             program, delegates, portable = _lower(executorch.exir, mobile, example)
-    except InputError:
+    except (InputError, ArtifactError):
         raise
     except Exception as error:
         raise ArtifactError(
@@ -53,24 +57,6 @@ def build(source: Source, request: ExportRequest, folder: Path) -> BuiltModel:
         versions={name: version(name) for name in ("executorch", "torch", "torchao")},
         notes=(f"{delegates} XNNPACK partition{'s' if delegates != 1 else ''}{left}",),
     )
-
-
-def _quantise(model: nn.Module, example: tuple[torch.Tensor], batches: list[torch.Tensor]) -> nn.Module:
-    """The exported graph with static int8 Q/DQ around the operators that XNNPACK has int8 kernels for."""
-    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
-        XNNPACKQuantizer,
-        get_symmetric_quantization_config,
-    )
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-
-    graph = torch.export.export(model, example).module()
-    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
-    prepared = prepare_pt2e(graph, quantizer)
-    with torch.inference_mode():
-        for batch in batches:
-            prepared(batch)
-    quantised: nn.Module = convert_pt2e(prepared)
-    return quantised
 
 
 def _lower(exir: Any, model: nn.Module, example: tuple[torch.Tensor]) -> tuple[bytes, int, list[str]]:

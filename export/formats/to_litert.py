@@ -1,19 +1,24 @@
-"""LiteRT (.tflite): fp32, and int8 with per-channel weights and static int8 activations, input and output included."""
+"""LiteRT (.tflite): fp32, and int8 by ai-edge-quantizer (see ``int8/by_ai_edge.py``)."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import torch
+import numpy as np
+from torch import nn
 
-from robx.errors import ArtifactError, InputError, MissingExtra, first_line
+from robx.errors import ArtifactError, MissingExtra, RobxError, first_line
 from robx.export.formats.builder import BuiltFile, BuiltModel, Source
-from robx.export.formats.mobile import calibration_batches, example_input, fix_batch, mobile_model
+from robx.export.formats.mobile import calibration_batches, example_input, fix_batch, float_modules, mobile_model
+from robx.export.int8 import by_ai_edge
+from robx.export.int8.candidate import Candidate
 from robx.export.quiet import quiet
 from robx.export.request import ExportRequest
-from robx.store.files import write_bytes
+from robx.store.files import read_json, sha256_bytes, write_bytes, write_json
 
 
 def build(source: Source, request: ExportRequest, folder: Path) -> BuiltModel:
@@ -33,14 +38,12 @@ def build(source: Source, request: ExportRequest, folder: Path) -> BuiltModel:
     mobile = mobile_model(source.model, request)
     packages = ["litert-torch", "torch"]
     try:
-        with quiet(), tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / "model.tflite"
-            litert_torch.convert(mobile, (example_input(request),)).export(str(path))
-            content = path.read_bytes()
+        with quiet():
+            content = _float_file(litert_torch, mobile, source, request)
             if request.precision == "int8":
-                content = _quantise(content, calibration_batches(source.calibration, request))
+                content = _quantise(content, mobile, source, request)
                 packages.append("ai-edge-quantizer")
-    except (InputError, MissingExtra):
+    except RobxError:
         raise
     except Exception as error:
         raise ArtifactError(
@@ -56,15 +59,45 @@ def build(source: Source, request: ExportRequest, folder: Path) -> BuiltModel:
     )
 
 
-def _quantise(content: bytes, batches: list[torch.Tensor]) -> bytes:
-    """A float .tflite as int8; activation ranges are the minimum and maximum over the images."""
-    try:
-        from ai_edge_litert.interpreter import Interpreter
-        from ai_edge_quantizer import quantizer, recipe
-    except ImportError as error:
-        raise MissingExtra("ai-edge-quantizer", "litert", purpose="quantising for LiteRT", cause=error) from error
-    signatures = Interpreter(model_content=content).get_signature_list()
-    key, names = next((key, value["inputs"]) for key, value in signatures.items())
-    engine = quantizer.Quantizer(content, recipe.static_wi8_ai8())
-    ranges = engine.calibrate({key: [{names[0]: batch.numpy()} for batch in batches]}, num_threads=1)
-    return bytes(engine.quantize(ranges, enable_progress_report=False).quantized_model)
+def _float_file(litert_torch: Any, mobile: nn.Module, source: Source, request: ExportRequest) -> bytes:
+    """The float .tflite; converted once, which takes most of the time, for all candidates of an export."""
+    stored = source.shared / f"{_fingerprint(mobile)}.tflite" if source.shared is not None else None
+    if stored is not None and stored.is_file():
+        return stored.read_bytes()
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "model.tflite"
+        litert_torch.convert(mobile, (example_input(request),)).export(str(path))
+        content = path.read_bytes()
+    if stored is not None:
+        write_bytes(stored, content)
+    return content
+
+
+def _quantise(content: bytes, mobile: nn.Module, source: Source, request: ExportRequest) -> bytes:
+    candidate = source.candidate or Candidate(name="static, min-max", quantiser="ai-edge")
+    batches = [batch.numpy() for batch in calibration_batches(source.calibration, request)]
+    measured = _measure(content, batches, source, candidate) if candidate.activations == "static" else None
+    kept = [by_ai_edge.scope_of(mobile, name) for name in float_modules(source, mobile)]
+    return by_ai_edge.quantize(content, measured, candidate, kept=kept)
+
+
+def _measure(
+    content: bytes, batches: Sequence[np.ndarray], source: Source, candidate: Candidate
+) -> dict[str, by_ai_edge.Sides]:
+    """The ranges of the float file's activations; measured once for all candidates of an export."""
+    key = sha256_bytes(content + b"".join(batch.tobytes() for batch in batches))[:16]
+    name = f"{key}-{'weighted' if candidate.weighted_only else 'all'}.json"
+    stored = source.shared / name if source.shared is not None else None
+    if stored is not None and stored.is_file():
+        found: dict[str, by_ai_edge.Sides] = read_json(stored)
+        return found
+    measured = by_ai_edge.measure(content, batches, weighted_only=candidate.weighted_only)
+    if stored is not None:
+        write_json(stored, measured)
+    return measured
+
+
+def _fingerprint(network: nn.Module) -> str:
+    """Sixteen hex digits that change with any weight."""
+    tensors = network.state_dict().items()
+    return sha256_bytes(b"".join(name.encode() + tensor.numpy().tobytes() for name, tensor in tensors))[:16]

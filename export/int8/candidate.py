@@ -7,8 +7,9 @@ from typing import Literal
 
 from robx.records import Json, Precision
 
-Quantiser = Literal["onnxruntime", "nncf", "tensorrt", "converter", "none"]
+Quantiser = Literal["onnxruntime", "nncf", "tensorrt", "pt2e", "ai-edge", "converter", "none"]
 RangeMethod = Literal["minmax", "percentile", "mse", "entropy"]
+Activations = Literal["static", "dynamic", "float"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,13 +22,18 @@ class Candidate:
     ranges: RangeMethod = "minmax"
     percentile: float = 99.99
     signed: bool = False  # int8 activations without a zero point; otherwise uint8
-    mean_ranges: bool = False  # NNCF: average the per-image extremes (its default) instead of taking the overall ones
+    mean_ranges: bool = False  # average the per-image extremes (its default) instead of taking the overall ones
     asymmetric: bool = False  # NNCF: a zero point for activations that go below zero, as after a swish
     reduce_range: bool = False  # 7-bit weights: AVX2 without VNNI saturates on products of 8-bit values
     float_nodes: tuple[str, ...] = ()  # names of ONNX nodes that stay in float
     full_bias: bool = False  # NNCF: full bias correction instead of the fast one
     transformer: bool = False  # NNCF: quantise attention as a pattern
     smooth_alpha: float | None = None  # NNCF: SmoothQuant's alpha; None turns it off
+    # Mobile formats: int8 with ranges from calibration; float between layers and quantised by a layer at run time; or
+    # float everywhere, with int8 weights alone.
+    activations: Activations = "static"
+    weighted_only: bool = False  # mobile formats: int8 in convolutions and linear layers, all else in float
+    clipped_weights: bool = False  # ai-edge-quantizer: OCTAV's clipping, not the largest weight, sets a channel's scale
 
     @property
     def careful(self) -> bool:

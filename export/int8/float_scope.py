@@ -1,4 +1,4 @@
-"""Which nodes stay in float: a candidate's ONNX nodes, and the OpenVINO operations that they are converted to.
+"""Which layers stay in float: a candidate's ONNX nodes, and what they are called in OpenVINO's and PyTorch's networks.
 
 OpenVINO converts one ONNX node to several operations, and only the last one keeps the node's name: ``Conv`` becomes
 the convolution ``NAME/WithoutBiases`` and the addition ``NAME``. A quantiser that is given just the ONNX name would
@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import onnx
+from torch import nn
 
 from robx.errors import ArtifactError
 from robx.export.int8.candidate import Candidate
+from robx.export.onnx_graph import Graph
 
 
 def kept_nodes(model: onnx.ModelProto, candidate: Candidate) -> list[onnx.NodeProto]:
@@ -49,6 +51,39 @@ def openvino_names(network: Any, model: onnx.ModelProto, candidate: Candidate) -
         names = _between(makers, tensors, node)
         if not names:
             raise ArtifactError(_refusal(candidate, node.name, "has no counterpart in OpenVINO's graph"))
+        found.update(dict.fromkeys(names))
+    return list(found)
+
+
+def module_names(network: nn.Module, model: onnx.ModelProto, candidate: Candidate) -> list[str]:
+    """Names of the PyTorch modules that a candidate's float nodes were exported from, found by their weights.
+
+    A convolution's constant keeps its parameter's name. The exporter transposes a linear layer's weight into a constant
+    without one, which is found by its values.
+
+    Args:
+        network: what `model` was exported from.
+        model: float32 ONNX, whose node names the candidate uses.
+        candidate: which nodes stay in float.
+
+    Raises:
+        ArtifactError: a node is not in the graph, or its weight is not one of the network's.
+    """
+    nodes = kept_nodes(model, candidate)
+    if not nodes:
+        return []
+    graph, modules = Graph(model), dict(network.named_modules())
+    by_value: dict[bytes, list[str]] = {}
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear):
+            by_value.setdefault(module.weight.detach().numpy().T.tobytes(), []).append(name)
+    found: dict[str, None] = {}
+    for node in nodes:
+        owner = node.input[1].removesuffix(".weight")
+        value = graph.constant(node.input[1])
+        names = [owner] if owner in modules else by_value.get(value.tobytes() if value is not None else b"", [])
+        if not names:
+            raise ArtifactError(_refusal(candidate, node.name, "has no counterpart in PyTorch's network"))
         found.update(dict.fromkeys(names))
     return list(found)
 

@@ -59,6 +59,10 @@ def ladder(fmt: Format, facts: GraphFacts, machine: Machine) -> list[Candidate]:
             return _nncf_vit_ladder(machine) if facts.kind == "vit" else _nncf_cnn_ladder(machine)
         case "tensorrt":
             return _trt_ladder(facts, machine)
+        case "pt2e":
+            return _pt2e_ladder()
+        case "ai-edge":
+            return _ai_edge_ladder()
         case _:  # None where the format has no int8: its builder refuses it
             return [Candidate(name="the converter's own", quantiser="converter")]
 
@@ -152,6 +156,32 @@ def _trt_ladder(facts: GraphFacts, machine: Machine) -> list[Candidate]:
     if facts.kind == "vit" and machine.nncf:
         found += [dataclasses.replace(c, signed=True, reduce_range=False) for c in _nncf_vit_ladder(machine)]
     return found
+
+
+def _pt2e_ladder() -> list[Candidate]:
+    plain = Candidate(name="static, min-max", quantiser="pt2e")
+    weighted = dataclasses.replace(plain, name="static, weighted layers only", weighted_only=True)
+    return [
+        plain,
+        dataclasses.replace(plain, name="static, least squared error", ranges="mse"),
+        weighted,
+        # The last before fp32: activations are float between layers.
+        dataclasses.replace(plain, name="dynamic activations", activations="dynamic"),
+    ]
+
+
+def _ai_edge_ladder() -> list[Candidate]:
+    plain = Candidate(name="static, min-max", quantiser="ai-edge")
+    weighted = dataclasses.replace(plain, name="static, weighted layers only", weighted_only=True)
+    return [
+        plain,
+        dataclasses.replace(plain, name="static, clipped weights", clipped_weights=True),
+        dataclasses.replace(plain, name="static, mean of extremes", mean_ranges=True),
+        weighted,
+        dataclasses.replace(weighted, name="static, weighted layers only, clipped weights", clipped_weights=True),
+        dataclasses.replace(plain, name="dynamic activations", activations="dynamic"),
+        dataclasses.replace(plain, name="int8 weights, float activations", activations="float"),
+    ]
 
 
 def _cpu_flags() -> set[str]:
