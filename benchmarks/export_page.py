@@ -9,7 +9,13 @@ from common import CLIP_ART, publish, shown
 
 from robx.records import Value, from_json, to_json
 
-ENGINES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "trt": "TensorRT file"}
+ENGINES = {
+    "onnx": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "executorch": "ExecuTorch",
+    "litert": "LiteRT",
+    "trt": "TensorRT file",
+}
 Row = dict[str, Any]
 _HEADINGS = (
     "student", "engine", "variant", "ships", "MB", "centred cosine", "kNN drop", "probe drop", "latency / fp32",
@@ -28,7 +34,7 @@ def write_down(rows: list[Row], missing: list[str], learnt: list[str], given: ar
     cells = [
         [
             r["student"], ENGINES[r["engine"]], r["variant"],
-            r["ships"] if r["variant"] == "robx int8" else "", f"{r['bytes'] / 1e6:.1f}",
+            r["ships"] if r["variant"].startswith("robx") else "", f"{r['bytes'] / 1e6:.1f}",
             f"{r['values']['cosine_mean'].value:.4f}", shown(r["values"].get("knn_drop"), 1),
             shown(r["values"].get("probe_drop"), 1), shown(r["latency_ratio"]),
         ]
@@ -70,7 +76,7 @@ def exceptions(rows: list[Row]) -> list[str]:
     pairs = {(r["student"], r["engine"], r["variant"]): r for r in rows}
     for (student, engine, variant), vendor in pairs.items():
         ours = pairs.get((student, engine, "robx int8"))
-        if variant != "vendor int8" or ours is None or ours["latency_ratio"] is None:
+        if variant != "vendor int8" or ours is None or not (ours["latency_ratio"] and vendor["latency_ratio"]):
             continue
         faster = ours["latency_ratio"].value / vendor["latency_ratio"].value
         mine, theirs = (r["values"]["cosine_mean"].value for r in (ours, vendor))
@@ -121,8 +127,8 @@ def _held_out_note(count: int) -> list[str]:
     ]
 
 
-def _trt_note(rows: list[Row], target: str | None) -> list[str]:
-    if target is None or not any(r["engine"] == "trt" for r in rows):
+def _trt_note(rows: list[Row], target: str) -> list[str]:
+    if not any(r["engine"] == "trt" for r in rows):
         return []
     built = f" Its engines for {target} were built ahead of time." if target.startswith("rtx:") else ""
     return [

@@ -1,17 +1,21 @@
-"""Students x {ONNX Runtime, OpenVINO} x {fp32, fp16, the vendor's default int8, robx's int8}, measured in one run.
+"""Students x engines x {fp32, fp16, the vendor's default int8, robx's int8, robx's int8 healed}, resumable row by row.
 
     python benchmarks/export_table.py --distil resnet18 mobilenetv3_large_100 vit_tiny_patch16_224 --lite0
-    python benchmarks/export_table.py --runs runs/r18 runs/mnv3 --trt rtx:sm86+sm89
+    python benchmarks/export_table.py --runs runs/r18 runs/mnv3 --engines trt --trt rtx:sm86+sm89
+    .venv-litert/bin/python benchmarks/export_table.py --runs runs/r18 --engines litert --variants fp32 "robx int8"
 
---distil trains students briefly on the demo's images; --lite0 uses EfficientNet-Lite0 with its real ImageNet weights as
-a student; --runs takes folders written by ``robx distill``; --trt adds the bundle for TensorRT. The vendor's default is
-what its manual shows, with the same calibration images as robx: onnxruntime's quant_pre_process and quantize_static,
-and nncf.quantize (with ModelType.TRANSFORMER for a ViT). robx's int8 is what ``robx export --int8`` ships: if no int8
-is accurate and not slower, that is fp16 or fp32, and the table says so.
+--distil trains students briefly on the demo's images; --lite0 uses EfficientNet-Lite0 with its real ImageNet weights
+as a student; --runs takes folders written by ``robx distill``. The vendor's default is what its manual shows, with the
+same calibration images as robx: onnxruntime's quant_pre_process and quantize_static, nncf.quantize (with
+ModelType.TRANSFORMER for a ViT), ExecuTorch's XNNPACKQuantizer, and the static recipe of ai-edge-quantizer. robx's
+int8 is what ``robx export --int8`` ships: if no int8 is accurate and not slower, that is fp16 or fp32, and the table
+says so. --heal adds the row of ``robx export --int8 --heal MINUTES``.
 
-The table is written after each student and engine. It can be stopped at any time: the same command continues.
---stage runs a part: students, then bundles, then times, which repeats all latency measurements and takes a few minutes
-on a machine that should be idle otherwise.
+Each row is stored below its student as soon as it is made, and the table has all stored rows of its students, whichever
+command and environment made them: the mobile converters need their own (make test-mobile). Any subset can be run, and
+stopped at any time: the same command continues. --stage runs a part: students, then bundles, then times, which repeats
+all latency measurements and takes a few minutes on a machine that should be idle otherwise; on a busy one, use
+--stage bundles and no latency is shown.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ import torch
 from common import Chosen, demo_images, save_student, say, shown
 from export_page import Row, row_from_json, write_down
 from more_judged import hold_out
-from vendors import vendor_bundle
+from vendors import MOBILE_DEFAULTS, mobile_vendor_bundle, vendor_bundle
 
 from robx import __version__
 from robx.distill.recipes import override, preset
@@ -53,10 +57,13 @@ from robx.stats import accuracy_value
 from robx.store.files import read_json, write_json
 from robx.trunk import build_trunk
 
+VENDOR, OURS, HEALED = "vendor int8", "robx int8", "robx int8 healed"
 VARIANTS = {
-    "onnx": ("fp32", "fp16", "vendor int8", "robx int8"),
-    "openvino": ("fp32", "fp16", "vendor int8", "robx int8"),
-    "trt": ("fp16", "robx int8"),
+    "onnx": ("fp32", "fp16", VENDOR, OURS, HEALED),
+    "openvino": ("fp32", "fp16", VENDOR, OURS, HEALED),
+    "executorch": ("fp32", VENDOR, OURS, HEALED),
+    "litert": ("fp32", VENDOR, OURS, HEALED),
+    "trt": ("fp16", OURS, HEALED),
 }
 FIGURES = ("cosine_mean", "cosine_p1", "cosine_min", "knn_top1_reference", "knn_drop", "probe_drop")
 
@@ -68,19 +75,28 @@ def main() -> None:
     if given.hold_out or given.hold_out_unlabelled:
         name = f"images-{given.hold_out}" + (f"-{given.hold_out_unlabelled}" if given.hold_out_unlabelled else "")
         data = hold_out(data, given.out / name, labelled=given.hold_out, unlabelled=given.hold_out_unlabelled)
-    rows: list[Row] = []
-    missing: list[str] = []
-    learnt: list[str] = []
+    works, learnt = [], []
     for folder in students(given, data):
-        work = Work(folder, data, given)
-        learnt.append(work.learnt())
-        for engine in ("onnx", "openvino", *(["trt"] if given.trt else [])) if given.stage != "students" else ():
-            more, faults = work.rows(engine)
+        works.append(Work(folder, data, given))
+        learnt.append(works[-1].learnt())
+        for engine in given.engines if given.stage != "students" else ():
+            for variant in (v for v in VARIANTS[engine] if v in given.variants):
+                works[-1].make_row(engine, variant)
+                write_down(*stored_rows(works), learnt, given)
             if engine != "trt" and given.stage != "bundles":
-                work.time(engine, more)
-            rows += more
-            missing += faults
-            write_down(rows, missing, learnt, given)
+                works[-1].time(engine)
+                write_down(*stored_rows(works), learnt, given)
+
+
+def stored_rows(works: list[Work]) -> tuple[list[Row], list[str]]:
+    """All rows that are stored for these students and settings, with their latencies, and what could not be made."""
+    rows, faults = [], []
+    for work in works:
+        for engine, variants in VARIANTS.items():
+            found = [work.stored(engine, variant) for variant in variants]
+            rows += work.with_times(engine, [each["row"] for each in found if each and each["row"]])
+            faults += [each["fault"] for each in found if each and each["fault"]]
+    return rows, faults
 
 
 def arguments() -> argparse.Namespace:
@@ -102,9 +118,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=int, help="random training images of --distil; default: all")
     parser.add_argument("--size", type=int, default=96, help="image size of --distil and --lite0, in pixels")
     parser.add_argument("--stage", choices=("all", "students", "bundles", "times"), default="all", help="run a part")
-    parser.add_argument(
-        "--trt", metavar="TARGET", help="add the bundle for TensorRT, e.g. rtx:sm86+sm89 or jetson-orin"
-    )
+    parser.add_argument("--engines", nargs="+", choices=VARIANTS, default=["onnx", "openvino"])
+    parser.add_argument("--variants", nargs="+", help="rows to make; default: all, the healed one with --heal only")
+    parser.add_argument("--heal", type=float, metavar="MINUTES", help="add the row of int8 from healed weights")
+    parser.add_argument("--trt", metavar="TARGET", default="local", help="target of --engines trt, e.g. rtx:sm86+sm89")
     parser.add_argument(
         "--max-drop", type=float, default=3.0, help="points that robx's gate allows; few images cannot prove 1 point"
     )
@@ -121,7 +138,12 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/export-table"))
     parser.add_argument("--name", default="export-table", help="name of the result files")
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.variants is None:
+        given.variants = ["fp32", "fp16", VENDOR, OURS, *([HEALED] if given.heal else [])]
+    if HEALED in given.variants and not given.heal:
+        parser.error(f"the row {HEALED!r} needs --heal MINUTES")
+    return given
 
 
 def students(given: argparse.Namespace, data: Path) -> Iterator[Path]:
@@ -212,28 +234,57 @@ class Work:
         say(f"kNN top-1 {text}")
         return text
 
-    def rows(self, engine: str) -> tuple[list[Row], list[str]]:
-        """The rows of an engine, and what failed; read back if the same command has made them already."""
-        path = self.folder / "table" / f"{engine}.json"
-        stored = read_json(path) if path.is_file() else {}
-        if stored.get("settings") != self._settings(engine):
-            made, faults = self._measure(engine)
-            stored = {"settings": self._settings(engine), "rows": to_json(made), "faults": faults}
-            write_json(path, stored)
-        return [row_from_json(row) for row in stored["rows"]], stored["faults"]
+    def stored(self, engine: str, variant: str) -> dict[str, Any] | None:
+        """The row with its settings, or what failed; None where it was not made with these settings."""
+        path = self._row_file(engine, variant)
+        found = read_json(path) if path.is_file() else {}
+        if found.get("settings") != self._settings(engine, variant):
+            return None
+        return {"row": row_from_json(found["row"]) if found["row"] else None, "fault": found["fault"]}
 
-    def time(self, engine: str, rows: list[Row]) -> None:
-        """Put the latencies of one interleaved run into the rows; --stage all reuses existing ones."""
+    def make_row(self, engine: str, variant: str) -> None:
+        """Build and judge one bundle, unless its row is stored."""
+        if self.stored(engine, variant) is not None:
+            return
+        say(f"{self.student.timm_name}: {engine}, {variant}")
+        row, fault = None, ""
+        try:
+            row = self._make(engine, variant)
+            if engine != "trt":
+                self._judge(row)
+        except Exception as error:  # a vendor's tool may raise anything; the other rows remain valid
+            if not isinstance(error, RobxError) and variant != VENDOR:
+                raise
+            fault = f"{self.student.timm_name}, {engine}: no {variant}: {first_line(error)}."
+        stored = {"settings": self._settings(engine, variant), "row": to_json(row), "fault": fault}
+        write_json(self._row_file(engine, variant), stored)
+
+    def time(self, engine: str) -> None:
+        """Time all rows of an engine in one interleaved run; --stage all reuses an existing one."""
+        found = [self.stored(engine, variant) for variant in VARIANTS[engine]]
+        rows = [each["row"] for each in found if each and each["row"]]
         path = self.folder / "table" / f"{engine}-times.json"
-        bundles = {row["variant"]: load_bundle(self.folder / "table" / row["folder"]).id for row in rows}
-        settings = {"bundles": bundles, "blocks": self.given.blocks, "seconds": self.given.seconds}
+        settings = self._times_settings(rows)
         stored = read_json(path) if path.is_file() and self.given.stage != "times" else {}
-        if stored.get("settings") != settings:
-            stored = {"settings": settings, "times": to_json(self._time(engine, rows))}
-            write_json(path, stored)
-        for row in rows:
-            milliseconds, ratio = stored["times"][row["variant"]]
-            row["latency_ms"], row["latency_ratio"] = milliseconds, from_json(Value, ratio)
+        if rows and stored.get("settings") != settings:
+            write_json(path, {"settings": settings, "times": to_json(self._time(engine, rows))})
+
+    def with_times(self, engine: str, rows: list[Row]) -> list[Row]:
+        """The rows with the latencies of one interleaved run, where there is one of these bundles."""
+        path = self.folder / "table" / f"{engine}-times.json"
+        stored = read_json(path) if rows and path.is_file() else {}
+        if stored.get("settings") == self._times_settings(rows):
+            for row in rows:
+                milliseconds, ratio = stored["times"][row["variant"]]
+                row["latency_ms"], row["latency_ratio"] = milliseconds, from_json(Value, ratio)
+        return rows
+
+    def _times_settings(self, rows: list[Row]) -> dict[str, Any]:
+        bundles = {row["variant"]: load_bundle(self.folder / "table" / row["folder"]).id for row in rows}
+        return {"bundles": bundles, "blocks": self.given.blocks, "seconds": self.given.seconds}
+
+    def _row_file(self, engine: str, variant: str) -> Path:
+        return self.folder / "table" / f"{engine}-{variant.replace(' ', '-')}-row.json"
 
     @cached_property
     def student(self) -> Student:
@@ -257,45 +308,34 @@ class Work:
             wanted = self._answers(session, self.splits.judging)
         return wanted, make_bank(features, bank.labels, classes=len(bank.classes or ()))
 
-    def _settings(self, engine: str) -> dict[str, Any]:
-        """Everything that the rows of an engine depend on."""
+    def _settings(self, engine: str, variant: str) -> dict[str, Any]:
+        """Everything that a row depends on."""
         names = ("max_drop", "budget", "calibration_images")
         kept = {name: getattr(self.given, name) for name in names}
         kept["trt"] = self.given.trt if engine == "trt" else None
+        kept["heal"] = self.given.heal if variant == HEALED else None
         train_source, test_source = open_data(self.data)
         images = [source.fingerprint for source in (train_source, test_source) if source is not None]
         return kept | {"student": self.student.sha256, "images": images, "robx": __version__}
-
-    def _measure(self, engine: str) -> tuple[list[Row], list[str]]:
-        rows, faults = [], []
-        for variant in VARIANTS[engine]:
-            say(f"{self.student.timm_name}: {engine}, {variant}")
-            try:
-                rows.append(self._make(engine, variant))
-            except Exception as error:  # a vendor's tool may raise anything; the other rows remain valid
-                if not isinstance(error, RobxError) and variant != "vendor int8":
-                    raise
-                faults.append(f"{self.student.timm_name}, {engine}: no {variant}: {first_line(error)}.")
-        if engine != "trt":
-            self._judge(rows)
-        return rows, faults
 
     def _make(self, engine: str, variant: str) -> Row:
         """Build one bundle, or reuse it; returns a row without its latency."""
         out = self.folder / "table" / f"{engine}-{variant.replace(' ', '-')}"
         done = out.with_name(f"{out.name}.json")  # written last: the settings that `out` was made with
-        note, settings = "", self._settings(engine) | {"fp32": ""}
-        if variant == "vendor int8":
+        note, settings = "", self._settings(engine, variant) | {"fp32": ""}
+        if variant == VENDOR and engine not in MOBILE_DEFAULTS:
             fp32 = out.with_name(f"{engine}-fp32")
             settings["fp32"] = load_bundle(fp32).id
         if done.is_file() and out.is_dir() and (stored := read_json(done)).get("settings") == settings:
             bundle, note = load_bundle(out), stored["note"]
         else:
-            if variant == "vendor int8":
-                calibration = self.splits.calibration.normalised(self.student.preprocessing)
+            calibration = self.splits.calibration.normalised(self.student.preprocessing)
+            if variant == VENDOR and engine in MOBILE_DEFAULTS:
+                bundle = mobile_vendor_bundle(engine, self.folder, out, calibration)
+            elif variant == VENDOR:
                 bundle, note = vendor_bundle(engine, fp32, out, calibration)
             else:
-                bundle = self._export(engine, variant.removeprefix("robx "), out)
+                bundle = self._export(engine, variant, out)
             write_json(done, {"settings": settings, "note": note})
         kept = next((rung for rung in bundle.rungs if rung.kept), None)
         return {
@@ -305,7 +345,8 @@ class Work:
             "values": {key: kept.values[key] for key in FIGURES if key in kept.values} if kept else _fp32_values(),
         }  # fmt: skip
 
-    def _export(self, engine: str, precision: Any, out: Path) -> Bundle:
+    def _export(self, engine: str, variant: str, out: Path) -> Bundle:
+        precision: Any = "int8" if variant in (OURS, HEALED) else variant
         target = ExportTarget(
             format=engine,  # type: ignore[arg-type]
             precision=precision,
@@ -322,14 +363,13 @@ class Work:
         )
         return export(settings, on_candidate=lambda r: say(f"  {r.name}: {r.accuracy} / {r.speed}: {r.reason[:90]}"))
 
-    def _judge(self, rows: list[Row]) -> None:
-        """Put the fidelity to the PyTorch student into the rows."""
+    def _judge(self, row: Row) -> None:
+        """Put the fidelity to the PyTorch student into the row."""
         wanted, bank = self.reference
         labels = self.splits.judging.labels
-        for row in rows:
-            with open_session(self.folder / "table" / row["folder"], SessionSettings(threads=1)) as session:
-                values = fidelity(wanted, self._answers(session, self.splits.judging), labels=labels, bank=bank).values
-            row["values"] = {key: values[key] for key in FIGURES if key in values}
+        with open_session(self.folder / "table" / row["folder"], SessionSettings(threads=1)) as session:
+            values = fidelity(wanted, self._answers(session, self.splits.judging), labels=labels, bank=bank).values
+        row["values"] = {key: values[key] for key in FIGURES if key in values}
 
     def _time(self, engine: str, rows: list[Row]) -> dict[str, tuple[float, Value]]:
         """Variant -> median latency in ms, and its ratio to fp32, from one interleaved run."""

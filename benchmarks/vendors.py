@@ -1,20 +1,27 @@
-"""Int8 as the vendors' manuals recommend it: the baseline of export_table.py."""
+"""Int8 as the vendors' manuals recommend it: the baseline of export_table.py and mobile.py."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from robx.errors import first_line
+from robx.export.formats import to_litert
+from robx.export.formats.builder import BuiltFile, BuiltModel, Source, draft_manifest
+from robx.export.formats.mobile import calibration_batches, example_input, fix_batch, mobile_model
+from robx.export.formats.network import export_model, tensor_specs
 from robx.export.quiet import quiet
+from robx.export.request import ExportRequest, ExportTarget
 from robx.records import Bundle, Student, describe_file, load_bundle, save_bundle
-from robx.trunk import is_vit
+from robx.trunk import is_vit, load_trunk
 
 
 def vendor_bundle(engine: str, fp32: Path, folder: Path, calibration: np.ndarray) -> tuple[Bundle, str]:
@@ -76,6 +83,74 @@ def openvino_default(fp32: Path, folder: Path, calibration: np.ndarray, student:
     return ""
 
 
+def mobile_vendor_bundle(engine: str, run: Path, folder: Path, calibration: np.ndarray) -> Bundle:
+    """Write the vendor's int8 of the student in `run` as a bundle in `folder`; engine: executorch or litert."""
+    student, trunk = load_trunk(run)
+    inputs, outputs = tensor_specs(student, batch=None, uint8_input=False, labels=None)
+    target = ExportTarget(format=engine, precision="int8")  # type: ignore[arg-type]
+    request = ExportRequest(target=target, student=student, inputs=inputs, outputs=outputs)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    source = Source(model=export_model(trunk, student), onnx=Path("unused.onnx"), calibration=calibration)
+    save_bundle(draft_manifest(request, MOBILE_DEFAULTS[engine](source, request, folder), folder), folder)
+    return load_bundle(folder)
+
+
+def executorch_default(source: Source, request: ExportRequest, folder: Path) -> BuiltModel:
+    """XNNPACKQuantizer with its symmetric per-channel configuration for all operators, as ExecuTorch's tutorial."""
+    import executorch.exir
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    mobile, example = mobile_model(source.model, request), (example_input(request),)
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    with quiet():
+        prepared = prepare_pt2e(torch.export.export(mobile, example).module(), quantizer)
+        with torch.inference_mode():
+            for batch in calibration_batches(source.calibration, request):
+                prepared(batch)
+        exported = torch.export.export(convert_pt2e(prepared), example)
+        program = executorch.exir.to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+        (folder / "model.pte").write_bytes(bytes(program.to_executorch().buffer))
+    return _built("executorch", "model.pte", request, ("executorch", "torch", "torchao"))
+
+
+def litert_default(source: Source, request: ExportRequest, folder: Path) -> BuiltModel:
+    """The static_wi8_ai8 recipe of ai-edge-quantizer's manual."""
+    from ai_edge_litert.interpreter import Interpreter
+    from ai_edge_quantizer import quantizer, recipe
+
+    float_request = dataclasses.replace(request, target=dataclasses.replace(request.target, precision="fp32"))
+    to_litert.build(source, float_request, folder)
+    content = (folder / "model.tflite").read_bytes()
+    key, signature = next(iter(Interpreter(model_content=content).get_signature_list().items()))
+    batches = calibration_batches(source.calibration, request)
+    with quiet():
+        engine = quantizer.Quantizer(content, recipe.static_wi8_ai8())
+        data = {key: [{signature["inputs"][0]: batch.numpy()} for batch in batches]}
+        made = engine.quantize(engine.calibrate(data, num_threads=1), enable_progress_report=False)
+    (folder / "model.tflite").write_bytes(bytes(made.quantized_model))
+    return _built("litert", "model.tflite", request, ("litert-torch", "torch", "ai-edge-quantizer"))
+
+
+def _built(runtime: str, path: str, request: ExportRequest, packages: Sequence[str]) -> BuiltModel:
+    return BuiltModel(
+        files=(BuiltFile(path=path, role="model"),),
+        runtime=runtime,
+        inputs=fix_batch(request.inputs, request.fixed_batch),
+        outputs=fix_batch(request.outputs, request.fixed_batch),
+        versions={name: version(name) for name in packages},
+    )
+
+
+MOBILE_DEFAULTS: dict[str, Callable[[Source, ExportRequest, Path], BuiltModel]] = {
+    "executorch": executorch_default,
+    "litert": litert_default,
+}
 DEFAULTS: dict[str, Callable[[Path, Path, np.ndarray, Student], str]] = {
     "onnx": onnxruntime_default,
     "openvino": openvino_default,

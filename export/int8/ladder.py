@@ -62,7 +62,7 @@ def ladder(fmt: Format, facts: GraphFacts, machine: Machine) -> list[Candidate]:
         case "pt2e":
             return _pt2e_ladder()
         case "ai-edge":
-            return _ai_edge_ladder()
+            return _ai_edge_ladder(facts)
         case _:  # None where the format has no int8: its builder refuses it
             return [Candidate(name="the converter's own", quantiser="converter")]
 
@@ -170,17 +170,26 @@ def _pt2e_ladder() -> list[Candidate]:
     ]
 
 
-def _ai_edge_ladder() -> list[Candidate]:
-    plain = Candidate(name="static, min-max", quantiser="ai-edge")
-    weighted = dataclasses.replace(plain, name="static, weighted layers only", weighted_only=True)
+def _ai_edge_ladder(facts: GraphFacts) -> list[Candidate]:
+    # Only with float between the weighted layers does XNNPACK take the whole of a network that has LayerNorm or SE:
+    # a ViT that is int8 throughout is cut into a hundred parts, and slower than fp32.
+    weighted = Candidate(name="static, weighted layers only", quantiser="ai-edge", weighted_only=True)
+    dynamic = Candidate(name="dynamic activations", quantiser="ai-edge", activations="dynamic")
+    found = [
+        weighted,
+        dataclasses.replace(weighted, name="static, weighted layers only, clipped weights", clipped_weights=True),
+    ]
+    if facts.kind == "vit":
+        return [*found, dynamic]
+    plain = dataclasses.replace(weighted, name="static, min-max", weighted_only=False)
     return [
+        *found,
         plain,
         dataclasses.replace(plain, name="static, clipped weights", clipped_weights=True),
         dataclasses.replace(plain, name="static, mean of extremes", mean_ranges=True),
-        weighted,
-        dataclasses.replace(weighted, name="static, weighted layers only, clipped weights", clipped_weights=True),
-        dataclasses.replace(plain, name="dynamic activations", activations="dynamic"),
-        dataclasses.replace(plain, name="int8 weights, float activations", activations="float"),
+        # The last before fp32: float activations between layers, or everywhere.
+        dynamic,
+        dataclasses.replace(dynamic, name="int8 weights, float activations", activations="float"),
     ]
 
 
