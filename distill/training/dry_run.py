@@ -7,6 +7,7 @@ the backward pass. Measured briefly on this machine: the speed bound of a step, 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,7 @@ class RunCost:
     students: tuple[NetworkCost, ...]
     fixed_bytes: int  # weights, gradients and optimiser state, at any batch size
     image_bytes: int  # per image: its crops, activations kept for backward, and targets
+    checkpoint_bytes: int  # on disk, and in host memory while it is written
     teacher_images_per_s: float | None  # None: the student's own scores are the targets
     student_images_per_s: float
     bound_images_per_s: float
@@ -80,6 +82,7 @@ class RunCost:
             f"{counted(self.steps, 'step')}",
             f"memory: {self.fixed_bytes / 1e9:.2f} GB fixed + {per_image} = {self.batch_bytes / 1e9:.2f} GB "
             f"at a micro-batch of {self.batch_size}",
+            f"checkpoints: {self.checkpoint_bytes / 1e9:.2f} GB on disk, and as much host memory while one is written",
             f"measured on {self.device}: speed bound {self.bound_images_per_s:.1f} images/s "
             f"({SpeedBound(self.teacher_images_per_s, self.student_images_per_s).parts}); "
             f"one loader worker {self.loader_images_per_s:.1f} images/s; measured on "
@@ -134,7 +137,8 @@ def dry_run(spec: RunSpec, *, gpu_memory: float | None = None) -> RunCost:
         kept = max(kept, bytes_kept)  # the students are trained one after another
     images = views.globals.shape[1]
     image_bytes = (kept + _bytes(views) + sum(_bytes(target) for target in targets if target is not None)) // images
-    fixed = sum(_fixed_bytes(learner) for learner in networks.learners) + _weight_bytes(spec.teacher)
+    trained, checkpoint = _learner_bytes(networks.learners)
+    fixed = trained + _weight_bytes(spec.teacher)
     loaders = loader_speed * max(1, options.workers)
     # On a CPU, data loading takes time from the cores that compute.
     shared = place.device.type == "cpu"
@@ -150,6 +154,7 @@ def dry_run(spec: RunSpec, *, gpu_memory: float | None = None) -> RunCost:
         students=tuple(costs),
         fixed_bytes=fixed,
         image_bytes=image_bytes,
+        checkpoint_bytes=checkpoint,
         teacher_images_per_s=bound.teacher,
         student_images_per_s=bound.student,
         bound_images_per_s=bound.images_per_s,
@@ -242,12 +247,19 @@ def count_flops(net: nn.Module, pixels: Tensor) -> int:
     return int(counter.get_total_flops())
 
 
-def _fixed_bytes(learner: Learner) -> int:
-    """Weights, gradients and optimiser state (two tensors per parameter for Adam, one for SGD) in float32."""
-    trained = sum(p.numel() for p in learner.net.parameters() if p.requires_grad)
-    states = 2 if learner.recipe.optimizer == "adamw" else 1
-    networks = {learner.net, learner.average, learner.network}  # the last may equal the first: SwAV has one network
-    return sum(map(_weight_bytes, networks)) + 4 * trained * (1 + states)
+def _learner_bytes(learners: Sequence[Learner]) -> tuple[int, int]:
+    """Bytes in memory and in a checkpoint: both hold weights and optimiser state, a checkpoint no gradients.
+
+    The state is two float32 tensors per parameter for Adam, one for SGD.
+    """
+    saved, gradients = 0, 0
+    for learner in learners:
+        trained = sum(p.numel() for p in learner.net.parameters() if p.requires_grad)
+        states = 2 if learner.recipe.optimizer == "adamw" else 1
+        networks = {learner.net, learner.average, learner.network}  # the last may equal the first: SwAV has one network
+        saved += sum(map(_weight_bytes, networks)) + 4 * trained * states
+        gradients += 4 * trained
+    return saved + gradients, saved
 
 
 def _weight_bytes(net: nn.Module | None) -> int:

@@ -88,6 +88,26 @@ def test_what_the_run_refuses_the_dry_run_refuses(
     assert not Path("run/recipe.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("student", "values"),
+    [
+        ("test_vit", {"objective": "dino", "base": True}),
+        ("test_resnet", {"objective": "swav", "kind": "cnn", "optimizer": "larc", "student_ema": 0.9}),
+    ],
+)
+def test_a_checkpoint_is_as_large_as_estimated(
+    tiny: ModuleType, source: ImageSource, tmp_path: Path, student: str, values: dict[str, Any]
+) -> None:
+    recipe = tiny.tiny_recipe(prototypes=2000, batch_size=64, **values)
+    teacher = None if recipe.base else tiny.tiny_teacher()
+    cost = dry_run(_spec(recipe, source, students=[student], teacher=teacher))
+    tiny.tiny_run(source, tmp_path, students=[student], recipe=recipe)
+    (weights,) = (tmp_path / "checkpoints").glob("*/state.safetensors")
+    assert cost.checkpoint_bytes == pytest.approx(weights.stat().st_size, rel=0.03)
+    line = f"checkpoints: {cost.checkpoint_bytes / 1e9:.2f} GB on disk, and as much host memory while one is written"
+    assert line in cost.lines(recipe.batch_size)
+
+
 def test_too_few_images_for_the_prototypes_are_refused(tiny: ModuleType, source: ImageSource) -> None:
     teacher = tiny.tiny_teacher()
     teacher.num_prototypes = len(source) + 1
