@@ -23,24 +23,17 @@ def device_table(data: ReportData, rows: Sequence[Row], advice: Sequence[Advice]
     if len(advice) < 2:
         return None
     heads = (
-        "Device",
-        "Deploy",
-        "p90 bound",
-        "Top-1",
-        "Burst p50",
-        "Sustained p50",
-        "Slow-down",
-        "Heat",
-        "Power",
+        *("Device", "Budget", "Deploy", "p90 bound", "Top-1"),
+        *("Burst p50", "Sustained p50", "Slow-down", "Heat", "Power"),
     )
     body = [line for one in advice for line in _lines(one, data, rows, protocol)]
     # A column of dashes says nothing.
-    used = [i for i in range(len(heads)) if i < 3 or any(line[i].what != DASH for line in body)]
+    used = [i for i in range(len(heads)) if any(line[i].what != DASH for line in body)]
     return Table(
-        caption="Devices side by side",
+        caption="What to deploy on each, and its state while it was measured",
         heads=tuple(heads[i] for i in used),
         rows=tuple(tuple(line[i] for i in used) for line in body),
-        numeric=frozenset(heads[2:7]),
+        numeric=frozenset({"Budget", *heads[3:8]}),
     )
 
 
@@ -66,13 +59,13 @@ def emulated_table(rows: Sequence[Row], device: str) -> Table:
 def _lines(advice: Advice, data: ReportData, rows: Sequence[Row], protocol: str | None) -> Iterator[tuple[Cell, ...]]:
     """The lines of one device: one per requested budget, or one without a limit."""
     here = [row for row in rows if row.device == advice.device]
-    picks = advice.asked or ((None, advice.best),)
+    picks = ((None, None),) if advice.emulated else advice.asked or ((None, advice.best),)
     for budget, row in picks:
         record = _record(data, row or here[0])
         condition = (_temperature(record), _power(record)) if record else (Cell(DASH), Cell(DASH))
-        limit = f"budget {budget:g} ms" if budget is not None else ""
-        device = Cell(advice.device, ", ".join(filter(None, (limit, _reached(record)))))
-        yield (device, _deploy(advice, row), *_figures(row, protocol), *condition)
+        limit = Cell(DASH, mark="missing") if budget is None else Cell(f"{budget:g} ms")
+        device = Cell(advice.device, _reached(record))
+        yield (device, limit, _deploy(advice, row), *_figures(row, protocol), *condition)
 
 
 def _deploy(advice: Advice, row: Row | None) -> Cell:
@@ -106,7 +99,7 @@ def _reached(record: Latency | None) -> str:
     """``arm64 phone over adb, Android 15, native runner``."""
     if record is None:
         return ""
-    kind = {"ssh": "over SSH", "adb": "over adb"}.get(text_of(record.device.get("kind")), "this machine")
+    kind = {"ssh": "over SSH", "adb": "over adb"}.get(text_of(record.device.get("kind")), "local")
     runner = "native runner" if record.settings.get("runner") == "native" else ""
     return ", ".join(filter(None, (text_of(record.device.get("arch")), text_of(record.device.get("os")), kind, runner)))
 

@@ -97,7 +97,7 @@ def test_a_pc_a_pi_and_a_phone_side_by_side(write, records):
     assert phone["Power"] == "battery battery 91 to 88 %, not charging, 36.5 °C"
     pi = cells(found, "Raspberry Pi 5")
     assert "over SSH" in pi["Device"] and pi["Power"].startswith("–") and "mlperf" in pi["Sustained p50"]
-    assert "this machine" in cells(found, "Some Core i7")["Device"]
+    assert "local" in cells(found, "Some Core i7")["Device"]
 
 
 def test_heat_that_slowed_the_device_down_is_told(write, records):
@@ -171,7 +171,7 @@ def test_each_device_has_its_own_budgets(write, records, tmp_path):
     }
     assert asked["Raspberry Pi 5 Model B, 4 threads"] == [(12, True), (100, True)]
     assert asked["Some Core i7, 4 threads"] == [(1, False), (100, True)]
-    assert "budget 12 ms" in pages.markdown
+    assert "| 12 ms | resnet18" in pages.markdown and "| 1 ms | no model fits |" in pages.markdown
     with pytest.raises(InputError, match=r"no device has 'pixel' in its name: give a part of one of Raspberry"):
         render([write.root], out=tmp_path / "r.html", budgets=["pixel=12"])
     done = CliRunner().invoke(main, ["report", str(write.root), "-o", str(tmp_path / "x.html"), "--budget", "pi=x"])
