@@ -104,7 +104,7 @@ def _native(abi: str) -> list[Finding]:
     """What the native runner for `abi` can run: the libraries that were built into its folder."""
     build = native_runner.read_build(abi)
     have = {lib["runtime"]: lib["version"] or "version unknown" for lib in build["libraries"]}
-    remedy = f"robx device build --abi {abi} --help tells how to add it"
+    remedy = f"robx device build --abi {abi} --runtime FILE adds it, FILE a .so, .whl or .aar"
     findings = [Finding("the benchmark runner", f"native, {abi}", build["robx_version"], "")]
     return findings + [
         Finding(f"bundles in {name}", name, have.get(name), "" if name in have else remedy)

@@ -102,7 +102,7 @@ def libraries(abi: str, runtime: str | None) -> list[Library]:
         have = ", ".join(sorted({lib["runtime"] for lib in read_build(abi)["libraries"]})) or "none"
         raise InputError(
             f"the native runner for {abi} has no library of {runtime} (it has: {have}): "
-            f"robx device build --abi {abi} --help tells how to add it"
+            f"robx device build --abi {abi} --runtime FILE adds it, FILE a .so, .whl or .aar"
         )
     return found
 
