@@ -29,21 +29,26 @@ _PASSES = 3  # of the extended box blur that Pillow approximates a Gaussian with
 _REACH = 2  # taps on each side of one box: enough up to a standard deviation of 2
 
 
-def device_crops(images: Sequence[Tensor], plans: NDArray[np.void], *, size: int) -> Tensor:
-    """Cut, resize and augment all crops of one size.
+def device_crops(images: Sequence[Tensor], kinds: Sequence[tuple[NDArray[np.void], int]]) -> list[Tensor]:
+    """Cut, resize and augment all crops.
 
     Args:
         images: uint8 (H, W, 3) tensors on the device, B of them.
-        plans: `crops.PLAN` records (V, B).
-        size: side of the crops, pixels.
+        kinds: for each size of crops, their `crops.PLAN` records (V, B) and the size: a side in pixels.
 
     Returns:
-        uint8 values as float32, (V, B, 3, size, size), on the device of the images.
+        For each kind uint8 values as float32, (V, B, 3, size, size), on the device of the images.
     """
-    if not len(plans):
-        return torch.empty(0, len(images), 3, size, size, device=images[0].device)
-    cut = torch.cat([_cut(images[part], plans["box"][:, part], size) for part in _chunks(images)], dim=1)
-    return augment(cut.flatten(0, 1), plans.reshape(-1)).view(cut.shape)
+    cuts: list[list[Tensor]] = [[] for _ in kinds]
+    for part in _chunks(images):
+        padded = _padded(images[part])
+        for (plans, size), cut in zip(kinds, cuts, strict=True):
+            cut.append(_cut(padded, plans["box"][:, part], size))
+    joined = (torch.cat(cut, dim=1) for cut in cuts)
+    return [
+        augment(cut.flatten(0, 1), plans.reshape(-1)).view(cut.shape)
+        for cut, (plans, _) in zip(joined, kinds, strict=True)
+    ]
 
 
 def augment(crops: Tensor, plans: NDArray[np.void]) -> Tensor:
@@ -88,13 +93,21 @@ def _chunks(images: Sequence[Tensor]) -> Iterator[slice]:
     yield slice(first, len(images))
 
 
-def _cut(images: Sequence[Tensor], boxes: NDArray[np.int32], size: int) -> Tensor:
-    """Pillow's ``crop(box).resize((S, S), BILINEAR)``, rows first: boxes (V, B, 4) -> (V, B, 3, S, S)."""
-    number, device = len(images), images[0].device
+def _padded(images: Sequence[Tensor]) -> Tensor:
+    """Images (H, W, 3) of any sizes as float32 (B, 3, H, W) of the tallest and the widest."""
     height, width = max(i.shape[0] for i in images), max(i.shape[1] for i in images)
-    padded = torch.zeros(number, 3, height, width, device=device)
+    padded = torch.zeros(len(images), 3, height, width, device=images[0].device)
     for row, image in zip(padded, images, strict=True):
         row[:, : image.shape[0], : image.shape[1]] = image.permute(2, 0, 1)
+    return padded
+
+
+def _cut(padded: Tensor, boxes: NDArray[np.int32], size: int) -> Tensor:
+    """Pillow's ``crop(box).resize((S, S), BILINEAR)``, rows first: (B, 3, H, W), boxes (V, B, 4) -> (V, B, 3, S, S)."""
+    number, _, height, width = padded.shape
+    device = padded.device
+    if not len(boxes):
+        return torch.empty(0, number, 3, size, size, device=device)
     box = to_device(boxes.transpose(1, 0, 2), device).double()  # (B, V, 4)
     crops = boxes.shape[0]
     # (B, 3H, W) @ (B, W, V * S)

@@ -143,10 +143,8 @@ class DecodedImages:
         """Normalised global and local crops, made on the device."""
         parts = torch.split(self.pixels.to(device, non_blocking=True), [h * w * 3 for h, w in self.shapes])
         images = [part.view(h, w, 3) for part, (h, w) in zip(parts, self.shapes, strict=True)]
-        large, small = (
-            device_crops(images, plans, size=size)
-            for plans, size in zip((self.plans[: self.globals], self.plans[self.globals :]), self.sizes, strict=True)
-        )
+        plans = self.plans[: self.globals], self.plans[self.globals :]
+        large, small = device_crops(images, list(zip(plans, self.sizes, strict=True)))
         return normalise(large.permute(0, 1, 3, 4, 2), device), normalise(small.permute(0, 1, 3, 4, 2), device)
 
 
