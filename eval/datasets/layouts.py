@@ -68,8 +68,8 @@ class ListSource:
 
     @property
     def stamp(self) -> str:
-        """Changes when a file is written again, whatever its content."""
-        return stamp_of(self.root / path for path, _ in self._samples)
+        """Changes when a file is rewritten, whatever it contains; see `stamp_of`."""
+        return stamp_of(len(self), lambda index: self.root / self._samples[index][0])
 
     def __len__(self) -> int:
         """The number of images in the list."""

@@ -7,7 +7,6 @@ renamed changes its folder's time. A sample of the files' sizes is checked too, 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections import Counter
@@ -15,14 +14,15 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from robx.errors import InputError, RobxError
 from robx.images.decode import IMAGE_SUFFIXES
 from robx.images.names import Names
-from robx.store.files import cache_folder, sha256_bytes, write_atomically
+from robx.store.files import cache_folder, sha256_bytes
+from robx.store.kept_arrays import keep_arrays, kept_arrays
 from robx.store.locks import wait_for
 
 # Fewer images are listed faster than a cache is read.
@@ -85,23 +85,15 @@ def list_images(root: Path) -> tuple[Listing, Path | None]:
 def keep(listing: Listing, path: Path) -> None:
     """Write a listing for the next start; a cache that cannot be written costs only time."""
     facts = {"version": _VERSION, "skipped": listing.skipped, "fingerprint": listing.fingerprint}
-    facts["sample"] = listing.sample
-    arrays: dict[str, Any] = {
+    arrays = {
         "names": listing.names.buffer,
         "ends": listing.names.ends,
         "sizes": listing.sizes,
         "folders": listing.folders.buffer,
         "folder_ends": listing.folders.ends,
         "times": listing.times,
-        "facts": np.frombuffer(json.dumps(facts).encode(), np.uint8),
     }
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
-
-    with contextlib.suppress(RobxError):
-        write_atomically(path, write)
+    keep_arrays(path, arrays, facts | {"sample": listing.sample})
 
 
 def sizes_of(root: Path, names: Sequence[str], pool: ThreadPoolExecutor) -> np.ndarray:
@@ -174,22 +166,19 @@ def _cache_file(root: Path) -> Path:
 
 def _load(root: Path, path: Path) -> Listing | None:
     """The kept listing, if it still describes the folder."""
-    if not path.is_file():
+    if (kept := kept_arrays(path, version=_VERSION)) is None:
         return None
+    arrays, facts = kept
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            facts = json.loads(stored["facts"].tobytes())
-            if facts["version"] != _VERSION:
-                return None
-            listing = Listing(
-                Names(stored["names"], stored["ends"]),
-                stored["sizes"],
-                Counter(facts["skipped"]),
-                Names(stored["folders"], stored["folder_ends"]),
-                stored["times"],
-                facts["fingerprint"],
-                facts["sample"],
-            )
+        listing = Listing(
+            Names(arrays["names"], arrays["ends"]),
+            arrays["sizes"],
+            Counter(facts["skipped"]),
+            Names(arrays["folders"], arrays["folder_ends"]),
+            arrays["times"],
+            facts["fingerprint"],
+            facts["sample"],
+        )
         folders = zip(listing.folders, listing.times.tolist(), strict=True)
         if any(_time(root, folder) != changed for folder, changed in folders):
             return None
@@ -197,7 +186,7 @@ def _load(root: Path, path: Path) -> Listing | None:
         top = os.fspath(root)
         if any(_size(f"{top}/{listing.names[place]}") != listing.sizes[place] for place in places):
             return None
-    except Exception:  # a damaged cache raises whatever its parser meets; the folder is listed again
+    except (KeyError, TypeError, ValueError, IndexError):  # a damaged file: the folder is listed again
         return None
     return listing
 

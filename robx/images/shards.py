@@ -80,7 +80,7 @@ class ShardSource:
     @property
     def stamp(self) -> str:
         """Changes when a shard is rewritten, whatever it contains."""
-        return stamp_of(self._shards)
+        return stamp_of(len(self._shards), lambda number: self._shards[number])
 
     @property
     def labels(self) -> np.ndarray:

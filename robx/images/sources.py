@@ -165,8 +165,8 @@ class FolderSource:
 
     @property
     def stamp(self) -> str:
-        """Changes when a file is rewritten, whatever it contains."""
-        return stamp_of(f"{self.root}/{path}" for path in self._paths)
+        """Changes when a file is rewritten, whatever it contains; see `stamp_of`."""
+        return stamp_of(len(self), lambda index: f"{self.root}/{self._paths[index]}")
 
     @property
     def labels(self) -> np.ndarray:

@@ -13,14 +13,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from robx.errors import InputError, RobxError
 from robx.images.decode import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from robx.images.names import Names
-from robx.store.files import cache_folder, sha256_bytes, write_atomically
+from robx.store.files import cache_folder, sha256_bytes
+from robx.store.kept_arrays import keep_arrays, kept_arrays
 from robx.store.locks import wait_for
 
 # Smaller sets of shards are indexed faster than a cache is worth.
@@ -106,7 +107,7 @@ def keep_index(index: ShardIndex) -> None:
         "unique_keys": index.unique_keys,
     }
     keys, labels = (Names.joined(getattr(s, name) for s in index.shards) for name in ("keys", "labels"))
-    arrays: dict[str, Any] = {
+    arrays = {
         "counts": np.array([len(s.keys) for s in index.shards], dtype=np.int64),
         "keys": keys.buffer,
         "key_ends": keys.ends,
@@ -114,28 +115,17 @@ def keep_index(index: ShardIndex) -> None:
         "label_ends": labels.ends,
         "offsets": np.concatenate([s.offsets for s in index.shards]),
         "sizes": np.concatenate([s.sizes for s in index.shards]),
-        "facts": np.frombuffer(json.dumps(facts).encode(), np.uint8),
     }
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
-
-    with contextlib.suppress(RobxError):
-        write_atomically(index.kept, write)
+    keep_arrays(index.kept, arrays, facts)
 
 
 def _load(path: Path) -> ShardIndex | None:
-    if not path.is_file():
+    if (kept := kept_arrays(path, version=_VERSION)) is None:
         return None
+    arrays, facts = kept
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            facts = json.loads(stored["facts"].tobytes())
-            if facts["version"] != _VERSION:
-                return None
-            keys, labels = Names(stored["keys"], stored["key_ends"]), Names(stored["labels"], stored["label_ends"])
-            offsets, sizes = stored["offsets"], stored["sizes"]
-            ends = np.cumsum(stored["counts"]).tolist()
+        keys, labels = Names(arrays["keys"], arrays["key_ends"]), Names(arrays["labels"], arrays["label_ends"])
+        offsets, sizes, ends = arrays["offsets"], arrays["sizes"], np.cumsum(arrays["counts"]).tolist()
         shards = []
         for start, stop, more in zip([0, *ends[:-1]], ends, facts["shards"], strict=True):
             faults = {int(at): fault for at, fault in more.pop("faults").items()}
@@ -144,7 +134,7 @@ def _load(path: Path) -> ShardIndex | None:
         files = tuple((str(name), int(size), int(changed)) for name, size, changed in facts["files"])
         of_source = {name: facts[name] for name in ("fingerprint", "sample", "unique_keys")}
         return ShardIndex(tuple(shards), files, path, **of_source)
-    except Exception:  # a damaged cache raises whatever its parser meets; the shards are indexed again
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):  # damaged: the shards are indexed again
         return None
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from robx.errors import ArtifactError, InputError
-from robx.store.files import cache_folder, read_json, require_space, sha256_file, write_bytes, write_json
+from robx.store.files import cache_folder, read_json, require_space, sha256_file, stamp_of, write_bytes, write_json
 
 
 def test_sha256_is_the_standard_one(tmp_path: Path) -> None:
@@ -126,6 +126,22 @@ def test_too_little_space_is_reported_in_advance(tmp_path: Path) -> None:
     require_space(tmp_path, 1)
     with pytest.raises(InputError, match="are needed: free some space"):
         require_space(tmp_path, 2**62)
+
+
+def test_a_stamp_notices_a_rewritten_file_and_asks_for_a_sample_of_very_many(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / str(number)).write_text("same length")
+    before = stamp_of(4, lambda at: tmp_path / str(at))  # one is missing
+    assert before == stamp_of(4, lambda at: tmp_path / str(at))
+    (tmp_path / "1").write_text("SAME LENGTH")
+    os.utime(tmp_path / "1", (1, 1))
+    assert stamp_of(4, lambda at: tmp_path / str(at)) != before
+    asked: list[int] = []
+    stamp_of(20_000, lambda at: tmp_path / str(asked.append(at)))
+    assert asked == list(range(20_000))
+    asked.clear()
+    stamp_of(1_281_167, lambda at: tmp_path / str(asked.append(at)))
+    assert len(set(asked)) == 4096 and asked[0] == 0 and asked[-1] > 1_280_000 and asked == sorted(asked)
 
 
 def test_the_location_of_the_cache(monkeypatch, tmp_path):
