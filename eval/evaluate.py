@@ -283,7 +283,6 @@ def _model(folder: Path, session: Session, plan: _Plan) -> Model:
         session=session,
         extract=how,
         threads=plan.threads,
-        device=plan.settings.device,
         progress=plan.progress,
     )
 

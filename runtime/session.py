@@ -6,7 +6,7 @@ import importlib
 import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
@@ -71,9 +71,7 @@ class Session(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
 
 def open_session(path: str | Path, settings: SessionSettings | None = None, *, labels: bool = False) -> Session:
@@ -228,8 +226,13 @@ class OpenModel:
             self._image_shape = (shape[3], *shape[1:3])
         self._widths = _output_widths(record, labels=labels)
 
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether `run` also takes uint8 pixels (N, H, W, 3), which it normalises on its device."""
+        return bool(getattr(self._model, "takes_pixels", False))
+
     def run(self, images: np.ndarray) -> np.ndarray:
-        """Embeddings, float32 (N, D), of preprocessed images, float32 (N, 3, H, W).
+        """Embeddings, float32 (N, D), of preprocessed images, float32 (N, 3, H, W), or of pixels; see `takes_pixels`.
 
         Raises:
             InputError: the dtype or shape is not the model's.
@@ -237,10 +240,12 @@ class OpenModel:
         """
         if self._model is None:
             raise DeviceError("the session is closed: open it again")
+        pixels = images.dtype == np.uint8 and self.takes_pixels
+        shape = (*self._image_shape[1:], self._image_shape[0]) if pixels else self._image_shape
         fits = images.ndim == 4 and all(
-            want in (None, have) for want, have in zip(self._image_shape, images.shape[1:], strict=True)
+            want in (None, have) for want, have in zip(shape, images.shape[1:], strict=True)
         )
-        if images.dtype != np.float32 or not fits or not len(images):
+        if not (pixels or images.dtype == np.float32) or not fits or not len(images):
             expected = ("N", *self._image_shape)
             raise InputError(f"images are {images.dtype} {images.shape}, but the model takes float32 {expected}")
         try:
@@ -272,9 +277,7 @@ class OpenModel:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

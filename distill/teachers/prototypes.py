@@ -33,7 +33,8 @@ from robx.distill.teachers.minibatch_kmeans import DTYPE, minibatch_kmeans, unit
 from robx.distill.teachers.teacher import Teacher
 from robx.distill.teachers.team import Alone, Team
 from robx.errors import CorruptImage, InputError
-from robx.images.reading import decode_threads, read_batches, reader
+from robx.images.on_device import normalised
+from robx.images.reading import decode_threads, pixel_reader, read_batches
 from robx.images.sources import ImageSource
 from robx.progress import Progress
 from robx.records import Preprocessing
@@ -323,12 +324,13 @@ class _Features:
                     f"{self.source.name}: {self.skipped} images cannot be read (the last: {error}): remove them"
                 )
 
-        read = reader(self.source, self.preprocessing)
+        read = pixel_reader(self.source, self.preprocessing)
         threads = max(1, decode_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         for found, pixels in read_batches(order.tolist(), read, batch_size=_BATCH, threads=threads, on_skip=skip):
             self.read += len(found)
             with torch.inference_mode(), self._precision(half=half):
-                features = self.embed(torch.from_numpy(pixels).to(self.device)).float()
+                images = normalised(torch.from_numpy(pixels).to(self.device), self.preprocessing)
+                features = self.embed(images).float()
             yield features.clone()
             if self.progress is not None:
                 self.progress(self.read + self.skipped, len(order), "teacher features for the prototypes")

@@ -1,10 +1,10 @@
 """Test images that the training set contains as well: the same pixels, or nearly.
 
 A duplicate is answered from memory and inflates every protocol. When an image is embedded it leaves a *look*: a digest
-of the preprocessed pixels, which finds exact copies under any name, and a grey 16 x 16 thumbnail. Two thumbnails whose
-correlation is at least NEAR show nearly the same picture: saved again at another size or quality, recoloured, or with a
-detail changed. Flipped or differently cropped copies are not found. Simple pictures (glyphs, icons) may look alike
-without being copies, so the count is a warning and changes no figure.
+of its resized and cropped pixels, which finds exact copies under any name, and a grey 16 x 16 thumbnail. Two thumbnails
+whose correlation is at least NEAR show nearly the same picture: saved again at another size or quality, recoloured, or
+with a detail changed. Flipped or differently cropped copies are not found. Simple pictures (glyphs, icons) may look
+alike without being copies, so the count is a warning and changes no figure.
 
 Digests are compared for every image. Thumbnails are compared for a fixed sample of the test images where the two sets
 are large, because that takes as long as a kNN search: `checked` says for how many.
@@ -59,9 +59,9 @@ def warning_in(settings: Mapping[str, Json]) -> str:
 
 
 def look(pixels: np.ndarray) -> np.ndarray:
-    """The look of one preprocessed image (3, H, W): uint8 (LOOK,)."""
+    """The look of one image's pixels, uint8 (H, W, 3), as a model is given them: uint8 (LOOK,)."""
     digest = hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=_DIGEST).digest()
-    grey = pixels.mean(axis=0)
+    grey = pixels.mean(axis=2, dtype=np.float32)
     for axis in (0, 1):
         edges = np.arange(_SIDE + 1) * grey.shape[axis] // _SIDE
         grey = np.add.reduceat(grey, edges[:-1], axis=axis)

@@ -20,7 +20,7 @@ import PIL
 from robx.errors import CorruptImage, DeviceError, InputError, RobxError, UnreadableImage
 from robx.eval.datasets.duplicates import LOOK, look
 from robx.eval.ranks import Ranks
-from robx.images.decode import preprocess
+from robx.images.decode import crop_pixels, normalise_pixels
 from robx.images.reading import decode_threads, read_batches
 from robx.images.sources import ImageSource, labels_of
 from robx.progress import Progress
@@ -33,7 +33,7 @@ BATCH = 64
 MOST_SKIPPED = 0.1
 _ALWAYS_ALLOWED = 10
 # Increased when decoding, preprocessing or the stored arrays change, which invalidates older caches.
-_CACHE_FORMAT = 2
+_CACHE_FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +101,9 @@ def extract_each(
         DeviceError: a model's output is not (N, D).
     """
     preprocessing = preprocessing or sessions[0].bundle.preprocessing
-    images = [source.fingerprint, source.stamp, len(source)] if cache else []  # only once: a stamp stats every file
     ranks = ranks or Ranks()
+    # Once, and by the process that reads the cache: a stamp asks for thousands of files.
+    images = [source.fingerprint, source.stamp, len(source)] if cache and ranks.first else []
     files = [_cache_file(cache, session, images, preprocessing) for session in sessions]
     found = [_shared(_load(file) if ranks.first else None, ranks) for file in files]
     todo = [i for i, have in enumerate(found) if have is None]
@@ -139,10 +140,13 @@ def _run(
     whole = True
     looks = np.zeros((len(source), LOOK), np.uint8)
 
+    # Sent as bytes and normalised on the device if every model does that.
+    raw = all(_takes_pixels(session, preprocessing) for session in sessions)
+
     def read(index: int) -> np.ndarray:
-        pixels = preprocess(source.read(index), preprocessing)
+        pixels = crop_pixels(source.read(index), preprocessing)
         looks[index] = look(pixels)  # each thread writes its own rows
-        return pixels
+        return pixels if raw else normalise_pixels(pixels, preprocessing)
 
     def skip(index: int, error: CorruptImage) -> None:
         nonlocal whole
@@ -178,6 +182,13 @@ def _run(
         if gathered is not None
     ]
     return found, whole
+
+
+def _takes_pixels(session: Session, preprocessing: Preprocessing) -> bool:
+    """Whether the session takes uint8 pixels and normalises them as `preprocessing` does."""
+    own = session.bundle.preprocessing
+    same = (own.mean, own.std) == (preprocessing.mean, preprocessing.std)
+    return same and bool(getattr(session, "takes_pixels", False))
 
 
 def decode_workers(ranks: Ranks) -> int:

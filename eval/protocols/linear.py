@@ -21,6 +21,7 @@ from robx.eval.datasets.features import Features
 from robx.eval.protocols.trained_heads import HeadRecipe, Heads, head_values, headline
 from robx.eval.protocols.trunk_outputs import TrunkSession
 from robx.images.crop_box import DRAWS, crop_box
+from robx.images.decode import normalise_pixels
 from robx.images.reading import read_batches
 from robx.images.sources import ImageSource, labels_of
 from robx.progress import Progress
@@ -152,7 +153,9 @@ def linear_streamed(
     )  # fmt: skip
     for epoch in range(recipe.epochs):
         order = usable[np.random.default_rng((seed, epoch)).permutation(len(usable))]
-        read = _reader(source, session.bundle.preprocessing, seed=(seed, epoch), crop=crop)
+        read = _reader(
+            source, session.bundle.preprocessing, seed=(seed, epoch), crop=crop, raw=session.takes_pixels
+        )  # fmt: skip
         done = 0
         for indices, pixels in read_batches(order.tolist(), read, batch_size=batch):
             done += len(indices)
@@ -174,24 +177,25 @@ def linear_streamed(
 def random_resized_crop(
     image: Image.Image, preprocessing: Preprocessing, rng: np.random.Generator, *, crop: bool = True
 ) -> np.ndarray:
-    """A training view, float32 (3, H, W): 8 to 100 % of the area, aspect 3/4 to 4/3, flipped half the time."""
+    """A training view, uint8 (H, W, 3): 8 to 100 % of the area, aspect 3/4 to 4/3, flipped half the time."""
     width, height = image.size
     box = crop_box(width, height, _SCALE, rng.random(DRAWS).tolist()) if crop else (0, 0, width, height)
     view = image.resize(preprocessing.shape[::-1], Image.Resampling.BILINEAR, box=box)
     if rng.random() < 0.5:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    pixels = np.asarray(view, dtype=np.float32) / np.float32(255)
-    mean, std = np.asarray(preprocessing.mean, np.float32), np.asarray(preprocessing.std, np.float32)
-    return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
+    return np.asarray(view)
 
 
 def _reader(
-    source: ImageSource, preprocessing: Preprocessing, *, seed: tuple[int, int], crop: bool
+    source: ImageSource, preprocessing: Preprocessing, *, seed: tuple[int, int], crop: bool, raw: bool
 ) -> Callable[[int], np.ndarray]:
+    """Training views as pixels if `raw`, else normalised."""
+
     def read(index: int) -> np.ndarray:
         # A crop depends on (seed, epoch, image) alone, whichever thread makes it.
         rng = np.random.default_rng((*seed, index))
-        return random_resized_crop(source.read(index), preprocessing, rng, crop=crop)
+        view = random_resized_crop(source.read(index), preprocessing, rng, crop=crop)
+        return view if raw else normalise_pixels(view, preprocessing)
 
     return read
 

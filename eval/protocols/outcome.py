@@ -20,7 +20,6 @@ class Model:
     session: Session
     extract: Callable[..., Features]  # features.extract with its settings bound
     threads: int
-    device: str | None = None  # of a student's trunk in PyTorch; None: CUDA if there is any
     progress: Progress | None = None
 
 

@@ -20,7 +20,7 @@ from robx.eval.protocols.lowshot import LAMBDA, draw_splits, low_shot, read_spli
 from robx.eval.protocols.outcome import Model, Outcome
 from robx.eval.protocols.trained_heads import TOP, head_values
 from robx.eval.protocols.transfer import TRANSFERS, Transfer
-from robx.eval.protocols.trunk_outputs import TrunkSession
+from robx.eval.protocols.trunk_outputs import Output, TrunkSession
 from robx.images.sources import ImageSource
 from robx.linear_head import Head, save_head
 from robx.records import Json, Student, to_json
@@ -37,7 +37,9 @@ def lowshot(
     """
     output = "embedding"
     if isinstance(model.session.bundle, Student):
-        with TrunkSession(model.folder, output="before_norm", threads=model.threads, device=model.device) as trunk:
+        with TrunkSession(
+            model.folder, output="before_norm", threads=model.threads, device=model.session.facts()["provider"]
+        ) as trunk:
             if (output := trunk.output) != "embedding":
                 bank = model.extract(trunk, split.bank)
                 test = split.aligned(model.extract(trunk, split.test))
@@ -89,7 +91,9 @@ def linear(
         trunk = None
         if isinstance(model.session.bundle, Student):
             trunk = stack.enter_context(
-                TrunkSession(model.folder, output="last4", threads=model.threads, device=model.device)
+                TrunkSession(
+                    model.folder, output="last4", threads=model.threads, device=model.session.facts()["provider"]
+                )
             )
         session, kinds = (model.session, None) if trunk is None else (trunk, trunk.kinds)
         test = split.aligned(embed(session, split.test))
@@ -119,6 +123,12 @@ def transfer(
         sources = (whole_images(sources[0], shape), whole_images(sources[1], shape))
     split = make_split(*sources)
     return split, linear(model, split, cached=cached, protocol=f"transfer:{name}", how=how)
+
+
+def _trunk(model: Model, output: Output) -> TrunkSession:
+    """The model's trunk on the device that its session uses."""
+    device = str(model.session.facts()["provider"])
+    return TrunkSession(model.folder, output=output, threads=model.threads, device=device)
 
 
 def _cached(protocol: str) -> str:

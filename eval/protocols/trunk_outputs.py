@@ -6,13 +6,13 @@ For a Bundle, protocols use the embedding instead, and their records say so.
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robx.images.on_device import normalised
 from robx.records import Bundle, Student
 from robx.trunk import is_vit, load_trunk
 
@@ -23,16 +23,17 @@ LAST = 4
 class TrunkSession:
     """A Session on a Student's trunk, in eval mode and frozen, with a chosen output."""
 
-    def __init__(self, folder: Path, *, output: Output, threads: int = 1, device: str | None = None) -> None:
-        """Open the Student in `folder`; a CNN has no tokens and returns the embedding, whatever `output` is.
+    def __init__(self, folder: Path, *, output: Output, threads: int = 1, device: str = "cpu") -> None:
+        """Open the Student in `folder` on a device of PyTorch's.
 
-        `device` is PyTorch's; None is CUDA if there is any.
+        A CNN has no tokens and returns the embedding, whatever `output` is.
         """
         self.student, self._trunk = load_trunk(folder)
         self.bundle: Bundle | Student = self.student
         self._trunk.requires_grad_(False)
         self.output: Output = output if is_vit(self.student.timm_name) else "embedding"
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(device)
+        self.takes_pixels = self.device.type == "cuda"  # `run` then normalises uint8 pixels (N, H, W, 3) there
         self._threads = threads
         self._trunk.to(self.device)
         if self.output == "before_norm":
@@ -47,12 +48,15 @@ class TrunkSession:
         return {"embedding" if self.output == "embedding" else "before_norm": slice(0, width)}
 
     @torch.inference_mode()
-    def features(self, pixels: Tensor) -> Tensor:
-        """The output's rows (N, D or 4 D), float32, on the trunk's device."""
+    def features(self, images: Tensor) -> Tensor:
+        """The output's rows (N, D or 4 D), float32, on the trunk's device, of inputs (N, 3, H, W) or uint8 pixels."""
         before = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         try:
-            return self._rows(pixels.to(self.device, non_blocking=True)).float()
+            images = images.to(self.device, non_blocking=True)
+            if images.dtype == torch.uint8:
+                images = normalised(images, self.student.preprocessing)
+            return self._rows(images).float()
         finally:
             torch.set_num_threads(before)
 
@@ -66,7 +70,7 @@ class TrunkSession:
         return features
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        """The output's rows of preprocessed images, float32 (N, 3, H, W)."""
+        """The output's rows of preprocessed images, float32 (N, 3, H, W), or of pixels, uint8 (N, H, W, 3)."""
         answer: np.ndarray = self.features(torch.from_numpy(images)).cpu().numpy()
         return answer
 
@@ -88,9 +92,7 @@ class TrunkSession:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -206,9 +206,14 @@ def centre_box(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int
     return left, top, left + width, top + height
 
 
+def crop_pixels(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """An RGB image resized and cropped for a model, uint8 (H, W, 3)."""
+    return np.asarray(resize_and_crop(image, preprocessing))
+
+
 def preprocess(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """An RGB image as a model's input, float32 (3, H, W)."""
-    return normalise_pixels(np.asarray(resize_and_crop(image, preprocessing), dtype=np.float32), preprocessing)
+    return normalise_pixels(crop_pixels(image, preprocessing), preprocessing)
 
 
 def host_input(image: Image.Image, model: Bundle | Student) -> np.ndarray:
@@ -219,13 +224,13 @@ def host_input(image: Image.Image, model: Bundle | Student) -> np.ndarray:
     inside = model.in_model if isinstance(model, Bundle) else None
     if inside is None or not inside.resize:
         return preprocess(image, model.preprocessing)
-    return normalise_pixels(np.asarray(image, dtype=np.float32), model.preprocessing)
+    return normalise_pixels(np.asarray(image), model.preprocessing)
 
 
 def normalise_pixels(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """Pixels 0..255, float32 (H, W, 3), normalised: float32 (3, H, W)."""
+    """Pixels 0..255 (H, W, 3), uint8, normalised: float32 (3, H, W)."""
     mean, std = (np.asarray(values, dtype=np.float32) for values in (preprocessing.mean, preprocessing.std))
-    return np.ascontiguousarray(((pixels / np.float32(255) - mean) / std).transpose(2, 0, 1))
+    return np.ascontiguousarray(((pixels.astype(np.float32) / np.float32(255) - mean) / std).transpose(2, 0, 1))
 
 
 def renormalise(images: np.ndarray, given: Preprocessing, wanted: Preprocessing) -> np.ndarray:

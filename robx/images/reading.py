@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from robx.errors import CorruptImage
-from robx.images.decode import preprocess
+from robx.images.decode import crop_pixels, preprocess
 from robx.images.protocol import ImageSource
 
 if TYPE_CHECKING:
     from robx.records import Preprocessing
 
-_AHEAD = 2  # batches read before the consumer asks for them
+_AHEAD = 1  # batches read before the consumer asks for them
 Key = TypeVar("Key")
 
 
@@ -28,8 +28,13 @@ def decode_threads() -> int:
 
 
 def reader(source: ImageSource, preprocessing: Preprocessing) -> Callable[[int], np.ndarray]:
-    """The `read` of `read_batches` that gives a source's image as a model's input, float32 (3, crop, crop)."""
+    """The `read` of `read_batches` that gives a source's image as a model's input, float32 (3, H, W)."""
     return lambda index: preprocess(source.read(index), preprocessing)
+
+
+def pixel_reader(source: ImageSource, preprocessing: Preprocessing) -> Callable[[int], np.ndarray]:
+    """The same before the normalisation, uint8 (H, W, 3), for `robx.images.on_device`."""
+    return lambda index: crop_pixels(source.read(index), preprocessing)
 
 
 def read_batches(
@@ -42,8 +47,8 @@ def read_batches(
 ) -> Generator[tuple[list[Key], np.ndarray], None, None]:
     """Read images in the order of `keys` and yield them in full batches; only the last batch may be smaller.
 
-    At most three batches are in memory at once, besides the one that the consumer holds. Close the iterator to stop
-    early: images not yet started are not read.
+    The arrays of a batch are stacked by one of the reading threads, too. At most three batches are in memory at once,
+    besides the one that the consumer holds. Close the iterator to stop early: images not yet started are not read.
 
     Args:
         keys: what identifies an image, such as its index in a source.
@@ -57,23 +62,41 @@ def read_batches(
         The keys of one batch and their arrays, stacked: (B, ...).
     """
     pool = ThreadPoolExecutor(threads or decode_threads())
+    stacking: tuple[list[Key], Future[np.ndarray]] | None = None
     try:
-        names: list[Key] = []
-        arrays: list[np.ndarray] = []
-        for key, future in _ahead(pool, iter(keys), read, count=(_AHEAD + 1) * batch_size):
-            try:
-                arrays.append(future.result())
-                names.append(key)
-            except CorruptImage as error:
-                if on_skip is not None:
-                    on_skip(key, error)
-            if len(names) == batch_size:
-                yield names, np.stack(arrays)
-                names, arrays = [], []
-        if names:
-            yield names, np.stack(arrays)
+        for names, arrays in _batches(pool, keys, read, batch_size=batch_size, on_skip=on_skip):
+            if stacking is not None:
+                yield stacking[0], stacking[1].result()
+            stacking = names, pool.submit(np.stack, arrays)
+        if stacking is not None:
+            yield stacking[0], stacking[1].result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _batches(
+    pool: ThreadPoolExecutor,
+    keys: Iterable[Key],
+    read: Callable[[Key], np.ndarray],
+    *,
+    batch_size: int,
+    on_skip: Callable[[Key, CorruptImage], None] | None,
+) -> Iterator[tuple[list[Key], list[np.ndarray]]]:
+    """The keys and arrays of full batches, and of what is left at the end."""
+    names: list[Key] = []
+    arrays: list[np.ndarray] = []
+    for key, future in _ahead(pool, iter(keys), read, count=(_AHEAD + 1) * batch_size):
+        try:
+            arrays.append(future.result())
+            names.append(key)
+        except CorruptImage as error:
+            if on_skip is not None:
+                on_skip(key, error)
+        if len(names) == batch_size:
+            yield names, arrays
+            names, arrays = [], []
+    if names:
+        yield names, arrays
 
 
 def _ahead(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra
+from robx.images.decode import normalise_pixels
 from robx.records import Preprocessing, Student
 from robx.runtime.session import SessionSettings, open_session
 from robx.trunk import build_trunk, embed, embedding_width, save_trunk
@@ -67,6 +68,26 @@ def test_a_student_opens_in_torch(tmp_path, images):
     with open_session(tmp_path / "run") as session:
         np.testing.assert_allclose(session.run(images), embed(trunk, torch.from_numpy(images)), rtol=1e-4, atol=1e-5)
         assert session.facts()["engine"] == "torch"
+
+
+def test_pixels_are_taken_where_the_engine_normalises_them(tmp_path):
+    trunk = build_trunk("test_resnet").eval()
+    pre = Preprocessing(size=36, crop=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    record = Student(
+        timm_name="test_resnet", width=embedding_width(trunk), preprocessing=pre, sha256="", teacher=None, data=None,
+        recipe={},
+    )  # fmt: skip
+    save_trunk(tmp_path, trunk, record)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    images = np.stack([normalise_pixels(one, pre) for one in pixels])
+    with open_session(tmp_path) as session:
+        assert not session.takes_pixels  # on a CPU the threads that read images normalise them
+        with pytest.raises(InputError, match="the model takes float32"):
+            session.run(pixels)
+        session._model.takes_pixels = True
+        np.testing.assert_array_equal(session.run(pixels), session.run(images))
+        with pytest.raises(InputError, match="images are uint8"):
+            session.run(pixels[:, :16])
 
 
 def test_wrong_inputs_are_refused(make_bundle, images):

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from robx.eval.datasets import duplicates
 from robx.eval.datasets.duplicates import LOOK, LookAlikes, look, warning_in
-from robx.images.decode import preprocess
+from robx.images.decode import crop_pixels
 from robx.images.scenes import make_scene, render
 from robx.records import Preprocessing, to_json
 
@@ -21,7 +21,7 @@ def scene(index, size=128):
 
 
 def looks(images):
-    return np.stack([look(preprocess(image, PRE)) for image in images])
+    return np.stack([look(crop_pixels(image, PRE)) for image in images])
 
 
 def jpeg(image, quality):
@@ -85,11 +85,11 @@ def test_blocks_of_any_size_find_the_same(bank, monkeypatch):
 
 @pytest.mark.parametrize("side", [1, 5, 16, 17, 224])
 def test_the_thumbnail_is_the_mean_of_each_cell(side):
-    pixels = np.random.default_rng(side).normal(size=(3, side, side)).astype(np.float32)
+    pixels = np.random.default_rng(side).integers(0, 256, (side, side, 3), dtype=np.uint8)
     found = look(pixels)
     assert found.shape == (LOOK,) and found.dtype == np.uint8
     edges = [i * side // 16 for i in range(17)]
-    grey = pixels.mean(0)
+    grey = pixels.mean(2)
     cells = np.array(
         [
             [grey[a : max(b, a + 1), c : max(d, c + 1)].mean() for c, d in itertools.pairwise(edges)]

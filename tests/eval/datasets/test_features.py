@@ -1,5 +1,6 @@
 """Extraction: order, labels, unreadable images, and a cache that is right or not used."""
 
+import dataclasses
 import os
 
 import numpy as np
@@ -11,7 +12,7 @@ from robx.eval.datasets import features
 from robx.eval.datasets.duplicates import look
 from robx.eval.datasets.features import extract, extract_each, model_id
 from robx.images.arrays import ArraySource
-from robx.images.decode import preprocess
+from robx.images.decode import crop_pixels, normalise_pixels, preprocess
 from robx.images.sources import FolderSource
 from robx.records import Preprocessing, Student
 
@@ -51,6 +52,28 @@ def test_rows_are_the_images_in_order():
     np.testing.assert_allclose(found.features, expected(source, range(150)), atol=1e-6)
     np.testing.assert_array_equal(found.labels, np.arange(150) % 5)
     assert session.sizes == [64, 64, 22] and found.skipped == 0 and found.features.dtype == np.float32
+
+
+class OnDevice(MeanColour):
+    """A Session that normalises pixels itself, as one on a GPU does."""
+
+    takes_pixels = True
+
+    def run(self, images):
+        assert images.dtype == np.uint8 and images.shape[1:] == (16, 16, 3)
+        return super().run(np.stack([normalise_pixels(one, PRE) for one in images]))
+
+
+def test_a_session_on_a_gpu_gets_pixels_if_it_would_normalise_them_alike():
+    source = arrays(n=20)
+    assert np.array_equal(extract(OnDevice(), source).features, extract(MeanColour(), source).features)
+    both = extract_each([OnDevice(sha256="b" * 64), OnDevice()], source)
+    assert np.array_equal(both[0].features, both[1].features)
+    other = dataclasses.replace(PRE, mean=(0.5, 0.5, 0.5))
+    with pytest.raises(AssertionError):  # its own mean is another: the images are normalised before
+        extract(OnDevice(), source, other)
+    mixed = extract_each([MeanColour(), MeanColour(sha256="b" * 64)], source)
+    assert np.array_equal(mixed[0].looks, both[0].looks)
 
 
 @pytest.fixture
@@ -114,7 +137,7 @@ def test_every_image_leaves_its_own_look(folder):
     (folder / "class0" / "004.png").write_bytes(b"no image")
     source = FolderSource(folder)
     found = extract(MeanColour(), source, batch_size=7)
-    expected = np.stack([look(preprocess(source.read(i), PRE)) for i in found.indices])
+    expected = np.stack([look(crop_pixels(source.read(i), PRE)) for i in found.indices])
     np.testing.assert_array_equal(found.looks, expected)
 
 
