@@ -52,7 +52,7 @@ from robx.distill.training.run import (
 )
 from robx.distill.training.run_state import count_skipped, publish_teachers, resume_run, save_run
 from robx.distill.training.signals import StopRequest, stop_on_signals
-from robx.distill.training.speed import MEASURE_SECONDS, Rate, SpeedBound, measure_bound
+from robx.distill.training.speed import MEASURE_SECONDS, Rate, SpeedBound, TimedFeed, measure_bound
 from robx.errors import InputError, Interrupted, counted
 from robx.images.sources import ImageSource, open_source
 from robx.progress import Progress, silent
@@ -221,11 +221,11 @@ def _loop(run: Run, start: int, *, stop: StopRequest, progress: Progress) -> Non
     if run.options.measure:
         run.bound = _measure(run, start)
     with contextlib.closing(batches(run, start, prefetch=prefetch, stop=stop)) as feed:
-        _steps(run, start, feed, probe=probe, stop=stop, progress=progress)
+        _steps(run, start, TimedFeed(feed), probe=probe, stop=stop, progress=progress)
 
 
 def _steps(
-    run: Run, start: int, feed: Iterator[Batch | None], *, probe: Probe | None, stop: StopRequest, progress: Progress
+    run: Run, start: int, feed: TimedFeed[Batch | None], *, probe: Probe | None, stop: StopRequest, progress: Progress
 ) -> None:
     recipe, processes, options = run.recipe, run.processes, run.options
     readings = Readings(late=reads_late(processes.device), key=run.source.key, scaled=recipe.precision == "fp16")
@@ -248,7 +248,7 @@ def _steps(
             run.branch.update(step, run.learners[0].net)
 
         # Logging.
-        rate.tick()
+        rate.tick(waited=feed.waited)
         speed = rate.steps_per_s() * recipe.batch_size
         if looks or probes:
             read += readings.settle()
@@ -257,7 +257,7 @@ def _steps(
             loss = values.losses[0]
         if processes.first and looks:
             monitor(run, read[-1], pixels)
-        progress(done, run.steps, note(run, loss, speed))
+        progress(done, run.steps, note(run, loss, rate))
         if logs:
             rate.pause(_measure_again(run, done, speed))
 

@@ -12,6 +12,10 @@ from robx.distill.training.readings import StepValues
 from robx.distill.training.run import Run
 from robx.distill.training.run_folder import student_preprocessing
 from robx.distill.training.schedules import learning_rate
+from robx.distill.training.speed import Rate
+
+# Of a step's time: less is the jitter of a loader that keeps up.
+_NOTABLE_WAITING = 0.1
 
 
 def log_step(run: Run, values: StepValues, *, speed: float) -> None:
@@ -97,11 +101,14 @@ def speed_bound(run: Run) -> float:
     return run.bound.images_per_s * run.processes.world if run.bound else float("nan")
 
 
-def note(run: Run, loss: float | None, speed: float) -> str:
-    """The text beside the progress bar; None: no loss has been read yet."""
+def note(run: Run, loss: float | None, rate: Rate) -> str:
+    """The text beside the progress bar: loss, speed, and what limits it. None: no loss has been read yet."""
     if loss is None:
         return ""
+    speed = rate.steps_per_s() * run.recipe.batch_size
     if not speed:  # not known before the second step
         return f"loss {loss:.3f}"
     share = f" ({speed / speed_bound(run):.0%} of the bound)" if run.bound else ""
-    return f"loss {loss:.3f}, {speed:.1f} images/s{share}"
+    waiting = rate.waiting()
+    limit = f", {waiting:.0%} of the time waiting for images" if waiting > _NOTABLE_WAITING else ""
+    return f"loss {loss:.3f}, {speed:.1f} images/s{share}{limit}"

@@ -8,8 +8,9 @@ The bound is the speed of the computation alone on tensors in memory, without da
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -17,6 +18,7 @@ from robx.distill.batches.views import Targets, Views
 from robx.distill.recipes import Recipe
 from robx.distill.training.learner import Learner, autocast
 
+Item = TypeVar("Item")
 MEASURE_SECONDS = 8.0
 _REPEATS = 3  # of the largest part, the first of which is a warm-up
 
@@ -105,27 +107,46 @@ def _learn_and_restore(learner: Learner, views: Views, targets: Targets | None) 
         buffer.copy_(buffers[name])
 
 
+class TimedFeed(Iterator[Item]):
+    """An iterator, and the seconds that its caller has waited for it."""
+
+    def __init__(self, feed: Iterator[Item]) -> None:
+        self._feed, self.waited = feed, 0.0
+
+    def __next__(self) -> Item:
+        """The next item."""
+        began = time.perf_counter()
+        try:
+            return next(self._feed)
+        finally:
+            self.waited += time.perf_counter() - began
+
+
 class Rate:
-    """Steps per second over the last steps, excluding pauses."""
+    """Steps per second over the last steps, excluding pauses, and the share of that time spent waiting for images."""
 
     def __init__(self, *, window: int = 50) -> None:
         """Average over at most `window` steps. The first step, which waits for the loader to start, is excluded."""
-        self._window, self._times = window, list[float]()
+        self._window, self._ends = window, list[tuple[float, float]]()
 
-    def tick(self) -> None:
-        """Record the end of a step."""
-        self._times = [*self._times[-self._window :], time.perf_counter()]
+    def tick(self, *, waited: float = 0.0) -> None:
+        """Record the end of a step; `waited`: the seconds since the start of the run in which images were missing."""
+        self._ends = [*self._ends[-self._window :], (time.perf_counter(), waited)]
 
     def pause(self, seconds: float) -> None:
         """Exclude the time of a checkpoint or an evaluation."""
-        self._times = [moment + seconds for moment in self._times]
+        self._ends = [(moment + seconds, waited) for moment, waited in self._ends]
 
     def steps_per_s(self) -> float:
         """The mean over the window; 0 before the second step."""
-        if len(self._times) < 2:
-            return 0.0
-        passed = self._times[-1] - self._times[0]
-        return (len(self._times) - 1) / max(passed, 1e-9)
+        return (len(self._ends) - 1) / self._passed() if len(self._ends) > 1 else 0.0
+
+    def waiting(self) -> float:
+        """The share of the window's time, 0 to 1, in which the step waited for the loader."""
+        return (self._ends[-1][1] - self._ends[0][1]) / self._passed() if len(self._ends) > 1 else 0.0
+
+    def _passed(self) -> float:
+        return max(self._ends[-1][0] - self._ends[0][0], 1e-9)
 
 
 def _now(device: torch.device) -> float:

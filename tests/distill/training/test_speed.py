@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from torch import nn
 
 from robx.distill.batches.views import Targets, Views
+from robx.distill.training import speed
 from robx.distill.training.dry_run import count_flops
-from robx.distill.training.speed import measure_bound
+from robx.distill.training.log import note
+from robx.distill.training.speed import Rate, TimedFeed, measure_bound
 from robx.trunk import build_trunk, size_error
 
 
@@ -64,3 +67,40 @@ def test_operations_are_counted_without_computing(name: str) -> None:
 
 def test_a_size_that_a_network_cannot_process_is_its_own_error() -> None:
     assert "100" in size_error(build_trunk("test_vit"), 100)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that pass only when a test says so."""
+    now = [100.0]
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_the_rate_tells_how_long_the_steps_waited_for_images(clock: list[float]) -> None:
+    def load() -> Iterator[int]:
+        for item in range(9):
+            clock[0] += 0.75 if item else 40.0  # the workers start
+            yield item
+
+    feed, rate = TimedFeed(load()), Rate()
+    for item in feed:
+        clock[0] += 0.25  # the step
+        rate.tick(waited=feed.waited)
+        if item:
+            assert rate.steps_per_s() == pytest.approx(1.0) and rate.waiting() == pytest.approx(0.75)
+        if item == 4:
+            clock[0] += 30.0  # a checkpoint
+            rate.pause(30.0)
+
+
+def test_the_note_names_the_loader_only_when_it_limits(clock: list[float]) -> None:
+    run = SimpleNamespace(recipe=SimpleNamespace(batch_size=8), bound=None)
+    rate = Rate()
+    assert note(run, None, rate) == "" and note(run, 2.0, rate) == "loss 2.000"  # type: ignore[arg-type]
+    for waited, said in ((0.05, ""), (0.5, ", 50% of the time waiting for images")):
+        rate = Rate()
+        rate.tick()
+        clock[0] += 1.0
+        rate.tick(waited=waited)
+        assert note(run, 2.0, rate) == f"loss 2.000, 8.0 images/s{said}"  # type: ignore[arg-type]
