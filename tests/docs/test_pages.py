@@ -188,7 +188,7 @@ def test_the_python_of_the_readme_makes_what_it_says(world: set[str]) -> None:
     """Only its surroundings are smaller: images, the networks behind the names, recipe, int8 search and bench."""
     found = run_page(ROOT / "README.md", world)
     student, bundle = found["student"], found["bundle"]
-    assert student.record.timm_name == "resnet18" and student.record.images_seen == 336
+    assert student.record.timm_name == "resnet18" and student.record.images_seen == 304
     assert bundle.record.requested == "int8" and bundle.path.parent == Path("runs/r18")
     kinds = {record.kind for record in load_measurements(bundle.path / "measurements.jsonl")}
     assert kinds == {"fidelity", "latency"}
