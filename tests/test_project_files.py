@@ -60,5 +60,7 @@ def test_every_form_has_fields_with_labels() -> None:
 def test_the_three_sizes_of_tests_are_targets_and_slow_is_a_marker() -> None:
     targets = re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert {"test", "test-unit", "test-slow", "docs", "release"} <= set(targets)
+    slow = re.findall(r'^    "([\w/.:]+)",$', (ROOT / "tests" / "conftest.py").read_text(), flags=re.MULTILINE)
+    assert slow and all((ROOT / "tests" / name.partition("::")[0]).exists() for name in slow)
     markers = PROJECT["tool"]["pytest"]["ini_options"]["markers"]
     assert any(marker.startswith("slow:") for marker in markers)
