@@ -1,7 +1,8 @@
-"""Write docs/recipe-keys.md from the dataclass Recipe and its presets: python docs/generate.py."""
+"""Write docs/recipe-keys.md from the dataclass Recipe, and docs/report.schema.json: python docs/generate.py."""
 
 from __future__ import annotations
 
+import json
 import typing
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 from robx.distill.presets import BASE, ROB
 from robx.distill.recipe_toml import _SECTIONS
 from robx.distill.recipes import _RANGES, Recipe, preset
+from robx.eval.report.schema import json_schema
 
 PAGE = Path(__file__).with_name("recipe-keys.md")
+SCHEMA = PAGE.with_name("report.schema.json")
 HEAD = """# Every recipe key
 
 <!-- Written by docs/generate.py: edit the dataclass Recipe in distill/recipes.py instead. -->
@@ -23,8 +26,14 @@ OBJECTIVE --student NAME` prints the exact values for one student.
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the page and the schema."""
     PAGE.write_text(page(), encoding="utf-8")
+    SCHEMA.write_text(schema(), encoding="utf-8")
+
+
+def schema() -> str:
+    """The JSON Schema of a report."""
+    return json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"
 
 
 def page() -> str:

@@ -31,6 +31,7 @@ from robx.eval.report.collect import ReportData, collect
 from robx.eval.report.devices import device_table, emulated_table
 from robx.eval.report.recommend import MARGIN, Advice, Budget, Step, advise
 from robx.eval.report.rows import Row, build_rows, headline_data, images_of, precision_pairs
+from robx.eval.report.schema import DeviceAdvice, Report, Span
 from robx.eval.report.summary import summaries
 from robx.eval.report.text import MS_AT_MOST, PERCENT, POINTS, SIZE, TIMES, at_most, clean, figure
 from robx.records import Latency, Value, to_json
@@ -311,7 +312,7 @@ def _unmeasured(rows: Sequence[Row]) -> tables.Table | None:
 
 def _machine_form(data: ReportData, rows: Sequence[Row], advice: Sequence[Advice], view: dict[str, Any]) -> str:
     """The recommendations, every figure with the file, line and field that it was read from, and the records."""
-    form = {
+    form: Report = {
         "schema": 1,
         "title": view["title"],
         "margin": view["margin"],
@@ -319,7 +320,7 @@ def _machine_form(data: ReportData, rows: Sequence[Row], advice: Sequence[Advice
         "summaries": [{"device": device, "text": text} for device, text in view["summaries"]],
         "devices": [_advice_json(one) for one in advice],
         "rows": to_json(list(rows)),
-        "doubts": [list(doubt) for doubt in view["doubts"]],
+        "doubts": [(doubt.kind, doubt.what, doubt.why) for doubt in view["doubts"]],
         "warnings": view["warnings"],
         "data": view["data_notes"],
         "students": [{"folder": run.folder, "student": to_json(run.student)} for run in data.runs],
@@ -340,11 +341,11 @@ def _raw(record: Any, data: ReportData) -> int | None:
     return sum(len(process) for process in data.samples[record.samples_sha256])
 
 
-def _advice_json(advice: Advice) -> dict[str, Any]:
+def _advice_json(advice: Advice) -> DeviceAdvice:
     def key(row: Row | None) -> str | None:
         return row.model_id if row else None
 
-    def spans(steps: Sequence[Step]) -> list[dict[str, Any]]:
+    def spans(steps: Sequence[Step]) -> list[Span]:
         return [
             {"from_ms": s.start, "below_ms": None if math.isinf(s.end) else s.end, "model_id": key(s.row)}
             for s in steps
