@@ -13,6 +13,7 @@ from robx.eval.report.text import at_most, hundredths, megabytes, percent
 from robx.records import Value
 
 _LOST = {"probe_drop": "linear-probe accuracy", "knn_drop": "kNN accuracy"}  # by the last part of a drop's source
+_PROTOCOLS = {"knn": "kNN", "linear": "linear"}
 _SHORT = ("rapid", "quick")
 
 
@@ -56,7 +57,7 @@ def _gains(best: Row, base: Row | None) -> str:
 
 def _loses(best: Row, protocol: str | None) -> str:
     accuracy = best.accuracy.get(protocol or "")
-    level = f" Its {protocol} top-1 is {percent(accuracy.value.value)} %." if accuracy else ""
+    level = f" Its {_PROTOCOLS.get(protocol or '', protocol)} top-1 is {percent(accuracy.value.value)} %." if accuracy else ""
     if best.drop is None:
         equal = "Its outputs are the student's." if best.precision == "fp32" and best.gate == "PASS" else ""
         return f"{equal}{level}".strip()
@@ -69,7 +70,7 @@ def _bound(value: Value) -> str:
     if value.high is None:
         return ", of which no interval was measured"
     images = f", on {value.n} images" if value.n else ""
-    return f" against its fp32 student, and with 95 % confidence at most {hundredths(value.high)}{images}"
+    return f" against its fp32 student, and with 95 % confidence at most {hundredths(value.high)} points{images}"
 
 
 def _certainty(best: Row) -> str:

@@ -309,7 +309,7 @@ def test_the_first_lines_say_what_to_deploy_what_it_gains_and_loses_and_how_sure
     speedup, drop = row.speedup.value, row.drop.value
     assert f"{speedup.value:.2f} times as fast as fp32 ({speedup.low:.2f} to {speedup.high:.2f})" in text
     assert "2.0 times smaller" in text and "loses no measurable part of linear-probe accuracy" in text
-    assert f"at most {drop.high:.2f}, on 905 images" in text
+    assert f"at most {drop.high:.2f} points, on 905 images" in text
     assert f"within {at_most(row.bound.value.value)} ms, with 99 % confidence (1500 calls): VALID" in text
     assert text in Page(pages.html).text and text in pages.markdown.replace("\\", "")
 
@@ -321,7 +321,7 @@ def test_a_recommended_fp32_model_is_not_said_to_gain_or_lose(records, tmp_path)
     records.write_latency(place, bundle.id, 7.0)
     (one,) = json.loads(make_pages(collect([tmp_path])).json)["summaries"]
     assert "It is the fp32 model (0.9 MB): no smaller precision qualifies here" in one["text"]
-    assert "Its outputs are the student's. Its knn top-1 is 61.3 %." in one["text"] and "loses" not in one["text"]
+    assert "Its outputs are the student's. Its kNN top-1 is 61.3 %." in one["text"] and "loses" not in one["text"]
 
 
 def test_a_column_of_linear_accuracy_is_there_only_when_a_model_has_one(records, tmp_path):
