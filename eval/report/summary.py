@@ -57,7 +57,8 @@ def _gains(best: Row, base: Row | None) -> str:
 
 def _loses(best: Row, protocol: str | None) -> str:
     accuracy = best.accuracy.get(protocol or "")
-    level = f" Its {_PROTOCOLS.get(protocol or '', protocol)} top-1 is {percent(accuracy.value.value)} %." if accuracy else ""
+    name = _PROTOCOLS.get(protocol or "", protocol)
+    level = f" Its {name} top-1 is {percent(accuracy.value.value)} %." if accuracy else ""
     if best.drop is None:
         equal = "Its outputs are the student's." if best.precision == "fp32" and best.gate == "PASS" else ""
         return f"{equal}{level}".strip()

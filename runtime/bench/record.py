@@ -120,6 +120,7 @@ def make_record(run: Run, settings: BenchSettings, origin: Origin, *, reference:
         values, missing = figures(results, batch=run.batch)
         values |= latency.sustained([r.samples for r in results])
         _preprocessing(run, origin.kind, values, missing)
+    missing |= untimed_parts(run.bundle)
     for result in results:
         cosines, against = check_outputs(result.outputs, result.seen, reference, run.bundle)
         # The lowest of all processes.
@@ -201,6 +202,14 @@ def _summary(one: Try, settings: BenchSettings, chosen: Try) -> dict[str, Any]:
 
 def _p50s(one: Try) -> list[float]:
     return [float(np.median(r.samples)) / 1e6 for r in one.results if len(r.samples)]
+
+
+def untimed_parts(bundle: Bundle) -> dict[str, str]:
+    """What a model does and a benchmark leaves out, with the reason; empty for most bundles."""
+    if bundle.in_model is None or not bundle.in_model.resize:
+        return {}
+    size = "x".join(map(str, bundle.preprocessing.shape[::-1]))
+    return {"resize": f"the model resizes images itself, and those of the benchmark have its size already ({size} px)"}
 
 
 def _preprocessing(run: Run, kind: str, values: dict[str, Value], missing: dict[str, str]) -> None:

@@ -130,6 +130,7 @@ def test_int8_is_judged_behind_the_resize_and_ships_with_it(
 def test_it_is_benched_against_the_student_on_images_that_it_only_crops(
     camera: tuple[Path, Bundle], run_with_margin: Path, tmp_path: Path
 ) -> None:
+    from robx.runtime.bench.record import untimed_parts
     from robx.runtime.bench.reference import find_reference
 
     _, bundle = camera
@@ -137,6 +138,8 @@ def test_it_is_benched_against_the_student_on_images_that_it_only_crops(
     reference = find_reference(run_with_margin / "bundle", bundle, images, {})
     assert reference is not None and reference.name == "the fp32 student in torch"
     np.testing.assert_allclose(reference.outputs, _expected(run_with_margin, _photos()), atol=1e-4)
+    assert "72x72 px" in untimed_parts(bundle)["resize"]
+    assert untimed_parts(dataclasses.replace(bundle, in_model=None)) == {}
 
 
 @pytest.mark.parametrize(
