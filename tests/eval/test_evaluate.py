@@ -536,27 +536,26 @@ def test_a_device_that_is_not_there_is_refused(run, scenes):
         assert result.exit_code == 2 and said in result.output and result.output.count("\n") == 1
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_two_processes_write_what_one_does(run, scenes, tmp_path, cached):
+def test_two_processes_write_what_one_does_and_so_does_their_cache(run, scenes, tmp_path):
     data = shutil.copytree(scenes, tmp_path / "data")
     for number, path in enumerate(sorted((data / "train").rglob("*.png"))):
         if number in (3, 10):
             path.write_bytes(b"damaged")
     how = ("--data", data, "--knn", "--lowshot", "1", "--threads", "1")
-    keep = ("--cache", tmp_path / "cache") if cached else ("--no-cache",)
     alone = robx(run, *how, "--no-cache")
     assert alone.exit_code == 0, alone.output
     expected = load_measurements(run / "measurements.jsonl")
     (run / "measurements.jsonl").unlink()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "robx.cli"]
-    for _ in range(2 if cached else 1):  # the second time answered by the cache
+    keep = ("--cache", tmp_path / "cache")
+    for _ in range(2):  # the second time answered by the cache
         done = subprocess.run(
             [*command, "eval", str(run), *map(str, how), *map(str, keep)], capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
     found = load_measurements(run / "measurements.jsonl")
-    assert len(found) == len(expected) * (2 if cached else 1)
-    for one, other in zip(expected, found, strict=False):
+    assert len(found) == 2 * len(expected)
+    for one, other in zip(2 * expected, found, strict=True):
         assert one.protocol == other.protocol and one.data == other.data
         assert one.values == other.values and one.settings == other.settings
     assert done.stdout.count("knn") == 1 and done.stderr.count("2 of 64 images of train cannot be read") == 1

@@ -321,9 +321,8 @@ def _flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [_flip, lambda path: path.write_bytes(path.read_bytes()[:1000])])
-@pytest.mark.parametrize("kind", ["onnx", "npy"])
 def test_a_damaged_cache_is_named_and_made_again(
-    kind: str, damage: Callable[[Path], object], cnn_run: Path, scenes: Path, tmp_path: Path
+    damage: Callable[[Path], object], cnn_run: Path, scenes: Path, tmp_path: Path
 ) -> None:
     """One flipped bit of a weight passes parity, and would ship."""
     run, said = tmp_path / "run", list[str]()
@@ -333,9 +332,9 @@ def test_a_damaged_cache_is_named_and_made_again(
     )
     export(settings, say=said.append)
     assert not said
-    cached = sorted((run / CACHE).glob(f"*.{kind}"))
+    cached = sorted(path for path in (run / CACHE).glob("*") if path.suffix in (".onnx", ".npy"))
     good = [path.read_bytes() for path in cached]
-    assert cached
+    assert {path.suffix for path in cached} == {".onnx", ".npy"}
     for path in cached:
         damage(path)
     export(dataclasses.replace(settings, out=tmp_path / "b"), say=said.append)

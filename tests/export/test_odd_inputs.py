@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -33,7 +34,7 @@ from robx.images.decode import renormalise, resize_and_crop
 from robx.images.sources import open_source
 from robx.records import Bundle, Normalisation, Preprocessing, load_bundle, load_student
 from robx.runtime.bench.ab import compare
-from robx.runtime.bench.profiles import BenchSettings
+from robx.runtime.bench.profiles import PROFILES, BenchSettings
 from robx.runtime.bench.reference import find_reference
 from robx.runtime.session import open_session
 from robx.store.files import read_json
@@ -197,7 +198,10 @@ def test_who_follows_the_manifest_of_a_uint8_bundle_normalises_once(
         assert ("uint8" in told["robx.input"]) == (folder.name == "u")
 
 
-def test_a_uint8_bundle_is_benched_against_the_student_and_beside_a_float_one(cnn_run: Path, tmp_path: Path) -> None:
+def test_a_uint8_bundle_is_benched_against_the_student_and_beside_a_float_one(
+    cnn_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PROFILES, "rapid", dataclasses.replace(PROFILES["rapid"], queries=16, seconds=0.3))
     run = tmp_path / "run"
     shutil.copytree(cnn_run, run, ignore=shutil.ignore_patterns(CACHE))
     folders = []

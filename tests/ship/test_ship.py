@@ -363,11 +363,11 @@ def test_a_dry_run_says_costs_and_what_is_missing_and_writes_nothing(
 ) -> None:
     monkeypatch.setattr("robx.ship.costs._FORWARD_SECONDS", 0.01)
     exports = [{"format": "onnx", "int8": True}, {"format": "executorch", "optional": True}]
-    benches = [{"profile": "standard"}, {"device": "adb://nobody", "formats": ["onnx"]}]
+    benches = [{"profile": "standard"}, {"device": "ssh://nobody@127.0.0.1:9", "formats": ["onnx"]}]
     plan = _write(tmp_path / "plan.toml", _values(tmp_path, scene_shards, export=exports, bench=benches))
     before = sorted(tmp_path.rglob("*"))
     result = _ship(plan, "--dry-run", "--json")
-    assert result.exit_code == 2 and "bench on adb://nobody" in result.stderr
+    assert result.exit_code == 2 and "bench on ssh://nobody@127.0.0.1:9" in result.stderr
     costs = {one["title"]: one for one in json.loads(result.stdout)}
     assert "6 steps" in costs["distil test_resnet"]["cost"]
     assert "for each candidate" in costs["export to onnx int8"]["cost"] and not costs["export to onnx int8"]["missing"]

@@ -128,7 +128,7 @@ def test_a_copied_head_learns_the_norm_that_matches_its_teacher() -> None:
     teacher = copy.deepcopy(head)
     trained = [parameter for name, parameter in head.named_parameters() if name == "last_layer.weight_g"]
     assert len(trained) == 1 and trained[0].requires_grad
-    features = torch.randn(256, 8)
+    features = torch.randn(48, 8)
     targets = Targets(dino_targets(teacher(features).detach()[None], temperature=0.07))
     optimizer = torch.optim.Adam(trained, lr=0.02)
     for _ in range(200):
