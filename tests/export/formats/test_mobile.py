@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,14 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 
 from robx.errors import ArtifactError, InputError, MissingExtra
-from robx.export.formats import to_coreml, to_executorch, to_litert, to_ncnn
+from robx.export.build import ExportSettings, export
+from robx.export.formats import to_coreml, to_executorch, to_litert, to_ncnn, to_onnx
 from robx.export.formats.builder import BuiltModel, Source
 from robx.export.formats.mobile import PlainAttention, calibration_batches, example_input, mobile_model
 from robx.export.formats.network import export_model, tensor_specs
+from robx.export.int8 import by_pt2e, saturation
+from robx.export.int8.candidate import Candidate
+from robx.export.int8.graph_facts import read_facts
 from robx.export.request import ExportRequest, ExportTarget
 from robx.records import Preprocessing, Student, describe_file, to_json
 from robx.runtime.engines import on_litert
@@ -86,11 +91,16 @@ def make_request(format_: Any, precision: Any, trunk: nn.Module, **options: Any)
     return ExportRequest(target=target, student=student, inputs=inputs, outputs=outputs)
 
 
-def convert(format_: str, precision: str, trunk: nn.Module, folder: Path, **options: Any) -> BuiltModel:
+def convert(
+    format_: str, precision: str, trunk: nn.Module, folder: Path, *, candidate: Candidate | None = None, **options: Any
+) -> BuiltModel:
     request = make_request(format_, precision, trunk, **options)
     model = export_model(trunk, request.student)
     calibration = images(64, seed=1) if precision == "int8" else None
-    source = Source(model=model, onnx=folder / "unused.onnx", calibration=calibration)
+    onnx_file = folder.parent / f"{folder.name}.onnx"
+    if candidate is not None and candidate.float_nodes:
+        to_onnx.export_onnx(model, onnx_file, student=request.student, batch=None, opset=20)
+    source = Source(model=model, onnx=onnx_file, calibration=calibration, candidate=candidate, shared=folder.parent)
     built: BuiltModel = BUILDERS[format_].build(source, request, folder)
     return built
 
@@ -152,6 +162,95 @@ def test_int8_is_small_and_near(format_: str, tmp_path: Path) -> None:
     assert centred_cosine(reference, answer).mean() > 0.95
     if format_ == "litert":
         assert model.facts()["input_dtype"] == model.facts()["output_dtype"] == "int8"
+
+
+QUANTISERS: dict[str, Any] = {"executorch": "pt2e", "litert": "ai-edge"}
+
+
+def judge(format_: str, candidate: Candidate, trunk: nn.Module, folder: Path) -> tuple[np.ndarray, int, dict[str, Any]]:
+    """Centred cosines with PyTorch, the file's size in bytes, and the engine's facts."""
+    folder.mkdir()
+    built, pixels = convert(format_, "int8", trunk, folder, candidate=candidate), images(32, seed=2)
+    with torch.inference_mode():
+        reference = trunk(torch.from_numpy(pixels)).numpy()
+    model = open_built(built, folder)
+    return (
+        centred_cosine(reference, answers(model, pixels)),
+        (folder / built.files[0].path).stat().st_size,
+        model.facts(),
+    )
+
+
+@pytest.mark.mobile
+@pytest.mark.parametrize("format_", ["executorch", "litert"])
+def test_a_transformer_is_near_with_float_between_its_layers(format_: str, tmp_path: Path) -> None:
+    needs(format_)
+    plain = Candidate(name="x", quantiser=QUANTISERS[format_])
+    for settings in ({"weighted_only": True}, {"activations": "dynamic"}):
+        cosines, size, facts = judge(format_, replace(plain, **settings), vit(), tmp_path / next(iter(settings)))
+        assert cosines.mean() > 0.99 and size < 2.5e6 and facts["provider"] == "xnnpack"
+        assert facts.get("input_dtype", "float32") == "float32"  # LiteRT's is int8 where all operators are
+
+
+class _Clamped(nn.Module):
+    """A first layer whose outputs reach far beyond its ReLU6."""
+
+    num_features = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.act, self.last = nn.Conv2d(3, 32, 3), nn.ReLU6(), nn.Conv2d(32, 16, 1)
+        self.first.weight.data *= 200
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.act(self.first(x))).mean((2, 3))
+
+
+@pytest.mark.mobile
+def test_a_range_ends_where_the_activation_function_clamps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("executorch")
+    plain, trunk = Candidate(name="x", quantiser="pt2e"), _Clamped().eval()
+    near, _, _ = judge("executorch", plain, trunk, tmp_path / "clamped")
+    monkeypatch.setattr(by_pt2e, "_bounds", lambda node: saturation.EVERYTHING)
+    far, _, _ = judge("executorch", plain, trunk, tmp_path / "whole")
+    assert near.mean() > 0.995 and 1 - far.mean() > 5 * (1 - near.mean())
+
+
+@pytest.mark.mobile
+@pytest.mark.parametrize("network", [resnet, vit])
+@pytest.mark.parametrize("format_", ["executorch", "litert"])
+def test_sensitive_layers_stay_in_float(format_: str, network: Any, tmp_path: Path) -> None:
+    needs(format_)
+    trunk = network()
+    request = make_request(format_, "fp32", trunk)
+    path = tmp_path / "model.onnx"
+    model = to_onnx.export_onnx(
+        export_model(trunk, request.student), path, student=request.student, batch=None, opset=20
+    )
+    kept = read_facts(model).weighted[1:]
+    plain = Candidate(name="x", quantiser=QUANTISERS[format_], weighted_only=True)
+    near, large, _ = judge(format_, replace(plain, float_nodes=kept), trunk, tmp_path / "kept")
+    far, small, _ = judge(format_, plain, trunk, tmp_path / "int8")
+    weights = 4 * sum(parameter.numel() for parameter in trunk.parameters())
+    assert large > 0.9 * weights and small < 0.5 * weights
+    assert 1 - near.mean() < 0.5 * (1 - far.mean())
+
+
+@pytest.mark.mobile
+@pytest.mark.parametrize("format_", ["executorch", "litert"])
+def test_an_export_tries_the_ladder_in_the_formats_own_runtime(
+    format_: Any, cnn_run: Path, scenes: Path, tmp_path: Path
+) -> None:
+    needs(format_)
+    settings = ExportSettings(
+        run=cnn_run, target=ExportTarget(format=format_, precision="int8"), data=scenes, out=tmp_path / "bundle",
+        calibration_images=32, candidates=2,
+    )  # fmt: skip
+    bundle = export(settings)
+    tried = [rung for rung in bundle.rungs if rung.precision == "int8"]
+    assert len(tried) == 2 and all(f"computed by {format_}" in rung.reason for rung in tried)
+    assert bundle.precision in ("int8", "fp32") and bundle.format == format_
 
 
 @pytest.mark.mobile
