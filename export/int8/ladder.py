@@ -3,7 +3,9 @@
 Static quantisation with several range rules (ViT: SmoothQuant alphas, off included), then full bias correction, then
 the most sensitive layers, by measurement, back to float. Left out, because they never shipped on any model of
 ``benchmarks/results/export-table*.json``: cross-layer equalisation and bias correction on ONNX (Nagel et al. 2019),
-stem, last layers and squeeze-excite in float, and NNCF's quantile ranges.
+stem, last layers and squeeze-excite in float, and NNCF's quantile ranges. ExecuTorch and LiteRT: which operators are
+int8, ranges, clipped weights, and activations that are float between layers; their kernels take a zero point at no
+cost, so none goes without.
 """
 
 from __future__ import annotations
