@@ -40,11 +40,12 @@ def quantize(model: nn.Module, images: Tensor, candidate: Candidate, *, kept: Co
     free = ({0: torch.export.Dim("N")},)
     graph = torch.export.export(model, (torch.zeros((2, *images.shape[1:])),), dynamic_shapes=free).module()
     prepared = prepare_pt2e(graph, _quantizer(candidate, kept))
-    if candidate.activations == "static":
-        _saturate(prepared)
-        with torch.inference_mode():
-            for batch in torch.split(images, _BATCH):
-                prepared(batch)
+    _saturate(prepared)
+    # Without ranges to measure, one batch is enough: it shows the weights to their observers.
+    seen = images if candidate.activations == "static" else images[:_BATCH]
+    with torch.inference_mode():
+        for batch in torch.split(seen, _BATCH):
+            prepared(batch)
     quantised: nn.Module = convert_pt2e(prepared)
     return quantised
 

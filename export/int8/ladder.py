@@ -161,15 +161,18 @@ def _trt_ladder(facts: GraphFacts, machine: Machine) -> list[Candidate]:
 
 
 def _pt2e_ladder() -> list[Candidate]:
-    plain = Candidate(name="static, min-max", quantiser="pt2e")
+    plain = Candidate(name="static, all operators", quantiser="pt2e")
     weighted = dataclasses.replace(plain, name="static, weighted layers only", weighted_only=True)
-    return [
-        plain,
-        dataclasses.replace(plain, name="static, least squared error", ranges="mse"),
-        weighted,
-        # The last before fp32: activations are float between layers.
-        dataclasses.replace(plain, name="dynamic activations", activations="dynamic"),
+    static = [
+        candidate
+        for extremes in (plain, weighted)
+        for candidate in (
+            extremes,
+            dataclasses.replace(extremes, name=f"{extremes.name}, least squared error", ranges="mse"),
+        )
     ]
+    # The last before fp32: activations are float between layers.
+    return [*static, dataclasses.replace(plain, name="dynamic activations", activations="dynamic")]
 
 
 def _ai_edge_ladder(facts: GraphFacts) -> list[Candidate]:
@@ -177,22 +180,22 @@ def _ai_edge_ladder(facts: GraphFacts) -> list[Candidate]:
     # a ViT that is int8 throughout is cut into a hundred parts, and slower than fp32.
     weighted = Candidate(name="static, weighted layers only", quantiser="ai-edge", weighted_only=True)
     dynamic = Candidate(name="dynamic activations", quantiser="ai-edge", activations="dynamic")
-    found = [
-        weighted,
-        dataclasses.replace(weighted, name="static, weighted layers only, clipped weights", clipped_weights=True),
-    ]
+    clipped = dataclasses.replace(weighted, name=f"{weighted.name}, clipped weights", clipped_weights=True)
     if facts.kind == "vit":
-        return [*found, dynamic]
-    plain = dataclasses.replace(weighted, name="static, min-max", weighted_only=False)
-    return [
-        *found,
-        plain,
-        dataclasses.replace(plain, name="static, clipped weights", clipped_weights=True),
-        dataclasses.replace(plain, name="static, mean of extremes", mean_ranges=True),
-        # The last before fp32: float activations between layers, or everywhere.
-        dynamic,
-        dataclasses.replace(dynamic, name="int8 weights, float activations", activations="float"),
+        return [weighted, clipped, dynamic]
+    plain = dataclasses.replace(weighted, name="static, all operators", weighted_only=False)
+    static = [
+        candidate
+        for extremes in (weighted, clipped, plain)
+        for candidate in (
+            extremes,
+            # Better where few images have outliers, as in EfficientNet-B0; worse in MobileNetV3.
+            dataclasses.replace(extremes, name=f"{extremes.name}, mean of extremes", mean_ranges=True),
+        )
     ]
+    # The last before fp32: float activations between layers, or everywhere.
+    weights = dataclasses.replace(dynamic, name="int8 weights, float activations", activations="float")
+    return [*static, dynamic, weights]
 
 
 def _cpu_flags() -> set[str]:

@@ -214,7 +214,7 @@ def test_a_range_ends_where_the_activation_function_clamps(tmp_path: Path, monke
     near, _, _ = judge("executorch", plain, trunk, tmp_path / "clamped")
     monkeypatch.setattr(by_pt2e, "_bounds", lambda node: saturation.EVERYTHING)
     far, _, _ = judge("executorch", plain, trunk, tmp_path / "whole")
-    assert near.mean() > 0.995 and 1 - far.mean() > 5 * (1 - near.mean())
+    assert near.mean() > 0.98 and 1 - far.mean() > 5 * (1 - near.mean())
 
 
 @pytest.mark.mobile
@@ -233,7 +233,7 @@ def test_sensitive_layers_stay_in_float(format_: str, network: Any, tmp_path: Pa
     near, large, _ = judge(format_, replace(plain, float_nodes=kept), trunk, tmp_path / "kept")
     far, small, _ = judge(format_, plain, trunk, tmp_path / "int8")
     weights = 4 * sum(parameter.numel() for parameter in trunk.parameters())
-    assert large > 0.9 * weights and small < 0.5 * weights
+    assert large > 0.8 * weights and small < 0.5 * weights
     assert 1 - near.mean() < 0.5 * (1 - far.mean())
 
 
