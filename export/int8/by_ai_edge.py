@@ -47,12 +47,8 @@ def quantize(
         raise ArtifactError(f"{candidate.name}: ai-edge-quantizer has no {candidate.ranges} ranges: choose minmax")
     engine, algorithms = quantizer.Quantizer(content), algorithm_manager.AlgorithmName
     everything = qtyping.TFLOperationName.ALL_SUPPORTED
-    if not candidate.weighted_only:
-        _configure(engine, everything, candidate)
-    if candidate.weighted_only or candidate.clipped_weights:
-        algorithm = algorithms.OCTAV if candidate.clipped_weights else algorithms.MIN_MAX_UNIFORM_QUANT
-        for name in _WEIGHTED:
-            _configure(engine, qtyping.TFLOperationName(name), candidate, algorithm_key=algorithm)
+    for operation, algorithm in _operations(candidate).items():
+        _configure(engine, qtyping.TFLOperationName(operation), candidate, algorithms(algorithm))
     for scope in kept:
         engine.update_quantization_recipe(scope, everything, algorithm_key=algorithms.NO_QUANTIZE)
     ranges = _ranges(content, measured or {}, candidate) if candidate.activations == "static" else None
@@ -110,7 +106,20 @@ def _type_of(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _configure(engine: Any, operation: Any, candidate: Candidate, **options: Any) -> None:
+def _operations(candidate: Candidate) -> dict[str, str]:
+    """The operators that are quantised, with how their weights' scales are chosen; later ones have precedence."""
+    plain = "min_max_uniform_quantize"
+    algorithm = "OCTAV" if candidate.clipped_weights else plain
+    if candidate.activations == "dynamic":
+        # XNNPACK has no kernel for a depthwise convolution that quantises its own input: LiteRT's is ten times slower.
+        return dict.fromkeys((name for name in _WEIGHTED if name != "DEPTHWISE_CONV_2D"), algorithm)
+    if candidate.weighted_only:
+        return dict.fromkeys(_WEIGHTED, algorithm)
+    return {"*": plain, **(dict.fromkeys(_WEIGHTED, algorithm) if candidate.clipped_weights else {})}
+
+
+def _configure(engine: Any, operation: Any, candidate: Candidate, algorithm: Any) -> None:
+    options = {"algorithm_key": algorithm}
     if candidate.activations == "static":
         engine.add_static_config(".*", operation, activation_num_bits=_BITS, weight_num_bits=_BITS, **options)
     elif candidate.activations == "dynamic":
