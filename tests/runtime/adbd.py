@@ -135,6 +135,8 @@ class _Connection:
                 command, first, second, data = self._receive()
                 self._handle(command, first, second, data)
         self.close()
+        self._file.close()
+        self._peer.close()
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
