@@ -24,9 +24,11 @@ from onnx import TensorProto, helper, numpy_helper
 from robx.records import TensorSpec, load_bundle
 from robx.runtime import device
 from robx.runtime.bench import native_runner, runner_zip
+from robx.runtime.bench.bench import BenchSettings, bench
 from robx.runtime.bench.results import read_result
 from robx.runtime.device import describe
 from robx.runtime.device_build import build
+from robx.runtime.doctor import examine
 from tests.runtime.conftest import seal, weights
 
 pytestmark = pytest.mark.skipif(
@@ -491,3 +493,28 @@ def test_other_arrays_are_refused(sanitized, job, array, what):
     np.save(job.folder / "images.npy", array)
     job.command("native")
     assert what in run_sanitized(sanitized, job.folder)
+
+
+@pytest.fixture
+def phone(start_adbd, tmp_path):
+    """A device without Python."""
+    device, tools = start_adbd(), tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("sh", "cp", "ln", "mkdir", "rm", "sleep", "uname"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    device.path = str(tools)
+    return device
+
+
+def test_a_phone_by_the_real_adb(phone, built, make_bundle, short_profile, tmp_path, monkeypatch):
+    monkeypatch.setenv("ROBX_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(built, native_runner.native_folder("arm64-v8a"))
+    address = f"adb://{phone.serial}"
+    (record,) = bench(BenchSettings(bundles=[make_bundle()], device=address, profile="rapid", processes=1))
+    assert record.values["p50"].value > 0 and record.values["output_cosine_min"].value > 0.9999
+    assert not {reason.split(":")[0] for reason in record.reasons} & {"failed", "incomplete", "output_mismatch"}
+    assert record.settings["runner"] == "native" and record.settings["runtime_library"]["runtime"] == "onnxruntime"
+    assert record.device["python"] is None and record.device["board"] == "Nobody Phone 1 Imagined"
+    facts, findings = examine(address)
+    assert facts["board"] == "Nobody Phone 1 Imagined" and next(f for f in findings if f.name == "onnxruntime").version
+    assert list(phone.folder.iterdir()) == []
