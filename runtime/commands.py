@@ -219,7 +219,11 @@ def _finite(number: float) -> float | None:
 
 @click.group()
 def device() -> None:
-    """Prepare devices that have no Python, such as phones."""
+    """Prepare devices that have no Python, such as phones.
+
+    \b
+    robx device build --abi arm64-v8a --ndk android-ndk-r27c --runtime onnxruntime-android-1.23.0.aar
+    """
 
 
 @device.command()
