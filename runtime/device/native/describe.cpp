@@ -12,6 +12,7 @@
 #include <sstream>
 
 #include "files.hpp"
+#include "power.hpp"
 #include "watch.hpp"
 
 namespace robx {
@@ -118,16 +119,6 @@ Json memory_bytes(const std::string& root) {
   return nullptr;
 }
 
-std::string power_source(const std::string& root) {
-  const std::string folder = root + "/sys/class/power_supply";
-  bool discharging = false;
-  for (const auto& supply : entries(folder)) {
-    if (read_number(folder + "/" + supply + "/online").value_or(0) != 0) return "mains";
-    discharging = discharging || read_text(folder + "/" + supply + "/status") == "Discharging";
-  }
-  return discharging ? "battery" : "unknown";
-}
-
 Json jetson(const std::string& root) {
   const auto release = read_text(root + "/etc/nv_tegra_release");
   if (!release) return nullptr;
@@ -163,6 +154,7 @@ Json describe(const std::string& root) {
   utsname system{};
   ::uname(&system);
   const std::string cpuinfo = read_text(root + "/proc/cpuinfo").value_or("");
+  const Json supply = power(root);
   const auto exists = [&](const char* path) { return ::access((root + path).c_str(), F_OK) == 0; };
   return JsonObject{
       {"host", system.nodename},
@@ -176,7 +168,8 @@ Json describe(const std::string& root) {
       {"accelerator", nullptr},  // the engines of this runner use the CPU
       {"container", exists("/.dockerenv") ? Json("docker") : exists("/run/.containerenv") ? Json("podman") : Json()},
       {"cgroup_cpu_max", or_null(read_text(root + "/sys/fs/cgroup/cpu.max"))},
-      {"power_source", power_source(root)},
+      {"power_source", supply.get("source", "power")},
+      {"battery", supply.get("battery", "power")},
       {"jetson", jetson(root)},
       {"emulated", emulation(root, system.machine, cpuinfo)},
       {"energy_counter", energy(root).get("source", "energy")},

@@ -13,6 +13,7 @@
 
 #include "clock.hpp"
 #include "files.hpp"
+#include "power.hpp"
 
 namespace robx {
 namespace {
@@ -176,12 +177,13 @@ std::optional<double> hottest() {
 }
 
 Json throttle_flags() {
-  const std::string text = ask({"vcgencmd", "get_throttled"}).value_or("");
-  const auto equals = text.find('=');
+  const auto text = ask({"vcgencmd", "get_throttled"});
+  if (!text) return thermal_status();
+  const auto equals = text->find('=');
   if (equals == std::string::npos) return nullptr;
   char* end = nullptr;
-  const unsigned long bits = std::strtoul(text.c_str() + equals + 1, &end, 16);
-  if (end == text.c_str() + equals + 1 || *end != '\0') return nullptr;
+  const unsigned long bits = std::strtoul(text->c_str() + equals + 1, &end, 16);
+  if (end == text->c_str() + equals + 1 || *end != '\0') return nullptr;
   // Bits 0-3: now; 16-19: since boot.
   static constexpr const char* kNames[] = {"under-voltage", "frequency capped", "throttled", "soft temperature limit"};
   JsonArray now, since_boot;

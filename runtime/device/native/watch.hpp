@@ -24,7 +24,7 @@ JsonObject snapshot(const std::string& root);
 // Degrees Celsius of the hottest sensor; none where no sensor can be read.
 std::optional<double> hottest();
 
-// What the firmware of a Raspberry Pi says limits its clock; null on other devices.
+// What limits the clock, according to the firmware of a Raspberry Pi or to Android; null on other devices.
 Json throttle_flags();
 
 // The current flags of `after`, and those of its "since boot" flags that `before` does not have.

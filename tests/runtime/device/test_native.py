@@ -29,7 +29,7 @@ from robx.runtime.bench.results import read_result
 from robx.runtime.device import describe
 from robx.runtime.device_build import build
 from robx.runtime.doctor import examine
-from tests.runtime.conftest import seal, weights
+from tests.runtime.conftest import script, seal, weights
 
 pytestmark = pytest.mark.skipif(
     not shutil.which("cmake") or not shutil.which("c++"), reason="no cmake and C++ compiler (Debian: cmake, g++)"
@@ -343,6 +343,10 @@ ROOTS = {
         "sys/devices/system/cpu/smt/control": "on\n",
         "sys/class/power_supply/BAT0/type": "Battery\n",
         "sys/class/power_supply/BAT0/status": "Discharging\n",
+        "sys/class/power_supply/BAT0/capacity": "71\n",
+        "sys/class/power_supply/BAT0/temp": "305\n",
+        "sys/class/power_supply/AB_mouse/type": "Battery\n",
+        "sys/class/power_supply/AB_mouse/scope": "Device\n",
         "sys/class/power_supply/AC/online": "0\n",
         "sys/class/dmi/id/product_name": "ThinkPad\n",
     },
@@ -372,12 +376,28 @@ def test_it_describes_devices_as_the_python_runner(built, tmp_path, root):
 
 
 def test_getprop_names_the_phone(built, shims, tmp_path):
-    script = '#!/bin/sh\ncase $1 in ro.build.version.release) echo 16;; ro.product.model) echo "Pixel 9";; esac\n'
-    (shims / "getprop").write_text(script)
-    (shims / "getprop").chmod(0o755)
+    script(shims / "getprop", 'case $1 in ro.build.version.release) echo 16;; ro.product.model) echo "Pixel 9";; esac')
     done = subprocess.run([built / "robx_runner", "--describe", tmp_path], capture_output=True, text=True, check=True)
     facts = json.loads(done.stdout)
     assert (facts["os"], facts["board"]) == ("Android 16", "Pixel 9")
+
+
+DUMPSYS = """case $1 in
+battery) printf 'Current Battery Service:\n  AC powered: false\n  USB powered: %s\n  status: %s\n  present: true\n'
+  printf '  level: 43\n  scale: 50\n  temperature: 287\n';;
+thermalservice) printf 'IsStatusOverride: false\nThermal Status: %s\n';;
+esac
+"""
+
+
+@pytest.mark.parametrize(("powered", "status", "heat"), [("true", 2, 0), ("false", 3, 2), ("false", 1, 9)])
+def test_android_tells_the_battery_and_the_heat(job, shims, powered, status, heat):
+    script(shims / "dumpsys", DUMPSYS % (powered, status, heat))
+    native, python = job.run()[1], job.run("python")[1]
+    for key in ("battery", "power_source"):
+        assert native["device"][key] == python["device"][key], key
+    assert native["device"]["battery"]["percent"] == 86 and native["throttled"] == python["throttled"]
+    assert bool(native["throttled"]) is (heat > 0)
 
 
 def test_a_bench_by_it_has_the_library_and_its_licence_in_the_record(
