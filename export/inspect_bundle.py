@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 import onnx
 from onnx import numpy_helper
 
-from robx.errors import ArtifactError
+from robx.errors import ArtifactError, MissingExtra
+from robx.export.formats.operators import needed_operators, read_config
 from robx.export.int8.tensorrt_qdq import trt_advice, trt_faults
 from robx.export.onnx_graph import WEIGHTED, Graph
 from robx.records import Bundle
@@ -76,8 +77,8 @@ def inspect_bundle(folder: Path, bundle: Bundle) -> Inspection:
             return _of_onnx(load_checked(path), bundle, costs)
         case ".xml":
             return _of_openvino(path, costs)
-        case ".ort":
-            return _of_ort(folder, bundle, costs)
+        case ".ort" | ".tflite":
+            return _of_mobile(folder, bundle, costs)
         case other:
             return Inspection(sensitivity=costs, notes=(f"layers of {other} files cannot be listed",))
 
@@ -186,13 +187,22 @@ def _openvino_product(sides: list[tuple[set[str], int]]) -> tuple[str, int]:
     return ("fp16" if "f16" in types else "fp32"), weights
 
 
-def _of_ort(folder: Path, bundle: Bundle, costs: dict[str, float]) -> Inspection:
-    from robx.export.formats.to_ort import read_operators
-
+def _of_mobile(folder: Path, bundle: Bundle, costs: dict[str, float]) -> Inspection:
+    """Of an .ort or .tflite file; without the package that describes the format, from the bundle's operators.config."""
     config = next((f.path for f in bundle.files if f.role == "operators"), None)
-    found = read_operators(folder / config) if config else {}
-    notes = tuple(f"needs {domain.replace(';', ' opset ')}: {', '.join(names)}" for domain, names in found.items())
-    return Inspection(sensitivity=costs, notes=notes)
+    listed = read_config(folder / config) if config else {}
+    notes = tuple(f"needs {domain.replace(';', ' version ')}: {', '.join(names)}" for domain, names in listed.items())
+    try:
+        found = needed_operators(folder / bundle.model.path)
+    except MissingExtra as error:
+        return Inspection(sensitivity=costs, notes=(*notes, f"sizes are not known: {error}"))
+    counts, int8, sizes = Counter[str](), Counter[str](), Counter[str]()
+    for one in found:
+        counts[one.name] += one.count
+        int8[one.name] += one.int8
+        sizes[one.name] += one.bytes
+    operators = tuple(Operators(name=n, count=c, int8=int8[n], bytes=sizes[n]) for n, c in counts.most_common())
+    return Inspection(operators=operators, sensitivity=costs, notes=notes)
 
 
 def _is_int8(graph: Graph, node: onnx.NodeProto) -> bool:

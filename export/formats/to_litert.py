@@ -14,11 +14,13 @@ from torch import nn
 from robx.errors import ArtifactError, MissingExtra, RobxError, first_line
 from robx.export.formats.builder import BuiltFile, BuiltModel, Source
 from robx.export.formats.mobile import calibration_batches, example_input, fix_batch, float_modules, mobile_model
+from robx.export.formats.operators import NAME as OPERATORS
+from robx.export.formats.operators import needed_operators, to_config
 from robx.export.int8 import by_ai_edge
 from robx.export.int8.candidate import Candidate
 from robx.export.quiet import quiet
 from robx.export.request import ExportRequest
-from robx.store.files import read_json, sha256_bytes, write_bytes, write_json
+from robx.store.files import read_json, sha256_bytes, write_bytes, write_json, write_text
 
 
 def build(source: Source, request: ExportRequest, folder: Path) -> BuiltModel:
@@ -50,8 +52,10 @@ def build(source: Source, request: ExportRequest, folder: Path) -> BuiltModel:
             f"LiteRT cannot convert {request.student.timm_name} ({first_line(error)}): choose another format"
         ) from error
     write_bytes(folder / "model.tflite", content)
+    operators = needed_operators(folder / "model.tflite")
+    write_text(folder / OPERATORS, to_config(operators, runtime="LiteRT", model_bytes=len(content)))
     return BuiltModel(
-        files=(BuiltFile(path="model.tflite", role="model"),),
+        files=(BuiltFile(path="model.tflite", role="model"), BuiltFile(path=OPERATORS, role="operators")),
         runtime="litert",
         inputs=fix_batch(request.inputs, request.fixed_batch),
         outputs=fix_batch(request.outputs, request.fixed_batch),

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from robx.errors import ArtifactError, first_line
 from robx.export.formats.builder import BuiltFile, BuiltModel, Source
+from robx.export.formats.operators import NAME as OPERATORS
+from robx.export.formats.operators import needed_operators, to_config
 from robx.export.quiet import quiet
 from robx.export.request import ExportRequest
-from robx.store.files import write_bytes
+from robx.store.files import write_bytes, write_text
 
 
 def build(source: Source, request: ExportRequest, folder: Path) -> BuiltModel:
@@ -40,35 +42,21 @@ def build(source: Source, request: ExportRequest, folder: Path) -> BuiltModel:
             raise ArtifactError(
                 f"ONNX Runtime cannot convert this model to .ort ({first_line(error)}): export --format onnx instead"
             ) from error
-        written = {path.suffix: path for path in Path(scratch).rglob("*") if path.suffix in (".ort", ".config")}
-        if set(written) != {".ort", ".config"}:
-            raise ArtifactError("ONNX Runtime wrote no .ort file and operator list: export --format onnx instead")
-        write_bytes(folder / "model.ort", written[".ort"].read_bytes())
-        write_bytes(folder / "operators.config", _without_paths(written[".config"].read_text()).encode())
+        written = next(Path(scratch).rglob("*.ort"), None)
+        if written is None:
+            raise ArtifactError("ONNX Runtime wrote no .ort file: export --format onnx instead")
+        write_bytes(folder / "model.ort", written.read_bytes())
+    operators = needed_operators(folder / "model.ort")
+    config = to_config(operators, runtime="ONNX Runtime", model_bytes=(folder / "model.ort").stat().st_size)
+    write_text(folder / OPERATORS, config)
     return BuiltModel(
-        files=(BuiltFile(path="model.ort", role="model"), BuiltFile(path="operators.config", role="operators")),
+        files=(BuiltFile(path="model.ort", role="model"), BuiltFile(path=OPERATORS, role="operators")),
         runtime="onnxruntime",
         inputs=request.inputs,
         outputs=request.outputs,
         versions={name: version(name) for name in ("onnx", "onnxruntime", "torch")},
         opset=request.target.opset,
     )
-
-
-def read_operators(path: Path) -> dict[str, list[str]]:
-    """The operators listed in an operator config: "domain;opset" -> names."""
-    found: dict[str, list[str]] = {}
-    for line in path.read_text().splitlines():
-        parts = line.split("#")[0].strip().split(";")
-        if len(parts) == 3:
-            found[f"{parts[0]};{parts[1]}"] = sorted(name for name in parts[2].split(",") if name)
-    return found
-
-
-def _without_paths(text: str) -> str:
-    """The config without its comments, which contain paths of this machine."""
-    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    return "# Operators that a minimal build of ONNX Runtime needs: domain;opset;names\n" + "\n".join(lines) + "\n"
 
 
 @contextlib.contextmanager
