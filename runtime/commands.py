@@ -246,7 +246,7 @@ def build(*, abi: str, runtimes: tuple[Path, ...], ndk: Path | None) -> None:
     robx device build --abi arm64-v8a --ndk android-ndk-r27c --runtime onnxruntime-android-1.23.0.aar
 
     Needs CMake and a C++17 compiler for the ABI. It replaces the runner and libraries built for that ABI before. robx
-    downloads no library and contains none; docs/android.md names the downloads.
+    downloads no library and contains none; docs/native-runner.md names the downloads.
     """
     built = build_runner(abi, runtimes=runtimes, ndk=ndk)
     print_line(f"{native_folder(abi)}: the native runner for {abi}")

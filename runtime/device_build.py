@@ -137,7 +137,7 @@ def _toolchain(abi: str, ndk: Path | None) -> list[str]:
             where = (
                 f"{given} is not the Android NDK" if str(given) != "." else "an Android runner needs the Android NDK"
             )
-            raise InputError(f"{where}: give the folder of an unpacked NDK with --ndk DIR (docs/android.md)")
+            raise InputError(f"{where}: give the folder of an unpacked NDK with --ndk DIR (docs/native-runner.md)")
         android = {"ABI": abi, "PLATFORM": f"android-{_ANDROID_API}", "STL": "c++_static"}
         return [f"-DCMAKE_TOOLCHAIN_FILE={toolchain.resolve()}", *(f"-DANDROID_{k}={v}" for k, v in android.items())]
     if abi == _own_abi():
@@ -182,7 +182,7 @@ def _libraries(abi: str, paths: Sequence[Path]) -> list[Found]:
     if not paths and abi != _own_abi():
         raise InputError(
             f"the runner for {abi} needs the library of a runtime: give a file with one with --runtime "
-            "(.so, .whl or .aar; docs/android.md names the downloads)"
+            "(.so, .whl or .aar; docs/native-runner.md names the downloads)"
         )
     found = [_read_library(path, abi) for path in paths] if paths else list(_installed())
     for one in found:
