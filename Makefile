@@ -81,6 +81,7 @@ test-mobile: $(MOBILE:%=.venv-%/.mobile)
 	@touch $@
 
 # An arm64 device under qemu-user behind an sshd, created once (as root: debootstrap, qemu-user-static; 400 MB).
+# With g++-aarch64-linux-gnu it also builds the native runner and runs it there.
 ARM64 ?= $(CURDIR)/.venv-arm64
 test-arm64: $(VENV)/.dev $(ARM64)/python
 	OMP_NUM_THREADS=1 ROBX_ARM64_ROOT=$(ARM64) $(VENV)/bin/python -m pytest -q tests/runtime/device/test_arm64.py

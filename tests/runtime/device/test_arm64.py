@@ -7,12 +7,18 @@ device (tests/runtime/device/arm64_device.py) and runs this; without ROBX_ARM64_
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from robx.records import load_measurements
+from robx.runtime.bench import runner_zip
+from robx.runtime.bench.native_runner import native_folder
+from robx.runtime.bench.results import read_result
+from robx.runtime.device_build import build
+from tests.runtime.device.test_native import Job
 
 ROOT = os.environ.get("ROBX_ARM64_ROOT")
 pytestmark = [
@@ -49,3 +55,24 @@ def test_a_broken_model_is_detected_on_it(call, ssh_device, make_bundle):
     folder = make_bundle("onnx-int8", precision="int8", kernel=np.zeros((8, 3, 3, 3), np.float32))
     done = call("bench", folder, "--device", ssh_device, "--python", PYTHON, "--profile", "rapid")
     assert done.exit_code == 3 and "output_mismatch" in done.stdout
+
+
+@pytest.mark.skipif(
+    not shutil.which("aarch64-linux-gnu-g++"), reason="no arm64 compiler (Debian: g++-aarch64-linux-gnu)"
+)
+def test_the_native_runner_returns_the_python_runners_bits(make_bundle, images, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    library = next((Path(ROOT) / "site" / "onnxruntime" / "capi").glob("libonnxruntime.so.*"))
+    assert build("linux-arm64", runtimes=[library])["libraries"][0]["version"]
+    (tmp_path / "job").mkdir()
+    job = Job(tmp_path / "job", make_bundle(), images, native_folder("linux-arm64"))
+    emulator = ["qemu-aarch64-static", "-cpu", "cortex-a72", "-L", str(Path(ROOT) / "root")]
+    found = []
+    for command in ([PYTHON, runner_zip.NAME, "job.json"], [*emulator, "./robx_runner", "job.json"]):
+        job.command("native")
+        subprocess.run(command, cwd=job.folder, check=True)
+        found.append(read_result(job.folder / "result.zip", images=len(images)))
+    python, native = found
+    assert native.seen.all() and native.outputs.tobytes() == python.outputs.tobytes()
+    assert native.report["facts"] == python.report["facts"]
+    assert native.report["device"]["emulated"] and not native.report["timed"], "no time of an emulated processor"
