@@ -8,6 +8,7 @@ Both runtimes can be built with the kernels of a model only, which makes an app 
 
 from __future__ import annotations
 
+import importlib
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -93,9 +94,8 @@ _Node = tuple[str, int, str, bool, list[tuple[Any, int]]]
 
 def _ort_nodes(data: bytes) -> Iterator[_Node]:
     """The nodes of an .ort file, those of subgraphs included."""
-    import onnxruntime.tools.ort_format_model  # noqa: F401  its flatbuffers schema becomes importable by this
-    from ort_flatbuffers_py import fbs
-
+    importlib.import_module("onnxruntime.tools.ort_format_model")  # makes the schema importable
+    fbs: Any = importlib.import_module("ort_flatbuffers_py.fbs")
     session = fbs.InferenceSession.InferenceSession
     if not session.InferenceSessionBufferHasIdentifier(data, 0):
         raise ValueError("it is not an .ort file")
