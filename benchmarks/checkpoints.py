@@ -70,7 +70,7 @@ def main() -> None:
             f"a write and {found['steps_without']} outside.",
             "Wait: training stands still while the state is copied. Write: what it would stand still for besides if "
             "it waited for the file (serialising, SHA-256, fsync).",
-            "On a CPU the thread that writes takes time from the cores that train; beside a GPU it does not.",
+            "On a CPU the thread that writes takes time from the cores that train; this table says nothing of a GPU.",
         ],
         settings=vars(given),
     )

@@ -110,7 +110,7 @@ class HostCopy:
             self._host = torch.empty(len(stacked), dtype=stacked.dtype, pin_memory=True)
             self._host.copy_(stacked, non_blocking=True)
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._done.record()
+            self._done.record(torch.cuda.current_stream(stacked.device))
 
     def values(self) -> list[float]:
         """The scalars, once they have arrived."""
