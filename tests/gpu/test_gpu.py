@@ -29,7 +29,10 @@ from robx.distill.students.student import build_student
 from robx.distill.targets.build import build_branch
 from robx.distill.teachers.load import build_teacher_skeleton
 from robx.distill.training.collapse import NotFinite
+from robx.distill.training.compute import decide, facts_of
 from robx.distill.training.networks import prepare_network
+from robx.distill.training.optimizers import build_optimizer
+from robx.distill.training.readings import HostCopy
 from robx.distill.training.run_checkpoint import load_newest
 from robx.images.sources import ImageSource, open_source
 
@@ -152,6 +155,56 @@ def test_half_precision_learns_as_single(
     pairs = zip(tiny.losses(tmp_path / "fp32"), tiny.losses(tmp_path / precision), strict=True)
     for (_, single), (_, half) in pairs:
         assert half == pytest.approx(single, rel=0.05)
+
+
+def test_defaults_are_those_of_the_gpu(gpu: str) -> None:
+    facts = facts_of(gpu)
+    if gpu == "cuda":
+        assert facts.name == torch.cuda.get_device_name()
+        assert facts.bf16 == torch.cuda.is_bf16_supported(including_emulation=False)
+    expected = "fp32" if gpu == "cpu" else "bf16" if facts.bf16 else "fp16"
+    assert decide(facts, {}).precision == expected
+
+
+def test_scalars_reach_the_host_as_they_were_when_their_copy_began(gpu: str) -> None:
+    """Behind work that takes a while, on the device that holds them, and not as they are changed afterwards."""
+    busy = torch.randn(1024, 1024, device=gpu)
+    scalars = [torch.full((), float(i), device=gpu) for i in range(8)]
+    for _ in range(20):
+        busy = busy @ busy / 32
+    scalars[3] += (busy * 0).sum().nan_to_num() + 0.5
+    copy = HostCopy(scalars)
+    scalars[3].fill_(-1)
+    assert copy.values() == [0, 1, 2, 3.5, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("name", ["larc", "sgd", "adamw"])
+@pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
+def test_an_optimizers_step_is_the_cpus(name: str, found_inf: float | None, gpu: str) -> None:
+    """With and without a loss scaler, whose verdict is used on the device."""
+    recipe = override(preset("dino", "vit"), {"optimizer": name, "lr": 0.01, "lr_batch": None})
+    ends = []
+    for place in ("cpu", gpu):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 4, 1))
+        gradients = [[torch.randn(p.shape) for p in net.parameters()] for _ in range(3)]
+        prepare_network(net, torch.device(place))
+        start = [p.detach().clone() for p in net.parameters()]
+        optimizer = build_optimizer(net, recipe)
+        for step in gradients:
+            for p, gradient in zip(net.parameters(), step, strict=True):
+                p.grad = torch.empty_like(p).copy_(gradient)
+            if found_inf is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+                optimizer.grad_scale = None  # type: ignore[attr-defined]
+                optimizer.found_inf = torch.full((), found_inf, device=place)  # type: ignore[attr-defined]
+            elif found_inf:
+                continue  # as GradScaler does
+            optimizer.step()
+        ends.append([p.detach().cpu() for p in net.parameters()])
+        if found_inf:
+            assert all(torch.equal(p, q) for p, q in zip(start, net.parameters(), strict=True))
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
