@@ -24,6 +24,7 @@ from robx.export.gate.front import with_front
 from robx.export.gate.golden import golden_sample
 from robx.export.gate.judge import Judge
 from robx.export.gate.timing import Timer
+from robx.export.heal.heal import HealSettings
 from robx.export.image_splits import (
     JUDGING_IMAGES,
     MIN_IMAGES,
@@ -65,6 +66,7 @@ class ExportSettings:
     candidates: int | None = None  # int8 candidates to try; None: all
     budget: float | None = None  # seconds after which no further candidate is started
     force: bool = False  # ship the best int8 candidate even if it failed the gate
+    heal: HealSettings | None = None  # train weights that tolerate int8, and try them too
     sensitivity: bool = False  # measure each layer's cost in int8 even where no candidate needs it
     calibration_images: int = MIN_IMAGES
     judging_images: int = JUDGING_IMAGES
@@ -77,6 +79,8 @@ class ExportSettings:
                 raise InputError(f"--{name} is about images, and there are none: give --data too")
         if self.target.precision != "fp32" and self.data is None:
             raise InputError(f"an {self.target.precision} export is judged on real images: give --data")
+        if self.heal is not None and self.target.precision != "int8":
+            raise InputError("--heal is for int8: give --int8 too")
         if self.sensitivity and self.data is None:
             raise InputError("--sensitivity is measured on real images: give --data")
 
@@ -115,7 +119,14 @@ def export(
     progress(0, 1, "exporting to ONNX")
     with _cache_folder(settings, say) as cache, scratch_folder(cache, "work") as scratch:
         builder = CandidateBuilder(
-            request, networks, splits=splits, scratch=scratch, cache=Cache(cache, say), progress=progress
+            request,
+            networks,
+            splits=splits,
+            scratch=scratch,
+            cache=Cache(cache, say),
+            heal_settings=settings.heal,
+            progress=progress,
+            say=say,
         )
         with Timer(builder, settings.limits) as timer:
             decision = Decision(
@@ -129,12 +140,12 @@ def export(
             bundle, folder = decide(decision)
         bundle, folder = with_front(builder, bundle, folder)
         if settings.sensitivity:
-            builder.layer_costs()
+            builder.student.layer_costs()
         out = settings.folder(bundle)
         replaced = describe_existing(out)
         progress(0, 1, "recording the golden sample")
         sample = golden_sample(builder, bundle, folder)
-        bundle = ship(bundle, folder, out, sample=sample, layer_costs=builder.measured_costs)
+        bundle = ship(bundle, folder, out, sample=sample, layer_costs=builder.student.measured_costs)
         if replaced:
             say(f"{out}: {bundle.id} replaced {replaced}")
         return bundle

@@ -75,6 +75,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="Maximum number of judging images; more of them can prove a smaller drop.",
 )
+@click.option(
+    "--heal",
+    type=click.FloatRange(0, min_open=True),
+    is_flag=False,
+    flag_value=10.0,
+    metavar="[MINUTES]",
+    help="Train weights that tolerate int8, and try them too. [default: 10 minutes]",
+)
 @click.option("--sensitivity", is_flag=True, help="Measure the cost of each layer in int8, for robx inspect.")
 @click.option("--force", is_flag=True, help="Ship the best int8 candidate even if it failed, marked FORCED.")
 @quiet_option
@@ -94,6 +102,7 @@ def export(
     max_drop: float,
     min_speedup: float,
     rungs: int | None,
+    heal: float | None,
     **settings: Any,
 ) -> None:
     """Export a student to ONNX, OpenVINO, TensorRT or a mobile format.
@@ -102,14 +111,20 @@ def export(
     held-out images in the runtime that will execute it; otherwise the float model ships and the exit status is 3. An
     fp16 model, which is chosen for its size, has to be accurate, and faster only if --min-speedup is above 1.
 
+    --heal fine-tunes the weights, without labels, until int8 gives the embeddings that fp32 gives. Only int8 is made
+    from healed weights, and it is judged against the student as it was. What is trained is kept in RUN: an interrupted
+    healing continues, and another format reuses it.
+
     \b
     robx export runs/r18 --format openvino --int8 --data images/
+    robx export runs/r18 --format executorch --int8 --heal 5 --data images/
     robx export runs/r18 --format trt --int8 --target rtx:sm89 --data images/
     """
     if fp16 and int8:
         raise InputError("--fp16 and --int8 are two different exports: give one of them")
     from robx.export import build
     from robx.export.gate.gate import Limits, gate_error
+    from robx.export.heal.heal import HealSettings
     from robx.export.request import ExportTarget, parse_size
 
     wanted = ExportTarget(
@@ -125,7 +140,8 @@ def export(
         size=parse_size(size) if size is not None else None,
     )
     limits = Limits(max_drop=max_drop, min_speedup=min_speedup)
-    chosen = build.ExportSettings(run=run, target=wanted, limits=limits, candidates=rungs, **settings)
+    healing = HealSettings(minutes=heal) if heal is not None else None
+    chosen = build.ExportSettings(run=run, target=wanted, limits=limits, candidates=rungs, heal=healing, **settings)
     with progress_bar() as progress:
         bundle = build.export(
             chosen,
@@ -225,6 +241,9 @@ def _show_result(bundle: Bundle, folder: Path) -> None:
         print_line(f"  {bundle.reason}")
     for line in bundle.rewrites:
         print_line(f"  {line}")
+    if (healing := bundle.healing) is not None:
+        trained = f"{healing.steps} steps of {healing.batch} images, {healing.minutes:.1f} min"
+        print_line(f"  weights healed: {trained}; int8 error {healing.loss_before:.4f}, now {healing.loss_after:.4f}")
     if bundle.in_model is not None:
         print_line(f"  takes {bundle.in_model.channels} pixels 0..255 (uint8) and normalises them itself")
 

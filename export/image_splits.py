@@ -74,7 +74,8 @@ class Splits:
     bank: Images  # includes the calibration images, first
     screening: Images  # to choose the candidate that is judged; may be few or none
     judging: Images
-    source: str  # fingerprint of the ImageSource of all but `judging`
+    source: str  # fingerprint of `train`
+    train: ImageSource  # that all but `judging` were drawn from
 
     def record(self, screening: Images | None = None) -> Calibration:
         """The record for the manifest; `screening` are the images that a candidate was chosen with, if any was."""
@@ -148,7 +149,7 @@ def read_splits(
     sizes = sizes or SplitSizes()
     read = _Reader(preprocessing, progress, say)
     wanted = max(sizes.calibration, sizes.bank) + sizes.screening
-    order = _order(train)
+    order = shuffled(train)
     if held_out is None:
         spare = min(sizes.judging, max(0, len(order) - sizes.least), len(order) // 2)
         mine = _labelled_first(train, order[: len(order) - spare])
@@ -158,7 +159,7 @@ def read_splits(
     else:
         mine = _labelled_first(train, order)
         own = read(train, mine, wanted, note="reading training images")
-        rest, seen = _order(held_out), set()
+        rest, seen = shuffled(held_out), set()
     require_enough(min(len(own), sizes.calibration), least=sizes.least, where=train.name)
     judging = read(held_out, rest, sizes.judging, exclude=seen, note="reading held-out images")
     if len(judging) < MIN_JUDGING:
@@ -176,6 +177,7 @@ def read_splits(
         judging=judging,
         # Without the labels of a file: they do not change which images were used.
         source=train.fingerprint if (file := labels_file(train)) is None else file.images,
+        train=train,
     )
 
 
@@ -201,7 +203,7 @@ def require_disjoint(fitted: Images, judging: Images, *, where: str) -> None:
         raise InputError(f"{where} shares {shared} images with the calibration data: give other images to judge with")
 
 
-def _order(source: ImageSource) -> np.ndarray:
+def shuffled(source: ImageSource) -> np.ndarray:
     """A fixed shuffle: any prefix of it is a fair sample of the classes."""
     return np.random.default_rng(_SEED).permutation(len(source))
 

@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.metadata
 import io
 import shutil
 import tempfile
+from collections.abc import Callable
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from torch import nn
 
-from robx import __version__
-from robx.errors import InputError
+from robx.errors import ArtifactError, InputError, RobxError
 from robx.export.cache import Cache
+from robx.export.float_network import FloatNetwork
 from robx.export.formats import to_onnx
 from robx.export.formats.builder import Source, build_model, draft_manifest
 from robx.export.formats.half import to_half
-from robx.export.formats.network import PIXELS, ExportModel
-from robx.export.image_splits import Images, Splits, normalise, whole_batches
-from robx.export.int8 import by_nncf, by_onnxruntime, for_tensorrt, ranges, sensitivity
+from robx.export.formats.network import ExportModel
+from robx.export.heal.heal import HealSettings, heal, minutes_needed
+from robx.export.image_splits import Images, Splits, normalise
+from robx.export.int8 import by_nncf, by_onnxruntime, for_tensorrt, ranges
 from robx.export.int8.candidate import Candidate
-from robx.export.int8.graph_facts import GraphFacts, read_facts
 from robx.export.onnx_run import run_model
 from robx.export.parity import parity
 from robx.export.request import ExportRequest
 from robx.formats import FORMATS
 from robx.progress import Progress, silent
-from robx.records import save_bundle, to_json
+from robx.records import Healing, save_bundle
 from robx.store.files import sha256_bytes, write_bytes
-from robx.store.onnx_safety import check_model, load_checked, walk_graphs
+from robx.store.onnx_safety import load_checked
 from robx.trunk import embed
 
 _BATCH = 32
-_RANGE_BATCH = 4  # every activation of these images is in memory at once
-_SENSITIVITY_IMAGES = 64
-_REVISION = 2  # increment when the exported network changes: older cached models are then ignored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +48,6 @@ class Networks:
     trunk: nn.Module  # as timm builds it: the reference, never rewritten
     model: ExportModel  # its copy, rewritten for export, with the head
     head_sha256: str | None = None
-
-
-def _float_key(networks: Networks, request: ExportRequest) -> str:
-    """Twenty-four hex digits that change with every setting that changes the float32 ONNX."""
-    target = request.target
-    key: list[Any] = [_REVISION]
-    key += [request.student.sha256, target.batch, target.opset, target.uint8_input, networks.head_sha256, __version__]
-    key += [version(name) for name in ("torch", "onnxscript", "onnx")]
-    key += [to_json(request.student.preprocessing), request.rewrites]
-    return sha256_bytes(repr(key).encode())[:24]
 
 
 class CandidateBuilder:
@@ -74,15 +61,18 @@ class CandidateBuilder:
         splits: Splits | None,
         scratch: Path,
         cache: Cache,
+        heal_settings: HealSettings | None = None,
         progress: Progress = silent,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.request, self.networks = request, networks
-        self.splits, self.progress = splits, progress
+        self.splits, self.heal_settings = splits, heal_settings
+        self.progress, self.say = progress, say
         self.scratch, self.cache = scratch, cache
-        self.float_key = _float_key(networks, request)
         self.folders: dict[str, Path] = {}  # candidate name -> the folder of its bundle
         self.sources: dict[str, Path] = {}  # candidate name -> the ONNX that its builder started from
-        self.measured_costs: dict[str, float] | None = None  # of `layer_costs`, where they were needed
+        self.healing: Healing | None = None  # once the weights are healed
+        self._not_healed: RobxError | None = None
 
     # Read or computed once -------------------------------------------------------------------------------------------
 
@@ -98,55 +88,75 @@ class CandidateBuilder:
         return self.splits
 
     @cached_property
-    def proto(self) -> onnx.ModelProto:
-        """The float32 ONNX model, from the cache where it is there and sound."""
-        name, request = f"{self.float_key}.onnx", self.request
-        stored = self.cache.read(name)
-        if stored is not None:
-            model: onnx.ModelProto = onnx.load_model_from_string(stored)
-            # robx writes no control flow, which could run for ever: such a file is another's.
-            if sum(1 for _ in walk_graphs(model)) == 1:
-                check_model(model, where=str(self.cache.folder / name))
-                return model
-        path = self.scratch / "float.onnx"
-        model = to_onnx.export_onnx(
-            self.networks.model,
-            path,
-            student=request.student,
-            batch=request.target.batch,
-            opset=request.target.opset,
-        )
-        self.cache.write(name, path.read_bytes())
-        return model
-
-    @cached_property
-    def facts(self) -> GraphFacts:
-        """The kind of the network and its weighted layers."""
-        return read_facts(self.proto)
-
-    @cached_property
     def calibration(self) -> np.ndarray:
         """The calibration images as the model takes them, (N, 3, H, W)."""
         return self.as_input(self.images.calibration.pixels)
 
     @cached_property
-    def histograms(self) -> dict[str, ranges.Histogram]:
-        """Of every activation of the float32 model, over the calibration images."""
-        self.progress(0, 1, "measuring activation ranges")
-        batch = self.request.target.batch or _RANGE_BATCH
-        return ranges.collect(self.proto, whole_batches(self.calibration, batch), input_name=PIXELS)
+    def student(self) -> FloatNetwork:
+        """The float32 student itself: what all candidates are compared with, and what most are made from."""
+        return self._float_network(self.networks.model, self.request.student.sha256)
 
-    def layer_costs(self) -> dict[str, float]:
-        """1 - centred cosine of the embedding with one layer quantised, for each layer, the largest first."""
-        if self.measured_costs is None:
-            self.measured_costs = sensitivity.measure(
-                self.proto,
-                ranges.choose(self.histograms, "minmax"),
-                self.calibration[:_SENSITIVITY_IMAGES],
-                self.facts.weighted,
-                progress=self.progress,
+    @cached_property
+    def healed(self) -> FloatNetwork:
+        """The student with healed weights, for int8 alone; the first use trains them.
+
+        Raises:
+            InputError: the export does not heal, or there are too few images.
+            ArtifactError: the training diverged, or was in vain.
+        """
+        if self.heal_settings is None:
+            raise InputError("this export does not heal its weights: give --heal")
+        student = self.request.student
+        healed = heal(
+            self.networks.model.trunk,
+            student,
+            self.images,
+            self.heal_settings,
+            cache=self.cache,
+            progress=self.progress,
+            say=self.say,
+        )
+        self.healing = record = healed.record
+        if record.loss_after >= record.loss_before:
+            raise ArtifactError(
+                f"healing was in vain: the int8 error was {record.loss_before:.4f} and is {record.loss_after:.4f}"
             )
-        return self.measured_costs
+        model = copy.deepcopy(self.networks.model)
+        model.trunk = healed.trunk
+        return self._float_network(model, healed.sha256)
+
+    def minutes_to_heal(self) -> float:
+        """What healing would cost on this machine, from one measured step."""
+        self.progress(0, 1, "measuring what healing would cost")
+        return minutes_needed(self.networks.model.trunk, self.images, self.request.student.preprocessing)
+
+    def network_of(self, candidate: Candidate) -> FloatNetwork:
+        """The float32 network that a candidate is made from.
+
+        Raises:
+            RobxError: the weights cannot be healed; tried once.
+        """
+        if not candidate.healed:
+            return self.student
+        if self._not_healed is not None:
+            raise self._not_healed
+        try:
+            return self.healed
+        except RobxError as error:
+            self._not_healed = error
+            raise
+
+    def _float_network(self, model: ExportModel, weights: str) -> FloatNetwork:
+        return FloatNetwork(
+            model,
+            self.request,
+            weights=f"{weights} {self.networks.head_sha256}",
+            calibration=lambda: self.calibration,
+            cache=self.cache,
+            scratch=self.scratch,
+            progress=self.progress,
+        )
 
     def embeddings(self, images: Images, note: str) -> np.ndarray:
         """The student's fp32 embeddings (N, D), cached for the next export.
@@ -154,12 +164,12 @@ class CandidateBuilder:
         Computed by the float32 ONNX model, several times as fast as PyTorch and compared with it on the first images.
         """
         student = self.request.student
-        name = f"{sha256_bytes(f'{images.fingerprint} {self.float_key}'.encode())[:24]}.npy"
+        name = f"{sha256_bytes(f'{images.fingerprint} {self.student.key}'.encode())[:24]}.npy"
         if (stored := self.cache.read(name)) is not None:
             found: np.ndarray = np.load(io.BytesIO(stored), allow_pickle=False)
             return found
         self.progress(0, 1, note)
-        features = self.simulate(self.proto, images, literal=False)
+        features = self.simulate(self.student.proto, images, literal=False)
         first = images.normalised(student.preprocessing, slice(16))
         parity(self.reference(first), features[:16], precision="fp32", what="the float32 ONNX model")
         buffer = io.BytesIO()
@@ -192,11 +202,12 @@ class CandidateBuilder:
     def _write(self, candidate: Candidate, folder: Path) -> None:
         target = dataclasses.replace(self.request.target, precision=candidate.precision)
         request = dataclasses.replace(self.request, target=target)
+        network = self.network_of(candidate)
         if candidate.precision == "int8":
             # The head takes little of the time, and the gate does not judge its logits: it stays in float.
-            candidate = dataclasses.replace(candidate, float_nodes=(*candidate.float_nodes, *self.facts.head))
+            candidate = dataclasses.replace(candidate, float_nodes=(*candidate.float_nodes, *network.facts.head))
         source = Source(
-            model=self.networks.model,
+            model=network.model,
             onnx=source_of(folder),
             calibration=self.calibration if request.precision == "int8" else None,
             candidate=candidate,
@@ -214,23 +225,24 @@ class CandidateBuilder:
 
     def onnx_for(self, candidate: Candidate) -> onnx.ModelProto:
         """The ONNX that the candidate's builder starts from: see ``FormatRow.onnx_precision``."""
+        network = self.network_of(candidate)
         if candidate.precision == "fp32" or not FORMATS[self.request.target.format].onnx_precision:
-            return self.proto
-        model = to_half(self.proto) if candidate.precision == "fp16" else self._quantise(candidate)
+            return network.proto
+        model = to_half(network.proto) if candidate.precision == "fp16" else self._quantise(network, candidate)
         to_onnx.finish(model, self.request.student, opset=self.request.target.opset)
         return model
 
-    def _quantise(self, candidate: Candidate) -> onnx.ModelProto:
+    def _quantise(self, network: FloatNetwork, candidate: Candidate) -> onnx.ModelProto:
         is_trt = self.request.target.format == "trt"
         if candidate.quantiser == "nncf":
-            quantised = by_nncf.quantize_onnx(self.proto, self.calibration, candidate)
+            quantised = by_nncf.quantize_onnx(network.proto, self.calibration, candidate)
             quantised = for_tensorrt.from_uint8(quantised) if is_trt else quantised
         else:
             chosen = ranges.choose(
-                self.histograms, candidate.ranges, percentile=candidate.percentile, symmetric=candidate.signed
+                network.histograms, candidate.ranges, percentile=candidate.percentile, symmetric=candidate.signed
             )
             quantize = for_tensorrt.quantize if candidate.quantiser == "tensorrt" else by_onnxruntime.quantize
-            quantised = quantize(self.proto, chosen, candidate)
+            quantised = quantize(network.proto, chosen, candidate)
         # The file fixes all types: layers that are not int8 run in fp16 on a GPU, where float32 would be the slowest.
         return to_half(quantised) if is_trt else quantised
 

@@ -168,6 +168,7 @@ def export(
     budget: float | None = None,
     calibration_images: int = 300,
     judging_images: int = 3000,
+    heal: float | None = None,
     sensitivity: bool = False,
     force: bool = False,
     progress: Reporting = "auto",
@@ -199,6 +200,7 @@ def export(
         budget: seconds after which no further candidate is started.
         calibration_images: number of calibration images; fewer than 300 for demonstrations only.
         judging_images: the largest number of judging images; more of them can prove a smaller drop.
+        heal: minutes of training weights that tolerate int8, without labels; candidates made from them are tried too.
         sensitivity: measure the cost of each layer in int8, for `robx inspect`.
         force: ship the best int8 candidate even if it failed, marked FORCED.
         progress: "auto", a callable of (done, total, note), or None; see `robx.reporting`.
@@ -214,6 +216,7 @@ def export(
     """
     from robx.export.build import ExportSettings, export
     from robx.export.gate.gate import Limits, gate_error
+    from robx.export.heal.heal import HealSettings
     from robx.export.request import ExportTarget
 
     if fp16 and int8:
@@ -242,6 +245,7 @@ def export(
         candidates=candidates,
         budget=budget,
         force=force,
+        heal=HealSettings(minutes=heal) if heal is not None else None,
         sensitivity=sensitivity,
         calibration_images=calibration_images,
         judging_images=judging_images,

@@ -205,6 +205,23 @@ class Calibration:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Healing:
+    """How a student's weights were fine-tuned, without labels, for the int8 candidates called healed."""
+
+    student_sha256: str  # weights of the float student, whose embeddings were the target
+    images: int  # trained on; none of them calibrates, screens or judges
+    fingerprint: str
+    source: str  # fingerprint of the ImageSource that they were drawn from
+    steps: int
+    batch: int  # images per step
+    minutes: float  # of training
+    loss_before: float  # squared error of simulated int8 embeddings over their variance, on calibration images
+    loss_after: float
+    shortened: bool = False  # to stay within the minutes that were allowed, as the machine became slower
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bundle:
     """A folder with the model files of one format and precision and this record, as ``manifest.json``, written last."""
 
@@ -230,6 +247,7 @@ class Bundle:
     robx_version: str = ""
     in_model: Normalisation | None = None  # preprocessing that the model does itself (--uint8-input)
     rewrites: tuple[str, ...] = ()  # of the network before the export, such as re-parameterised blocks
+    healing: Healing | None = None  # of the weights of its healed candidates, shipped or not
     schema: int = SCHEMA
 
     @property

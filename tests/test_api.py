@@ -30,6 +30,7 @@ from robx.errors import CorruptImage, InputError
 from robx.eval.evaluate import EvalSettings
 from robx.export.build import ExportSettings
 from robx.export.gate.gate import Limits
+from robx.export.heal.heal import HealSettings
 from robx.export.request import ExportTarget
 from robx.images.decode import decode, preprocess, read_image_file
 from robx.images.sources import open_source
@@ -167,7 +168,7 @@ EXPORT: dict[str, Any] = {
     "max_drop": 2.0, "min_speedup": 1.5,
     "opset": 19, "batch": 4, "target": "arm64", "uint8_input": True, "size": (96, 64), "candidates": 3, "budget": 60.0,
     "resize_in_graph": True, "input_layout": "NHWC", "input_channels": "BGR",
-    "calibration_images": 30, "judging_images": 100, "sensitivity": True, "force": True,
+    "calibration_images": 30, "judging_images": 100, "heal": 5.0, "sensitivity": True, "force": True,
 }  # fmt: skip
 
 
@@ -187,15 +188,17 @@ def test_export_takes_every_setting_of_the_command(monkeypatch: pytest.MonkeyPat
     api.export("run", format="onnx")
     limits = Limits(max_drop=2.0, min_speedup=1.5)
     front = {"resize_in_graph": True, "input_layout": "NHWC", "input_channels": "BGR"}
-    names = {"max_drop", "min_speedup", "opset", "batch", "target", "uint8_input", "size", *front}
+    names = {"max_drop", "min_speedup", "opset", "batch", "target", "uint8_input", "size", "heal", *front}
     others = _as_settings({name: value for name, value in EXPORT.items() if name not in names})
     shape = {"batch": 4, "uint8_input": True, "size": (96, 64), **front}
     target = ExportTarget(format="onnx", precision="int8", device="arm64", opset=19, **shape)  # type: ignore[arg-type]
-    assert seen[0] == ExportSettings(run=Path("run"), target=target, limits=limits, **others)
+    assert seen[0] == ExportSettings(
+        run=Path("run"), target=target, limits=limits, heal=HealSettings(minutes=5.0), **others
+    )
     assert seen[1].target == ExportTarget(format="onnx", precision="fp16")
     assert seen[2] == ExportSettings(run=Path("run"), target=ExportTarget(format="onnx"))
     assert set(_keywords(api.export)) == set(EXPORT) | {"format", "int8", "fp16"}
-    assert set(others) == {f.name for f in fields(ExportSettings)} - {"run", "target", "limits"}
+    assert set(others) == {f.name for f in fields(ExportSettings)} - {"run", "target", "limits", "heal"}
 
 
 def test_what_the_gate_rejects_is_said_and_the_fallback_returned(

@@ -26,7 +26,7 @@ LAYERS = {
         ("store",),
         ("formats",),
         ("records",),
-        ("stats", "trunk", "linear_head", "embeddings"),
+        ("stats", "trunk", "linear_head", "embeddings", "int8_simulation"),
         ("images",),
         ("golden",),
         ("api", "ship"),
@@ -46,7 +46,8 @@ LAYERS = {
     "export": (
         ("request", "quiet", "parity", "cache", "readme", "bundle_folder", "onnx_graph", "onnx_run", "image_splits"),
         ("int8",),
-        ("formats",),
+        ("formats", "heal"),
+        ("float_network",),
         ("make",),
         ("gate",),
         ("build", "inspect_bundle"),

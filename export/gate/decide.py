@@ -17,8 +17,9 @@ from robx.export.gate.judge import Judge
 from robx.export.gate.search import Outcome, Steps, Trial, attempt, level_of, search
 from robx.export.gate.shipped import check_shipped
 from robx.export.gate.timing import Timer, with_speed
+from robx.export.heal.heal import USUAL_STEPS
 from robx.export.int8.candidate import Candidate
-from robx.export.int8.ladder import ladder, limit, machine_of, sensitive_candidates
+from robx.export.int8.ladder import as_healed, ladder, limit, machine_of, sensitive_candidates
 from robx.records import Bundle, Precision, Value, Verdict, load_bundle
 
 FP32, FP16 = Candidate(name="fp32", precision="fp32"), Candidate(name="fp16", precision="fp16")
@@ -62,15 +63,16 @@ def decide(given: Decision) -> tuple[Bundle, Path]:
             return _accept(given, outcome.winner, trials, note=_how_chosen(outcome))
         if given.force and outcome.best is not None:
             return _force(given, outcome.best, trials)
+    cost = _cost_of_healing(given, trials)
     half = _look_and_judge(given, FP16)
     given.told(half)
     good = half.ships or (given.takes_for_size and half.accuracy == "PASS")
     trials.append(dataclasses.replace(half, kept=good))
     if good:
-        return _accept(given, FP16, trials)
+        return _accept(given, FP16, trials, note=cost)
     if given.asked == "fp16" and given.force and "cosine_mean" in half.values:
         return _force(given, FP16, trials)
-    return _accept(given, FP32, trials)
+    return _accept(given, FP32, trials, note=cost)
 
 
 def _search(given: Decision) -> Outcome:
@@ -79,7 +81,7 @@ def _search(given: Decision) -> Outcome:
     def more(best: Candidate, tried: Sequence[Candidate]) -> list[Candidate]:
         if given.most is not None or best.quantiser in ("converter", "none"):
             return []
-        return sensitive_candidates(best, list(builder.layer_costs()), tried)
+        return sensitive_candidates(best, list(builder.network_of(best).layer_costs()), tried)
 
     steps = Steps(
         look=lambda candidate: _look(given, candidate),
@@ -88,12 +90,29 @@ def _search(given: Decision) -> Outcome:
         more=more,
         told=given.told,
     )
-    return search(_ladder(given), steps, margin=given.judge.limits.max_drop, budget=given.budget)
+    plain, budget = _ladder(given), given.budget
+    if (healing := builder.heal_settings) is None:
+        return search(plain, steps, margin=given.judge.limits.max_drop, budget=budget)
+    # Plain ones first: healing starts with the first healed one, and never where all plain ones are too slow.
+    budget = None if budget is None else budget + 60 * healing.minutes
+    return search([*plain, *map(as_healed, plain)], steps, margin=given.judge.limits.max_drop, budget=budget)
+
+
+def _cost_of_healing(given: Decision, trials: Sequence[Trial]) -> str:
+    """What training weights that tolerate int8 would cost here, where int8 lacks accuracy; empty elsewhere."""
+    builder = given.judge.builder
+    inaccurate = [t for t in trials if "cosine_mean" in t.values and t.accuracy != "PASS" and not t.is_promising]
+    if builder.heal_settings is not None or not inaccurate:
+        return ""
+    minutes = builder.minutes_to_heal()
+    return (
+        f"healing its weights for int8 would take about {max(1, round(minutes))} min here ({USUAL_STEPS} steps): --heal"
+    )
 
 
 def _ladder(given: Decision) -> list[Candidate]:
     target = given.judge.builder.request.target
-    return limit(ladder(target.format, given.judge.builder.facts, machine_of(target.device)), given.most)
+    return limit(ladder(target.format, given.judge.builder.student.facts, machine_of(target.device)), given.most)
 
 
 def _look(given: Decision, candidate: Candidate) -> Trial:
@@ -153,6 +172,7 @@ def _accept(
         parity=parity,
         chosen_on=given.timer.machine if any("speedup_fp32" in trial.values for trial in trials) else {},
         calibration=splits.record(judge.screening if trials else None) if splits is not None else None,
+        healing=judge.builder.healing,
     )
     return bundle, folder
 

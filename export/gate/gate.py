@@ -163,7 +163,8 @@ def gate_error(
         advice = tried[0].reason
     else:
         searches = _better_searches(bundle, len(tried), most, budget)
-        advice = f"{_advice(tried, searches)}, or ship {bundle.requested} anyway with --force"
+        healing = ", train weights that tolerate int8 with --heal" if healing_could_help(bundle, tried) else ""
+        advice = f"{_advice(tried, searches)}{healing}, or ship {bundle.requested} anyway with --force"
     return GateFailed(
         f"no {bundle.requested} candidate passed the gate, and {folder} was written in {bundle.precision}: {advice}"
     )
@@ -183,9 +184,19 @@ def _better_searches(bundle: Bundle, tried: int, most: int | None, budget: float
     return found
 
 
+def healing_could_help(bundle: Bundle, tried: Sequence[Rung]) -> bool:
+    """Whether int8 was refused for its accuracy and was not made from healed weights yet."""
+    return bundle.requested == "int8" and bundle.healing is None and not _accurate(tried)
+
+
+def _accurate(tried: Sequence[Rung]) -> list[Rung]:
+    """Those that passed or, not judged, were not screened out."""
+    return [rung for rung in tried if rung.accuracy == "PASS" or (rung.accuracy != "FAIL" and not rung.was_judged)]
+
+
 def _advice(tried: Sequence[Rung], searches: Sequence[str]) -> str:
     """Why none of the candidates shipped, judged by the one that came closest, and what to do."""
-    accurate = [rung for rung in tried if rung.accuracy == "PASS" or (rung.accuracy != "FAIL" and not rung.was_judged)]
+    accurate = _accurate(tried)
     if any(rung.speed == "INCONCLUSIVE" and "speedup_fp32" in rung.values for rung in accurate):
         return "an accurate one could not be timed precisely enough; run it again on a quiet machine"
     if accurate:

@@ -67,7 +67,7 @@ class Judge:
     def overflowing(self) -> list[str]:
         """The layers whose activations are beyond float16; a CPU that computes fp16 models in float32 hides them."""
         few = self.builder.images.judging.pixels[:_OVERFLOW_IMAGES]
-        return overflowing_layers(self.builder.proto, self.builder.as_input(few))
+        return overflowing_layers(self.builder.student.proto, self.builder.as_input(few))
 
     @cached_property
     def screening(self) -> Images:

@@ -34,6 +34,7 @@ class Candidate:
     activations: Activations = "static"
     weighted_only: bool = False  # mobile formats: int8 in convolutions and linear layers, all else in float
     clipped_weights: bool = False  # ai-edge-quantizer: OCTAV's clipping, not the largest weight, sets a channel's scale
+    healed: bool = False  # from weights that were trained to tolerate int8, instead of the student's own
 
     @property
     def careful(self) -> bool:
@@ -47,7 +48,9 @@ class Candidate:
     @property
     def form(self) -> Candidate:
         """What determines its speed: candidates that differ only in their numbers have one graph and run as fast."""
-        return replace(self, name="", ranges="minmax", percentile=99.99, mean_ranges=False, full_bias=False)
+        return replace(
+            self, name="", ranges="minmax", percentile=99.99, mean_ranges=False, full_bias=False, healed=False
+        )
 
     @property
     def family(self) -> Candidate:

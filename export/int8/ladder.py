@@ -91,6 +91,11 @@ def sensitive_candidates(best: Candidate, ranking: Sequence[str], tried: Sequenc
     return found
 
 
+def as_healed(candidate: Candidate) -> Candidate:
+    """The same candidate, made from the healed weights."""
+    return dataclasses.replace(candidate, name=f"{candidate.name}, healed", healed=True)
+
+
 def limit(candidates: list[Candidate], count: int | None) -> list[Candidate]:
     """The first `count` candidates; None: all.
 

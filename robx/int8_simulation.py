@@ -1,0 +1,121 @@
+"""A network's forward pass with int8 simulated in it, for training weights that tolerate int8.
+
+Every convolution and linear layer computes with weights rounded to int8 per output channel (symmetric) and an input
+rounded to 8 bits per tensor (with a zero point). The rounding's gradient is the straight-through estimator (Jacob et
+al. 2018, arXiv:1712.05877): 1 inside the range and 0 where a value is clipped. Weights that are trained so also suit
+runtimes without zero points (TensorRT, ARM), better than weights trained without: ``benchmarks/results/heal.md``.
+
+The rounding and its gradient are PyTorch's own FakeQuantize. NNCF and torchao also simulate int8, but each is installed
+with some export formats only, and both rewrite the network; here it stays as timm builds it, and training it in place
+leaves a plain network for any exporter.
+
+BatchNorm must be in eval mode, as running statistics are what ships. It is not folded, because with one scale for each
+output channel that makes no difference: folding multiplies a channel's weights and their scale by the same number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization.fake_quantize import FakeQuantize
+from torch.ao.quantization.observer import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
+from torch.func import functional_call
+
+RANGE_MOMENTUM = 0.01  # weight of a batch in the moving average of an activation's extremes
+
+
+class Int8Simulation(nn.Module):
+    """Runs `network` with int8 simulated in its convolutions and linear layers.
+
+    The network itself is not changed: its parameters are the float weights that an optimiser trains, and
+    ``simulation.network`` without the simulation is the result.
+    """
+
+    def __init__(self, network: nn.Module, *, skip: tuple[str, ...] = ()) -> None:
+        """Prepare the simulation; call `set_ranges` before the first forward pass.
+
+        Args:
+            network: in eval mode, apart from what may be trained with the simulation.
+            skip: prefixes of the names of modules that stay in float, such as a projection head.
+        """
+        super().__init__()
+        self.network = network
+        names = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+        self.layers = tuple(name for name in names if not name.startswith(skip)) if skip else tuple(names)
+        self.weight_rounding = nn.ModuleList(_weight_rounding() for _ in self.layers)
+        self.input_rounding = nn.ModuleList(_input_rounding() for _ in self.layers)
+
+    def forward(self, *inputs: Any) -> Any:
+        """The network's answer to `inputs`, with int8 simulated."""
+        weights = {}
+        for name, rounding in zip(self.layers, self.weight_rounding, strict=True):
+            weights[f"{name}.weight"] = rounding(self.network.get_submodule(name).weight)
+        with self._rounded_inputs():
+            return functional_call(self.network, weights, inputs)
+
+    @torch.no_grad()
+    def set_ranges(self, batches: Iterable[Tensor]) -> None:
+        """Set each activation's range to the extremes of the float network, averaged over `batches` (n, 3, H, W)."""
+        roundings = [module for module in self.input_rounding if isinstance(module, FakeQuantize)]
+        for rounding in roundings:
+            rounding.disable_fake_quant()
+        for count, batch in enumerate(batches, start=1):
+            for rounding in roundings:  # the plain mean over the batches
+                rounding.activation_post_process.averaging_constant = 1 / count
+            with self._rounded_inputs():
+                self.network(batch)
+        for rounding in roundings:
+            rounding.activation_post_process.averaging_constant = RANGE_MOMENTUM
+            rounding.enable_fake_quant()
+
+    def hold_ranges(self, hold: bool = True) -> None:
+        """Keep the activation ranges as they are, for an evaluation, or let them follow the activations again."""
+        for rounding in self.input_rounding:
+            if isinstance(rounding, FakeQuantize):
+                rounding.enable_observer(not hold)
+
+    @contextlib.contextmanager
+    def _rounded_inputs(self) -> Iterator[None]:
+        """Round the first input of every layer inside the block."""
+
+        def round_with(rounding: nn.Module) -> Any:
+            return lambda _, inputs: (rounding(inputs[0]), *inputs[1:])
+
+        handles = [
+            self.network.get_submodule(name).register_forward_pre_hook(round_with(rounding))
+            for name, rounding in zip(self.layers, self.input_rounding, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _weight_rounding() -> FakeQuantize:
+    """int8 in [-127, 127] with one scale per output channel, from the weights of this step."""
+    return FakeQuantize(  # type: ignore[no-untyped-call]
+        observer=MovingAveragePerChannelMinMaxObserver,
+        averaging_constant=1.0,
+        quant_min=-127,
+        quant_max=127,
+        dtype=torch.qint8,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+    )
+
+
+def _input_rounding() -> FakeQuantize:
+    """8 bits with one scale and zero point, from a moving average of the extremes."""
+    return FakeQuantize(  # type: ignore[no-untyped-call]
+        observer=MovingAverageMinMaxObserver,
+        averaging_constant=RANGE_MOMENTUM,
+        quant_min=0,
+        quant_max=255,
+        dtype=torch.quint8,
+        qscheme=torch.per_tensor_affine,
+    )
