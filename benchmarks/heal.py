@@ -1,0 +1,98 @@
+"""What healing gives: the int8 that robx exports from a student's own weights and from healed ones, by its own gate.
+
+    OMP_NUM_THREADS=2 python benchmarks/heal.py --minutes 5                  # EfficientNet-Lite0 with its real weights
+    OMP_NUM_THREADS=2 python benchmarks/heal.py --run runs/mnv3 --formats onnx openvino --minutes 10
+
+Both exports are those of ``robx export --int8``: the same candidates, the same calibration images, judged on the same
+held-out images in the same runtime. Only accuracy is shown: it does not depend on what else the machine does.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from common import CLIP_ART, demo_images, publish, say, shown
+from export_table import save_lite0
+
+from robx.export.build import ExportSettings, export
+from robx.export.gate.gate import Limits
+from robx.export.heal.heal import HealSettings
+from robx.export.request import ExportTarget
+from robx.records import Bundle, Rung, load_student, to_json
+
+COLUMNS = {"cosine_mean": "centred cosine", "cosine_p1": "1st percentile", "cosine_min": "smallest"}
+
+
+def main() -> None:
+    """Export twice to each format and publish the table."""
+    given = _arguments()
+    data = given.data or demo_images()
+    run = given.run or save_lite0(given.out / "efficientnet_lite0", given.size)
+    student, rows, records = load_student(run), list[list[str]](), list[dict[str, Any]]()
+    for name in given.formats:
+        for healing in (None, HealSettings(minutes=given.minutes, steps=given.steps)):
+            target = ExportTarget(format=name, precision="int8", device=given.target)
+            settings = ExportSettings(
+                run=run, target=target, data=data, out=given.out / f"{name}-{'healed' if healing else 'plain'}",
+                limits=Limits(max_drop=given.max_drop, min_speedup=0.01), candidates=given.candidates, heal=healing,
+                force=True,
+            )  # fmt: skip
+            bundle = export(settings, say=say, on_candidate=lambda rung: say(f"{rung.name}: {rung.accuracy_said}"))
+            rows.append(_row(name, bundle, healed=healing is not None))
+            records.append({"format": name, "healed": healing is not None, "bundle": to_json(bundle)})
+    headings = ("format", "weights", "shipped candidate", *COLUMNS.values(), "probe drop, points", "healing")
+    publish(
+        given.name,
+        title=f"int8 of {student.timm_name} at {student.preprocessing.crop} px, from its own and from healed weights",
+        headings=headings,
+        rows=rows,
+        data=records,
+        notes=[
+            "Centred cosine with the float student's embeddings of the judging images, of the candidate that ships.",
+            f"{CLIP_ART if given.data is None else data}",
+            "Times are of a busy machine and are not shown.",
+        ],
+        settings={"minutes": given.minutes, "steps": given.steps, "candidates": given.candidates},
+    )
+
+
+def _row(fmt: str, bundle: Bundle, *, healed: bool) -> list[str]:
+    kept: Rung = next(rung for rung in bundle.rungs if rung.kept)
+    healing = bundle.healing
+    trained = ""
+    if healing is not None:
+        trained = (
+            f"{healing.steps} steps of {healing.batch} of {healing.images} images, {healing.minutes:.1f} min; "
+            f"loss {healing.loss_before:.4f} -> {healing.loss_after:.4f}"
+        )
+    figures = [shown(kept.values.get(key), 4) for key in COLUMNS]
+    return [
+        fmt,
+        "own and healed" if healed else "own",
+        kept.name,
+        *figures,
+        shown(kept.values.get("probe_drop")),
+        trained,
+    ]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="a student; default: EfficientNet-Lite0 with its real weights")
+    parser.add_argument("--size", type=int, default=64, help="image size of EfficientNet-Lite0, in pixels")
+    parser.add_argument("--formats", nargs="+", default=["onnx"], help="formats to export to")
+    parser.add_argument("--target", default="local", help="as robx export --target")
+    parser.add_argument("--minutes", type=float, default=5.0, help="as robx export --heal")
+    parser.add_argument("--steps", type=int, help="steps of healing, instead of as many as fit into the minutes")
+    parser.add_argument("--candidates", type=int, help="int8 candidates of each kind of weights; default: all")
+    parser.add_argument("--max-drop", type=float, default=4.0, help="points that the gate allows")
+    parser.add_argument("--data", type=Path, help="labelled images in train/ and test/; default: the demo's")
+    parser.add_argument("--out", type=Path, default=Path("runs/heal"))
+    parser.add_argument("--name", default="heal", help="name of the result files")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
