@@ -241,9 +241,8 @@ def _show_result(bundle: Bundle, folder: Path) -> None:
         print_line(f"  {bundle.reason}")
     for line in bundle.rewrites:
         print_line(f"  {line}")
-    if (healing := bundle.healing) is not None:
-        trained = f"{healing.steps} steps of {healing.batch} images, {healing.minutes:.1f} min"
-        print_line(f"  weights healed: {trained}; int8 error {healing.loss_before:.4f}, now {healing.loss_after:.4f}")
+    if bundle.healing is not None:
+        print_line(f"  {bundle.healing.said}")
     if bundle.in_model is not None:
         print_line(f"  takes {bundle.in_model.channels} pixels 0..255 (uint8) and normalises them itself")
 

@@ -220,6 +220,12 @@ class Healing:
     shortened: bool = False  # to stay within the minutes that were allowed, as the machine became slower
     seed: int = 0
 
+    @property
+    def said(self) -> str:
+        """In words, for a person."""
+        trained = f"{self.steps} steps of {self.batch} images, {self.minutes:.1f} min"
+        return f"weights healed in {trained}: int8 error {self.loss_before:.4f}, now {self.loss_after:.4f}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:

@@ -162,8 +162,9 @@ def candidate_table(packed: Packed, label: str) -> Table:
     bundle = packed.bundle
     keys = [key for key in _CANDIDATE_FIGURES if any(key in rung.values for rung in bundle.rungs)]
     heads = [_CANDIDATE_FIGURES[key][0] for key in keys]
+    healed = f"; {bundle.healing.said}" if bundle.healing is not None else ""
     return Table(
-        caption=f"{label}: requested {bundle.requested}, shipped {bundle.precision}, gate {bundle.verdict}",
+        caption=f"{label}: requested {bundle.requested}, shipped {bundle.precision}, gate {bundle.verdict}{healed}",
         heads=("Candidate", "Accuracy", "Speed", *heads),
         rows=tuple(_candidate(rung, i, packed, keys) for i, rung in enumerate(bundle.rungs)),
         numeric=frozenset(heads),

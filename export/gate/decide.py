@@ -63,7 +63,7 @@ def decide(given: Decision) -> tuple[Bundle, Path]:
             return _accept(given, outcome.winner, trials, note=_how_chosen(outcome))
         if given.force and outcome.best is not None:
             return _force(given, outcome.best, trials)
-    cost = _cost_of_healing(given, trials)
+    cost = _cost_of_healing(given, trials) if given.asked == "int8" else ""
     half = _look_and_judge(given, FP16)
     given.told(half)
     good = half.ships or (given.takes_for_size and half.accuracy == "PASS")
@@ -99,10 +99,13 @@ def _search(given: Decision) -> Outcome:
 
 
 def _cost_of_healing(given: Decision, trials: Sequence[Trial]) -> str:
-    """What training weights that tolerate int8 would cost here, where int8 lacks accuracy; empty elsewhere."""
+    """What healing would cost here, where int8 lacks accuracy; or why weights that should be healed were not."""
     builder = given.judge.builder
+    if builder.heal_settings is not None:
+        why_not = "no int8 candidate is fast enough" if not any(t.is_fast for t in trials) else "the budget was spent"
+        return "" if any(t.candidate.healed for t in trials) else f"the weights were not healed: {why_not}"
     inaccurate = [t for t in trials if "cosine_mean" in t.values and t.accuracy != "PASS" and not t.is_promising]
-    if builder.heal_settings is not None or not inaccurate:
+    if not inaccurate:
         return ""
     minutes = builder.minutes_to_heal()
     return (

@@ -76,6 +76,8 @@ def _export_cost(table: Table, forward: float, test: int) -> StageCost:
     judged = min(int(table.get("judging_images", JUDGING_IMAGES)), test)
     seconds = forward * (judged + SCREENING_IMAGES)
     cost = "under a minute" if precision == "fp32" else f"about {duration(seconds)} for each candidate, and its timing"
+    if heal := table.get("heal"):
+        cost += f", and up to {duration(60 * float(heal))} of healing"
     if budget := table.get("budget"):
         cost += f"; no new candidate after {duration(float(budget))}"
     return StageCost(

@@ -258,6 +258,7 @@ def test_nothing_is_healed_where_int8_is_too_slow_anyway(cnn_run: Path, scene_sh
     limits = Limits(max_drop=60, min_speedup=1000)
     bundle = _export(cnn_run, scene_shards, tmp_path / "b", limits, QUICK)
     assert bundle.healing is None and bundle.precision == "fp32"
+    assert "the weights were not healed: no int8 candidate is fast enough" in bundle.reason
 
 
 def test_int8_that_is_refused_says_what_healing_would_cost(cnn_run: Path, scene_shards: Path, tmp_path: Path) -> None:
