@@ -95,7 +95,8 @@ def _search(given: Decision) -> Outcome:
         return search(plain, steps, margin=given.judge.limits.max_drop, budget=budget)
     # Plain ones first: healing starts with the first healed one, and never where all plain ones are too slow.
     budget = None if budget is None else budget + 60 * healing.minutes
-    return search([*plain, *map(as_healed, plain)], steps, margin=given.judge.limits.max_drop, budget=budget)
+    healed = [as_healed(candidate) for candidate in plain if candidate.activations != "float"]
+    return search([*plain, *healed], steps, margin=given.judge.limits.max_drop, budget=budget)
 
 
 def _cost_of_healing(given: Decision, trials: Sequence[Trial]) -> str:
