@@ -47,6 +47,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
     type=click.Choice(["fp32", "bf16", "fp16"]),
     help="Of forward passes. Default: bf16 on a GPU, else fp32.",
 )
+@click.option("--quantize", type=click.Choice(["int8"]), help="Simulate int8 in the trunk that --init gives.")
 @click.option("--accumulate", type=click.IntRange(1), help="Micro-batches per optimiser step (gradient accumulation).")
 @click.option("--device", metavar="NAME", help="cpu, cuda or cuda:1. Default: a GPU if one is available.")
 @click.option(
@@ -104,6 +105,7 @@ def distill(*, resume: bool, dry_run: bool, gpu_memory: float | None, as_json: b
     Store targets           robx distill ... --store-targets targets/
     and reuse them          robx distill ... --targets targets/ --student efficientnet_b0
     with fewer on disk      robx distill ... --target-epochs 10 --store-targets targets/
+    Tolerate int8           robx distill ... --init runs/earlier --quantize int8 --epochs 10 --lr 1e-4
     Start from weights      robx distill ... --init pretrained (of timm), --init FILE or --init runs/earlier
     Resume                  run the same command again; the result is identical, bit for bit on a CPU
 

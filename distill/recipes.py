@@ -67,6 +67,9 @@ class Recipe:
     freeze_trunk: Annotated[bool, "train only the head, on the trunk given with --init"] = False
 
     drop_path: Annotated[float, "stochastic depth (ViT only)"] = 0.0
+    quantize: Annotated[
+        Literal["int8"] | None, "int8: simulate int8 in the trunk, with --init a trained student; none disables"
+    ] = None
     student_ema: Annotated[float | None, "momentum of a weight average that is saved instead of the student"] = None
 
     crop_size: Annotated[int, "pixels"] = 224
@@ -151,6 +154,9 @@ class Recipe:
             raise InputError("recipe: feature_weight and prototype_weight need a teacher, not --teacher ema: drop them")
         if not self.feature_weight and not self.prototype_weight:
             raise InputError("recipe: prototype_weight = 0 leaves no loss: give feature_weight")
+        if self.quantize and (self.base or self.precision != "fp32"):
+            needs = "a teacher: drop --teacher ema" if self.base else "fp32: give --precision fp32"
+            raise InputError(f"recipe: quantize = {self.quantize} needs {needs}")
         if self.freeze_trunk and not self.base:
             raise InputError(
                 "recipe: freeze_trunk needs a base method (--teacher ema): with a teacher the trunk has to be trained"

@@ -125,9 +125,12 @@ def resolve_recipe(settings: DistillSettings) -> Recipe:
         given |= {"lr_batch": None, "warmup_lr": first * given["lr"], "final_lr": last * given["lr"]}
     given |= _decided_by_device(settings, values | given)
     try:
-        return override(recipe, given, where="options")
+        recipe = override(recipe, given, where="options")
     except InputError as error:
         raise InputError(_naming_options(str(error), settings.overrides)) from error
+    if recipe.quantize is not None and settings.init is None:
+        raise InputError("--quantize starts from a trained student: give --init RUN, a finished run of this student")
+    return recipe
 
 
 def _naming_options(message: str, overrides: Mapping[str, Any]) -> str:
@@ -140,7 +143,7 @@ def _naming_options(message: str, overrides: Mapping[str, Any]) -> str:
 # Recipe keys that are options of ``robx distill``.
 _RECIPE_OPTIONS = (
     {"epochs", "batch_size", "lr", "crop_size", "local_crop_size", "local_crops", "prototypes", "seed", "precision"}
-    | {"accumulate", "target_epochs", "teacher_mean", "teacher_std"}
+    | {"quantize", "accumulate", "target_epochs", "teacher_mean", "teacher_std"}
 )  # fmt: skip
 
 

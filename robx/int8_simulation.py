@@ -16,7 +16,7 @@ output channel that makes no difference: folding multiplies a channel's weights 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -48,14 +48,13 @@ class Int8Simulation(nn.Module):
         self.layers = tuple(name for name in names if not name.startswith(skip)) if skip else tuple(names)
         self.weight_rounding = nn.ModuleList(_weight_rounding() for _ in self.layers)
         self.input_rounding = nn.ModuleList(_input_rounding() for _ in self.layers)
+        with torch.no_grad():  # the buffers of the weights' scales take their sizes
+            self._rounded_weights()
 
     def forward(self, *inputs: Any) -> Any:
         """The network's answer to `inputs`, with int8 simulated."""
-        weights = {}
-        for name, rounding in zip(self.layers, self.weight_rounding, strict=True):
-            weights[f"{name}.weight"] = rounding(self.network.get_submodule(name).weight)
         with self._rounded_inputs():
-            return functional_call(self.network, weights, inputs)
+            return functional_call(self.network, self._rounded_weights(), inputs)
 
     @torch.no_grad()
     def set_ranges(self, batches: Iterable[Tensor]) -> None:
@@ -72,11 +71,27 @@ class Int8Simulation(nn.Module):
             rounding.activation_post_process.averaging_constant = RANGE_MOMENTUM
             rounding.enable_fake_quant()
 
+    def ranges(self) -> dict[str, Tensor]:
+        """The state besides the network's own: the activation ranges, for a checkpoint."""
+        return {key: value for key, value in self.state_dict().items() if not key.startswith("network.")}
+
+    def load_ranges(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `ranges` gave."""
+        own = {key: value for key, value in self.state_dict().items() if key.startswith("network.")}
+        self.load_state_dict({**own, **state})
+
     def hold_ranges(self, hold: bool = True) -> None:
         """Keep the activation ranges as they are, for an evaluation, or let them follow the activations again."""
         for rounding in self.input_rounding:
             if isinstance(rounding, FakeQuantize):
                 rounding.enable_observer(not hold)
+
+    def _rounded_weights(self) -> dict[str, Tensor]:
+        """The rounded weights by the names of the parameters that they replace."""
+        return {
+            f"{name}.weight": rounding(self.network.get_submodule(name).weight)
+            for name, rounding in zip(self.layers, self.weight_rounding, strict=True)
+        }
 
     @contextlib.contextmanager
     def _rounded_inputs(self) -> Iterator[None]:

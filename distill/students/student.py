@@ -39,6 +39,7 @@ class StudentNet(nn.Module):
         mask_token: bool = False,
         patch_drop: float = 0.0,
         frozen: bool = False,
+        fixed_statistics: bool = False,
         note: str = "",
         projection: nn.Module | None = None,
     ) -> None:
@@ -51,6 +52,7 @@ class StudentNet(nn.Module):
             mask_token: masked patches of the global crops are replaced by a learnable token and scored (RoB-iBOT).
             patch_drop: share of a global crop's patches that is dropped in training (RoB-MSN).
             frozen: the trunk is not trained and stays in eval mode, so BatchNorm keeps its running statistics.
+            fixed_statistics: the trunk is trained, but in eval mode, so BatchNorm keeps its running statistics.
             note: one sentence for the user.
             projection: features (N, D) -> (N, width of the teacher), for the feature term.
         """
@@ -64,14 +66,16 @@ class StudentNet(nn.Module):
         self.num_prototypes = num_prototypes
         # Name, shape and initial value of iBOT's `masked_embed`.
         self.masked_embed = nn.Parameter(torch.zeros(1, embedding_width(trunk))) if mask_token else None
-        self.frozen = frozen
+        self.frozen, self.fixed_statistics = frozen, fixed_statistics
         if frozen:
-            trunk.requires_grad_(False).eval()
+            trunk.requires_grad_(False)
+        if frozen or fixed_statistics:
+            trunk.eval()
 
     def train(self, mode: bool = True) -> StudentNet:
-        """Set the mode; a frozen trunk stays in eval mode."""
+        """Set the mode; a trunk that is frozen, or has fixed statistics, stays in eval mode."""
         super().train(mode)
-        if self.frozen:
+        if self.frozen or self.fixed_statistics:
             self.trunk.eval()
         return self
 
@@ -185,6 +189,7 @@ def build_student(name: str, recipe: Recipe, teacher: TeacherSpec | None) -> Stu
         mask_token=patches,
         patch_drop=drop,
         frozen=recipe.freeze_trunk,
+        fixed_statistics=recipe.quantize is not None,
         note=note,
         projection=projection,
     )

@@ -19,6 +19,7 @@ from robx.distill.targets.branches import EmaBranch, OwnBranch
 from robx.distill.training.optimizers import build_optimizer, load_optimizer, set_rates
 from robx.distill.training.processes import Processes
 from robx.distill.training.schedules import learning_rate, weight_decay
+from robx.int8_simulation import Int8Simulation
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -55,7 +56,11 @@ class Learner:
         self.optimizer = build_optimizer(net, recipe)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
         self.average = None if recipe.student_ema is None else copy.deepcopy(net.trunk).requires_grad_(False)
-        self._parallel = processes.parallel(net)
+        # Int8 is simulated around the network, whose weights stay plain: they are what is saved and averaged.
+        self.simulation = (
+            None if recipe.quantize is None else Int8Simulation(net, skip=("head", "projection")).to(self.device)
+        )
+        self._parallel = processes.parallel(self.trained)
         if isinstance(branch, EmaBranch):
             processes.synchronised(branch.network)
         self._forward: Any = torch.compile(self._parallel) if compile else self._parallel
@@ -65,6 +70,11 @@ class Learner:
     def trunk(self) -> nn.Module:
         """The trunk that is evaluated and saved: the raw one, or its average if the recipe asks for one."""
         return self.net.trunk if self.average is None else self.average
+
+    @property
+    def trained(self) -> nn.Module:
+        """What computes the scores and has all buffers that a step changes: the network, or its simulation in int8."""
+        return self.net if self.simulation is None else self.simulation
 
     @property
     def network(self) -> StudentNet:
@@ -141,6 +151,7 @@ class Learner:
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "branch": None if self.branch is None else self.branch.state_dict(),
+            "ranges": None if self.simulation is None else self.simulation.ranges(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -152,6 +163,8 @@ class Learner:
             self.average.load_state_dict(state["average"])
         if self.branch is not None:
             self.branch.load_state_dict(state["branch"])
+        if self.simulation is not None:
+            self.simulation.load_ranges(state["ranges"])
 
 
 @torch.no_grad()

@@ -71,6 +71,8 @@ def build_networks(
         if init and name in init:
             init[name].load_into(net.trunk)
         prepare_network(net, processes.device)
+        if recipe.quantize is not None:
+            _require_plain(name, net, compile=compile)
         own = None
         if recipe.base or (teacher is not None and shared is None):
             branch = build_branch(
@@ -111,6 +113,18 @@ def prepare_network(net: nn.Module, device: torch.device) -> None:
     net.to(device)
     if sum(isinstance(module, nn.Conv2d) for module in net.modules()) > 1:
         net.to(memory_format=torch.channels_last)
+
+
+def _require_plain(name: str, net: StudentNet, *, compile: bool) -> None:
+    """Refuse to simulate int8 in what is not what will be exported."""
+    if compile:
+        raise InputError("--quantize int8 cannot be compiled: drop --compile")
+    fused = ("fuse", "reparameterize", "switch_to_deploy")  # what timm.utils.reparameterize_model looks for
+    if any(hasattr(module, method) for module in net.trunk.modules() for method in fused):
+        raise InputError(
+            f"{name} has branches that become one convolution in an export, so --quantize int8 would simulate another "
+            "network: use robx export --int8 --heal instead"
+        )
 
 
 def _mask_grid(nets: Sequence[StudentNet], recipe: Recipe) -> tuple[int, int] | None:

@@ -100,10 +100,10 @@ def measure_bound(
 
 
 def _learn_and_restore(learner: Learner, views: Views, targets: Targets | None) -> None:
-    buffers = {name: buffer.clone() for name, buffer in learner.net.named_buffers()}
+    buffers = {name: buffer.clone() for name, buffer in learner.trained.named_buffers()}
     learner.learn(views, targets, draw=0, observe=False)
     learner.optimizer.zero_grad(set_to_none=True)
-    for name, buffer in learner.net.named_buffers():
+    for name, buffer in learner.trained.named_buffers():
         buffer.copy_(buffers[name])
 
 
