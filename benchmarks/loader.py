@@ -2,12 +2,13 @@
 
     OMP_NUM_THREADS=1 python benchmarks/loader.py
 
-All sides read the same 500 x 375 JPEG files from memory and are timed in turn, in CPU time of one core:
+All sides read the same JPEG files from memory and are timed in turn, in CPU time of one core:
 
     pillow       ``augment = "pillow"``: decode, cut, resize, colours and blur
     cut          decode, cut and resize with Pillow; colours and blur would be the device's (split a)
     device       ``augment = "device"``: decode and draw; everything else is the device's (split b)
     torchvision  decode_jpeg and the same multi-crop as torchvision.transforms.v2 on tensors
+    scaled       of images twice as large as the crops need: pillow and device with ``decode = "scaled"``
 
 The aims are .34 of pillow's time for `cut` and .12 for `device`. Bytes are what a worker sends to the device.
 """
@@ -15,6 +16,7 @@ The aims are .34 of pillow's time for `cut` and .12 for `device`. Bytes are what
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import time
 from collections.abc import Callable
@@ -27,14 +29,12 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
-from robx.distill.batches.crops import apply_plan, multi_crop, plan_image
+from robx.distill.batches.crops import apply_plan, multi_crop, needed_side, plan_image
 from robx.distill.recipes import Method, Recipe, preset
+from robx.images.decode import decode
 from robx.images.scenes import make_scene, render
 from robx.records import to_json
 from robx.runtime.bench.latency import paired_ratio
-
-IMAGES = 32
-WIDTH, HEIGHT = 500, 375  # ImageNet's most common size
 
 
 def main() -> None:
@@ -42,9 +42,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=["dino", "msn", "swav"])
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--size", type=int, nargs=2, default=(500, 375), help="width, height: ImageNet's most common")
+    parser.add_argument("--name", default="loader", help="of the result")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    files = photos()
+    width, height = given.size
+    files = photos(given.images, width, height)
     found = [measure(method, files, given.rounds) for method in given.methods]
     rows = [
         [
@@ -58,27 +62,27 @@ def main() -> None:
         for side in one["ms"]
     ]
     publish(
-        "loader",
+        given.name,
         title="CPU time of a loader worker per image",
         headings=["crops", "side", "CPU ms an image", "of pillow's time [95 %]", "kB sent"],
         rows=rows,
         data=to_json(found),
         notes=[
-            f"{IMAGES} JPEG files of {WIDTH} x {HEIGHT} pixels and {np.mean([len(f) for f in files]) / 1e3:.0f} kB on "
-            f"average, rendered scenes with noise, in memory; RoB's recipes; {given.rounds} rounds, interleaved.",
+            f"{given.images} JPEG files of {width} x {height} pixels and {np.mean([len(f) for f in files]) / 1e3:.0f} "
+            f"kB on average, rendered scenes with noise, in memory; RoB's recipes; {given.rounds} rounds, interleaved.",
             "The device's share of `cut` and `device` is not timed: this table says nothing of a GPU.",
         ],
         settings=vars(given),
     )
 
 
-def photos() -> list[bytes]:
+def photos(count: int, width: int, height: int) -> list[bytes]:
     """JPEG files about as large as ImageNet's: scenes, with noise that compresses as badly as a photograph."""
     noise = np.random.default_rng(0)
     files = []
-    for index in range(IMAGES):
-        scene = np.asarray(render(make_scene(0, index), size=WIDTH).crop((0, 0, WIDTH, HEIGHT)), dtype=np.int16)
-        coarse = noise.normal(0, 22, (HEIGHT // 2 + 1, WIDTH // 2, 3)).repeat(2, 0)[:HEIGHT].repeat(2, 1)
+    for index in range(count):
+        scene = np.asarray(render(make_scene(0, index), size=width).crop((0, 0, width, height)), dtype=np.int16)
+        coarse = noise.normal(0, 22, (height // 2 + 1, width // 2, 3)).repeat(2, 0)[:height].repeat(2, 1)
         buffer = io.BytesIO()
         Image.fromarray((scene + coarse).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=92)
         files.append(buffer.getvalue())
@@ -94,6 +98,13 @@ def measure(method: Method, files: list[bytes], rounds: int) -> dict[str, Any]:
         "device": lambda data, at: plan_image(decoded(data), recipe, epoch=0, index=at),
         "torchvision": torchvision_crops(recipe),
     }
+    scaled = dataclasses.replace(recipe, decode="scaled")
+    side_needed, first = needed_side(recipe), decoded(files[0])
+    if min(first.size) >= 2 * side_needed:
+        sides |= {
+            "pillow, scaled": lambda data, at: multi_crop(decoded(data, side_needed), scaled, epoch=0, index=at),
+            "device, scaled": lambda data, at: plan_image(decoded(data, side_needed), scaled, epoch=0, index=at),
+        }
     blocks: dict[str, list[np.ndarray]] = {side: [] for side in sides}
     for number in range(rounds):
         for side, work in sides.items():
@@ -108,13 +119,13 @@ def measure(method: Method, files: list[bytes], rounds: int) -> dict[str, Any]:
         "local_crops": recipe.local_crops,
         "ms": {side: float(np.median(np.concatenate(found))) / 1e6 for side, found in blocks.items()},
         "ratio": {side: paired_ratio(found, blocks["pillow"]) for side, found in blocks.items() if side != "pillow"},
-        "bytes": {"pillow": crops, "cut": crops, "device": 3 * WIDTH * HEIGHT},
+        "bytes": {"pillow": crops, "cut": crops, "device": plan_image(first, recipe, epoch=0, index=0).pixels.nbytes},
     }
 
 
-def decoded(data: bytes) -> Image.Image:
+def decoded(data: bytes, at_least: int | None = None) -> Image.Image:
     """An RGB image, as robx's sources return it."""
-    return Image.open(io.BytesIO(data)).convert("RGB")
+    return decode(data, name="a file in memory", at_least=at_least)
 
 
 def cut(image: Image.Image, recipe: Recipe, index: int) -> list[np.ndarray]:
