@@ -53,7 +53,14 @@ LAYERS = {
         ("build", "inspect_bundle"),
         ("commands",),
     ),
-    "runtime": (("device",), ("engines",), ("session",), ("bench",), ("check", "infer", "doctor"), ("commands",)),
+    "runtime": (
+        ("device",),
+        ("engines",),
+        ("session",),
+        ("bench",),
+        ("check", "device_build", "infer", "doctor"),
+        ("commands",),
+    ),
     "eval": (
         ("neighbours",),
         ("ranks",),
