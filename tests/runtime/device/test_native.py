@@ -535,6 +535,7 @@ def test_a_phone_by_the_real_adb(phone, built, make_bundle, short_profile, tmp_p
     assert not {reason.split(":")[0] for reason in record.reasons} & {"failed", "incomplete", "output_mismatch"}
     assert record.settings["runner"] == "native" and record.settings["runtime_library"]["runtime"] == "onnxruntime"
     assert record.device["python"] is None and record.device["board"] == "Nobody Phone 1 Imagined"
+    assert record.device["battery"] == {"percent": 83, "charging": True, "celsius": 31.4}
     facts, findings = examine(address)
     assert facts["board"] == "Nobody Phone 1 Imagined" and next(f for f in findings if f.name == "onnxruntime").version
     assert list(phone.folder.iterdir()) == []
