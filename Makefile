@@ -72,7 +72,8 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/pip
 MOBILE = executorch litert coreml ncnn
 test-mobile: $(MOBILE:%=.venv-%/.mobile)
 	for f in $(MOBILE); do \
-	  OMP_NUM_THREADS=1 .venv-$$f/bin/python -m pytest -m mobile -q tests/export/formats/test_mobile.py || exit 1; done
+	  OMP_NUM_THREADS=1 .venv-$$f/bin/python -m pytest -m mobile -q \
+	    tests/export/formats/test_mobile.py tests/runtime/device/test_native_litert.py || exit 1; done
 
 .venv-%/.mobile: pyproject.toml
 	$(PYTHON) -m venv .venv-$*

@@ -73,11 +73,11 @@ class Job:
         np.save(folder / "images.npy", images)
         manifest = json.loads((folder / "bundle" / "manifest.json").read_text())
         self.content = {
-            "engine": "on_onnxruntime",
+            "engine": f"on_{manifest['runtime']}",
             "folder": "bundle",
             "manifest": manifest,
             "settings": {"threads": 1, "provider": None, "precision_hint": "f32", "batch": 1},
-            "files": {"bundle/model.onnx": manifest["files"][0]["sha256"]},
+            "files": {f"bundle/{file['path']}": file["sha256"] for file in manifest["files"]},
             "affinity": None,
             "batch": 1,
             "latency": True,
@@ -97,7 +97,7 @@ class Job:
     def run(self, kind="native", **changes):
         """The exit status and result.json."""
         done = subprocess.run(self.command(kind, **changes), cwd=self.folder, capture_output=True, text=True)
-        assert not done.stderr, done.stderr
+        assert not [line for line in done.stderr.splitlines() if not line.startswith("INFO: ")], done.stderr
         with zipfile.ZipFile(self.folder / "result.zip") as archive:
             assert archive.testzip() is None
             return done.returncode, json.loads(archive.read("result.json"))
