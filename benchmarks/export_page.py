@@ -62,7 +62,7 @@ def write_down(rows: list[Row], missing: list[str], learnt: list[str], given: ar
             *dict.fromkeys(f"{r['student']}, {ENGINES[r['engine']]}: {r['note']}." for r in rows if r["note"]),
             *_warm_note(given.warm),
             *([CLIP_ART] if given.data is None else []),
-            *_held_out_note(given.hold_out),
+            *_held_out_note(given),
             "Where robx ships fp32, its row is the fp32 file again: the distance of its ratio from 1 is this run's "
             "noise, whatever the interval says.",
         ],
@@ -118,12 +118,14 @@ def _warm_note(names: list[str]) -> list[str]:
     ]
 
 
-def _held_out_note(count: int) -> list[str]:
-    if not count:
+def _held_out_note(given: argparse.Namespace) -> list[str]:
+    counts = {"labelled": given.hold_out, "unlabelled": given.hold_out_unlabelled}
+    said = " and ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
+    if not said:
         return []
     return [
-        f"{count:,} of the labelled training images were moved to the test set, and no student was distilled from "
-        "them: a larger test set can show smaller drops."
+        f"{said} training images were moved to the test set, and no student was distilled from them: a larger test set "
+        "can show smaller drops. Unlabelled images count for the cosines only."
     ]
 
 

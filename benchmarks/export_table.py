@@ -46,6 +46,7 @@ from robx.eval.fidelity.fidelity import Bank, fidelity, make_bank
 from robx.eval.protocols.knn import weighted_knn
 from robx.export.build import ExportSettings, export
 from robx.export.gate.gate import Limits
+from robx.export.heal.heal import HealSettings
 from robx.export.image_splits import MIN_IMAGES, Splits, SplitSizes, open_data, read_splits
 from robx.export.request import ExportTarget
 from robx.images.sources import open_source
@@ -360,6 +361,7 @@ class Work:
             limits=Limits(max_drop=self.given.max_drop),
             budget=self.given.budget,
             calibration_images=self.given.calibration_images,
+            heal=HealSettings(minutes=self.given.heal) if variant == HEALED else None,
         )
         return export(settings, on_candidate=lambda r: say(f"  {r.name}: {r.accuracy} / {r.speed}: {r.reason[:90]}"))
 
