@@ -2,8 +2,11 @@
 
 Every convolution and linear layer computes with weights rounded to int8 per output channel (symmetric) and an input
 rounded to 8 bits per tensor (with a zero point). The rounding's gradient is the straight-through estimator (Jacob et
-al. 2018, arXiv:1712.05877): 1 inside the range and 0 where a value is clipped. Weights that are trained so also suit
-runtimes without zero points (TensorRT, ARM), better than weights trained without: ``benchmarks/results/heal.md``.
+al. 2018, arXiv:1712.05877): 1 inside the range and 0 where a value is clipped.
+
+Weights that are trained so also suit runtimes without zero points (TensorRT, ARM): 60 steps on EfficientNet-Lite0 at 64
+px raised the centred cosine of plain min-max int8 from .977 to .993 with zero points and from .976 to .990 without
+them. Training without zero points gave less in both: .991 and .989.
 
 The rounding and its gradient are PyTorch's own FakeQuantize. NNCF and torchao also simulate int8, but each is installed
 with some export formats only, and both rewrite the network; here it stays as timm builds it, and training it in place

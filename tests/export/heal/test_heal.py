@@ -11,9 +11,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from click.testing import CliRunner
 
+from robx.cli import main
 from robx.embeddings import centred_cosine
 from robx.errors import ArtifactError, InputError
+from robx.eval.report.collect import Packed
+from robx.eval.report.tables import candidate_table
 from robx.export.build import ExportSettings, export
 from robx.export.cache import Cache
 from robx.export.formats import to_onnx
@@ -245,6 +249,9 @@ def test_an_export_tries_plain_and_healed_weights_and_records_both(
         bundle.calibration.fingerprint, bundle.calibration.judged_fingerprint, bundle.calibration.screened_fingerprint
     )  # fmt: skip
     assert load_bundle(tmp_path / "b").healing == bundle.healing
+    assert bundle.healing.said.startswith("weights healed in 10 steps of 16 images, ")
+    caption = candidate_table(Packed(folder="b", bundle=bundle), "student").caption
+    assert caption.endswith(f"; {bundle.healing.said}")
 
 
 def test_a_healing_that_is_in_vain_ships_nothing(cnn_run: Path, scene_shards: Path, tmp_path: Path) -> None:
@@ -269,6 +276,13 @@ def test_int8_that_is_refused_says_what_healing_would_cost(cnn_run: Path, scene_
     healed = _export(cnn_run, scene_shards, tmp_path / "b", limits, QUICK)
     assert "would take" not in healed.reason and "--heal" not in str(gate_error(healed, tmp_path / "b"))
     assert healed.precision == "fp32" and healed.verdict == "PASS"  # the fallback is the original's
+
+
+@pytest.mark.parametrize("minutes", [[], ["5"]])
+def test_the_command_says_that_healing_is_for_int8(cnn_run: Path, scene_shards: Path, minutes: list[str]) -> None:
+    command = ["export", str(cnn_run), "--format", "onnx", "--data", str(scene_shards), "--heal", *minutes]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2 and "--heal is for int8: give --int8 too" in result.stderr
 
 
 def test_healing_is_for_int8_alone(cnn_run: Path, scene_shards: Path) -> None:
