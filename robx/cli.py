@@ -112,17 +112,19 @@ class LazyGroup(click.Group):
         except RobxError as error:
             click.echo(f"robx: {one_line(str(error))}", err=True)
             ctx.exit(error.exit_status)
-        except (MemoryError, RuntimeError, ImportError) as error:
-            if not is_exhausted(error):
-                raise
-            remedy = "free memory, raise the limit (ulimit -v, ulimit -u), or use a smaller batch and fewer threads"
-            click.echo(f"robx: not enough memory or threads ({one_line(first_line(error))}): {remedy}", err=True)
-            ctx.exit(RobxError.exit_status)
+        except (click.exceptions.Exit, click.Abort, KeyboardInterrupt, SystemExit):
+            raise
         except OSError as error:
             if error.errno not in _REMEDIES:
                 raise
             where = f"{os.fsdecode(error.filename)[:200]}: " if isinstance(error.filename, str | bytes) else ""
             click.echo(f"robx: {one_line(f'{where}{error.strerror}: {_REMEDIES[error.errno]}')}", err=True)
+            ctx.exit(RobxError.exit_status)
+        except BaseException as error:  # a library in Rust that runs out of memory panics, which is no Exception
+            if not is_exhausted(error):
+                raise
+            remedy = "free memory, raise the limit (ulimit -v, ulimit -u), or use a smaller batch and fewer threads"
+            click.echo(f"robx: not enough memory or threads ({one_line(first_line(error))}): {remedy}", err=True)
             ctx.exit(RobxError.exit_status)
 
 

