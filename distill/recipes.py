@@ -284,4 +284,7 @@ def _shown(value: Any) -> str:
     return short.repr(value)
 
 
-_OPTIONAL = ("teacher_mean", "teacher_std", "teacher_temperature_start", "student_ema", "lr_batch", "clip_grad")
+_OPTIONAL = (
+    *("teacher_mean", "teacher_std", "teacher_temperature_start", "student_ema", "lr_batch", "clip_grad"),
+    "quantize",
+)

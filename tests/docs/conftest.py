@@ -27,7 +27,7 @@ SMALL = {"epochs": 1, "batch_size": 16, "crop_size": 32, "local_crops": 0, "prot
 STAND_INS = dict.fromkeys(("resnet18", "mobilenetv3_large_100", "mobilenetv3_small_100"), "test_resnet")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not longer: other tests of the same process need the real networks
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[set[str]]:
     """A working directory with images/train, images/test and photos/, which all pages share, and the smaller settings.
 

