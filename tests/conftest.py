@@ -48,13 +48,25 @@ SLOW = (
     "test_packaging.py",
 )
 
+# More of what other tests check already: make test leaves them out, make test-slow runs them.
+SOAK = (
+    *(f"test_named_students.py::test_a_listed_student_works_end_to_end[{name}]" for name in ("resnet34", "resnet50")),
+    *("test_named_students.py::test_a_listed_student_works_end_to_end[vit_small_patch16_224]",),
+    "distill/test_train.py::test_a_compiled_run_is_the_plain_one",
+    "runtime/device/test_native.py::test_the_sanitizers_find_nothing_in_a_run",
+)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of SLOW."""
+    """Mark the tests of SLOW and SOAK, and begin with the former, so that no process ends long after the others."""
     for item in items:
         name = item.nodeid.removeprefix("tests/")
         if name.startswith(SLOW):
             item.add_marker(pytest.mark.slow)
+        if name.startswith(SOAK):
+            item.add_marker(pytest.mark.soak)
+    items.sort(key=lambda item: "faults/test_kill" not in item.nodeid)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)
