@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV   ?= .venv
 PIP_FLAGS ?=
-PYTEST_FLAGS ?= -n 2 --dist loadfile --max-worker-restart 0 -q
+PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -q
 
 export ORT_DISABLE_TELEMETRY = 1
 
