@@ -1,5 +1,5 @@
 # make demo        the whole pipeline on real images: data, distil, export, evaluate, measure, report
-# make test        the tests
+# make test        the tests, without the soak
 # make test-unit   the quick ones among them, in under three minutes
 # make test-slow   the slow ones, and hundreds of kills instead of thirty
 # All create .venv and install what they need; no other step is required first.

@@ -50,11 +50,13 @@ SLOW = (
 
 # More of what other tests check already: make test leaves them out, make test-slow runs them.
 SOAK = (
-    *(f"test_named_students.py::test_a_listed_student_works_end_to_end[{name}]" for name in ("resnet34", "resnet50")),
-    *("test_named_students.py::test_a_listed_student_works_end_to_end[vit_small_patch16_224]",),
-    *("test_named_students.py::test_a_listed_student_works_end_to_end[mobilenetv2_100]",),
-    *("test_named_students.py::test_a_listed_student_works_end_to_end[mobilenetv3_large_100]",),
-    *("test_named_students.py::test_a_listed_student_works_end_to_end[efficientnet_b0]",),
+    *(
+        f"test_named_students.py::test_a_listed_student_works_end_to_end[{name}]"
+        for name in (
+            *("resnet34", "resnet50", "mobilenetv2_100", "mobilenetv3_large_100", "efficientnet_b0"),
+            "vit_small_patch16_224",
+        )
+    ),
     "distill/training/test_processes.py::test_a_run_of_one_process_goes_on_in_two",
     "distill/training/test_processes.py::test_killed_then_asked_to_end_then_resumed_it_is_the_unbroken_run",
     "eval/test_evaluate.py::test_two_processes_write_what_one_does_and_so_does_their_cache",
