@@ -45,7 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         (place / "photos").mkdir()
-        for number, data in enumerate(photos()):
+        for number, data in enumerate(photos(64, 500, 375)):
             (place / "photos" / f"{number:03d}.jpg").write_bytes(data)
         source = first_images(FolderSource(place / "photos"), given.batch * given.steps)
         found = measure(recipe_of(given), source, place / "run", given)
