@@ -4,7 +4,7 @@
 
 Run `robx device build` first. It prints, native divided by Python: the p50 of each (median over the processes, and the
 fastest process of each, which a busy machine disturbs least), the CPU time per query, and the time from the start of
-the process to the first answer.
+the process to the first answer, and writes results/native-runner.md.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from common import publish
 
 from robx.records import load_bundle, to_json
 from robx.runtime.bench import native_runner, runner_zip
@@ -89,11 +91,25 @@ def main() -> None:
     p50 = {kind: [float(np.median(r.samples)) / 1e6 for r, _ in runs] for kind, runs in found.items()}
     cpu = {kind: [1e3 * r.report["cpu_seconds"] / len(r.samples) for r, _ in runs] for kind, runs in found.items()}
     first = {kind: [1e3 * answered for _, answered in runs] for kind, runs in found.items()}
-    print(f"{options.bundle}: outputs {'equal bit for bit' if same else 'DIFFER'}, {options.processes} processes each")
+    rows, data = list[list[str]](), list[dict[str, Any]]()
     for title, values in (("p50", p50), ("CPU time per query", cpu), ("start to first answer", first)):
         for how, pick in (("median", np.median), ("fastest", min)):
-            native, python = pick(values["native"]), pick(values["python"])
-            print(f"{title}, {how}: native {native:.3f} ms, Python {python:.3f} ms, ratio {native / python:.3f}")
+            native, python = float(pick(values["native"])), float(pick(values["python"]))
+            rows.append([title, how, f"{native:.2f}", f"{python:.2f}", f"{native / python:.3f}"])
+            data.append({"what": title, "of_processes": how, "native_ms": native, "python_ms": python})
+    bundle = load_bundle(options.bundle)
+    publish(
+        "native-runner",
+        title=f"Native runner and Python runner: {bundle.student.timm_name}, {bundle.format} {bundle.precision}",
+        headings=["measured", "of the processes", "native, ms", "Python, ms", "ratio"],
+        rows=rows,
+        data=data,
+        notes=[
+            f"Processes in turns, {options.processes} of each, one thread, the same library. Outputs "
+            + ("are equal bit for bit." if same else "DIFFER."),
+        ],
+        settings={"processes": options.processes, "seconds": options.seconds, "outputs_equal": same},
+    )
 
 
 if __name__ == "__main__":
