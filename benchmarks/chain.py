@@ -37,12 +37,12 @@ from robx.distill.teachers.load import load_teacher
 from robx.distill.teachers.teacher import Teacher
 from robx.distill.train import train
 from robx.distill.training.run import Options, RunSpec
-from robx.distill.training.run_folder import student_preprocessing
 from robx.errors import Interrupted
 from robx.eval.datasets.features import extract
 from robx.eval.datasets.splits import Split, open_split
 from robx.eval.protocols.knn import knn_accuracy
 from robx.eval.protocols.linear import linear_cached
+from robx.image_size import usual_preprocessing
 from robx.images.decode import IMAGENET_STD
 from robx.images.sources import ImageSource, open_source
 from robx.records import Value, to_json
@@ -132,7 +132,7 @@ def one_seed(
 ) -> Iterator[tuple[str, Scores]]:
     """Yield the scores of the teacher, random weights, the base method alone and RoB."""
     chain, folder = CHAINS[name], given.out / name
-    preprocessing = student_preprocessing(given.size)
+    preprocessing = usual_preprocessing(given.size)
 
     @cache
     def teacher() -> Teacher:

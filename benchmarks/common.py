@@ -23,7 +23,7 @@ from robx.demo.demo_data import prepare_demo_data
 from robx.distill.recipes import Recipe
 from robx.distill.train import train
 from robx.distill.training.run import Options, RunSpec
-from robx.distill.training.run_folder import student_preprocessing
+from robx.image_size import usual_preprocessing
 from robx.images.sources import ImageSource
 from robx.records import Student, TeacherInfo, Value
 from robx.runtime.device.describe import describe
@@ -114,7 +114,7 @@ def save_student(
     record = Student(
         timm_name=timm_name,
         width=embedding_width(trunk),
-        preprocessing=dataclasses.replace(student_preprocessing(size), **pixels),
+        preprocessing=dataclasses.replace(usual_preprocessing(size), **pixels),
         sha256="",
         teacher=teacher,
         data=None,

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from common import CLIP_ART, demo_images, first_images, publish, save_student, say, shown
 
-from robx.distill.training.run_folder import student_preprocessing
 from robx.eval.datasets.features import extract
 from robx.eval.neighbours import nearest
+from robx.image_size import usual_preprocessing
 from robx.images.decode import preprocess
 from robx.images.sources import ImageSource, open_source
 from robx.records import Value, to_json
@@ -71,7 +71,7 @@ def main() -> None:
 
 def extraction(name: str, source: ImageSource, given: argparse.Namespace) -> Row:
     """Seconds of `extract` and of the same session on tensors in memory."""
-    preprocessing = student_preprocessing(given.size)
+    preprocessing = usual_preprocessing(given.size)
     pixels = np.stack([preprocess(source.read(i), preprocessing) for i in range(len(source))])
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)

@@ -133,7 +133,7 @@ def cut(image: Image.Image, recipe: Recipe, index: int) -> list[np.ndarray]:
     plans = plan_image(image, recipe, epoch=0, index=index).plans
     plans["flip"], plans["order"], plans["gray"], plans["sigma"], plans["solarize"] = False, -1, False, 0, False
     return [
-        apply_plan(image, plan, recipe.crop_size if view < 2 else recipe.local_crop_size)
+        apply_plan(image, plan, recipe.crop_shape if view < 2 else recipe.local_crop_shape)
         for view, plan in enumerate(plans)
     ]
 

@@ -44,9 +44,9 @@ from other_tools import (
     start_to_first_answer,
 )
 
-from robx.distill.training.run_folder import student_preprocessing
 from robx.export.build import ExportSettings, export
 from robx.export.request import ExportTarget
+from robx.image_size import usual_preprocessing
 from robx.records import Value, load_bundle, to_json
 from robx.runtime.bench.inputs import load_inputs
 from robx.runtime.bench.latency import paired_ratio
@@ -75,7 +75,7 @@ def random_trunk(network: str, size: int) -> Any:
     """A trunk with BatchNorm statistics of rendered scenes, so that no activation becomes a denormal."""
     torch.manual_seed(0)
     trunk = build_trunk(network).train()
-    images = torch.from_numpy(load_inputs(student_preprocessing(size), None).images)
+    images = torch.from_numpy(load_inputs(usual_preprocessing(size), None).images)
     with torch.no_grad():
         for start in range(0, len(images), 16):
             trunk(images[start : start + 16])

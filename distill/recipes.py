@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from robx.distill.presets import BASE, CNN, ROB
 from robx.errors import ArtifactError, InputError
+from robx.image_size import Shape, parse_size, plain_size
 from robx.records import from_json, to_json
 
 Method = str  # one of METHODS
@@ -72,8 +73,8 @@ class Recipe:
     ] = None
     student_ema: Annotated[float | None, "momentum of a weight average that is saved instead of the student"] = None
 
-    crop_size: Annotated[int, "pixels"] = 224
-    local_crop_size: Annotated[int, "pixels"] = 96
+    crop_size: Annotated[int | str, 'pixels: a number, or height x width as "160x96"'] = 224
+    local_crop_size: Annotated[int | str, "likewise; it does not follow crop_size"] = 96
     global_crops: Annotated[int, "per image, 1 or 2"] = 2
     local_crops: Annotated[int, "per image"] = 8
     global_scale: Annotated[Pair, "fraction of the image's area"] = (0.4, 1.0)
@@ -124,7 +125,8 @@ class Recipe:
             raise InputError(f"recipe: unknown objective {self.objective!r}: choose one of {', '.join(METHODS)}")
         for name, low, high in _RANGES:
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
+            numbers = parse_size(value, name=f"recipe: {name}") if name in _SIZES else (value,)
+            if value is not None and not all(low <= number <= high for number in numbers):
                 raise InputError(f"recipe: {name} must be between {low} and {high}, got {name} = {_shown(value)}")
         for name in ("global_scale", "local_scale"):
             first, last = getattr(self, name)
@@ -163,6 +165,16 @@ class Recipe:
             )
 
     @property
+    def crop_shape(self) -> Shape:
+        """Height and width of a global crop, in pixels."""
+        return parse_size(self.crop_size)
+
+    @property
+    def local_crop_shape(self) -> Shape:
+        """Height and width of a local crop, in pixels."""
+        return parse_size(self.local_crop_size)
+
+    @property
     def target_crops(self) -> int:
         """Global crops that the teacher sees."""
         return min(self.teacher_crops, self.global_crops)
@@ -187,6 +199,7 @@ class Recipe:
         return self.batch_size / self.lr_batch if self.lr_batch else 1.0
 
 
+_SIZES = ("crop_size", "local_crop_size")
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("teacher_temperature", 1e-3, 100),
     ("teacher_temperature_start", 1e-3, 100),
@@ -259,6 +272,7 @@ def override(recipe: Recipe, values: Mapping[str, Any], *, where: str = "recipe"
     if unknown := sorted(set(values) - set(known)):
         raise InputError(f"{where}: unknown key {_shown(unknown[0])}; known are {', '.join(known)}")
     given = {name: None if _is_off(name, value) else value for name, value in values.items()}
+    given |= {name: plain_size(parse_size(given[name], name=f"{where}.{name}")) for name in _SIZES if name in given}
     try:
         return recipe_from_json(to_json(recipe) | dict(to_json(given)), where=where)
     except RecursionError:

@@ -100,7 +100,7 @@ def distill(settings: DistillSettings, *, progress: Progress | None = None, say:
                 objective=recipe.objective,
                 mean=recipe.teacher_mean,
                 std=recipe.teacher_std,
-                image_size=recipe.crop_size,
+                image_size=recipe.crop_shape,
                 seed=recipe.seed,
                 team=processes,
                 device=processes.device,
@@ -137,7 +137,7 @@ def estimate(
             mean=recipe.teacher_mean,
             std=recipe.teacher_std,
             prototypes=recipe.prototypes,
-            image_size=recipe.crop_size,
+            image_size=recipe.crop_shape,
         )
     if say and (warning := mixed_kinds(settings.students, recipe)):
         say(warning)
@@ -286,7 +286,7 @@ def _steps(
 def _gradients(
     run: Run, step: int, feed: Iterator[Batch | None], *, logs: bool, observe: bool, give_up: Callable[..., NoReturn]
 ) -> tuple[StepTensors, Tensor]:
-    """Forward and backward of one step: its values, and the first global crops (B, 3, G, G) of its last micro-batch.
+    """Forward and backward of one step: its values, and the first global crops (B, 3, Gh, Gw) of its last micro-batch.
 
     `observe` computes the losses' statistics; `give_up` is called if a signal asked for the end while no batch arrived.
     """

@@ -35,7 +35,8 @@ from robx.export.image_splits import (
     read_splits,
 )
 from robx.export.make import CandidateBuilder, Networks
-from robx.export.request import ExportRequest, ExportTarget, at_size
+from robx.export.request import ExportRequest, ExportTarget
+from robx.image_size import at_size
 from robx.linear_head import load_head
 from robx.progress import Progress, silent
 from robx.records import Bundle, Preprocessing, Rung, load_bundle, load_student

@@ -125,7 +125,8 @@ def export(
     from robx.export import build
     from robx.export.gate.gate import Limits, gate_error
     from robx.export.heal.heal import HealSettings
-    from robx.export.request import ExportTarget, parse_size
+    from robx.export.request import ExportTarget
+    from robx.image_size import parse_size
 
     wanted = ExportTarget(
         format=fmt,  # type: ignore[arg-type]

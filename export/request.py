@@ -157,24 +157,3 @@ class ExportRequest:
     def fixed_batch(self) -> int:
         """The batch size for formats without dynamic shapes."""
         return self.target.batch or 1
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Height and width from "224" or "160x96" (height x width), in pixels.
-
-    Raises:
-        InputError: `text` is neither.
-    """
-    sides = text.lower().split("x")
-    if not 1 <= len(sides) <= 2 or not all(side.isascii() and side.isdigit() for side in sides):
-        raise InputError(f"--size must be a number of pixels or HEIGHTxWIDTH, got {text!r}: give 224, or 160x96")
-    return int(sides[0]), int(sides[-1])
-
-
-def at_size(preprocessing: Preprocessing, size: tuple[int, int] | None) -> Preprocessing:
-    """`preprocessing` with a crop of `size` (height, width) and the same relative margin around it; None: unchanged."""
-    if size is None:
-        return preprocessing
-    height, width = size
-    resized = max(height, round(height * preprocessing.size / preprocessing.crop))
-    return dataclasses.replace(preprocessing, size=resized, crop=height, crop_width=None if width == height else width)

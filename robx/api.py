@@ -103,9 +103,9 @@ def distill(
         store_targets: a folder to write the teacher's targets to, for later runs.
         cache: downloads and fitted prototypes; None is $ROBX_CACHE or ~/.cache/robx.
         progress: "auto", a callable of (done, total, note), or None; see `robx.reporting`.
-        **settings: any key of `robx.distill.recipes.Recipe` (epochs=10, batch_size=256, lr=1e-3, crop_size=160, seed=1,
-            ...; "none" switches an optional one off), which overrides the recipe file, and any field of
-            `robx.distill.training.run.Options`, which does not change the result (device="cuda", workers=8,
+        **settings: any key of `robx.distill.recipes.Recipe` (epochs=10, batch_size=256, lr=1e-3, crop_size=160 or
+            (height, width), ...; "none" switches an optional one off), which overrides the recipe file, and any field
+            of `robx.distill.training.run.Options`, which does not change the result (device="cuda", workers=8,
             probe_every=5, fresh=True, ...). `robx recipe` lists the keys.
 
     Returns:
@@ -163,7 +163,7 @@ def export(
     resize_in_graph: bool = False,
     input_layout: Literal["NCHW", "NHWC"] = "NCHW",
     input_channels: Literal["RGB", "BGR"] = "RGB",
-    size: int | tuple[int, int] | None = None,
+    size: int | str | tuple[int, int] | None = None,
     candidates: int | None = None,
     budget: float | None = None,
     calibration_images: int = 300,
@@ -195,7 +195,7 @@ def export(
         resize_in_graph: with `uint8_input`, take images of any size; the resize and crop become part of the model.
         input_layout: with `uint8_input`, the axes of the input: "NCHW", or "NHWC" as cameras give it.
         input_channels: with `uint8_input`, the order of the channels: "RGB", or "BGR" as OpenCV gives it.
-        size: input size in pixels, or (height, width); None is the size that the student was trained with.
+        size: input size in pixels, 224 or (height, width); None is the size that the student was trained with.
         candidates: the largest number of int8 candidates to try.
         budget: seconds after which no further candidate is started.
         calibration_images: number of calibration images; fewer than 300 for demonstrations only.
@@ -218,6 +218,7 @@ def export(
     from robx.export.gate.gate import Limits, gate_error
     from robx.export.heal.heal import HealSettings
     from robx.export.request import ExportTarget
+    from robx.image_size import parse_size
 
     if fp16 and int8:
         raise InputError("fp16 and int8 are two different exports: give one of them")
@@ -233,7 +234,7 @@ def export(
             resize_in_graph=resize_in_graph,
             input_layout=input_layout,
             input_channels=input_channels,
-            size=(size, size) if isinstance(size, int) else size,
+            size=None if size is None else parse_size(size, name="size"),
         ),
         data=_path(data),
         test=_path(test),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from robx.errors import ArtifactError, InputError, did_you_mean, first_line, is_exhausted
+from robx.image_size import ImageSize, Shape, height_and_width, plain_size
 from robx.records import Student, load_student, save_student
 from robx.store.files import sha256_file, write_bytes
 
 
 def build_trunk(
-    timm_name: str, *, image_size: int | None = None, drop_path: float = 0.0, pretrained: Path | None = None
+    timm_name: str, *, image_size: ImageSize | None = None, drop_path: float = 0.0, pretrained: Path | None = None
 ) -> nn.Module:
     """A timm model without its classifier, randomly initialised; its output is the embedding, (N, D).
 
@@ -30,7 +31,8 @@ def build_trunk(
 
     Args:
         timm_name: with or without a tag.
-        image_size: pixels; a network of one fixed size (Swin, LeViT, MaxViT, CoaT) is built for it. None: timm's own.
+        image_size: side of a square or (height, width), in pixels; a network of one fixed size (Swin, LeViT, MaxViT,
+            CoaT) is built for it. None: timm's own.
         drop_path: rate of stochastic depth.
         pretrained: the folder for downloads, to load timm's weights; timm's own errors pass if there are none.
 
@@ -51,26 +53,53 @@ def build_trunk(
     trunk = _create(timm_name, **options)
     if image_size is not None and size_error(trunk, image_size):
         with contextlib.suppress(Exception):  # timm and its models refuse img_size in many ways
-            resized = _create(timm_name, **options, img_size=image_size)
+            # Squares as one number, which is all that some models take.
+            height, width = height_and_width(image_size)
+            resized = _create(timm_name, **options, img_size=height if height == width else (height, width))
             if not size_error(resized, image_size):
                 return resized
     return trunk
 
 
-def sizes_near(timm_name: str, size: int) -> list[int]:
-    """Image sizes, in pixels, that a timm model can be built for: the nearest below and above `size`, if any."""
-    steps = {step * round(size / step) + step * offset for step in (32, 28, 16) for offset in (-2, -1, 0, 1, 2)}
-    below = sorted((step for step in steps if 32 <= step < size), reverse=True)
-    above = sorted(step for step in steps if step > size)
-    return [found for side in (below, above) if (found := _first_size(timm_name, side))]
+def sizes_near(timm_name: str, size: ImageSize) -> list[int | str]:
+    """Image sizes that a timm model can be built for; see `nearest_sizes`."""
+
+    def takes(shape: Shape) -> bool:
+        with torch.device("meta"), contextlib.suppress(AssertionError, RuntimeError, ValueError):
+            return not size_error(build_trunk(timm_name, image_size=shape), shape)
+        return False
+
+    return nearest_sizes(size, takes)
 
 
-def _first_size(timm_name: str, sizes: list[int]) -> int:
-    for size in sizes:
-        with torch.device("meta"):
-            if not size_error(build_trunk(timm_name, image_size=size), size):
-                return size
-    return 0
+def nearest_sizes(size: ImageSize, takes: Callable[[Shape], bool]) -> list[int | str]:
+    """Sizes that a network `takes`: the nearest below and above `size`, if any, as a message has them.
+
+    A network that takes no size of about this aspect ratio may take squares: then the nearest of those.
+    """
+    shape = height_and_width(size)
+    found = [one for one in (_first(_sizes_beside(shape, sign), takes) for sign in (-1, 1)) if one]
+    if not found and shape[0] != shape[1]:
+        return nearest_sizes(max(shape), takes) or nearest_sizes(224, takes)
+    return [plain_size(one) for one in found]
+
+
+def _first(sizes: list[Shape], takes: Callable[[Shape], bool]) -> Shape | None:
+    return next((size for size in sizes if takes(size)), None)
+
+
+def _sizes_beside(shape: Shape, sign: int) -> list[Shape]:
+    """Sizes below (sign -1) or above (1) a shape, both sides whole multiples of a step; the nearest first."""
+    height, width = shape
+    least = 32 if height == width else 16
+    found = {
+        (step * (-(-height // step) + more), step * (-(-width // step) + more))
+        if sign > 0
+        else (step * (height // step - more), step * (width // step - more))
+        for step in (32, 28, 16)
+        for more in range(3)
+    }
+    return sorted((one for one in found - {shape} if min(one) >= least), key=lambda one: sign * one[0] * one[1])
 
 
 def _create(timm_name: str, **options: Any) -> nn.Module:
@@ -118,7 +147,7 @@ def load_trunk(folder: Path) -> tuple[Student, nn.Module]:
         ArtifactError: the folder is damaged or altered, or its weights or its width do not fit the network.
     """
     student = load_student(folder)
-    size = student.preprocessing.crop
+    size = student.preprocessing.shape
     with torch.device("meta"):  # a record may name a network of any size: it takes no memory until the weights fit
         empty = build_trunk(student.timm_name, image_size=size)
     try:
@@ -148,11 +177,11 @@ def embed(trunk: nn.Module, pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def size_error(trunk: nn.Module, size: int) -> str:
-    """The trunk's error message for square images of `size` pixels; empty if it can process them."""
+def size_error(trunk: nn.Module, size: ImageSize) -> str:
+    """The trunk's error message for images of `size` pixels; empty if it can process them."""
     training = trunk.training
     device = next(trunk.parameters()).device
-    pixels = torch.zeros(1, 3, size, size, device=device)
+    pixels = torch.zeros(1, 3, *height_and_width(size), device=device)
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)  # FakeTensorMode logs the traceback of what fails
     try:

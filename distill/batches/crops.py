@@ -7,7 +7,7 @@ counter-based generator at position (seed, epoch, index).
 All crops come from one decoded image. Each is cropped and resized in one pass before its colours change; pixels stay
 uint8 until they are on the device.
 
-G global crop size   S local crop size   M global and L local crops   B batch
+Gh, Gw height and width of a global crop, Sh, Sw of a local one   M global and L local crops   B batch
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from robx.distill.recipes import Recipe
+from robx.image_size import Shape
 from robx.images.crop_box import DRAWS as BOX_DRAWS
 from robx.images.crop_box import crop_box
 from robx.images.decode import IMAGENET_MEAN, IMAGENET_STD
@@ -55,8 +56,8 @@ PLAN = np.dtype(
 class Crops:
     """All crops of one image, uint8."""
 
-    globals: Pixels  # (M, G, G, 3)
-    locals: Pixels  # (L, S, S, 3)
+    globals: Pixels  # (M, Gh, Gw, 3)
+    locals: Pixels  # (L, Sh, Sw, 3)
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,16 @@ class Planned:
     pixels: Pixels  # (H, W, 3)
     plans: NDArray[np.void]  # PLAN records (M + L,)
     globals: int  # M, the first of the plans
-    sizes: tuple[int, int]  # sizes of the global and the local crops
+    shapes: tuple[Shape, Shape]  # of the global and the local crops
 
 
 def multi_crop(image: Image.Image, recipe: Recipe, *, epoch: int, index: int) -> Crops:
     """Cut and augment all crops of one RGB image with Pillow."""
     plans = plan_crops(image.width, image.height, recipe, epoch=epoch, index=index)
-    large = [apply_plan(image, plan, recipe.crop_size) for plan in plans[: recipe.global_crops]]
-    side = recipe.local_crop_size
-    small = [apply_plan(image, plan, side) for plan in plans[recipe.global_crops :]]
-    return Crops(np.stack(large), np.stack(small) if small else np.empty((0, side, side, 3), dtype=np.uint8))
+    shape = recipe.local_crop_shape
+    large = [apply_plan(image, plan, recipe.crop_shape) for plan in plans[: recipe.global_crops]]
+    small = [apply_plan(image, plan, shape) for plan in plans[recipe.global_crops :]]
+    return Crops(np.stack(large), np.stack(small) if small else np.empty((0, *shape, 3), dtype=np.uint8))
 
 
 def plan_image(image: Image.Image, recipe: Recipe, *, epoch: int, index: int) -> Planned:
@@ -88,13 +89,13 @@ def plan_image(image: Image.Image, recipe: Recipe, *, epoch: int, index: int) ->
     if surplus >= 2:
         image = image.reduce(2 ** min(3, int(math.log2(surplus))))
     plans = plan_crops(image.width, image.height, recipe, epoch=epoch, index=index)
-    return Planned(np.asarray(image), plans, recipe.global_crops, (recipe.crop_size, recipe.local_crop_size))
+    return Planned(np.asarray(image), plans, recipe.global_crops, (recipe.crop_shape, recipe.local_crop_shape))
 
 
 def needed_side(recipe: Recipe) -> int:
     """Pixels of an image's shorter side from which on its smallest crops are not magnified."""
-    kinds = ((recipe.crop_size, recipe.global_scale), (recipe.local_crop_size, recipe.local_scale))
-    return math.ceil(max(size / math.sqrt(scale[0]) for size, scale in kinds[: 2 if recipe.local_crops else 1]))
+    kinds = ((recipe.crop_shape, recipe.global_scale), (recipe.local_crop_shape, recipe.local_scale))
+    return math.ceil(max(max(shape) / math.sqrt(scale[0]) for shape, scale in kinds[: 2 if recipe.local_crops else 1]))
 
 
 def plan_crops(width: int, height: int, recipe: Recipe, *, epoch: int, index: int) -> NDArray[np.void]:
@@ -143,7 +144,8 @@ def _plan(width: int, height: int, draws: list[float], recipe: Recipe, view: int
     """One PLAN record; the first views are the global crops."""
     is_global = view < recipe.global_crops
     scale = recipe.global_scale if is_global else recipe.local_scale
-    box = crop_box(width, height, scale, draws[:BOX_DRAWS])
+    rows, columns = recipe.crop_shape if is_global else recipe.local_crop_shape
+    box = crop_box(width, height, scale, draws[:BOX_DRAWS], aspect=columns / rows)
     flip, jitter, *factors, order, gray, blur, sigma, solarize = draws[BOX_DRAWS:]
     kind = view if is_global else 2
     return (
@@ -166,9 +168,9 @@ def jitter_values(recipe: Recipe, draws: list[float]) -> tuple[tuple[float, floa
     return (factors[0], factors[1], factors[2]), int(turn * 255) % 256 if hue else -1
 
 
-def apply_plan(image: Image.Image, plan: np.void, size: int) -> Pixels:
-    """Cut and augment one crop with Pillow: uint8 (size, size, 3)."""
-    crop = image.crop(tuple(plan["box"].tolist())).resize((size, size), Image.Resampling.BILINEAR)
+def apply_plan(image: Image.Image, plan: np.void, shape: Shape) -> Pixels:
+    """Cut and augment one crop of `shape` (height, width) with Pillow: uint8 (height, width, 3)."""
+    crop = image.crop(tuple(plan["box"].tolist())).resize(shape[::-1], Image.Resampling.BILINEAR)
     if plan["flip"]:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if plan["order"] >= 0:

@@ -6,7 +6,7 @@ resizing, where some Pillow releases go through the columns first and single val
 weights are integers, split so that float32 and TF32 matrix products are exact: a crop stays a pure function of
 (seed, epoch, image index), whatever batch or process it is computed in.
 
-B images   V crops of one size of each   S their side   N = V * B   H, W of the decoded images
+B images   V crops of one size of each   Sh, Sw their height and width   N = V * B   H, W of the decoded images
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from robx.distill.batches.crops import ORDERS, to_device
+from robx.image_size import Shape
 
 _PIXELS = 1 << 23  # of padded images that are resized at a time; bounds the memory
 _BITS = 22  # of Pillow's fixed-point resampling weights
@@ -29,21 +30,21 @@ _PASSES = 3  # of the extended box blur that Pillow approximates a Gaussian with
 _REACH = 2  # taps on each side of one box: enough up to a standard deviation of 2
 
 
-def device_crops(images: Sequence[Tensor], kinds: Sequence[tuple[NDArray[np.void], int]]) -> list[Tensor]:
+def device_crops(images: Sequence[Tensor], kinds: Sequence[tuple[NDArray[np.void], Shape]]) -> list[Tensor]:
     """Cut, resize and augment all crops.
 
     Args:
         images: uint8 (H, W, 3) tensors on the device, B of them.
-        kinds: for each size of crops, their `crops.PLAN` records (V, B) and the size: a side in pixels.
+        kinds: for each size of crops, their `crops.PLAN` records (V, B), and height and width in pixels.
 
     Returns:
-        For each kind uint8 values as float32, (V, B, 3, size, size), on the device of the images.
+        For each kind uint8 values as float32, (V, B, 3, Sh, Sw), on the device of the images.
     """
     cuts: list[list[Tensor]] = [[] for _ in kinds]
     for part in _chunks(images):
         padded = _padded(images[part])
-        for (plans, size), cut in zip(kinds, cuts, strict=True):
-            cut.append(_cut(padded, plans["box"][:, part], size))
+        for (plans, shape), cut in zip(kinds, cuts, strict=True):
+            cut.append(_cut(padded, plans["box"][:, part], shape))
     joined = (torch.cat(cut, dim=1) for cut in cuts)
     return [
         augment(cut.flatten(0, 1), plans.reshape(-1)).view(cut.shape)
@@ -52,7 +53,7 @@ def device_crops(images: Sequence[Tensor], kinds: Sequence[tuple[NDArray[np.void
 
 
 def augment(crops: Tensor, plans: NDArray[np.void]) -> Tensor:
-    """Flip, colour jitter, greyscale, blur and solarise crops (N, 3, S, S) of integer values as `plans` (N,) says."""
+    """Flip, colour jitter, greyscale, blur and solarise crops (N, 3, Sh, Sw) of integer values as `plans` (N,) says."""
     for wanted, values, change in _steps(plans):
         rows = np.flatnonzero(wanted)
         if len(rows):
@@ -102,21 +103,25 @@ def _padded(images: Sequence[Tensor]) -> Tensor:
     return padded
 
 
-def _cut(padded: Tensor, boxes: NDArray[np.int32], size: int) -> Tensor:
-    """Pillow's ``crop(box).resize((S, S), BILINEAR)``, rows first: (B, 3, H, W), boxes (V, B, 4) -> (V, B, 3, S, S)."""
+def _cut(padded: Tensor, boxes: NDArray[np.int32], shape: Shape) -> Tensor:
+    """Pillow's ``crop(box).resize((Sw, Sh), BILINEAR)``, rows first.
+
+    (B, 3, H, W), boxes (V, B, 4) -> (V, B, 3, Sh, Sw).
+    """
     number, _, height, width = padded.shape
+    tall, wide = shape
     device = padded.device
     if not len(boxes):
-        return torch.empty(0, number, 3, size, size, device=device)
+        return torch.empty(0, number, 3, tall, wide, device=device)
     box = to_device(boxes.transpose(1, 0, 2), device).double()  # (B, V, 4)
     crops = boxes.shape[0]
-    # (B, 3H, W) @ (B, W, V * S)
-    across = _weights(box[..., 0], box[..., 2], size, width)
-    wide = _resample(padded.flatten(1, 2), [half.flatten(1, 2).transpose(1, 2) for half in across])
-    tall = wide.view(number, 3, height, crops, size).permute(0, 3, 2, 1, 4).flatten(3)  # (B, V, H, 3S)
-    down = _weights(box[..., 1], box[..., 3], size, height)
-    cut = _resample(tall, list(down), left=True)  # (B, V, S, 3S)
-    return cut.view(number, crops, size, 3, size).permute(1, 0, 3, 2, 4).contiguous()
+    # (B, 3H, W) @ (B, W, V * Sw)
+    across = _weights(box[..., 0], box[..., 2], wide, width)
+    rows = _resample(padded.flatten(1, 2), [half.flatten(1, 2).transpose(1, 2) for half in across])
+    rows = rows.view(number, 3, height, crops, wide).permute(0, 3, 2, 1, 4).flatten(3)  # (B, V, H, 3 Sw)
+    down = _weights(box[..., 1], box[..., 3], tall, height)
+    cut = _resample(rows, list(down), left=True)  # (B, V, Sh, 3 Sw)
+    return cut.view(number, crops, tall, 3, wide).permute(1, 0, 3, 2, 4).contiguous()
 
 
 def _resample(pixels: Tensor, halves: list[Tensor], *, left: bool = False) -> Tensor:
@@ -155,7 +160,7 @@ def _weights(start: Tensor, end: Tensor, size: int, length: int) -> tuple[Tensor
 
 
 def luminance(x: Tensor) -> Tensor:
-    """Pillow's conversion to "L": (N, 3, S, S) -> (N, 1, S, S), rounded; exact, for all sums stay below 2 ** 24."""
+    """Pillow's conversion to "L": (N, 3, Sh, Sw) -> (N, 1, Sh, Sw), rounded; exact, for all sums stay below 2 ** 24."""
     weights = to_device(np.array([19595.0, 38470.0, 7471.0], np.float32), x.device)[:, None, None]
     return (((x * weights).sum(dim=1, keepdim=True) + 32768) / 65536).floor()
 
@@ -208,7 +213,7 @@ def shift_hue(x: Tensor, step: Tensor) -> Tensor:
     levels = torch.stack([value.double(), q, p, t])
     # Which of value, q, p, t is red, green and blue in each of the six sectors.
     table = to_device(np.array([[0, 1, 2, 2, 3, 0], [3, 0, 0, 1, 2, 2], [2, 2, 3, 0, 0, 1]]), x.device)
-    chosen = table[:, (sector % 6).long()]  # (3, N, S, S)
+    chosen = table[:, (sector % 6).long()]  # (3, N, Sh, Sw)
     turned = levels.gather(0, chosen).transpose(0, 1)
     return torch.where((saturation == 0).unsqueeze(1) | grey.unsqueeze(1), value.unsqueeze(1), turned.float())
 

@@ -3,7 +3,7 @@
 One DataLoader serves the whole run from any step on: its workers live across epochs and start where the run resumes. An
 image that cannot be decoded is replaced by the next one that can, counted and reported; past a budget the run fails.
 
-B batch of this process   G global crop size   S local crop size   L local crops
+B batch of this process   Gh, Gw height and width of a global crop, Sh, Sw of a local one   L local crops
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from robx.distill.batches.masks import block_masks, drop_masks
 from robx.distill.batches.views import Views
 from robx.distill.recipes import Recipe
 from robx.errors import CorruptImage, InputError
+from robx.image_size import Shape
 from robx.images.sources import ImageSource
 
 Place = tuple[int, int]  # (epoch, index)
@@ -113,8 +114,8 @@ def _reason(key: str, error: CorruptImage) -> str:
 class CutCrops:
     """Crops that a worker made with Pillow."""
 
-    globals: Tensor  # (M, B, G, G, 3) uint8, M global crops
-    locals: Tensor  # (L, B, S, S, 3) uint8
+    globals: Tensor  # (M, B, Gh, Gw, 3) uint8, M global crops
+    locals: Tensor  # (L, B, Sh, Sw, 3) uint8
 
     def pin_memory(self) -> CutCrops:
         """The same in page-locked memory."""
@@ -133,7 +134,7 @@ class DecodedImages:
     shapes: list[tuple[int, int]]  # (H, W) of each
     plans: NDArray[np.void]  # PLAN records (M + L, B)
     globals: int  # M, the first of the plans
-    sizes: tuple[int, int]  # sides of the global and the local crops
+    crop_shapes: tuple[Shape, Shape]  # of the global and the local crops
 
     def pin_memory(self) -> DecodedImages:
         """The same in page-locked memory."""
@@ -144,7 +145,7 @@ class DecodedImages:
         parts = torch.split(self.pixels.to(device, non_blocking=True), [h * w * 3 for h, w in self.shapes])
         images = [part.view(h, w, 3) for part, (h, w) in zip(parts, self.shapes, strict=True)]
         plans = self.plans[: self.globals], self.plans[self.globals :]
-        large, small = device_crops(images, list(zip(plans, self.sizes, strict=True)))
+        large, small = device_crops(images, list(zip(plans, self.crop_shapes, strict=True)))
         return normalise(large.permute(0, 1, 3, 4, 2), device), normalise(small.permute(0, 1, 3, 4, 2), device)
 
 
@@ -323,7 +324,7 @@ def _pack(images: Sequence[Planned]) -> DecodedImages:
         shapes=[image.pixels.shape[:2] for image in images],
         plans=np.stack([image.plans for image in images], axis=1),
         globals=images[0].globals,
-        sizes=images[0].sizes,
+        crop_shapes=images[0].shapes,
     )
 
 

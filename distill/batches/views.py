@@ -1,7 +1,7 @@
 """The tensors that pass between the data, the two branches and the objective in one step.
 
 B batch   M global and L local crops   V = M + L student crops   Q <= M target crops   K prototypes (or head outputs)
-P patches   D width
+P patches   D width   Gh, Gw height and width of a global crop, Sh, Sw of a local one
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 class Views:
     """All crops of one batch, already normalised, on the device."""
 
-    globals: Tensor  # (M, B, 3, G, G) float32; M is 1 or 2
-    locals: Tensor  # (L, B, 3, S, S) float32; L may be 0
+    globals: Tensor  # (M, B, 3, Gh, Gw) float32; M is 1 or 2
+    locals: Tensor  # (L, B, 3, Sh, Sw) float32; L may be 0
     index: Tensor  # (B,) int64, index of each image in the source
     masks: Tensor | None = None  # (M, B, P) bool, True where a patch is masked (RoB-iBOT) or dropped (RoB-MSN)
     epoch: int = 0  # crops are a function of (seed, epoch, index); stored targets are looked up by the last two

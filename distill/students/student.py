@@ -19,6 +19,7 @@ from robx.distill.objectives.build import OBJECTIVES
 from robx.distill.recipes import Recipe
 from robx.distill.students.projection_heads import MlpHead, scores_and_embeddings
 from robx.errors import InputError
+from robx.image_size import ImageSize, height_and_width, plain_size
 from robx.trunk import build_trunk, embedding_width, is_vit, size_error, sizes_near
 
 _PROJECTION = 1024  # hidden width of the feature term's projection
@@ -96,7 +97,7 @@ class StudentNet(nn.Module):
         return Scores(crops=crops, patches=patches, features=projected, embeddings=embeddings)
 
     def embed_globals(self, pixels: Tensor, *, masks: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Features (MB, D) of global crops (M, B, 3, G, G), and patch tokens (MB, P, D) with a mask token.
+        """Features (MB, D) of global crops (M, B, 3, Gh, Gw), and patch tokens (MB, P, D) with a mask token.
 
         `masks` (M, B, P) selects the patches that the mask token replaces or, without a mask token, that are dropped.
         """
@@ -123,12 +124,12 @@ class StudentNet(nn.Module):
         tokens = x[:, trunk.num_prefix_tokens :] if self.masked_embed is not None else None
         return trunk.forward_head(x), tokens
 
-    def mask_grid(self, crop_size: int) -> tuple[int, int] | None:
-        """The patch grid of iBOT's masks for global crops of `crop_size`; None if the student has no mask token."""
+    def mask_grid(self, crop_size: ImageSize) -> tuple[int, int] | None:
+        """The patch grid (H, W) of iBOT's masks for global crops of `crop_size`; None without a mask token."""
         return None if self.masked_embed is None else patch_grid(self.trunk, crop_size)
 
-    def drop_grid(self, crop_size: int) -> tuple[int, int] | None:
-        """The patch grid from which MSN's patches are dropped; None if none are.
+    def drop_grid(self, crop_size: ImageSize) -> tuple[int, int] | None:
+        """The patch grid (H, W) from which MSN's patches are dropped; None if none are.
 
         With masks from ``batches/masks.py::drop_masks`` in the views, the dropped patches are a function of the sample.
         Without masks they are drawn from torch's generator, like drop path.
@@ -160,7 +161,7 @@ def build_student(name: str, recipe: Recipe, teacher: TeacherSpec | None) -> Stu
     """
     objective = OBJECTIVES[recipe.objective]
     drop_path = recipe.drop_path if is_vit(name) else 0.0
-    trunk = build_trunk(name, image_size=recipe.crop_size, drop_path=drop_path)
+    trunk = build_trunk(name, image_size=recipe.crop_shape, drop_path=drop_path)
     _require_sizes(name, trunk, recipe)
     outputs = teacher.num_prototypes if teacher else recipe.prototypes
     note = _why_no_patches(name, trunk, recipe, teacher) if objective.traits.masks_patches else ""
@@ -200,16 +201,17 @@ def takes_patches(trunk: nn.Module) -> bool:
     return type(trunk) is VisionTransformer and trunk.cls_token is not None
 
 
-def patch_grid(trunk: nn.Module, crop_size: int) -> tuple[int, int]:
-    """Patches (H, W) of a square crop.
+def patch_grid(trunk: nn.Module, crop_size: ImageSize) -> tuple[int, int]:
+    """Patches (H, W) of a crop.
 
     Raises:
         InputError: the patches do not divide the crop.
     """
-    size = _patch_size(trunk)
-    if crop_size % size:
-        raise InputError(f"crops of {crop_size} pixels do not divide into patches of {size} pixels: choose a multiple")
-    return crop_size // size, crop_size // size
+    size, (height, width) = _patch_size(trunk), height_and_width(crop_size)
+    if height % size or width % size:
+        shown = plain_size((height, width))
+        raise InputError(f"crops of {shown} pixels do not divide into patches of {size} pixels: choose a multiple")
+    return height // size, width // size
 
 
 def cancel_last_layer_gradients(student: nn.Module) -> None:
@@ -254,13 +256,13 @@ def _patch_size(trunk: nn.Module) -> int:
 
 def _require_sizes(name: str, trunk: nn.Module, recipe: Recipe) -> None:
     """Refuse crop sizes that the trunk cannot process, because of a fixed input size or of its patch size."""
-    if why := size_error(trunk, recipe.crop_size):
-        nearest = " and ".join(f"{size}" for size in sizes_near(name, recipe.crop_size)) or "none nearby"
+    if why := size_error(trunk, recipe.crop_shape):
+        nearest = " and ".join(f"{size}" for size in sizes_near(name, recipe.crop_shape)) or "none nearby"
         raise InputError(
             f"{name} cannot process crops of {recipe.crop_size} pixels ({why}): set crop_size to one that it can "
             f"(nearest: {nearest})"
         )
-    if recipe.local_crops and (why := size_error(trunk, recipe.local_crop_size)):
+    if recipe.local_crops and (why := size_error(trunk, recipe.local_crop_shape)):
         raise InputError(
             f"{name}, built for crops of {recipe.crop_size} pixels, cannot process local crops of "
             f"{recipe.local_crop_size} ({why}): set local_crop_size = {recipe.crop_size} or local_crops = 0"

@@ -15,11 +15,12 @@ from robx.distill.teachers.teacher import Teacher
 from robx.distill.teachers.trunks import VitTrunk, build_published_trunk, infer_trunk, load_trunk_state, trunk_width
 from robx.distill.teachers.zoo import ZOO, ZooEntry
 from robx.errors import ArtifactError
+from robx.image_size import ImageSize
 from robx.progress import Progress
 from robx.store.files import sha256_file
 
 
-def load(entry: ZooEntry, path: Path, *, image_size: int, own_normalisation: bool = False) -> Teacher:
+def load(entry: ZooEntry, path: Path, *, image_size: ImageSize, own_normalisation: bool = False) -> Teacher:
     """The teacher in a full checkpoint of its method's layout.
 
     A checkpoint that a base method's run of robx wrote says how its pixels were normalised; `own_normalisation` keeps
@@ -49,7 +50,7 @@ def load(entry: ZooEntry, path: Path, *, image_size: int, own_normalisation: boo
     return Teacher.of(entry, trunk, head, sha256=sha256_file(path), image_size=image_size)
 
 
-def build(entry: ZooEntry, *, image_size: int) -> Teacher:
+def build(entry: ZooEntry, *, image_size: ImageSize) -> Teacher:
     """The teacher of a zoo entry with random weights."""
     trunk = build_published_trunk(entry.trunk)
     shapes = dataclasses.asdict(entry.head) if entry.head is not None else {}

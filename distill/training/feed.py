@@ -154,7 +154,8 @@ def batch_bytes(run: Run) -> int:
     images = micro_batch(recipe, processes=run.processes.world)
     if recipe.augment == "device":  # decoded images, of whatever size they have
         return images * (_decoded_bytes(run) + 8)
-    crops = 3 * (recipe.global_crops * recipe.crop_size**2 + recipe.local_crops * recipe.local_crop_size**2)
+    large, small = (3 * height * width for height, width in (recipe.crop_shape, recipe.local_crop_shape))
+    crops = recipe.global_crops * large + recipe.local_crops * small
     patches = 0 if run.mask_grid is None else recipe.global_crops * run.mask_grid[0] * run.mask_grid[1]
     return images * (crops + patches + 8)
 

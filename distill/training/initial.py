@@ -13,6 +13,7 @@ from robx.distill.teachers.checkpoints import read_trunk
 from robx.distill.teachers.from_timm import for_model, hash_state
 from robx.distill.teachers.trunks import load_strictly
 from robx.errors import ArtifactError, InputError, first_line
+from robx.image_size import ImageSize
 from robx.images.decode import IMAGENET_MEAN, IMAGENET_STD
 from robx.store.files import cache_folder, sha256_file
 from robx.trunk import build_trunk, load_trunk
@@ -34,7 +35,7 @@ class Initial:
         trunk.load_state_dict(self.state)
 
 
-def open_initial(init: Path, student: str, *, image_size: int, cache: Path | None = None) -> Initial:
+def open_initial(init: Path, student: str, *, image_size: ImageSize, cache: Path | None = None) -> Initial:
     """The weights that `student`, a timm name, starts from.
 
     Args:
@@ -42,7 +43,8 @@ def open_initial(init: Path, student: str, *, image_size: int, cache: Path | Non
             torch.save) with the network's state dict as timm or torchvision names it, also below wrappers such as
             ``state_dict`` or ``module.``; a classifier in it is left out.
         student: a timm name; a tag chooses among timm's weights.
-        image_size: pixels of the global crops; position embeddings of other sizes are resampled as timm does.
+        image_size: pixels of the global crops, the side or (height, width); position embeddings of other sizes are
+            resampled as timm does.
         cache: folder for downloads; default ``$ROBX_CACHE`` or ``~/.cache/robx``.
 
     Raises:
@@ -66,7 +68,7 @@ def starting_line(student: str, initial: Initial | None) -> str:
     return f"{student} starts from random weights{hint}"
 
 
-def _from_timm(student: str, image_size: int, cache: Path) -> Initial:
+def _from_timm(student: str, image_size: ImageSize, cache: Path) -> Initial:
     try:
         trunk = build_trunk(student, image_size=image_size, pretrained=cache / "timm")
     except InputError:
@@ -84,7 +86,7 @@ def _from_timm(student: str, image_size: int, cache: Path) -> Initial:
     return Initial(student, hash_state(state), origin, state)
 
 
-def _from_run(folder: Path, student: str, image_size: int) -> Initial:
+def _from_run(folder: Path, student: str, image_size: ImageSize) -> Initial:
     record, trunk = load_trunk(folder)
     if record.timm_name != student:
         raise InputError(
@@ -94,12 +96,12 @@ def _from_run(folder: Path, student: str, image_size: int) -> Initial:
     return Initial(student, record.sha256, f"the student in {folder}", state)
 
 
-def _from_file(path: Path, student: str, image_size: int) -> Initial:
+def _from_file(path: Path, student: str, image_size: ImageSize) -> Initial:
     state = _fitted(read_trunk(path), student, image_size, where=path)
     return Initial(student, sha256_file(path), str(path), state)
 
 
-def _fitted(state: Mapping[str, Tensor], student: str, image_size: int, *, where: Path) -> dict[str, Tensor]:
+def _fitted(state: Mapping[str, Tensor], student: str, image_size: ImageSize, *, where: Path) -> dict[str, Tensor]:
     """The tensors as the student's trunk of this size names and shapes them."""
     trunk = build_trunk(student, image_size=image_size)
     try:

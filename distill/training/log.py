@@ -10,9 +10,9 @@ from robx.distill.training.collapse import embedding_health, warnings
 from robx.distill.training.knn_probe import Probe, build_probe, run_probe, score
 from robx.distill.training.readings import StepValues
 from robx.distill.training.run import Run
-from robx.distill.training.run_folder import student_preprocessing
 from robx.distill.training.schedules import learning_rate
 from robx.distill.training.speed import Rate
+from robx.image_size import usual_preprocessing
 
 # Of a step's time: less is the jitter of a loader that keeps up.
 _NOTABLE_WAITING = 0.1
@@ -58,7 +58,7 @@ def open_probe(run: Run) -> Probe | None:
     """The kNN evaluation, if it is enabled and the images have labels."""
     if not run.options.probe_every:
         return None
-    preprocessing = student_preprocessing(run.recipe.crop_size)
+    preprocessing = usual_preprocessing(run.recipe.crop_shape)
     probe = build_probe(run.source, preprocessing, images=run.options.probe_images, seed=run.recipe.seed)
     if probe is None:
         run.say(

@@ -128,7 +128,7 @@ def _require_plain(name: str, net: StudentNet, *, compile: bool) -> None:
 
 
 def _mask_grid(nets: Sequence[StudentNet], recipe: Recipe) -> tuple[int, int] | None:
-    grids = {net.mask_grid(recipe.crop_size) or net.drop_grid(recipe.crop_size) for net in nets} - {None}
+    grids = {net.mask_grid(recipe.crop_shape) or net.drop_grid(recipe.crop_shape) for net in nets} - {None}
     if len(grids) > 1:
         raise InputError(f"the students have different patch grids ({grids}): distil them in separate runs")
     return grids.pop() if grids else None

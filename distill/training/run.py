@@ -246,7 +246,7 @@ def check_spec(spec: RunSpec) -> dict[str, Initial]:
     steps_per_epoch(len(spec.source), spec.recipe.batch_size)
     initial = {}
     if spec.init is not None:
-        size = spec.recipe.crop_size
+        size = spec.recipe.crop_shape
         initial = {name: open_initial(spec.init, name, image_size=size, cache=spec.cache) for name in spec.students}
     if spec.out is not None and not (spec.options.fresh or spec.options.force):
         run_settings.refuse_changes(spec.out, spec_settings(spec, initial), unknown="teacher")

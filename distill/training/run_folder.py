@@ -23,7 +23,6 @@ from typing import Any
 
 from robx.distill.recipes import recipe_from_json
 from robx.errors import InputError, MissingExtra, RobxError
-from robx.records import Preprocessing
 from robx.store.files import read_json, unwritable, write_text
 from robx.store.written import RECORD, Written
 
@@ -133,11 +132,6 @@ def _earlier(out: Path, folders: Sequence[Path]) -> dict[Path, list[str]]:
 def student_folders(out: Path, students: Sequence[str]) -> list[Path]:
     """Each student's folder: the run's own for a single student, one below it for each of several."""
     return [out] if len(students) == 1 else [out / name for name in students]
-
-
-def student_preprocessing(crop_size: int) -> Preprocessing:
-    """Evaluation of a student trained on crops of `crop_size`: the usual 256 / 224 resize and a centre crop."""
-    return Preprocessing(size=round(crop_size * 256 / 224), crop=crop_size)
 
 
 def tensorboard_writer(folder: Path, *, step: int) -> Any:

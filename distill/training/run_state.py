@@ -15,8 +15,9 @@ from robx.distill.teachers.write_checkpoint import published_checkpoint, save_pu
 from robx.distill.training import run_checkpoint
 from robx.distill.training.learner import Learner
 from robx.distill.training.run import Run
-from robx.distill.training.run_folder import Metrics, student_preprocessing, tensorboard_writer
+from robx.distill.training.run_folder import Metrics, tensorboard_writer
 from robx.errors import InputError, first_line, one_line
+from robx.image_size import usual_preprocessing
 from robx.images.sources import data_info
 from robx.records import Student, to_json
 from robx.store.files import write_text
@@ -161,7 +162,7 @@ def _record(run: Run, learner: Learner, done: int) -> Student:
     return Student(
         timm_name=learner.name,
         width=embedding_width(learner.trunk),
-        preprocessing=student_preprocessing(run.recipe.crop_size),
+        preprocessing=usual_preprocessing(run.recipe.crop_shape),
         sha256="",
         teacher=run.teacher,
         data=data_info(run.source),

@@ -177,10 +177,11 @@ def linear_streamed(
 def random_resized_crop(
     image: Image.Image, preprocessing: Preprocessing, rng: np.random.Generator, *, crop: bool = True
 ) -> np.ndarray:
-    """A training view, uint8 (H, W, 3): 8 to 100 % of the area, aspect 3/4 to 4/3, flipped half the time."""
-    width, height = image.size
-    box = crop_box(width, height, _SCALE, rng.random(DRAWS).tolist()) if crop else (0, 0, width, height)
-    view = image.resize(preprocessing.shape[::-1], Image.Resampling.BILINEAR, box=box)
+    """A training view, uint8 (H, W, 3): 8 to 100 % of the area, 3/4 to 4/3 of W / H, flipped half the time."""
+    (width, height), (rows, columns) = image.size, preprocessing.shape
+    draws = rng.random(DRAWS).tolist() if crop else []
+    box = crop_box(width, height, _SCALE, draws, aspect=columns / rows) if crop else (0, 0, width, height)
+    view = image.resize((columns, rows), Image.Resampling.BILINEAR, box=box)
     if rng.random() < 0.5:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(view)

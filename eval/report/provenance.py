@@ -12,6 +12,7 @@ from robx.eval.report.recommend import Advice
 from robx.eval.report.rows import Row, headline_data, images_of
 from robx.eval.report.tables import Cell, Table
 from robx.eval.report.text import DASH, brief, figure
+from robx.image_size import plain_size
 from robx.records import Accuracy, Bundle, DataInfo, Latency
 
 _NON_COMMERCIAL = re.compile(r"\bnc\b|non-?\s?commercial", re.IGNORECASE)
@@ -155,7 +156,7 @@ def _student_table(data: ReportData) -> Table:
         body.append(
             (
                 Cell(data.names[sha256], folders.get(sha256, "known from its bundles only")),
-                Cell(sha256, f"width {student.width}, {form.size}/{form.crop} px, {form.interpolation}"),
+                Cell(sha256, f"width {student.width}, {form.size}/{plain_size(form.shape)} px, {form.interpolation}"),
                 Cell(teacher.name, f"{teacher.sha256} prototypes: {teacher.prototypes}") if teacher else Cell("none"),
                 Cell(teacher.licence) if teacher else Cell(DASH),
                 Cell(f"{info.name}, {info.images} images", info.fingerprint) if info else Cell("not recorded"),

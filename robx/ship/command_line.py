@@ -13,7 +13,8 @@ _NAMES = {
     "export": {"student": "run", "format": "fmt", "candidates": "rungs"},
     "eval": {"models": "folders"},
 }
-_JOINED = {"affinity": ",", "size": "x"}  # lists that are one word on the command line
+# Lists that are one word on the command line.
+_JOINED = {"affinity": ",", "size": "x", "crop_size": "x", "local_crop_size": "x"}
 
 
 def command_line(verb: str, arguments: Mapping[str, Any]) -> str:

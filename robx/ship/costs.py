@@ -139,8 +139,8 @@ def _installed(package: str) -> bool:
 @torch.inference_mode()
 def _forward_seconds(student: str, recipe: Recipe) -> float:
     """Seconds that the student takes for one image on this machine, in batches of 8, with random weights."""
-    trunk = build_trunk(student, image_size=recipe.crop_size).eval()
-    pixels = torch.zeros(8, 3, recipe.crop_size, recipe.crop_size)
+    trunk = build_trunk(student, image_size=recipe.crop_shape).eval()
+    pixels = torch.zeros(8, 3, *recipe.crop_shape)
     trunk(pixels)
     began, count = time.perf_counter(), 0
     while count == 0 or time.perf_counter() - began < _FORWARD_SECONDS:

@@ -264,8 +264,8 @@ def test_crops_on_the_device_are_pillows(gpu: str) -> None:
     pillow = [multi_crop(image, recipe, epoch=2, index=i) for i, image in enumerate(images)]
     tensors = [torch.from_numpy(np.array(image)) for image in images]
     for rows, name, size in ((slice(0, 2), "globals", 96), (slice(2, None), "locals", 48)):
-        on_device = device_crops([t.to(gpu) for t in tensors], [(plans[rows], size)])[0].cpu()
-        on_cpu = device_crops(tensors, [(plans[rows], size)])[0]
+        on_device = device_crops([t.to(gpu) for t in tensors], [(plans[rows], (size, size))])[0].cpu()
+        on_cpu = device_crops(tensors, [(plans[rows], (size, size))])[0]
         expected = torch.from_numpy(np.stack([getattr(one, name) for one in pillow], axis=1)).permute(0, 1, 4, 2, 3)
         assert (on_device - on_cpu).abs().mean() < 0.02
         assert (on_device - expected).abs().mean(dim=(2, 3, 4)).max() < 1.5

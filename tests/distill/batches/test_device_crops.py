@@ -86,7 +86,7 @@ def test_a_cut_is_pillows_within_one_level(
     image = photo(width, height, seed=width)
     plans = np.zeros((1, 1), dtype=crops.PLAN)
     plans["box"], plans["order"] = (left, top, right, bottom), -1
-    found = device_crops.device_crops([torch.from_numpy(np.array(image))], [(plans, size)])[0]
+    found = device_crops.device_crops([torch.from_numpy(np.array(image))], [(plans, (size, size))])[0]
     expected = image.crop((left, top, right, bottom)).resize((size, size), Image.Resampling.BILINEAR)
     assert difference(found[0], expected).max() <= 1
 
@@ -96,7 +96,7 @@ def test_whole_crops_agree_with_pillows(method: str) -> None:
     recipe = override(preset(method, "vit"), SMALL)
     images, plans, pillow = batch_of(recipe, 40)
     for name, rows, size in (("globals", slice(0, 2), 48), ("locals", slice(2, None), 32)):
-        found = device_crops.device_crops(images, [(plans[rows], size)])[0].permute(0, 1, 3, 4, 2).numpy()
+        found = device_crops.device_crops(images, [(plans[rows], (size, size))])[0].permute(0, 1, 3, 4, 2).numpy()
         expected = np.stack([getattr(one, name) for one in pillow], axis=1).astype(float)
         per_crop = np.abs(found - expected).mean(axis=(2, 3, 4))
         assert found.shape == expected.shape and per_crop.max() < 1.5 and per_crop.mean() < 0.05
@@ -106,9 +106,9 @@ def test_whole_crops_agree_with_pillows(method: str) -> None:
 def test_a_crop_does_not_depend_on_its_batch() -> None:
     recipe = override(preset("dino", "vit"), SMALL)
     images, plans, _ = batch_of(recipe, 19)  # more than one chunk, of images of many sizes
-    whole = device_crops.device_crops(images, [(plans[:2], 48)])[0]
+    whole = device_crops.device_crops(images, [(plans[:2], (48, 48))])[0]
     for at in (0, 7, 18):
-        alone = device_crops.device_crops(images[at : at + 1], [(plans[:2, at : at + 1], 48)])[0]
+        alone = device_crops.device_crops(images[at : at + 1], [(plans[:2, at : at + 1], (48, 48))])[0]
         assert torch.equal(alone[:, 0], whole[:, at])
 
 

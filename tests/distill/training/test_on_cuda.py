@@ -73,7 +73,7 @@ def test_crops_are_made_on_the_gpu(gpu: torch.device, monkeypatch: pytest.Monkey
         plans[name] = value  # every operation takes part
     monkeypatch.setattr(device_crops, "to_device", lambda values, device: torch.from_numpy(np.array(values)).to(device))
     images = [torch.empty(30, 40, 3, dtype=torch.uint8, device=gpu) for _ in range(8)]
-    found = device_crops.device_crops(images, [(plans[2:], 16)])[0]
+    found = device_crops.device_crops(images, [(plans[2:], (16, 16))])[0]
     assert found.device.type == "cuda" and found.shape == (2, 8, 3, 16, 16)
 
 

@@ -18,7 +18,8 @@ from robx.errors import ArtifactError, InputError
 from robx.export.build import ExportSettings, export
 from robx.export.formats import network
 from robx.export.formats.network import export_model, trunk_at_size
-from robx.export.request import ExportTarget, at_size, parse_size
+from robx.export.request import ExportTarget
+from robx.image_size import at_size, parse_size
 from robx.linear_head import Head
 from robx.records import MAX_SIDE, Preprocessing, Student, load_bundle
 from robx.runtime.session import open_session
