@@ -73,15 +73,18 @@ def sizes_near(timm_name: str, size: ImageSize) -> list[int | str]:
 
 
 def nearest_sizes(size: ImageSize, takes: Callable[[Shape], bool]) -> list[int | str]:
-    """Sizes that a network `takes`: the nearest below and above `size`, if any, as a message has them.
+    """Sizes that a network `takes`, as a message has them: the nearest below and above `size`, if any.
 
-    A network that takes no size of about this aspect ratio may take squares: then the nearest of those.
+    One that takes nothing of about this aspect ratio may take squares, and one of a fixed size the usual one.
     """
-    shape = height_and_width(size)
+    shape, usual = height_and_width(size), [(side, side) for side in _USUAL]
     found = [one for one in (_first(_sizes_beside(shape, sign), takes) for sign in (-1, 1)) if one]
     if not found and shape[0] != shape[1]:
-        return nearest_sizes(max(shape), takes) or nearest_sizes(224, takes)
-    return [plain_size(one) for one in found]
+        return nearest_sizes(max(shape), takes)
+    return [plain_size(one) for one in found or [_first(usual, takes)] if one]
+
+
+_USUAL = (224, 256, 240, 384)  # sides that published networks are made for
 
 
 def _first(sizes: list[Shape], takes: Callable[[Shape], bool]) -> Shape | None:

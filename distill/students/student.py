@@ -126,7 +126,15 @@ class StudentNet(nn.Module):
 
     def mask_grid(self, crop_size: ImageSize) -> tuple[int, int] | None:
         """The patch grid (H, W) of iBOT's masks for global crops of `crop_size`; None without a mask token."""
-        return None if self.masked_embed is None else patch_grid(self.trunk, crop_size)
+        if self.masked_embed is None:
+            return None
+        grid = patch_grid(self.trunk, crop_size)
+        if min(grid) < 2:  # a block is narrower than the grid, so none would ever fit
+            raise InputError(
+                f"crops of {plain_size(height_and_width(crop_size))} pixels have {grid[0]} x {grid[1]} patches, and "
+                "iBOT's block masks need at least 2 x 2: give larger crops, or patch_weight = 0"
+            )
+        return grid
 
     def drop_grid(self, crop_size: ImageSize) -> tuple[int, int] | None:
         """The patch grid (H, W) from which MSN's patches are dropped; None if none are.

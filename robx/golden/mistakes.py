@@ -70,6 +70,8 @@ def _array(image: Image.Image) -> np.ndarray:
 def _geometries(image: Image.Image, pre: Preprocessing) -> _Found:
     """Mistakes of the resize and the crop, float32 (H, W, 3) with values 0..255."""
     height, width = pre.shape
+    square, covered = height == width, f"{pre.size} x {round(pre.size * width / height)} pixels (height x width)"
+    resize = f"resize the shorter side to {pre.size} pixels" if square else f"resize the image to cover {covered}"
     other = dataclasses.replace(pre, interpolation="bilinear" if pre.interpolation == "bicubic" else "bicubic")
     yield (
         Mistake(
@@ -91,7 +93,7 @@ def _geometries(image: Image.Image, pre: Preprocessing) -> _Found:
         Mistake(
             name="stretched",
             said=f"the whole image is squeezed to {width} x {height} pixels",
-            remedy="keep the aspect ratio: resize the shorter side, then crop the centre",
+            remedy=f"keep the aspect ratio: {'resize the shorter side' if square else resize}, then crop the centre",
         ),
         _array(image.resize((width, height), _filter(pre))),
     )
@@ -99,8 +101,10 @@ def _geometries(image: Image.Image, pre: Preprocessing) -> _Found:
         yield (
             Mistake(
                 name="no margin",
-                said=f"the shorter side is resized to {pre.crop} pixels instead of {pre.size}",
-                remedy=f"resize the shorter side to {pre.size} pixels, then crop the centre",
+                said=f"the shorter side is resized to {pre.crop} pixels instead of {pre.size}"
+                if square
+                else f"the image is resized to cover {height} x {width} instead of {covered}",
+                remedy=f"{resize}, then crop the centre",
             ),
             _array(resize_and_crop(image, dataclasses.replace(pre, size=pre.crop))),
         )

@@ -66,14 +66,14 @@ def bicubic_weights(grid: int, size: int, offset: float) -> torch.Tensor:
     return weights
 
 
-def resampled_positions(positions: torch.Tensor, size: int, offset: float) -> torch.Tensor:
-    """The release's position embedding (1, 1 + size size, D) for another number of patches a side."""
+def resampled_positions(positions: torch.Tensor, size: tuple[int, int], offset: float) -> torch.Tensor:
+    """The release's position embedding (1, 1 + H W, D) for another number of patches, `size` (H, W)."""
     grid = math.isqrt(positions.shape[1] - 1)
-    if size == grid:
+    if size == (grid, grid):
         return positions
-    weights = bicubic_weights(grid, size, offset)
+    down, across = (bicubic_weights(grid, side, offset) for side in size)
     patches = positions[0, 1:].double().view(grid, grid, -1)
-    patches = torch.einsum("ia,jb,abd->ijd", weights, weights, patches).flatten(0, 1).to(positions.dtype)
+    patches = torch.einsum("ia,jb,abd->ijd", down, across, patches).flatten(0, 1).to(positions.dtype)
     return torch.cat([positions[0, :1], patches])[None]
 
 
@@ -81,8 +81,8 @@ def vit_tokens(state: State, pixels: torch.Tensor, heads: int, offset: float = 0
     """All tokens after the final norm; at other sizes with the release's `offset` in the position embedding."""
     patch = state["patch_embed.proj.weight"].shape[-1]
     x = F.conv2d(pixels, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=patch)
+    positions = resampled_positions(state["pos_embed"], (x.shape[2], x.shape[3]), offset)
     x = x.flatten(2).transpose(1, 2)
-    positions = resampled_positions(state["pos_embed"], math.isqrt(x.shape[1]), offset)
     x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x], dim=1) + positions
     width = x.shape[-1]
     depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))

@@ -161,6 +161,9 @@ def test_unknown_keys_are_refused_with_the_known_ones() -> None:
         ({"color": [0.8, -0.1, 0.8, 0.2]}, "color = [0.8, -0.1, 0.8, 0.2]"),
         ({"lr": float("nan")}, "nan"),
         ({"epochs": datetime.date(2020, 1, 1)}, "2020"),
+        ({"crop_size": "160x8"}, "crop_size must be between 16 and 4096, got crop_size = '160x8'"),
+        ({"crop_size": "160 by 96"}, "recipe.crop_size must be a number of pixels or HEIGHTxWIDTH, got '160 by 96'"),
+        ({"local_crop_size": 96.5}, "recipe.local_crop_size must be a number of pixels or HEIGHTxWIDTH, got 96.5"),
     ],
 )
 def test_values_that_cannot_work_are_refused_by_name(values: dict[str, object], named: str) -> None:
@@ -194,6 +197,19 @@ def test_a_printed_recipe_has_every_key_and_reads_back_to_itself(
         assert list(values) == [f.name for f in dataclasses.fields(Recipe)]
         assert override(preset("swav", "vit", base=base), values) == recipe
     assert all(line.count("  # ") == 1 for line in path.read_text().splitlines() if " = " in line.partition("#")[0])
+
+
+def test_a_size_is_a_number_or_height_times_width(tmp_path: Path) -> None:
+    path, square = tmp_path / "mine.toml", preset("dino", "vit")
+    path.write_text('crop_size = "160x96"\nlocal_crop_size = [64, 48]\n')
+    recipe = override(square, read_recipe(path))
+    assert (recipe.crop_size, recipe.crop_shape) == ("160x96", (160, 96))
+    assert (recipe.local_crop_size, recipe.local_crop_shape) == ("64x48", (64, 48))
+    path.write_text(to_toml(recipe))
+    assert override(square, read_recipe(path)) == recipe == recipe_from_json(to_json(recipe))
+    for square_size in (96, "96", "96x96", (96, 96)):
+        assert to_json(override(square, {"crop_size": square_size}))["crop_size"] == 96
+    assert override(square, {"crop_size": "160x96"}).local_crop_size == 96  # local crops keep their own size
 
 
 @pytest.mark.parametrize("off", ["clip_grad = 0", "clip_grad = 0.0", 'clip_grad = "none"'])

@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
+from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
 from robx.distill.batches import crops
 from robx.distill.recipes import Recipe, override, preset
+from robx.image_size import parse_size
 from robx.images.crop_box import crop_box
 from robx.images.decode import IMAGENET_MEAN, IMAGENET_STD
 
@@ -133,6 +135,58 @@ def test_areas_are_uniform_and_aspects_log_uniform() -> None:
         aspects.append(np.log((right - left) / (bottom - top)))
     assert abs(np.mean(areas) - 0.3) < 0.01 and min(areas) > 0.098 and max(areas) <= 0.502
     assert abs(np.mean(aspects)) < 0.02 and abs(np.std(aspects) - 2 * np.log(4 / 3) / 12**0.5) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("image", "aspect", "share"),
+    [
+        ((300, 500), 0.6, 1.0),  # the image has the crop's ratio
+        ((640, 480), 16 / 9, 1.0),  # a box of 16:9 and a square cover as much of it
+        ((500, 500), 0.5, 0.5),  # a box of 1:2 covers half of a square
+        ((480, 640), 2.0, 0.5),  # and of 2:1 half as much of a tall image as a square does
+    ],
+)
+def test_a_box_that_is_not_square_is_torchvisions_with_the_ratio_centred(
+    image: tuple[int, int], aspect: float, share: float
+) -> None:
+    """torchvision draws from its own generator; its draws and the places that it chose are handed on."""
+    (width, height), scale, boxes = image, (0.08, 1.0), set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        picture = torch.zeros(3, height, width)
+        top, left, h, w = RandomResizedCrop.get_params(
+            picture, [scale[0] * share, scale[1] * share], [aspect * 3 / 4, aspect * 4 / 3]
+        )
+        torch.manual_seed(seed)
+        draws = torch.rand(10, 2).tolist()
+        places = (left + 0.5) / (width - w + 1), (top + 0.5) / (height - h + 1)
+        found = crop_box(width, height, scale, [x for pair in draws for x in (*pair, *places)], aspect=aspect)
+        assert np.abs(np.subtract(found, (left, top, left + w, top + h))).max() <= 1  # torchvision's are float32
+        boxes.add(found)
+    assert len(boxes) > 50
+
+
+def test_boxes_vary_however_little_the_image_has_of_the_crops_shape() -> None:
+    """With areas relative to the whole image no global crop of 1:4 would fit, and all would be the same centre box."""
+    for aspect in (0.25, 4.0):
+        draws = [crops.uniforms(1, epoch=0, index=index, count=40).tolist() for index in range(200)]
+        boxes = np.array([crop_box(400, 400, (0.4, 1.0), draw, aspect=aspect) for draw in draws])
+        shape = np.stack([boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]], axis=1)
+        assert len(np.unique(boxes, axis=0)) > 190
+        assert abs(np.log(shape[:, 0] / shape[:, 1] / aspect)).max() < np.log(4 / 3) + 0.03
+
+
+@pytest.mark.parametrize(("size", "local"), [("64x32", 48), ((40, 72), "16x48")])
+def test_crops_of_any_shape_are_torchvisions(size: Any, local: Any) -> None:
+    plain = override(RECIPE, NOTHING | {"crop_size": size, "local_crop_size": local})
+    found = crops.multi_crop(picture(), plain, epoch=0, index=3)
+    rows = crops.uniforms(plain.seed, epoch=0, index=3, count=5 * 51).reshape(5, 51).tolist()
+    for view, (crop, draws) in enumerate(zip([*found.globals, *found.locals], rows, strict=True)):
+        height, width = parse_size(size if view < 2 else local)
+        scale = plain.global_scale if view < 2 else plain.local_scale
+        left, top, right, bottom = crop_box(90, 70, scale, draws[:40], aspect=width / height)
+        cropped = tv.crop(picture(), top, left, bottom - top, right - left)
+        assert np.array_equal(crop, np.asarray(tv.resize(cropped, [height, width], antialias=True)))
 
 
 # Of global 1, global 2 and the local crops.

@@ -73,30 +73,37 @@ def test_the_blur_is_pillows(sigma: float, seed: int) -> None:
 @given(
     width=st.integers(2, 300),
     height=st.integers(2, 300),
-    size=st.sampled_from([16, 33, 64]),
+    shape=st.sampled_from([(16, 16), (33, 33), (64, 64), (64, 24), (17, 50)]),
     corner=st.tuples(st.floats(0, 0.9), st.floats(0, 0.9)),
     extent=st.tuples(st.floats(0, 1), st.floats(0, 1)),
 )
 @settings(max_examples=60, deadline=None)
 def test_a_cut_is_pillows_within_one_level(
-    width: int, height: int, size: int, corner: tuple[float, float], extent: tuple[float, float]
+    width: int, height: int, shape: tuple[int, int], corner: tuple[float, float], extent: tuple[float, float]
 ) -> None:
     left, top = int(corner[0] * width), int(corner[1] * height)
     right, bottom = left + 1 + int(extent[0] * (width - left - 1)), top + 1 + int(extent[1] * (height - top - 1))
     image = photo(width, height, seed=width)
     plans = np.zeros((1, 1), dtype=crops.PLAN)
     plans["box"], plans["order"] = (left, top, right, bottom), -1
-    found = device_crops.device_crops([torch.from_numpy(np.array(image))], [(plans, (size, size))])[0]
-    expected = image.crop((left, top, right, bottom)).resize((size, size), Image.Resampling.BILINEAR)
+    found = device_crops.device_crops([torch.from_numpy(np.array(image))], [(plans, shape)])[0]
+    expected = image.crop((left, top, right, bottom)).resize(shape[::-1], Image.Resampling.BILINEAR)
     assert difference(found[0], expected).max() <= 1
 
 
-@pytest.mark.parametrize("method", ["dino", "ibot", "msn", "swav"])
-def test_whole_crops_agree_with_pillows(method: str) -> None:
-    recipe = override(preset(method, "vit"), SMALL)
+@pytest.mark.parametrize(
+    ("method", "sizes"),
+    [
+        *(("dino", {}), ("ibot", {}), ("msn", {}), ("swav", {})),
+        ("dino", {"crop_size": "64x32", "local_crop_size": "24x40"}),
+    ],
+)
+def test_whole_crops_agree_with_pillows(method: str, sizes: dict[str, str]) -> None:
+    recipe = override(preset(method, "vit"), SMALL | sizes)
     images, plans, pillow = batch_of(recipe, 40)
-    for name, rows, size in (("globals", slice(0, 2), 48), ("locals", slice(2, None), 32)):
-        found = device_crops.device_crops(images, [(plans[rows], (size, size))])[0].permute(0, 1, 3, 4, 2).numpy()
+    kinds = (("globals", slice(0, 2), recipe.crop_shape), ("locals", slice(2, None), recipe.local_crop_shape))
+    for name, rows, shape in kinds:
+        found = device_crops.device_crops(images, [(plans[rows], shape)])[0].permute(0, 1, 3, 4, 2).numpy()
         expected = np.stack([getattr(one, name) for one in pillow], axis=1).astype(float)
         per_crop = np.abs(found - expected).mean(axis=(2, 3, 4))
         assert found.shape == expected.shape and per_crop.max() < 1.5 and per_crop.mean() < 0.05

@@ -197,6 +197,15 @@ def test_masks_are_the_samples_own(scenes: Path) -> None:
     assert all(torch.equal(a.masks, b.masks) for a, b in zip(first, second, strict=True))  # type: ignore[arg-type]
     dropped = load(open_source(scenes), override(RECIPE, {"patch_drop": 0.5}), end=1, mask_grid=(4, 4))[0].masks
     assert dropped is not None and (dropped.sum(dim=-1) == 8).all()
+    tall = load(open_source(scenes), override(recipe, {"crop_size": "64x32"}), end=1, mask_grid=(4, 2))[0]
+    assert tall.masks is not None and tall.masks.shape == (2, 8, 8)
+
+
+@pytest.mark.parametrize("augment", ["pillow", "device"])
+def test_batches_have_the_crops_own_shapes(scenes: Path, augment: str) -> None:
+    recipe = override(RECIPE, {"crop_size": "48x32", "local_crop_size": "16x24", "augment": augment})
+    views = load(open_source(scenes), recipe, end=1)[0].views(torch.device("cpu"))
+    assert views.globals.shape == (2, 8, 3, 48, 32) and views.locals.shape == (1, 8, 3, 16, 24)
 
 
 def test_what_does_not_divide_or_fill_a_batch_is_refused(scenes: Path) -> None:

@@ -74,6 +74,16 @@ def test_dropped_patches_are_equally_many_and_leave_one(grid: tuple[int, int], s
     assert kept[0] == kept[1] == max(1, math.floor(patches * (1 - share)))
 
 
+def test_blocks_reach_every_part_of_a_grid_that_is_not_square() -> None:
+    """10 x 6 patches, as of 160 x 96 pixels: the rows are those of the image."""
+    found = [block_masks((10, 6), [(0.3, 0.0)], seed=0, epoch=0, index=i, crops=1)[0] for i in range(600)]
+    masks = np.stack(found).reshape(-1, 10, 6)
+    often = masks.mean(axis=0)
+    assert often.min() > 0.05 and 0.15 < often.mean() <= 0.3
+    for other in (masks[:, 5, 2], masks[:, 4, 3]):  # below and beside a patch, both are masked together with it
+        assert other[masks[:, 4, 2]].mean() > 1.4 * often[4, 2]
+
+
 def test_every_patch_is_dropped_equally_often() -> None:
     often = np.mean([drop_masks((4, 4), 0.25, seed=0, epoch=0, index=i) for i in range(2000)], axis=(0, 1))
     np.testing.assert_allclose(often, 0.25, atol=0.04)

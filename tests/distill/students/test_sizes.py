@@ -30,6 +30,13 @@ def test_a_network_of_one_size_is_built_for_the_crops(name: str, size: int) -> N
         assert trunk(torch.empty(2, 3, size, size)).shape == (2, embedding_width(trunk))
 
 
+@pytest.mark.parametrize("name", FIXED)
+def test_a_network_of_one_size_is_built_for_crops_that_are_not_square(name: str) -> None:
+    with torch.device("meta"):
+        trunk = build_trunk(name, image_size=(160, 96)).eval()
+        assert trunk(torch.empty(2, 3, 160, 96)).shape == (2, embedding_width(trunk))
+
+
 def test_a_network_that_takes_the_size_is_timms_own() -> None:
     for name in ("test_vit", "test_resnet", "mobilevit_xxs"):
         plain, sized = (build_trunk(name, image_size=size).state_dict() for size in (None, 64))
@@ -49,6 +56,8 @@ def test_a_student_of_64_px_is_trained_saved_and_loaded(tiny: ModuleType, scenes
 
 def test_a_refusal_names_sizes_that_work(tiny: ModuleType) -> None:
     assert sizes_near("test_vit", 100) == [96, 112]
+    assert sizes_near("test_vit", (160, 90)) == ["144x80", "160x96"]
+    assert sizes_near("nest_tiny", (64, 32)) == [128]  # timm's Nest takes squares alone
     recipe = tiny.tiny_recipe(objective="dino", kind="cnn", crop_size=100, local_crops=0)
     with pytest.raises(InputError, match=r"test_vit cannot process crops of 100 pixels .*nearest: 96 and 112\)"):
         build_student("test_vit", recipe, None)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from robx.distill.batches.masks import block_masks, drop_masks
@@ -157,8 +159,35 @@ def test_which_students_have_masks() -> None:
     msn = build_student(VIT, small("msn"), Spec(**TEACHER))  # type: ignore[arg-type]
     assert msn.mask_grid(64) is None
     assert msn.drop_grid(64) == (4, 4)
+    assert ibot.mask_grid((160, 96)) == (10, 6) == msn.drop_grid((160, 96))
     with pytest.raises(InputError, match="70 pixels do not divide into patches of 16"):
         patch_grid(ibot.trunk, 70)
+    with pytest.raises(InputError, match="64x70 pixels do not divide into patches of 16"):
+        patch_grid(ibot.trunk, (64, 70))
+
+
+def test_a_vit_at_another_shape_is_timms_of_that_size() -> None:
+    """Position embeddings, tokens and features at 160 x 96 are those of timm's network of that image size."""
+    recipe = small("msn", patch_drop=0.15, crop_size="160x96", local_crop_size="64x32")
+    student = build_student(VIT, recipe, Spec(**TEACHER))  # type: ignore[arg-type]
+    reference = timm.create_model(VIT, num_classes=0, img_size=(160, 96), global_pool="token").eval()
+    state = student.trunk.state_dict()
+    positions = resample_abs_pos_embed(state["pos_embed"], (10, 6), num_prefix_tokens=reference.num_prefix_tokens)
+    reference.load_state_dict(state | {"pos_embed": positions})
+    pixels = torch.randn(2, 3, 160, 96, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(student.eval().trunk(pixels), reference(pixels), rtol=1e-4, atol=1e-5)
+    seen = []
+    student.trunk.norm_pre.register_forward_hook(lambda _, __, tokens: seen.append(tokens.shape[1]))  # type: ignore[union-attr]
+    masks = torch.from_numpy(drop_masks((10, 6), 0.15, seed=0, epoch=0, index=0))[:1, None].expand(1, 2, 60)
+    features, _ = student.train().embed_globals(pixels[None], masks=masks)
+    assert seen == [reference.num_prefix_tokens + 51]  # of 60 patches 15 % are dropped
+    assert features.shape == (2, student.trunk.num_features)
+
+
+def test_block_masks_need_two_patches_a_side() -> None:
+    student = build_student(VIT, small("ibot", crop_size="16x64", local_crops=0), Spec(**TEACHER))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"crops of 16x64 pixels have 1 x 4 patches, .*: give larger crops"):
+        student.mask_grid((16, 64))
 
 
 @pytest.mark.parametrize(

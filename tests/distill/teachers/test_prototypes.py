@@ -129,6 +129,12 @@ def test_one_file_under_two_names_is_fitted_under_each(tmp_path: Path) -> None:
     assert not torch.equal(first.head.prototypes, other.head.prototypes)
 
 
+def test_prototypes_of_squares_keep_their_name_and_other_shapes_get_their_own() -> None:
+    assert "crop_width" not in SETTINGS.facts
+    tall = replace(SETTINGS, crop_width=SETTINGS.crop // 2)
+    assert tall.id != SETTINGS.id and tall.facts["crop_width"] == SETTINGS.crop // 2
+
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 

@@ -15,10 +15,14 @@ import published as pub
 from robx.distill.teachers.choose import find_teacher
 from robx.distill.teachers.from_timm import build_trunk
 from robx.distill.teachers.load import load_teacher
+from robx.image_size import height_and_width
+
+Size = int | tuple[int, int]
 
 
-def pixels_of(size: int) -> torch.Tensor:
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(size))
+def pixels_of(size: Size) -> torch.Tensor:
+    height, width = height_and_width(size)
+    return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(height))
 
 
 def vit_file(path: Path, method: str) -> tuple[Path, pub.State]:
@@ -37,12 +41,13 @@ def vit_file(path: Path, method: str) -> tuple[Path, pub.State]:
 
 
 @pytest.mark.parametrize(("method", "offset"), [("dino", 0.1), ("ibot", 0.1), ("msn", 0.0)])
-@pytest.mark.parametrize("size", [32, 48, 96, 112, 160])
+# 7 x 28 patches, of 56 x 224 pixels, are as many as the 14 x 14 of the position embedding.
+@pytest.mark.parametrize("size", [32, 48, 96, 112, 160, (160, 96), (32, 112), (56, 224)])
 def test_a_vit_resamples_its_positions_as_its_release_does(
-    tmp_path: Path, method: str, offset: float, size: int
+    tmp_path: Path, method: str, offset: float, size: Size
 ) -> None:
     path, trunk = vit_file(tmp_path, method)
-    teacher = load_teacher(method, weights=path, image_size=112)
+    teacher = load_teacher(method, weights=path, image_size=size)
     pixels = pixels_of(size)
     want = pub.vit_tokens(trunk, pixels, heads=1, offset=offset)[:, 0]
     torch.testing.assert_close(teacher(pixels).features, want, rtol=1e-4, atol=1e-4)
@@ -53,7 +58,7 @@ def test_a_vit_resamples_its_positions_as_its_release_does(
 def test_timms_trunks_of_these_releases_resample_likewise(name: str, grid: int) -> None:
     torch.manual_seed(0)
     trunk = build_trunk(find_teacher(name))
-    want = pub.resampled_positions(trunk.pos_embed.detach(), grid, 0.1)  # type: ignore[operator, union-attr]
+    want = pub.resampled_positions(trunk.pos_embed.detach(), (grid, grid), 0.1)  # type: ignore[operator, union-attr]
     with torch.no_grad():
         got = trunk._pos_embed(torch.zeros(1, grid, grid, 384))  # type: ignore[operator]
     got[:, 0] -= trunk.cls_token[0, 0]  # type: ignore[index]
@@ -71,8 +76,8 @@ def test_dinov2_with_registers_antialiases_as_timm_does() -> None:
     assert torch.equal(trunk._pos_embed(x), plain._pos_embed(x))  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("size", [96, 160, 224])
-def test_a_swin_pads_before_it_rolls(tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize("size", [96, 160, 224, (160, 96)])
+def test_a_swin_pads_before_it_rolls(tmp_path: Path, size: Size) -> None:
     torch.manual_seed(0)
     depths, heads = (2, 2, 2, 1), (1, 2, 2, 4)
     options = {"img_size": 224, "embed_dim": 16, "depths": depths, "num_heads": heads, "num_classes": 0}

@@ -257,6 +257,8 @@ def test_a_crop_is_a_function_of_its_seed_and_can_be_switched_off():
 
     np.testing.assert_array_equal(view(1), view(1))
     assert view(1).shape == (32, 32, 3) and not np.array_equal(view(1), view(2))
+    tall = Preprocessing(size=48, crop=48, crop_width=24)
+    assert linear.random_resized_crop(image, tall, np.random.default_rng(1)).shape == (48, 24, 3)
     whole = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR))
     for seed in range(6):
         found = view(seed, crop=False)
