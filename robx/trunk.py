@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +78,15 @@ def nearest_sizes(size: ImageSize, takes: Callable[[Shape], bool]) -> list[int |
 
     One that takes nothing of about this aspect ratio may take squares, and one of a fixed size the usual one.
     """
-    shape, usual = height_and_width(size), [(side, side) for side in _USUAL]
-    found = [one for one in (_first(_sizes_beside(shape, sign), takes) for sign in (-1, 1)) if one]
+    shape = height_and_width(size)
+    found = [one for sign in (-1, 1) for one in islice(filter(takes, _sizes_beside(shape, sign)), 1)]
     if not found and shape[0] != shape[1]:
         return nearest_sizes(max(shape), takes)
-    return [plain_size(one) for one in found or [_first(usual, takes)] if one]
+    found = found or list(islice(filter(takes, _USUAL), 1))
+    return [plain_size(one) for one in found]
 
 
-_USUAL = (224, 256, 240, 384)  # sides that published networks are made for
-
-
-def _first(sizes: list[Shape], takes: Callable[[Shape], bool]) -> Shape | None:
-    return next((size for size in sizes if takes(size)), None)
+_USUAL = [(side, side) for side in (224, 256, 240, 384)]  # that published networks are made for
 
 
 def _sizes_beside(shape: Shape, sign: int) -> list[Shape]:

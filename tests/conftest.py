@@ -18,6 +18,7 @@ SLOW = (
     "distill/objectives/test_rob_dino.py",
     "distill/students/test_sizes.py",
     "distill/students/test_student.py",
+    "distill/test_crop_shapes.py",
     "distill/teachers/test_foreign_files.py",
     "distill/teachers/test_write_checkpoint.py",
     "distill/test_student_kinds.py",
@@ -74,6 +75,7 @@ SOAK = (
     "faults/test_space.py",
     "runtime/test_hostile_bundles.py::test_a_loop_without_end_obeys_signals",
     "distill/test_train.py::test_a_compiled_run_is_the_plain_one",
+    "distill/test_crop_shapes.py::test_an_exported_student_gives_the_embeddings_of_the_manifests_preprocessing[cnn]",
     "runtime/device/test_native.py::test_the_sanitizers_find_nothing_in_a_run",
 )
 

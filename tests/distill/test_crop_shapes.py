@@ -108,12 +108,9 @@ def test_stored_targets_train_the_same_student(tiny: ModuleType, scenes: Path, r
         tiny.tiny_run(open_source(scenes), tmp_path / "square", recipe=square, targets=runs / "targets")
 
 
-@pytest.mark.parametrize("method", ["dino", "ibot"])
-def test_base_methods_learn_from_crops_of_any_shape(
-    tiny: ModuleType, scenes: Path, tmp_path: Path, method: str
-) -> None:
+def test_a_base_method_learns_from_crops_that_are_not_square(tiny: ModuleType, scenes: Path, tmp_path: Path) -> None:
     """The moving average sees them too; iBOT's masks have 4 x 2 patches; the crops are made in batches."""
-    recipe = tiny.tiny_recipe(objective=method, base=True, augment="device", batch_size=32, **SIZES)
+    recipe = tiny.tiny_recipe(objective="ibot", base=True, augment="device", batch_size=32, **SIZES)
     tiny.tiny_run(open_source(scenes), tmp_path, recipe=recipe)
     losses = [loss for _, loss in tiny.losses(tmp_path)]
     assert len(losses) == 2 and all(np.isfinite(losses))
@@ -126,7 +123,6 @@ def test_base_methods_learn_from_crops_of_any_shape(
         (("--crop-size", "64x8"), "--crop-size must be between 16 and 4096, got crop_size = '64x8'"),
         (("--crop-size", "64 by 32"), "--crop-size must be a number of pixels or HEIGHTxWIDTH, got '64 by 32'"),
         (("--local-crop-size", "-1"), "--local-crop-size must be a number of pixels or HEIGHTxWIDTH, got '-1'"),
-        (("--crop-size", "100x64"), "test_vit cannot process crops of 100x64 pixels"),
         (("--crop-size", "64x32", "--local-crop-size", "50x32"), "test_vit, built for crops of 64x32 pixels, cannot"),
     ],
 )
@@ -142,8 +138,6 @@ def test_a_size_that_does_not_work_is_one_line_and_status_2(
 def test_a_teacher_that_cannot_take_the_shape_says_which_it_can() -> None:
     with pytest.raises(InputError, match=r"timm:test_vit cannot process crops of 64x40 .*nearest: 64x32 and 64x48\)"):
         build_teacher_skeleton("timm:test_vit", objective="msn", prototypes=12, image_size=(64, 40))
-    with pytest.raises(InputError, match=r"crops of 64x32 pixels .*choose another --crop-size \(nearest: 224\)"):
-        build_teacher_skeleton("timm:convit_tiny", objective="msn", prototypes=12, image_size=(64, 32))
 
 
 def test_one_students_preprocessing_is_that_of_an_export_at_its_size(runs: Path) -> None:

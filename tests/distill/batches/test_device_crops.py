@@ -106,8 +106,24 @@ def test_whole_crops_agree_with_pillows(method: str, sizes: dict[str, str]) -> N
         found = device_crops.device_crops(images, [(plans[rows], shape)])[0].permute(0, 1, 3, 4, 2).numpy()
         expected = np.stack([getattr(one, name) for one in pillow], axis=1).astype(float)
         per_crop = np.abs(found - expected).mean(axis=(2, 3, 4))
-        assert found.shape == expected.shape and per_crop.max() < 1.5 and per_crop.mean() < 0.05
+        # Pillow goes through the columns of a tall crop first more often; see the next test.
+        assert found.shape == expected.shape and per_crop.max() < 1.5 and per_crop.mean() < (0.1 if sizes else 0.05)
         assert (found == found.round()).all() and found.min() >= 0 and found.max() <= 255
+
+
+def test_a_tall_cut_is_pillows_rows_first_to_the_last_bit() -> None:
+    images, plans, _ = batch_of(override(preset("dino", "vit"), SMALL | {"crop_size": "64x32"}), 20)
+    plans = plans[:2].copy()
+    for name in ("flip", "gray", "sigma", "solarize"):
+        plans[name] = 0
+    plans["order"] = -1
+    found = device_crops.device_crops(images, [(plans, (64, 32))])[0]
+    for at, image in enumerate(images):
+        for view in range(2):
+            cut = Image.fromarray(image.numpy()).crop(tuple(plans["box"][view, at].tolist()))
+            rows_first = cut.resize((32, cut.height), Image.Resampling.BILINEAR)
+            expected = rows_first.resize((32, 64), Image.Resampling.BILINEAR)
+            assert difference(found[view, at][None], expected).max() == 0
 
 
 def test_a_crop_does_not_depend_on_its_batch() -> None:
