@@ -81,7 +81,8 @@ def nearest_sizes(size: ImageSize, takes: Callable[[Shape], bool]) -> list[int |
     shape = height_and_width(size)
     found = [one for sign in (-1, 1) for one in islice(filter(takes, _sizes_beside(shape, sign)), 1)]
     if not found and shape[0] != shape[1]:
-        return nearest_sizes(max(shape), takes)
+        side = max(shape)
+        return [side] if takes((side, side)) else nearest_sizes(side, takes)
     found = found or list(islice(filter(takes, _USUAL), 1))
     return [plain_size(one) for one in found]
 
