@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
+import functools
 from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,7 @@ import timm
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 from robx.errors import ArtifactError, InputError, did_you_mean, first_line, is_exhausted
 from robx.image_size import ImageSize, Shape, height_and_width, plain_size
@@ -51,26 +51,28 @@ def build_trunk(
         # timm asserts that there is a CLS token (SigLIP has none), and has no other way to ask.
         with contextlib.suppress(AssertionError):
             return _create(timm_name, **options, global_pool="token")
-    trunk = _create(timm_name, **options)
-    if image_size is not None and size_error(trunk, image_size):
+    if image_size is not None and not fits(timm_name, height_and_width(image_size)):
         with contextlib.suppress(Exception):  # timm and its models refuse img_size in many ways
             # Squares as one number, which is all that some models take.
             height, width = height_and_width(image_size)
             resized = _create(timm_name, **options, img_size=height if height == width else (height, width))
             if not size_error(resized, image_size):
                 return resized
-    return trunk
+    return _create(timm_name, **options)
 
 
 def sizes_near(timm_name: str, size: ImageSize) -> list[int | str]:
     """Image sizes that a timm model can be built for; see `nearest_sizes`."""
+    return nearest_sizes(size, lambda shape: fits(timm_name, shape, built_for=shape))
 
-    def takes(shape: Shape) -> bool:
-        with torch.device("meta"), contextlib.suppress(AssertionError, RuntimeError, ValueError):
-            return not size_error(build_trunk(timm_name, image_size=shape), shape)
-        return False
 
-    return nearest_sizes(size, takes)
+@functools.cache
+def fits(timm_name: str, shape: Shape, *, built_for: Shape | None = None) -> bool:
+    """Whether a timm model, built for images of `built_for` pixels, can process `shape`: by its shapes alone."""
+    # The answer is kept: as later calls draw no random numbers, the first one leaves the generator alone.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        trunk = build_trunk(timm_name, image_size=built_for)
+        return not size_error(trunk, shape)
 
 
 def nearest_sizes(size: ImageSize, takes: Callable[[Shape], bool]) -> list[int | str]:
@@ -182,20 +184,17 @@ def embed(trunk: nn.Module, pixels: Tensor) -> Tensor:
 def size_error(trunk: nn.Module, size: ImageSize) -> str:
     """The trunk's error message for images of `size` pixels; empty if it can process them."""
     training = trunk.training
-    device = next(trunk.parameters()).device
-    pixels = torch.zeros(1, 3, *height_and_width(size), device=device)
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # FakeTensorMode logs the traceback of what fails
+    pixels = torch.zeros(1, 3, *height_and_width(size), device=next(trunk.parameters()).device)
+    shapes = {name: tensor.to("meta") for name, tensor in (*trunk.named_parameters(), *trunk.named_buffers())}
     try:
         trunk.eval()
-        # From shapes alone, without computing: seconds for a ViT-L. What fails is confirmed.
-        with contextlib.suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True):
-            trunk(pixels)
+        # From shapes alone, in milliseconds: a forward pass of a ViT-L takes seconds. A failure is confirmed by one.
+        with contextlib.suppress(Exception):
+            functional_call(trunk, shapes, pixels.to("meta"))
             return ""
         trunk(pixels)
     except (AssertionError, RuntimeError, ValueError) as error:
         return first_line(error)
     finally:
-        logging.disable(level)
         trunk.train(training)
     return ""

@@ -5,6 +5,7 @@ M global crops   V = M + L student crops   B batch   D width   P patches of a gl
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from robx.distill.recipes import Recipe
 from robx.distill.students.projection_heads import MlpHead, scores_and_embeddings
 from robx.errors import InputError
 from robx.image_size import ImageSize, height_and_width, plain_size
-from robx.trunk import build_trunk, embedding_width, is_vit, size_error, sizes_near
+from robx.trunk import build_trunk, embedding_width, fits, is_vit, size_error, sizes_near
 
 _PROJECTION = 1024  # hidden width of the feature term's projection
 
@@ -264,13 +265,15 @@ def _patch_size(trunk: nn.Module) -> int:
 
 def _require_sizes(name: str, trunk: nn.Module, recipe: Recipe) -> None:
     """Refuse crop sizes that the trunk cannot process, because of a fixed input size or of its patch size."""
-    if why := size_error(trunk, recipe.crop_shape):
+    takes = functools.partial(fits, name, built_for=recipe.crop_shape)
+    if not takes(recipe.crop_shape) and (why := size_error(trunk, recipe.crop_shape)):
         nearest = " and ".join(f"{size}" for size in sizes_near(name, recipe.crop_shape)) or "none nearby"
         raise InputError(
             f"{name} cannot process crops of {recipe.crop_size} pixels ({why}): set crop_size to one that it can "
             f"(nearest: {nearest})"
         )
-    if recipe.local_crops and (why := size_error(trunk, recipe.local_crop_shape)):
+    local = recipe.local_crop_shape
+    if recipe.local_crops and not takes(local) and (why := size_error(trunk, local)):
         raise InputError(
             f"{name}, built for crops of {recipe.crop_size} pixels, cannot process local crops of "
             f"{recipe.local_crop_size} ({why}): set local_crop_size = {recipe.crop_size} or local_crops = 0"

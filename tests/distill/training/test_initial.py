@@ -96,7 +96,7 @@ def test_timms_own_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(timm, "create_model", create)
     initial = open_initial(Path("pretrained"), "test_resnet.r160_in1k", image_size=64, cache=tmp_path)
-    assert asked == [("test_resnet.r160_in1k", True, tmp_path / "timm")]
+    assert [call for call in asked if call[1]] == [("test_resnet.r160_in1k", True, tmp_path / "timm")]
     trunk = build_trunk("test_resnet")
     torch.nn.init.zeros_(next(trunk.parameters()))
     initial.load_into(trunk)
