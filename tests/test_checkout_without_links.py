@@ -42,6 +42,7 @@ def test_every_stage_is_imported_from_the_checkout(checkout: Path) -> None:
     assert _python(checkout, "-c", code).split() == [str(checkout / stage / "commands.py") for stage in STAGES]
 
 
+@pytest.mark.parametrize("checkout", ["text files"], indirect=True)
 def test_its_tests_run(checkout: Path) -> None:
     tests = (
         "tests/test_architecture.py::test_a_stage_is_a_link",

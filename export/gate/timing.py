@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 _IMAGES = 16
 _BATCH = 1  # as in `robx bench`: OpenVINO is faster with the batch size that it compiled for
-_BLOCKS, _BLOCK_SECONDS = 10, 0.05
+BLOCK_SECONDS = 0.05
+_BLOCKS = 10
 
 
 class Timer:
@@ -103,7 +104,7 @@ class Timer:
         from robx.runtime.bench.interleave import interleave
 
         images = self.builder.images.judging.normalised(self.builder.request.host_preprocessing, slice(_IMAGES))
-        return interleave(sessions, images, blocks=times * _BLOCKS, seconds=_BLOCK_SECONDS, seed=times)
+        return interleave(sessions, images, blocks=times * _BLOCKS, seconds=BLOCK_SECONDS, seed=times)
 
     def _open_baselines(self, candidate: Candidate) -> dict[str, Session]:
         """The float models to compare with, apart from the candidate itself; without those that cannot be made here."""

@@ -18,6 +18,7 @@ from robx.distill.recipes import Recipe, override
 from robx.distill.resolve import DistillSettings, resolve_recipe
 from robx.distill.teachers.load import build_teacher_skeleton
 from robx.distill.teachers.teacher import Teacher
+from robx.export.gate import timing
 from robx.images.scenes import make_scene, render
 from robx.records import Bundle
 from robx.runtime.bench import profiles
@@ -58,6 +59,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[set[str]]:
             return made[key]
 
         patch.setattr(robx.export.build, "export", export_once)
+        patch.setattr(timing, "BLOCK_SECONDS", 0.0)
         patch.setattr(profiles, "RETRY_SECONDS", 0)  # an UNSTABLE figure is not measured again
         short = {"queries": 16, "seconds": 0.2, "processes": 1, "warm_up_seconds": 0.05, "cool_down_seconds": 0}
         for name in ("quick", "standard"):

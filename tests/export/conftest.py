@@ -11,6 +11,7 @@ import torch
 
 from robx.export.formats import to_onnx
 from robx.export.formats.network import export_model
+from robx.export.gate import timing
 from robx.images.decode import preprocess
 from robx.images.sources import open_source
 from robx.records import Preprocessing, Student
@@ -22,6 +23,12 @@ from robx.trunk import build_trunk, embedding_width, load_trunk, save_trunk
 def quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without background load, whatever else runs on this one: timings are VALID."""
     monkeypatch.setattr(Interleaved, "reasons", lambda *_: [])
+
+
+@pytest.fixture(autouse=True)
+def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate times five queries a block; 50 ms a block would take longer than all else."""
+    monkeypatch.setattr(timing, "BLOCK_SECONDS", 0.0)
 
 
 def make_student(name: str, folder: Path, images: Path, *, size: int) -> Path:
