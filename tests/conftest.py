@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 import robx  # noqa: F401 (switches telemetry off before any engine is imported)
 from robx.images.scenes import make_scene, render, write_scenes
+from tests.preloaded import Preloaded
 
 # Files and folders of tests that train, export, measure or start processes for more than a few seconds each. They are
 # marked `slow`: make test-unit leaves them out, make test runs everything.
@@ -95,6 +98,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts() -> None:
+    """Ctrl-C raises KeyboardInterrupt here and in all processes, as it does not in a shell's background job."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def preloaded() -> Iterator[Preloaded]:
+    """Starts Python processes that have imported torch and robx: where a test needs a process, but not its imports."""
+    server = Preloaded()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

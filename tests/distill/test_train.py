@@ -4,8 +4,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -34,6 +32,7 @@ from robx.errors import InputError
 from robx.images.sources import FolderSource, ImageSource, open_source
 from robx.records import load_student
 from robx.trunk import load_trunk
+from tests.preloaded import Preloaded
 
 
 def weights(folder: Path) -> bytes:
@@ -422,15 +421,13 @@ def test_a_folder_in_use_and_settings_that_contradict_are_refused(
 
 
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
-    tiny: ModuleType, scenes: Path, source: ImageSource, unbroken: Path, tmp_path: Path
+    tiny: ModuleType, scenes: Path, source: ImageSource, unbroken: Path, tmp_path: Path, preloaded: Preloaded
 ) -> None:
     """A process of its own: only its main thread can take signals."""
-    command = [sys.executable, "-u", str(tiny.__file__), str(scenes), str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
-        assert [process.stdout.readline().strip() for _ in range(2)] == ["1", "2"]
-        process.send_signal(signal.SIGUSR1)
-        said = process.stderr.read()
+    process = preloaded.start([tiny.__file__, scenes, tmp_path])
+    assert [process.stdout.readline().strip() for _ in range(2)] == ["1", "2"]
+    process.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=240)
     assert process.returncode == 75 and re.search(r"SIGUSR1 after step \d of 8", said)
     found = run_checkpoint.load_newest(tmp_path)
     assert found is not None and 2 <= found[0] < 8

@@ -323,32 +323,43 @@ def _flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+@pytest.fixture(scope="module")
+def exported_run(cnn_run: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of cnn_run with one bundle, in "a", and the cache of that one export."""
+    run, said = tmp_path_factory.mktemp("exported") / "run", list[str]()
+    shutil.copytree(cnn_run, run, ignore=shutil.ignore_patterns(CACHE))
+    export(
+        ExportSettings(
+            run=run, target=ExportTarget(format="onnx", precision="fp16"), data=scenes, out=run / "a", **LENIENT
+        ),
+        say=said.append,
+    )
+    assert not said
+    return run
+
+
 @pytest.mark.parametrize("damage", [_flip, lambda path: path.write_bytes(path.read_bytes()[:1000])])
 def test_a_damaged_cache_is_named_and_made_again(
-    damage: Callable[[Path], object], cnn_run: Path, scenes: Path, tmp_path: Path
+    damage: Callable[[Path], object], exported_run: Path, scenes: Path, tmp_path: Path
 ) -> None:
     """One flipped bit of a weight passes parity, and would ship."""
     run, said = tmp_path / "run", list[str]()
-    shutil.copytree(cnn_run, run, ignore=shutil.ignore_patterns(CACHE))
-    settings = ExportSettings(
-        run=run, target=ExportTarget(format="onnx", precision="fp16"), data=scenes, out=tmp_path / "a", **LENIENT
-    )
-    export(settings, say=said.append)
-    assert not said
+    shutil.copytree(exported_run, run)
     cached = sorted(path for path in (run / CACHE).glob("*") if path.suffix in (".onnx", ".npy"))
     good = [path.read_bytes() for path in cached]
     assert {path.suffix for path in cached} == {".onnx", ".npy"}
     for path in cached:
         damage(path)
-    export(dataclasses.replace(settings, out=tmp_path / "b"), say=said.append)
+    target = ExportTarget(format="onnx", precision="fp16")
+    export(ExportSettings(run=run, target=target, data=scenes, out=tmp_path / "b", **LENIENT), say=said.append)
     assert sorted(said) == [f"{path} is damaged: it is ignored and computed again" for path in cached]
     assert [path.read_bytes() for path in cached] == good
-    assert (tmp_path / "a" / "model.onnx").read_bytes() == (tmp_path / "b" / "model.onnx").read_bytes()
+    assert (run / "a" / "model.onnx").read_bytes() == (tmp_path / "b" / "model.onnx").read_bytes()
 
 
-def test_a_cached_model_with_control_flow_is_not_used(cnn_run: Path, tmp_path: Path) -> None:
+def test_a_cached_model_with_control_flow_is_not_used(exported_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(cnn_run, run, ignore=shutil.ignore_patterns(CACHE))
+    shutil.copytree(exported_run, run)
     _export(run, None, tmp_path / "a", format="onnx")
     (cached,) = (run / CACHE).glob("*.onnx")
     model = onnx.load(cached)

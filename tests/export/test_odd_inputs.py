@@ -17,7 +17,7 @@ from PIL import Image
 from robx.cli import main
 from robx.embeddings import centred_cosine
 from robx.errors import ArtifactError, InputError
-from robx.export.build import CACHE, ExportSettings, export
+from robx.export.build import ExportSettings, export
 from robx.export.gate import judge, shipped, timing
 from robx.export.gate.gate import Limits
 from robx.export.image_splits import normalise
@@ -203,7 +203,7 @@ def test_a_uint8_bundle_is_benched_against_the_student_and_beside_a_float_one(
 ) -> None:
     monkeypatch.setitem(PROFILES, "rapid", dataclasses.replace(PROFILES["rapid"], queries=16, seconds=0.3))
     run = tmp_path / "run"
-    shutil.copytree(cnn_run, run, ignore=shutil.ignore_patterns(CACHE))
+    shutil.copytree(cnn_run, run)
     folders = []
     for uint8 in (False, True):
         folder = run / f"onnx-{uint8}"
@@ -226,7 +226,7 @@ def test_a_uint8_bundle_is_benched_against_the_student_and_beside_a_float_one(
 
 def test_a_bundle_given_for_a_run_is_named_with_its_run(cnn_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(cnn_run, run, ignore=shutil.ignore_patterns(CACHE))
+    shutil.copytree(cnn_run, run)
     _export(run, None, run / "onnx-fp32", format="onnx")
     done = CliRunner().invoke(main, ["export", str(run / "onnx-fp32"), "--format", "onnx"])
     assert done.exit_code == 2 and "is a bundle (onnx fp32), which is exported already" in done.output

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from robx.cli import main
+from tests.preloaded import Preloaded
 
 HERE = Path(__file__).parent
 TINY = HERE.parent / "distill" / "tiny.py"
@@ -44,25 +44,17 @@ def make_bundle(runtime_models: ModuleType, tmp_path: Path) -> Callable[..., Pat
 class Answering:
     """A script of this folder as one process, with everything imported, that answers requests: JSON, a line each."""
 
-    def __init__(self, script: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | ENVIRONMENT,
-        )
+    def __init__(self, script: str, preloaded: Preloaded) -> None:
+        self._process = preloaded.start([HERE / script], env=os.environ | ENVIRONMENT)
 
     def ask(self, request: dict[str, Any]) -> Any:
         """The answer to one request."""
-        assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
         """End it."""
-        assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=30)
 
@@ -81,9 +73,9 @@ class Shell(Answering):
 
 
 @pytest.fixture(scope="session")
-def shell() -> Iterator[Shell]:
+def shell(preloaded: Preloaded) -> Iterator[Shell]:
     """The one Shell."""
-    shell = Shell("shell.py")
+    shell = Shell("shell.py", preloaded)
     yield shell
     shell.close()
 
@@ -98,9 +90,9 @@ class Server(Answering):
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
+def server(preloaded: Preloaded) -> Iterator[Server]:
     """The one Server."""
-    server = Server("killer.py")
+    server = Server("killer.py", preloaded)
     yield server
     server.close()
 

@@ -5,36 +5,29 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.preloaded import Preloaded, Process
+
 HERE = Path(__file__).parent
 TINY = HERE.parent / "distill" / "tiny.py"
 SECONDS = 240
 
 
-def start(*command: object, **options: object) -> subprocess.Popen[str]:
+def start(preloaded: Preloaded, *command: object, **options: object) -> Process:
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": f"{TINY.parent}:{TINY.parents[2]}",
         "TINY_OPTIONS": json.dumps(options),
     }
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
+    return preloaded.start(command, env=environment, new_session=True)
 
 
-def wait_for_workers(process: subprocess.Popen[str], count: int) -> list[psutil.Process]:
+def wait_for_workers(process: Process, count: int) -> list[psutil.Process]:
     for _ in range(SECONDS * 10):
         children = psutil.Process(process.pid).children()
         if len(children) >= count:
@@ -43,8 +36,8 @@ def wait_for_workers(process: subprocess.Popen[str], count: int) -> list[psutil.
     pytest.fail("no workers were started")
 
 
-def test_a_second_interrupt_ends_a_run_whose_workers_hang(tmp_path: Path) -> None:
-    process = start(HERE / "hanging.py", tmp_path / "run")
+def test_a_second_interrupt_ends_a_run_whose_workers_hang(tmp_path: Path, preloaded: Preloaded) -> None:
+    process = start(preloaded, HERE / "hanging.py", tmp_path / "run")
     try:
         workers = wait_for_workers(process, 2)
         time.sleep(0.5)
@@ -60,8 +53,8 @@ def test_a_second_interrupt_ends_a_run_whose_workers_hang(tmp_path: Path) -> Non
         process.kill()
 
 
-def test_sigterm_ends_a_run_that_waits_for_an_image(tmp_path: Path) -> None:
-    process = start(HERE / "hanging.py", tmp_path / "run")
+def test_sigterm_ends_a_run_that_waits_for_an_image(tmp_path: Path, preloaded: Preloaded) -> None:
+    process = start(preloaded, HERE / "hanging.py", tmp_path / "run")
     try:
         workers = wait_for_workers(process, 2)
         os.kill(process.pid, signal.SIGTERM)
@@ -74,8 +67,8 @@ def test_sigterm_ends_a_run_that_waits_for_an_image(tmp_path: Path) -> None:
         process.kill()
 
 
-def test_a_batch_that_cannot_be_handed_over_ends_the_run_in_one_line(tmp_path: Path) -> None:
-    process = start(HERE / "hanging.py", tmp_path / "run", "lost")
+def test_a_batch_that_cannot_be_handed_over_ends_the_run_in_one_line(tmp_path: Path, preloaded: Preloaded) -> None:
+    process = start(preloaded, HERE / "hanging.py", tmp_path / "run", "lost")
     try:
         _, errors = process.communicate(timeout=SECONDS)
         assert process.returncode == 2 and errors.count("\n") == 1, errors
@@ -84,10 +77,10 @@ def test_a_batch_that_cannot_be_handed_over_ends_the_run_in_one_line(tmp_path: P
         process.kill()
 
 
-def test_too_few_open_files_for_the_workers_are_refused(scenes: Path, tmp_path: Path) -> None:
+def test_too_few_open_files_for_the_workers_are_refused(scenes: Path, tmp_path: Path, preloaded: Preloaded) -> None:
     limit = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30)); "
              "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")  # fmt: skip
-    process = start("-c", limit, TINY, scenes, tmp_path / "run", workers=2)
+    process = start(preloaded, "-c", limit, TINY, scenes, tmp_path / "run", workers=2)
     try:
         _, errors = process.communicate(timeout=SECONDS)
         assert process.returncode == 2 and errors.count("\n") == 1, errors

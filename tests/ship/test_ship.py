@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from robx.cli import main
 from robx.errors import InputError, RobxError
 from robx.progress import silent
 from robx.records import load_bundle, load_measurements, load_student
+from robx.runtime.bench.profiles import PROFILES
 from robx.ship import run as module
 from robx.ship.command_line import command_line
 from robx.ship.plan import Plan, check_keys, make_plan, read_plan
@@ -63,8 +65,9 @@ def _ship(*arguments: str | Path) -> Result:
 
 
 def test_a_plan_runs_from_teacher_to_report_and_a_second_run_reuses_everything(
-    tmp_path: Path, scene_shards: Path
+    tmp_path: Path, scene_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(PROFILES, "rapid", replace(PROFILES["rapid"], seconds=0.2, warm_up_limit=0.3))
     exports = [{"format": "onnx"}, {"format": "trt", "fp16": True, "target": "rtx:none", "optional": True}]
     plan = _write(tmp_path / "plan.toml", _values(tmp_path, scene_shards, export=exports))
     first = _ship(plan)

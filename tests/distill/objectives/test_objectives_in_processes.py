@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from robx.distill.objectives.rob_dino import RobDino
 from robx.distill.objectives.rob_msn import mean_entropy
 from robx.distill.objectives.sinkhorn import sinkhorn
 from robx.distill.targets.centering import TargetProcessor
+from tests.preloaded import Preloaded
 
 SCRIPT = """
 import sys
@@ -50,11 +49,11 @@ dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def halves(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tensor, list[dict[str, Tensor]]]:
+def halves(tmp_path_factory: pytest.TempPathFactory, preloaded: Preloaded) -> tuple[Tensor, list[dict[str, Tensor]]]:
     folder: Path = tmp_path_factory.mktemp("processes")
     scores = torch.randn(2, 10, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     torch.save(scores, folder / "scores.pt")
-    running = [subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), str(rank)]) for rank in range(2)]
+    running = [preloaded.start(["-c", SCRIPT, folder, rank]) for rank in range(2)]
     try:
         assert [process.wait(timeout=120) for process in running] == [0, 0]
     finally:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from robx.distill.students.student import StudentNet, build_student, cancel_last
 from robx.errors import InputError
 from robx.records import Preprocessing, Student
 from robx.trunk import build_trunk, save_trunk
+from tests.preloaded import Preloaded
 
 VIT, CNN = "test_vit", "test_resnet"
 TEACHER = {"name": "big", "num_prototypes": 12, "patch_size": 16, "patch_prototypes": 12}
@@ -283,7 +282,7 @@ def test_order_of_the_batch_does_not_matter() -> None:
     torch.testing.assert_close(student(moved).crops, student(held).crops[:, order], rtol=1e-4, atol=1e-5)
 
 
-def test_a_record_that_names_a_giant_network_takes_no_memory(tmp_path: Path) -> None:
+def test_a_record_that_names_a_giant_network_takes_no_memory(tmp_path: Path, preloaded: Preloaded) -> None:
     trunk = build_trunk(VIT)
     student = Student(
         timm_name=VIT,
@@ -309,6 +308,7 @@ def test_a_record_that_names_a_giant_network_takes_no_memory(tmp_path: Path) -> 
         "except ArtifactError as error: print(error)\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    message, grown = done.stdout.splitlines()
+    _, said, errors = preloaded.run(["-c", code, tmp_path])
+    assert said, errors
+    message, grown = said.splitlines()
     assert "do not fit vit_giant_patch14_dinov2" in message and int(grown) < 500  # MiB; its weights have 4,500

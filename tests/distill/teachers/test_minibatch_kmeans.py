@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from robx.distill.teachers.kmeans import nearest, spherical_kmeans, sums_of
 from robx.distill.teachers.minibatch_kmeans import minibatch_kmeans, unit_points
 from robx.errors import InputError
+from tests.preloaded import Preloaded
 
 
 def mixture(count: int, kinds: int, *, width: int = 32, spread: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -159,16 +158,13 @@ with join_processes("cpu") as team:
 """
 
 
-def test_two_processes_fit_together_and_repeat_the_result(tmp_path: Path) -> None:
+def test_two_processes_fit_together_and_repeat_the_result(tmp_path: Path, preloaded: Preloaded) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", WORKER, str(tmp_path)]
-    ranks = [
-        subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
+    command = ["-c", WORKER, tmp_path]
+    ranks = [preloaded.start(command, env=os.environ | shared | {"RANK": str(rank)}) for rank in range(2)]
     try:
         errors = [rank.communicate(timeout=120)[1] for rank in ranks]
     finally:

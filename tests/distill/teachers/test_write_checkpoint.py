@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from robx.distill.teachers.load import load_teacher
 from robx.distill.teachers.write_checkpoint import published_checkpoint, save_published
 from robx.errors import InputError
 from robx.images.decode import IMAGENET_MEAN, IMAGENET_STD
+from tests.preloaded import Preloaded
 
 
 def trained(method: Method, name: str) -> tuple[Recipe, StudentNet, StudentNet, TargetProcessor]:
@@ -109,7 +108,7 @@ def test_only_native_heads_have_a_layout() -> None:
 
 
 @pytest.mark.parametrize("what", ["teacher", "prototypes"])
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, what: str) -> None:
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, what: str, preloaded: Preloaded) -> None:
     """A process of its own that may write no more than 64 KiB to any file."""
     code = """
     import resource, signal, sys, torch
@@ -128,7 +127,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, what: str) -
     except InputError as error:
         print(error)
     """
-    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path), what]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert "no space left to write" in done.stdout, done.stderr
+    _, said, errors = preloaded.run(["-c", textwrap.dedent(code), tmp_path, what])
+    assert "no space left to write" in said, errors
     assert list(tmp_path.iterdir()) == []

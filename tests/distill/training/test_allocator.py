@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import platform
-import subprocess
-import sys
 
 import pytest
+
+from tests.preloaded import Preloaded
 
 # 64 MB, written and freed ten times: every page is new to the kernel each time, or only the first.
 _FAULTS = """
@@ -23,10 +23,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def _faults(how: str) -> int:
-    return int(subprocess.run([sys.executable, "-c", _FAULTS, how], capture_output=True, text=True, check=True).stdout)
+def _faults(how: str, preloaded: Preloaded) -> int:
+    return int(preloaded.run(["-c", _FAULTS, how])[1])
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
-def test_kept_memory_is_not_asked_of_the_kernel_again() -> None:
-    assert _faults("keep") < 0.1 * _faults("leave")
+def test_kept_memory_is_not_asked_of_the_kernel_again(preloaded: Preloaded) -> None:
+    assert _faults("keep", preloaded) < 0.1 * _faults("leave", preloaded)

@@ -20,20 +20,18 @@ from robx.distill.training import run_checkpoint
 from robx.distill.training.processes import Processes, pick_device
 from robx.errors import InputError
 from robx.images.sources import open_source
+from tests.preloaded import Preloaded, Process
 
 SCRIPT = Path(__file__).parents[1] / "tiny.py"
 SECONDS = 240
 
 
-def start(
-    data: Path, out: Path, *values: str, launcher: tuple[str, ...] = (), **options: object
-) -> subprocess.Popen[str]:
+def start(preloaded: Preloaded, data: Path, out: Path, *values: str, **options: object) -> Process:
     environment = os.environ | {"TINY_OPTIONS": json.dumps(options), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(SCRIPT), str(data), str(out), *values]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return preloaded.start([SCRIPT, data, out, *values], env=environment)
 
 
-def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
+def wait_for_step(process: Process, step: int) -> None:
     assert process.stdout is not None
     for line in process.stdout:
         if int(line) >= step:
@@ -41,7 +39,7 @@ def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
     pytest.fail(f"it ended before step {step}: {process.communicate(timeout=SECONDS)[1]}")
 
 
-def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+def end(process: Process | subprocess.Popen[str]) -> tuple[int, str]:
     try:
         _, errors = process.communicate(timeout=SECONDS)
     finally:
@@ -49,12 +47,11 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, errors
 
 
-def _launcher() -> tuple[str, ...]:
-    """Two processes by torchrun, on a free port."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}")
+        port: int = free.getsockname()[1]
+    return port
 
 
 def weights(folder: Path) -> bytes:
@@ -62,11 +59,11 @@ def weights(folder: Path) -> bytes:
 
 
 def test_killed_then_asked_to_end_then_resumed_it_is_the_unbroken_run(
-    tiny: ModuleType, scenes: Path, tmp_path: Path
+    tiny: ModuleType, scenes: Path, tmp_path: Path, preloaded: Preloaded
 ) -> None:
     epochs = "epochs=3"
     # SIGKILL with a worker alive, soon after a checkpoint.
-    process = start(scenes, tmp_path / "run", epochs, checkpoint_steps=3, workers=1)
+    process = start(preloaded, scenes, tmp_path / "run", epochs, checkpoint_steps=3, workers=1)
     wait_for_step(process, 7)  # the save of step 6 has waited for that of step 3
     workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
@@ -77,7 +74,7 @@ def test_killed_then_asked_to_end_then_resumed_it_is_the_unbroken_run(
     assert found is not None and found[0] % 3 == 0
 
     # SIGTERM to the resumed run and all its children, as a scheduler sends it.
-    process = start(scenes, tmp_path / "run", epochs, workers=1)
+    process = start(preloaded, scenes, tmp_path / "run", epochs, workers=1)
     wait_for_step(process, found[0] + 2)
     for child in psutil.Process(process.pid).children(recursive=True):
         child.terminate()
@@ -127,17 +124,22 @@ print(first, second, signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
 """
 
 
-def test_a_second_interrupt_ends_it_at_once() -> None:
+def test_a_second_interrupt_ends_it_at_once(preloaded: Preloaded) -> None:
     """In a process of its own: a test runner's worker may run tests beside its main thread, which takes the signals."""
-    done = subprocess.run([sys.executable, "-c", SECOND_INTERRUPT], capture_output=True, text=True)
-    assert done.stdout.split() == ["True", "True", "True"], done.stderr
+    _, said, errors = preloaded.run(["-c", SECOND_INTERRUPT])
+    assert said.split() == ["True", "True", "True"], errors
 
 
-def test_two_processes_learn_what_one_does(tiny: ModuleType, scenes: Path, tmp_path: Path) -> None:
-    values = ("drop_path=0.0", 'optimizer="sgd"', "lr=0.1")
-    process = start(scenes, tmp_path / "two", *values, launcher=_launcher())
-    status, errors = end(process)
-    assert status == 0, errors
+def test_two_processes_learn_what_one_does(
+    tiny: ModuleType, scenes: Path, tmp_path: Path, preloaded: Preloaded
+) -> None:
+    """With the environment that torchrun gives them; the soak tests start torchrun itself."""
+    command = [SCRIPT, scenes, tmp_path / "two", "drop_path=0.0", 'optimizer="sgd"', "lr=0.1"]
+    shared = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(free_port())}
+    ranks = [preloaded.start(command, env=shared | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    ended = [end(rank) for rank in ranks]
+    assert [status for status, _ in ended] == [0, 0], ended
     recipe = tiny.tiny_recipe(drop_path=0.0, optimizer="sgd", lr=0.1)
     tiny.tiny_run(open_source(scenes), tmp_path / "one", recipe=recipe)
     pairs = list(zip(tiny.losses(tmp_path / "two"), tiny.losses(tmp_path / "one"), strict=True))
@@ -163,7 +165,9 @@ def test_a_run_of_one_process_goes_on_in_two(tiny: ModuleType, scenes: Path, tmp
     with pytest.raises(_Stop):
         tiny.tiny_run(source, tmp_path / "run", recipe=recipe, options={"checkpoint_steps": 3}, progress=stop)
     values = ("drop_path=0.0", "lr=1e-4", "patch_drop=0.0")
-    status, errors = end(start(scenes, tmp_path / "run", *values, launcher=_launcher()))
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}")
+    command = [sys.executable, *launcher, SCRIPT, scenes, tmp_path / "run", *values]
+    status, errors = end(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     assert status == 0, errors
     pairs = list(zip(tiny.losses(tmp_path / "run"), tiny.losses(tmp_path / "unbroken"), strict=True))
     assert [a for (a, _), _ in pairs] == list(range(1, 9)) and all(abs(a - b) < 1e-5 for (_, a), (_, b) in pairs)
@@ -195,9 +199,8 @@ dist.destroy_process_group()
 """
 
 
-def test_nodes_learn_from_one_teacher(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", NODE, str(tmp_path)]
-    running = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
+def test_nodes_learn_from_one_teacher(tmp_path: Path, preloaded: Preloaded) -> None:
+    running = [preloaded.start(["-c", NODE, tmp_path, rank]) for rank in range(2)]
     said = [process.communicate(timeout=SECONDS)[0] for process in running]
     assert all("different weights of timm:test_resnet (sha256 000000000000, 111111111111)" in text for text in said)
     (first, mine, mean), (other, theirs, their_mean) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
