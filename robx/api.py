@@ -479,7 +479,7 @@ def ship(plan: StrPath | Mapping[str, Any], *, fresh: bool = False, progress: Re
 
     chosen = make_plan(plan, where="the plan") if isinstance(plan, Mapping) else read_plan(Path(plan))
     with reporting(progress) as (shown, say):
-        return run_plan(chosen, VERBS, fresh=fresh, progress=shown, say=say)
+        return run_plan(chosen, VERBS, fresh=fresh, progress=shown, announce=say, say=say)
 
 
 def load(run: StrPath) -> nn.Module:

@@ -33,7 +33,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def quiet_option(command: Command) -> Command:
-    """The option --quiet, for commands that take long; `progress_bar` obeys it."""
+    """The option --quiet, for commands that take long; `progress_bar` and `announce` obey it."""
 
     def remember(context: click.Context, _: click.Parameter, quiet: bool) -> None:
         context.meta[_QUIET] = quiet
@@ -118,6 +118,12 @@ def hints(heading: str, lines: Sequence[str]) -> None:
 def say(text: str) -> None:
     """Print one line on standard error."""
     sys.stderr.write(f"{visible(text)}\n")  # rich prints it above a progress bar
+
+
+def announce(text: str) -> None:
+    """Print one line of progress on standard error, unless the command has --quiet."""
+    if not _is_quiet():
+        say(text)
 
 
 def _coloured(words: str) -> Text:

@@ -71,8 +71,10 @@ def fits(timm_name: str, shape: Shape, *, built_for: Shape | None = None) -> boo
     """Whether a timm model, built for images of `built_for` pixels, can process `shape`: by its shapes alone."""
     # The answer is kept: as later calls draw no random numbers, the first one leaves the generator alone.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        trunk = build_trunk(timm_name, image_size=built_for)
-        return not size_error(trunk, shape)
+        try:
+            return not size_error(build_trunk(timm_name, image_size=built_for), shape)
+        except (AssertionError, RuntimeError, ValueError):
+            return False
 
 
 def nearest_sizes(size: ImageSize, takes: Callable[[Shape], bool]) -> list[int | str]:

@@ -26,7 +26,7 @@ LAYERS = {
         ("store",),
         ("formats",),
         ("records",),
-        ("stats", "image_size", "trunk", "linear_head", "embeddings", "int8_simulation"),
+        ("stats", "image_size", "trunk", "linear_head", "embeddings", "int8_simulation", "path_ends"),
         ("images",),
         ("golden",),
         ("api", "ship"),

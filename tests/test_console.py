@@ -5,6 +5,7 @@ import pytest
 from click.testing import CliRunner
 
 from robx import console
+from robx.cli import main
 
 
 @pytest.fixture
@@ -55,16 +56,25 @@ def test_quiet_work_says_nothing(capsys):
 def long_command():
     with console.progress_bar() as progress:
         progress(0, 10, "working")
+    console.announce("next stage")
     console.say("warning")
     console.hints("Next:", ["robx eval runs/r18"])
     console.print_line("result")
 
 
-@pytest.mark.parametrize(("options", "errors"), [((), "working: 0 of 10\nwarning\n"), (("--quiet",), "warning\n")])
+@pytest.mark.parametrize(
+    ("options", "errors"), [((), "working: 0 of 10\nnext stage\nwarning\n"), (("--quiet",), "warning\n")]
+)
 def test_quiet_hides_the_progress_and_nothing_else(options, errors):
     found = CliRunner().invoke(long_command, options)
     assert found.exit_code == 0 and found.stderr == errors
     assert found.stdout == "result\n"  # not a terminal: no hints
+
+
+@pytest.mark.parametrize("name", ["distill", "export", "eval", "bench", "ship", "demo"])
+def test_commands_that_take_long_can_be_quiet(name):
+    command = main.get_command(click.Context(main), name)
+    assert "--quiet" in {option for parameter in command.params for option in parameter.opts}
 
 
 def test_hints_are_for_a_terminal(capsys, monkeypatch):

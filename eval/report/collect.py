@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import numpy as np
 
 from robx.errors import ArtifactError, InputError, RobxError
 from robx.eval.report.samples import read_samples
+from robx.path_ends import path_ends
 from robx.records import (
     Accuracy,
     Bundle,
@@ -208,24 +209,10 @@ def unique_names(names: Mapping[str, str], places: Mapping[str, str]) -> dict[st
         keys.setdefault(name, []).append(key)
     found = {}
     for name, sharing in keys.items():
-        tails = _path_ends([places.get(key, "") for key in sharing])
+        tails = path_ends([places.get(key, "") for key in sharing])
         for key, tail in zip(sharing, tails, strict=True):
             found[key] = name if len(sharing) == 1 else f"{name} ({tail or key[:8]})"
     return {key: found[key] for key in names}
-
-
-def _path_ends(paths: Sequence[str]) -> list[str]:
-    """The shortest end of each path that no other one has; "" for an empty path and for one that occurs twice."""
-    ends = []
-    for path in paths:
-        parts = PurePath(path).parts
-        tails = ("/".join(parts[-length:]) for length in range(1, len(parts) + 1))
-        ends.append(next((tail for tail in tails if sum(_ends_with(other, tail) for other in paths) == 1), ""))
-    return ends
-
-
-def _ends_with(path: str, tail: str) -> bool:
-    return path == tail or path.endswith(f"/{tail}")
 
 
 def text_of(value: Json) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from robx.console import progress_bar, say
+from robx.console import announce, progress_bar, quiet_option, say
 from robx.demo.demo_data import DemoData, prepare_demo_data
 from robx.errors import RobxError, duration
 from robx.images.sources import open_source
@@ -29,6 +29,7 @@ PLAN = "plan.toml"  # beside this file
 @click.option("--student", help="A name from `robx students`, or any timm model. [default: resnet10t]")
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the images. [default: 2]")
 @click.option("--fresh", is_flag=True, help="Start over instead of reusing earlier results.")
+@quiet_option
 def demo(
     data: Path | None, out: Path, teacher: str | None, student: str | None, epochs: int | None, fresh: bool
 ) -> None:
@@ -54,7 +55,8 @@ def demo(
         say(f"refused by a gate: {refused}")
     if shipped.failed:
         raise RobxError(shipped.failed[0])
-    say(f"Total time: {duration(time.monotonic() - started)}. {images.caveat}")
+    announce(f"Total time: {duration(time.monotonic() - started)}.")
+    say(images.caveat)
 
 
 def _images(data: Path | None) -> DemoData:

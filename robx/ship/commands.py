@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from robx.console import print_line, print_table, progress_bar, say
+from robx.console import announce, print_line, print_table, progress_bar, quiet_option, say
 from robx.errors import GateFailed, InputError, RobxError, counted
 from robx.formats import FORMATS
 from robx.store.files import read_json
@@ -41,6 +41,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--fresh", is_flag=True, help="Run every stage again, distillation from its first step.")
 @click.option("--dry-run", is_flag=True, help="Say what each stage will cost and what is missing; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@quiet_option
 def ship(
     plan: Path | None,
     formats: tuple[str, ...],
@@ -93,7 +94,7 @@ def run_and_show(plan: Plan, *, fresh: bool = False, as_json: bool = False) -> S
     from robx.ship.run import run_plan
 
     with progress_bar(quiet=as_json) as progress:
-        shipped = run_plan(plan, VERBS, fresh=fresh, progress=progress, say=say)
+        shipped = run_plan(plan, VERBS, fresh=fresh, progress=progress, announce=announce, say=say)
     if as_json:
         click.echo(json.dumps(shipped.to_dict(), indent=2))
     else:

@@ -21,7 +21,7 @@ from robx.export.image_splits import JUDGING_IMAGES, SCREENING_IMAGES
 from robx.formats import FORMATS, RUNTIMES
 from robx.runtime.bench.profiles import find_profile
 from robx.runtime.doctor import examine
-from robx.ship.inputs import count_images, has_labels
+from robx.ship.inputs import Images
 from robx.ship.plan import Plan, Table, Verbs, check_keys
 from robx.trunk import build_trunk
 
@@ -53,16 +53,16 @@ def estimate_plan(plan: Plan, verbs: Verbs) -> Iterator[StageCost]:
         cost=f"about {duration(3600 * run.hours)} on one process ({counted(run.steps, 'step')}, at most {speed})",
     )
     forward = _forward_seconds(plan.student, recipe)
-    train, test = count_images(plan.data)
+    data = Images.open(plan.data)
+    train, test = data.counts
     for table in plan.export:
         yield _export_cost(table, forward, test)
     models = 1 + len(plan.export)
     images = train + test
-    labelled = has_labels(plan.data)
     yield StageCost(
         title="evaluate",
         cost=f"about {duration(models * images * forward)} ({counted(models, 'model')} x {counted(images, 'image')})"
-        if labelled
+        if data.labelled
         else f"nothing: {plan.data} has no class labels, so the report will have no accuracy",
     )
     for table in plan.bench:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from robx.errors import NoSplit
@@ -10,25 +12,32 @@ from robx.images.protocol import ImageSource
 from robx.images.sources import open_source
 
 
-def fingerprint_images(data: Path) -> str:
-    """The identity of all images of a data set: of its training split, or all images, and of its test split."""
-    return " ".join(source.fingerprint for source in _splits(data) if source is not None)
+@dataclass(frozen=True)
+class Images:
+    """A data set: its training split, or all images, and its test split, if there is one."""
 
+    train: ImageSource
+    test: ImageSource | None
 
-def count_images(data: Path) -> tuple[int, int]:
-    """The images of the training split, or all of them, and those of the test split (0 if there is none)."""
-    train, test = (0 if source is None else len(source) for source in _splits(data))
-    return train, test
+    @classmethod
+    def open(cls, data: Path) -> Images:
+        """List the images of a data set; reads none."""
+        train = open_source(data)
+        with contextlib.suppress(NoSplit):
+            return cls(train, open_source(data, split="test"))
+        return cls(train, None)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """The identity of all images."""
+        return " ".join(source.fingerprint for source in (self.train, self.test) if source is not None)
 
-def has_labels(data: Path) -> bool:
-    """Whether the test images have classes; True where there is no test split, which evaluation refuses itself."""
-    _, test = _splits(data)
-    return test is None or test.classes is not None
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Images to train on, and to test with (0 if there is no test split)."""
+        return len(self.train), 0 if self.test is None else len(self.test)
 
-
-def _splits(data: Path) -> tuple[ImageSource, ImageSource | None]:
-    train = open_source(data)
-    with contextlib.suppress(NoSplit):
-        return train, open_source(data, split="test")
-    return train, None
+    @property
+    def labelled(self) -> bool:
+        """Whether the test images have classes; True where there is no test split, which evaluation refuses itself."""
+        return self.test is None or self.test.classes is not None

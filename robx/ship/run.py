@@ -22,7 +22,7 @@ from robx.progress import Progress
 from robx.records import Bundle, Latency, load_bundle, load_student
 from robx.runtime.bench.validity import is_refused
 from robx.ship.command_line import command_line, option_names
-from robx.ship.inputs import fingerprint_images, has_labels
+from robx.ship.inputs import Images
 from robx.ship.plan import PLAN, Plan, Table, Verbs, check_keys
 from robx.store.files import read_json, sha256_bytes, sha256_file, write_json, write_text
 from robx.store.locks import lock_folder
@@ -54,7 +54,7 @@ class Shipped:
         } | {name: list(getattr(self, name)) for name in ("refused", "failed", "skipped")}
 
 
-def run_plan(plan: Plan, verbs: Verbs, *, fresh: bool = False, progress: Progress, say: Say) -> Shipped:
+def run_plan(plan: Plan, verbs: Verbs, *, fresh: bool = False, progress: Progress, announce: Say, say: Say) -> Shipped:
     """Run the stages of `plan` that are not done, and write the report.
 
     Args:
@@ -62,7 +62,8 @@ def run_plan(plan: Plan, verbs: Verbs, *, fresh: bool = False, progress: Progres
         verbs: the functions of ``robx.api`` that run the stages, by their names in the plan.
         fresh: run every stage again, distillation from its first step.
         progress: called with (done, total, note) during each stage.
-        say: called with a line when a stage starts and ends.
+        announce: called with a line when a stage starts and ends.
+        say: called with a line about a stage that was left out, was skipped or failed.
 
     Raises:
         InputError: the plan has a wrong key, or its images cannot be used.
@@ -74,7 +75,9 @@ def run_plan(plan: Plan, verbs: Verbs, *, fresh: bool = False, progress: Progres
         written = Written(plan.out)
         written.claim(PLAN, STATE, RECIPE)
         write_text(plan.out / PLAN, plan.to_toml())
-        ship = _Ship(plan, verbs, State.open(plan.out / STATE), fresh=fresh, progress=progress, say=say)
+        ship = _Ship(
+            plan, verbs, State.open(plan.out / STATE), fresh=fresh, progress=progress, announce=announce, say=say
+        )
         student = ship.distill()
         for table in plan.export:
             ship.export(student, table)
@@ -123,11 +126,13 @@ class State:
 class _Ship:
     """One run of a plan: its stages, and what came of them."""
 
-    def __init__(self, plan: Plan, verbs: Verbs, state: State, *, fresh: bool, progress: Progress, say: Say) -> None:
+    def __init__(
+        self, plan: Plan, verbs: Verbs, state: State, *, fresh: bool, progress: Progress, announce: Say, say: Say
+    ) -> None:
         self._plan, self._verbs, self._state, self._fresh = plan, verbs, state, fresh
-        self._progress, self._say = progress, say
+        self._progress, self._announce, self._say = progress, announce, say
         self._number, self._total = 0, len(plan.tables())
-        self._sources: dict[str, str] = {}
+        self._images: dict[str, Images] = {}
         self.bundles: list[Path] = []
         self.refused: list[str] = []
         self.failed: list[str] = []
@@ -186,7 +191,7 @@ class _Ship:
 
     def evaluate(self, student: Path, bundles: list[Path]) -> None:
         table = self._plan.eval
-        if not ({"test", "labels"} & set(table) or has_labels(self._plan.data)):
+        if not ({"test", "labels"} & set(table) or self._images_in(self._plan.data).labelled):
             self._leave_out("Evaluate", f"{self._plan.data} has no class labels, so the report will have no accuracy")
             return
         models = [student, *filter(_runs_here, bundles)]
@@ -252,7 +257,7 @@ class _Ship:
         state = self._hash(verb, arguments, inputs)
         earlier = None if self._fresh else self._state.result(key, state)
         if earlier is not None and still(earlier):
-            self._say(f"  {earlier['said']} (done earlier, with the same inputs)")
+            self._announce(f"  {earlier['said']} (done earlier, with the same inputs)")
             return earlier
         began = time.monotonic()
         prefix = f"[{self._number}/{self._total}] "
@@ -261,7 +266,7 @@ class _Ship:
         )
         result = record(made)
         self._state.add(key, state, result)
-        self._say(f"  {result['said']} ({duration(time.monotonic() - began)})")
+        self._announce(f"  {result['said']} ({duration(time.monotonic() - began)})")
         return result
 
     def _leave_out(self, title: str, why: str) -> None:
@@ -270,8 +275,8 @@ class _Ship:
 
     def _start(self, title: str, verb: str, arguments: Table) -> None:
         self._number += 1
-        self._say(f"[{self._number}/{self._total}] {title}")
-        self._say(f"  $ {command_line(verb, arguments)}")
+        self._announce(f"[{self._number}/{self._total}] {title}")
+        self._announce(f"  $ {command_line(verb, arguments)}")
 
     @contextlib.contextmanager
     def _may_fail(self, table: Table) -> Iterator[None]:
@@ -289,12 +294,15 @@ class _Ship:
         contents = {name: self._contents(name, value) for name, value in arguments.items()}
         return sha256_bytes(json.dumps([verb, contents, inputs], sort_keys=True).encode())
 
+    def _images_in(self, data: Path) -> Images:
+        """The images of a data set, opened once in a run."""
+        if str(data) not in self._images:
+            self._images[str(data)] = Images.open(data)
+        return self._images[str(data)]
+
     def _contents(self, name: str, value: Any) -> Any:
         if name in ("data", "test"):
-            path = str(value)
-            if path not in self._sources:
-                self._sources[path] = fingerprint_images(Path(path))
-            return [path, self._sources[path]]
+            return [str(value), self._images_in(Path(value)).fingerprint]
         if isinstance(value, str | Path) and Path(value).is_file():
             return [str(value), sha256_file(Path(value))]
         return [str(one) for one in value] if isinstance(value, list | tuple) else str(value)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from robx.errors import InputError
+from robx.path_ends import path_ends
 from robx.runtime.session import SessionSettings
 
 RETRY_SECONDS = 600.0  # for measuring UNSTABLE bundles again, all of them together
@@ -135,12 +136,9 @@ class BenchSettings:
     @property
     def labels(self) -> list[str]:
         """A short name for each bundle that no other bundle has: as many of its last folders as that takes."""
-        paths = [folder.resolve().parts for folder in self.folders]
-        found: list[str] = []
-        for parts in paths:
-            others = set(paths) - {parts}
-            depth = next(n for n in range(1, len(parts) + 1) if all(other[-n:] != parts[-n:] for other in others))
-            label = "/".join(parts[-depth:])
-            count = sum(name == label or name.startswith(f"{label} (") for name in found)
-            found.append(f"{label} ({count + 1})" if count else label)  # the same bundle was given again
-        return found
+        paths = [str(folder.resolve()) for folder in self.folders]
+        distinct = list(dict.fromkeys(paths))
+        ends = dict(zip(distinct, path_ends(distinct), strict=True))
+        # A bundle that was given again has its number behind it.
+        times = [paths[: place + 1].count(path) for place, path in enumerate(paths)]
+        return [ends[path] + (f" ({time})" if time > 1 else "") for path, time in zip(paths, times, strict=True)]

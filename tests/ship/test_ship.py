@@ -193,7 +193,16 @@ def plan(tmp_path: Path, scene_shards: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def _run(plan: Plan, verbs: Verbs, *, fresh: bool = False) -> Shipped:
-    return run_plan(plan, verbs, fresh=fresh, progress=silent, say=lambda _: None)
+    return run_plan(plan, verbs, fresh=fresh, progress=silent, announce=lambda _: None, say=lambda _: None)
+
+
+def test_stages_are_announced_and_failures_are_said(plan: Plan) -> None:
+    """--quiet hides what is announced."""
+    announced, said = list[str](), list[str]()
+    run_plan(plan, Verbs(fail="openvino"), progress=silent, announce=announced.append, say=said.append)
+    assert announced[0].startswith("[1/6] Distil ") and announced[1].startswith("  $ robx distill ")
+    assert said == ["  FAILED: openvino broke"]
+    assert not any("FAILED" in line for line in announced)
 
 
 ALL = ["distill", "export", "export", "eval", "bench", "report"]
