@@ -7,23 +7,27 @@ Same teacher, images, student, first weights and CPU seconds of one core. What a
 steps of each method; fitting prototypes counts as part of the budget. The images of a run are the first ones of an
 order that depends on the seed alone, and every run ends with its learning rate at the end of its schedule.
 
-Each student is judged by kNN and by a linear head on cached features. Differences are paired: the same seeds and the
-same test images, with a bootstrap over both. Every run is kept, the losing ones too; the same command continues.
+The methods are those of equal_compute.toml: recipes of robx, and LightlyTrain, which runs in its own environment (
+``--lightly DIR/bin/python``) through its public API. judged.py judges every student. Differences are paired: the same
+seeds and the same test images. Every run is kept, the losing ones too; the same command continues.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import CLIP_ART, Chosen, demo_images, publish, say, shown
+from common import CLIP_ART, Chosen, demo_images, publish, save_student, say, shown
+from judged import NEIGHBOURS, SHOTS, JudgedSet, difference, judge, judged_sets
 
 from robx.distill.recipes import Recipe, override, preset
 from robx.distill.resolve import student_kind
@@ -32,138 +36,154 @@ from robx.distill.teachers.teacher import Teacher
 from robx.distill.train import train
 from robx.distill.training.run import Options, RunSpec
 from robx.errors import InputError
-from robx.eval.datasets.features import extract
-from robx.eval.datasets.splits import Split, open_split
-from robx.eval.neighbours import nearest
-from robx.eval.protocols.knn import knn_vote
-from robx.eval.protocols.linear import linear_cached
 from robx.images.sources import ImageSource, open_source
-from robx.records import Value
-from robx.runtime.session import SessionSettings, open_session
 from robx.store.files import cache_folder, read_json, write_json
+from robx.store.toml import read_toml
+from robx.trunk import build_trunk
 
-WARM_STEPS, TIMED_STEPS = 3, 12
-BOOTSTRAP = 2000
+WARM_STEPS, TIMED_STEPS = 3, 10
+TABLE = Path(__file__).with_suffix(".toml")
+COMPARED = ("kNN, clip art", "linear, clip art")  # what the table shows differences of
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way of distilling: what it says, and the keys of the recipe in which it differs from SHARED."""
+    """One way of distilling."""
 
+    name: str
     says: str
-    keys: Mapping[str, Any] = field(default_factory=dict)
-    teacher: bool = True
+    keys: Mapping[str, Any] = field(default_factory=dict)  # of the recipe, or arguments of LightlyTrain
+    tool: str = "robx"  # or "lightly"
+    teacher: bool = True  # False: the base method
+    screened: bool = False  # tried at one budget only; not part of the default comparison
 
 
-# Runs of minutes: AdamW for all, small batches, a warm-up of a tenth of the steps.
-SHARED: dict[str, Any] = {
-    "optimizer": "adamw", "lr": 1e-3, "lr_batch": None, "warmup_lr": 0.0, "final_lr": 1e-5, "warmup_share": 0.1,
-    "weight_decay": 0.04, "weight_decay_end": 0.04, "batch_size": 32, "clip_grad": 3.0, "color_strength": 0.4,
-    "local_crops": 0, "prototypes": 256, "head": "native", "teacher_temperature": 0.05,
-}  # fmt: skip
-_FEATURES = {"prototype_weight": 0.0, "feature_weight": 1.0, "prototypes": 2}
-METHODS = {
-    "published": Method(
-        "RoB-MSN as published: mlp head, sharp targets, strong colours",
-        {"head": "mlp", "teacher_temperature": 0.025, "color_strength": 1.0, "prototypes": 1024},
-    ),
-    "rob": Method("RoB-MSN with the demo's recipe: native head, soft targets, 256 prototypes"),
-    "base": Method("the base method alone: MSN with a moving average", {"ema_momentum": [0.99, 1.0]}, teacher=False),
-    "features": Method("control: centred cosine through an MLP, without prototypes", _FEATURES),
-    "both": Method("RoB-MSN and the feature term", {"feature_weight": 1.0}),
-    "one crop": Method("RoB-MSN, one global crop of twice the images", {"global_crops": 1}),
-    "mixup": Method("RoB-MSN, one global crop, mixup", {"global_crops": 1, "mixup": 0.4}),
-    "2048": Method("RoB-MSN with 2048 prototypes, one global crop", {"global_crops": 1, "prototypes": 2048}),
-    "sharp": Method(
-        "RoB-MSN with 2048 prototypes and sharper targets, one global crop",
-        {"global_crops": 1, "prototypes": 2048, "teacher_temperature": 0.03},
-    ),
-    "features, one crop": Method("control with one global crop", {**_FEATURES, "global_crops": 1}),
-    "features, mixup": Method("control, one crop, mixup", {**_FEATURES, "global_crops": 1, "mixup": 0.4}),
-    "both, one crop": Method("RoB-MSN and the feature term, one crop", {"feature_weight": 1.0, "global_crops": 1}),
-}
+def methods() -> dict[str, Method]:
+    """The methods of equal_compute.toml; each has the keys of [shared], then its own."""
+    table = read_toml(TABLE, what="the methods")
+    own: dict[str, dict[str, Any]] = {}
+    found = {}
+    for name, values in table["method"].items():
+        keys = {} if values.get("tool") == "lightly" else dict(table["shared"])
+        own[name] = {key: value for other in values.pop("like", ()) for key, value in own[other].items()}
+        own[name] |= values.pop("keys", {})
+        found[name] = Method(name=name, keys=keys | own[name], **values)
+    return found
 
 
 def main() -> None:
     """Run what is missing, and write the table after every seed."""
-    given = arguments()
-    split = open_split(demo_images(), None)
+    known = methods()
+    given = arguments(known)
+    sets = judged_sets()
     images = open_source(demo_images(), split="train")
     runs: list[dict[str, Any]] = []
     for seed in range(given.seeds):
         for minutes in given.budgets:
             for name in given.methods:
-                run = one_run(name, images, split, seed=seed, minutes=minutes, given=given)
-                say(f"seed {seed}, {minutes:g} min, {name}: kNN {100 * np.mean(run['knn']):.1f}")
+                run = one_run(known[name], images, sets, seed=seed, minutes=minutes, given=given)
+                say(
+                    f"seed {seed}, {minutes:g} min, {name}: " + ", ".join(f"{k} {v:.1f}" for k, v in means(run).items())
+                )
                 runs.append(run)
-        write_down(runs, split, given)
+        write_down(runs, known, given)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(known: Mapping[str, Method]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = [name for name, method in known.items() if not method.screened]
     parser.add_argument("--teacher", default="efficientnet_lite0")
     parser.add_argument("--student", default="resnet10t")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=known, default=default, metavar="NAME")
     parser.add_argument("--budgets", type=float, nargs="+", default=[2, 5, 15], help="minutes of one core")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--against", choices=METHODS, default="rob", help="method that the differences refer to")
+    parser.add_argument("--against", choices=known, default="quick", metavar="NAME", help="what differences refer to")
+    parser.add_argument("--lightly", type=Path, help="python of an environment with lightly-train and timm")
     parser.add_argument("--out", type=Path, default=Path("runs/equal-compute"))
+    parser.add_argument("--name", help="name of the result; default: equal-compute-TEACHER-STUDENT")
     return parser.parse_args()
 
 
 def one_run(
-    name: str, images: ImageSource, split: Split, *, seed: int, minutes: float, given: argparse.Namespace
+    method: Method,
+    images: ImageSource,
+    sets: Sequence[JudgedSet],
+    *,
+    seed: int,
+    minutes: float,
+    given: argparse.Namespace,
 ) -> dict[str, Any]:
     """Train one student for its budget and judge it; a finished one is read from its folder."""
-    folder = given.out / f"{given.teacher}-{given.student}" / f"{name.replace(', ', '-').replace(' ', '-')}"
-    folder = folder / f"{minutes:g}min-{seed}"
+    folder = given.out / f"{given.teacher}-{given.student}" / method.name.replace(" ", "-") / f"{minutes:g}min-{seed}"
     path = folder / "result.json"
     if path.is_file():
         return dict(read_json(path))
-    method = METHODS[name]
-    recipe = recipe_of(method, given, seed)
-    teacher, fitted = teacher_of(recipe, images, given) if method.teacher else (None, 0.0)
-    step = step_seconds(recipe, images, teacher, folder / "timing", given)
-    steps = int((60 * minutes - fitted) / step)
-    if steps < 2 * WARM_STEPS:
-        raise InputError(f"{minutes:g} minutes are too short for {name}: a step takes {step:.2f} s")
-    epochs = -(-steps * recipe.batch_size // len(images))
-    chosen = shuffled(images, seed, count=steps * recipe.batch_size // epochs)
-    began = time.process_time()
-    fit(override(recipe, {"epochs": epochs}), chosen, teacher, folder / "run", given)
-    used = fitted + time.process_time() - began
-    found = judge(folder / "run", split)
-    write_json(path, {"method": name, "seed": seed, "minutes": minutes, "cpu_seconds": used, "steps": steps, **found})
+    run = run_lightly if method.tool == "lightly" else run_robx
+    spent = run(method, images, folder, seed=seed, seconds=60 * minutes, given=given)
+    facts = {"method": method.name, "seed": seed, "minutes": minutes, **spent}
+    write_json(path, {**facts, "hits": judge(folder / "run", sets)})
     return dict(read_json(path))
 
 
+# ----------------------------------------------------------------------------------------------------------------- robx
+
+
+def run_robx(
+    method: Method, images: ImageSource, folder: Path, *, seed: int, seconds: float, given: argparse.Namespace
+) -> dict[str, Any]:
+    """One run of ``robx distill`` within `seconds` of CPU time; what it spent."""
+    recipe = recipe_of(method, given, seed)
+    teacher, fitted = teacher_of(recipe, images, given) if method.teacher else (None, 0.0)
+    step = step_seconds(recipe, images, teacher, folder / "timing", given)
+    steps = int((seconds - fitted) / step)
+    if steps < 2 * WARM_STEPS:
+        raise InputError(f"{seconds:g} seconds are too short for {method.name}: a step takes {step:.2f} s")
+    epochs, chosen = share(images, seed, steps * recipe.batch_size)
+    began = time.process_time()
+    fit(override(recipe, {"epochs": epochs}), chosen, teacher, folder / "run", given)
+    spent = fitted + time.process_time() - began
+    return {"cpu_seconds": round(spent, 1), "images": steps * recipe.batch_size, "fitting_seconds": round(fitted, 1)}
+
+
 def recipe_of(method: Method, given: argparse.Namespace, seed: int) -> Recipe:
-    """RoB-MSN's preset with the settings that all methods share, then the method's own."""
-    base = preset("msn", student_kind(given.student), base=not method.teacher)
+    """RoB-MSN's preset, or that of the method's own objective, with the method's keys."""
+    keys = dict(method.keys)
+    base = preset(keys.pop("objective", "msn"), student_kind(given.student), base=not method.teacher)
     sizes = {"crop_size": given.size, "local_crop_size": given.size // 2, "seed": seed}
-    own = {key: value for key, value in SHARED.items() if method.teacher or key not in ("head", "teacher_temperature")}
-    return override(base, own | sizes | dict(method.keys))
+    return override(base, sizes | keys)
 
 
 def teacher_of(recipe: Recipe, images: ImageSource, given: argparse.Namespace) -> tuple[Teacher, float]:
-    """The teacher, and the CPU seconds that fitting its prototypes took: beyond those of two, which need no time."""
-    took = []
-    for prototypes in (2, recipe.prototypes):
+    """The teacher, and the CPU seconds that fitting its prototypes takes: measured once, in an empty cache."""
+
+    def load(prototypes: int, cache: Path | None) -> tuple[Teacher, float]:
         began = time.process_time()
-        with tempfile.TemporaryDirectory() as cache:  # so that nothing fitted earlier is reused
+        teacher = load_teacher(
+            given.teacher,
+            source=images,
+            prototypes=prototypes,
+            fit_images=recipe.fit_images if prototypes > 2 else None,
+            objective=recipe.objective,
+            image_size=given.size,
+            cache=cache,
+        )
+        return teacher, time.process_time() - began
+
+    if not recipe.prototype_weight or recipe.objective == "kd":  # nothing reads the prototypes: any two will do
+        return load(2, None)[0], 0.0
+    path = (
+        given.out
+        / f"{given.teacher}-{given.student}"
+        / f"fitting-{recipe.prototypes}-{recipe.fit_images or 'all'}.json"
+    )
+    if not path.is_file():
+        with tempfile.TemporaryDirectory() as cache:
             (Path(cache) / "teachers").symlink_to(cache_folder() / "teachers")
-            teacher = load_teacher(
-                given.teacher,
-                source=images,
-                prototypes=prototypes,
-                objective="msn",
-                image_size=given.size,
-                cache=Path(cache),
-            )
-        took.append(time.process_time() - began)
-    return teacher, max(0.0, took[1] - took[0]) if recipe.prototypes > 2 else 0.0
+            load(2, None)  # imports
+            write_json(path, load(recipe.prototypes, Path(cache))[1] - load(2, None)[1])
+    return load(recipe.prototypes, None)[0], float(read_json(path))
 
 
 def step_seconds(
@@ -171,99 +191,127 @@ def step_seconds(
 ) -> float:
     """CPU seconds of a step, of the later ones of a short run."""
     moments: list[float] = []
-    few = shuffled(images, recipe.seed, count=(WARM_STEPS + TIMED_STEPS) * recipe.batch_size)
-    fit(
-        override(recipe, {"epochs": 1}),
-        few,
-        teacher,
-        out,
-        given,
-        progress=lambda *_: moments.append(time.process_time()),
-    )
+    few = share(images, recipe.seed, (WARM_STEPS + TIMED_STEPS) * recipe.batch_size)[1]
+
+    def tick(*_: object) -> None:
+        moments.append(time.process_time())
+
+    fit(override(recipe, {"epochs": 1}), few, teacher, out, given, progress=tick)
     return (moments[-1] - moments[WARM_STEPS - 1]) / TIMED_STEPS
 
 
-def shuffled(images: ImageSource, seed: int, *, count: int) -> ImageSource:
-    """The first `count` images of an order that depends on the seed alone."""
-    order = np.random.default_rng(seed).permutation(len(images))
-    return Chosen(images, [int(index) for index in order[:count]])
-
-
 def fit(
-    recipe: Recipe,
-    images: ImageSource,
-    teacher: Teacher | None,
-    out: Path,
-    given: argparse.Namespace,
-    **callbacks: Any,
+    recipe: Recipe, images: ImageSource, teacher: Teacher | None, out: Path, given: argparse.Namespace, **callbacks: Any
 ) -> None:
     """One run of ``robx distill`` on one core, without workers so that all of its CPU time is counted."""
-    options = Options(device="cpu", workers=0, measure=False, fresh=True, checkpoint_minutes=1e6, monitor_every=10**9)
+    options = Options(device="cpu", workers=0, measure=False, fresh=True, checkpoint_minutes=1e6, monitor_every=50)
     spec = RunSpec(recipe=recipe, students=[given.student], source=images, out=out, teacher=teacher, options=options)
     train(spec, **callbacks)
 
 
-def judge(folder: Path, split: Split) -> dict[str, Any]:
-    """Whether each test image is answered rightly by kNN (k = 20), and the linear head's top-1 in %."""
-    with open_session(folder, SessionSettings(threads=torch.get_num_threads())) as session:
-        bank = extract(session, split.bank)
-        test = split.aligned(extract(session, split.test))
-    known = bank.labels >= 0
-    similarities, indices = nearest(bank.features[known], test.features, 20)
-    answers = knn_vote(similarities, bank.labels[known][indices])[:, 0]
-    linear = linear_cached(bank, test, classes=split.classes)["top1"].value
-    return {"knn": (answers == test.labels).astype(int).tolist(), "linear": linear}
+def share(images: ImageSource, seed: int, count: int) -> tuple[int, ImageSource]:
+    """Epochs, and the images of each, that make about `count`: the first of an order that depends on the seed alone."""
+    epochs = -(-count // len(images))
+    order = np.random.default_rng(seed).permutation(len(images))
+    return epochs, Chosen(images, order[: count // epochs].tolist())
 
 
-def difference(ours: np.ndarray, theirs: np.ndarray) -> Value:
-    """Mean difference in points of (seeds, images) hits, with a 95 % bootstrap interval over seeds and images."""
-    points = 100 * (ours - theirs)
-    rng = np.random.default_rng(0)
-    seeds, count = points.shape
-    means = [
-        points[rng.integers(seeds, size=seeds)][:, rng.integers(count, size=count)].mean() for _ in range(BOOTSTRAP)
-    ]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Value(value=float(points.mean()), low=float(low), high=float(high), n=points.size, unit="%")
+# --------------------------------------------------------------------------------------------------------- LightlyTrain
 
 
-def write_down(runs: list[dict[str, Any]], split: Split, given: argparse.Namespace) -> None:
+def run_lightly(
+    method: Method, images: ImageSource, folder: Path, *, seed: int, seconds: float, given: argparse.Namespace
+) -> dict[str, Any]:
+    """One run of LightlyTrain in its own environment, as its user would start it; what it spent."""
+    if given.lightly is None:
+        raise InputError(f"{method.name} needs --lightly PYTHON: an environment with lightly-train and timm")
+    batch = int(method.keys["batch_size"])
+    pictures = given.out / f"{given.teacher}-{given.student}" / "pictures"
+    write_pictures(images, pictures)
+    work = folder / "lightly"
+    work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    torch.save(build_trunk(given.student).state_dict(), work / "first.pt")  # the weights that robx starts from
+    teacher = load_teacher(given.teacher, objective="kd", image_size=given.size)
+    torch.save(
+        {"weights": teacher.trunk.state_dict(), "scale": teacher.scale, "shift": teacher.shift}, work / "teacher.pt"
+    )
+    order = np.random.default_rng(seed).permutation(len(images))
+
+    def start(epochs: int, count: int) -> dict[str, Any]:
+        job = {
+            "out": str(work / "out"), "first": str(work / "first.pt"), "teacher": str(work / "teacher.pt"),
+            "student": given.student, "trunk": teacher.trunk.pretrained_cfg["architecture"],  # type: ignore[index, union-attr]
+            "width": teacher.width, "size": given.size, "epochs": epochs, "seed": seed, "arguments": dict(method.keys),
+            "files": [str(pictures / f"{index:05d}.png") for index in order[:count]],
+            "weights": str(work / "last.pt"),
+        }  # fmt: skip
+        write_json(work / "job.json", job)
+        command = [str(given.lightly), str(Path(__file__).with_name("lightly_runner.py")), str(work / "job.json")]
+        with (work / "log.txt").open("a") as log:
+            subprocess.run(command, stdout=log, stderr=log, check=True)
+        return dict(json.loads((work / "spent.json").read_text()))
+
+    timed = start(1, 12 * batch)
+    steps = int((seconds - timed["outside"]) / timed["step"])
+    epochs = -(-steps * batch // len(images))
+    spent = start(epochs, steps // epochs * batch)
+    trunk = build_trunk(given.student)
+    trunk.load_state_dict(torch.load(work / "last.pt", weights_only=True))
+    save_student(trunk, given.student, folder / "run", given.size)
+    return {"cpu_seconds": round(spent["total"], 1), "images": steps * batch, "fitting_seconds": 0.0}
+
+
+def write_pictures(images: ImageSource, folder: Path) -> None:
+    """The images as files, which LightlyTrain reads."""
+    if (folder / f"{len(images) - 1:05d}.png").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(len(images)):
+        images.read(index).save(folder / f"{index:05d}.png", compress_level=1)
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+
+
+def means(run: Mapping[str, Any]) -> dict[str, float]:
+    """Top-1 in % by protocol and set."""
+    return {name: 100 * float(np.mean(hits)) for name, hits in run["hits"].items()}
+
+
+def write_down(runs: Sequence[Mapping[str, Any]], known: Mapping[str, Method], given: argparse.Namespace) -> None:
     """The table of all runs so far."""
+    judged = list(runs[0]["hits"])
     rows = []
     for minutes in given.budgets:
-        of = {n: [r for r in runs if (r["method"], r["minutes"]) == (n, minutes)] for n in given.methods}
-        hits = {name: np.array([run["knn"] for run in found]) for name, found in of.items()}
-        for name, found in of.items():
-            against = hits.get(given.against)
-            compared = name != given.against and against is not None
-            means = {key: np.mean([run[key] for run in found]) for key in ("linear", "cpu_seconds", "steps")}
-            rows.append(
-                [
-                    f"{minutes:g} min",
-                    name,
-                    f"{100 * hits[name].mean():.1f}",
-                    f"{means['linear']:.1f}",
-                    shown(difference(hits[name], against), 1) if compared else "",
-                    f"{means['cpu_seconds']:.0f}",
-                    f"{means['steps']:.0f}",
-                    METHODS[name].says,
-                ]
-            )
-    data = [{**run, "knn": float(np.mean(run["knn"]))} for run in runs]
+        found = {n: [r for r in runs if (r["method"], r["minutes"]) == (n, minutes)] for n in given.methods}
+        against = found.get(given.against)
+        for name, of in found.items():
+            compared = [""] * len(COMPARED)
+            if against and name != given.against:
+                pairs = [[np.array([r["hits"][what] for r in side]) for side in (of, against)] for what in COMPARED]
+                compared = [shown(difference(*pair), 1) for pair in pairs]
+            figures = [f"{np.mean([means(run)[what] for run in of]):.1f}" for what in judged]
+            spent = [f"{np.mean([run[key] for run in of]):,.0f}" for key in ("cpu_seconds", "images")]
+            rows.append([f"{minutes:g} min", name, *figures, *compared, *spent, known[name].says])
     publish(
-        f"equal-compute-{given.teacher}-{given.student}",
+        given.name or f"equal-compute-{given.teacher}-{given.student}",
         title=f"{given.teacher} -> {given.student}: top-1 in % at equal CPU time",
-        headings=["budget", "method", "kNN", "linear", f"kNN - {given.against}", "CPU s", "steps", "what it is"],
+        headings=[
+            "budget", "method", *judged, *(f"{what.split(',')[0]} - {given.against}" for what in COMPARED), "CPU s",
+            "images", "what it is",
+        ],
         rows=rows,
-        data=data,
+        data=[{key: value for key, value in run.items() if key != "hits"} | means(run) for run in runs],
         notes=[
-            f"{len({run['seed'] for run in runs})} seed(s); kNN (k = 20) and a linear head on {len(split.test)} test "
-            "images; differences are paired, with 95 % bootstrap intervals over seeds and images.",
-            "CPU s: of training and of fitting prototypes. Methods were run one after another on one core each.",
+            f"{len({run['seed'] for run in runs})} seed(s). kNN (k = {NEIGHBOURS}), a linear head and {SHOTS}-shot "
+            "regression on features extracted once; of Fashion-MNIST 1,000 training and 1,000 test images. Differences "
+            "are on clip art, paired by seed and image, with 95 % bootstrap intervals over both.",
+            "CPU s: of training and of fitting prototypes. Methods were run one after another on one core.",
             CLIP_ART,
         ],
-        settings={key: str(value) for key, value in vars(given).items() if key != "out"},
-    )
+        settings={key: str(value) for key, value in vars(given).items() if key not in ("out", "lightly", "name")},
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from robx.console import hints, print_line, print_table, progress_bar, quiet_option, say
-from robx.distill.presets import ROB
+from robx.distill.presets import NAMED, ROB
 
 if TYPE_CHECKING:
     from robx.distill.recipes import Recipe
@@ -33,7 +33,8 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--out", type=_FOLDER, help="Output folder; an unfinished run in it is resumed.")
 @click.option("--objective", type=_OBJECTIVES, help="Default: the method that pretrained the teacher, else msn.")
 @click.option("--init", metavar="RUN|FILE|pretrained", help="Initial weights of the student. Default: random.")
-@click.option("--recipe", type=_FILE, help="TOML file with any keys of the recipe.")
+@click.option("--recipe", type=_FILE, metavar="quick|paper|FILE",
+              help="quick: for minutes on a CPU. paper: as published (default). Or a TOML file.")  # fmt: skip
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the images.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images per step, over all processes and micro-batches.")
 @click.option("--lr", type=_POSITIVE, help="Peak learning rate, not scaled by the batch size.")
@@ -130,22 +131,31 @@ def distill(*, resume: bool, dry_run: bool, gpu_memory: float | None, as_json: b
 
 
 @click.command()
-@click.argument("objective", type=_OBJECTIVES)
+@click.argument("objective", type=click.Choice([*ROB, "quick"]))
 @click.option("--student", metavar="NAME", required=True, help="A timm model; CNN, ViT and tiny ViT recipes differ.")
 @click.option("--base", is_flag=True, help="The recipe of the base method, for --teacher ema.")
 def recipe(objective: str, student: str, base: bool) -> None:
     """Print the published recipe of an objective for a student: every key with its value and meaning, in TOML.
 
+    `quick` prints the recipe for runs of minutes on a CPU, which is measured here and not published.
+
     \b
     robx recipe dino --student vit_tiny_patch16_224 > mine.toml
+    robx recipe quick --student resnet10t > mine.toml
     robx distill --recipe mine.toml --teacher dino_vits16 --student vit_tiny_patch16_224 ...
 
     Keep only the keys that you change: the others have these values anyway.
     """
     from robx.distill.recipe_toml import to_toml
+    from robx.distill.recipes import override
     from robx.distill.resolve import student_preset
 
-    click.echo(to_toml(student_preset(objective, student, base=base)), nl=False)
+    named = NAMED.get(objective, {})
+    if named and base:
+        raise click.UsageError(f"the recipe {objective} needs a teacher: drop --base")
+    click.echo(
+        to_toml(override(student_preset(named.get("objective", objective), student, base=base), named)), nl=False
+    )
 
 
 @click.command()

@@ -120,3 +120,36 @@ BASE: dict[str, dict[str, Any]] = {
     # SwAV's targets come from the student itself.
     "swav": {"sinkhorn_epsilon": 0.05, "freeze_last_layer_epochs": 1, "ema_momentum": (0.0, 0.0)},
 }
+
+# For runs of minutes on a CPU: a small CNN, and a teacher whose prototypes are fitted. Chosen by measurement at equal
+# CPU time (benchmarks/equal_compute.py), not published. The student is scored against the teacher's own prototypes at
+# the teacher's temperature, so it has none to learn, and also matches the teacher's features. One crop, without colour
+# changes: there are too few steps to learn to ignore them. On a CPU with bf16 instructions it computes in bf16.
+QUICK: dict[str, Any] = {
+    "objective": "swav",
+    "swav_prototypes": "teacher",
+    "sinkhorn_iterations": 0,
+    "sinkhorn_epsilon": 0.05,
+    "student_temperature": 0.05,
+    "feature_weight": 1.0,
+    "prototypes": 256,
+    "fit_images": 1280,
+    "global_crops": 1,
+    "local_crops": 0,
+    "global_scale": (0.5, 1.0),
+    "color_strength": 0.0,
+    "gray_p": 0.0,
+    "blur_p": (0.0, 0.0, 0.0),
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "lr_batch": None,
+    "warmup_lr": 0.0,
+    "final_lr": 1e-5,
+    "weight_decay": 0.04,
+    "weight_decay_end": 0.04,
+    "clip_grad": 3.0,
+    "epochs": 10,
+    "batch_size": 32,
+}
+# What --recipe takes by name, beside files. The published presets are what every run has without it.
+NAMED: dict[str, dict[str, Any]] = {"paper": {}, "quick": QUICK}

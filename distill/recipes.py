@@ -43,6 +43,7 @@ class Recipe:
     head: Annotated[Literal["native", "mlp"], "native: the method's own head; mlp: d -> 2048 -> K"] = "native"
     swav_prototypes: Annotated[Literal["own", "teacher"], "teacher: use the teacher's prototypes, frozen"] = "own"
     prototypes: Annotated[int, "K of a base method, and fitted to a teacher without a head"] = 1024
+    fit_images: Annotated[int | None, "images that prototypes are fitted to, at most; none: 256 per prototype"] = None
     sinkhorn_iterations: Annotated[int, "0: softmax instead of Sinkhorn"] = 0
     sinkhorn_epsilon: Annotated[float, "regularisation of Sinkhorn"] = 0.03
     queue: Annotated[int, "scores kept for Sinkhorn; 0 disables"] = 0
@@ -208,6 +209,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("freeze_last_layer_epochs", 0, 100_000),
     ("student_temperature", 1e-3, 100),
     ("prototypes", 2, 1_000_000),
+    ("fit_images", 2, 1_000_000_000),
     ("sinkhorn_iterations", 0, 100),
     ("sinkhorn_epsilon", 1e-4, 10),
     ("queue", 0, 1_000_000),
@@ -300,5 +302,5 @@ def _shown(value: Any) -> str:
 
 _OPTIONAL = (
     *("teacher_mean", "teacher_std", "teacher_temperature_start", "student_ema", "lr_batch", "clip_grad"),
-    "quantize",
+    *("quantize", "fit_images"),
 )

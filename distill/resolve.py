@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from robx.distill.presets import TINY
+from robx.distill.presets import NAMED, TINY
 from robx.distill.recipe_toml import read_recipe
 from robx.distill.recipes import Recipe, StudentKind, override, preset
 from robx.distill.targets.stored import read_info
@@ -39,7 +39,7 @@ class DistillSettings:
     targets: Path | None = None  # stored targets used instead of a teacher
     objective: str | None = None  # None: the method that pretrained the teacher, or msn
     init: Path | None = None  # weights to start from: a run, a file, or Path("pretrained") for timm's; None: random
-    recipe: Path | None = None  # TOML file with keys of Recipe
+    recipe: Path | None = None  # "quick", "paper", or a TOML file with keys of Recipe
     store_targets: Path | None = None  # where to write the targets of this run
     cache: Path | None = None  # downloads and fitted prototypes; None: $ROBX_CACHE or ~/.cache/robx
     overrides: Mapping[str, Any] = field(default_factory=dict)  # keys of Recipe; None means not given
@@ -111,7 +111,8 @@ def resolve_recipe(settings: DistillSettings) -> Recipe:
         ArtifactError: the stored targets are missing or damaged.
     """
     file, student = settings.recipe, settings.students[0]
-    values = read_recipe(file) if file else {}
+    name, values = recipe_values(file) if file else ("paper", {})
+    _require_match(name, settings)
     if bool(values.get("base", settings.base)) != settings.base:
         raise InputError(f"{file}: base = {str(values['base']).lower()} contradicts --teacher {settings.teacher}")
     method: Any = settings.objective or values.get("objective")
@@ -123,7 +124,7 @@ def resolve_recipe(settings: DistillSettings) -> Recipe:
     if "lr" in given:  # the first and the last rate keep their ratio to the peak
         first, last = (min(1.0, rate / recipe.lr) if recipe.lr else 0.0 for rate in (recipe.warmup_lr, recipe.final_lr))
         given |= {"lr_batch": None, "warmup_lr": first * given["lr"], "final_lr": last * given["lr"]}
-    given |= _decided_by_device(settings, values | given)
+    given |= _decided_by_device(settings, values | given, quick=name == "quick")
     try:
         recipe = override(recipe, given, where="options")
     except InputError as error:
@@ -131,6 +132,37 @@ def resolve_recipe(settings: DistillSettings) -> Recipe:
     if recipe.quantize is not None and settings.init is None:
         raise InputError("--quantize starts from a trained student: give --init RUN, a finished run of this student")
     return recipe
+
+
+def recipe_values(recipe: Path) -> tuple[str, dict[str, Any]]:
+    """The name and the keys of a recipe that is given by name, "quick" or "paper", or as a file.
+
+    A file may start from a named recipe with a line ``like = "quick"``; its own keys then win.
+
+    Raises:
+        InputError: the file is missing or is not TOML, or is like an unknown recipe.
+    """
+    if str(recipe) in NAMED:
+        return str(recipe), dict(NAMED[str(recipe)])
+    values = read_recipe(recipe)
+    name = values.pop("like", "paper")
+    if name not in NAMED:
+        raise InputError(f"{recipe}: like = {name!r} is not a recipe: give one of {', '.join(NAMED)}")
+    return name, NAMED[name] | values
+
+
+def _require_match(name: str, settings: DistillSettings) -> None:
+    """Refuse a named recipe with an objective or a target branch that it was not made for."""
+    objective = NAMED[name].get("objective")
+    if objective is None:
+        return
+    if settings.base or settings.targets is not None:
+        given = "--targets DIR" if settings.targets is not None else "--teacher ema"
+        raise InputError(f"the recipe {name} needs a teacher's features, which {given} lacks: give --teacher NAME")
+    if settings.objective not in (None, objective):
+        raise InputError(
+            f"the recipe {name} is for objective {objective}, got --objective {settings.objective}: drop one of the two"
+        )
 
 
 def _naming_options(message: str, overrides: Mapping[str, Any]) -> str:
@@ -184,10 +216,10 @@ def mixed_kinds(students: tuple[str, ...], recipe: Recipe) -> str:
     )
 
 
-def _decided_by_device(settings: DistillSettings, chosen: Mapping[str, Any]) -> dict[str, Any]:
+def _decided_by_device(settings: DistillSettings, chosen: Mapping[str, Any], *, quick: bool) -> dict[str, Any]:
     """Recipe keys that the user left open: as in the run to resume or the stored targets, else by the device."""
     known = _inherited(settings) | {key: chosen[key] for key in KEYS if key in chosen}
-    compute = decide(facts_of(settings.options.device), known)
+    compute = decide(facts_of(settings.options.device), known, quick=quick)
     return {key: getattr(compute, key) for key in KEYS if key not in chosen}
 
 

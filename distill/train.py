@@ -97,6 +97,7 @@ def distill(settings: DistillSettings, *, progress: Progress | None = None, say:
                 cache=settings.cache,
                 source=source,
                 prototypes=recipe.prototypes,
+                fit_images=recipe.fit_images,
                 objective=recipe.objective,
                 mean=recipe.teacher_mean,
                 std=recipe.teacher_std,

@@ -33,6 +33,7 @@ def load_teacher(
     cache: Path | None = None,
     source: ImageSource | None = None,
     prototypes: int = 1024,
+    fit_images: int | None = None,
     objective: str | None = None,
     mean: Channels | None = None,
     std: Channels | None = None,
@@ -52,6 +53,7 @@ def load_teacher(
         cache: folder for downloads and fitted prototypes; default ``$ROBX_CACHE`` or ``~/.cache/robx``.
         source: images to fit prototypes to, for a teacher that was published without a head.
         prototypes: number of fitted prototypes; a published head keeps its own.
+        fit_images: how many images they are fitted to at most; None: 256 per prototype.
         objective: ``dino``, ``ibot``, ``msn``, ``swav`` or ``kd``; a teacher that does not fit it is refused. ``kd``
             keeps the classifier. None: the method that the teacher was pretrained with.
         mean: of the pixels (0 to 1) that the teacher was trained with; None: the published one.
@@ -89,6 +91,7 @@ def load_teacher(
             seed=seed,
             method=method,
             folder=folder / "prototypes",
+            images=fit_images,
             team=team,
             progress=progress,
         )

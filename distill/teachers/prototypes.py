@@ -70,6 +70,7 @@ class FitSettings:
     seed: int = 0
     method: Method = "full"
     normalisation: tuple[float, ...] = ()  # the teacher's mean and std: one file may be loaded under two names
+    images: int | None = None  # at most so many are read; None: 256 per prototype
     version: int = _VERSION
     crop_width: int | None = None  # of what the teacher sees; None: a square
 
@@ -77,6 +78,8 @@ class FitSettings:
     def facts(self) -> dict[str, Any]:
         """The settings as a file records them; those of the older methods as older versions wrote them."""
         values = asdict(self)
+        if self.images is None:  # as before there was such a setting
+            del values["images"]
         method = values.pop("method")
         values["streaming"] = method == "streaming"
         if self.crop_width is None:  # older versions had squares alone
@@ -101,14 +104,15 @@ class Prototypes:
     processes: int = 1  # that fitted them
 
 
-def images_to_fit(images: int, *, prototypes: int, width: int, processes: int = 1) -> int:
-    """How many of `images` a fit reads: at most 256 per prototype, and what the processes can keep."""
-    return min(images, _POINTS_PER_CENTRE * prototypes, processes * (_SHARE_BYTES // (DTYPE.itemsize * width)))
+def images_to_fit(images: int, *, prototypes: int, width: int, processes: int = 1, most: int | None = None) -> int:
+    """How many of `images` a fit reads: at most `most`, 256 per prototype, and what the processes can keep."""
+    enough = _POINTS_PER_CENTRE * prototypes if most is None else most
+    return min(images, enough, processes * (_SHARE_BYTES // (DTYPE.itemsize * width)))
 
 
-def choose_method(*, images: int, prototypes: int, width: int, device: torch.device) -> Method:
+def choose_method(*, images: int, prototypes: int, width: int, device: torch.device, most: int | None = None) -> Method:
     """Full k-means on a CPU up to 2 GiB of features and 2^40 products an iteration, else mini-batches."""
-    values = min(images, _POINTS_PER_CENTRE * prototypes) * width
+    values = min(images, _POINTS_PER_CENTRE * prototypes if most is None else most) * width
     fits = values * 4 <= _FULL_BYTES and values * prototypes <= _FULL_PRODUCTS
     return "full" if fits and device.type == "cpu" else "minibatch"
 
@@ -121,11 +125,13 @@ def fit_teacher(
     seed: int,
     method: Method | None,
     folder: Path,
+    images: int | None = None,
     team: Team | None = None,
     progress: Progress | None,
 ) -> None:
     """Give a teacher without a head prototypes fitted to `source`, or those fitted earlier and kept in `folder`.
 
+    `images` is how many of the source's are read at most; None: 256 per prototype.
     With `method` None those fitted earlier count whichever method made them: a resumed run keeps its prototypes.
     """
     team, device = team or Alone(), teacher.scale.device
@@ -138,9 +144,12 @@ def fit_teacher(
         crop_width=teacher.preprocessing.crop_width,
         seed=seed,
         normalisation=(*teacher.mean, *teacher.std),
+        images=images,
     )
     if method is None:
-        best = choose_method(images=len(source), prototypes=prototypes, width=teacher.width, device=device)
+        best = choose_method(
+            images=len(source), prototypes=prototypes, width=teacher.width, device=device, most=images
+        )  # fmt: skip
         kept: Iterator[Method] = (m for m in (best, *_WORDS) if _load(folder, replace(settings, method=m)) is not None)
         method = team.gather(next(kept, best))[0]
     settings = replace(settings, method=method)
@@ -203,8 +212,10 @@ def _from_first(found: Prototypes | None, team: Team, device: str | torch.device
     return replace(facts, mean=both[0].cpu(), vectors=both[1:].cpu())
 
 
-def require_images(source: ImageSource, k: int) -> None:
-    """Refuse a source with fewer than K images."""
+def require_images(source: ImageSource, k: int, *, most: int | None = None) -> None:
+    """Refuse fewer than K images, in a source or to be read of it."""
+    if most is not None and most < k:
+        raise InputError(f"{k} prototypes need at least {k} images, and fit_images is {most}: give fit_images = {k}")
     if len(source) < k:
         few = f"{source.name} has {len(source)}"
         raise InputError(f"{k} prototypes need at least {k} images, and {few}: lower --prototypes")
@@ -225,7 +236,7 @@ def fit_prototypes(
     Raises:
         InputError: fewer images than prototypes, or more than 1 % of the images cannot be read.
     """
-    require_images(source, settings.prototypes)
+    require_images(source, settings.prototypes, most=settings.images)
     images = _Features(embed, source, preprocessing, device=torch.device(device), progress=progress)
     if settings.method == "minibatch":
         return _fit_minibatch(images, settings, team or Alone(), progress=progress)
@@ -239,8 +250,12 @@ def _fit_minibatch(images: _Features, settings: FitSettings, team: Team, *, prog
     """Every process embeds its share of the images and keeps their features; all fit together."""
     width = images.width()
     count = images_to_fit(
-        len(images.source), prototypes=settings.prototypes, width=width, processes=team.world
-    )  # fmt: skip
+        len(images.source),
+        prototypes=settings.prototypes,
+        width=width,
+        processes=team.world,
+        most=settings.images,
+    )
     mine = _pick(images.source, settings)[:count][team.rank :: team.world]
     points = torch.empty(len(mine), width, dtype=DTYPE, device=images.device)
     sums = torch.zeros(width + 2, dtype=torch.float64, device=images.device)
@@ -346,6 +361,6 @@ class _Features:
 
 
 def _pick(source: ImageSource, settings: FitSettings) -> np.ndarray:
-    """At most 256 K of the images' indices, in random order."""
+    """At most 256 K of the images' indices, or as many as the settings say, in random order."""
     order = np.random.default_rng(settings.seed).permutation(len(source))
-    return order[: _POINTS_PER_CENTRE * settings.prototypes]
+    return order[: _POINTS_PER_CENTRE * settings.prototypes if settings.images is None else settings.images]

@@ -1,6 +1,7 @@
 """How a run computes on its device: precision, TF32, crops and loader workers. What the user leaves open is set here.
 
-On a CPU everything is float32 and Pillow makes the crops, so that a run gives the same bits as ever.
+On a CPU everything is float32 and Pillow makes the crops, so that a run gives the same bits as ever; only the recipe
+"quick" computes in bf16 where the CPU has instructions for it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from robx.errors import counted
 
 # Recipe keys whose default depends on the device.
 KEYS = ("precision", "tf32", "augment", "decode")
+# As /proc/cpuinfo calls the instructions of x86 processors that multiply in bf16.
+_BF16 = {"avx512_bf16", "amx_bf16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +61,7 @@ class Compute:
         )
 
 
-def decide(facts: DeviceFacts, given: Mapping[str, Any], *, workers: int | None = None) -> Compute:
+def decide(facts: DeviceFacts, given: Mapping[str, Any], *, workers: int | None = None, quick: bool = False) -> Compute:
     """The settings of a run on a device; a pure function.
 
     A CUDA GPU computes in bf16, or in fp16 with a loss scaler where bf16 would be emulated; what stays in float32 uses
@@ -68,9 +72,10 @@ def decide(facts: DeviceFacts, given: Mapping[str, Any], *, workers: int | None 
         facts: of the device.
         given: recipe keys that are decided already, by the user or by the run that is resumed.
         workers: data-loading processes, if decided already.
+        quick: whether the recipe is "quick": a CPU then computes in bf16 if it has instructions for it.
     """
     cuda = facts.kind == "cuda"
-    default = ("bf16" if facts.bf16 else "fp16") if cuda else "fp32"
+    default = ("bf16" if facts.bf16 else "fp16") if cuda else ("bf16" if facts.bf16 and quick else "fp32")
     if workers is None:
         workers = max(1, facts.cores - 1) if cuda else max(1, min(8, facts.cores // 2))
     return Compute(
@@ -91,13 +96,22 @@ def facts_of(device: str | None) -> DeviceFacts:
     cores = max(1, len(os.sched_getaffinity(0)) // here)
     kind, _, index = (device or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")
     if kind != "cuda" or not torch.cuda.is_available():
-        return DeviceFacts(kind=kind, cores=cores)
+        return DeviceFacts(kind=kind, bf16=kind == "cpu" and cpu_has_bf16(), cores=cores)
     number = int(index or os.environ.get("LOCAL_RANK", "0")) if index.isdigit() or not index else -1
     if not 0 <= number < torch.cuda.device_count():  # refused when the run opens the device
         return DeviceFacts(kind=kind, cores=cores)
     found = torch.cuda.get_device_properties(number)
     modern = torch.version.hip is not None or found.major >= 8  # what torch.cuda.is_bf16_supported tests
     return DeviceFacts(kind=kind, name=found.name, bf16=modern, tf32=modern, cores=cores)
+
+
+def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this x86 CPU multiplies in bf16; elsewhere bf16 is emulated, or its speed was not measured."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    return any(_BF16 & set(line.split()) for line in lines if line.startswith("flags"))
 
 
 def compute_of(recipe: Recipe, device: torch.device, *, workers: int) -> Compute:

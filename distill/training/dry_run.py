@@ -172,7 +172,9 @@ def _images_to_fit(spec: RunSpec) -> int:
     if teacher is None or not isinstance(teacher.head, PrototypeHead) or teacher.head.mean is None:
         return 0
     require_images(spec.source, teacher.num_prototypes)
-    return images_to_fit(len(spec.source), prototypes=teacher.num_prototypes, width=teacher.width)
+    return images_to_fit(
+        len(spec.source), prototypes=teacher.num_prototypes, width=teacher.width, most=spec.recipe.fit_images
+    )
 
 
 def _first_views(spec: RunSpec, networks: Networks, device: torch.device) -> tuple[Views, float]:

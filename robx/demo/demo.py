@@ -27,7 +27,7 @@ PLAN = "plan.toml"  # beside this file
 )
 @click.option("--teacher", help="A name from `robx teachers`. [default: efficientnet_lite0]")
 @click.option("--student", help="A name from `robx students`, or any timm model. [default: resnet10t]")
-@click.option("--epochs", type=click.IntRange(1), help="Passes over the images. [default: 2]")
+@click.option("--epochs", type=click.IntRange(1), help="Passes over the images. [default: 4]")
 @click.option("--fresh", is_flag=True, help="Start over instead of reusing earlier results.")
 @quiet_option
 def demo(

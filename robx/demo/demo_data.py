@@ -100,14 +100,14 @@ def _with_licence(data: DemoData) -> DemoData:
 def _make_clip_art(folder: Path, progress: Progress) -> None:
     with tempfile.TemporaryDirectory(prefix="robx-clip-art-") as scratch:
         progress(0, 1, "downloading clip art (131 MB)")
-        unpacked = _unpack_debian(CLIP_ART_PACKAGE, Path(scratch))
+        unpacked = unpack_debian(CLIP_ART_PACKAGE, Path(scratch))
         root = next(unpacked.rglob("openclipart/png"), None)
         if root is None:
             raise RobxError(f"Debian's {CLIP_ART_PACKAGE} has no openclipart/png folder")
         pack_pictures(root, folder, classes=CLIP_ART_CLASSES, progress=progress)
 
 
-def _unpack_debian(package: str, scratch: Path) -> Path:
+def unpack_debian(package: str, scratch: Path) -> Path:
     """Download a Debian package with apt, without root, and unpack it."""
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
         raise RobxError("this is not Debian or Ubuntu: apt-get and dpkg-deb are missing")

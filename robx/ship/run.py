@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from robx.distill.presets import NAMED
 from robx.distill.recipe_toml import read_recipe
 from robx.errors import Interrupted, RobxError, counted, duration
 from robx.export.gate.gate import gate_error
@@ -160,7 +161,8 @@ class _Ship:
             return arguments
         path = self._plan.out / RECIPE
         if "recipe" in arguments:
-            keys = read_recipe(Path(arguments["recipe"])) | keys
+            given = str(arguments["recipe"])
+            keys = ({"like": given} if given in NAMED else read_recipe(Path(given))) | keys
         write_text(path, "".join(f"{key} = {toml_value(value)}\n" for key, value in keys.items()))
         return arguments | {"recipe": path}
 

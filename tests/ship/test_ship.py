@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 
 from robx import api
 from robx.cli import main
+from robx.distill.recipe_toml import read_recipe
+from robx.distill.resolve import recipe_values
 from robx.errors import InputError, RobxError
 from robx.progress import silent
 from robx.records import load_bundle, load_measurements, load_student
@@ -206,6 +208,19 @@ def test_stages_are_announced_and_failures_are_said(plan: Plan) -> None:
 
 
 ALL = ["distill", "export", "export", "eval", "bench", "report"]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_plan_may_start_from_a_recipe_by_name_or_from_a_file(plan: Plan, tmp_path: Path, own: bool) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('like = "quick"\nblur_p = [0, 0, 1]\n')
+    verbs = Verbs()
+    _run(plan.with_distill(recipe=str(file) if own else "quick", color_p=0.5), verbs)
+    given = dict(verbs.calls[0][1])
+    written = read_recipe(given["recipe"])
+    assert written["like"] == "quick" and written["color_p"] == 0.5 and ("blur_p" in written) == own
+    name, values = recipe_values(given["recipe"])
+    assert name == "quick" and values["swav_prototypes"] == "teacher" and values["color_p"] == 0.5
 
 
 def test_only_what_depends_on_a_change_runs_again(plan: Plan, tmp_path: Path) -> None:

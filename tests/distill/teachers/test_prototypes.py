@@ -160,6 +160,22 @@ def test_a_fit_reads_what_the_processes_can_keep() -> None:
     assert images_to_fit(10_000_000, prototypes=65_536, width=1024, processes=8) == min(10_000_000, 8 * kept)
 
 
+def test_a_fit_reads_no_more_images_than_it_is_told() -> None:
+    """As if the source had only those that come first in the order of the seed."""
+    source, wanted = pictures(), replace(SETTINGS, images=20)
+    found = fit_prototypes(mean_colour, source, PREPROCESSING, wanted)
+    order = np.random.default_rng(wanted.seed).permutation(60)[:20]
+    pixels = torch.from_numpy(np.stack([preprocess(source.read(i), PREPROCESSING) for i in order.tolist()]))
+    torch.testing.assert_close(found.mean, mean_colour(pixels).mean(dim=0), rtol=1e-4, atol=1e-4)
+    assert (found.images, found.skipped) == (20, 0)
+    assert wanted.id != SETTINGS.id and "images" not in SETTINGS.facts
+    assert fit_prototypes(mean_colour, source, PREPROCESSING, replace(wanted, method="minibatch")).images == 20
+    assert images_to_fit(1_281_167, prototypes=1024, width=1024, most=5000) == 5000
+    assert choose_method(images=5_000_000, prototypes=4096, width=1024, device=CPU, most=5000) == "full"
+    with pytest.raises(InputError, match="fit_images is 2: give fit_images = 3"):
+        fit_prototypes(mean_colour, source, PREPROCESSING, replace(SETTINGS, images=2))
+
+
 def test_a_minibatch_fit_keeps_no_more_than_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("robx.distill.teachers.prototypes._SHARE_BYTES", 40 * 3 * 2)
     found = fit_prototypes(mean_colour, pictures(), PREPROCESSING, replace(SETTINGS, method="minibatch"))

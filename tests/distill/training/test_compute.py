@@ -54,7 +54,7 @@ def test_workers_are_the_cores_less_one_or_half_on_a_cpu(facts: DeviceFacts, exp
 def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compute.os, "sched_getaffinity", lambda _: set(range(96)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert facts_of("cpu") == DeviceFacts(kind="cpu", cores=12)
+    assert facts_of("cpu") == DeviceFacts(kind="cpu", bf16=compute.cpu_has_bf16(), cores=12)
     assert decide(facts_of("cuda"), {}).workers == 11
 
 

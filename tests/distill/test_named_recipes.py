@@ -1,0 +1,151 @@
+"""Recipes by name: what "quick" resolves to, where it is refused, and that it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from click.testing import CliRunner
+from numpy.testing import assert_allclose
+
+from robx.cli import main
+from robx.distill.batches.views import Targets
+from robx.distill.objectives.cross_entropy import crops_cross_entropy
+from robx.distill.presets import QUICK
+from robx.distill.recipe_toml import read_recipe
+from robx.distill.recipes import override, preset
+from robx.distill.resolve import DistillSettings, resolve_recipe
+from robx.distill.students.projection_heads import FrozenPrototypes
+from robx.distill.students.student import build_student
+from robx.distill.training import compute
+from robx.distill.training.compute import DeviceFacts, cpu_has_bf16, decide
+from robx.errors import InputError
+from robx.images.sources import open_source
+
+BF16_CPU = DeviceFacts(kind="cpu", bf16=True, cores=4)
+
+
+def _settings(data: Path, **given: object) -> DistillSettings:
+    return DistillSettings.of(**{"student": "resnet10t", "data": data, "teacher": "timm:test_resnet"} | given)
+
+
+def test_quick_is_its_table_over_the_preset_of_its_objective(scenes: Path) -> None:
+    found = resolve_recipe(_settings(scenes, recipe="quick", precision="fp32"))
+    assert found == override(preset("swav", "cnn"), QUICK)
+    assert resolve_recipe(_settings(scenes, recipe="paper")) == resolve_recipe(_settings(scenes))
+
+
+def test_a_file_may_start_from_quick_and_options_win_over_both(scenes: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('like = "quick"\nepochs = 3\nprototypes = 99\n')
+    found = resolve_recipe(_settings(scenes, recipe=path, epochs=5, precision="fp32"))
+    assert found == override(preset("swav", "cnn"), QUICK | {"prototypes": 99, "epochs": 5})
+    path.write_text('like = "fast"\n')
+    with pytest.raises(InputError, match="like = 'fast' is not a recipe: give one of paper, quick"):
+        resolve_recipe(_settings(scenes, recipe=path))
+
+
+@pytest.mark.parametrize("recipe", ["quick", "paper"])
+@pytest.mark.parametrize("has", [True, False])
+def test_only_quick_computes_in_bf16_and_only_on_a_cpu_that_can(
+    scenes: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, has: bool
+) -> None:
+    monkeypatch.setattr(compute, "cpu_has_bf16", lambda: has)
+    found = resolve_recipe(_settings(scenes, recipe=recipe, device="cpu"))
+    assert found.precision == ("bf16" if has and recipe == "quick" else "fp32")
+    assert resolve_recipe(_settings(scenes, recipe=recipe, device="cpu", precision="fp32")).precision == "fp32"
+
+
+def test_the_decision_for_a_cpu() -> None:
+    assert decide(BF16_CPU, {}).precision == "fp32"
+    assert decide(BF16_CPU, {}, quick=True).precision == "bf16"
+    assert decide(DeviceFacts(kind="cpu"), {}, quick=True).precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("flags\t\t: fpu avx2 avx512_bf16", True),
+        ("flags\t\t: fpu amx_bf16 amx_tile", True),
+        ("flags\t\t: fpu avx2 avx512f", False),
+        ("Features\t: fp asimd bf16", False),  # its speed was not measured
+        ("bugs\t\t: avx512_bf16", False),
+    ],
+)
+def test_bf16_instructions_are_read_from_cpuinfo(flags: str, expected: bool, tmp_path: Path) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text(f"processor\t: 0\n{flags}\n")
+    assert cpu_has_bf16(path) == expected
+    assert not cpu_has_bf16(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"teacher": "ema"}, "needs a teacher's features, which --teacher ema lacks"),
+        ({"teacher": None, "targets": "stored"}, "needs a teacher's features, which --targets DIR lacks"),
+        ({"objective": "dino"}, "is for objective swav, got --objective dino"),
+    ],
+)
+def test_quick_is_refused_where_it_cannot_work(scenes: Path, given: dict[str, object], said: str) -> None:
+    objective = {"objective": "swav"} if "targets" in given else {}
+    with pytest.raises(InputError, match=said):
+        resolve_recipe(_settings(scenes, recipe="quick", **objective | given))
+
+
+def test_the_printed_recipe_reads_back_to_quick(tmp_path: Path) -> None:
+    printed = CliRunner().invoke(main, ["recipe", "quick", "--student", "resnet10t"])
+    assert printed.exit_code == 0, printed.output
+    path = tmp_path / "printed.toml"
+    path.write_text(printed.stdout)
+    assert override(preset("swav", "cnn"), read_recipe(path)) == override(preset("swav", "cnn"), QUICK)
+    refused = CliRunner().invoke(main, ["recipe", "quick", "--student", "resnet10t", "--base"])
+    assert refused.exit_code == 2 and "needs a teacher" in refused.output
+
+
+def test_quick_scores_a_student_against_the_prototypes_of_its_teacher(tiny: ModuleType) -> None:
+    teacher = tiny.tiny_teacher()
+    recipe = override(preset("swav", "cnn"), QUICK | {"crop_size": 32})
+    net = build_student("test_resnet", recipe, teacher)
+    assert isinstance(net.head, FrozenPrototypes) and net.projection is not None
+    assert_allclose(net.head.prototypes.numpy(), teacher.head.prototypes.numpy(), rtol=1e-6)
+    assert not any("prototypes" in name for name, _ in net.named_parameters())
+
+
+def test_the_loss_of_quick_is_least_where_the_student_scores_as_the_teacher_does() -> None:
+    """H(p, q) >= H(p), with equality at q = p: the temperatures of quick are the same on both sides."""
+    assert QUICK["sinkhorn_epsilon"] == QUICK["student_temperature"]
+    scores = torch.randn(1, 6, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    probs = (scores / QUICK["sinkhorn_epsilon"]).softmax(dim=-1)
+    entropy = torch.special.entr(probs).sum(dim=-1).mean()
+
+    def loss(student: torch.Tensor) -> torch.Tensor:
+        temperature = QUICK["student_temperature"]
+        return crops_cross_entropy(student, Targets(probs=probs), pairs=((0, 0),), temperature=temperature)
+
+    assert_allclose(loss(scores), entropy, rtol=1e-9)
+    assert loss(scores + 0.1 * torch.randn(scores.shape, dtype=torch.float64)) > entropy
+
+
+def test_quick_trains_and_resumes_to_the_same_weights(scenes: Path, tmp_path: Path, tiny: ModuleType) -> None:
+    recipe = override(
+        preset("swav", "cnn"), QUICK | {"crop_size": 32, "epochs": 2, "batch_size": 8, "precision": "bf16"}
+    )
+    source, weights = open_source(scenes), []
+    for name, stop in (("whole", None), ("resumed", 3)):
+
+        def progress(done: int, *_: object, stop: int | None = stop) -> None:
+            if done == stop:
+                raise KeyboardInterrupt
+
+        call = {"students": ["test_resnet"], "recipe": recipe, "options": {"checkpoint_steps": 1}}
+        if stop is not None:
+            with pytest.raises(KeyboardInterrupt):
+                tiny.tiny_run(source, tmp_path / name, progress=progress, **call)
+        tiny.tiny_run(source, tmp_path / name, **call)
+        weights.append((tmp_path / name / "student.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    losses = [loss for _, loss in tiny.losses(tmp_path / "whole")]
+    assert losses[-1] < losses[0]
