@@ -29,8 +29,9 @@ from safetensors.torch import save_file
 from robx import api
 from robx.cli import main
 from robx.distill.recipes import Recipe
+from robx.image_size import at_size
 from robx.images.decode import preprocess
-from robx.records import Bundle, load_measurements
+from robx.records import load_bundle, load_measurements, to_json
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -297,13 +298,14 @@ def test_a_bundle_runs_without_robx(world: set[str]) -> None:
     run_page(QUICKSTART, world)
     found: dict[str, Any] = {}
     exec(compile(snippet.text, "bundle.md", "exec"), found)
-    for size in ((50, 40), (33, 77), (40, 40), (300, 31)):
-        pixels = np.random.default_rng(3).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-        Image.fromarray(pixels).save("odd.png")
-        with api.open("runs/r18/onnx-fp32") as model:
-            assert isinstance(model.record, Bundle)
-            expected = preprocess(Image.fromarray(pixels), model.record.preprocessing)[None]
-        np.testing.assert_allclose(found["preprocess"]("odd.png"), expected, rtol=0, atol=1e-6)
+    square = load_bundle(Path("runs/r18/onnx-fp32")).preprocessing
+    for wanted in (square, at_size(square, (48, 20)), at_size(square, (20, 48))):
+        found["steps"] = to_json(wanted)
+        for size in ((50, 40), (33, 77), (40, 40), (300, 31)):
+            pixels = np.random.default_rng(3).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save("odd.png")
+            expected = preprocess(Image.fromarray(pixels), wanted)[None]
+            np.testing.assert_allclose(found["preprocess"]("odd.png"), expected, rtol=0, atol=1e-6)
 
 
 def test_a_student_loads_into_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
