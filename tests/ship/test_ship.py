@@ -116,7 +116,9 @@ def test_shown_commands_are_read_back_to_the_same_arguments() -> None:
     read = _parse(line)
     wanted = {"run": Path("r"), "fmt": "onnx", "data": Path("a b"), "int8": True, "force": False, "rungs": 3}
     assert wanted.items() <= read.items() and read["size"] == "160x96" and read["batch"] == "2"
-    read = _parse(command_line("distill", {"student": "s", "teacher_mean": (0.1, 0.2, 0.3), "fresh": True}))
+    sizes = {"crop_size": (160, 96), "local_crop_size": "64x48"}
+    read = _parse(command_line("distill", {"student": "s", "teacher_mean": (0.1, 0.2, 0.3), "fresh": True, **sizes}))
+    assert read["crop_size"] == "160x96" and read["local_crop_size"] == "64x48"
     assert read["resume"] is False and read["teacher_mean"] == (0.1, 0.2, 0.3) and read["student"] == ("s",)
     read = _parse(command_line("bench", {"bundles": [Path("a"), Path("b")], "affinity": (0, 2), "retries": 0}))
     assert read["bundles"] == (Path("a"), Path("b")) and read["affinity"] == "0,2" and read["retries"] == 0
