@@ -15,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
@@ -76,6 +78,10 @@ class Chosen:
     def read(self, index: int, *, at_least: int | None = None) -> Image.Image:
         """As the source reads it."""
         return self._source.read(self._places[index], at_least=at_least)
+
+    def read_pixels(self, index: int, *, at_least: int | None = None) -> NDArray[np.uint8]:
+        """As the source reads it."""
+        return self._source.read_pixels(self._places[index], at_least=at_least)
 
 
 def first_images(source: ImageSource, count: int) -> ImageSource:

@@ -7,6 +7,7 @@ All sides read the same JPEG files from memory and are timed in turn, in CPU tim
     pillow       ``augment = "pillow"``: decode, cut, resize, colours and blur
     cut          decode, cut and resize with Pillow; colours and blur would be the device's (split a)
     device       ``augment = "device"``: decode and draw; everything else is the device's (split b)
+    device, PIL  the same without simplejpeg: Pillow decodes
     torchvision  decode_jpeg and the same multi-crop as torchvision.transforms.v2 on tensors
     scaled       of images twice as large as the crops need: pillow and device with ``decode = "scaled"``
 
@@ -29,9 +30,10 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
-from robx.distill.batches.crops import apply_plan, multi_crop, needed_side, plan_image
+from robx.distill.batches.crops import apply_plan, multi_crop, needed_side, plan_crops, plan_image
 from robx.distill.recipes import Method, Recipe, preset
-from robx.images.decode import decode
+from robx.images.decode import decode, decode_pixels
+from robx.images.jpeg import PILLOW, jpeg_decoder
 from robx.images.scenes import make_scene, render
 from robx.records import to_json
 from robx.runtime.bench.latency import paired_ratio
@@ -70,6 +72,7 @@ def main() -> None:
         notes=[
             f"{given.images} JPEG files of {width} x {height} pixels and {np.mean([len(f) for f in files]) / 1e3:.0f} "
             f"kB on average, rendered scenes with noise, in memory; RoB's recipes; {given.rounds} rounds, interleaved.",
+            f"JPEGs for `device` are decoded by {jpeg_decoder()}; for all other sides of robx by {PILLOW}.",
             "The device's share of `cut` and `device` is not timed: this table says nothing of a GPU.",
         ],
         settings=vars(given),
@@ -95,15 +98,19 @@ def measure(method: Method, files: list[bytes], rounds: int) -> dict[str, Any]:
     sides = {
         "pillow": lambda data, at: multi_crop(decoded(data), recipe, epoch=0, index=at),
         "cut": lambda data, at: cut(decoded(data), recipe, at),
-        "device": lambda data, at: plan_image(decoded(data), recipe, epoch=0, index=at),
+        "device": lambda data, at: plan_image(pixels(data), recipe, epoch=0, index=at),
+        "device, PIL": lambda data, at: plan_image(np.asarray(decoded(data)), recipe, epoch=0, index=at),
         "torchvision": torchvision_crops(recipe),
     }
     scaled = dataclasses.replace(recipe, decode="scaled")
-    side_needed, first = needed_side(recipe), decoded(files[0])
-    if min(first.size) >= 2 * side_needed:
+    side_needed, first = needed_side(recipe), pixels(files[0])
+    if min(first.shape[:2]) >= 2 * side_needed:
         sides |= {
             "pillow, scaled": lambda data, at: multi_crop(decoded(data, side_needed), scaled, epoch=0, index=at),
-            "device, scaled": lambda data, at: plan_image(decoded(data, side_needed), scaled, epoch=0, index=at),
+            "device, scaled": lambda data, at: plan_image(pixels(data, side_needed), scaled, epoch=0, index=at),
+            "device, PIL, scaled": lambda data, at: plan_image(
+                np.asarray(decoded(data, side_needed)), scaled, epoch=0, index=at
+            ),
         }
     blocks: dict[str, list[np.ndarray]] = {side: [] for side in sides}
     for number in range(rounds):
@@ -128,9 +135,14 @@ def decoded(data: bytes, at_least: int | None = None) -> Image.Image:
     return decode(data, name="a file in memory", at_least=at_least)
 
 
+def pixels(data: bytes, at_least: int | None = None) -> np.ndarray:
+    """The pixels of an RGB image, as robx's sources return them."""
+    return decode_pixels(data, name="a file in memory", at_least=at_least)
+
+
 def cut(image: Image.Image, recipe: Recipe, index: int) -> list[np.ndarray]:
     """All crops, cut and resized alone."""
-    plans = plan_image(image, recipe, epoch=0, index=index).plans
+    plans = plan_crops(image.width, image.height, recipe, epoch=0, index=index)
     plans["flip"], plans["order"], plans["gray"], plans["sigma"], plans["solarize"] = False, -1, False, 0, False
     return [
         apply_plan(image, plan, recipe.crop_shape if view < 2 else recipe.local_crop_shape)

@@ -79,17 +79,18 @@ def multi_crop(image: Image.Image, recipe: Recipe, *, epoch: int, index: int) ->
     return Crops(np.stack(large), np.stack(small) if small else np.empty((0, *shape, 3), dtype=np.uint8))
 
 
-def plan_image(image: Image.Image, recipe: Recipe, *, epoch: int, index: int) -> Planned:
-    """Draw the plans of all crops of one RGB image without making the crops.
+def plan_image(pixels: Pixels, recipe: Recipe, *, epoch: int, index: int) -> Planned:
+    """Draw the plans of all crops of one image, (H, W, 3), without making the crops.
 
     An image more than twice as large as its most magnified crop needs is first reduced by 2, 4 or 8, so that fewer
     pixels are sent to the device and memory is bounded.
     """
-    surplus = min(image.size) / needed_side(recipe)
+    surplus = min(pixels.shape[:2]) / needed_side(recipe)
     if surplus >= 2:
-        image = image.reduce(2 ** min(3, int(math.log2(surplus))))
-    plans = plan_crops(image.width, image.height, recipe, epoch=epoch, index=index)
-    return Planned(np.asarray(image), plans, recipe.global_crops, (recipe.crop_shape, recipe.local_crop_shape))
+        pixels = np.asarray(Image.fromarray(pixels).reduce(2 ** min(3, int(math.log2(surplus)))))
+    height, width, _ = pixels.shape
+    plans = plan_crops(width, height, recipe, epoch=epoch, index=index)
+    return Planned(pixels, plans, recipe.global_crops, (recipe.crop_shape, recipe.local_crop_shape))
 
 
 def needed_side(recipe: Recipe) -> int:

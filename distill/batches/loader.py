@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -29,7 +28,8 @@ from robx.distill.batches.views import Views
 from robx.distill.recipes import Recipe
 from robx.errors import CorruptImage, InputError
 from robx.image_size import Shape
-from robx.images.sources import ImageSource
+from robx.images.arrays import ArraySource
+from robx.images.protocol import ImageSource
 
 Place = tuple[int, int]  # (epoch, index)
 BATCH_LOST = 92  # exit status of a worker that could not hand over its batch
@@ -181,13 +181,24 @@ class Batch:
         )
 
 
-def read_image(source: ImageSource, recipe: Recipe, index: int) -> Image.Image:
-    """One RGB image, decoded as the recipe says.
+def decoded_side(recipe: Recipe) -> int | None:
+    """Pixels that the shorter side of a decoded JPEG needs, if the recipe allows a reduced size; None: full size."""
+    return needed_side(recipe) if recipe.decode == "scaled" else None
+
+
+def read_crops(source: ImageSource, recipe: Recipe, *, epoch: int, index: int) -> Crops | Planned:
+    """One image, decoded as the recipe says, and its crops or, if the device makes them, their plans.
 
     Raises:
         CorruptImage: it cannot be decoded.
     """
-    return source.read(index, at_least=needed_side(recipe) if recipe.decode == "scaled" else None)
+    at_least = decoded_side(recipe)
+    if recipe.augment == "device":
+        return plan_image(source.read_pixels(index, at_least=at_least), recipe, epoch=epoch, index=index)
+    return multi_crop(source.read(index, at_least=at_least), recipe, epoch=epoch, index=index)
+
+
+_BLANK = ArraySource("blank", np.zeros((1, 1, 1, 3), dtype=np.uint8), None, None)
 
 
 class CropDataset(Dataset[tuple[Any, ...]]):
@@ -212,18 +223,14 @@ class CropDataset(Dataset[tuple[Any, ...]]):
         for offset in range(self._most_skipped + 1):
             at = (index + offset) % len(self.source)
             try:
-                image = read_image(self.source, self.recipe, at)
+                crops = read_crops(self.source, self.recipe, epoch=epoch, index=at)
             except CorruptImage as error:
                 skipped[at] = _reason(self.source.key(at), error)
                 continue
-            return self._crops(image, epoch, at), at, epoch, self._masks(epoch, at), skipped
+            return crops, at, epoch, self._masks(epoch, at), skipped
         # The budget is exceeded: counting `skipped` ends the run before this blank image is used.
-        return self._crops(Image.new("RGB", (1, 1)), epoch, index), index, epoch, self._masks(epoch, index), skipped
-
-    def _crops(self, image: Image.Image, epoch: int, index: int) -> Crops | Planned:
-        if self.recipe.augment == "pillow":
-            return multi_crop(image, self.recipe, epoch=epoch, index=index)
-        return plan_image(image, self.recipe, epoch=epoch, index=index)
+        blank = read_crops(_BLANK, self.recipe, epoch=epoch, index=0)
+        return blank, index, epoch, self._masks(epoch, index), skipped
 
     def _masks(self, epoch: int, index: int) -> Any:
         if self.mask_grid is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from robx.distill.recipes import Recipe
 from robx.errors import counted
+from robx.images.jpeg import PILLOW, jpeg_decoder
 
 # Recipe keys whose default depends on the device.
 KEYS = ("precision", "tf32", "augment", "decode")
@@ -47,6 +48,7 @@ class Compute:
     cudnn_benchmark: bool  # time cuDNN's algorithms for each shape and keep the fastest
     channels_last: bool  # memory format of networks with convolutions
     workers: int  # data-loading processes
+    jpeg_decoder: str = PILLOW  # with its version; always the same pixels
 
     @property
     def line(self) -> str:
@@ -54,9 +56,10 @@ class Compute:
         products = ", TF32 for float32 products" if self.tf32 else ""
         crops = "on the device" if self.augment == "device" else "by the workers"
         scaled = ", large JPEGs decoded at reduced size" if self.decode == "scaled" else ""
+        decoder = f", JPEG decoder {self.jpeg_decoder}" if self.augment == "device" else ""
         tuned = "cuDNN autotuning, " if self.cudnn_benchmark else ""
         return (
-            f"computing on {self.device}: {self.precision}{products}, {tuned}crops made {crops}{scaled}, "
+            f"computing on {self.device}: {self.precision}{products}, {tuned}crops made {crops}{scaled}{decoder}, "
             f"{counted(self.workers, 'loader worker')}"
         )
 
@@ -116,7 +119,9 @@ def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 def compute_of(recipe: Recipe, device: torch.device, *, workers: int) -> Compute:
     """How a run of a complete recipe computes."""
-    return decide(facts_of(str(device)), {key: getattr(recipe, key) for key in KEYS}, workers=workers)
+    found = decide(facts_of(str(device)), {key: getattr(recipe, key) for key in KEYS}, workers=workers)
+    # Pillow's crops need Pillow's images, so that another decoder gains nothing there.
+    return replace(found, jpeg_decoder=jpeg_decoder()) if found.augment == "device" else found
 
 
 @contextlib.contextmanager

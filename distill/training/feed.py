@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 from robx.distill.batches.crops import plan_image
-from robx.distill.batches.loader import BATCH_LOST, Batch, build_loader, micro_batch, read_image
+from robx.distill.batches.loader import BATCH_LOST, Batch, build_loader, decoded_side, micro_batch
 from robx.distill.training.run import Run
 from robx.distill.training.signals import StopRequest
 from robx.errors import CorruptImage, InputError, counted, first_line
@@ -161,13 +161,12 @@ def batch_bytes(run: Run) -> int:
 
 
 def _decoded_bytes(run: Run) -> int:
-    """The largest of a few images as ``plan_image`` leaves it."""
+    """The largest of a few images as `plan_image` leaves it."""
     sizes = [1]
     for index in range(0, len(run.source), max(1, len(run.source) // _SAMPLED)):
         with contextlib.suppress(CorruptImage):
-            sizes.append(
-                plan_image(read_image(run.source, run.recipe, index), run.recipe, epoch=0, index=index).pixels.nbytes
-            )
+            pixels = run.source.read_pixels(index, at_least=decoded_side(run.recipe))
+            sizes.append(plan_image(pixels, run.recipe, epoch=0, index=index).pixels.nbytes)
     return max(sizes)
 
 

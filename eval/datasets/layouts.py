@@ -21,11 +21,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from robx.errors import ArtifactError, InputError
 from robx.images.arrays import ArraySource, open_cifar, open_idx
-from robx.images.decode import decode, read_image_file
+from robx.images.decode import decode, decode_pixels, read_image_file
 from robx.images.derived import DerivedSource
 from robx.images.sources import ImageSource, open_source
 from robx.store.files import fingerprint_files, sha256_bytes, stamp_of
@@ -87,6 +88,11 @@ class ListSource:
         """Read and decode one file; see `decode`."""
         path = self.root / self._samples[index][0]
         return decode(read_image_file(path), name=str(path), at_least=at_least)
+
+    def read_pixels(self, index: int, *, at_least: int | None = None) -> NDArray[np.uint8]:
+        """Read and decode one file; see `decode_pixels`."""
+        path = self.root / self._samples[index][0]
+        return decode_pixels(read_image_file(path), name=str(path), at_least=at_least)
 
 
 def whole_images(source: ImageSource, shape: tuple[int, int]) -> ImageSource:

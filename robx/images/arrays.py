@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from robx.errors import InputError
@@ -57,6 +58,10 @@ class ArraySource:
     def read(self, index: int, *, at_least: int | None = None) -> Image.Image:
         """One row as RGB; it has one size."""
         return Image.fromarray(self._pixels[index]).convert("RGB")
+
+    def read_pixels(self, index: int, *, at_least: int | None = None) -> NDArray[np.uint8]:
+        """The same as an array (H, W, 3)."""
+        return np.asarray(self.read(index))
 
 
 def read_idx(path: Path) -> np.ndarray:

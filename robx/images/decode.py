@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import stat
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from robx.errors import CorruptImage, UnreadableImage
+from robx.images.jpeg import jpeg_pixels
 from robx.records import IMAGENET_MEAN as IMAGENET_MEAN
 from robx.records import IMAGENET_STD as IMAGENET_STD
 from robx.records import Bundle, Preprocessing, Student
@@ -91,18 +95,47 @@ def decode(data: bytes, *, name: str, at_least: int | None = None) -> Image.Imag
     Raises:
         CorruptImage: not an image, truncated, or too many pixels; the message has `name`.
     """
+    with _one_error(name):
+        return _load(_open(data, name=name, at_least=at_least))
+
+
+def decode_pixels(data: bytes, *, name: str, at_least: int | None = None) -> NDArray[np.uint8]:
+    """The pixels of `decode`'s image, (H, W, 3); a common JPEG is decoded faster, see `robx.images.jpeg`.
+
+    Raises:
+        CorruptImage: as `decode` does.
+    """
+    with _one_error(name):
+        image = _open(data, name=name, at_least=at_least)
+        pixels = jpeg_pixels(data, image) if image.width * image.height <= MAX_PIXELS else None
+        return np.asarray(_load(image)) if pixels is None else pixels
+
+
+def _open(data: bytes, *, name: str, at_least: int | None) -> Image.Image:
+    """Open an image within the limits, and choose the size that a JPEG is decoded at."""
     if len(data) > MAX_FILE_BYTES:
         raise CorruptImage(f"{name}: {len(data)} bytes are too many for an image (at most {MAX_FILE_BYTES})")
+    image = open_image(io.BytesIO(data))
+    _limit_pixels(image, name)
+    if at_least is not None and image.format in ("JPEG", "MPO"):
+        _scale_down(image, at_least)
+    return image
+
+
+def _load(image: Image.Image) -> Image.Image:
+    """Decode an opened image with Pillow, upright and as RGB."""
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    return to_rgb(image)
+
+
+@contextlib.contextmanager
+def _one_error(name: str) -> Iterator[None]:
+    """Turn whatever decoding raises into a CorruptImage with `name`, and ignore Pillow's warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = open_image(io.BytesIO(data))
-            _limit_pixels(image, name)
-            if at_least is not None and image.format in ("JPEG", "MPO"):
-                _scale_down(image, at_least)
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image)
+            yield
     except CorruptImage:
         raise
     except UnidentifiedImageError as error:  # its own message has the address of an object

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from robx.images.protocol import ImageSource
@@ -80,3 +81,9 @@ class DerivedSource:
         if self._change is None:
             return self._source.read(self._place(index), at_least=at_least)
         return self._change(self._source.read(self._place(index)))
+
+    def read_pixels(self, index: int, *, at_least: int | None = None) -> NDArray[np.uint8]:
+        """The same as an array (H, W, 3)."""
+        if self._change is None:
+            return self._source.read_pixels(self._place(index), at_least=at_least)
+        return np.asarray(self.read(index))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 
@@ -38,3 +40,6 @@ class ImageSource(Protocol):
         Raises:
             CorruptImage: it cannot be decoded.
         """
+
+    def read_pixels(self, index: int, *, at_least: int | None = None) -> NDArray[np.uint8]:
+        """The pixels of `read`'s image, (H, W, 3), often in less time; see `robx.images.decode.decode_pixels`."""

@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from robx.errors import CorruptImage, InputError, UnreadableImage, counted
-from robx.images.decode import MAX_FILE_BYTES, decode
+from robx.images.decode import MAX_FILE_BYTES, decode, decode_pixels
 from robx.images.names import Names
 from robx.images.tar_index import NO_LABEL, ShardIndex, TarIndex, index_shards, keep_index, split_name
 from robx.store.files import fingerprint, read_json, sampled, sha256_bytes, stamp_of, start_of
@@ -107,6 +108,16 @@ class ShardSource:
 
     def read(self, index: int, *, at_least: int | None = None) -> Image.Image:
         """Read and decode one image; see `decode`."""
+        data, name = self._read(index)
+        return decode(data, name=name, at_least=at_least)
+
+    def read_pixels(self, index: int, *, at_least: int | None = None) -> NDArray[np.uint8]:
+        """Read and decode one image; see `decode_pixels`."""
+        data, name = self._read(index)
+        return decode_pixels(data, name=name, at_least=at_least)
+
+    def _read(self, index: int) -> tuple[bytes, str]:
+        """The encoded image and its name."""
         if fault := self._faults.get(index):
             raise CorruptImage(fault)
         shard, size = self._shards[self._numbers[index]], int(self._sizes[index])
@@ -118,7 +129,7 @@ class ShardSource:
                 data = os.pread(file.fileno(), size, int(self._offsets[index]))
         except OSError as error:
             raise UnreadableImage(f"{shard}: cannot be read ({error.strerror})") from error
-        return decode(data, name=name, at_least=at_least)
+        return data, name
 
 
 def _classes(folder: Path, shards: Sequence[TarIndex]) -> tuple[tuple[str, ...] | None, np.ndarray, int]:

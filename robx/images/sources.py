@@ -14,11 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from robx.errors import InputError, NoSplit, counted
 from robx.images.arrays import open_cifar, open_idx
-from robx.images.decode import decode, read_image_file
+from robx.images.decode import decode, decode_pixels, read_image_file
 from robx.images.derived import DerivedSource
 from robx.images.labels import unmatched_note, with_labels
 from robx.images.listing import Listing, keep, list_images
@@ -190,6 +191,11 @@ class FolderSource:
         """Read and decode one file; see `decode`."""
         path = self.root / self._paths[index]
         return decode(read_image_file(path), name=str(path), at_least=at_least)
+
+    def read_pixels(self, index: int, *, at_least: int | None = None) -> NDArray[np.uint8]:
+        """Read and decode one file; see `decode_pixels`."""
+        path = self.root / self._paths[index]
+        return decode_pixels(read_image_file(path), name=str(path), at_least=at_least)
 
 
 def _read_licence(folder: Path) -> str:

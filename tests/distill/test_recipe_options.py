@@ -47,7 +47,7 @@ def test_one_global_crop_is_the_first_of_two_and_local_crops_keep_their_own_sett
     pair, single = (multi_crop(image, recipe, epoch=2, index=7) for recipe in (two, one))
     assert single.globals.shape == (1, 64, 64, 3) and single.locals.shape == (3, 32, 32, 3)
     assert (single.globals[0] == pair.globals[0]).all()
-    plans = plan_image(image, one, epoch=2, index=7).plans
+    plans = plan_image(np.asarray(image), one, epoch=2, index=7).plans
     assert len(plans) == 4 and plans["sigma"][0] == 0 and (plans["sigma"][1:] > 0).all()
     widths = plans["box"][:, 2] - plans["box"][:, 0]
     assert widths[0] > widths[1:].max()  # .3 to 1 of the area against .05 to .3

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from robx.errors import ArtifactError, CorruptImage, InputError
-from robx.images.arrays import read_idx
+from robx.images.arrays import ArraySource, read_idx
+from robx.images.derived import DerivedSource
 from robx.images.shards import write_shard
 from robx.images.sources import data_info, labelled, labels_of, open_source
 from robx.store.files import write_json
@@ -80,6 +81,25 @@ def test_shards_in_webdataset_layout(tmp_path: Path) -> None:
     assert train.classes == ("zero", "one")
     assert train.read(1).getpixel((0, 0)) == (2, 0, 0)
     assert len(test) == 1 and len(open_source(tmp_path)) == 2
+
+
+def test_every_source_reads_the_pixels_of_its_images(tmp_path: Path) -> None:
+    encoded = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)).save(encoded, "JPEG")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.jpg").write_bytes(encoded.getvalue())
+    (tmp_path / "folder" / "b.jpg").write_bytes(encoded.getvalue()[:600])
+    write_shard(tmp_path / "one.tar", [("a.jpg", encoded.getvalue(), 0), ("b.jpg", encoded.getvalue()[:600], None)])
+    folder, shard = open_source(tmp_path / "folder"), open_source(tmp_path / "one.tar")
+    flipped = DerivedSource(folder, fingerprint="x", change=ImageOps.mirror)
+    rows = ArraySource("rows", np.arange(128, dtype=np.uint8).reshape(2, 8, 8), None, None)
+    for source in (folder, shard, labelled(shard), flipped, rows):
+        for at_least in (None, 20):
+            pixels = source.read_pixels(0, at_least=at_least)
+            np.testing.assert_array_equal(pixels, np.asarray(source.read(0, at_least=at_least)))
+    for source in (folder, shard, flipped):
+        with pytest.raises(CorruptImage, match=r"b(\.jpg)?: cannot be decoded"):
+            source.read_pixels(1)
 
 
 def test_a_shard_that_tar_wrote_is_read(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from robx.distill.batches.loader import (
     Share,
     Skipped,
     build_loader,
+    decoded_side,
     epoch_order,
-    read_image,
     steps_per_epoch,
 )
 from robx.distill.recipes import Recipe, override, preset
@@ -81,7 +81,7 @@ def test_no_local_crops_on_the_device(scenes: Path) -> None:
 def test_large_images_are_reduced_before_they_are_sent() -> None:
     recipe = override(RECIPE, {"global_scale": [0.25, 1.0], "local_scale": [0.25, 1.0]})  # 64 pixels are needed
     for size, expected in (((127, 300), (127, 300)), ((128, 300), (64, 150)), ((600, 511), (150, 128))):
-        planned = plan_image(Image.new("RGB", size, (9, 80, 200)), recipe, epoch=0, index=0)
+        planned = plan_image(np.asarray(Image.new("RGB", size, (9, 80, 200))), recipe, epoch=0, index=0)
         assert planned.pixels.shape == (expected[1], expected[0], 3) and (planned.pixels == (9, 80, 200)).all()
         assert (planned.plans["box"][:, 2] <= expected[0]).all() and (planned.plans["box"][:, 3] <= expected[1]).all()
 
@@ -96,9 +96,9 @@ def test_a_scaled_decode_leaves_what_the_crops_need(tmp_path: Path) -> None:
     for name, size in sizes.items():
         Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).save(tmp_path / name)
     source = open_source(tmp_path)
-    assert [read_image(source, recipe, at).size for at in range(5)] == list(sizes.values())
+    assert [source.read(at, at_least=decoded_side(recipe)).size for at in range(5)] == list(sizes.values())
     expected = [(127, 300), (64, 150), (150, 128), (250, 80), (600, 511)]
-    assert [read_image(source, scaled, at).size for at in range(5)] == expected
+    assert [source.read(at, at_least=decoded_side(scaled)).size for at in range(5)] == expected
     (full,), (half,) = (load(source, override(one, {"batch_size": 5}), end=1) for one in (recipe, scaled))
     (again,) = load(source, override(scaled, {"batch_size": 5}), end=1)
     small = [at for at, index in enumerate(full.index.tolist()) if index in (0, 4)]

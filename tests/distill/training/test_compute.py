@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import PIL
 import pytest
 import torch
 
@@ -73,9 +74,18 @@ def test_the_facts_of_a_gpu(monkeypatch: pytest.MonkeyPatch, major: int, precisi
 def test_the_user_sees_it_in_one_line() -> None:
     assert decide(H200, {}).line == (
         "computing on NVIDIA H200: bf16, TF32 for float32 products, cuDNN autotuning, crops made on the device, large "
-        "JPEGs decoded at reduced size, 11 loader workers"
+        f"JPEGs decoded at reduced size, JPEG decoder Pillow {PIL.__version__}, 11 loader workers"
     )
     assert decide(CPU, {}, workers=1).line == "computing on cpu: fp32, crops made by the workers, 1 loader worker"
+
+
+def test_the_decoder_is_recorded_where_the_device_makes_the_crops(
+    tiny: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compute, "jpeg_decoder", lambda: "simplejpeg 1.9")
+    for augment, expected in (("device", "simplejpeg 1.9"), ("pillow", f"Pillow {PIL.__version__}")):
+        recipe = tiny.tiny_recipe(augment=augment)
+        assert compute.compute_of(recipe, torch.device("cpu"), workers=1).jpeg_decoder == expected
 
 
 def test_options_recipe_file_and_earlier_run_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +137,7 @@ def test_a_run_records_how_it_computes_and_resumes_with_another_number_of_worker
     record = json.loads((tmp_path / "recipe.json").read_text())
     assert record["compute"] == {
         "device": "cpu", "precision": "fp32", "tf32": False, "augment": "pillow", "decode": "full",
-        "cudnn_benchmark": False, "channels_last": True, "workers": 0,
+        "cudnn_benchmark": False, "channels_last": True, "workers": 0, "jpeg_decoder": f"Pillow {PIL.__version__}",
     }  # fmt: skip
     said: list[str] = []
     tiny.tiny_run(source, tmp_path, options={"workers": 1}, say=said.append)
