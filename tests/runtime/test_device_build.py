@@ -16,6 +16,7 @@ from robx.runtime.device_build import build
 from tests.runtime.conftest import script
 
 OWN = device_abi(os.uname().machine)
+ROOT = Path(__file__).parents[2]
 
 
 def elf(machine, *, glibc, version=b""):
@@ -80,8 +81,17 @@ def test_an_android_archive_and_the_ndk(compiled, tmp_path):
     libraries = build("arm64-v8a", runtimes=[aar, litert], ndk=ndk)["libraries"]
     found = [(one["file"], one["version"], one["licence"]) for one in libraries]
     assert found == [("lib/libonnxruntime.so", "1.23.0", "MIT"), ("lib/libLiteRt.so", "2.3.0", "Apache-2.0")]
-    options = compiled.read_text()
-    assert "android.toolchain.cmake -DANDROID_ABI=arm64-v8a -DANDROID_PLATFORM=android-24" in options
+    configure, compile_ = compiled.read_text().splitlines()
+    toolchain = (ndk / "build" / "cmake" / "android.toolchain.cmake").resolve()
+    android = "-DANDROID_ABI=arm64-v8a -DANDROID_PLATFORM=android-24 -DANDROID_STL=c++_static"
+    options = f" -DCMAKE_BUILD_TYPE=Release -DCMAKE_TOOLCHAIN_FILE={toolchain} {android}"
+    assert configure.startswith("-S ") and configure.endswith(options)
+    source, build_folder = configure.removesuffix(options).removeprefix("-S ").split(" -B ")
+    assert (Path(source) / "CMakeLists.txt").is_file()
+    assert compile_ == f"--build {build_folder} --parallel {os.cpu_count()}"
+    page = " ".join((ROOT / "docs" / "android.md").read_text().replace("\\\n", " ").split())
+    documented = options.replace(str(ndk.resolve()), "NDK").strip()
+    assert f"cmake -S SOURCES -B BUILD {documented} cmake --build BUILD --parallel CORES" in page
 
 
 def test_a_library_says_its_version(compiled, tmp_path):

@@ -95,17 +95,20 @@ void read_preprocessing(const Json& manifest, Job& job) {
   }
 }
 
-// Refuse a uint8 model whose input is not RGB pixels (N, 3, H, W) of one size, as the images of a job are.
-void check_front(const Json& manifest) {
+// How a model that takes uint8 pixels wants them. One that resizes images takes those of the job as they are.
+void read_pixel_order(const Json& manifest, Job& job) {
   const Json& inside = manifest.get("in_model", "manifest");
-  if (inside.is_null()) return;
-  const auto differs = [&inside](const char* key, const char* usual) {
+  if (inside.is_null() || job.input.dtype != "uint8") return;
+  const auto is = [&inside](const char* key, const char* other, const char* usual) {
     const Json& value = inside.get(key, "in_model");
-    return !value.is_null() && value.as_string(key) != usual;
+    if (value.is_null()) return false;
+    const std::string& found = value.as_string(key);
+    if (found != other && found != usual)
+      throw Error("the model takes " + found.substr(0, 20) + " pixels, and this runner gives " + usual + " or " + other);
+    return found == other;
   };
-  const Json& resize = inside.get("resize", "in_model");
-  if (differs("layout", "NCHW") || differs("channels", "RGB") || (!resize.is_null() && resize.as_bool("resize")))
-    throw Error("the model resizes images, or takes NHWC or BGR, which this runner does not give: use the Python runner");
+  job.nhwc = is("layout", "NHWC", "NCHW");
+  job.bgr = is("channels", "BGR", "RGB");
 }
 
 }  // namespace
@@ -124,7 +127,7 @@ Job read_job(const std::string& text) {
   if (job.input.dtype != "float32" && job.input.dtype != "uint8")
     throw Error("the model takes " + job.input.dtype.substr(0, 20) + ", and this runner has float32 and uint8 inputs");
   read_preprocessing(manifest, job);
-  check_front(manifest);
+  read_pixel_order(manifest, job);
   job.settings = read_settings(json.get("settings", "job"));
   for (const auto& [path, digest] : json.get("files", "job").as_object("files"))
     job.files.emplace_back(inside(path), digest.as_string("files"));

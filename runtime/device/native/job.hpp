@@ -23,6 +23,7 @@ struct Job {
   std::string model;   // path of the model file, in the job's folder
   Tensor input, output;
   float mean[3], std[3];  // of the preprocessing, to turn normalised values into uint8 pixels again
+  bool nhwc, bgr;         // the axes and the channels of those pixels; else NCHW and RGB, as the images are
   Settings settings;
   std::vector<std::pair<std::string, std::string>> files;  // path -> hex SHA-256
   std::vector<int> affinity;                               // empty: any core

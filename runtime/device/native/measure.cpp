@@ -26,8 +26,9 @@ void verify(const Job& job) {
 }
 
 void check_images(const Job& job, const Images& images) {
+  const int axes[] = {0, job.nhwc ? 3 : 1, job.nhwc ? 1 : 2, job.nhwc ? 2 : 3};  // of the input, in the images' order
   for (int axis = 1; axis < 4; ++axis) {
-    const std::int64_t want = job.input.shape[axis], have = images.shape[axis];
+    const std::int64_t want = job.input.shape[axes[axis]], have = images.shape[axis];
     if ((want != 0 && want != have) || (axis == 1 && have != 3))
       throw Error("images.npy does not have the shape of the model's input: export the bundle again");
   }

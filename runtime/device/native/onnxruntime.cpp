@@ -3,6 +3,7 @@
 // The library exports one function, OrtGetApiBase, which returns tables of function pointers. Their order is ONNX
 // Runtime's ABI: entries are only ever added at the end, and GetApi(n) returns a table in which the entries of API
 // version n are present. The entries used here are declared below by their positions, so that no header is needed.
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -116,6 +117,7 @@ class OnnxRuntimeModel final : public Model {
     provider_ = check_provider("ONNX Runtime", job.settings, {"cpu", "xnnpack"});
     require_provider();
     shape_[0] = job.batch;
+    if (job.nhwc) std::rotate(shape_.begin() + 1, shape_.begin() + 2, shape_.end());
     if (job.input.dtype == "uint8") pixels_.resize(each_ * static_cast<std::size_t>(job.batch));
     const std::string starting = "ONNX Runtime cannot start";
     api_.call(starting, kCreateEnv, 3, "robx", environment_.out());
@@ -181,21 +183,27 @@ class OnnxRuntimeModel final : public Model {
     api_.call("ONNX Runtime cannot use XNNPACK", kAppendExecutionProvider, options, "XNNPACK", none, none, std::size_t{0});
   }
 
-  // A tensor over the images themselves, or over their uint8 pixels: round((x * std + mean) * 255), saturated.
-  void make_input(const float* images, Handle& input) {
-    const std::size_t count = each_ * static_cast<std::size_t>(job_.batch);
-    const void* data = images;
-    std::size_t bytes = count * sizeof(float);
-    if (!pixels_.empty()) {
-      const std::size_t plane = each_ / 3;
-      for (std::size_t i = 0; i < count; ++i) {
-        const std::size_t channel = i % each_ / plane;
-        const float value = std::nearbyint((images[i] * job_.std[channel] + job_.mean[channel]) * 255.0f);
-        pixels_[i] = value >= 255.0f ? 255 : value > 0.0f ? static_cast<std::uint8_t>(value) : 0;  // NaN is 0
+  // The uint8 pixels of a batch, in the model's order: round((x * std + mean) * 255), saturated.
+  void make_pixels(const float* images) {
+    const std::size_t plane = each_ / 3, step = job_.nhwc ? 3 : 1;
+    std::uint8_t* image = pixels_.data();
+    for (std::int64_t n = 0; n < job_.batch; ++n, image += each_) {
+      for (std::size_t channel = 0; channel < 3; ++channel, images += plane) {
+        const std::size_t place = job_.bgr ? 2 - channel : channel;
+        std::uint8_t* pixels = image + (job_.nhwc ? place : place * plane);
+        for (std::size_t i = 0; i < plane; ++i) {
+          const float value = std::nearbyint((images[i] * job_.std[channel] + job_.mean[channel]) * 255.0f);
+          pixels[i * step] = value >= 255.0f ? 255 : value > 0.0f ? static_cast<std::uint8_t>(value) : 0;  // NaN is 0
+        }
       }
-      data = pixels_.data();
-      bytes = count;
     }
+  }
+
+  // A tensor over the images themselves, or over their uint8 pixels.
+  void make_input(const float* images, Handle& input) {
+    if (!pixels_.empty()) make_pixels(images);
+    const void* data = pixels_.empty() ? static_cast<const void*>(images) : pixels_.data();
+    const std::size_t bytes = each_ * static_cast<std::size_t>(job_.batch) * (pixels_.empty() ? sizeof(float) : 1);
     api_.call("the model failed", kCreateTensorWithDataAsOrtValue, memory_.get(), data, bytes, shape_.data(), shape_.size(),
               pixels_.empty() ? kFloat : kUint8, input.out());
   }

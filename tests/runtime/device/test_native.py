@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from robx.records import TensorSpec, load_bundle
+from robx.records import Normalisation, TensorSpec, load_bundle
 from robx.runtime import device
 from robx.runtime.bench import native_runner, runner_zip
 from robx.runtime.bench.bench import BenchSettings, bench
@@ -111,15 +111,18 @@ class Job:
 
 @pytest.fixture
 def make_job(tmp_path, make_bundle, built):
-    """make_job(batch=None, uint8=False, images=...) -> a Job."""
+    """make_job(batch=None, uint8=False, front=None, count=6) -> a Job; `front`: fields of a uint8 model's Normalisation."""
 
-    def make(*, batch=None, uint8=False, count=6):
+    def make(*, batch=None, uint8=False, front=None, count=6):
         bundle = make_bundle(batch=batch)
-        if uint8:
-            spec = TensorSpec(name="pixels", dtype="uint8", shape=(batch, 3, 32, 32))
+        if uint8 or front:
+            inside = Normalisation(mean=(0.5,) * 3, std=(0.2,) * 3, **(front or {}))
+            sides = (None, None) if inside.resize else (32, 32)
+            axes = (*sides, 3) if inside.layout == "NHWC" else (3, *sides)
             shutil.rmtree(bundle)
-            bundle = make_bundle(batch=batch, inputs=(spec,))
-            onnx.save(_uint8_model(batch), str(bundle / "model.onnx"))
+            spec = TensorSpec(name="pixels", dtype="uint8", shape=(batch, *axes))
+            bundle = make_bundle(batch=batch, inputs=(spec,), in_model=inside if front else None)
+            onnx.save(_uint8_model(spec.shape, inside), str(bundle / "model.onnx"))
             seal(bundle)
         folder = tmp_path / "job"
         folder.mkdir()
@@ -134,19 +137,36 @@ def job(make_job):
     return make_job()
 
 
-def _uint8_model(batch):
-    axis = "N" if batch is None else batch
-    nodes = [
-        helper.make_node("Cast", ["pixels"], ["images"], to=TensorProto.FLOAT),
-        helper.make_node("Conv", ["images", "w"], ["c"], pads=[1] * 4),
-        helper.make_node("ReduceMean", ["c", "axes"], ["embedding"], keepdims=0),
-    ]
+def _uint8_model(shape, inside):
+    """A model of uint8 pixels (N, 3, H, W), or as `inside` (a Normalisation) says: any size, other axes, BGR."""
+    constants = {
+        "w": weights(),
+        "axes": np.array([2, 3], dtype=np.int64),
+        "reverse": np.array([2, 1, 0], dtype=np.int64),
+        "scales": np.array([1, 1, 0.75, 0.5], dtype=np.float32),
+    }
+    nodes = [helper.make_node("Cast", ["pixels"], ["cast"], to=TensorProto.FLOAT)]
+
+    def then(kind, *inputs, **attributes):
+        before = nodes[-1].output[0]
+        nodes.append(helper.make_node(kind, [before, *inputs], [kind.lower()], **attributes))
+
+    if inside.layout == "NHWC":
+        then("Transpose", perm=[0, 3, 1, 2])
+    if inside.channels == "BGR":
+        then("Gather", "reverse", axis=1)
+    if inside.resize:
+        then("Resize", "", "scales", mode="linear")
+    then("Conv", "w", pads=[1] * 4)
+    then("ReduceMean", "axes", keepdims=0)
+    nodes[-1].output[0] = "embedding"
+    sizes = [f"axis {place}" if size is None else size for place, size in enumerate(shape)]
     graph = helper.make_graph(
         nodes,
         "tiny",
-        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, [axis, 3, 32, 32])],
-        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [axis, 8])],
-        [numpy_helper.from_array(weights(), "w"), numpy_helper.from_array(np.array([2, 3], dtype=np.int64), "axes")],
+        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, sizes)],
+        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [sizes[0], 8])],
+        [numpy_helper.from_array(values, name) for name, values in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
     model.ir_version = 10
@@ -164,6 +184,32 @@ def test_its_outputs_are_the_python_runners_bit_for_bit(make_job, batch, uint8, 
     assert native.seen.tolist() == python.seen.tolist() and native.seen.sum() == (6 if batch else 7)
     assert native.outputs.tobytes() == python.outputs.tobytes()
     assert len(native.samples) >= 20 if latency else not len(native.samples)
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        {"resize": True},
+        {"layout": "NHWC"},
+        {"channels": "BGR"},
+        {"resize": True, "layout": "NHWC", "channels": "BGR"},
+    ],
+    ids=lambda front: " ".join(map(str, front.values())),
+)
+def test_a_model_that_prepares_its_images_itself_gets_the_python_runners_pixels(make_job, sanitized, front):
+    job = make_job(front=front, batch=2 if len(front) > 1 else None, count=4)
+    changes = {"latency": False, "batch": 2}
+    native, python = job.measured(**changes), job.measured("python", **changes)
+    assert native.seen.all() and native.outputs.tobytes() == python.outputs.tobytes()
+    assert len(np.unique(native.outputs)) == native.outputs.size
+    assert run_sanitized(sanitized, job.folder) is None
+
+
+def test_an_unknown_order_of_pixels_is_refused(make_job):
+    job = make_job(front={"channels": "BGR"})
+    job.content["manifest"]["in_model"]["channels"] = "GRB"
+    status, result = job.run()
+    assert status == 1 and "takes GRB pixels, and this runner gives RGB or BGR" in result["error"]
 
 
 def test_it_reports_what_the_python_runner_reports(make_job):
