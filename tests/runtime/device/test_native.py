@@ -111,7 +111,7 @@ class Job:
 
 @pytest.fixture
 def make_job(tmp_path, make_bundle, built):
-    """make_job(batch=None, uint8=False, front=None, count=6) -> a Job; `front`: fields of a uint8 model's Normalisation."""
+    """make_job(batch=None, uint8=False, front=None, count=6) -> a Job; `front`: what a uint8 model does itself."""
 
     def make(*, batch=None, uint8=False, front=None, count=6):
         bundle = make_bundle(batch=batch)
