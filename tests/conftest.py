@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 import torch
@@ -104,6 +106,21 @@ def _one_thread() -> None:
 def _interrupts() -> None:
     """Ctrl-C raises KeyboardInterrupt here and in all processes, as it does not in a shell's background job."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """fsync returns at once in this process: no test cuts the power, and the suite makes some ten thousand calls.
+
+    On an ordinary disk each takes ten milliseconds and more.
+    """
+
+    def fsync(file: int | IO[Any]) -> None:
+        os.fstat(file if isinstance(file, int) else file.fileno())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -170,9 +170,9 @@ def images():
 
 @pytest.fixture
 def short_profile(monkeypatch):
-    """The rapid profile in a thirtieth of its time; an UNSTABLE bundle is not measured again."""
+    """The rapid profile in a tenth of its time; an UNSTABLE bundle is not measured again."""
     short = dataclasses.replace(
-        PROFILES["rapid"], seconds=0.2, processes=2, warm_up_seconds=0.03, warm_up_limit=0.2, max_seconds=20
+        PROFILES["rapid"], seconds=0.4, processes=2, warm_up_seconds=0.03, warm_up_limit=0.3, max_seconds=20
     )
     monkeypatch.setitem(PROFILES, "rapid", short)
     monkeypatch.setattr(profiles, "RETRY_SECONDS", 0.0)

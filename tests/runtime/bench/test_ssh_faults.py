@@ -37,6 +37,9 @@ def assert_one_line(done, said):
     assert len(lines) == 1 and said in lines[0], done.stderr
 
 
+ONE = ("--processes", 1)  # is enough where all would fail
+
+
 def listing(address, folder):
     """The device's files in `folder`, listed over another connection."""
     host, _, port = address.removeprefix("ssh://").rpartition(":")
@@ -57,7 +60,7 @@ def test_a_disk_that_is_full_when_the_result_is_written(call, start_sshd, disk, 
     address = start_sshd(disk, f"mount -t tmpfs -o size=4m none {disk}")
     python = python_after(tmp_path, "cat /dev/zero > filling 2> /dev/null")
     folder = make_bundle()
-    done = call("bench", folder, "--device", address, "--python", python, "--profile", "rapid")
+    done = call("bench", folder, "--device", address, "--python", python, "--profile", "rapid", *ONE)
     assert_one_line(done, "No space left on device")
     assert listing(address, disk) == "" and not (folder / "measurements.jsonl").exists()
 
@@ -75,7 +78,7 @@ def test_a_disk_that_becomes_read_only(call, start_sshd, disk, make_bundle, shor
     address = start_sshd(disk, f"mount -t tmpfs none {disk}")
     python = python_after(tmp_path, f"mount -o remount,ro {disk}")
     folder = make_bundle()
-    done = call("bench", folder, "--device", address, "--python", python, "--profile", "rapid")
+    done = call("bench", folder, "--device", address, "--python", python, "--profile", "rapid", *ONE)
     assert_one_line(done, "Read-only file system")
     assert not (folder / "measurements.jsonl").exists()
 
@@ -83,7 +86,9 @@ def test_a_disk_that_becomes_read_only(call, start_sshd, disk, make_bundle, shor
 def test_a_runner_killed_by_the_device(call, start_sshd, disk, make_bundle, short_profile, tmp_path):
     python = python_after(tmp_path, "kill -KILL $$")
     for address in (start_sshd(disk), "local"):
-        done = call("bench", make_bundle(address[:3]), "--device", address, "--python", python, "--profile", "rapid")
+        done = call(
+            "bench", make_bundle(address[:3]), "--device", address, "--python", python, "--profile", "rapid", *ONE
+        )
         assert_one_line(done, "the runner ended by SIGKILL (killed, typically for lack of memory)")
     assert list(disk.iterdir()) == []
 

@@ -125,7 +125,7 @@ def left_over(folder):
 
 def test_the_loopback_shims_work(loopback, temporary, make_bundle, short_profile):
     (record,) = bench(
-        BenchSettings(bundles=[make_bundle()], device="ssh://box", profile="rapid", python=sys.executable)
+        BenchSettings(bundles=[make_bundle()], device="ssh://box", profile="rapid", python=sys.executable, processes=1)
     )
     assert "failed" not in {r.split(":")[0] for r in record.reasons}
     assert left_over(temporary) == []
@@ -157,7 +157,7 @@ def test_a_result_that_is_damaged_or_lost(loopback, temporary, make_bundle, shor
     script(loopback / "scp", f"for to; do :; done; {scp}; last=; {LOCAL_SCP}")
     folder = make_bundle()
     with pytest.raises(DeviceError, match=line):
-        bench(BenchSettings(bundles=[folder], device="ssh://box", profile="rapid", python=sys.executable))
+        bench(BenchSettings(bundles=[folder], device="ssh://box", profile="rapid", python=sys.executable, processes=1))
     assert not (folder / "measurements.jsonl").exists()
     assert left_over(temporary) == []
 
@@ -175,7 +175,9 @@ def test_a_file_damaged_in_transit(loopback, temporary, make_bundle, short_profi
 def test_a_device_without_a_runtime_or_a_python(loopback, temporary, make_bundle, short_profile):
     with pytest.raises(DeviceError, match="No module named"):
         bench(
-            BenchSettings(bundles=[make_bundle()], device="ssh://box", profile="rapid", python=f"{sys.executable} -S")
+            BenchSettings(
+                bundles=[make_bundle()], device="ssh://box", profile="rapid", python=f"{sys.executable} -S", processes=1
+            )
         )
     with pytest.raises(DeviceError, match="nopython"):
         bench(BenchSettings(bundles=[make_bundle("b")], device="ssh://box", profile="rapid", python="nopython3"))
