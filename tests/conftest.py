@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -105,7 +106,8 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _interrupts() -> None:
     """Ctrl-C raises KeyboardInterrupt here and in all processes, as it does not in a shell's background job."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with contextlib.suppress(ValueError):  # only a process's main thread may
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
