@@ -11,13 +11,17 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
+Answer = Callable[[np.ndarray], Any]
 
-def open_openvino(path, shape, threads):
+
+def open_openvino(path: str, shape: Sequence[int], threads: int) -> Answer:
     """A function from an image to its answer."""
     import openvino as ov
 
@@ -28,7 +32,7 @@ def open_openvino(path, shape, threads):
     compiled = core.compile_model(model, "CPU", {**config, "INFERENCE_NUM_THREADS": str(threads)})
     request = compiled.create_infer_request()
 
-    def answer(image):
+    def answer(image: np.ndarray) -> Any:
         request.set_input_tensor(ov.Tensor(image, shared_memory=True))
         request.infer()
         return request.get_output_tensor(0).data.copy()
@@ -36,7 +40,7 @@ def open_openvino(path, shape, threads):
     return answer
 
 
-def open_onnxruntime(path, shape, threads):
+def open_onnxruntime(path: str, shape: Sequence[int], threads: int) -> Answer:
     """As open_openvino; ONNX Runtime needs no shape."""
     import onnxruntime as ort
 
@@ -47,9 +51,9 @@ def open_onnxruntime(path, shape, threads):
     return lambda image: session.run(None, {name: image})[0]
 
 
-def main(engine, path, images, threads, seconds):
+def main(engine: str, path: str, images_file: str, threads: str, seconds: str) -> None:
     """Print the time of the first answer, then run the loop."""
-    images = np.load(images)
+    images = np.load(images_file)
     opened = {"openvino": open_openvino, "onnxruntime": open_onnxruntime}[engine]
     answer = opened(path, images.shape[1:], int(threads))
     answer(images[:1])

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from common import first_images, publish, say
 from loader import photos
@@ -28,6 +29,7 @@ from robx.distill.recipes import Recipe, override, preset
 from robx.distill.teachers.load import build_teacher_skeleton
 from robx.distill.training.background import BackgroundWriter
 from robx.distill.training.run import Options, Run, RunSpec
+from robx.distill.training.run_state import save_run
 from robx.images.sources import FolderSource, ImageSource
 
 Span = tuple[float, float]
@@ -85,10 +87,10 @@ def recipe_of(given: argparse.Namespace) -> Recipe:
 def measure(recipe: Recipe, source: ImageSource, out: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Run, and sort the steps by whether a checkpoint was being written."""
     teacher = build_teacher_skeleton(
-        "timm:test_resnet", objective="msn", prototypes=given.prototypes, image_size=recipe.crop_size
+        "timm:test_resnet", objective="msn", prototypes=given.prototypes, image_size=recipe.crop_shape
     )
     writes, waits, moments = list[Span](), list[Span](), list[float]()
-    real_start, real_save = BackgroundWriter.start, training.save_run
+    real_start = BackgroundWriter.start
 
     def start(writer: BackgroundWriter, write: Callable[[], object]) -> None:
         def timed() -> None:
@@ -100,17 +102,14 @@ def measure(recipe: Recipe, source: ImageSource, out: Path, given: argparse.Name
 
     def save(run: Run, done: int) -> None:
         began = time.perf_counter()
-        real_save(run, done)
+        save_run(run, done)
         waits.append((began, time.perf_counter()))
         say(f"step {done}: training waited {waits[-1][1] - began:.2f} s")
 
-    BackgroundWriter.start, training.save_run = start, save  # type: ignore[method-assign]
     options = Options(device="cpu", measure=False, workers=1, checkpoint_steps=given.every, keep=1)
     spec = RunSpec(recipe=recipe, students=[given.student], source=source, out=out, teacher=teacher, options=options)
-    try:
+    with mock.patch.object(BackgroundWriter, "start", start), mock.patch.object(training, "save_run", save):
         training.train(spec, progress=lambda *_: moments.append(time.perf_counter()))
-    finally:
-        BackgroundWriter.start, training.save_run = real_start, real_save  # type: ignore[method-assign]
     (weights,) = out.glob("checkpoints/*/state.safetensors")
     steps = [step for step in itertools.pairwise(moments[1:]) if not any(_overlap(step, wait) for wait in waits)]
     during = [b - a for a, b in steps if any(began <= a and b <= ended for began, ended in writes)]

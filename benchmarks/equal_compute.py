@@ -241,7 +241,7 @@ def run_lightly(
     def start(epochs: int, count: int) -> dict[str, Any]:
         job = {
             "out": str(work / "out"), "first": str(work / "first.pt"), "teacher": str(work / "teacher.pt"),
-            "student": given.student, "trunk": teacher.trunk.pretrained_cfg["architecture"],  # type: ignore[index, union-attr]
+            "student": given.student, "trunk": teacher.trunk.pretrained_cfg["architecture"],  # type: ignore[index]
             "width": teacher.width, "size": given.size, "epochs": epochs, "seed": seed, "arguments": dict(method.keys),
             "files": [str(pictures / f"{index:05d}.png") for index in order[:count]],
             "weights": str(work / "last.pt"),

@@ -169,7 +169,7 @@ def distil(name: str, epochs: int, given: argparse.Namespace, data: Path) -> Pat
         "teacher_temperature": 0.05, "color_strength": 0.4, "crop_size": given.size, "local_crops": 0,
         "weight_decay": 0.04, "weight_decay_end": 0.04, "clip_grad": 3.0,
     }  # fmt: skip
-    out = given.out / name
+    out: Path = given.out / name
     if (out / "student.json").is_file():
         made, whole = read_json(out / "recipe.json"), epochs * (len(source) // 32) * 32
         same = made["data"]["fingerprint"] == source.fingerprint and changes.items() <= made["recipe"].items()
@@ -192,7 +192,7 @@ def warm_start(name: str, given: argparse.Namespace) -> Path:
     shared = {key: value for key, value in real.items() if key in own and own[key].shape == value.shape}
     trunk.load_state_dict(own | shared)
     say(f"{name} starts from EfficientNet-Lite0 for {len(shared)} of its {len(own)} tensors")
-    folder = given.out / f"{name}-start"
+    folder: Path = given.out / f"{name}-start"
     save_student(trunk, name, folder, given.size)
     return folder
 

@@ -79,7 +79,7 @@ def write_photos(folder: Path) -> ImageSource:
     """The JPEG files of `loader.py` as a source."""
     place = folder / "photos"
     place.mkdir()
-    for number, data in enumerate(photos()):
+    for number, data in enumerate(photos(64, 500, 375)):
         (place / f"{number:03d}.jpg").write_bytes(data)
     return FolderSource(place)
 
@@ -143,7 +143,7 @@ def bare_rate(student: str, teacher: Any, recipe: Recipe, source: ImageSource, g
     for _ in range(steps):
         step()
     synchronise(given.device)
-    return given.batch * steps / (time.perf_counter() - began)
+    return float(given.batch * steps / (time.perf_counter() - began))
 
 
 def worker_ms(source: ImageSource, recipe: Recipe) -> float:

@@ -16,10 +16,10 @@ import torch
 from common import Chosen, demo_images
 
 from robx.demo.demo_data import unpack_debian
+from robx.embeddings import knn_vote
 from robx.eval.datasets.features import Features, extract
 from robx.eval.datasets.splits import Split, make_split, open_split
 from robx.eval.neighbours import nearest
-from robx.eval.protocols.knn import knn_vote
 from robx.eval.protocols.linear import train_cached
 from robx.eval.protocols.lowshot import centred_unit_rows, draw_splits, logistic_regression
 from robx.images.sources import open_source
@@ -80,7 +80,8 @@ def _linear(bank: Features, test: Features, *, classes: int) -> np.ndarray:
     """Hits of the cached linear protocol's headline."""
     heads, headline = train_cached(bank, classes=classes, kinds={"embedding": slice(0, bank.features.shape[1])})
     best: np.ndarray = heads.top({"embedding": torch.from_numpy(test.features)})[headline][:, 0]
-    return best == test.labels
+    hits: np.ndarray = best == test.labels
+    return hits
 
 
 def _few_shots(bank: Features, test: Features) -> np.ndarray:

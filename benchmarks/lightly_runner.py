@@ -29,7 +29,8 @@ class Teacher(nn.Module):
     def __init__(self, trunk: str, *, file: str, width: int) -> None:
         super().__init__()
         saved = torch.load(file, weights_only=True)
-        self.net, self.width = timm.create_model(trunk), width
+        self.net: Any = timm.create_model(trunk)
+        self.width = width
         self.net.load_state_dict(saved["weights"])
         self.register_buffer("scale", saved["scale"])
         self.register_buffer("shift", saved["shift"])
@@ -40,7 +41,8 @@ class Teacher(nn.Module):
 
     def forward_features(self, x: Tensor) -> dict[str, Tensor]:
         """The feature map."""
-        return {"features": self.net.forward_features(x * self.scale + self.shift)}
+        scale, shift = self.get_buffer("scale"), self.get_buffer("shift")
+        return {"features": self.net.forward_features(x * scale + shift)}
 
     def forward_pool(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         """Pooled to 1 x 1."""
@@ -48,7 +50,8 @@ class Teacher(nn.Module):
 
     def get_model(self) -> nn.Module:
         """The network."""
-        return self.net
+        net: nn.Module = self.net
+        return net
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -120,7 +121,7 @@ def measure(method: Method, files: list[bytes], rounds: int) -> dict[str, Any]:
                 work(data, at)
             blocks[side].append(np.array([(time.process_time_ns() - began) // len(files)], dtype=np.int64))
         say(f"{method}: round {number + 1} of {rounds}")
-    crops = 3 * (2 * recipe.crop_size**2 + recipe.local_crops * recipe.local_crop_size**2)
+    crops = 3 * (2 * math.prod(recipe.crop_shape) + recipe.local_crops * math.prod(recipe.local_crop_shape))
     return {
         "method": method,
         "local_crops": recipe.local_crops,
@@ -154,20 +155,20 @@ def torchvision_crops(recipe: Recipe) -> Callable[[bytes, int], Any]:
     """The same multi-crop by torchvision v2, on tensors."""
     colours = [limit * recipe.color_strength for limit in recipe.color]
 
-    def pipeline(size: int, scale: tuple[float, float], kind: int) -> v2.Compose:
+    def pipeline(size: tuple[int, int], scale: tuple[float, float], kind: int) -> v2.Compose:
         return v2.Compose(
             [
                 v2.RandomResizedCrop(size, scale=scale, antialias=True),
                 v2.RandomHorizontalFlip(recipe.flip_p),
                 v2.RandomApply([v2.ColorJitter(*colours)], recipe.color_p),
                 v2.RandomGrayscale(recipe.gray_p),
-                v2.RandomApply([v2.GaussianBlur(2 * (size // 20) + 1, (0.1, 2.0))], recipe.blur_p[kind]),
+                v2.RandomApply([v2.GaussianBlur(2 * (min(size) // 20) + 1, (0.1, 2.0))], recipe.blur_p[kind]),
                 v2.RandomSolarize(128, recipe.solarize_p[kind]),
             ]
         )
 
-    large = [pipeline(recipe.crop_size, recipe.global_scale, kind) for kind in (0, 1)]
-    small = pipeline(recipe.local_crop_size, recipe.local_scale, 2)
+    large = [pipeline(recipe.crop_shape, recipe.global_scale, kind) for kind in (0, 1)]
+    small = pipeline(recipe.local_crop_shape, recipe.local_scale, 2)
 
     def work(data: bytes, _: int) -> Any:
         image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -125,7 +125,7 @@ def variants(format_: Any, subject: Subject) -> Iterator[tuple[str, Candidate | 
             continue
         if format_ in MOBILE_DEFAULTS:
             yield VENDOR, None
-        kind = "vit" if is_vit(subject.student.timm_name) else "cnn"
+        kind: Literal["vit", "cnn"] = "vit" if is_vit(subject.student.timm_name) else "cnn"
         for candidate in ladder(format_, GraphFacts(kind=kind, weighted=(), head=()), Machine()):
             yield candidate.name, candidate
 

@@ -176,7 +176,7 @@ def start_to_first_answer(folder: Path, images: Path, threads: int, rounds: int)
         np.save(here / "images.npy", np.load(images)[:1])
         (here / runner_zip.NAME).write_bytes(runner_zip.pack_runner(bundle))
         manifest = json.loads((folder / "manifest.json").read_text())
-        job = dict.fromkeys(runner._KEYS, 0)
+        job: dict[str, Any] = dict.fromkeys(runner._KEYS, 0)
         job |= {
             "engine": runner_zip.engine_name(bundle),
             "folder": str(folder.resolve()),

@@ -122,9 +122,9 @@ def dino_checkpoint(source: ImageSource, given: argparse.Namespace) -> Path:
     )  # fmt: skip
     real = save_real("efficientnet_lite0", TRUNK, given.out / "real", 64)
     options = Options(device="cpu", workers=given.workers, measure=False)
-    out = given.out / "dino-teacher"
+    out: Path = given.out / "dino-teacher"
     train(RunSpec(recipe=recipe, students=[TRUNK], source=source, out=out, init=real, options=options))
-    return given.out / "dino-teacher" / "teacher.pth"
+    return out / "teacher.pth"
 
 
 def compare(

@@ -65,7 +65,7 @@ def make_bundles(networks: Sequence[str], size: int, out: Path) -> list[Path]:
         for fmt in ("openvino", "onnx"):
             folder = student / f"{fmt}-fp32"
             if not (folder / "manifest.json").is_file():
-                target = ExportTarget(format=fmt)  # type: ignore[arg-type]
+                target = ExportTarget(format=fmt)
                 export(ExportSettings(run=student, target=target, out=folder))
             folders.append(folder)
     return folders

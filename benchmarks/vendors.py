@@ -52,7 +52,7 @@ def onnxruntime_default(fp32: Path, folder: Path, calibration: np.ndarray, stude
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             self.rows = iter(calibration)
 

@@ -11,10 +11,12 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import cast
 
 import onnx
 import torch
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.layers.patch_embed import resample_patch_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from robx.distill.teachers.trunks import load_strictly
@@ -58,7 +60,7 @@ def to_timm(model: onnx.ModelProto, trunk: nn.Module) -> dict[str, Tensor]:
         "norm.weight": have["backbone.layernorm.weight"],
         "norm.bias": have["backbone.layernorm.bias"],
     }
-    for number in range(len(trunk.blocks)):
+    for number in range(len(cast(nn.Sequential, trunk.blocks))):
         state |= _block(have, f"backbone.encoder.layer.{number}", f"blocks.{number}")
     return state
 

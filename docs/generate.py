@@ -44,7 +44,7 @@ def page() -> str:
 def _keys() -> list[str]:
     """One table for each section of the recipe."""
     ranges = {name: f"{low:g} to {high:g}" for name, low, high in _RANGES}
-    methods = {name: preset(name, "vit") for name in ROB}  # type: ignore[arg-type]
+    methods = {name: preset(name, "vit") for name in ROB}
     default, lines = Recipe(objective="dino"), list[str]()
     for name, kind in typing.get_type_hints(Recipe, include_extras=True).items():
         if name in _SECTIONS:
@@ -70,9 +70,9 @@ def _keys() -> list[str]:
 def _differences() -> list[str]:
     """What CNN students and base methods change."""
     lines = ["## CNN students", "", "With a CNN student the recipe of a ViT changes in these keys.", ""]
-    lines += _table({name: (preset(name, "vit"), preset(name, "cnn")) for name in ROB})  # type: ignore[arg-type]
+    lines += _table({name: (preset(name, "vit"), preset(name, "cnn")) for name in ROB})
     lines += ["", "## Base methods", "", "With `--teacher ema`, the method without a teacher, these change.", ""]
-    pairs = {name: (preset(name, "vit"), preset(name, "vit", base=True)) for name in BASE}  # type: ignore[arg-type]
+    pairs = {name: (preset(name, "vit"), preset(name, "vit", base=True)) for name in BASE}
     return lines + _table(pairs)
 
 
