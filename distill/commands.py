@@ -108,6 +108,7 @@ def distill(*, resume: bool, dry_run: bool, gpu_memory: float | None, as_json: b
     with fewer on disk      robx distill ... --target-epochs 10 --store-targets targets/
     Tolerate int8           robx distill ... --init runs/earlier --quantize int8 --epochs 10 --lr 1e-4
     Start from weights      robx distill ... --init pretrained (of timm), --init FILE or --init runs/earlier
+    Non-square input        robx distill ... --crop-size 160x96 (height x width)
     Resume                  run the same command again; the result is identical, bit for bit on a CPU
 
     All other settings are keys of the TOML file given with --recipe; `robx recipe` prints them. The resolved recipe is

@@ -97,13 +97,13 @@ _USUAL = [(side, side) for side in (224, 256, 240, 384)]  # that published netwo
 def _sizes_beside(shape: Shape, sign: int) -> list[Shape]:
     """Sizes below (sign -1) or above (1) a shape, both sides whole multiples of a step; the nearest first."""
     height, width = shape
-    least = 32 if height == width else 16
+    least, tries = (32, 3) if height == width else (16, 2)
     found = {
         (step * (-(-height // step) + more), step * (-(-width // step) + more))
         if sign > 0
         else (step * (height // step - more), step * (width // step - more))
         for step in (32, 28, 16)
-        for more in range(3)
+        for more in range(tries)
     }
     return sorted((one for one in found - {shape} if min(one) >= least), key=lambda one: sign * one[0] * one[1])
 

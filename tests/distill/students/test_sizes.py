@@ -30,7 +30,7 @@ def test_a_network_of_one_size_is_built_for_the_crops(name: str, size: int) -> N
         assert trunk(torch.empty(2, 3, size, size)).shape == (2, embedding_width(trunk))
 
 
-@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "levit_128s"])
 def test_a_network_of_one_size_is_built_for_crops_that_are_not_square(name: str) -> None:
     with torch.device("meta"):
         trunk = build_trunk(name, image_size=(160, 96)).eval()
