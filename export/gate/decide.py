@@ -19,7 +19,7 @@ from robx.export.gate.shipped import check_shipped
 from robx.export.gate.timing import Timer, with_speed
 from robx.export.heal.heal import USUAL_STEPS
 from robx.export.int8.candidate import Candidate
-from robx.export.int8.ladder import as_healed, ladder, limit, machine_of, sensitive_candidates
+from robx.export.int8.ladder import healed_candidates, ladder, limit, machine_of, sensitive_candidates
 from robx.records import Bundle, Precision, Value, Verdict, load_bundle
 
 FP32, FP16 = Candidate(name="fp32", precision="fp32"), Candidate(name="fp16", precision="fp16")
@@ -95,8 +95,7 @@ def _search(given: Decision) -> Outcome:
         return search(plain, steps, margin=given.judge.limits.max_drop, budget=budget)
     # Plain ones first: healing starts with the first healed one, and never where all plain ones are too slow.
     budget = None if budget is None else budget + 60 * healing.minutes
-    healed = [as_healed(candidate) for candidate in plain if candidate.activations != "float"]
-    return search([*plain, *healed], steps, margin=given.judge.limits.max_drop, budget=budget)
+    return search([*plain, *healed_candidates(plain)], steps, margin=given.judge.limits.max_drop, budget=budget)
 
 
 def _cost_of_healing(given: Decision, trials: Sequence[Trial]) -> str:

@@ -92,8 +92,10 @@ def _advanced(nncf: Any, candidate: Candidate) -> Any:
             convolution=-1, matmul=-1 if candidate.smooth_alpha is None else candidate.smooth_alpha
         )
     )
-    if candidate.reduce_range:  # in every layer; by default NNCF does so in the first one alone
-        parameters.overflow_fix = OverflowFix.ENABLE
+    # In every layer or in none. NNCF's default, in the first one alone, is for CPUs whose sums saturate; elsewhere it
+    # loses a bit of the first layer's weights for nothing.
+    parameters.overflow_fix = OverflowFix.ENABLE if candidate.reduce_range else OverflowFix.DISABLE
+    parameters.disable_bias_correction = candidate.keep_bias
     if not candidate.mean_ranges:
         parameters.activations_range_estimator_params = RangeEstimatorParametersSet.MINMAX
     return parameters

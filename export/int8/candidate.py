@@ -27,6 +27,7 @@ class Candidate:
     reduce_range: bool = False  # 7-bit weights: AVX2 without VNNI saturates on products of 8-bit values
     float_nodes: tuple[str, ...] = ()  # names of ONNX nodes that stay in float
     full_bias: bool = False  # NNCF: full bias correction instead of the fast one
+    keep_bias: bool = False  # NNCF: no bias correction
     transformer: bool = False  # NNCF: quantise attention as a pattern
     smooth_alpha: float | None = None  # NNCF: SmoothQuant's alpha; None turns it off
     # Mobile formats: int8 with ranges from calibration; float between layers and quantised by a layer at run time; or
@@ -48,9 +49,9 @@ class Candidate:
     @property
     def form(self) -> Candidate:
         """What determines its speed: candidates that differ only in their numbers have one graph and run as fast."""
-        return replace(
-            self, name="", ranges="minmax", percentile=99.99, mean_ranges=False, full_bias=False, healed=False
-        )
+        numbers = Candidate(name="")
+        same = ("name", "ranges", "percentile", "mean_ranges", "full_bias", "keep_bias", "healed")
+        return replace(self, **{name: getattr(numbers, name) for name in same})
 
     @property
     def family(self) -> Candidate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +64,21 @@ def test_with_any_batch_each_bias_is_a_constant_and_nothing_computes_with_shapes
     assert "ShapeOf" not in {op.get_type_name() for op in operations}
 
 
-def test_bias_correction_takes_place_and_the_full_one_is_another(
+def test_bias_correction_takes_place_unless_it_is_off_and_the_full_one_is_another(
     swish_onnx: onnx.ModelProto, scene_pixels: np.ndarray
 ) -> None:
     network, images = _read(swish_onnx), scene_pixels[:24]
-    off = nncf.AdvancedQuantizationParameters(disable_bias_correction=True)
+    off = nncf.AdvancedQuantizationParameters(disable_bias_correction=True, overflow_fix=nncf.OverflowFix.DISABLE)
+    off.activations_range_estimator_params = nncf.quantization.range_estimator.RangeEstimatorParametersSet.MINMAX
     data = nncf.Dataset([image[None] for image in images])
     bare = _run(nncf.quantize(network.clone(), data, subset_size=len(images), advanced_parameters=off), images)
-    fast, full = (
-        _run(quantize_openvino(network, swish_onnx, images, Candidate(name="x", quantiser="nncf", full_bias=b)), images)
-        for b in (False, True)
+    plain = Candidate(name="x", quantiser="nncf")
+    kept, fast, full = (
+        _run(quantize_openvino(network, swish_onnx, images, dataclasses.replace(plain, **corrected)), images)
+        for corrected in ({"keep_bias": True}, {}, {"full_bias": True})
     )
     scale = np.abs(_run(network, images)).mean()
+    assert np.abs(kept - bare).max() < 1e-5 * scale
     assert np.abs(fast - bare).mean() > 0.005 * scale
     assert np.abs(fast - full).mean() > 0.005 * scale
 

@@ -15,7 +15,7 @@ from robx.export.formats.half import to_half
 from robx.export.int8 import by_nncf, by_onnxruntime, for_tensorrt, ranges
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.graph_facts import read_facts
-from robx.export.int8.ladder import Machine, ladder, limit, sensitive_candidates
+from robx.export.int8.ladder import Machine, healed_candidates, ladder, limit, sensitive_candidates
 from robx.export.int8.ranges import Histogram, choose
 from robx.export.int8.sensitivity import _quantise_one, measure
 from robx.export.int8.tensorrt_qdq import check_trt_qdq, linears, quantized_nodes, rescale_to_int8, trt_faults
@@ -349,7 +349,7 @@ def test_the_ladder_has_every_range_rule_and_correction(fmt: str, cnn_onnx: onnx
     if fmt == "openvino":
         assert {(r.mean_ranges, r.asymmetric) for r in rungs} >= {(True, False), (True, True), (False, True)}
         assert len({r.form for r in rungs}) == 2  # ranges and bias correction do not change the speed
-        assert any(r.full_bias for r in rungs)
+        assert {(r.full_bias, r.keep_bias) for r in rungs} == {(False, False), (True, False), (False, True)}
     else:
         assert {r.ranges for r in rungs} >= {"minmax", "mse", "entropy"}
 
@@ -375,6 +375,18 @@ def test_the_cpu_decides_the_activation_type(cnn_onnx: onnx.ModelProto) -> None:
     assert not any(c.reduce_range for c in ladder("openvino", facts, Machine(vnni=True)))
     arm = ladder("onnx", facts, Machine(arm=True))[0]
     assert arm.signed and not arm.reduce_range
+
+
+@pytest.mark.parametrize("fmt", ["onnx", "openvino", "litert"])
+def test_healed_candidates_keep_the_biases_that_were_trained(fmt: str, cnn_onnx: onnx.ModelProto) -> None:
+    plain = ladder(fmt, read_facts(cnn_onnx), Machine())  # type: ignore[arg-type]
+    healed = healed_candidates(plain)
+    assert len({c.name for c in (*plain, *healed)}) == len(plain) + len(healed)
+    assert all(c.healed and c.activations != "float" for c in healed)
+    assert all(c.keep_bias != c.full_bias for c in healed if c.quantiser == "nncf")
+    settings = [dataclasses.replace(c, name="") for c in healed]
+    assert len(set(settings)) == len(settings)
+    assert {c.form for c in healed} <= {c.form for c in plain}  # as fast as from the student's own weights
 
 
 def test_sensitive_candidates_keep_the_worst_layers_in_float() -> None:
@@ -414,7 +426,8 @@ def test_nncf_leaves_room_where_sums_saturate(cnn_onnx: onnx.ModelProto, scene_p
         graph = Graph(by_nncf.quantize_onnx(cnn_onnx, scene_pixels[:16], candidate))
         pairs = [graph.dequantized(node.input[1]) for node in graph.nodes if node.op_type == "Conv"]
         reach[reduce_range] = [int(np.abs(_stored_weight(graph, pair)).max()) for pair in pairs if pair is not None]
-    assert len(reach[True]) > 3 and max(reach[True]) <= 64 < max(reach[False])
+    assert len(reach[True]) > 3 and max(reach[True]) <= 64
+    assert reach[False][0] > 64  # NNCF's default keeps 7 bits in the first layer, also where nothing saturates
 
 
 def _stored_weight(graph: Graph, pair: onnx.NodeProto) -> np.ndarray:
