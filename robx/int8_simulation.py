@@ -1,8 +1,13 @@
 """A network's forward pass with int8 simulated in it, for training weights that tolerate int8.
 
 Every convolution and linear layer computes with weights rounded to int8 per output channel (symmetric) and an input
-rounded to 8 bits per tensor (with a zero point). The rounding's gradient is the straight-through estimator (Jacob et
-al. 2018, arXiv:1712.05877): 1 inside the range and 0 where a value is clipped.
+rounded to 8 bits per tensor (with a zero point). Its output is rounded too where a sum, a product, a pooling or a
+smooth activation function reads it, after BatchNorm. The rounding's gradient is the straight-through estimator (Jacob
+et al. 2018, arXiv:1712.05877): 1 inside the range and 0 where a value is clipped.
+
+On a ResNet-10t, the squared error that is simulated is then that of ONNX Runtime and of OpenVINO, .0034 of the
+embeddings' variance, and .0027 without the outputs. 60 steps of training with both lowered ONNX Runtime's from .0035 to
+.0025, and with the inputs alone to .0033.
 
 Weights that are trained so also suit runtimes without zero points (TensorRT, ARM): 60 steps on EfficientNet-Lite0 at 64
 px raised the centred cosine of plain min-max int8 from .977 to .993 with zero points and from .976 to .990 without
@@ -20,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +33,7 @@ from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantize
 from torch.ao.quantization.observer import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 RANGE_MOMENTUM = 0.01  # weight of a batch in the moving average of an activation's extremes
 
@@ -38,37 +45,43 @@ class Int8Simulation(nn.Module):
     ``simulation.network`` without the simulation is the result.
     """
 
-    def __init__(self, network: nn.Module, *, skip: tuple[str, ...] = ()) -> None:
+    def __init__(self, network: nn.Module, *, skip: tuple[str, ...] = (), outputs: bool = True) -> None:
         """Prepare the simulation; call `set_ranges` before the first forward pass.
 
         Args:
             network: in eval mode, apart from what may be trained with the simulation.
             skip: prefixes of the names of modules that stay in float, such as a projection head.
+            outputs: also round what a layer gives to a sum, a product, a pooling, or a smooth activation function.
         """
         super().__init__()
         self.network = network
         names = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
         self.layers = tuple(name for name in names if not name.startswith(skip)) if skip else tuple(names)
         self.weight_rounding = nn.ModuleList(_weight_rounding() for _ in self.layers)
-        self.input_rounding = nn.ModuleList(_input_rounding() for _ in self.layers)
+        self.input_rounding = nn.ModuleList(_activation_rounding() for _ in self.layers)
+        self.output_rounding = nn.ModuleList(_activation_rounding() for _ in self.layers if outputs)
         with torch.no_grad():  # the buffers of the weights' scales take their sizes
             self._rounded_weights()
 
     def forward(self, *inputs: Any) -> Any:
         """The network's answer to `inputs`, with int8 simulated."""
-        with self._rounded_inputs():
+        with self._rounded_activations():
             return functional_call(self.network, self._rounded_weights(), inputs)
 
     @torch.no_grad()
     def set_ranges(self, batches: Iterable[Tensor]) -> None:
-        """Set each activation's range to the extremes of the float network, averaged over `batches` (n, 3, H, W)."""
-        roundings = [module for module in self.input_rounding if isinstance(module, FakeQuantize)]
+        """Set each activation's range to the extremes of the float network, averaged over `batches` (n, 3, H, W).
+
+        Ranges that were held follow the activations again.
+        """
+        roundings = self._activation_roundings
         for rounding in roundings:
             rounding.disable_fake_quant()
+            rounding.enable_observer()
         for count, batch in enumerate(batches, start=1):
             for rounding in roundings:  # the plain mean over the batches
                 rounding.activation_post_process.averaging_constant = 1 / count
-            with self._rounded_inputs():
+            with self._rounded_activations():
                 self.network(batch)
         for rounding in roundings:
             rounding.activation_post_process.averaging_constant = RANGE_MOMENTUM
@@ -85,9 +98,13 @@ class Int8Simulation(nn.Module):
 
     def hold_ranges(self, hold: bool = True) -> None:
         """Keep the activation ranges as they are, for an evaluation, or let them follow the activations again."""
-        for rounding in self.input_rounding:
-            if isinstance(rounding, FakeQuantize):
-                rounding.enable_observer(not hold)
+        for rounding in self._activation_roundings:
+            rounding.enable_observer(not hold)
+
+    @property
+    def _activation_roundings(self) -> list[FakeQuantize]:
+        both = (*self.input_rounding, *self.output_rounding)
+        return [rounding for rounding in both if isinstance(rounding, FakeQuantize)]
 
     def _rounded_weights(self) -> dict[str, Tensor]:
         """The rounded weights by the names of the parameters that they replace."""
@@ -97,21 +114,68 @@ class Int8Simulation(nn.Module):
         }
 
     @contextlib.contextmanager
-    def _rounded_inputs(self) -> Iterator[None]:
-        """Round the first input of every layer inside the block."""
-
-        def round_with(rounding: nn.Module) -> Any:
-            return lambda _, inputs: (rounding(inputs[0]), *inputs[1:])
-
-        handles = [
-            self.network.get_submodule(name).register_forward_pre_hook(round_with(rounding))
-            for name, rounding in zip(self.layers, self.input_rounding, strict=True)
-        ]
+    def _rounded_activations(self) -> Iterator[None]:
+        """Round every layer's first input, and its output where it does not end in the next layer, in the block."""
+        handles = []
+        for place, name in enumerate(self.layers):
+            layer = self.network.get_submodule(name)
+            handles.append(layer.register_forward_pre_hook(partial(_round_input, self.input_rounding[place])))
+            if self.output_rounding:
+                handles.append(layer.register_forward_hook(partial(_mark_output, place)))
         try:
-            yield
+            with _RoundOutputs(self.output_rounding) if self.output_rounding else contextlib.nullcontext():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
+
+
+class _RoundOutputs(TorchFunctionMode):
+    """Rounds a layer's output when a function reads it that does not become part of the layer in an int8 runtime.
+
+    BatchNorm and ReLU do. After a ReLU, the next layer's input is rounded, and rounding twice would gain nothing.
+    """
+
+    def __init__(self, roundings: nn.ModuleList) -> None:
+        super().__init__()
+        self.roundings = roundings
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "").strip("_")
+        if name in _ROUNDED_FOR:
+            args = tuple(self._rounded(each) if isinstance(each, Tensor) else each for each in args)
+        result = func(*args, **(kwargs or {}))
+        if name == "batch_norm" and (place := getattr(args[0], _PLACE, None)) is not None:
+            setattr(result, _PLACE, place)
+        elif name in _FUSED and hasattr(result, _PLACE):  # in place, it returns what it was given
+            delattr(result, _PLACE)
+        return result
+
+    def _rounded(self, value: Tensor) -> Tensor:
+        place = getattr(value, _PLACE, None)
+        if place is None:
+            return value
+        rounded: Tensor = self.roundings[place](value)
+        return rounded
+
+
+_PLACE = "_robx_layer"  # attribute of a layer's output: the layer's number
+# Names of functions without their underscores, which mark operators and in-place forms.
+_FUSED = frozenset({"relu", "relu6", "hardtanh", "clamp"})
+_ROUNDED_FOR = frozenset(
+    {"add", "radd", "iadd", "mul", "rmul", "imul", "cat", "mean", "adaptive_avg_pool2d"}
+    | {"gelu", "silu", "hardswish", "sigmoid", "hardsigmoid"}
+)
+
+
+def _round_input(rounding: nn.Module, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (rounding(inputs[0]), *inputs[1:])
+
+
+def _mark_output(place: int, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    setattr(output, _PLACE, place)
 
 
 def _weight_rounding() -> FakeQuantize:
@@ -127,7 +191,7 @@ def _weight_rounding() -> FakeQuantize:
     )
 
 
-def _input_rounding() -> FakeQuantize:
+def _activation_rounding() -> FakeQuantize:
     """8 bits with one scale and zero point, from a moving average of the extremes."""
     return FakeQuantize(  # type: ignore[no-untyped-call]
         observer=MovingAverageMinMaxObserver,

@@ -17,8 +17,8 @@ from robx.trunk import build_trunk
 PIXELS = torch.randn((4, 3, 16, 16), generator=torch.Generator().manual_seed(1))
 
 
-def _simulated(network: nn.Module, batches: list[Tensor]) -> Int8Simulation:
-    simulation = Int8Simulation(network.eval())
+def _simulated(network: nn.Module, batches: list[Tensor], **options: bool) -> Int8Simulation:
+    simulation = Int8Simulation(network.eval(), **options)  # type: ignore[arg-type]
     simulation.set_ranges(batches)
     simulation.hold_ranges()
     return simulation
@@ -102,6 +102,47 @@ def test_folding_batch_norm_changes_nothing() -> None:
     folded = _simulated(nn.Sequential(fuse_conv_bn_eval(conv.eval(), norm.eval())), [PIXELS])
     with torch.no_grad():
         torch.testing.assert_close(folded(PIXELS), unfolded(PIXELS), rtol=1e-6, atol=2e-6)
+
+
+class _Residual(nn.Module):
+    """BatchNorm of one convolution, plus another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Sequential(_conv(padding=1), nn.BatchNorm2d(8))
+        self.right = _conv(padding=1)
+        with torch.no_grad():
+            self.left[1].running_mean.normal_()  # type: ignore[union-attr, operator]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.left(x) + self.right(x))
+
+
+def test_both_terms_of_a_sum_are_rounded_after_batch_norm() -> None:
+    network = _Residual().eval()
+    found = _simulated(network, [PIXELS])(PIXELS).detach().numpy()
+
+    def rounded(branch: nn.Module) -> tuple[np.ndarray, float]:
+        with torch.no_grad():
+            wide = branch(PIXELS).numpy().astype(np.float64)
+            value = _simulated(branch, [PIXELS], outputs=False)(PIXELS).numpy().astype(np.float64)
+        scale = (wide.max() - wide.min()) / 255
+        zero = np.rint(-wide.min() / scale)
+        return (np.clip(np.rint(value / scale) + zero, 0, 255) - zero) * scale, scale
+
+    (left, step), (right, other) = rounded(network.left), rounded(network.right)
+    off = np.abs(found - np.maximum(left + right, 0))
+    assert np.quantile(off, 0.99) < 1e-5 and off.max() < 1.01 * (step + other)
+
+
+@pytest.mark.parametrize(("function", "rounds"), [(nn.ReLU, False), (nn.ReLU6, False), (nn.SiLU, True)])
+def test_an_output_is_rounded_once(function: type[nn.Module], rounds: bool) -> None:
+    """A ReLU becomes part of the layer, whose output is then the next layer's input; a SiLU reads rounded values."""
+    conv, norm, after = _conv(), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 3)
+    network = nn.Sequential(conv, norm, function(), after).eval()
+    with torch.no_grad():
+        both, alone = (_simulated(network, [PIXELS], outputs=outputs)(PIXELS) for outputs in (True, False))
+        assert torch.equal(alone, both) is not rounds
 
 
 def test_gradients_pass_where_nothing_is_clipped() -> None:

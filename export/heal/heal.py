@@ -37,7 +37,7 @@ from robx.store.files import sha256_bytes
 DEFAULT_MINUTES = 10.0
 ENOUGH_STEPS = 1000  # a longer budget is not used up
 USUAL_STEPS = 200  # of the cost that is estimated where healing was not asked for
-_REVISION = 1  # increment when the training changes: older results are then ignored
+_REVISION = 2  # increment when the training changes: older results are then ignored
 _WARM_UP = 0.05  # share of the schedule
 _SAVE_SECONDS = 20.0
 _RANGE_IMAGES = 256
