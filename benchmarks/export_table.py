@@ -122,9 +122,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", choices=VARIANTS, default=["onnx", "openvino"])
     parser.add_argument("--variants", nargs="+", help="rows to make; default: all, the healed one with --heal only")
     parser.add_argument("--heal", type=float, metavar="MINUTES", help="add the row of int8 from healed weights")
+    parser.add_argument("--heal-steps", type=int, help="steps of healing, instead of as many as fit into the minutes")
     parser.add_argument("--trt", metavar="TARGET", default="local", help="target of --engines trt, e.g. rtx:sm86+sm89")
     parser.add_argument(
         "--max-drop", type=float, default=3.0, help="points that robx's gate allows; few images cannot prove 1 point"
+    )
+    parser.add_argument(
+        "--min-speedup", type=float, default=1.0, help="that robx's gate asks for; 0.01 where the machine is too busy"
     )
     parser.add_argument("--budget", type=float, help="seconds after which an int8 search starts no further candidate")
     parser.add_argument(
@@ -311,10 +315,10 @@ class Work:
 
     def _settings(self, engine: str, variant: str) -> dict[str, Any]:
         """Everything that a row depends on."""
-        names = ("max_drop", "budget", "calibration_images")
+        names = ("max_drop", "min_speedup", "budget", "calibration_images")
         kept = {name: getattr(self.given, name) for name in names}
         kept["trt"] = self.given.trt if engine == "trt" else None
-        kept["heal"] = self.given.heal if variant == HEALED else None
+        kept["heal"] = [self.given.heal, self.given.heal_steps] if variant == HEALED else None
         train_source, test_source = open_data(self.data)
         images = [source.fingerprint for source in (train_source, test_source) if source is not None]
         return kept | {"student": self.student.sha256, "images": images, "robx": __version__}
@@ -342,7 +346,8 @@ class Work:
         return {
             "student": self.student.timm_name, "engine": engine, "variant": variant, "ships": bundle.precision,
             "bytes": bundle.bytes, "images_seen": self.student.images_seen, "rung": kept.name if kept else "",
-            "rungs": to_json(bundle.rungs), "note": note, "folder": out.name, "latency_ms": None, "latency_ratio": None,
+            "rungs": to_json(bundle.rungs), "note": note, "folder": out.name,
+            "healing": "" if bundle.healing is None else bundle.healing.said, "latency_ms": None, "latency_ratio": None,
             "values": {key: kept.values[key] for key in FIGURES if key in kept.values} if kept else _fp32_values(),
         }  # fmt: skip
 
@@ -358,10 +363,10 @@ class Work:
             target=target,
             data=self.data,
             out=out,
-            limits=Limits(max_drop=self.given.max_drop),
+            limits=Limits(max_drop=self.given.max_drop, min_speedup=self.given.min_speedup),
             budget=self.given.budget,
             calibration_images=self.given.calibration_images,
-            heal=HealSettings(minutes=self.given.heal) if variant == HEALED else None,
+            heal=HealSettings(minutes=self.given.heal, steps=self.given.heal_steps) if variant == HEALED else None,
         )
         return export(settings, on_candidate=lambda r: say(f"  {r.name}: {r.accuracy} / {r.speed}: {r.reason[:90]}"))
 
