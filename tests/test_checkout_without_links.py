@@ -48,7 +48,7 @@ def test_its_tests_run(checkout: Path) -> None:
         "tests/test_architecture.py::test_a_stage_is_a_link",
         "tests/distill/test_recipes.py",
         "tests/export/test_image_splits.py",
-        "tests/eval/datasets",
+        "tests/eval/datasets/test_layouts.py",
         "tests/runtime/bench/test_validity.py",
     )
     said = _python(checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)

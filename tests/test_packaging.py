@@ -90,8 +90,8 @@ def test_the_sdist_has_no_links_and_no_tests(wheel: Path) -> None:
 
 def test_the_installed_wheel_runs_from_the_root_folder(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel]
-    subprocess.run([str(c) for c in install], check=True, capture_output=True)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"]
+    subprocess.run([*install, "--target", str(target), str(wheel)], check=True, capture_output=True)
     code = (
         f"import sys; sys.path.insert(0, {str(target)!r})\n"
         "import robx; print(robx.__file__); from robx.cli import main; main()"

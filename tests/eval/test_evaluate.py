@@ -48,9 +48,9 @@ from robx.trunk import build_trunk, embedding_width, load_trunk, save_trunk
 def student(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     torch.manual_seed(0)
-    trunk = build_trunk("resnet10t")
+    trunk = build_trunk("test_resnet")
     record = Student(
-        timm_name="resnet10t", width=embedding_width(trunk), preprocessing=Preprocessing(size=36, crop=32), sha256="",
+        timm_name="test_resnet", width=embedding_width(trunk), preprocessing=Preprocessing(size=36, crop=32), sha256="",
         teacher=None, data=None, recipe={},
     )  # fmt: skip
     save_trunk(folder, trunk, record)
@@ -89,7 +89,7 @@ def bundle(run, monkeypatch):
         record = Bundle(
             format="onnx", precision="int8", requested="int8", target="local", runtime="onnxruntime",
             inputs=(TensorSpec(name="pixels", dtype="float32", shape=(None, 3, 32, 32)),),
-            outputs=(TensorSpec(name="embedding", dtype="float32", shape=(None, 512)),),
+            outputs=(TensorSpec(name="embedding", dtype="float32", shape=(None, load_student(run).width)),),
             preprocessing=Preprocessing(size=36, crop=32), student=load_student(run), verdict="PASS", reason="",
             rungs=(), calibration=calibration, opset=20, versions={}, files=(file,),
         )  # fmt: skip
@@ -150,10 +150,10 @@ def test_a_second_run_is_answered_by_the_cache(run, scenes, tmp_path, monkeypatc
 
 def test_a_width_that_is_not_the_networks_is_refused_before_the_cache_answers(run, scenes, tmp_path):
     assert robx(run, "--data", scenes, "--cache", tmp_path / "cache").exit_code == 0
-    (run / "student.json").write_text((run / "student.json").read_text().replace('"width": 512', '"width": 256'))
+    (run / "student.json").write_text((run / "student.json").read_text().replace('"width": 96', '"width": 256'))
     result = robx(run, "--data", scenes, "--cache", tmp_path / "cache")
     assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
-    assert "student.json says 256 but the network gives 512" in result.stderr
+    assert "student.json says 256 but the network gives 96" in result.stderr
     assert len(load_measurements(run / "measurements.jsonl")) == 1
 
 
