@@ -8,11 +8,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from robx.arguments import check_types
 from robx.distill.presets import NAMED, TINY
 from robx.distill.recipe_toml import read_recipe
 from robx.distill.recipes import Recipe, StudentKind, override, preset
@@ -84,7 +85,7 @@ class DistillSettings:
             raise InputError(f"--{'data DIR' if students else 'student NAME'} is missing: see robx distill --help")
         own = {name: values.pop(name) for name in _OWN & set(values)}
         paths = {name: Path(value) for name, value in own.items() if name in _PATHS}
-        options = {name: values.pop(name) for name in _OPTIONS & set(values)}
+        options = check_types(get_type_hints(Options), {name: values.pop(name) for name in _OPTIONS & set(values)})
         options.setdefault("workers", decide(facts_of(options.get("device")), {}).workers)
         return cls(students=students, **own | paths, options=Options(**options), overrides=values)
 

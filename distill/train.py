@@ -32,7 +32,7 @@ from robx.distill.teachers.load import build_teacher_skeleton, load_teacher
 from robx.distill.teachers.teacher import Teacher
 from robx.distill.training import run_checkpoint
 from robx.distill.training.compute import compute_of, cuda_settings
-from robx.distill.training.dry_run import RunCost, dry_run
+from robx.distill.training.dry_run import RunCost, dry_run, learner_bytes
 from robx.distill.training.feed import batches, check_resources
 from robx.distill.training.initial import starting_line
 from robx.distill.training.knn_probe import Probe
@@ -200,6 +200,8 @@ def train(
         stack.enter_context(run.writer)
         processes.wait()
         start = resume_run(run)
+        if processes.first and start < run.steps:
+            run_checkpoint.require_space_for(out, learner_bytes(run.learners)[1])
         if spec.source.note:
             speak(spec.source.note)
         for learner in run.learners if start == 0 else ():

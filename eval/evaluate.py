@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,6 +76,33 @@ class EvalSettings:
             raise InputError(f"batch must be at least 1, got {self.batch}")
         if self.fidelity:
             check_margin(self.margin)
+        if self.lowshot:
+            parse_shots(self.lowshot)
+        parse_transfers(self.transfers, self.data)
+
+    @classmethod
+    def of(cls, **values: Any) -> EvalSettings:
+        """Settings from the keywords of ``robx.api.evaluate``; a path may be a string.
+
+        Raises:
+            InputError: numbers out of range, or settings that contradict each other.
+        """
+        values = {n: Path(value) if n in _PATHS and value is not None else value for n, value in values.items()}
+        return cls(**values | {"transfers": tuple(values.get("transfers", ()))})
+
+    @property
+    def splits(self) -> bool:
+        """Whether anything is evaluated on `data` itself; else it is where the transfers' data sets are."""
+        return self.with_knn or bool(self.linear or self.lowshot or self.fidelity or self.save_head)
+
+    @property
+    def with_knn(self) -> bool:
+        """Whether kNN is evaluated: if it was asked for, or nothing else was."""
+        others = (self.linear, self.lowshot, self.transfers, self.fidelity, self.save_head)
+        return self.knn or not any(others)
+
+
+_PATHS = {"data", "test", "labels", "lowshot_splits", "reference", "save_head", "cache"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +157,9 @@ def _check(
         raise InputError("--cache and --no-cache contradict each other: give one")
     transfers = parse_transfers(s.transfers, s.data)
     shots = parse_shots(s.lowshot) if s.lowshot else ()
-    knn = s.knn or not (s.linear or shots or transfers or s.fidelity or s.save_head)
     records = {folder: load_record(folder) for folder in dict.fromkeys(s.models)}
     split = None
-    if knn or s.linear or shots or s.fidelity or s.save_head:  # else --data is where the transfers' data sets are
+    if s.splits:
         split = open_split(s.data, s.test, labels=s.labels, image_member=s.image_member) if s.data else None
         if split is None:
             raise InputError("no images to evaluate on: give --data with train/ and test/ in it, or --data and --test")
@@ -155,7 +182,7 @@ def _check(
         shots=shots,
         transfers=opened,
         references=references,
-        knn=knn,
+        knn=s.with_knn,
         threads=s.threads or decode_workers(ranks),
         cache=None if s.no_cache else s.cache or cache_folder() / "features",
         ranks=ranks,

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from robx.errors import InputError
 from robx.export.bundle_folder import describe_existing, require_bundle_place, ship
@@ -28,6 +30,7 @@ from robx.export.heal.heal import HealSettings
 from robx.export.image_splits import (
     JUDGING_IMAGES,
     MIN_IMAGES,
+    MIN_JUDGING,
     SCREENING_IMAGES,
     Splits,
     SplitSizes,
@@ -36,7 +39,7 @@ from robx.export.image_splits import (
 )
 from robx.export.make import CandidateBuilder, Networks
 from robx.export.request import ExportRequest, ExportTarget
-from robx.image_size import at_size
+from robx.image_size import at_size, parse_size
 from robx.linear_head import load_head
 from robx.progress import Progress, silent
 from robx.records import Bundle, Preprocessing, Rung, load_bundle, load_student
@@ -84,11 +87,66 @@ class ExportSettings:
             raise InputError("--heal is for int8: give --int8 too")
         if self.sensitivity and self.data is None:
             raise InputError("--sensitivity is measured on real images: give --data")
+        if self.candidates is not None and self.candidates < 1:
+            raise InputError(f"candidates must be at least 1, got {self.candidates}")
+        if self.budget is not None and not 0 <= self.budget < math.inf:
+            raise InputError(f"budget must be a number of seconds of at least 0, got {self.budget:g}")
+        if self.calibration_images < 1:
+            raise InputError(f"calibration_images must be at least 1, got {self.calibration_images}")
+        if self.judging_images < MIN_JUDGING:
+            raise InputError(f"judging_images must be at least {MIN_JUDGING}, got {self.judging_images}")
+
+    @classmethod
+    def of(cls, **values: Any) -> ExportSettings:
+        """Settings from the keywords of ``robx.api.export``; a path may be a string.
+
+        Raises:
+            InputError: settings that do not fit each other.
+        """
+        values = {n: Path(value) if n in _PATHS and value is not None else value for n, value in values.items()}
+        int8, fp16 = values.pop("int8", False), values.pop("fp16", False)
+        if int8 and fp16:
+            raise InputError("fp16 and int8 are two different exports: give one of them")
+        size, heal = values.pop("size", None), values.pop("heal", None)
+        target = ExportTarget(
+            precision="int8" if int8 else "fp16" if fp16 else "fp32",
+            device=values.pop("target", "local"),
+            size=None if size is None else parse_size(size, name="size"),
+            **{name: values.pop(name) for name in _OF_TARGET & set(values)},
+        )
+        limits = gate.Limits(**{name: values.pop(name) for name in _OF_LIMITS & set(values)})
+        healing = None if heal is None else HealSettings(minutes=heal)
+        return cls(run=values.pop("student"), target=target, limits=limits, heal=healing, **values)
+
+    @property
+    def requested_folder(self) -> Path:
+        """Where the bundle is written if the requested precision passes the gate."""
+        return self._folder(self.target.format, self.target.precision)
+
+    @property
+    def sizes(self) -> SplitSizes:
+        """How many images the export reads; parity of an fp32 model takes only 16."""
+        if self.target.precision == "fp32" and not self.sensitivity:
+            return SplitSizes(calibration=16, bank=16, screening=0, judging=64, least=16)
+        return SplitSizes(
+            calibration=self.calibration_images,
+            screening=SCREENING_IMAGES,
+            judging=self.judging_images,
+            least=self.calibration_images,
+        )
 
     def folder(self, bundle: Bundle) -> Path:
         """Where `bundle` was written: `out`, or ``<run>/<format>-<true precision>``, with a size other than trained."""
+        return self._folder(bundle.format, bundle.precision)
+
+    def _folder(self, form: str, precision: str) -> Path:
         size = "" if self.target.size is None else f"-{'x'.join(map(str, dict.fromkeys(self.target.size)))}"
-        return self.out or self.run / f"{bundle.format}-{bundle.precision}{size}"
+        return self.out or self.run / f"{form}-{precision}{size}"
+
+
+_PATHS = {"student", "data", "test", "labels", "out", "head"}
+_OF_TARGET = {"format", "batch", "opset", "uint8_input", "resize_in_graph", "input_layout", "input_channels"}
+_OF_LIMITS = {"max_drop", "min_speedup"}
 
 
 def export(
@@ -207,15 +265,7 @@ def _read_images(
     source, held_out = open_data(
         settings.data, settings.test, labels=settings.labels, image_member=settings.image_member
     )
-    sizes = SplitSizes(
-        calibration=settings.calibration_images,
-        screening=SCREENING_IMAGES,
-        judging=settings.judging_images,
-        least=settings.calibration_images,
-    )
-    if settings.target.precision == "fp32" and not settings.sensitivity:  # parity takes 16 images, and nothing else
-        sizes = SplitSizes(calibration=16, bank=16, screening=0, judging=64, least=16)
-    return read_splits(source, held_out, preprocessing, sizes=sizes, progress=progress, say=say)
+    return read_splits(source, held_out, preprocessing, sizes=settings.sizes, progress=progress, say=say)
 
 
 def _refuse_bundle(run: Path) -> None:

@@ -10,15 +10,13 @@ from pathlib import Path
 
 from robx.errors import ArtifactError, InputError
 from robx.export.readme.write_readme import readme
-from robx.formats import FORMATS
+from robx.formats import MANIFEST_START
 from robx.golden.sample import GoldenSample, write_sample
 from robx.records import Bundle, BundleFile, describe_file, from_json, save_bundle
 from robx.store.files import read_bytes, read_json, sha256_file, write_json, write_text
 from robx.store.folders import new_folder
 
 README = "README.md"
-# How save_bundle's text begins; manifests of other tools begin otherwise.
-_BEGINNING = re.compile(rf'\{{\s*"format": "({"|".join(FORMATS)})",\s*"precision": "')
 
 
 def require_bundle_place(out: Path) -> None:
@@ -86,7 +84,7 @@ def _files_of(folder: Path) -> list[str]:
         text = read_bytes(path).decode(errors="replace")
     except ArtifactError:
         return []
-    if _BEGINNING.match(text) is None:
+    if MANIFEST_START.match(text) is None:
         return []
     hashes = set(re.findall(r'"sha256": "([0-9a-f]{64})"', text))
     files = (item for item in folder.rglob("*") if item.is_file() and not item.is_symlink())

@@ -147,11 +147,12 @@ def read_splits(
         InputError: too few calibration or judging images, or images that are in both `train` and `held_out`.
     """
     sizes = sizes or SplitSizes()
+    require_images(train, held_out, sizes)
     read = _Reader(preprocessing, progress, say)
     wanted = max(sizes.calibration, sizes.bank) + sizes.screening
     order = shuffled(train)
     if held_out is None:
-        spare = min(sizes.judging, max(0, len(order) - sizes.least), len(order) // 2)
+        spare = _spare(len(order), sizes)
         mine = _labelled_first(train, order[: len(order) - spare])
         own = read(train, mine, wanted, note="reading training images")
         rest, held_out = order[len(order) - spare :], train
@@ -162,10 +163,7 @@ def read_splits(
         rest, seen = shuffled(held_out), set()
     require_enough(min(len(own), sizes.calibration), least=sizes.least, where=train.name)
     judging = read(held_out, rest, sizes.judging, exclude=seen, note="reading held-out images")
-    if len(judging) < MIN_JUDGING:
-        raise InputError(
-            f"{held_out.name} has {len(judging)} images to judge with and at least {MIN_JUDGING} are needed: add images"
-        )
+    _require_judging(len(judging), where=held_out.name)
     require_disjoint(own, judging, where=held_out.name)
     spared = min(sizes.screening, max(0, len(own) - sizes.calibration) // 3)
     # Evenly spread over the rest, so that bank and screening both get labelled images, which come first.
@@ -179,6 +177,24 @@ def read_splits(
         source=train.fingerprint if (file := labels_file(train)) is None else file.images,
         train=train,
     )
+
+
+def require_images(train: ImageSource, held_out: ImageSource | None, sizes: SplitSizes) -> None:
+    """Raise InputError where there are too few images, before any is read; duplicates are found only by reading."""
+    spare = _spare(len(train), sizes) if held_out is None else 0
+    require_enough(len(train) - spare, least=sizes.least, where=train.name)
+    judged = spare if held_out is None else min(len(held_out), sizes.judging)
+    _require_judging(judged, where=(train if held_out is None else held_out).name)
+
+
+def _spare(images: int, sizes: SplitSizes) -> int:
+    """How many of the training images are kept to judge with, where there is no test split."""
+    return min(sizes.judging, max(0, images - sizes.least), images // 2)
+
+
+def _require_judging(count: int, *, where: str) -> None:
+    if count < MIN_JUDGING:
+        raise InputError(f"{where} has {count} images to judge with and at least {MIN_JUDGING} are needed: add images")
 
 
 def _labelled_first(source: ImageSource, order: np.ndarray) -> np.ndarray:

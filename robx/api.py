@@ -25,8 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, overload
 
+from robx.arguments import checked
 from robx.errors import CorruptImage, InputError
+from robx.formats import Format
 from robx.reporting import Reporting, reporting
+
+StrPath = str | os.PathLike[str]
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,11 +38,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from robx.eval.report.render import Pages
-    from robx.records import Bundle, Format, Latency, Measurement, Student
+    from robx.records import Bundle, Latency, Measurement, Student
     from robx.runtime.session import Session
     from robx.ship.run import Shipped
 
-    StrPath = str | os.PathLike[str]
     Images = StrPath | Image.Image | np.ndarray | Iterable[StrPath | Image.Image | np.ndarray]
 
 
@@ -70,6 +73,7 @@ def distill(*, student: str, data: StrPath, out: StrPath, **settings: Any) -> Ar
 def distill(*, student: Sequence[str], data: StrPath, out: StrPath, **settings: Any) -> list[Artifact[Student]]: ...
 
 
+@checked
 def distill(
     *,
     student: str | Sequence[str],
@@ -122,17 +126,17 @@ def distill(
 
     request = DistillSettings.of(
         student=student,
-        data=_path(data),
-        out=_path(out),
+        data=data,
+        out=out,
         image_member=image_member,
         teacher=teacher,
-        teacher_weights=_path(teacher_weights),
-        targets=_path(targets),
+        teacher_weights=teacher_weights,
+        targets=targets,
         objective=objective,
-        init=_path(init),
-        recipe=_path(recipe),
-        store_targets=_path(store_targets),
-        cache=_path(cache),
+        init=init,
+        recipe=recipe,
+        store_targets=store_targets,
+        cache=cache,
         **settings,
     )
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, only this one reports
@@ -142,6 +146,7 @@ def distill(
     return made[0] if isinstance(student, str) else made
 
 
+@checked
 def export(
     student: StrPath,
     *,
@@ -215,41 +220,36 @@ def export(
         MissingExtra: the format's converter is not installed; the message says how to install it.
     """
     from robx.export.build import ExportSettings, export
-    from robx.export.gate.gate import Limits, gate_error
-    from robx.export.heal.heal import HealSettings
-    from robx.export.request import ExportTarget
-    from robx.image_size import parse_size
+    from robx.export.gate.gate import gate_error
 
-    if fp16 and int8:
-        raise InputError("fp16 and int8 are two different exports: give one of them")
-    settings = ExportSettings(
-        run=Path(student),
-        target=ExportTarget(
-            format=format,
-            precision="int8" if int8 else "fp16" if fp16 else "fp32",
-            device=target,
-            batch=batch,
-            opset=opset,
-            uint8_input=uint8_input,
-            resize_in_graph=resize_in_graph,
-            input_layout=input_layout,
-            input_channels=input_channels,
-            size=None if size is None else parse_size(size, name="size"),
-        ),
-        data=_path(data),
-        test=_path(test),
-        labels=_path(labels),
+    settings = ExportSettings.of(
+        student=student,
+        format=format,
+        int8=int8,
+        fp16=fp16,
+        data=data,
+        test=test,
+        labels=labels,
         image_member=image_member,
-        out=_path(out),
-        head=_path(head),
-        limits=Limits(max_drop=max_drop, min_speedup=min_speedup),
+        out=out,
+        head=head,
+        max_drop=max_drop,
+        min_speedup=min_speedup,
+        opset=opset,
+        batch=batch,
+        target=target,
+        uint8_input=uint8_input,
+        resize_in_graph=resize_in_graph,
+        input_layout=input_layout,
+        input_channels=input_channels,
+        size=size,
         candidates=candidates,
         budget=budget,
-        force=force,
-        heal=HealSettings(minutes=heal) if heal is not None else None,
-        sensitivity=sensitivity,
         calibration_images=calibration_images,
         judging_images=judging_images,
+        heal=heal,
+        sensitivity=sensitivity,
+        force=force,
     )
     with reporting(progress) as (shown, say):
         bundle = export(settings, progress=shown, say=say)
@@ -259,6 +259,7 @@ def export(
     return Artifact(folder, bundle)
 
 
+@checked
 def bench(
     bundles: StrPath | Sequence[StrPath],
     *,
@@ -268,7 +269,7 @@ def bench(
     provider: str | None = None,
     precision_hint: Literal["f32", "f16", "bf16"] = "f32",
     processes: int | None = None,
-    affinity: Sequence[int] | None = None,
+    affinity: Sequence[int] | str | None = None,
     batch: int = 1,
     data: StrPath | None = None,
     image_member: str | None = None,
@@ -289,7 +290,7 @@ def bench(
         provider: the runtime's device: "cpu", "cuda", "gpu", "npu"; None is the runtime's default. It never falls back.
         precision_hint: floating-point type to compute in, if the runtime offers a choice.
         processes: fresh processes for each bundle; None is the profile's number.
-        affinity: CPU cores that the measured process may use; None allows all.
+        affinity: CPU cores that the measured process may use, as [0, 1] or "4-7"; None allows all.
         batch: images in one inference; more than 1 measures offline throughput.
         data: images to run; None renders scenes.
         image_member: which image of a tar sample to read when it has several, such as "rgb.jpg".
@@ -312,17 +313,18 @@ def bench(
     """
     from robx.runtime.bench.bench import bench
     from robx.runtime.bench.profiles import BenchSettings
-    from robx.runtime.session import SessionSettings
 
-    settings = BenchSettings(
+    settings = BenchSettings.of(
         bundles=_paths(bundles),
         device=device,
         profile=profile,
-        session=SessionSettings(threads=threads, provider=provider, precision_hint=precision_hint),
+        threads=threads,
+        provider=provider,
+        precision_hint=precision_hint,
         processes=processes,
-        affinity=None if affinity is None else tuple(affinity),
+        affinity=affinity,
         batch=batch,
-        data=_path(data),
+        data=data,
         image_member=image_member,
         runner=runner,
         python=python,
@@ -334,6 +336,7 @@ def bench(
         return bench(settings, progress=shown)
 
 
+@checked
 def evaluate(
     models: StrPath | Sequence[StrPath],
     *,
@@ -394,32 +397,33 @@ def evaluate(
     """
     from robx.eval.evaluate import EvalSettings, evaluate
 
-    settings = EvalSettings(
+    settings = EvalSettings.of(
         models=_paths(models),
-        data=_path(data),
-        test=_path(test),
-        labels=_path(labels),
+        data=data,
+        test=test,
+        labels=labels,
         image_member=image_member,
         knn=knn,
         linear=linear,
         lowshot=lowshot,
-        lowshot_splits=_path(lowshot_splits),
-        transfers=tuple(transfers),
+        lowshot_splits=lowshot_splits,
+        transfers=transfers,
         fidelity=fidelity,
-        reference=_path(reference),
+        reference=reference,
         margin=margin,
         cached=cached,
-        save_head=_path(save_head),
+        save_head=save_head,
         device=device,
         threads=threads,
         batch=batch,
-        cache=_path(cache),
+        cache=cache,
         no_cache=no_cache,
     )
     with reporting(progress) as (shown, say):
         return list(evaluate(settings, progress=shown, say=say))
 
 
+@checked
 def report(
     folders: StrPath | Sequence[StrPath],
     *,
@@ -457,6 +461,7 @@ VERBS: Mapping[str, Callable[..., Any]] = {
 }
 
 
+@checked
 def ship(plan: StrPath | Mapping[str, Any], *, fresh: bool = False, progress: Reporting = "auto") -> Shipped:
     """Distil, export, evaluate, measure and report, as a plan says; finished stages are reused.
 
@@ -482,6 +487,7 @@ def ship(plan: StrPath | Mapping[str, Any], *, fresh: bool = False, progress: Re
         return run_plan(chosen, VERBS, fresh=fresh, progress=shown, announce=say, say=say)
 
 
+@checked
 def load(run: StrPath) -> nn.Module:
     """Load a distilled student as the timm model that it is, for fine-tuning or for use in PyTorch.
 
@@ -508,10 +514,6 @@ def load(run: StrPath) -> nn.Module:
     return model
 
 
-def _path(path: StrPath | None) -> Path | None:
-    return None if path is None else Path(path)
-
-
 def _paths(paths: StrPath | Iterable[StrPath]) -> tuple[Path, ...]:
     """One path or several."""
     found = (Path(paths),) if isinstance(paths, str | os.PathLike) else tuple(map(Path, paths))
@@ -520,6 +522,7 @@ def _paths(paths: StrPath | Iterable[StrPath]) -> tuple[Path, ...]:
     return found
 
 
+@checked
 def open(folder: StrPath, *, threads: int = 1, provider: str | None = None) -> Embedder:
     """Open a bundle in its runtime, or a student in PyTorch, to embed images.
 

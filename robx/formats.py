@@ -9,6 +9,7 @@ modules of ``robx.export.formats`` and ``robx.runtime.engines``. Standard librar
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -90,3 +91,9 @@ RUNTIMES = _runtimes(
     RuntimeRow(name="ncnn", engine="on_ncnn", packages=("ncnn",), extra="ncnn", device_install="pip install ncnn"),
 )
 # fmt: on
+
+# What any engine calls the hardware that it runs on; each engine refuses those it does not have.
+PROVIDERS = ("cpu", "cuda", "gpu", "npu", "qnn", "tensorrt", "xnnpack")
+
+# How the manifest.json of a bundle begins; manifests of other tools begin otherwise.
+MANIFEST_START = re.compile(rf'\{{\s*"format": "({"|".join(FORMATS)})",\s*"precision": "')

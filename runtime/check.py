@@ -48,7 +48,9 @@ def read_array(path: Path) -> np.ndarray:
     if path.suffix not in TEXT:
         raise InputError(f"{path} is not an array: give .npy, raw float32 as .bin, or numbers as .txt")
     try:
-        return np.array([float(word) for word in content.decode().replace(",", " ").split()], dtype=np.float64)
+        return np.array(
+            [float(word) for word in content.decode("utf-8-sig").replace(",", " ").split()], dtype=np.float64
+        )
     except ValueError as error:
         raise InputError(
             f"{path} is not a list of numbers ({error}): separate them by spaces, commas or lines"

@@ -21,7 +21,7 @@ from robx.records import Bundle, Latency, Value, to_json
 from robx.runtime.bench.ab import Comparison, compare
 from robx.runtime.bench.bench import bench as run_bench
 from robx.runtime.bench.native_runner import ABIS, native_folder
-from robx.runtime.bench.profiles import PROFILES, BenchSettings
+from robx.runtime.bench.profiles import PROFILES, BenchSettings, parse_cores
 from robx.runtime.bench.runners import RUNNERS
 from robx.runtime.bench.validity import codes_of, is_refused
 from robx.runtime.check import check as check_port
@@ -100,7 +100,7 @@ def bench(
     that was too short, or a fallback to the CPU.
     """
     session = SessionSettings(threads=threads, provider=provider, precision_hint=precision_hint)
-    settings = BenchSettings(session=session, affinity=_cores(affinity), **options)
+    settings = BenchSettings(session=session, affinity=None if affinity is None else parse_cores(affinity), **options)
     if ab:
         found = compare(settings)
         _print_comparisons(found, as_json=as_json)
@@ -390,22 +390,6 @@ def _cell(value: Value | None) -> str:
 
 def _number(number: float | None) -> str:
     return "" if number is None else f"{number:.3g}" if number < 100 else f"{number:.0f}"
-
-
-def _cores(text: str | None) -> tuple[int, ...] | None:
-    """Core numbers from "0,2" or "4-7"."""
-    if text is None:
-        return None
-    cores: set[int] = set()
-    try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            cores |= set(range(int(first), int(last or first) + 1))
-    except ValueError:
-        raise InputError(f"affinity {text!r} is not a list of cores: write 0,1 or 4-7") from None
-    if not cores or min(cores) < 0 or max(cores) > 4095:
-        raise InputError(f"affinity {text!r} is not a list of cores: write 0,1 or 4-7")
-    return tuple(sorted(cores))
 
 
 def _refuse_foreign(path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 
 from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra, RobxError, first_line, is_exhausted
-from robx.formats import RUNTIMES
+from robx.formats import PROVIDERS, RUNTIMES
 from robx.records import Bundle, Student, from_json, load_bundle, load_student, to_json
 from robx.runtime.device.runner import run_in_batches
 from robx.store.files import read_json
@@ -34,6 +34,12 @@ class SessionSettings:
             raise InputError(f"threads is {self.threads}: it must be at least 1")
         if self.batch is not None and self.batch < 1:
             raise InputError(f"batch is {self.batch}: it must be at least 1")
+
+
+def check_provider(name: str | None) -> None:
+    """Raise InputError for a provider that no engine has, before a device is reached; "cuda:1" and "gpu.0" are some."""
+    if name is not None and name.lower().partition(":")[0].partition(".")[0] not in PROVIDERS:
+        raise InputError(f"unknown provider {name!r}: choose one of {', '.join(PROVIDERS)}")
 
 
 RUN_SECONDS = 300.0  # longest wait for the output of one batch

@@ -24,7 +24,7 @@ LAYERS = {
         ("errors", "progress", "console"),
         ("reporting",),
         ("store",),
-        ("formats",),
+        ("formats", "arguments"),
         ("records",),
         ("stats", "image_size", "trunk", "linear_head", "embeddings", "int8_simulation", "path_ends"),
         ("images",),

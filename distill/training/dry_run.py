@@ -24,6 +24,7 @@ from robx.distill.teachers.frozen_heads import PrototypeHead
 from robx.distill.teachers.prototypes import images_to_fit, require_images
 from robx.distill.teachers.teacher import Teacher
 from robx.distill.training.compute import compute_of, cuda_settings
+from robx.distill.training.feed import raise_file_limit
 from robx.distill.training.learner import Learner
 from robx.distill.training.networks import Networks, build_networks
 from robx.distill.training.processes import Processes, pick_device
@@ -108,6 +109,8 @@ def dry_run(spec: RunSpec, *, gpu_memory: float | None = None) -> RunCost:
     recipe, source, options = spec.recipe, spec.source, spec.options
     place = Processes(0, 1, pick_device(options.device))
     check_outputs(spec)
+    if options.workers:
+        raise_file_limit(options.workers)
     fitted = _images_to_fit(spec)
     per_epoch = steps_per_epoch(len(source), recipe.batch_size)
     steps = per_epoch * recipe.epochs
@@ -137,7 +140,7 @@ def dry_run(spec: RunSpec, *, gpu_memory: float | None = None) -> RunCost:
         kept = max(kept, bytes_kept)  # the students are trained one after another
     images = views.globals.shape[1]
     image_bytes = (kept + _bytes(views) + sum(_bytes(target) for target in targets if target is not None)) // images
-    trained, checkpoint = _learner_bytes(networks.learners)
+    trained, checkpoint = learner_bytes(networks.learners)
     fixed = trained + _weight_bytes(spec.teacher)
     loaders = loader_speed * max(1, options.workers)
     # On a CPU, data loading takes time from the cores that compute.
@@ -249,7 +252,7 @@ def count_flops(net: nn.Module, pixels: Tensor) -> int:
     return int(counter.get_total_flops())
 
 
-def _learner_bytes(learners: Sequence[Learner]) -> tuple[int, int]:
+def learner_bytes(learners: Sequence[Learner]) -> tuple[int, int]:
     """Bytes in memory and in a checkpoint: both hold weights and optimiser state, a checkpoint no gradients.
 
     The state is two float32 tensors per parameter for Adam, one for SGD.

@@ -118,7 +118,7 @@ def check_resources(run: Run) -> int:
     workers = run.options.workers
     if not workers:
         return PREFETCH
-    _raise_file_limit(workers)
+    raise_file_limit(workers)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of this machine share its memory
     free = free_shared_memory()
     if free is None:
@@ -170,8 +170,12 @@ def _decoded_bytes(run: Run) -> int:
     return max(sizes)
 
 
-def _raise_file_limit(workers: int) -> None:
-    """Raise the soft limit on open files to what the workers need, if the hard limit allows it."""
+def raise_file_limit(workers: int) -> None:
+    """Raise the soft limit on open files to what the workers need.
+
+    Raises:
+        InputError: the hard limit does not allow it.
+    """
     needed = _FILES + _FILES_PER_WORKER * workers
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:

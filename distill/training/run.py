@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,20 @@ class Options:
     measure: bool = True  # measure the speed bound before the first step
     tensorboard: bool = False
     stored_k: int = 256  # most probable prototypes kept per stored target
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        for name, least in _LEAST.items():
+            if not least <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.corrupt_budget <= 1:
+            raise InputError(f"corrupt_budget must be at most 1, got {self.corrupt_budget}")
+
+
+_LEAST = {
+    "workers": 0, "probe_every": 0, "probe_images": 1, "checkpoint_minutes": 0, "checkpoint_steps": 0, "keep": 0,
+    "corrupt_budget": 0, "log_every": 1, "monitor_every": 1, "stored_k": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

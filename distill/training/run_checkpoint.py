@@ -72,7 +72,7 @@ def save_checkpoint(run: Path, state: Snapshot, *, step: int, keep: int = 2, bes
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(folder.parent, error) from error
-    require_space(folder.parent, int(1.1 * sum(t.nbytes for t in state.tensors.values())))
+    require_space_for(folder.parent, sum(t.nbytes for t in state.tensors.values()))
     Written(run).claim(*(f"checkpoints/{folder.name}/{name}" for name in _FILES))
     with new_folder(folder, ours=_FILES) as temporary:
         weights = temporary / "state.safetensors"
@@ -81,6 +81,11 @@ def save_checkpoint(run: Path, state: Snapshot, *, step: int, keep: int = 2, bes
         write_json(temporary / "state.json", record | {"digest": _digest(record)})
     _prune(run, keep=max(1, keep), best=best)
     return folder
+
+
+def require_space_for(folder: Path, size: int) -> None:
+    """Raise InputError if the disk of `folder` has no room for a checkpoint of `size` bytes."""
+    require_space(folder, int(1.1 * size))
 
 
 def load_newest(run: Path, *, say: Callable[[str], None] | None = None) -> tuple[int, dict[str, Any]] | None:

@@ -29,7 +29,7 @@ from robx.images.arrays import ArraySource, open_cifar, open_idx
 from robx.images.decode import decode, decode_pixels, read_image_file
 from robx.images.derived import DerivedSource
 from robx.images.sources import ImageSource, open_source
-from robx.store.files import fingerprint_files, sha256_bytes, stamp_of
+from robx.store.files import fingerprint_files, read_user_text, sha256_bytes, stamp_of
 
 # Upper edges of the distance bins, each included in its bin: (.., 8], (8, 8.5], ... (VTAB's closest-object-distance).
 CLEVR_EDGES = (8.0, 8.5, 9.0, 9.5, 10.0, 100.0)
@@ -315,4 +315,4 @@ def _read_list(path: Path) -> Any:
 def _lines(path: Path) -> Iterable[str]:
     if path.stat().st_size > _MAX_LIST_BYTES:
         raise InputError(f"{path} is larger than {_MAX_LIST_BYTES} bytes: not the published list")
-    return (line.strip() for line in path.read_text(errors="surrogateescape").splitlines() if line.strip())
+    return (line.strip() for line in read_user_text(path, errors="surrogateescape").splitlines() if line.strip())

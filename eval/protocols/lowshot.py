@@ -24,7 +24,7 @@ from robx.eval.datasets.features import Features
 from robx.images.sources import ImageSource, labels_of
 from robx.records import Value
 from robx.stats import accuracy_value, wilson
-from robx.store.files import MAX_JSON_BYTES
+from robx.store.files import MAX_JSON_BYTES, read_user_text
 
 LAMBDA = 0.0025
 SPLITS = 3
@@ -197,7 +197,7 @@ def _places(source: ImageSource) -> dict[str, int]:
 def _read_split(path: Path, places: dict[str, int]) -> np.ndarray:
     if path.stat().st_size > MAX_JSON_BYTES:
         raise InputError(f"{path} is larger than {MAX_JSON_BYTES} bytes: not a list of image names")
-    names = [line.strip() for line in path.read_text(errors="surrogateescape").splitlines() if line.strip()]
+    names = [line.strip() for line in read_user_text(path, errors="surrogateescape").splitlines() if line.strip()]
     found = [_place(PurePosixPath(name), places) for name in names]
     missing = [name for name, place in zip(names, found, strict=True) if place is None]
     if missing or not names:

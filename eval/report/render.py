@@ -90,11 +90,7 @@ def render(
         InputError: no such folder, no run or bundle in it, a name that is not an HTML file's, a file that is not a
             report of robx in its place, or a margin or budget out of range.
     """
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"{out} is not the name of an HTML file: give one that ends in .html")
-    if not 0 <= margin < math.inf:
-        raise InputError(f"margin {margin:g} is not a number of points: give 0 or more")
-    wanted = [Budget.parse(budget) for budget in budgets]
+    wanted = check_report(out, margin=margin, budgets=budgets)
     data = collect(folders)
     if not (data.runs or data.bundles):
         first = f" ({data.problems[0].where}: {data.problems[0].what})" if data.problems else ""
@@ -111,6 +107,19 @@ def render(
     for path, text in files.items():
         write_text(path, text)
     return pages
+
+
+def check_report(out: Path, *, margin: float = MARGIN, budgets: Sequence[float | str] = ()) -> list[Budget]:
+    """The budgets, parsed; see `render`.
+
+    Raises:
+        InputError: a name that is not an HTML file's, or a margin or budget out of range.
+    """
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{out} is not the name of an HTML file: give one that ends in .html")
+    if not 0 <= margin < math.inf:
+        raise InputError(f"margin {margin:g} is not a number of points: give 0 or more")
+    return [Budget.parse(budget) for budget in budgets]
 
 
 # The start of each page, and of those that earlier versions wrote.

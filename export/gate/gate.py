@@ -8,6 +8,7 @@ bench` uses. Which of several candidates ships is decided in search.py. Pure.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class Limits:
     def __post_init__(self) -> None:
         if not 0 < self.max_drop < 100:
             raise InputError(f"--max-drop must be between 0 and 100 points, got {self.max_drop:g}")
-        if not self.min_speedup > 0:
+        if not 0 < self.min_speedup < math.inf:
             raise InputError(f"--min-speedup must be positive, got {self.min_speedup:g}")
 
 

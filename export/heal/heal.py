@@ -40,6 +40,7 @@ USUAL_STEPS = 200  # of the cost that is estimated where healing was not asked f
 _REVISION = 2  # increment when the training changes: older results are then ignored
 _WARM_UP = 0.05  # share of the schedule
 _SAVE_SECONDS = 20.0
+_MOST_MINUTES = 10_080  # a week
 _RANGE_IMAGES = 256
 _PACE_STEPS = 10  # how many recent steps tell the speed
 _EVAL_BATCH = 32
@@ -58,8 +59,10 @@ class HealSettings:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""
-        if not 0 < self.minutes < math.inf:
-            raise InputError(f"--heal must be a positive number of minutes, got {self.minutes:g}: give 10")
+        if not 0 < self.minutes <= _MOST_MINUTES:
+            raise InputError(
+                f"--heal must be above 0 and at most {_MOST_MINUTES} minutes, got {self.minutes:g}: give 10"
+            )
         if self.batch < 1 or (self.steps is not None and self.steps < 1):
             raise InputError(f"batch and steps must be at least 1, got {self.batch} and {self.steps}")
 

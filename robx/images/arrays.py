@@ -158,7 +158,9 @@ def open_cifar(path: Path, split: str) -> ArraySource | None:
         files = sorted(path.glob(train if split == "train" else test))
         if (path / names).is_file() and files:
             pixels, labels = read_cifar_binary(files, label_bytes=label_bytes)
-            classes = tuple(read_bytes(path / names, limit=_MAX_NAMES_BYTES).decode(errors="replace").split())
+            classes = tuple(
+                read_bytes(path / names, limit=_MAX_NAMES_BYTES).decode("utf-8-sig", errors="replace").split()
+            )
             if (top := int(labels.max())) >= len(classes):
                 raise InputError(f"{path}: {names} has no name for label {top} ({len(classes)} names): download it")
             return ArraySource(path.name, pixels, labels, classes)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from robx.images.arrays import open_cifar, open_idx
 from robx.images.decode import decode, decode_pixels, read_image_file
 from robx.images.derived import DerivedSource
 from robx.images.labels import unmatched_note, with_labels
-from robx.images.listing import Listing, keep, list_images
+from robx.images.listing import Listing, is_ours, keep, list_images
 from robx.images.protocol import ImageSource as ImageSource
 from robx.images.shards import ShardSource, by_suffix
 from robx.images.splits import Split, choose_folder, choose_shards, split_folders
@@ -115,7 +114,7 @@ class FolderSource:
             there = f", but {by_suffix(listing.skipped)}" if listing.skipped else ""
             raise InputError(f"{root} has no images (.jpg, .png, .webp, .tif, .avif, ...){there}: give another folder")
         strays = self._set_labels(classes=classes)
-        self.note = self._notes(strays if classes else (), listing.skipped)
+        self.note = self._notes(strays if classes else (), listing)
         self.fingerprint = self._fingerprint(listing, kept)
 
     def _set_labels(self, *, classes: bool) -> list[str]:
@@ -136,8 +135,11 @@ class FolderSource:
         self._labels = np.where(labels >= 0, order[labels], -1).astype(np.int32) if labelled else None
         return strays
 
-    def _notes(self, strays: Sequence[str], skipped: Counter[str]) -> str:
-        notes = []
+    def _notes(self, strays: Sequence[str], listing: Listing) -> str:
+        notes, skipped = [], listing.skipped
+        if listing.ours:
+            first = ", ".join(listing.ours[:3]) + (" ..." if len(listing.ours) > 3 else "")
+            notes.append(f"{self.root}: left out {counted(len(listing.ours), 'folder')} that robx wrote ({first})")
         if skipped:
             notes.append(
                 f"{self.root}: skipped {counted(skipped.total(), 'file')} that robx cannot read ({by_suffix(skipped)})"
@@ -205,7 +207,7 @@ def _read_licence(folder: Path) -> str:
         raise InputError(f"{path} is a link: replace it with the file itself")
     if not path.is_file():
         return "unknown"
-    lines = read_bytes(path, limit=_MAX_LICENCE_BYTES).decode(errors="replace").splitlines()
+    lines = read_bytes(path, limit=_MAX_LICENCE_BYTES).decode("utf-8-sig", errors="replace").splitlines()
     return lines[0].strip()[:200] if lines else "unknown"
 
 
@@ -263,7 +265,7 @@ def _noted(source: ImageSource, note: str) -> ImageSource:
 
 
 def _folders_and_shards(path: Path) -> tuple[list[str], list[Path]]:
-    """The names of the subfolders, and the tar files, in `path`."""
+    """The names of the subfolders, without those that robx wrote, and the tar files, in `path`."""
     folders, shards = [], []
     with os.scandir(path) as entries:
         for entry in entries:
@@ -271,6 +273,6 @@ def _folders_and_shards(path: Path) -> tuple[list[str], list[Path]]:
                 continue
             if entry.name.lower().endswith(".tar") and not entry.is_dir():
                 shards.append(path / entry.name)
-            elif entry.is_dir():
+            elif entry.is_dir() and not is_ours(entry.path):
                 folders.append(entry.name)
     return sorted(folders), sorted(shards)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import reprlib
 import types
 import typing
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, Union
 
 from robx.errors import ArtifactError
@@ -87,7 +89,12 @@ def _parse(kind: Any, value: Json, where: str) -> Any:
         return value
     if origin is tuple:
         return _parse_tuple(arguments, value, where)
-    if origin is list:
+    if (origin or kind) in (os.PathLike, Callable):  # of an argument, not of JSON
+        fits = callable(value) if origin is Callable else isinstance(value, os.PathLike)
+        if not fits:
+            raise ArtifactError(f"{where}: {_shown(value)} is not a {'path' if origin is os.PathLike else 'function'}")
+        return value
+    if origin in (list, Sequence):
         return list(_parse_tuple((arguments[0], Ellipsis), value, where))
     if origin is dict:
         if not isinstance(value, dict):

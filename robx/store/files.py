@@ -198,6 +198,11 @@ def read_bytes(path: Path, *, limit: int = MAX_JSON_BYTES) -> bytes:
         raise ArtifactError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
 
 
+def read_user_text(path: Path, *, errors: str = "strict") -> str:
+    """A text file that a user wrote: UTF-8, with or without the byte order mark that editors on Windows add."""
+    return path.read_text(encoding="utf-8-sig", errors=errors)
+
+
 def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
     """Parse a JSON file of at most `limit` bytes.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from robx.errors import InputError
+from robx.store.files import read_user_text
 
 _MAX_BYTES = 1024 * 1024
 
@@ -25,7 +26,7 @@ def read_toml(path: Path, *, what: str) -> dict[str, Any]:
     try:
         if path.exists() and (not path.is_file() or path.stat().st_size > _MAX_BYTES):
             raise InputError(f"{path} is not a regular file of at most {_MAX_BYTES} bytes: give {what}")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_user_text(path))
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): give {what}") from error
     except RecursionError:

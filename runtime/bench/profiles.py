@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from robx.errors import InputError
 from robx.path_ends import path_ends
-from robx.runtime.session import SessionSettings
+from robx.runtime.session import SessionSettings, check_provider
 
 RETRY_SECONDS = 600.0  # for measuring UNSTABLE bundles again, all of them together
 
@@ -82,6 +83,29 @@ PROFILES = {
 }
 
 
+_LAST_CORE = 4095
+_OF_SESSION = {"threads", "provider", "precision_hint"}
+
+
+def parse_cores(text: str) -> tuple[int, ...]:
+    """Core numbers from "0,2" or "4-7".
+
+    Raises:
+        InputError: it is neither.
+    """
+    cores: set[int] = set()
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            ends = int(first), int(last or first)
+            if not 0 <= ends[0] <= ends[1] <= _LAST_CORE:
+                raise ValueError(part)
+            cores |= set(range(ends[0], ends[1] + 1))
+    except ValueError:
+        raise InputError(f"affinity {text!r} is not a list of cores: write 0,1 or 4-7") from None
+    return tuple(sorted(cores))
+
+
 def find_profile(name: str) -> Profile:
     """The profile called `name`.
 
@@ -115,6 +139,7 @@ class BenchSettings:
     def __post_init__(self) -> None:
         """Reject settings that cannot be measured."""
         find_profile(self.profile)
+        check_provider(self.session.provider)
         if not self.bundles:
             raise InputError("no bundle was given: make one with robx export")
         for name, number in (("processes", self.processes), ("batch", self.batch)):
@@ -122,6 +147,22 @@ class BenchSettings:
                 raise InputError(f"{name} must be at least 1, got {number}")
         if self.retries < 0:
             raise InputError(f"retries must be at least 0, got {self.retries}")
+        if self.affinity is not None and not (self.affinity and all(0 <= core <= _LAST_CORE for core in self.affinity)):
+            raise InputError(f"affinity must be core numbers of 0 to {_LAST_CORE}, got {list(self.affinity)}: give 0,1")
+
+    @classmethod
+    def of(cls, **values: Any) -> BenchSettings:
+        """Settings from the keywords of ``robx.api.bench``: `affinity` may be text, and a path a string.
+
+        Raises:
+            InputError: settings that cannot be measured.
+        """
+        session = SessionSettings(**{name: values.pop(name) for name in _OF_SESSION & set(values)})
+        cores = values.pop("affinity", None)
+        affinity = parse_cores(cores) if isinstance(cores, str) else None if cores is None else tuple(cores)
+        if values.get("data") is not None:
+            values["data"] = Path(values["data"])
+        return cls(session=session, affinity=affinity, **values)
 
     @property
     def process_count(self) -> int:

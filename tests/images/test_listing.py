@@ -145,3 +145,37 @@ def test_links_to_folders_are_followed_and_loops_are_not(tmp_path: Path) -> None
     (data / "a" / "self").symlink_to(".")
     source = FolderSource(data)
     assert [source.key(i) for i in range(len(source))] == ["a/1.png", "b/2.png", "b/deep/3.png"]
+
+
+@pytest.mark.parametrize("marker", [".robx-written", "manifest.json"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_folders_that_robx_wrote_are_no_data(
+    large: Path, monkeypatch: pytest.MonkeyPatch, marker: str, kept: bool
+) -> None:
+    """A bundle's golden image in an output folder among the images must not become training data."""
+    if not kept:
+        monkeypatch.setattr(listing, "KEPT_FROM", 1000)
+    before = FolderSource(large)
+    out = large / "c1" / "run"
+    (out / "golden").mkdir(parents=True)
+    (out / "golden/image.png").write_bytes(b"x")
+    (out / marker).write_text('{\n  "format": "onnx",\n  "precision": "int8",\n  "bytes": 3}')
+    settle(large)
+    for _ in range(2):
+        found = FolderSource(large)
+        assert len(found) == 30 and found.fingerprint == before.fingerprint
+        assert found.note == f"{large}: left out 1 folder that robx wrote (c1/run)"
+    assert len(FolderSource(out)) == 1  # asked for by name
+    (out / marker).write_text('{"format": "mine"}')
+    if marker == "manifest.json":
+        settle(large)
+        os.utime(out.parent)
+        assert len(FolderSource(large)) == 31
+
+
+def test_an_output_folder_beside_the_splits_is_no_class(scenes: Path, tmp_path: Path) -> None:
+    (tmp_path / "train").symlink_to(scenes / "train")
+    (tmp_path / "run/golden").mkdir(parents=True)
+    (tmp_path / "run/golden/image.png").write_bytes(b"x")
+    (tmp_path / "run/.robx-written").touch()
+    assert len(open_source(tmp_path)) == len(open_source(scenes / "train"))

@@ -14,7 +14,17 @@ from pathlib import Path
 import pytest
 
 from robx.errors import ArtifactError, InputError
-from robx.store.files import cache_folder, read_json, require_space, sha256_file, stamp_of, write_bytes, write_json
+from robx.store.files import (
+    cache_folder,
+    read_json,
+    read_user_text,
+    require_space,
+    sha256_file,
+    stamp_of,
+    write_bytes,
+    write_json,
+)
+from robx.store.toml import read_toml
 
 
 def test_sha256_is_the_standard_one(tmp_path: Path) -> None:
@@ -152,3 +162,9 @@ def test_the_location_of_the_cache(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "user" / "robx"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "robx"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_users_text(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("name = 'ä'\n", encoding="utf-8-sig")
+    assert read_toml(tmp_path / "a.toml", what="a plan") == {"name": "ä"}
+    assert read_user_text(tmp_path / "a.toml") == "name = 'ä'\n"

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from robx.distill.training import run_checkpoint, run_settings
 from robx.distill.training.learner import seed_step
 from robx.distill.training.run_folder import claim_folders
 from robx.errors import ArtifactError, InputError
+from robx.images.sources import open_source
 
 
 def state(value: float = 1.0) -> dict[str, Any]:
@@ -157,6 +159,23 @@ def test_too_little_space_is_met_before_writing(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(InputError, match="free some space"):
         run_checkpoint.save_checkpoint(tmp_path, run_checkpoint.snapshot(state(2)), step=2)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_too_little_space_is_met_before_the_first_step(
+    tiny: ModuleType, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_source(scenes)
+    tiny.tiny_run(data, tmp_path / "whole", recipe=tiny.tiny_recipe(batch_size=64))
+    saved = sum(path.stat().st_size for path in tmp_path.rglob("state.safetensors"))
+    asked, steps = list[int](), list[int]()
+    monkeypatch.setattr(run_checkpoint, "require_space", lambda folder, needed: asked.append(needed) or _refuse(folder))
+    with pytest.raises(InputError, match="free some space"):
+        tiny.tiny_run(data, tmp_path / "run", progress=lambda done, *_: steps.append(done))
+    assert not steps and asked == [pytest.approx(1.1 * saved, rel=0.02)]
+
+
+def _refuse(folder: Path) -> None:
+    raise InputError(f"{folder} is full: free some space")
 
 
 def test_a_file_in_the_place_of_the_checkpoints_is_one_clear_line(tmp_path: Path) -> None:

@@ -1,0 +1,117 @@
+"""The types of a function's arguments, checked where a user gives them: in Python, and in the tables of a plan.
+
+The annotations of the functions in ``robx.api`` are the only list of what each argument takes.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import numbers
+import os
+import reprlib
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, ParamSpec, TypeVar, Union
+
+from robx.errors import ArtifactError, InputError
+from robx.store.dataclass_json import check_json, to_json
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+_PLURALS = {"a whole number": "whole numbers", "a number": "numbers", "a string": "strings", "a path": "paths"}
+
+
+def checked(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """`function`, with its arguments checked against its annotations before it runs; see `check_types`."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        given = signature.bind(*args, **kwargs)
+        given.arguments |= check_types(types_of(function), given.arguments)
+        return function(*given.args, **given.kwargs)  # type: ignore[arg-type]
+
+    return call
+
+
+def types_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The types of a function's named parameters; those it takes as ``**settings`` are not among them."""
+    function = inspect.unwrap(function)
+    kinds = inspect.Parameter
+    named = {
+        name: parameter.annotation
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind not in (kinds.VAR_KEYWORD, kinds.VAR_POSITIONAL)
+    }
+    holder = types.SimpleNamespace(__annotations__=named)  # without the result, whose type may not be imported
+    return typing.get_type_hints(holder, globalns=getattr(function, "__globals__", {}))
+
+
+def check_types(kinds: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Check arguments against their types; numpy's numbers are returned as Python's.
+
+    Args:
+        kinds: type of each argument; arguments that it lacks are not checked.
+        given: the arguments.
+
+    Raises:
+        InputError: a value of another type, a number that is not finite, or an empty path.
+    """
+    plain = {name: _plain(value) for name, value in given.items()}
+    for name, value in plain.items():
+        if name in kinds:
+            _check(kinds[name], value, name)
+    return plain
+
+
+def _check(kind: Any, value: Any, name: str) -> None:
+    try:
+        check_json(kind, to_json(value), where=name)
+    except ArtifactError:
+        finite = not isinstance(value, float) or math.isfinite(value)
+        wanted = _described(kind) if finite else _described(kind).replace("a number", "a finite number")
+        raise InputError(f"{name} must be {wanted}, got {reprlib.repr(value)}") from None
+    parts = value if isinstance(value, list | tuple) else (value,)
+    if "PathLike" in repr(kind) and any(isinstance(part, str) and not part for part in parts):
+        raise InputError(f"{name} is an empty path: give a path, or . for the current folder")
+
+
+def _plain(value: Any) -> Any:
+    """Python's number for one of numpy's, also in a list or tuple."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+    if isinstance(value, bool | int | float) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _described(kind: Any) -> str:
+    """A type in words: "a whole number or a list of whole numbers"."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        kinds = [one for one in arguments if one is not type(None)]
+        if any(_is_path(one) for one in kinds):
+            kinds = [one for one in kinds if one is not str]
+        *most, last = dict.fromkeys(map(_described, kinds))
+        return f"{', '.join(most)} or {last}" if most else last
+    if origin is Literal:
+        return " or ".join(map(repr, arguments)) if len(arguments) < 3 else f"one of {', '.join(map(repr, arguments))}"
+    if origin in (list, Sequence):
+        return f"a list of {_plural(arguments[0])}"
+    if origin is Callable:
+        return "a function"
+    if origin is tuple:
+        return f"a list of {len(arguments)} {_plural(arguments[0])}"
+    return "a path" if _is_path(kind) else _NAMES.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def _plural(kind: Any) -> str:
+    return " or ".join(_PLURALS.get(one, one) for one in _described(kind).split(" or "))
+
+
+def _is_path(kind: Any) -> bool:
+    return (typing.get_origin(kind) or kind) is os.PathLike

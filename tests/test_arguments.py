@@ -1,0 +1,161 @@
+"""Arguments of the wrong type, range or kind are refused in one line, for every function of the API alike."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+from robx import api
+from robx.arguments import check_types, checked, types_of
+from robx.errors import InputError
+
+
+def _takes(
+    *,
+    path: str | os.PathLike[str] | None = None,
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    count: int | None = None,
+    share: float = 1.0,
+    on: bool = False,
+    kind: Literal["a", "b", "c"] = "a",
+    cores: Sequence[int] | str | None = None,
+    size: int | str | tuple[int, int] | None = None,
+    report: Callable[[int], None] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    return {"count": count, "share": share, "cores": cores}
+
+
+KINDS = types_of(_takes)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"path": Path("a"), "paths": ["a", Path("b")]}, {"path": None, "paths": "a"}, {"share": 2, "count": 3},
+        {"cores": "0,1"}, {"cores": (0, 1)}, {"size": (3, 4)}, {"size": "3x4"}, {"report": print}, {"kind": "c"},
+    ],
+)  # fmt: skip
+def test_values_of_the_right_type_are_returned(given: dict[str, Any]) -> None:
+    assert check_types(KINDS, given) == given
+
+
+def test_numbers_of_numpy_become_those_of_python() -> None:
+    found = checked(_takes)(count=np.int64(3), share=np.float32(0.5), cores=[np.int32(1)])  # type: ignore[arg-type]
+    assert (type(found["count"]), type(found["share"]), type(found["cores"][0])) == (int, float, int)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"path": 5}, "path must be a path, got 5"),
+        ({"path": ""}, "path is an empty path: give a path, or . for the current folder"),
+        ({"paths": ["a", ""]}, "paths is an empty path: give a path, or . for the current folder"),
+        ({"paths": [5]}, "paths must be a path or a list of paths, got [5]"),
+        ({"count": "3"}, "count must be a whole number, got '3'"),
+        ({"count": True}, "count must be a whole number, got True"),
+        ({"count": 1.5}, "count must be a whole number, got 1.5"),
+        ({"share": "x"}, "share must be a number, got 'x'"),
+        ({"share": math.nan}, "share must be a finite number, got nan"),
+        ({"on": "no"}, "on must be true or false, got 'no'"),
+        ({"on": 1}, "on must be true or false, got 1"),
+        ({"kind": "d"}, "kind must be one of 'a', 'b', 'c', got 'd'"),
+        ({"cores": 0}, "cores must be a list of whole numbers or a string, got 0"),
+        ({"size": [3]}, "size must be a whole number, a string or a list of 2 whole numbers, got [3]"),
+        ({"report": "x"}, "report must be a function, got 'x'"),
+    ],
+)
+def test_other_values_are_refused_in_words(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        check_types(KINDS, given)
+    assert str(caught.value) == message
+
+
+TRAINED: dict[str, Any] = {"student": "test_resnet", "teacher": "ema", "data": "d", "out": "o"}
+WRONG: list[tuple[Callable[..., Any], dict[str, Any], list[tuple[str, Any]]]] = [
+    (
+        api.export,
+        {"student": "r", "format": "onnx"},
+        [
+            *(("max_drop", "1"), ("max_drop", math.nan), ("min_speedup", "1"), ("min_speedup", math.inf)),
+            *(
+                ("batch", "x"),
+                ("batch", [1]),
+                ("batch", True),
+                ("batch", 0),
+                ("size", "x"),
+                ("size", [32]),
+                ("opset", 99),
+            ),
+            *(("head", 5), ("test", 5), ("labels", 5), ("data", ""), ("out", ""), ("input_layout", 5)),
+            *(("int8", "no"), ("fp16", "no"), ("uint8_input", "no"), ("candidates", "3"), ("candidates", 0)),
+            *(("heal", "5"), ("heal", math.nan), ("heal", math.inf), ("heal", -1.0), ("heal", 1e9), ("heal", 5.0)),
+            *(("budget", -1.0), ("calibration_images", "300"), ("calibration_images", 0), ("judging_images", 15)),
+        ],
+    ),
+    (
+        api.evaluate,
+        {"models": "r"},
+        [
+            *(("threads", "2"), ("threads", 0), ("batch", "x"), ("test", 3), ("labels", 3), ("cache", 3)),
+            *(("lowshot", 5), ("lowshot", "1,x"), ("transfers", "cifar10=x"), ("transfers", ["no=x"])),
+        ],
+    ),
+    (
+        api.bench,
+        {"bundles": "b"},
+        [
+            *(
+                ("threads", "1"),
+                ("threads", 0),
+                ("processes", "1"),
+                ("processes", 1.5),
+                ("retries", "x"),
+                ("batch", "2"),
+            ),
+            *(("affinity", 0), ("affinity", "a"), ("affinity", "3-1"), ("affinity", [-1]), ("affinity", [])),
+            *(("data", 3), ("device", 3), ("python", 3), ("provider", "quantum"), ("profile", "slow")),
+        ],
+    ),
+    (api.report, {"folders": "r"}, [("budgets", 30), ("budgets", "30"), ("budgets", ["30ms"]), ("margin", "1")]),
+    (
+        api.distill,
+        TRAINED,
+        [
+            *(("workers", -1), ("workers", "2"), ("checkpoint_minutes", "x"), ("corrupt_budget", 2), ("keep", True)),
+            *(("probe_every", 1.5), ("data", ""), ("out", ""), ("init", 5)),
+        ],
+    ),
+    (api.open, {"folder": "r"}, [("threads", "2"), ("threads", 0), ("provider", 3)]),
+    (api.load, {}, [("run", 3), ("run", "")]),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "needed", "name", "value"), [(f, needed, *one) for f, needed, wrong in WRONG for one in wrong]
+)
+def test_every_function_refuses_wrong_arguments_in_one_line(
+    function: Callable[..., Any], needed: dict[str, Any], name: str, value: Any
+) -> None:
+    with pytest.raises(InputError) as caught:
+        function(**needed | {name: value})
+    said = str(caught.value)
+    assert name.split("_")[0].rstrip("s") in said.replace("low-shot", "lowshot") and "\n" not in said
+    assert "does not exist" not in said  # refused before anything was opened
+
+
+def test_the_api_takes_cores_as_the_command_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    from robx.runtime.bench import bench
+    from robx.runtime.bench.profiles import BenchSettings
+
+    seen: list[BenchSettings] = []
+    monkeypatch.setattr(bench, "bench", lambda settings, progress: seen.append(settings) or [])
+    for cores in ("0,2", "4-6", [0, 2], None):
+        api.bench("b", affinity=cores)
+    assert [one.affinity for one in seen] == [(0, 2), (4, 5, 6), (0, 2), None]
