@@ -1,10 +1,19 @@
-"""The benchmarks fit the code that they measure: each of them imports."""
+"""The benchmarks fit the code that they measure: each of them imports, and compares what it says."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from robx.distill.presets import QUICK
+from robx.distill.recipes import override, preset
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -16,3 +25,31 @@ def test_every_benchmark_imports() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def equal_compute(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("equal_compute")
+
+
+def test_the_comparison_at_equal_compute_runs_the_recipe_quick_itself(equal_compute: Any) -> None:
+    given = argparse.Namespace(student="resnet10t", size=64)
+    found = equal_compute.recipe_of(equal_compute.methods()["quick"], given, seed=3)
+    sizes = {"crop_size": 64, "local_crop_size": 32, "seed": 3, "precision": "bf16"}
+    assert override(found, {"epochs": 10}) == override(preset("swav", "cnn"), QUICK | sizes)
+
+
+def test_the_control_of_that_comparison_differs_only_by_the_prototypes(equal_compute: Any) -> None:
+    quick, control = (equal_compute.methods()[name].keys for name in ("quick", "control"))
+    changed = {key for key in quick if quick[key] != control[key]}
+    assert changed == {"fit_images"} and set(control) - set(quick) == {"prototype_weight"}
+
+
+def test_differences_are_paired_by_seed_and_image(equal_compute: Any) -> None:
+    """Two methods whose hits differ on every image by the same amount have an interval of no width."""
+    hits = np.random.default_rng(0).integers(0, 2, (3, 50)).astype(float)
+    same = equal_compute.difference(hits + 0.25, hits)
+    assert (same.value, same.low, same.high) == (25.0, 25.0, 25.0)
+    other = equal_compute.difference(np.random.default_rng(1).integers(0, 2, (3, 50)), hits)
+    assert other.low < other.value < other.high and other.high - other.low > 10
