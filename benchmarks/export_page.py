@@ -62,7 +62,7 @@ def write_down(rows: list[Row], missing: list[str], learnt: list[str], given: ar
             *dict.fromkeys(f"{r['student']}, {ENGINES[r['engine']]}: {r['note']}." for r in rows if r["note"]),
             *_warm_note(given.warm),
             *([CLIP_ART] if given.data is None else []),
-            *_held_out_note(given),
+            *held_out_note(given),
         ],
         settings={k: str(v) for k, v in vars(given).items() if k not in ("data", "out", "runs")},
     )
@@ -72,7 +72,7 @@ def _speed_rule(least: float) -> str:
     if least == 1:
         return "nothing slower than fp32 or fp16"
     if least < 0.1:
-        return "any speed, as the machine was too busy to time anything: accuracy alone decides here what ships"
+        return "any speed, as the machine was busy: timings decide only which candidate is judged first"
     return f"nothing below {least:g} times the speed of fp32 and fp16"
 
 
@@ -167,7 +167,8 @@ def _warm_note(names: list[str]) -> list[str]:
     ]
 
 
-def _held_out_note(given: argparse.Namespace) -> list[str]:
+def held_out_note(given: argparse.Namespace) -> list[str]:
+    """How many training images are judged instead, if any are."""
     counts = {"labelled": given.hold_out, "unlabelled": given.hold_out_unlabelled}
     said = " and ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
     if not said:
