@@ -8,14 +8,15 @@ import errno
 import importlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import click
 
-from robx import __version__
-from robx.errors import RobxError, first_line, is_exhausted, one_line
+from robx import __version__, interrupts
+from robx.errors import Interrupted, NoSpace, RobxError, first_line, is_exhausted, is_full, one_line
 
 # command -> (module, attribute, its line in `robx --help`); not importing them keeps start-up fast.
 COMMANDS = {
@@ -48,6 +49,7 @@ _REMEDIES = {
     errno.EROFS: "choose another folder",
     errno.ENOSPC: "free some space and run the same command again",
     errno.EDQUOT: "free some space and run the same command again",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
     errno.EIO: "check the disk",
     errno.ESTALE: "mount its file system again",
     errno.ENAMETOOLONG: "give a shorter name",
@@ -61,7 +63,7 @@ class LazyGroup(click.Group):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run the command line; closed standard streams are replaced first."""
-        with _open_streams():
+        with _open_streams(), interrupts.ended_by_signals():
             return super().main(*args, **extra)
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
@@ -98,34 +100,52 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, _, text) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; a RobxError becomes one line on standard error and its exit status."""
+        """Run a command; a RobxError becomes one line on standard error and its exit status, and so does a signal."""
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
+            interrupts.check()  # a library may have swallowed the interruption: the results are not to be trusted
             return result
-        except click.UsageError as error:
-            raise _one_line_usage(error, command=f"{ctx.command_path} {ctx.invoked_subcommand}") from error
-        except BrokenPipeError:
-            click.echo("robx: standard output was closed by the program that reads it: stopped", err=True)
-            _drop(sys.stdout)
-            ctx.exit(1)
-        except RobxError as error:
-            click.echo(f"robx: {one_line(str(error))}", err=True)
-            ctx.exit(error.exit_status)
-        except (click.exceptions.Exit, click.Abort, KeyboardInterrupt, SystemExit):
-            raise
-        except OSError as error:
-            if error.errno not in _REMEDIES:
-                raise
-            where = f"{os.fsdecode(error.filename)[:200]}: " if isinstance(error.filename, str | bytes) else ""
-            click.echo(f"robx: {one_line(f'{where}{error.strerror}: {_REMEDIES[error.errno]}')}", err=True)
-            ctx.exit(RobxError.exit_status)
         except BaseException as error:  # a library in Rust that runs out of memory panics, which is no Exception
-            if not is_exhausted(error):
-                raise
-            remedy = "free memory, raise the limit (ulimit -v, ulimit -u), or use a smaller batch and fewer threads"
-            click.echo(f"robx: not enough memory or threads ({one_line(first_line(error))}): {remedy}", err=True)
-            ctx.exit(RobxError.exit_status)
+            if isinstance(error, KeyboardInterrupt) or interrupts.arrived() is not None:
+                _fail(ctx, _interruption(ctx.invoked_subcommand or ""), Interrupted.exit_status)
+            _report(ctx, error)
+
+
+def _report(ctx: click.Context, error: BaseException) -> NoReturn:
+    """End with one line and the exit status of an error, or raise it again if it is a bug in robx."""
+    if isinstance(error, click.UsageError):
+        raise _one_line_usage(error, command=f"{ctx.command_path} {ctx.invoked_subcommand}") from error
+    if isinstance(error, BrokenPipeError):
+        _drop(sys.stdout)
+        _fail(ctx, "standard output was closed by the program that reads it: stopped", NoSpace.exit_status)
+    if isinstance(error, RobxError):
+        _fail(ctx, str(error), NoSpace.exit_status if is_full(error) else error.exit_status)
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        if is_full(error):
+            _drop(sys.stdout)  # what could not be written is still in its buffer
+        where = f"{os.fsdecode(error.filename)[:200]}: " if isinstance(error.filename, str | bytes) else ""
+        status = NoSpace.exit_status if is_full(error) else RobxError.exit_status
+        _fail(ctx, f"{where}{error.strerror}: {_REMEDIES[error.errno]}", status)
+    if is_exhausted(error) and not isinstance(error, click.exceptions.Exit | click.Abort | SystemExit):
+        remedy = "free memory, raise the limit (ulimit -v, ulimit -u), or use a smaller batch and fewer threads"
+        _fail(ctx, f"not enough memory or threads ({first_line(error)}): {remedy}", RobxError.exit_status)
+    raise error
+
+
+def _fail(ctx: click.Context, message: str, status: int) -> NoReturn:
+    click.echo(f"robx: {one_line(message)}", err=True)
+    ctx.exit(status)
+
+
+# Commands that keep what they have finished when they are interrupted.
+_RESUMES = ("distill", "export", "ship", "demo")
+
+
+def _interruption(command: str) -> str:
+    """What to say of a command that a signal ended; a KeyboardInterrupt without a noted signal was Ctrl-C."""
+    again = "run the same command to resume" if command in _RESUMES else "run the same command again"
+    return f"interrupted by {(interrupts.arrived() or signal.SIGINT).name}: {again}"
 
 
 class _UsageLine(click.UsageError):
@@ -224,8 +244,9 @@ def main() -> None:
     robx bench   runs/r18/openvino-int8
     robx report  runs/r18
 
-    Exit status: 0 success; 1 the output could not be written, or a bug in robx; 2 wrong input, with one line that
-    says what to do; 3 exported, but no candidate passed the gate; 75 interrupted, and the same command resumes.
+    Exit status: 0 success; 1 the output could not be written (no space left, or its reader has gone), or a bug in
+    robx; 2 wrong input, with one line that says what to do; 3 a gate or a check failed; 75 interrupted by a signal:
+    run the same command again.
     """
 
 

@@ -18,6 +18,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from robx import interrupts
 from robx.errors import duration, visible
 from robx.progress import Progress, silent
 
@@ -49,12 +50,15 @@ def _is_quiet() -> bool:
 
 @contextlib.contextmanager
 def progress_bar(*, quiet: bool = False) -> Iterator[Progress]:
-    """A Progress: a bar on a terminal, a line every 15 seconds elsewhere, nothing with --quiet or when `quiet`."""
+    """A Progress: a bar on a terminal, a line every 15 seconds elsewhere, nothing with --quiet or when `quiet`.
+
+    Each call ends the command if it was interrupted, even where a library has swallowed the interruption.
+    """
     console = Console(stderr=True)
     if quiet or _is_quiet():
-        yield silent
+        yield _interruptible(silent)
     elif not console.is_terminal:
-        yield _plain_lines()
+        yield _interruptible(_plain_lines())
     else:
         columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Bar(*columns, TextColumn("{task.description}"), console=console, transient=True) as bar:
@@ -66,7 +70,15 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Progress]:
                 # A total of 1 says nothing about the remaining time: show an indeterminate bar.
                 bar.update(task, completed=done, total=total if total > 1 else None, description=escape(visible(note)))
 
-            yield show
+            yield _interruptible(show)
+
+
+def _interruptible(progress: Progress) -> Progress:
+    def show(done: int, total: int, note: str) -> None:
+        interrupts.check()
+        progress(done, total, note)
+
+    return show
 
 
 def print_table(

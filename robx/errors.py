@@ -3,6 +3,7 @@
 RobxError                 one line that says what is wrong and what to do; exit status 2
 ├── InputError            a file, folder, name or option given by the user is wrong
 │   ├── NoSplit           the data do not have the requested split
+│   ├── NoSpace           the disk or the quota is full; exit status 1
 │   └── CorruptImage      an image cannot be decoded; skipped and counted, up to a limit
 │       └── UnreadableImage  the disk does not deliver an image; it may later
 ├── ArtifactError         a student, bundle, checkpoint or record is damaged, altered, or of a newer version
@@ -18,6 +19,8 @@ robx and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
 
 
@@ -33,6 +36,12 @@ class InputError(RobxError):
 
 class NoSplit(InputError):
     """The data do not have the requested split, and are otherwise sound."""
+
+
+class NoSpace(InputError):
+    """The disk, the quota or the limit on the size of files leaves no space for the output."""
+
+    exit_status = 1
 
 
 class CorruptImage(InputError):
@@ -85,6 +94,24 @@ _EXHAUSTED = (
 def is_exhausted(error: BaseException) -> bool:
     """Whether the machine, or a limit such as ``ulimit -v``, has run out of memory or threads."""
     return isinstance(error, MemoryError) or any(text in str(error) for text in _EXHAUSTED)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error is, or was caused by, a lack of space; libraries wrap the system's error or quote its words."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return any(
+        isinstance(one, NoSpace)
+        or (isinstance(one, OSError) and one.errno in _FULL)
+        or (not isinstance(one, RobxError) and os.strerror(errno.ENOSPC) in str(one))
+        for one in causes
+    )
 
 
 def one_line(text: str) -> str:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 from robx.console import print_line, print_table, progress_bar, quiet_option, say
 from robx.errors import GateFailed, InputError
 from robx.golden.compare import Comparison as PortComparison
-from robx.records import Bundle, Latency, Value, to_json
+from robx.records import Bundle, Latency, Value, load_bundle, to_json
 from robx.runtime.bench.ab import Comparison, compare
 from robx.runtime.bench.bench import bench as run_bench
 from robx.runtime.bench.native_runner import ABIS, native_folder
@@ -106,7 +105,7 @@ def bench(
         _print_comparisons(found, as_json=as_json)
         _refuse_invalid(found)
         return
-    with _ended_by_signals(), progress_bar(quiet=as_json) as progress:
+    with progress_bar(quiet=as_json) as progress:
         records = run_bench(settings, progress=progress)
     if as_json:
         for record in records:
@@ -177,36 +176,54 @@ def check(bundle: Path, array: Path, as_json: bool) -> None:
     Exit status 3 means that the array differs from the golden sample.
     """
     found = check_port(bundle, array)
-    mistake = found.explained_by
+    said, remedy = _explanation(found)
     if as_json:
-        fits = [{"mistake": f.mistake.name if f.mistake else None, "distance": f.distance} for f in found.fits]
-        said = {"said": mistake.said, "remedy": mistake.remedy} if mistake else {"said": None, "remedy": None}
-        told = {
-            "what": found.what,
-            "passes": found.passes,
-            "difference": _finite(found.difference),
-            **said,
-            "fits": fits,
-        }
-        click.echo(json.dumps({**told, "tolerance": found.tolerance, "note": found.note}))
+        fits = [{"mistake": f.mistake.name if f.mistake else None, "distance": _finite(f.distance)} for f in found.fits]
+        told = {"what": found.what, "passes": found.passes, "difference": _finite(found.difference)}
+        named = {"said": said or None, "remedy": remedy or None, "fits": fits}
+        click.echo(json.dumps({**told, **named, "tolerance": found.tolerance, "note": found.note}))
     else:
-        rows = [(f.mistake.said if f.mistake else "correct", f"{f.distance:.1e}") for f in found.fits[:4]]
-        print_table((f"{found.what}, closest answers", "distance"), rows, right=(1,))
+        if not found.not_finite:
+            rows = [(f.mistake.said if f.mistake else "correct", f"{f.distance:.1e}") for f in found.fits[:4]]
+            print_table((f"{found.what}, closest answers", "distance"), rows, right=(1,))
         if found.note:
             print_line(found.note)
     if not found.passes:
         raise GateFailed(_difference(array, found))
-    if not as_json:
-        harmless = f": {mistake.said}, which is harmless" if mistake else ""
-        print_line(f"{array}: the {found.what} matches the golden sample{harmless}")
+    if as_json:
+        return
+    if said:
+        print_line(f"{array}: the {found.what} matches the golden sample: {said}, which is harmless")
+    elif found.is_exact or found.what == "input":
+        print_line(f"{array}: the {found.what} matches the golden sample")
+    else:
+        print_line(
+            f"{array}: the {found.what} matches within the tolerance of {load_bundle(bundle).precision} "
+            f"({found.tolerance:g}), but not exactly: {found.difference:.1e} off, as on another processor, after a "
+            "slightly different resize, or from a model of another precision"
+        )
+
+
+def _explanation(found: PortComparison) -> tuple[str, str]:
+    """(what is wrong, what to do) of all mistakes that explain a difference equally well; empty where none does."""
+    mistakes = found.explanations
+    said = ", or ".join(mistake.said for mistake in mistakes)
+    return said, "; or ".join(dict.fromkeys(mistake.remedy for mistake in mistakes))
 
 
 def _difference(array: Path, found: PortComparison) -> str:
     """A line that names the mistake, or says that none is known."""
+    if found.not_finite:
+        advice = "try an fp32 bundle, and compare the input tensor with golden/input.npy"
+        return (
+            f"{array} differs from the golden {found.what}: it is not finite ({found.not_finite} values are NaN or "
+            f"infinity): {advice if found.what != 'input' else 'check how the pixels are computed'}"
+        )
     share = f" by {found.difference:.1e} of its length" if _finite(found.difference) else ""
     differs = f"{array} differs from the golden {found.what}{share} (tolerance {found.tolerance:.0e})"
-    if (mistake := found.explained_by) is not None:
-        return f"{differs}: {mistake.said}: {mistake.remedy}"
+    said, remedy = _explanation(found)
+    if said:
+        return f"{differs}: {said}: {remedy}"
     advice = (
         "compare the input tensor with golden/input.npy next" if found.what != "input" else "see the README's steps"
     )
@@ -248,7 +265,7 @@ def build(*, abi: str, runtimes: tuple[Path, ...], ndk: Path | None) -> None:
     Needs CMake and a C++17 compiler for the ABI. It replaces the runner and libraries built for that ABI before. robx
     downloads no library and contains none; docs/native-runner.md names the downloads.
     """
-    built = build_runner(abi, runtimes=runtimes, ndk=ndk)
+    built = build_runner(abi, runtimes=runtimes, ndk=ndk, say=say)
     print_line(f"{native_folder(abi)}: the native runner for {abi}")
     for library in built["libraries"]:
         version, size = library["version"] or "version unknown", library["bytes"] / 1e6
@@ -267,8 +284,7 @@ def doctor(device: str, runner: str | None, python: str | None, as_json: bool) -
     robx doctor
     robx doctor --device ssh://pi@raspberrypi
     """
-    with _ended_by_signals():
-        facts, findings = examine(device, runner=runner, python=python)
+    facts, findings = examine(device, runner=runner, python=python)
     if as_json:
         click.echo(json.dumps({"facts": facts, "findings": [asdict(finding) for finding in findings]}, indent=2))
         return
@@ -303,25 +319,6 @@ def _watched(watched: Mapping[str, bool]) -> str:
     unseen = [name for name in names if not watched[name]]
     seen = f"monitored during a bench: {', '.join(name for name in names if watched[name]) or 'nothing'}"
     return seen + (f"; not readable on this machine: {', '.join(unseen)}" if unseen else "")
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """End the command on SIGTERM and SIGHUP as on Ctrl-C: with its clean-up, so that nothing stays on the device."""
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
-
-    def end(number: int, _: object) -> None:
-        for other in numbers:
-            signal.signal(other, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
-        raise SystemExit(128 + number)
-
-    for number in numbers:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _refuse_invalid(found: Sequence[Latency | Comparison]) -> None:

@@ -13,7 +13,7 @@ import re
 import shutil
 import struct
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from email.parser import HeaderParser
 from importlib import metadata
@@ -83,7 +83,13 @@ class Found:
     source: str  # for messages
 
 
-def build(abi: str, *, runtimes: Sequence[str | Path] = (), ndk: str | Path | None = None) -> NativeBuild:
+def build(
+    abi: str,
+    *,
+    runtimes: Sequence[str | Path] = (),
+    ndk: str | Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> NativeBuild:
     """Build the runner for `abi` and replace what was built for it before.
 
     Args:
@@ -91,6 +97,7 @@ def build(abi: str, *, runtimes: Sequence[str | Path] = (), ndk: str | Path | No
         runtimes: files (.so, .whl, .aar) with the runtimes' libraries for `abi`; none: those of the packages installed
             here, if `abi` is this machine's.
         ndk: the folder of the Android NDK, for an Android ABI; None: the environment variable ANDROID_NDK_HOME.
+        say: called with a line before the compiler starts.
 
     Raises:
         InputError: an argument is not valid, or a compiler is missing; the message says how to install it.
@@ -104,6 +111,7 @@ def build(abi: str, *, runtimes: Sequence[str | Path] = (), ndk: str | Path | No
     options = _toolchain(abi, Path(ndk) if ndk is not None else None)
     place = native_folder(abi)
     place.parent.mkdir(parents=True, exist_ok=True)
+    say(f"building the native runner for {abi} with CMake: this takes a minute or more")
     with new_folder(place, ours=(NAME, INFO, *(library.file for library in LIBRARIES.values()))) as folder:
         _compile(options, folder / NAME)
         record = _record(abi, folder, found)
@@ -211,6 +219,8 @@ def _installed() -> Iterator[Found]:
 
 def _read_library(path: Path, abi: str) -> Found:
     """The library in a .so, .whl or .aar file."""
+    if not path.exists():
+        raise InputError(f"{path} does not exist: give a .so, .whl or .aar file")
     if path.suffix in (".whl", ".aar"):
         try:
             with zipfile.ZipFile(path) as archive:
@@ -268,11 +278,12 @@ def _check_binary(one: Found, abi: str) -> None:
     if len(data) < 64 or data[:6] != b"\x7fELF\x02\x01":
         raise InputError(f"{one.source} contains no 64-bit Linux or Android library: download the runtime for {abi}")
     (machine,) = struct.unpack_from("<H", data, 18)
-    glibc, android = b"\0libc.so.6\0" in data, abi == "arm64-v8a"
-    if machine != _MACHINES[abi] or glibc == android:
+    linux, android = b"\0libc.so.6\0" in data, b"\0libc.so\0" in data  # the names of glibc and of Android's bionic
+    other = linux if abi == "arm64-v8a" else android and not linux
+    if machine != _MACHINES[abi] or other:
         system = {62: "x86-64", 183: "arm64"}.get(machine, f"processor {machine}")
-        kind = f"{'Linux' if glibc else 'Android'} on {system}"
-        raise InputError(f"{one.source} is for {kind}, not for {abi}: download the runtime for {abi}")
+        kind = "Linux on " if linux else "Android on " if android else ""
+        raise InputError(f"{one.source} is for {kind}{system}, not for {abi}: download the runtime for {abi}")
 
 
 def _read(path: Path) -> bytes:

@@ -21,7 +21,7 @@ CROSSINGS = {
 # stage, or a room and all its modules.
 LAYERS = {
     "robx": (
-        ("errors", "progress", "console"),
+        ("errors", "progress", "interrupts", "console"),
         ("reporting",),
         ("store",),
         ("formats", "arguments"),

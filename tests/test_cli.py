@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from robx.cli import COMMANDS, main
+from robx.errors import ArtifactError, InputError, NoSpace, RobxError
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -160,6 +161,32 @@ def test_a_closed_standard_output_is_reported_on_standard_error() -> None:
     assert done.stderr == "robx: standard output is closed: what the command printed is lost\n"
     done = robx("inspect", "none", redirect=">&-")  # nothing was to be printed
     assert done.returncode == 2 and "none" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_under_standard_output_is_one_line_and_status_1() -> None:
+    done = robx("students", redirect=">/dev/full")
+    assert done.returncode == 1, done.stderr
+    assert done.stderr == "robx: No space left on device: free some space and run the same command again\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (NoSpace("no space left to write x: free some space"), 1),
+        (ArtifactError("the student cannot be exported (No space left on device): choose another student"), 1),
+        (InputError("another error"), 2),
+    ],
+)
+def test_no_space_is_status_1_whoever_reports_it(
+    monkeypatch: pytest.MonkeyPatch, error: RobxError, status: int
+) -> None:
+    def fail(path: object) -> None:
+        raise error from (RuntimeError("I/O error: No space left on device (os error 28)") if status == 1 else None)
+
+    monkeypatch.setattr("robx.records.load_bundle", fail)
+    result = CliRunner().invoke(main, ["inspect", "x"])
+    assert result.exit_code == status and result.stderr == f"robx: {error}\n"
 
 
 @pytest.mark.parametrize("redirect", ["2>&-", "2>/dev/full", "<&- 2>&-"])

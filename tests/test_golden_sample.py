@@ -16,7 +16,7 @@ from robx.golden.compare import compare
 from robx.golden.mistakes import variants
 from robx.golden.picture import draw_picture
 from robx.golden.sample import GoldenRecord, GoldenSample, encoded, model_input, read_sample, write_sample
-from robx.images.decode import centre_box, host_input, resized_size
+from robx.images.decode import centre_box, host_input, resize_and_crop, resized_size
 from robx.records import Bundle, Normalisation, Preprocessing, Student, TensorSpec, load_bundle
 
 PRE = Preprocessing(size=48, crop=40, interpolation="bicubic")
@@ -163,11 +163,49 @@ def test_logits_and_batches_are_recognised_by_their_width() -> None:
     assert compare(twice, sample, bundle).what == "embedding" and compare(twice, sample, bundle).passes
 
 
-@pytest.mark.parametrize(("array", "words"), [(np.zeros(7), "shape"), (np.full(8, np.nan), "NaN")])
-def test_an_array_that_cannot_be_an_answer_is_refused(array: np.ndarray, words: str) -> None:
+def test_every_row_of_a_batch_counts() -> None:
     bundle = bundle_of()
-    with pytest.raises(InputError, match=words):
-        compare(array, sample_of(bundle), bundle)
+    sample = sample_of(bundle)
+    names = [mistake.name for mistake in sample.record.mistakes]
+    batch = sample.outputs["embedding"][[0, 0, names.index("mirrored") + 1]]
+    found = compare(batch, sample, bundle)
+    assert not found.passes and found.explained_by is not None and found.explained_by.name == "mirrored"
+    assert "row 2 of 3" in found.note
+
+
+def test_mistakes_with_one_output_are_all_named() -> None:
+    bundle = bundle_of(precision="int8")
+    sample = sample_of(bundle)
+    rows = sample.outputs["embedding"].copy()
+    names = [mistake.name for mistake in sample.record.mistakes]
+    first, second = names.index("raw pixels") + 1, names.index("not scaled") + 1
+    rows[second] = rows[first]  # as when a layer saturates
+    found = compare(rows[first], dataclasses.replace(sample, outputs={"embedding": rows}), bundle)
+    assert [mistake.name for mistake in found.explanations] == ["raw pixels", "not scaled"]
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 3, 40, 40)])
+def test_an_array_that_is_not_finite_differs(shape: tuple[int, ...]) -> None:
+    bundle = bundle_of()
+    wrong = np.zeros(shape)
+    wrong.flat[3:5] = np.nan, np.inf
+    found = compare(wrong, sample_of(bundle), bundle)
+    assert not found.passes and found.not_finite == 2 and found.what == ("embedding" if len(shape) == 1 else "input")
+
+
+def test_an_array_of_another_size_is_refused() -> None:
+    bundle = bundle_of()
+    with pytest.raises(InputError, match="shape"):
+        compare(np.zeros(7), sample_of(bundle), bundle)
+
+
+@pytest.mark.parametrize("channels", ["RGB", "BGR"])
+def test_a_raw_camera_frame_is_named(channels: str) -> None:
+    bundle = bundle_of()
+    frame = resize_and_crop(draw_picture(PRE), PRE)
+    pixels = np.asarray(frame)[..., :: 1 if channels == "RGB" else -1]
+    found = compare(np.ascontiguousarray(pixels)[None], sample_of(bundle), bundle)  # uint8 (1, H, W, 3)
+    assert found.explained_by is not None and found.explained_by.name == f"raw frame, {channels}"
 
 
 def test_a_sample_survives_the_disk_and_damage_is_named(tmp_path: Path) -> None:

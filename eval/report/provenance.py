@@ -13,7 +13,7 @@ from robx.eval.report.rows import Row, headline_data, images_of
 from robx.eval.report.tables import Cell, Table
 from robx.eval.report.text import DASH, brief, figure
 from robx.image_size import plain_size
-from robx.records import Accuracy, Bundle, DataInfo, Latency
+from robx.records import Accuracy, Bundle, DataInfo, Latency, Student
 
 _NON_COMMERCIAL = re.compile(r"\bnc\b|non-?\s?commercial", re.IGNORECASE)
 _KINDS_OF_DATA = (
@@ -53,7 +53,7 @@ def licence_warnings(data: ReportData) -> list[str]:
 
 
 def data_notes(data: ReportData) -> list[str]:
-    """For each set of images: what it is not, and how many test images repeat a training image."""
+    """The licence of what each student was made from; what each set of images is not, and which test images repeat."""
     infos = [student.data for student in data.students.values() if student.data]
     infos += [record.data for _, record in data.accuracies]
     doubles = [(record.data.name, warning_in(record.settings)) for _, record in data.accuracies]
@@ -61,7 +61,20 @@ def data_notes(data: ReportData) -> list[str]:
     for info in infos:
         named.setdefault(info.name, {})[info] = None
     notes = [_data_note(name, list(found)) for name, found in named.items()]
+    notes = [
+        note for sha256, student in data.students.items() if (note := _licences(data.names[sha256], student))
+    ] + notes
     return notes + [f"{name}: {warning}." for name, warning in dict.fromkeys(doubles) if warning]
+
+
+def _licences(name: str, student: Student) -> str:
+    """The licences of what a student was made from, in a sentence; empty where nothing was recorded."""
+    found = [
+        f"the {what} {made.name} (licence: {made.licence.strip() or 'unknown'})"
+        for what, made in (("teacher", student.teacher), ("images", student.data))
+        if made is not None
+    ]
+    return f"{name} was made from {' and '.join(found)}." if found else ""
 
 
 def _data_note(name: str, infos: Sequence[DataInfo]) -> str:

@@ -246,7 +246,7 @@ def _device(
     here = [row for row in rows if row.device == advice.device]
     students = {row.student for row in here}
     references = [row for row in rows if row.format == "torch" and not row.device and row.student in students]
-    best = advice.best
+    best, nothing = advice.best, "no model fits" if advice.steps else "no recommendation"
     return {
         "id": f"device-{index}",
         "name": advice.device,
@@ -254,7 +254,7 @@ def _device(
         "why_none": None if best else _why_none(advice, here),
         "again": _again(here),
         "steps": [_step(step) for step in advice.steps],
-        "asked": [{"budget": f"{b:g} ms", "pick": row.label if row else "no model fits"} for b, row in advice.asked],
+        "asked": [{"budget": f"{b:g} ms", "pick": row.label if row else nothing} for b, row in advice.asked],
         "provisional": [_step(step) for step in advice.provisional if step.row],
         "pareto": pareto_figure(
             f"pareto-{index}", here, protocol=protocol, margin=margin, axis=axis, picked=best, device=advice.device

@@ -81,9 +81,11 @@ def _inline(svg: str, *, name: str, title: str, text: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     # matplotlib escapes < and > in text, so this matches tags only, never a user's text.
     svg = re.sub(r"<[^<>]+>", lambda tag: _own(tag.group(), name), svg)
-    box = re.search(r'viewBox="[^"]*"', svg)
+    box = re.search(r'viewBox="[^"]* ([0-9.]+) [0-9.]+"', svg)
+    # On a narrow screen the page does not shrink a figure below its natural width, or its text could not be read.
+    size = f'{box.group()} style="--natural: {float(box.group(1)):g}px"' if box else ""
     head = (
-        f'<svg {box.group() if box else ""} role="img" aria-labelledby="{name}-title {name}-desc" '
+        f'<svg {size} role="img" aria-labelledby="{name}-title {name}-desc" '
         f'xmlns="http://www.w3.org/2000/svg"><title id="{name}-title">{html.escape(title)}</title>'
         f'<desc id="{name}-desc">{html.escape(text)}</desc>'
     )

@@ -30,6 +30,7 @@ from robx.export.cache import Cache
 from robx.export.heal.images import HealingImages, read_healing_images
 from robx.export.image_splits import Splits
 from robx.int8_simulation import Int8Simulation
+from robx.interrupts import deferred
 from robx.progress import Progress, silent
 from robx.records import Healing, Json, Preprocessing, Student, from_json, to_json
 from robx.store.files import sha256_bytes
@@ -42,7 +43,7 @@ _WARM_UP = 0.05  # share of the schedule
 _SAVE_SECONDS = 20.0
 _MOST_MINUTES = 10_080  # a week
 _RANGE_IMAGES = 256
-_PACE_STEPS = 10  # how many recent steps tell the speed
+_PACE_STEPS = 10  # how many recent steps tell the speed and the loss
 _EVAL_BATCH = 32
 _NET, _ADAM = "network.", "adam."  # prefixes of tensors that are kept
 
@@ -139,6 +140,7 @@ class Plan:
     fraction: float = 0.0  # of the schedule
     seconds: float = 0.0  # spent so far
     shortened: bool = False
+    first_loss: float = 0.0  # the mean of the first steps' losses, as `_PACE_STEPS` says; for the user
 
     @property
     def steps(self) -> int:
@@ -149,8 +151,10 @@ class Plan:
         """A short linear warm-up, then a cosine to 0."""
         return min(1.0, (self.fraction + 1e-2) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * self.fraction))
 
-    def advance(self, seconds: float) -> None:
+    def advance(self, seconds: float, loss: float) -> None:
         """A step is done."""
+        if self.step < _PACE_STEPS:
+            self.first_loss += (loss - self.first_loss) / (self.step + 1)
         self.fraction += (1 - self.fraction) / self.left
         self.step, self.left, self.seconds = self.step + 1, self.left - 1, self.seconds + seconds
 
@@ -254,7 +258,7 @@ class _Work:
 
 
 def _train(work: _Work, keep: Callable[[], None], progress: Progress, say: Callable[[str], None]) -> None:
-    """Take the planned steps; `keep` saves the state every 20 seconds and when the user interrupts."""
+    """Take the planned steps; `keep` saves the state every 20 seconds and after the step in which a signal arrives."""
     plan, budget = work.plan, 60 * work.settings.minutes
     recent: deque[float] = deque(maxlen=_PACE_STEPS)
     losses: deque[float] = deque(maxlen=_PACE_STEPS)
@@ -262,16 +266,17 @@ def _train(work: _Work, keep: Callable[[], None], progress: Progress, say: Calla
     try:
         while plan.left:
             began = time.monotonic()
-            losses.append(work.learn())
-            if not math.isfinite(losses[-1]):
-                raise ArtifactError(f"healing diverged at step {plan.step + 1}: export without --heal")
-            plan.advance(time.monotonic() - began)
+            with deferred():  # half a step must not be kept
+                losses.append(work.learn())
+                if not math.isfinite(losses[-1]):
+                    raise ArtifactError(f"healing diverged at step {plan.step + 1}: export without --heal")
+                plan.advance(time.monotonic() - began, losses[-1])
             recent.append(time.monotonic() - began)
             if work.settings.steps is None and len(recent) == _PACE_STEPS and not plan.step % _PACE_STEPS:
                 planned = plan.steps
                 if plan.fit(budget, sum(recent) / len(recent)):
                     say(f"this machine has become slower: healing ends after {plan.steps} steps instead of {planned}")
-            note = f"healing, loss {sum(losses) / len(losses):.4f} (at first {work.loss_before:.4f})"
+            note = f"healing, loss {sum(losses) / len(losses):.4f} (first steps {plan.first_loss:.4f})"
             progress(plan.step, plan.steps, note)
             if plan.left and time.monotonic() - saved > _SAVE_SECONDS:
                 keep()

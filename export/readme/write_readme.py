@@ -98,6 +98,7 @@ def _view(bundle: Bundle, sample: GoldenSample) -> dict[str, Any]:
         "host_steps": host,
         "model_steps": inside,
         "pre": pre,
+        "max_aspect": MAX_ASPECT,
         "height": height,
         "width": width,
         "resizes": bundle.in_model is not None and bundle.in_model.resize,

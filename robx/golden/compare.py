@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from robx.records import Bundle
 _TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2, "int8": 1e-1}
 _INPUT_TOLERANCE = 2e-2  # about one of 255 levels in every pixel
 _FITS = 0.5  # a mistake explains a difference when it leaves at most this part of it
+_EQUAL = 1e-3  # mistakes explain a difference equally well when what they leave differs by at most this part of it
 _Answers = list[tuple[Mistake | None, np.ndarray]]  # None: the correct one
 
 
@@ -32,16 +34,25 @@ class Comparison:
     """What was compared and which answers it is close to, the closest first."""
 
     what: str  # "embedding", "logits" or "input"
-    difference: float  # from the golden sample, relative to its length
+    difference: float  # from the golden sample, relative to its length; infinite for NaN and infinity
     tolerance: float
     fits: tuple[Fit, ...]
     note: str = ""  # what was done to the array before the comparison
+    not_finite: int = 0  # how many values are NaN or infinity
 
     @property
     def explained_by(self) -> Mistake | None:
         """The mistake that explains the difference; None for a correct array, and where none does."""
+        return next(iter(self.explanations), None)
+
+    @property
+    def explanations(self) -> tuple[Mistake, ...]:
+        """All mistakes that explain the difference equally well: int8 saturates, and several may give one output."""
         best = self.fits[0]
-        return best.mistake if best.mistake is not None and best.distance <= _FITS * min(self.difference, 1) else None
+        if best.mistake is None or best.distance > _FITS * min(self.difference, 1):
+            return ()
+        most = best.distance + _EQUAL * min(self.difference, 1)
+        return tuple(fit.mistake for fit in self.fits if fit.mistake is not None and fit.distance <= most)
 
     @property
     def passes(self) -> bool:
@@ -50,34 +61,51 @@ class Comparison:
             return mistake.harmless
         return self.difference <= self.tolerance
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the difference is one that a float runtime has when it repeats a computation."""
+        return self.difference <= _TOLERANCE["fp32"]
+
+    def blamed_on(self, mistake: Mistake, distance: float) -> Comparison:
+        """The same with one more mistake, whose answer is `distance` away."""
+        fits = sorted((*self.fits, Fit(mistake=mistake, distance=distance)), key=lambda fit: fit.distance)
+        return dataclasses.replace(self, fits=tuple(fits), not_finite=0)
+
 
 def compare(array: np.ndarray, sample: GoldenSample, bundle: Bundle) -> Comparison:
     """Compare an array with the golden output that has its number of values, else with the golden input.
 
     Args:
-        array: the port's embedding or logits of the golden image, (width,) or (N, width), of which the first row is
-            taken; or its input tensor, in any shape.
+        array: the port's embedding or logits of the golden image, (width,) or (N, width), of which the row that
+            differs most counts; or its input tensor, in any shape.
         sample: the bundle's golden sample.
         bundle: the bundle.
 
     Raises:
-        InputError: NaN or infinity, or as many values as neither an output nor the input has.
+        InputError: as many values as neither an output nor the input has.
     """
-    if not np.isfinite(array).all():
-        count = int((~np.isfinite(array)).sum())
-        raise InputError(f"{count} of {array.size} values are NaN or infinity: check the input, and try fp32")
     given = array.astype(np.float64)
-    found = [
-        _compare_output(given, name, rows, sample, bundle)
-        for name, rows in sample.outputs.items()
-        if _has_rows(array, rows.shape[1])
-    ]
-    if found:
-        return min(found, key=lambda one: one.difference)
-    answers = _input_answers(sample, bundle, size=array.size)
-    if not answers:
+    outputs = {name: rows for name, rows in sample.outputs.items() if _has_rows(array, rows.shape[1])}
+    answers = [] if outputs else _input_answers(sample, bundle, size=array.size)
+    if not outputs and not answers:
         raise InputError(_wrong_size(array, sample))
+    if count := int((~np.isfinite(given)).sum()):
+        return Comparison(
+            what=next(iter(outputs), "input"),
+            difference=math.inf,
+            tolerance=_TOLERANCE[bundle.precision] if outputs else _INPUT_TOLERANCE,
+            fits=(Fit(mistake=None, distance=math.inf),),
+            not_finite=count,
+        )
+    if outputs:
+        found = [_compare_output(given, name, rows, sample, bundle) for name, rows in outputs.items()]
+        return min(found, key=lambda one: one.difference)
     return _closest("input", given.ravel(), answers, tolerance=_INPUT_TOLERANCE)
+
+
+def widths_of(sample: GoldenSample) -> set[int]:
+    """The numbers of values that an array to compare may have: those of an output and of the input."""
+    return {rows.shape[1] for rows in sample.outputs.values()} | {sample.inputs.size}
 
 
 def _has_rows(array: np.ndarray, width: int) -> bool:
@@ -87,12 +115,16 @@ def _has_rows(array: np.ndarray, width: int) -> bool:
 def _compare_output(
     given: np.ndarray, name: str, rows: np.ndarray, sample: GoldenSample, bundle: Bundle
 ) -> Comparison:  # fmt: skip
-    mine, answers, note = given.ravel()[: rows.shape[1]], rows.astype(np.float64), ""
-    if math.isclose(_length(mine), 1, abs_tol=1e-3) and not math.isclose(_length(answers[0]), 1, abs_tol=1e-2):
+    """Compare the row of a batch that differs most: every image of it is meant to be the golden one."""
+    batch, answers, notes = given.reshape(-1, rows.shape[1]), rows.astype(np.float64), []
+    if math.isclose(_length(batch[0]), 1, abs_tol=1e-3) and not math.isclose(_length(answers[0]), 1, abs_tol=1e-2):
         answers = answers / np.maximum(np.linalg.norm(answers, axis=1, keepdims=True), 1e-12)
-        note = "the output is L2-normalised and was compared with the normalised golden output"
+        notes.append("the output is L2-normalised and was compared with the normalised golden output")
+    worst = int(np.linalg.norm(batch - answers[0], axis=1).argmax())
+    if len(batch) > 1:
+        notes.append(f"row {worst} of {len(batch)} differs most and is shown: each must be of the golden image")
     named: _Answers = list(zip((None, *sample.record.mistakes), answers, strict=True))
-    return _closest(name, mine, named, tolerance=_TOLERANCE[bundle.precision], note=note)
+    return _closest(name, batch[worst], named, tolerance=_TOLERANCE[bundle.precision], note="; ".join(notes))
 
 
 def _closest(what: str, mine: np.ndarray, answers: _Answers, *, tolerance: float, note: str = "") -> Comparison:

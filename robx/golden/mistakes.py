@@ -60,7 +60,9 @@ def variants(image: Image.Image, bundle: Bundle) -> _Found:
             remedy=f"{swapped.remedy} and {mistake.remedy}",
         )
         yield both, turned[1].transpose(2, 0, 1)
-    yield _other_layout(normalise_pixels(right, host), "NCHW" if inside is None else inside.layout)
+    layout = "NCHW" if inside is None else inside.layout
+    yield _other_layout(normalise_pixels(right, host), layout)
+    yield from _raw_frames(right, host, layout=layout, takes=takes, uint8=uint8)
 
 
 def _array(image: Image.Image) -> np.ndarray:
@@ -72,6 +74,16 @@ def _geometries(image: Image.Image, pre: Preprocessing) -> _Found:
     height, width = pre.shape
     square, covered = height == width, f"{pre.size} x {round(pre.size * width / height)} pixels (height x width)"
     resize = f"resize the shorter side to {pre.size} pixels" if square else f"resize the image to cover {covered}"
+    box = centre_box(scaled := resized_size(image.size, pre), pre)
+    for kernel in ("lanczos", "hamming"):
+        yield (
+            Mistake(
+                name=kernel,
+                said=f"the resize is {kernel} instead of {pre.interpolation}",
+                remedy=f"resize with antialiased {pre.interpolation} interpolation",
+            ),
+            _array(image.resize(scaled, Image.Resampling[kernel.upper()]).crop(box)),
+        )
     other = dataclasses.replace(pre, interpolation="bilinear" if pre.interpolation == "bicubic" else "bicubic")
     yield (
         Mistake(
@@ -81,8 +93,7 @@ def _geometries(image: Image.Image, pre: Preprocessing) -> _Found:
         ),
         _array(resize_and_crop(image, other)),
     )
-    scaled = resized_size(image.size, pre)
-    left, top, right, bottom = centre_box(scaled, pre)
+    left, top, right, bottom = box
     for kernel in ("bilinear", "bicubic", "nearest"):
         said = (
             "the resize takes the nearest pixel" if kernel == "nearest" else f"the {kernel} resize has no antialiasing"
@@ -121,10 +132,7 @@ def _geometries(image: Image.Image, pre: Preprocessing) -> _Found:
         ),
         _array(_letterbox(image, (width, height), _filter(pre))),
     )
-    yield (
-        Mistake(name="upside down", said="the image is upside down", remedy="give its rows from top to bottom"),
-        _array(resize_and_crop(image, pre))[::-1],
-    )
+    yield from _turned(_array(resize_and_crop(image, pre)))
     bands = [np.asarray(band.convert("F").resize(scaled, _filter(pre))) for band in image.split()]
     yield (
         Mistake(
@@ -149,9 +157,23 @@ def _before_a_resizing_model(image: Image.Image, pre: Preprocessing) -> _Found:
         Mistake(name="cropped twice", said="the image was resized and cropped before the model", remedy=remedy),
         _array(resize_and_crop(image, pre)),
     )
+    yield from _turned(_array(image))
+
+
+def _turned(pixels: np.ndarray) -> _Found:
+    """Pixels (H, W, 3) in another order, of the same shape."""
     yield (
         Mistake(name="upside down", said="the image is upside down", remedy="give its rows from top to bottom"),
-        _array(image)[::-1],
+        pixels[::-1],
+    )
+    yield Mistake(name="mirrored", said="the image is mirrored", remedy="do not flip it"), pixels[:, ::-1]
+    yield (
+        Mistake(
+            name="transposed",
+            said="height and width are swapped",
+            remedy="give the pixels row by row, from left to right",
+        ),
+        np.ascontiguousarray(pixels.transpose(1, 0, 2)).reshape(pixels.shape),
     )
 
 
@@ -190,6 +212,26 @@ def _other_layout(images: np.ndarray, layout: str) -> tuple[Mistake, np.ndarray]
     if layout == "NCHW":
         return mistake, np.ascontiguousarray(images.transpose(1, 2, 0)).reshape(3, height, width)
     return mistake, images.reshape(height, width, 3).transpose(2, 0, 1)
+
+
+def _raw_frames(pixels: np.ndarray, pre: Preprocessing, *, layout: str, takes: str, uint8: bool) -> _Found:
+    """Frames as cameras and OpenCV have them, pixels (H, W, 3) in the other layout, given to the model as they are."""
+    if uint8:  # in the same order of channels it is `_other_layout`
+        frames = {"BGR" if takes == "RGB" else "RGB": normalise_pixels(pixels[..., ::-1], pre)}
+    else:
+        frames = {"RGB": pixels.transpose(2, 0, 1), "BGR": pixels[..., ::-1].transpose(2, 0, 1)}
+    for channels, values in frames.items():
+        plain, wrong = _other_layout(values, layout)
+        said = f"{plain.said}, with the channels in the order {channels}" + ("" if uint8 else " and pixels 0..255")
+        remedy = "normalise the pixels and " if not uint8 else ""
+        yield (
+            Mistake(
+                name=f"raw frame, {channels}",
+                said=said,
+                remedy=f"{remedy}give them as {takes}, {layout}",
+            ),
+            wrong,
+        )
 
 
 def _filter(pre: Preprocessing) -> Image.Resampling:

@@ -11,6 +11,7 @@ logits.npy, mistakes-logits.npy     the same of the logits, where the bundle has
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,15 +122,30 @@ def _rows(folder: Path, name: str, record: GoldenRecord) -> np.ndarray:
 
 
 def load_array(path: Path) -> np.ndarray:
-    """The array of an ``.npy`` file; nothing in it is executed.
+    """The array of an ``.npy`` file of a bundle; nothing in it is executed.
 
     Raises:
         ArtifactError: it cannot be read, or is not such a file.
     """
+    return parse_array(read_bytes(path), where=str(path))
+
+
+def parse_array(data: bytes, *, where: str) -> np.ndarray:
+    """The array in the bytes of an ``.npy`` file; nothing in it is executed.
+
+    Raises:
+        ArtifactError: they are not such a file, or it is truncated; the message begins with `where`.
+    """
+    file = io.BytesIO(data)
     try:
-        array: np.ndarray = np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
+        version = np.lib.format.read_magic(file)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = header(file)  # before numpy allocates what a damaged header asks for
+        if math.prod(shape) * dtype.itemsize > len(data) - file.tell() and not dtype.hasobject:
+            raise ValueError(f"its header says {math.prod(shape)} values, and it is too short for them")
+        array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise ArtifactError(f"{path} is not an .npy file of numbers ({error}): write it with numpy.save") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
-        raise ArtifactError(f"{path} does not hold one array of numbers: write it with numpy.save")
+        raise ArtifactError(f"{where} is not an .npy file of numbers ({error}): write it with numpy.save") from error
+    if array.dtype.kind not in "fiu":
+        raise ArtifactError(f"{where} does not hold one array of numbers: write it with numpy.save")
     return array

@@ -343,6 +343,7 @@ def _student_state(folder: Path) -> dict[str, Any]:
 def _bundle_state(folder: Path) -> dict[str, Any]:
     bundle = load_bundle(folder)
     said = f"{folder}: {bundle.format} {bundle.precision}, {bundle.bytes / 1e6:.1f} MB: {bundle.verdict}"
+    said += f" ({bundle.reason})" if bundle.reason and bundle.verdict != "PASS" else ""
     return {"folder": str(folder), "id": bundle.id, "said": said}
 
 
@@ -362,4 +363,5 @@ def _bundle_is(result: Any) -> bool:
 
 def _latency(folder: Path, record: Latency) -> str:
     p50 = record.values.get("p50")
-    return f"{folder.name} {'' if p50 is None else f'p50 {p50.value:.2f} ms, '}{record.verdict}"
+    why = f" ({'; '.join(record.reasons)})" if record.reasons else ""
+    return f"{folder.name} {'' if p50 is None else f'p50 {p50.value:.2f} ms, '}{record.verdict}{why}"

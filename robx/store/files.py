@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from robx.errors import ArtifactError, InputError, RobxError
+from robx.errors import ArtifactError, InputError, NoSpace, RobxError
 from robx.store.dataclass_json import parse_json
 
 # No manifest, record or recipe is larger.
@@ -239,16 +239,16 @@ def verify_file(folder: Path, name: str, sha256: str, *, size: int | None = None
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Raise InputError if the file system of `folder` has fewer than `needed` bytes free."""
+    """Raise NoSpace if the file system of `folder` has fewer than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise InputError(f"{folder} has {free / 1e6:.0f} MB free and {needed / 1e6:.0f} MB are needed: free some space")
+        raise NoSpace(f"{folder} has {free / 1e6:.0f} MB free and {needed / 1e6:.0f} MB are needed: free some space")
 
 
 def unwritable(path: Path, error: OSError) -> RobxError:
     """The RobxError for an OSError raised while writing `path`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return InputError(f"no space left to write {path}: free some space and run the same command again")
+        return NoSpace(f"no space left to write {path}: free some space and run the same command again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return InputError(f"{path} cannot be written ({error.strerror}): choose another folder or fix its permissions")
     return InputError(f"{path} cannot be written: {error.strerror or error}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import io
 import re
 import shlex
 import tomllib
@@ -30,8 +31,9 @@ from robx import api
 from robx.cli import main
 from robx.distill.recipes import Recipe
 from robx.image_size import at_size
-from robx.images.decode import preprocess
+from robx.images.decode import decode, preprocess
 from robx.records import load_bundle, load_measurements, to_json
+from tests.odd_pictures import odd_pictures
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -301,11 +303,22 @@ def test_a_bundle_runs_without_robx(world: set[str]) -> None:
     square = load_bundle(Path("runs/r18/onnx-fp32")).preprocessing
     for wanted in (square, at_size(square, (48, 20)), at_size(square, (20, 48))):
         found["steps"] = to_json(wanted)
-        for size in ((50, 40), (33, 77), (40, 40), (300, 31)):
+        for size in ((50, 40), (33, 77), (40, 40), (300, 31), (640, 31)):
             pixels = np.random.default_rng(3).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
             Image.fromarray(pixels).save("odd.png")
             expected = preprocess(Image.fromarray(pixels), wanted)[None]
             np.testing.assert_allclose(found["preprocess"]("odd.png"), expected, rtol=0, atol=1e-6)
+
+
+def test_the_decoding_that_is_printed_is_that_of_robx() -> None:
+    """The function in docs/bundle.md on images that are not plain RGB."""
+    snippet = next(b for b in blocks(ROOT / "docs" / "bundle.md") if b.language == "python")
+    (function,) = re.findall(r"^def decode\(.*?\n\n\n", snippet.text, flags=re.MULTILINE | re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(f"import numpy as np\nfrom PIL import Image, ImageOps\n{function}", found)
+    for what, data in odd_pictures():
+        mine, expected = found["decode"](io.BytesIO(data)), decode(data, name=what)
+        assert mine.size == expected.size and mine.tobytes() == expected.tobytes(), what
 
 
 def test_a_student_loads_into_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from robx.cli import main
 from robx.errors import InputError
 from robx.export.build import ExportSettings, export
 from robx.export.readme.write_readme import preprocessing_steps, readme
@@ -21,6 +24,7 @@ from robx.formats import FORMATS
 from robx.golden.sample import read_sample
 from robx.records import Bundle, BundleFile, DataInfo, Preprocessing, TeacherInfo, load_bundle
 from robx.runtime.check import check
+from tests.odd_pictures import odd_pictures
 
 HEADERS = Path(__file__).parent / "include"
 # Import of any of these fails, as on a machine that has the runtime alone.
@@ -56,6 +60,28 @@ def test_the_python_code_runs_in_the_bundle_with_the_runtime_alone(name: str, bu
     output = np.load(folder / "my_output.npy")
     np.testing.assert_allclose(output, np.load(folder / "golden" / "output.npy"), rtol=1e-5, atol=1e-5)
     assert check(folder, folder / "my_output.npy").passes
+
+
+def test_the_python_code_gives_what_robx_run_gives_for_odd_images(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code as printed, on images that are not plain RGB, in place of the golden one."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundles["onnx"], folder)
+    (code,) = _blocks(folder, "python")
+    program = compile(code, "README.md", "exec")
+    monkeypatch.chdir(folder)
+    names = {}
+    for number, (what, data) in enumerate(odd_pictures()):
+        (tmp_path / f"{number}.png").write_bytes(data)
+        names[str(tmp_path / f"{number}.png")] = what
+    done = CliRunner().invoke(main, ["run", str(bundles["onnx"]), *names])
+    expected = {line["image"]: line["embedding"] for line in map(json.loads, done.stdout.splitlines())}
+    assert expected.keys() == names.keys(), done.stderr
+    for path, what in names.items():
+        shutil.copy(path, "golden/image.png")
+        exec(program, {})
+        np.testing.assert_allclose(np.load("my_output.npy")[0], expected[path], rtol=1e-4, atol=1e-5, err_msg=what)
 
 
 @pytest.mark.parametrize("name", ["onnx", "openvino"])

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def elf(machine, *, glibc, version=b""):
     """The parts of a shared library that are looked at."""
     header = b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HH", 3, machine) + bytes(44)
-    return header + (b"\0libc.so.6\0" if glibc else b"\0libc.so\0") + version + bytes(64)
+    return header + {True: b"\0libc.so.6\0", False: b"\0libc.so\0", None: b""}[glibc] + version + bytes(64)
 
 
 LINUX_ARM, ANDROID = elf(183, glibc=True), elf(183, glibc=False)
@@ -97,7 +97,9 @@ def test_an_android_archive_and_the_ndk(compiled, tmp_path):
 def test_a_library_says_its_version(compiled, tmp_path):
     path = tmp_path / "libonnxruntime.so"
     path.write_bytes(elf(183, glibc=True, version=b"\0VERS_1.25.1\0"))
-    assert build("linux-arm64", runtimes=[path])["libraries"][0]["version"] == "1.25.1"
+    said = []
+    assert build("linux-arm64", runtimes=[path], say=said.append)["libraries"][0]["version"] == "1.25.1"
+    assert said == ["building the native runner for linux-arm64 with CMake: this takes a minute or more"]
 
 
 def test_a_second_build_replaces_the_first(compiled, tmp_path):
@@ -112,6 +114,8 @@ def test_a_second_build_replaces_the_first(compiled, tmp_path):
     [
         ("linux-arm64", "libonnxruntime.so", ANDROID, "is for Android on arm64, not for linux-arm64"),
         ("linux-arm64", "libonnxruntime.so", elf(62, glibc=True), "is for Linux on x86-64, not for linux-arm64"),
+        ("linux-arm64", "libonnxruntime.so", elf(62, glibc=None), "is for x86-64, not for linux-arm64"),
+        ("arm64-v8a", "libonnxruntime.so", LINUX_ARM, "is for Linux on arm64, not for arm64-v8a"),
         ("linux-arm64", "libonnxruntime.so", b"text", "contains no 64-bit Linux or Android library"),
         ("linux-arm64", "libc.so", LINUX_ARM, "give libonnxruntime.so or libLiteRt.so"),
         ("linux-arm64", "some.whl", b"no zip", "cannot be read"),
@@ -138,7 +142,7 @@ def test_what_is_missing_is_named(compiled, shims, tmp_path, monkeypatch):
         build("arm64-v8a", runtimes=[android], ndk=tmp_path)
     with pytest.raises(InputError, match="--ndk has no effect"):
         build("linux-arm64", ndk=tmp_path)
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="does not exist: give a"):
         build("linux-arm64", runtimes=[tmp_path / "no" / "libLiteRt.so"])
     with pytest.raises(InputError, match="two libraries of onnxruntime"):
         build("linux-arm64", runtimes=[tmp_path / "libonnxruntime.so"] * 2)

@@ -72,7 +72,7 @@ def test_a_full_disk_gives_a_one_line_error(tmp_path: Path) -> None:
     path = tmp_path / "big"
     path.write_bytes(b"old")
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert "no space left to write" in done.stdout
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["big"]

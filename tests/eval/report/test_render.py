@@ -23,6 +23,7 @@ from robx.eval.report import collect as collecting
 from robx.eval.report.collect import ReportData, Run, collect
 from robx.eval.report.figures import latency_figures
 from robx.eval.report.plots import longest
+from robx.eval.report.recommend import Budget
 from robx.eval.report.render import make_pages, render
 from robx.eval.report.rows import build_rows
 from robx.eval.report.text import at_most, clean, number
@@ -409,6 +410,9 @@ def test_a_device_of_unstable_figures_gets_a_page_that_says_so_and_shows_them_ma
     assert re.search(rf'class="n shaky"[^>]*>\s*<span class="v">{latency.values["p50"].value:.2f} ms', pages.html)
     assert json.loads(pages.json)["devices"][0]["recommended"] is None
     assert f"UNSTABLE {latency.values['p50'].value:.2f} ms" in pages.markdown
+    asked = make_pages(collect([tmp_path]), budgets=[Budget(ms=12)])
+    assert "12 ms (requested) no recommendation" in " ".join(Page(asked.html).text.split())
+    assert "| 12 ms (requested) | no recommendation |" in asked.markdown
 
 
 def test_an_invalid_latency_is_struck_and_in_no_figure(records, tmp_path):
@@ -513,6 +517,14 @@ def test_licences_and_images_are_said_plainly(pages):
     assert "clip art: drawings, not natural photographs, and not ImageNet" in text
     assert "candidates" in text.lower() and "loses more than 1 point" in text
     assert "the device has no energy counter (RAPL)" in text
+
+
+def test_the_licences_of_teacher_and_images_are_listed_even_if_they_forbid_nothing(records):
+    student = records.student_of("resnet18", b"x")
+    student = replace(student, teacher=replace(student.teacher, name="t", licence="Apache-2.0"))
+    student = replace(student, data=replace(student.data, name="pets", licence=""))
+    text = Page(make_pages(ReportData(runs=(Run(folder="r", student=student),))).html).text
+    assert "was made from the teacher t (licence: Apache-2.0) and the images pets (licence: unknown)." in text
 
 
 @pytest.mark.parametrize(

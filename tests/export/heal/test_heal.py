@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from robx.export.int8 import by_onnxruntime, ranges
 from robx.export.int8.candidate import Candidate
 from robx.export.onnx_run import run_model
 from robx.export.request import ExportTarget
+from robx.interrupts import ended_by_signals
 from robx.records import Preprocessing, Student, load_bundle, load_student
 from robx.trunk import load_trunk
 
@@ -118,6 +121,38 @@ def test_an_interrupted_healing_continues_to_the_same_bits(
         assert torch.equal(mine, other)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_of_a_step_waits_for_its_end(
+    number: signal.Signals, model: ExportModel, student: Student, splits: Splits, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Half a step that was kept would be taken twice: the optimiser changes one tensor after another."""
+    whole = _heal(model, student, splits, tmp_path / "whole", settings={"steps": 2})
+    backward, calls = torch.Tensor.backward, list[int]()
+
+    def interrupted(tensor: torch.Tensor) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            signal.raise_signal(number)
+        backward(tensor)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt), ended_by_signals():
+        patched.setattr(torch.Tensor, "backward", interrupted)
+        _heal(model, student, splits, tmp_path / "cut", settings={"steps": 2})
+    lines = list[str]()
+    resumed = _heal(model, student, splits, tmp_path / "cut", settings={"steps": 2}, say=lines.append)
+    assert lines == ["healing continues after step 1 of 2"] and resumed.sha256 == whole.sha256
+
+
+def test_the_progress_compares_the_loss_with_that_of_the_first_steps(
+    model: ExportModel, student: Student, splits: Splits, tmp_path: Path
+) -> None:
+    notes = list[str]()
+    _heal(model, student, splits, tmp_path, settings={"steps": 3}, progress=lambda _, __, note: notes.append(note))
+    found = [re.findall(r"loss ([0-9.]+) \(first steps ([0-9.]+)\)", note) for note in notes]
+    assert [mean == first for ((mean, first),) in filter(None, found)] == [True] * 3  # of the same crops
+
+
 def test_a_damaged_state_is_not_continued(model: ExportModel, student: Student, splits: Splits, tmp_path: Path) -> None:
     first = _heal(model, student, splits, tmp_path, settings={"steps": 1})
     (kept,) = tmp_path.glob("*.safetensors")
@@ -188,7 +223,7 @@ def test_the_plan_ends_within_its_budget_and_with_a_small_step() -> None:
     while plan.left:
         factors.append(plan.lr_factor())
         seconds = 1.0 if plan.step < 20 else 3.0  # the machine becomes slower
-        plan.advance(seconds)
+        plan.advance(seconds, 0.0)
         spent += seconds
         if plan.left:
             plan.fit(100.0, seconds)
@@ -198,7 +233,7 @@ def test_the_plan_ends_within_its_budget_and_with_a_small_step() -> None:
 
 def test_a_plan_is_not_lengthened() -> None:
     plan = Plan(left=10)
-    plan.advance(0.001)
+    plan.advance(0.001, 0.0)
     assert not plan.fit(1000.0, 0.001) and plan.left == 9
 
 
