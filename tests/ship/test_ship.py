@@ -427,3 +427,19 @@ def test_values_survive_toml(value: Any) -> None:
         assert math.isnan(found)
     elif "nan" not in repr(value):
         assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(("verdict", "shown"), [("INCONCLUSIVE", True), ("PASS", False)])
+def test_the_line_of_a_bundle_gives_the_reason_of_a_verdict_that_did_not_pass(
+    verdict: Any, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = load_bundle(Path(__file__).parents[1] / "golden" / "bundle-1")
+    judged = replace(bundle, verdict=verdict, reason="the interval is too wide")
+    monkeypatch.setattr(module, "load_bundle", lambda _: judged)
+    said = module._bundle_state(Path("b"))["said"]
+    assert said.endswith(f": {verdict} (the interval is too wide)" if shown else f": {verdict}")
+
+
+def test_the_line_of_a_latency_gives_the_reasons_of_an_unstable_one() -> None:
+    record: Any = SimpleNamespace(values={}, verdict="UNSTABLE", reasons=("background_load: 80 % of a core",))
+    assert module._latency(Path("b"), record) == "b UNSTABLE (background_load: 80 % of a core)"
