@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from robx.console import hints, print_line, print_table, progress_bar, quiet_option, say
+from robx.console import PathType, hints, print_line, print_table, progress_bar, quiet_option, say
 from robx.distill.presets import NAMED, ROB
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 _OBJECTIVES = click.Choice(list(ROB))
 _POSITIVE = click.FloatRange(0, min_open=True)
-_FILE = click.Path(path_type=Path, dir_okay=False)
-_FOLDER = click.Path(path_type=Path, file_okay=False)
+_FILE = PathType(dir_okay=False)
+_FOLDER = PathType(file_okay=False)
 
 
 @click.command()
@@ -28,7 +28,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--teacher-mean", type=float, nargs=3, metavar="R G B", help="Pixel mean (0 to 1) of its training.")
 @click.option("--teacher-std", type=float, nargs=3, metavar="R G B", help="Pixel standard deviation of its training.")
 @click.option("--student", metavar="NAME", multiple=True, help="Any timm model; several students share one teacher.")
-@click.option("--data", type=click.Path(path_type=Path), help="Images: a folder, tar shards, IDX or CIFAR arrays.")
+@click.option("--data", type=PathType(), help="Images: a folder, tar shards, IDX or CIFAR arrays.")
 @click.option("--image-member", metavar="NAME", help="Image of a tar sample that has several, such as rgb.jpg.")
 @click.option("--out", type=_FOLDER, help="Output folder; an unfinished run in it is resumed.")
 @click.option("--objective", type=_OBJECTIVES, help="Default: the method that pretrained the teacher, else msn.")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from robx.console import print_line, print_table, progress_bar, quiet_option, say
+from robx.console import PathType, print_line, print_table, progress_bar, quiet_option, say
 from robx.errors import RobxError
 from robx.records import Accuracy, Fidelity, Measurement, Value
 
@@ -15,16 +15,16 @@ from robx.records import Accuracy, Fidelity, Measurement, Value
 
 
 @click.command(name="eval")
-@click.argument("folders", metavar="RUN|BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("folders", metavar="RUN|BUNDLE...", nargs=-1, required=True, type=PathType())
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=PathType(),
     help="Labelled images: a folder with train/ and test/, shards, IDX, CIFAR.",
 )
-@click.option("--test", type=click.Path(path_type=Path), help="Test set, if --data holds training images only.")
+@click.option("--test", type=PathType(), help="Test set, if --data holds training images only.")
 @click.option(
     "--labels",
-    type=click.Path(path_type=Path),
+    type=PathType(),
     help="CSV file with a path and a label per line, for --data and --test.",
 )
 @click.option(
@@ -37,9 +37,7 @@ from robx.records import Accuracy, Fidelity, Measurement, Value
 @click.option(
     "--lowshot", metavar="SIZES", help="Low-shot accuracy (MSN): images per class and shares, e.g. 1,2,5,1%,10%."
 )
-@click.option(
-    "--lowshot-splits", type=click.Path(path_type=Path), help="Folder of the published imagenet_subsets lists."
-)
+@click.option("--lowshot-splits", type=PathType(), help="Folder of the published imagenet_subsets lists.")
 @click.option(
     "--transfer",
     "transfers",
@@ -48,20 +46,18 @@ from robx.records import Accuracy, Fidelity, Measurement, Value
     help="Linear evaluation on cifar10, cifar100, inat18, clevr_count, ...; may be repeated.",
 )
 @click.option("--fidelity", is_flag=True, help="Compare bundles with their fp32 student on the same images.")
-@click.option(
-    "--reference", type=click.Path(path_type=Path), help="Folder of the fp32 student, if it is not the bundle's parent."
-)
+@click.option("--reference", type=PathType(), help="Folder of the fp32 student, if it is not the bundle's parent.")
 @click.option("--margin", default=1.0, show_default=True, help="Accuracy drop that --fidelity accepts, in points.")
 @click.option("--cached", is_flag=True, help="Train linear heads on features extracted once: faster, another protocol.")
 @click.option(
     "--save-head",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=PathType(dir_okay=False),
     help="Train a linear head on the embedding and save it for robx export --head.",
 )
 @click.option("--device", metavar="NAME", help="Device of the models and of kNN: cpu, cuda, ... Default: the engine's.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of the model. Default: all processors.")
 @click.option("--batch", default=64, show_default=True, type=click.IntRange(1), help="Batch size.")
-@click.option("--cache", type=click.Path(path_type=Path), help="Folder for extracted features.")
+@click.option("--cache", type=PathType(), help="Folder for extracted features.")
 @click.option("--no-cache", is_flag=True, help="Neither read nor write extracted features.")
 @quiet_option
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON lines instead of a table.")
@@ -162,13 +158,13 @@ def _cell(value: Value) -> str:
 
 
 @click.command()
-@click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=PathType())
 @click.option(
     "-o",
     "--out",
     default="report.html",
     show_default=True,
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=PathType(dir_okay=False),
     help="The page to write.",
 )
 @click.option(

@@ -124,6 +124,17 @@ class ExportSettings:
         return self._folder(self.target.format, self.target.precision)
 
     @property
+    def possible_folders(self) -> tuple[Path, ...]:
+        """Where a bundle may be written: as requested, or as the float model that ships if no candidate passes."""
+        precisions = {"fp32": ("fp32",), "fp16": ("fp16", "fp32"), "int8": ("int8", "fp16", "fp32")}
+        return tuple(self._folder(self.target.format, one) for one in precisions[self.target.precision])
+
+    def same_float_model(self, other: ExportSettings) -> bool:
+        """Whether both make the same model but for its precision."""
+        plain = [dataclasses.replace(one.target, precision="fp32") for one in (self, other)]
+        return plain[0] == plain[1] and (self.run, self.head) == (other.run, other.head)
+
+    @property
     def sizes(self) -> SplitSizes:
         """How many images the export reads; parity of an fp32 model takes only 16."""
         if self.target.precision == "fp32" and not self.sensitivity:

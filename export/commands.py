@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from robx.console import print_line, print_table, progress_bar, quiet_option, say
+from robx.console import PathType, print_line, print_table, progress_bar, quiet_option, say
 from robx.errors import InputError
 from robx.formats import FORMATS
 
@@ -16,18 +16,16 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PathType())
 @click.option("--format", "fmt", type=click.Choice(list(FORMATS)), required=True, help="Format to export to.")
 @click.option("--fp16", is_flag=True, help="Half-precision weights; inputs and outputs stay float32.")
 @click.option("--int8", is_flag=True, help="Search for an int8 model that is accurate and not slower.")
-@click.option("--data", type=click.Path(path_type=Path), help="Images: calibration from train/, judging from test/.")
-@click.option("--test", type=click.Path(path_type=Path), help="Judging images, where --data has training images only.")
-@click.option(
-    "--labels", type=click.Path(path_type=Path), help="CSV file of path,label, for images without class folders."
-)
+@click.option("--data", type=PathType(), help="Images: calibration from train/, judging from test/.")
+@click.option("--test", type=PathType(), help="Judging images, where --data has training images only.")
+@click.option("--labels", type=PathType(), help="CSV file of path,label, for images without class folders.")
 @click.option("--image-member", metavar="NAME", help="Image of a tar sample that has several, such as rgb.jpg.")
-@click.option("--out", type=click.Path(path_type=Path), help="Bundle folder. [default: RUN/<format>-<precision>]")
-@click.option("--head", type=click.Path(path_type=Path), help="Linear head to append; adds the output logits.")
+@click.option("--out", type=PathType(), help="Bundle folder. [default: RUN/<format>-<precision>]")
+@click.option("--head", type=PathType(), help="Linear head to append; adds the output logits.")
 @click.option("--max-drop", default=1.0, show_default=True, help="Largest accuracy drop allowed, in points.")
 @click.option(
     "--min-speedup", default=1.0, show_default=True, help="Smallest speed-up over fp32 and fp16 in the same runtime."
@@ -158,7 +156,7 @@ def export(
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=PathType())
 @click.option("--layers", is_flag=True, help="List every layer, not only the counts.")
 def inspect(bundle: Path, layers: bool) -> None:
     """Show the contents of a bundle: layers, precisions, sizes, verdict, and the sensitive layers.

@@ -104,6 +104,8 @@ def _described(kind: Any) -> str:
         return f"a list of {_plural(arguments[0])}"
     if origin is Callable:
         return "a function"
+    if origin is Mapping:
+        return "a dictionary"
     if origin is tuple:
         return f"a list of {len(arguments)} {_plural(arguments[0])}"
     return "a path" if _is_path(kind) else _NAMES.get(kind, getattr(kind, "__name__", str(kind)))

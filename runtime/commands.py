@@ -13,7 +13,7 @@ from typing import Any
 import click
 import numpy as np
 
-from robx.console import print_line, print_table, progress_bar, quiet_option, say
+from robx.console import PathType, print_line, print_table, progress_bar, quiet_option, say
 from robx.errors import GateFailed, InputError
 from robx.golden.compare import Comparison as PortComparison
 from robx.records import Bundle, Latency, Value, load_bundle, to_json
@@ -30,7 +30,7 @@ from robx.runtime.infer import find_images, infer, top_labels
 from robx.runtime.session import SessionSettings, open_session
 from robx.store.files import write_atomically
 
-_PATH = click.Path(path_type=Path)
+_PATH = PathType()
 _DEVICE_HELP = "Device: local, ssh://[user@]host[:port], adb://serial or adb://host:port."
 _RUNNER_HELP = "Program that measures.  [default: python if the device has one, else native]"
 _PYTHON_HELP = "Python command on the device.  [default: python3]"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from robx.console import announce, progress_bar, quiet_option, say
+from robx.console import PathType, announce, progress_bar, quiet_option, say
 from robx.demo.demo_data import DemoData, prepare_demo_data
 from robx.errors import RobxError, duration
 from robx.images.sources import open_source
@@ -19,12 +19,8 @@ PLAN = "plan.toml"  # beside this file
 
 
 @click.command()
-@click.option(
-    "--data", type=click.Path(path_type=Path), help="Labelled images in train/ and test/. [default: downloaded]"
-)
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Output folder."
-)
+@click.option("--data", type=PathType(), help="Labelled images in train/ and test/. [default: downloaded]")
+@click.option("--out", type=PathType(), default=Path("runs/demo"), show_default=True, help="Output folder.")
 @click.option("--teacher", help="A name from `robx teachers`. [default: efficientnet_lite0]")
 @click.option("--student", help="A name from `robx students`, or any timm model. [default: resnet10t]")
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the images. [default: 4]")

@@ -34,6 +34,14 @@ def option_names(verb: str) -> set[str]:
     return {theirs.get(str(parameter.name), str(parameter.name)) for parameter in _command(verb).params}
 
 
+def option_keys(verb: str) -> dict[str, str]:
+    """The argument behind each option of the verb's command: {"--rungs": "candidates", "--data": "data", ...}."""
+    theirs = {theirs: ours for ours, theirs in _NAMES.get(verb, {}).items()}
+    options = [parameter for parameter in _command(verb).params if parameter.param_type_name == "option"]
+    keys = {flag: theirs.get(str(option.name), str(option.name)) for option in options for flag in option.opts}
+    return {flag: key for flag, key in keys.items() if flag.startswith("--") and key != "fresh"}
+
+
 def _words(verb: str, arguments: Mapping[str, Any]) -> Iterator[str]:
     """Positional arguments first, then the options in the order given."""
     known = {parameter.name: parameter for parameter in _command(verb).params}

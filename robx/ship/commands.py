@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from robx.console import announce, print_line, print_table, progress_bar, quiet_option, say
+from robx.console import PathType, announce, print_line, print_table, progress_bar, quiet_option, say
 from robx.errors import GateFailed, InputError, RobxError, counted
 from robx.formats import FORMATS
 from robx.store.files import read_json
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from robx.ship.plan import Plan
     from robx.ship.run import Shipped
 
-_PATH = click.Path(path_type=Path)
+_PATH = PathType()
 
 
 @click.command()
@@ -97,7 +97,7 @@ def run_and_show(plan: Plan, *, fresh: bool = False, as_json: bool = False) -> S
         shipped = run_plan(plan, VERBS, fresh=fresh, progress=progress, announce=announce, say=say)
     if as_json:
         click.echo(json.dumps(shipped.to_dict(), indent=2))
-    else:
+    elif shipped.report is not None:
         _show(shipped.report.with_suffix(".json"))
         print_line(f"Report: {shipped.report} (with report.md and report.json beside it)")
     return shipped

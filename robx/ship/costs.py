@@ -6,6 +6,7 @@ Nothing is written or downloaded.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import time
 from collections.abc import Iterator
@@ -14,15 +15,17 @@ from dataclasses import dataclass
 import torch
 
 from robx.distill.recipes import Recipe
-from robx.distill.resolve import DistillSettings
+from robx.distill.resolve import DistillSettings, resolve_recipe
 from robx.distill.train import estimate
 from robx.errors import RobxError, counted, duration
 from robx.export.image_splits import JUDGING_IMAGES, SCREENING_IMAGES
 from robx.formats import FORMATS, RUNTIMES
 from robx.runtime.bench.profiles import find_profile
 from robx.runtime.doctor import examine
-from robx.ship.inputs import Images
-from robx.ship.plan import Plan, Table, Verbs, check_keys
+from robx.ship.checks import check_plan, naming_table
+from robx.ship.plan import Entry, Plan, Table, Verbs
+from robx.ship.run import STATE
+from robx.ship.stages import Stages, State, precision_of, wanted_formats
 from robx.trunk import build_trunk
 
 _FORWARD_SECONDS = 2.0
@@ -39,65 +42,103 @@ class StageCost:
 
 
 def estimate_plan(plan: Plan, verbs: Verbs) -> Iterator[StageCost]:
-    """The cost of each stage, in their order; each is computed when it is asked for.
+    """The cost of each stage, in their order, computed when it is asked for; nothing is measured for those done.
 
     Raises:
-        RobxError: what the plan or its distillation would be refused for.
+        RobxError: what the plan or its distillation would be refused for; the message names the table.
     """
-    check_keys(plan, verbs)
-    settings = DistillSettings.of(teacher=plan.teacher, student=plan.student, data=plan.data, **plan.distill)
-    recipe, run = estimate(settings)
+    stages = Stages(plan)
+    check_plan(stages, verbs)
+    done = stages.finished(State.open(plan.out / STATE))
+    measured = _Measured(plan)
+    for entry in plan.tables():
+        if entry.number in done:
+            yield StageCost(title=_title(entry, plan), cost="done")
+        elif entry.stage == "distill":
+            with naming_table(entry, verbs):
+                yield _distill_cost(entry, plan)
+        elif entry.stage == "export":
+            yield _export_cost(entry, plan, measured, stages.images_in(plan.data).counts[1])
+        elif entry.stage == "eval":
+            why = stages.why_no_accuracy(entry)
+            cost = f"left out: {why}" if why else _eval_cost(plan, measured, sum(stages.images_in(plan.data).counts))
+            yield StageCost(title=_title(entry, plan), cost=cost)
+        elif entry.stage == "bench":
+            yield _bench_cost(entry, plan)
+        else:
+            yield StageCost(title=_title(entry, plan), cost="seconds")
+
+
+def _title(entry: Entry, plan: Plan) -> str:
+    return {
+        "distill": f"distil {plan.student}",
+        "export": f"export to {entry.table.get('format')} {precision_of(entry.table)}",
+        "eval": "evaluate",
+        "bench": f"bench on {entry.table.get('device', 'local')}",
+        "report": "report",
+    }[entry.stage]
+
+
+def _settings(plan: Plan) -> DistillSettings:
+    return DistillSettings.of(teacher=plan.teacher, student=plan.student, data=plan.data, **plan.distill)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What is measured once, if any stage needs it."""
+
+    plan: Plan
+
+    @functools.cached_property
+    def forward(self) -> float:
+        """Seconds that the student takes for one image on this machine."""
+        return _forward_seconds(self.plan.student, resolve_recipe(_settings(self.plan)))
+
+
+def _distill_cost(entry: Entry, plan: Plan) -> StageCost:
+    _, run = estimate(_settings(plan))
     speed = f"{run.bound_images_per_s:.0f} images/s on {run.device}"
-    yield StageCost(
-        title=f"distil {plan.student}",
+    return StageCost(
+        title=_title(entry, plan),
         cost=f"about {duration(3600 * run.hours)} on one process ({counted(run.steps, 'step')}, at most {speed})",
     )
-    forward = _forward_seconds(plan.student, recipe)
-    data = Images.open(plan.data)
-    train, test = data.counts
-    for table in plan.export:
-        yield _export_cost(table, forward, test)
+
+
+def _eval_cost(plan: Plan, measured: _Measured, images: int) -> str:
     models = 1 + len(plan.export)
-    images = train + test
-    yield StageCost(
-        title="evaluate",
-        cost=f"about {duration(models * images * forward)} ({counted(models, 'model')} x {counted(images, 'image')})"
-        if data.labelled
-        else f"nothing: {plan.data} has no class labels, so the report will have no accuracy",
-    )
-    for table in plan.bench:
-        yield _bench_cost(table, plan)
-    yield StageCost(title="report", cost="seconds")
+    seconds = models * images * measured.forward
+    return f"about {duration(seconds)} ({counted(models, 'model')} x {counted(images, 'image')})"
 
 
-def _export_cost(table: Table, forward: float, test: int) -> StageCost:
-    name = str(table["format"])
-    precision = "int8" if table.get("int8") else "fp16" if table.get("fp16") else "fp32"
+def _export_cost(entry: Entry, plan: Plan, measured: _Measured, test: int) -> StageCost:
+    table, name = entry.table, str(entry.table["format"])
     judged = min(int(table.get("judging_images", JUDGING_IMAGES)), test)
-    seconds = forward * (judged + SCREENING_IMAGES)
-    cost = "under a minute" if precision == "fp32" else f"about {duration(seconds)} for each candidate, and its timing"
+    cost = "under a minute"
+    if precision_of(table) != "fp32":
+        seconds = measured.forward * (judged + SCREENING_IMAGES)
+        cost = f"about {duration(seconds)} for each candidate, and its timing"
     if heal := table.get("heal"):
         cost += f", and up to {duration(60 * float(heal))} of healing"
     if budget := table.get("budget"):
         cost += f"; no new candidate after {duration(float(budget))}"
     return StageCost(
-        title=f"export to {name} {precision}",
+        title=_title(entry, plan),
         cost=cost,
-        missing=_missing_here(name) if name in FORMATS else f"there is no format {name!r}",
+        missing=_missing_here(name),
         optional=bool(table.get("optional")),
     )
 
 
-def _bench_cost(table: Table, plan: Plan) -> StageCost:
-    device = str(table.get("device", "local"))
+def _bench_cost(entry: Entry, plan: Plan) -> StageCost:
+    table, device = entry.table, str(entry.table.get("device", "local"))
     profile = find_profile(str(table.get("profile", "quick")))
-    wanted = table.get("formats")
+    wanted = wanted_formats(table)
     exports = [one for one in plan.export if wanted is None or one["format"] in wanted]
     processes = int(table.get("processes") or profile.processes)
     seconds = len(exports) * (profile.seconds + processes * profile.warm_up_seconds)
     missing = "" if device == "local" else _missing_there(device, table, {str(one["format"]) for one in exports})
     return StageCost(
-        title=f"bench on {device}",
+        title=_title(entry, plan),
         cost=f"at least {duration(seconds)} ({counted(len(exports), 'bundle')}, profile {profile.name})",
         missing=missing,
         optional=bool(table.get("optional")),

@@ -20,11 +20,11 @@ class Images:
     test: ImageSource | None
 
     @classmethod
-    def open(cls, data: Path) -> Images:
+    def open(cls, data: Path, *, image_member: str | None = None) -> Images:
         """List the images of a data set; reads none."""
-        train = open_source(data)
+        train = open_source(data, image_member=image_member)
         with contextlib.suppress(NoSplit):
-            return cls(train, open_source(data, split="test"))
+            return cls(train, open_source(data, split="test", image_member=image_member))
         return cls(train, None)
 
     @cached_property
@@ -38,6 +38,11 @@ class Images:
         return len(self.train), 0 if self.test is None else len(self.test)
 
     @property
+    def split(self) -> bool:
+        """Whether there are training and test images."""
+        return self.test is not None and self.test.fingerprint != self.train.fingerprint
+
+    @property
     def labelled(self) -> bool:
-        """Whether the test images have classes; True where there is no test split, which evaluation refuses itself."""
-        return self.test is None or self.test.classes is not None
+        """Whether the images have classes."""
+        return all(source.classes is not None for source in (self.train, self.test) if source is not None)

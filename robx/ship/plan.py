@@ -22,22 +22,24 @@
     [report]                    # arguments of robx.api.report
     budgets = [20]
 
-Paths are relative to the working directory, as on the command line.
+``eval = false``, ``bench = false`` and ``report = false`` leave a stage out. Paths are relative to the working
+directory, as on the command line.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_type_hints
 
+from robx.arguments import check_types, types_of
 from robx.distill.recipes import Recipe
 from robx.distill.training.run import Options
 from robx.errors import InputError, did_you_mean
+from robx.ship.command_line import option_keys
 from robx.store.toml import read_toml, toml_value
 
 Table = Mapping[str, Any]
@@ -53,9 +55,22 @@ _SET = {
     "report": ("folders", "out"),
 }
 # Keys of a stage that are not arguments of its function: `optional` stages may fail, `formats` picks bundles.
-_OWN = {"export": ("optional",), "bench": ("optional", "formats")}
+_OWN: dict[str, dict[str, Any]] = {
+    "export": {"optional": bool},
+    "bench": {"optional": bool, "formats": Sequence[str] | str},
+}
+_SWITCHES = ("eval", "bench", "report")  # stages that `false` leaves out
 _MARGIN = {"export": "max_drop", "eval": "margin", "report": "margin"}  # the arguments that `margin` sets
 _EVALUATION = {"knn": True, "fidelity": True}
+
+
+class Entry(NamedTuple):
+    """One table of a plan, which is one stage of its run."""
+
+    stage: str  # "distill", "export", "eval", "bench" or "report"
+    table: Table
+    label: str  # as it stands in the file: "[eval]"; of several of one name "[[export]] 2"
+    number: int  # in the order of the run, from 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +84,9 @@ class Plan:
     margin: float = 1.0
     distill: Table = field(default_factory=dict)
     export: tuple[Table, ...]
-    eval: Table = field(default_factory=lambda: dict(_EVALUATION))
+    eval: Table | None = field(default_factory=lambda: dict(_EVALUATION))
     bench: tuple[Table, ...] = ({},)  # on this machine
-    report: Table = field(default_factory=dict)
+    report: Table | None = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse a plan without an export, and margins that are no numbers of points."""
@@ -81,14 +96,22 @@ class Plan:
             raise InputError(f"margin must be a number of points of 0 or more, got {self.margin}")
         for name in ("teacher", "student", "data", "out"):
             _check_value(name, getattr(self, name))
-        for stage, table in self.tables():
-            for key, value in table.items():
-                _check_value(f"[{stage}] {key}", value)
+        for entry in self.tables():
+            for key, value in entry.table.items():
+                _check_value(f"{entry.label}: {key}", value)
 
-    def tables(self) -> list[tuple[str, Table]]:
-        """Every table with the name of its stage."""
-        exports, benches = ([(name, table) for table in getattr(self, name)] for name in ("export", "bench"))
-        return [("distill", self.distill), *exports, ("eval", self.eval), *benches, ("report", self.report)]
+    def tables(self) -> list[Entry]:
+        """The tables of all stages that are run, in their order."""
+        found: list[Entry] = []
+        for stage in ("distill", "export", "eval", "bench", "report"):
+            given = getattr(self, stage)
+            if not isinstance(given, tuple):
+                found += [] if given is None else [Entry(stage, given, f"[{stage}]", len(found) + 1)]
+                continue
+            for place, table in enumerate(given, start=1):
+                label = f"[[{stage}]] {place}" if len(given) > 1 else f"[[{stage}]]"
+                found.append(Entry(stage, table, label, len(found) + 1))
+        return found
 
     def with_margin(self, stage: str) -> dict[str, Any]:
         """The argument of a stage that the plan's `margin` sets."""
@@ -101,8 +124,9 @@ class Plan:
     def to_toml(self) -> str:
         """The plan as a file that `read_plan` reads back to an equal plan."""
         top = {name: str(getattr(self, name)) for name in ("teacher", "student", "data", "out")}
-        parts = [_lines({**top, "margin": self.margin})]
-        for name, table in self.tables():
+        off = {name: False for name in _SWITCHES if getattr(self, name) in (None, ())}
+        parts = [_lines({**top, "margin": self.margin, **off})]
+        for name, table, _, _ in self.tables():
             heading = f"[[{name}]]" if isinstance(getattr(self, name), tuple) else f"[{name}]"
             parts.append("\n".join((heading, _lines(table))).rstrip())
         return "\n\n".join(parts) + "\n"
@@ -133,40 +157,61 @@ def make_plan(values: Table, *, where: str, **replaced: Any) -> Plan:
         if name not in known:
             raise InputError(f"{where}: unknown key {name}: {_hint(name, known)}")
         _check_type(name, value, where)
+    values = {name: value for name, value in values.items() if not (name in _SWITCHES and value is True)}
     needed = [n for n, f in known.items() if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [name for name in needed if name not in values]:
         raise InputError(f"{where}: {', '.join(missing)} missing: add {'it' if len(missing) == 1 else 'them'}")
-    given: dict[str, Any] = {n: tuple(values[n]) if n in ("export", "bench") else values[n] for n in values}
+    given: dict[str, Any] = {n: tuple(values[n] or ()) if n in ("export", "bench") else values[n] for n in values}
+    given |= {name: None for name in ("eval", "report") if given.get(name) is False}
     return Plan(**given | {"data": Path(given["data"]), "out": Path(given["out"])})
 
 
 def check_keys(plan: Plan, verbs: Verbs) -> None:
-    """Refuse a key that is not an argument of its stage's function, or that the plan sets itself.
+    """Refuse a key that is not an argument of its stage's function, one that the plan sets itself, and a wrong type.
 
     Raises:
-        InputError: the message names the table and the key, and the keys that are known.
+        InputError: the message names the table and the key, and the keys that are known or the type that it takes.
     """
-    for stage, table in plan.tables():
-        known = _arguments(stage, verbs[stage])
-        for key in table:
+    for entry in plan.tables():
+        stage, label = entry.stage, entry.label
+        known = table_types(stage, verbs[stage])
+        for key in entry.table:
             if key in _SET[stage]:
-                raise InputError(f"[{stage}] {key}: the plan sets it from its top level, not in this table: remove it")
+                raise InputError(f"{label}: {key}: the plan sets it from its top level, not in this table: remove it")
             if key not in known:
-                raise InputError(f"[{stage}] unknown key {key}: {_hint(key, known)}")
-        if stage == "export" and "format" not in table:
-            raise InputError('[[export]] has no format: add one, such as format = "onnx"')
+                raise InputError(f"{label}: unknown key {key}: {_key_hint(stage, key, known)}")
+        if stage == "export" and "format" not in entry.table:
+            raise InputError(f'{label} has no format: add one, such as format = "onnx"')
+        recipe = {f.name for f in dataclasses.fields(Recipe)} if stage == "distill" else set()
+        try:  # the recipe checks its keys itself: some also take "none"
+            check_types({name: kind for name, kind in known.items() if name not in recipe}, entry.table)
+        except InputError as error:
+            raise InputError(f"{label}: {error}") from None
 
 
-def _arguments(stage: str, verb: Callable[..., Any]) -> set[str]:
-    """The keys that a table of `stage` may have."""
-    known = {*inspect.signature(verb).parameters, *_OWN.get(stage, ())} - {"settings", *_SET[stage]}
+def table_types(stage: str, verb: Callable[..., Any]) -> dict[str, Any]:
+    """The keys that a table of `stage` may have, with their types; `verb` is its function of ``robx.api``."""
+    known = types_of(verb) | _OWN.get(stage, {})
     if stage == "distill":
-        known |= {f.name for cls in (Recipe, Options) for f in dataclasses.fields(cls)} - {*_SET[stage]}
-    return known
+        known |= get_type_hints(Recipe) | get_type_hints(Options)
+    return {name: kind for name, kind in known.items() if name not in _SET[stage]}
+
+
+def _key_hint(stage: str, key: str, known: Mapping[str, Any]) -> str:
+    """What to write instead of an unknown key: that of the option of this name, or one that is similar."""
+    option = f"--{key.lstrip('-').replace('_', '-')}"
+    meant = option_keys(stage).get(option)
+    if meant in known:
+        return f"{option} is the key {meant} in a plan"
+    if meant in ("teacher", "student", "data", "out"):
+        return f"{option} is the key {meant} at the top of the plan"
+    return _hint(key, known)
 
 
 def _check_type(name: str, value: Any, where: str) -> None:
     kinds: dict[str, tuple[type, ...]] = {"margin": (int, float), "data": (str, Path), "out": (str, Path)}
+    if name in _SWITCHES and isinstance(value, bool):
+        return
     if name in ("export", "bench"):
         if not isinstance(value, list | tuple) or not all(isinstance(table, Mapping) for table in value):
             raise InputError(f"{where}: {name} must be a list of tables: write [[{name}]]")
@@ -175,6 +220,8 @@ def _check_type(name: str, value: Any, where: str) -> None:
             raise InputError(f"{where}: {name} must be a table: write [{name}]")
     elif isinstance(value, bool) or not isinstance(value, kinds.get(name, (str,))):
         raise InputError(f"{where}: {name} must be {'a number' if name == 'margin' else 'a string'}, got {value!r}")
+    elif name in ("data", "out") and not str(value):
+        raise InputError(f"{where}: {name} is an empty path: give a path, or . for the current folder")
 
 
 def _check_value(name: str, value: Any) -> None:

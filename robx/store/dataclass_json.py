@@ -9,7 +9,7 @@ import os
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
 from robx.errors import ArtifactError
@@ -96,7 +96,7 @@ def _parse(kind: Any, value: Json, where: str) -> Any:
         return value
     if origin in (list, Sequence):
         return list(_parse_tuple((arguments[0], Ellipsis), value, where))
-    if origin is dict:
+    if origin in (dict, Mapping):
         if not isinstance(value, dict):
             raise ArtifactError(f"{where}: {_shown(value)} is not an object")
         return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}

@@ -26,7 +26,7 @@ from robx.errors import InputError, RobxError
 from robx.progress import silent
 from robx.records import load_bundle, load_measurements, load_student
 from robx.runtime.bench.profiles import PROFILES
-from robx.ship import run as module
+from robx.ship import stages as module
 from robx.ship.command_line import command_line
 from robx.ship.plan import Plan, check_keys, make_plan, read_plan
 from robx.ship.run import Shipped, run_plan
@@ -192,7 +192,7 @@ def plan(tmp_path: Path, scene_shards: Path, monkeypatch: pytest.MonkeyPatch) ->
         )
 
     monkeypatch.setattr(module, "load_bundle", bundle)
-    exports = [{"format": "onnx"}, {"format": "openvino", "int8": True}]
+    exports = [{"format": "onnx"}, {"format": "openvino", "int8": True, "calibration_images": 30}]
     return make_plan(_values(tmp_path, scene_shards, export=exports), where="test")
 
 
@@ -205,7 +205,7 @@ def test_stages_are_announced_and_failures_are_said(plan: Plan) -> None:
     announced, said = list[str](), list[str]()
     run_plan(plan, Verbs(fail="openvino"), progress=silent, announce=announced.append, say=said.append)
     assert announced[0].startswith("[1/6] Distil ") and announced[1].startswith("  $ robx distill ")
-    assert said == ["  FAILED: openvino broke"]
+    assert said == ["  FAILED: [[export]] 2: openvino broke"]
     assert not any("FAILED" in line for line in announced)
 
 
@@ -271,7 +271,7 @@ def test_a_weights_file_that_changed_distils_again(plan: Plan, tmp_path: Path) -
 def test_a_stage_that_fails_does_not_stop_the_others(plan: Plan) -> None:
     verbs = Verbs(fail="openvino")
     shipped = _run(plan, verbs)
-    assert verbs.names == ALL and shipped.failed == ("openvino broke",)
+    assert verbs.names == ALL and shipped.failed == ("[[export]] 2: openvino broke",)
     assert [folder.name for folder in shipped.bundles] == ["onnx-fp32"]
     verbs.fail = ""
     assert _run(plan, verbs).failed == ()
@@ -291,11 +291,11 @@ def test_gates_that_refuse_are_remembered_by_a_run_that_skips_them(plan: Plan) -
 
 
 def test_formats_choose_the_bundles_of_a_device(plan: Plan) -> None:
-    benches = [{"device": "ssh://pi@pi", "formats": ["openvino"]}, {"device": "adb://x", "formats": ["ncnn"]}]
+    benches = [{"device": "ssh://pi@pi", "formats": ["openvino"]}, {"device": "adb://x", "formats": "onnx"}]
     verbs = Verbs()
     _run(make_plan({**_toml(plan), "bench": benches}, where="test"), verbs)
     benched = [arguments for name, arguments in verbs.calls if name == "bench"]
-    assert [[folder.name for folder in one["bundles"]] for one in benched] == [["openvino-int8"]]
+    assert [[folder.name for folder in one["bundles"]] for one in benched] == [["openvino-int8"], ["onnx-fp32"]]
     assert "formats" not in benched[0]
 
 
@@ -319,12 +319,12 @@ def _toml(plan: Plan) -> dict[str, Any]:
         ({"export": []}, "the plan has no export"),
         ({"distill": [1]}, r"write \[distill\]"),
         ({"export": [{"int8": True}]}, "has no format"),
-        ({"export": [{"format": "onnx", "quantise": True}]}, r"\[export\] unknown key quantise"),
-        ({"distill": {"epoch": 3}}, r"\[distill\] unknown key epoch: did you mean epochs"),
+        ({"export": [{"format": "onnx", "quantise": True}]}, r"\[\[export\]\]: unknown key quantise"),
+        ({"distill": {"epoch": 3}}, r"\[distill\]: unknown key epoch: did you mean epochs"),
         ({"distill": {"out": "x"}}, "sets it from its top level"),
         ({"distill": {"epochs": {"a": 1}}}, "is not a string, a number, true or false"),
         ({"eval": {"models": ["x"]}}, "sets it from its top level"),
-        ({"bench": [{"devise": "x"}]}, r"\[bench\] unknown key devise: did you mean device"),
+        ({"bench": [{"devise": "x"}]}, r"\[\[bench\]\]: unknown key devise: did you mean device"),
         ({"report": {"folders": ["x"]}}, "sets it from its top level"),
         ({"data": "a\nb"}, "cannot be printed"),
     ],
@@ -391,7 +391,7 @@ def test_a_dry_run_says_costs_and_what_is_missing_and_writes_nothing(
     tmp_path: Path, scene_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("robx.ship.costs._FORWARD_SECONDS", 0.01)
-    exports = [{"format": "onnx", "int8": True}, {"format": "executorch", "optional": True}]
+    exports = [{"format": "onnx", "int8": True, "calibration_images": 30}, {"format": "executorch", "optional": True}]
     benches = [{"profile": "standard"}, {"device": "ssh://nobody@127.0.0.1:9", "formats": ["onnx"]}]
     plan = _write(tmp_path / "plan.toml", _values(tmp_path, scene_shards, export=exports, bench=benches))
     before = sorted(tmp_path.rglob("*"))

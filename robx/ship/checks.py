@@ -1,0 +1,150 @@
+"""Everything that a plan can be refused for, found before its first stage starts, in a dry run and in a real one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from robx.distill.resolve import DistillSettings
+from robx.errors import ArtifactError, InputError, Interrupted, RobxError
+from robx.eval.datasets.splits import open_split
+from robx.eval.evaluate import EvalSettings
+from robx.eval.protocols.lowshot import check_splits, parse_shots
+from robx.eval.report.render import check_report
+from robx.export.build import ExportSettings
+from robx.export.bundle_folder import require_bundle_place
+from robx.export.image_splits import open_data, require_images
+from robx.runtime.bench.profiles import BenchSettings
+from robx.runtime.bench.runners import python_command
+from robx.runtime.session import check_provider
+from robx.ship.command_line import option_keys
+from robx.ship.plan import Entry, Plan, Verbs, check_keys, table_types
+from robx.ship.stages import Stages, wanted_formats
+
+_TOP = ("teacher", "student", "data", "out")  # keys at the top of a plan
+
+
+def check_plan(stages: Stages, verbs: Verbs) -> None:
+    """Refuse a plan that cannot be carried out. Images are listed, and nothing is written.
+
+    Raises:
+        RobxError: the message names the table; the first one that is wrong counts.
+    """
+    plan = stages.plan
+    check_keys(plan, verbs)
+    _check_out(plan)
+    exports: list[tuple[Entry, ExportSettings]] = []
+    for entry in plan.tables():
+        with naming_table(entry, verbs):
+            if entry.stage == "distill":
+                own = {"teacher": plan.teacher, "student": plan.student, "data": plan.data, "out": stages.student}
+                DistillSettings.of(**own, **plan.distill)
+            elif entry.stage == "export":
+                exports.append((entry, _check_export(stages, entry)))
+            elif entry.stage == "eval":
+                _check_eval(stages, entry)
+            elif entry.stage == "bench":
+                _check_bench(stages, entry)
+            else:
+                arguments = stages.report(entry).arguments
+                check_report(arguments["out"], margin=arguments["margin"], budgets=arguments.get("budgets", ()))
+    _check_folders(exports)
+
+
+@contextlib.contextmanager
+def naming_table(entry: Entry, verbs: Verbs) -> Iterator[None]:
+    """Put the table before the message of an error, and behind it the keys that the options it names have in a plan."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except RobxError as error:
+        message = f"{entry.label}: {error}"
+        keys, known = option_keys(entry.stage), table_types(entry.stage, verbs[entry.stage])
+        notes = []
+        for option in dict.fromkeys(re.findall(r"--[a-z][a-z0-9-]*[a-z0-9]", message)):
+            key = keys.get(option, "")
+            if key in known:
+                notes.append(f"{option} is the key {key} of this table")
+            elif key in _TOP:
+                notes.append(f"{option} is the key {key} at the top of the plan")
+        if isinstance(error, ArtifactError) and "--fresh" not in message:
+            notes.append("robx ship --fresh runs every stage again")
+        error.args = (message + (f" ({'; '.join(notes)})" if notes else ""),)
+        raise
+
+
+def _check_out(plan: Plan) -> None:
+    """Refuse an output folder that cannot be made, or that is the images' own."""
+    if plan.out.resolve() == plan.data.resolve():
+        raise InputError(f"out: {plan.out} is the folder of the images: give another one")
+    nearest = next(place for place in (plan.out.absolute(), *plan.out.absolute().parents) if os.path.lexists(place))
+    if not nearest.is_dir():
+        raise InputError(f"out: {nearest} is not a folder: give another one")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"out: {nearest} is read-only: give a folder elsewhere")
+
+
+def _check_export(stages: Stages, entry: Entry) -> ExportSettings:
+    settings = ExportSettings.of(**stages.export_arguments(entry))
+    plan = stages.plan
+    if settings.out is not None:
+        taken = {plan.out: "the plan's own folder", stages.student: "the student's", plan.data: "that of the images"}
+        for place, what in taken.items():
+            if settings.out.resolve() == place.resolve():
+                raise InputError(f"out: {settings.out} is {what}: give another folder for the bundle")
+    if entry.table.get("optional"):
+        return settings  # it may fail for what this machine or the images lack
+    if settings.out is not None:
+        require_bundle_place(settings.out)
+    if settings.data is not None:
+        train, held_out = open_data(
+            settings.data, settings.test, labels=settings.labels, image_member=settings.image_member
+        )
+        require_images(train, held_out, settings.sizes)
+    return settings
+
+
+def _check_eval(stages: Stages, entry: Entry) -> None:
+    s = EvalSettings.of(**stages.eval_arguments(entry, [stages.student]))
+    check_provider(s.device)
+    if stages.why_no_accuracy(entry) or not s.splits or s.data is None:
+        return
+    split = open_split(s.data, s.test, labels=s.labels, image_member=s.image_member)
+    for shot in parse_shots(s.lowshot) if s.lowshot else ():
+        check_splits(split.bank, shot, s.lowshot_splits)
+
+
+def _check_bench(stages: Stages, entry: Entry) -> None:
+    settings = BenchSettings.of(**stages.bench_arguments(entry, [stages.student]))
+    python_command(settings.python)
+    made = [str(table["format"]) for table in stages.plan.export]
+    for name in wanted_formats(entry.table) or ():
+        if name not in made:
+            raise InputError(
+                f"formats: there is no [[export]] with format {name}: give {', '.join(dict.fromkeys(made))}"
+            )
+
+
+def _check_folders(exports: list[tuple[Entry, ExportSettings]]) -> None:
+    """Refuse two exports to one folder, of which the later would replace the earlier."""
+    for place, (entry, settings) in enumerate(exports):
+        for other, before in exports[:place]:
+            if shared := _shared_folder(before, settings):
+                raise InputError(
+                    f"{other.label} and {entry.label} would both write to {shared}: give one of them another folder "
+                    "with out"
+                )
+
+
+def _shared_folder(one: ExportSettings, two: ExportSettings) -> Path | None:
+    """The folder that both exports write to: what they ask for, or another model that ships where the gate refuses."""
+    if one.requested_folder.resolve() == two.requested_folder.resolve():
+        return two.requested_folder
+    if one.same_float_model(two):  # a refused int8 ships as the model that the other one makes too
+        return None
+    folders = {folder.resolve(): folder for folder in one.possible_folders}
+    return next((folder for folder in two.possible_folders if folder.resolve() in folders), None)

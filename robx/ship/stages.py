@@ -1,0 +1,292 @@
+"""The stages of a plan as calls of ``robx.api``: their arguments, what they depend on, and whether they are done."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from robx.distill.presets import NAMED
+from robx.distill.recipe_toml import read_recipe
+from robx.errors import RobxError
+from robx.formats import RUNTIMES
+from robx.records import load_bundle, load_student
+from robx.ship.command_line import option_names
+from robx.ship.inputs import Images
+from robx.ship.plan import Entry, Plan, Table
+from robx.store.files import read_json, sha256_bytes, sha256_file, write_json
+from robx.store.toml import toml_value
+
+RECIPE = "recipe.toml"  # keys of the recipe in the plan's [distill]
+
+
+@dataclass
+class State:
+    """The stages that are done, by their key: {"inputs": hash, "result": what the stage returned}."""
+
+    path: Path
+    done: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path) -> State:
+        """Read the file; a missing or damaged one means that nothing is done, which costs time and loses nothing."""
+        with contextlib.suppress(RobxError):
+            found = read_json(path) if path.is_file() else {}
+            return cls(path, found if isinstance(found, dict) else {})
+        return cls(path)
+
+    def result(self, key: str, inputs: str) -> Any:
+        """What the stage returned when it ran with the same inputs; None otherwise."""
+        entry = self.done.get(key)
+        return entry.get("result") if isinstance(entry, dict) and entry.get("inputs") == inputs else None
+
+    def add(self, key: str, inputs: str, result: Any) -> None:
+        """Record a stage as done."""
+        self.done[key] = {"inputs": inputs, "result": result}
+        write_json(self.path, self.done)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage, ready to run."""
+
+    entry: Entry
+    title: str
+    arguments: dict[str, Any]
+    inputs: tuple[str, ...] = ()  # identities of the student and the bundles that it reads
+    measured: tuple[Path, ...] = ()  # folders that it writes measurements into
+
+    @property
+    def key(self) -> str:
+        """Its name in the state."""
+        return f"{self.entry.number} {self.title}"
+
+
+@dataclass
+class Stages:
+    """The stages of one plan. Images are listed once, however many stages read them."""
+
+    plan: Plan
+    _images: dict[Path, Images] = field(default_factory=dict)
+
+    @property
+    def student(self) -> Path:
+        """The student's folder."""
+        return self.plan.out / "student"
+
+    def distill(self, entry: Entry) -> Stage:
+        """The distillation."""
+        plan = self.plan
+        own = {"teacher": plan.teacher, "student": plan.student, "data": plan.data, "out": self.student}
+        return Stage(
+            entry=entry, title=f"Distil {plan.student} from {plan.teacher}", arguments=own | self._recipe_arguments()
+        )
+
+    def export(self, entry: Entry) -> Stage:
+        """One export of the student."""
+        precision = precision_of(entry.table)
+        return Stage(
+            entry=entry,
+            title=f"Export to {entry.table['format']} {precision}",
+            arguments=self.export_arguments(entry),
+            inputs=(load_student(self.student).sha256,),
+        )
+
+    def export_arguments(self, entry: Entry) -> dict[str, Any]:
+        """The arguments of one export; the plan's margin is that of models that the gate judges."""
+        margin = self.plan.with_margin("export") if precision_of(entry.table) != "fp32" else {}
+        own = {"student": self.student, "format": entry.table["format"], "data": self.plan.data}
+        return own | margin | _arguments(entry.table)
+
+    def evaluate(self, entry: Entry, bundles: Sequence[Path]) -> Stage:
+        """The evaluation of the student and the bundles that run on this machine."""
+        models = [self.student, *filter(_runs_here, bundles)]
+        return Stage(
+            entry=entry,
+            title="Evaluate the student and its exports",
+            arguments=self.eval_arguments(entry, models),
+            inputs=(load_student(self.student).sha256, *(load_bundle(folder).id for folder in models[1:])),
+            measured=tuple(models),
+        )
+
+    def eval_arguments(self, entry: Entry, models: Sequence[Path]) -> dict[str, Any]:
+        """The arguments of the evaluation."""
+        own = {"models": list(models), "data": self.plan.data, **self.plan.with_margin("eval")}
+        return own | _arguments(entry.table)
+
+    def bench(self, entry: Entry, bundles: Sequence[Path]) -> Stage:
+        """The measurements on one device; `measured` is empty where no bundle is for it."""
+        device = entry.table.get("device", "local")
+        chosen = _on_device(bundles, entry.table)
+        return Stage(
+            entry=entry,
+            title=f"Measure latency on {'this machine' if device == 'local' else device}",
+            arguments=self.bench_arguments(entry, chosen),
+            inputs=tuple(load_bundle(folder).id for folder in chosen),
+            measured=tuple(chosen),
+        )
+
+    def bench_arguments(self, entry: Entry, bundles: Sequence[Path]) -> dict[str, Any]:
+        """The arguments of the measurements on one device."""
+        return {"bundles": list(bundles), "data": self.plan.data, **_arguments(entry.table)}
+
+    def report(self, entry: Entry) -> Stage:
+        """The report on everything in the output folder."""
+        own = {"folders": [self.plan.out], **self.plan.with_margin("report"), **entry.table}
+        return Stage(entry=entry, title="Write the report", arguments=own | {"out": self.plan.out / "report.html"})
+
+    def why_no_accuracy(self, entry: Entry) -> str:
+        """Why the evaluation is left out: images without labels or without a test split; empty if it is not."""
+        table, data = entry.table, self.plan.data
+        if table.get("transfers") and not any(
+            table.get(name) for name in ("knn", "linear", "lowshot", "fidelity", "save_head")
+        ):
+            return ""
+        images = self.images_in(data)
+        if "test" not in table and not images.split:
+            return f"{data} has no train/ and test/, so the report will have no accuracy ([eval] test names a test set)"
+        if "labels" not in table and not images.labelled:
+            return f"{data} has no class labels, so the report will have no accuracy"
+        return ""
+
+    def images_in(self, data: Path) -> Images:
+        """The images of a data set, listed once."""
+        if data not in self._images:
+            self._images[data] = Images.open(data, image_member=self.plan.distill.get("image_member"))
+        return self._images[data]
+
+    @property
+    def recipe_text(self) -> str:
+        """The recipe file of the distillation, with the keys that are not options of the command; may be empty."""
+        options = option_names("distill")
+        given = self.plan.distill.get("recipe")
+        keys = {key: value for key, value in self.plan.distill.items() if key not in options}
+        if keys and given is not None:
+            keys = ({"like": str(given)} if str(given) in NAMED else read_recipe(Path(given))) | keys
+        return "".join(f"{key} = {toml_value(value)}\n" for key, value in keys.items())
+
+    def _recipe_arguments(self) -> dict[str, Any]:
+        options = option_names("distill")
+        arguments = {key: value for key, value in self.plan.distill.items() if key in options}
+        return arguments | ({"recipe": self.plan.out / RECIPE} if self.recipe_text else {})
+
+    # ------------------------------------------------------------------------------------------------ what is done
+
+    def earlier(self, stage: Stage, state: State) -> Any:
+        """The result of an earlier run with the same inputs that is still there; None otherwise."""
+        result = state.result(stage.key, self.hash(stage))
+        if result is None:
+            return None
+        check = {"distill": _student_is, "export": _bundle_is}.get(stage.entry.stage)
+        there = check(result) if check else all((folder / "measurements.jsonl").is_file() for folder in stage.measured)
+        return result if there else None
+
+    def hash(self, stage: Stage) -> str:
+        """Of a stage's arguments, and of the contents of the files and images that they name."""
+        contents = {name: self._contents(name, value) for name, value in stage.arguments.items()}
+        return sha256_bytes(json.dumps([stage.entry.stage, contents, list(stage.inputs)], sort_keys=True).encode())
+
+    def _contents(self, name: str, value: Any) -> Any:
+        if name in ("data", "test"):
+            return [str(value), self.images_in(Path(value)).fingerprint]
+        if value == self.plan.out / RECIPE:  # as it will be written
+            return [str(value), sha256_bytes(self.recipe_text.encode())]
+        if isinstance(value, str | Path) and Path(value).is_file():
+            return [str(value), sha256_file(Path(value))]
+        return [str(one) for one in value] if isinstance(value, list | tuple) else str(value)
+
+    def finished(self, state: State) -> set[int]:
+        """The numbers of the stages that a run would skip. The report is always written again."""
+        done: set[int] = set()
+        bundles: list[Path] = []
+        with contextlib.suppress(RobxError):  # a damaged student or bundle: its stage is not done
+            for entry in self.plan.tables():
+                if entry.stage in ("eval", "bench") and self._waiting(done):
+                    continue
+                if entry.stage == "eval" and self.why_no_accuracy(entry):
+                    continue
+                if entry.stage == "distill":
+                    stage = self.distill(entry)
+                elif entry.stage == "export":
+                    stage = self.export(entry)
+                elif entry.stage in ("eval", "bench"):
+                    stage = getattr(self, {"eval": "evaluate"}.get(entry.stage, entry.stage))(entry, bundles)
+                else:
+                    continue
+                if (result := self.earlier(stage, state)) is not None:
+                    done.add(entry.number)
+                    if entry.stage == "export" and (folder := Path(result["folder"])) not in bundles:
+                        bundles.append(folder)
+                elif entry.stage == "distill":
+                    break  # everything depends on it
+        return done
+
+    def _waiting(self, done: set[int]) -> bool:
+        """Whether an export is to be made that the measurements would read; an optional one may have failed."""
+        exports = [entry for entry in self.plan.tables() if entry.stage == "export"]
+        return any(entry.number not in done and not entry.table.get("optional") for entry in exports)
+
+
+def precision_of(table: Table) -> str:
+    """The precision that an export asks for."""
+    return "int8" if table.get("int8") else "fp16" if table.get("fp16") else "fp32"
+
+
+def student_result(folder: Path) -> dict[str, Any]:
+    """What is kept of a distillation."""
+    student = load_student(folder)
+    said = f"{folder}: {student.timm_name}, {student.images_seen} images seen"
+    return {"folder": str(folder), "id": student.sha256, "said": said}
+
+
+def bundle_result(folder: Path) -> dict[str, Any]:
+    """What is kept of an export."""
+    bundle = load_bundle(folder)
+    said = f"{folder}: {bundle.format} {bundle.precision}, {bundle.bytes / 1e6:.1f} MB: {bundle.verdict}"
+    said += f" ({bundle.reason})" if bundle.verdict != "PASS" and bundle.reason else ""
+    return {"folder": str(folder), "id": bundle.id, "said": said}
+
+
+def _student_is(result: Any) -> bool:
+    """Whether the student of an earlier run is still there."""
+    with contextlib.suppress(RobxError):
+        return bool(student_result(Path(result["folder"]))["id"] == result["id"])
+    return False
+
+
+def _bundle_is(result: Any) -> bool:
+    """Whether the bundle of an earlier run is still there."""
+    with contextlib.suppress(RobxError):
+        return bool(bundle_result(Path(result["folder"]))["id"] == result["id"])
+    return False
+
+
+def _arguments(table: Table) -> dict[str, Any]:
+    """The arguments in a stage's table, without the plan's own keys."""
+    return {key: value for key, value in table.items() if key not in ("optional", "formats")}
+
+
+def wanted_formats(table: Table) -> list[str] | None:
+    """The formats of the bundles to measure on a device; None: all that run there."""
+    wanted = table.get("formats")
+    return [wanted] if isinstance(wanted, str) else None if wanted is None else list(wanted)
+
+
+def _on_device(bundles: Sequence[Path], table: Table) -> list[Path]:
+    """The bundles to measure on a device: those of the wanted formats or, without any, those that run here."""
+    if (names := wanted_formats(table)) is not None:
+        return [folder for folder in bundles if load_bundle(folder).format in names]
+    return [folder for folder in bundles if table.get("device", "local") != "local" or _runs_here(folder)]
+
+
+def _runs_here(folder: Path) -> bool:
+    """Whether this machine can open the bundle: TensorRT needs a GPU, Core ML a Mac."""
+    bundle = load_bundle(folder)
+    if bundle.format == "trt":
+        import torch
+
+        return torch.cuda.is_available()
+    return RUNTIMES[bundle.runtime].engine is not None
