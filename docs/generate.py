@@ -1,18 +1,25 @@
-"""Write docs/recipe-keys.md from the dataclass Recipe, and docs/report.schema.json: python docs/generate.py."""
+"""Write docs/recipe-keys.md, docs/plan-keys.md and docs/report.schema.json from the code: python docs/generate.py."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import typing
 from pathlib import Path
 from typing import Any
 
+from robx import api
+from robx.arguments import described
 from robx.distill.presets import BASE, ROB
 from robx.distill.recipe_toml import _SECTIONS
 from robx.distill.recipes import _RANGES, Recipe, preset
+from robx.distill.training.run import Options
 from robx.eval.report.schema import json_schema
+from robx.ship.plan import table_types
 
 PAGE = Path(__file__).with_name("recipe-keys.md")
+PLAN_PAGE = PAGE.with_name("plan-keys.md")
 SCHEMA = PAGE.with_name("report.schema.json")
 HEAD = """# Every recipe key
 
@@ -25,9 +32,25 @@ OBJECTIVE --student NAME` prints the exact values for one student.
 """
 
 
+PLAN_HEAD = """# Every key of a plan
+
+<!-- Written by docs/generate.py: edit the docstrings in robx/api.py instead. -->
+
+The keys of the tables of a [plan](ship.md). Each table takes the arguments of the function of `robx.api` with the same
+meaning. A key that is left out has its default, which the meaning may call None. `teacher`, `student`, `data`, `out` and
+`margin` stand at the top of the plan.
+"""
+# Keys of the plan itself.
+PLAN_OWN = {
+    "optional": "if the stage fails, the plan goes on and its exit status is not affected.",
+    "formats": "formats of the bundles to measure; without it every bundle, on this machine those that can run on it.",
+}
+
+
 def main() -> None:
-    """Write the page and the schema."""
+    """Write the pages and the schema."""
     PAGE.write_text(page(), encoding="utf-8")
+    PLAN_PAGE.write_text(plan_page(), encoding="utf-8")
     SCHEMA.write_text(schema(), encoding="utf-8")
 
 
@@ -39,6 +62,53 @@ def schema() -> str:
 def page() -> str:
     """The whole page."""
     return "\n".join([HEAD, *_keys(), *_differences()]) + "\n"
+
+
+def plan_page() -> str:
+    """The page of the keys of a plan."""
+    lines = [PLAN_HEAD]
+    for stage, verb in api.VERBS.items():
+        several = stage in ("export", "bench")
+        lines += [f"## `{f'[[{stage}]]' if several else f'[{stage}]'}`", ""]
+        if stage == "distill":
+            lines += ["Every [key of the recipe](recipe-keys.md), and:", ""]
+        lines += ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
+        lines += [
+            _plan_row(stage, name, kind) for name, kind in table_types(stage, verb).items() if _is_listed(stage, name)
+        ]
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _is_listed(stage: str, name: str) -> bool:
+    """Not the keys of the recipe, which have a page of their own."""
+    return stage != "distill" or name not in typing.get_type_hints(Recipe) or name == "objective"
+
+
+def _plan_row(stage: str, name: str, kind: Any) -> str:
+    function = api.VERBS[stage]
+    parameter = inspect.signature(function).parameters.get(name)
+    default = parameter.default if parameter is not None else getattr(Options(), name, None)
+    shown = "" if default in (None, inspect.Parameter.empty, (), "") else f"`{_shown(default)}`"
+    said = _documented(function).get(name) or PLAN_OWN.get(name) or _commented().get(name, "")
+    cells = (f"`{name}`", described(kind), shown, said.replace("|", "\\|"))
+    return f"| {' | '.join(cells)} |"
+
+
+def _documented(function: Any) -> dict[str, str]:
+    """What the docstring says of each argument."""
+    section = re.search(r"Args:\n(.*?)(\n\n|\Z)", inspect.getdoc(function) or "", flags=re.DOTALL)
+    found = (
+        re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", section[1] + "\n", flags=re.DOTALL | re.MULTILINE)
+        if section
+        else []
+    )
+    return {name: " ".join(text.split()) for name, text in found}
+
+
+def _commented() -> dict[str, str]:
+    """What the comments in Options say of each field."""
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Options), flags=re.MULTILINE))
 
 
 def _keys() -> list[str]:

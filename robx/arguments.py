@@ -33,7 +33,7 @@ def checked(function: Callable[Parameters, Result]) -> Callable[Parameters, Resu
     def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         given = signature.bind(*args, **kwargs)
         given.arguments |= check_types(types_of(function), given.arguments)
-        return function(*given.args, **given.kwargs)  # type: ignore[arg-type]
+        return function(*given.args, **given.kwargs)
 
     return call
 
@@ -73,7 +73,7 @@ def _check(kind: Any, value: Any, name: str) -> None:
         check_json(kind, to_json(value), where=name)
     except ArtifactError:
         finite = not isinstance(value, float) or math.isfinite(value)
-        wanted = _described(kind) if finite else _described(kind).replace("a number", "a finite number")
+        wanted = described(kind) if finite else described(kind).replace("a number", "a finite number")
         raise InputError(f"{name} must be {wanted}, got {reprlib.repr(value)}") from None
     parts = value if isinstance(value, list | tuple) else (value,)
     if "PathLike" in repr(kind) and any(isinstance(part, str) and not part for part in parts):
@@ -89,14 +89,14 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
-def _described(kind: Any) -> str:
+def described(kind: Any) -> str:
     """A type in words: "a whole number or a list of whole numbers"."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
         kinds = [one for one in arguments if one is not type(None)]
         if any(_is_path(one) for one in kinds):
             kinds = [one for one in kinds if one is not str]
-        *most, last = dict.fromkeys(map(_described, kinds))
+        *most, last = dict.fromkeys(map(described, kinds))
         return f"{', '.join(most)} or {last}" if most else last
     if origin is Literal:
         return " or ".join(map(repr, arguments)) if len(arguments) < 3 else f"one of {', '.join(map(repr, arguments))}"
@@ -112,7 +112,7 @@ def _described(kind: Any) -> str:
 
 
 def _plural(kind: Any) -> str:
-    return " or ".join(_PLURALS.get(one, one) for one in _described(kind).split(" or "))
+    return " or ".join(_PLURALS.get(one, one) for one in described(kind).split(" or "))
 
 
 def _is_path(kind: Any) -> bool:

@@ -36,12 +36,12 @@ class Options:
     """Settings that do not change the result of a run."""
 
     device: str | None = None  # "cpu", "cuda", "cuda:1"; None uses a GPU if one is available
-    workers: int = 0  # data-loading processes
+    workers: int = 0  # data-loading processes; a plan's default depends on the device, as the command's does
     compile: bool = False  # torch.compile teacher and students
     fresh: bool = False  # start over instead of resuming
     force: bool = False  # resume even if settings changed
     probe_every: int = 0  # epochs between kNN evaluations; 0 disables them
-    probe_images: int = 2000
+    probe_images: int = 2000  # images of a kNN evaluation, at most
     checkpoint_minutes: float = 10.0  # between checkpoints
     checkpoint_steps: int = 0  # likewise in steps; 0 disables
     keep: int = 2  # checkpoints kept
@@ -49,7 +49,7 @@ class Options:
     log_every: int = 10  # steps between lines of metrics.jsonl
     monitor_every: int = 50  # steps between checks for collapse
     measure: bool = True  # measure the speed bound before the first step
-    tensorboard: bool = False
+    tensorboard: bool = False  # also write RUN/tensorboard
     stored_k: int = 256  # most probable prototypes kept per stored target
 
     def __post_init__(self) -> None:

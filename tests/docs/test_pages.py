@@ -239,6 +239,7 @@ def test_the_recipe_page_is_current() -> None:
     generate = _load(ROOT / "docs" / "generate.py")
     page = (ROOT / "docs" / "recipe-keys.md").read_text()
     assert page == generate.page(), "run: python docs/generate.py"
+    assert generate.PLAN_PAGE.read_text() == generate.plan_page(), "run: python docs/generate.py"
     assert generate.SCHEMA.read_text() == generate.schema(), "run: python docs/generate.py"
     assert {f"`{field.name}`" for field in fields(Recipe)} <= set(re.findall(r"`\w+`", page))
 
