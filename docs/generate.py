@@ -37,8 +37,8 @@ PLAN_HEAD = """# Every key of a plan
 <!-- Written by docs/generate.py: edit the docstrings in robx/api.py instead. -->
 
 The keys of the tables of a [plan](ship.md). Each table takes the arguments of the function of `robx.api` with the same
-meaning. A key that is left out has its default, which the meaning may call None. At the top of the plan stand `teacher`,
-`student`, `data`, `out` and `margin`.
+meaning. A key that is left out has its default, which the meaning may call None. At the top of the plan stand
+`teacher`, `student`, `data`, `out` and `margin`.
 """
 # Keys of the plan itself.
 PLAN_OWN = {
