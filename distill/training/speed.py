@@ -75,7 +75,7 @@ def measure_bound(
     began, device, total = time.perf_counter(), views.globals.device, views.globals.shape[1]
     # BatchNorm needs two crops of each size.
     images, times = (
-        min(total, 2 if len(views.locals) == 1 else 1),
+        min(total, 2 if 1 in (len(views.globals), len(views.locals)) else 1),
         list[tuple[float, float]](),
     )  # (teacher, student) of so many images
     while True:
