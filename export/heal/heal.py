@@ -62,7 +62,7 @@ class HealSettings:
         """Refuse values that cannot be."""
         if not 0 < self.minutes <= _MOST_MINUTES:
             raise InputError(
-                f"--heal must be above 0 and at most {_MOST_MINUTES} minutes, got {self.minutes:g}: give 10"
+                f"--heal must be a positive number of minutes, at most {_MOST_MINUTES}, got {self.minutes:g}: give 10"
             )
         if self.batch < 1 or (self.steps is not None and self.steps < 1):
             raise InputError(f"batch and steps must be at least 1, got {self.batch} and {self.steps}")

@@ -70,8 +70,11 @@ INT8 = {"format": "onnx", "int8": True, "calibration_images": 20}
             "[[export]]: --heal is for int8: give --int8 too (--heal is the key",
         ),
         ({"export": [{**INT8, "heal": math.nan}]}, "[[export]]: heal must be a finite number, got nan"),
-        ({"export": [{**INT8, "heal": -1}]}, "[[export]]: --heal must be above 0"),
-        ({"export": [{**INT8, "heal": 1e9}]}, "[[export]]: --heal must be above 0 and at most 10080 minutes"),
+        ({"export": [{**INT8, "heal": -1}]}, "[[export]]: --heal must be a positive number of minutes"),
+        (
+            {"export": [{**INT8, "heal": 1e9}]},
+            "[[export]]: --heal must be a positive number of minutes, at most 10080, got 1e+09",
+        ),
         ({"export": [{**INT8, "heal": "5"}]}, "[[export]]: heal must be a number, got '5'"),
         ({"export": [{**INT8, "max_drop": math.nan}]}, "[[export]]: max_drop must be a finite number"),
         ({"export": [{"format": "onnx", "int8": "no"}]}, "[[export]]: int8 must be true or false, got 'no'"),
