@@ -166,8 +166,8 @@ class _Connection:
             self.send(b"AUTH", TOKEN, 0, os.urandom(20))
         elif command == b"OPEN":
             self._last += 1
-            stream = self._streams[self._last] = _Stream(self, self._last, first)
-            threading.Thread(target=stream.serve, args=(data.rstrip(b"\0").decode(),), daemon=True).start()
+            opened = self._streams[self._last] = _Stream(self, self._last, first)
+            threading.Thread(target=opened.serve, args=(data.rstrip(b"\0").decode(),), daemon=True).start()
         elif stream := self._streams.get(second):
             stream.incoming(command, data)
 
