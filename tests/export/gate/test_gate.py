@@ -11,6 +11,7 @@ import pytest
 from robx.errors import DeviceError, InputError
 from robx.eval.fidelity.fidelity import make_bank
 from robx.export.gate.gate import Judgement, Limits, judge_accuracy, judge_speed
+from robx.export.gate.judge import SCREEN_LEVEL
 from robx.export.gate.sessions import open_candidate
 from robx.records import Verdict
 
@@ -54,6 +55,28 @@ def _shuffled(x: np.ndarray) -> np.ndarray:
 def _mean_alone(x: np.ndarray) -> np.ndarray:
     """Plain cosine with the reference stays above .99: which other tools report as success."""
     return (x.mean(axis=0) + 0.05 * np.random.default_rng(4).normal(size=x.shape)).astype(np.float32)
+
+
+def test_screening_seldom_sets_a_sound_candidate_aside() -> None:
+    """A candidate that loses .7 points of the tolerated 1, on as few labelled images as screening may have."""
+    random = np.random.default_rng(0)
+    centres = random.normal(size=(CLASSES, WIDTH))
+
+    def features(count: int) -> tuple[np.ndarray, np.ndarray]:
+        labels = random.integers(0, CLASSES, count)
+        return (centres[labels] + 2 * random.normal(size=(count, WIDTH))).astype(np.float32), labels
+
+    bank, aside, drops, rounds = make_bank(*features(600), classes=CLASSES), 0, [], 100
+    for _ in range(rounds):
+        reference, labels = features(239)
+        candidate = reference + 0.35 * random.normal(size=reference.shape).astype(np.float32)
+        judged = judge_accuracy(
+            reference, candidate, labels=labels, bank=bank, limits=Limits(), level=SCREEN_LEVEL, precision="int8"
+        )
+        aside += judged.verdict == "FAIL"
+        drops.append(judged.values["probe_drop"].value)
+    assert 0 < np.mean(drops) < 1
+    assert aside <= 0.07 * rounds
 
 
 @pytest.mark.parametrize("breaking", [_constant, _with_nan, _shuffled, _mean_alone])
