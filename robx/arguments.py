@@ -70,7 +70,7 @@ def check_types(kinds: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
 
 def _check(kind: Any, value: Any, name: str) -> None:
     try:
-        check_json(kind, to_json(value), where=name)
+        check_json(kind, _json(value), where=name)
     except ArtifactError:
         finite = not isinstance(value, float) or math.isfinite(value)
         wanted = described(kind) if finite else described(kind).replace("a number", "a finite number")
@@ -78,6 +78,13 @@ def _check(kind: Any, value: Any, name: str) -> None:
     parts = value if isinstance(value, list | tuple) else (value,)
     if "PathLike" in repr(kind) and any(isinstance(part, str) and not part for part in parts):
         raise InputError(f"{name} is an empty path: give a path, or . for the current folder")
+
+
+def _json(value: Any) -> Any:
+    """As `to_json`, but a path stays one: an `Artifact` is a dataclass too."""
+    if isinstance(value, list | tuple):
+        return [_json(one) for one in value]
+    return value if isinstance(value, os.PathLike) else to_json(value)
 
 
 def _plain(value: Any) -> Any:

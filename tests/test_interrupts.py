@@ -101,6 +101,7 @@ def test_a_real_export_ends_with_75_in_the_middle_of_its_work(preloaded: Preload
     assert status == 75 and out == "" and errors == "robx: interrupted by SIGINT: run the same command to resume\n"
 
 
+@pytest.mark.usefixtures("main_thread")
 def test_signals_that_are_ignored_stay_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -112,6 +113,7 @@ def test_signals_that_are_ignored_stay_ignored() -> None:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.usefixtures("main_thread")
 def test_a_forked_child_ends_of_sigterm_as_it_would_have() -> None:
     with interrupts.ended_by_signals():
         child = os.fork()
@@ -123,6 +125,7 @@ def test_a_forked_child_ends_of_sigterm_as_it_would_have() -> None:
         assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM and interrupts.arrived() is None
 
 
+@pytest.mark.usefixtures("main_thread")
 def test_a_deferred_signal_arrives_after_the_block() -> None:
     done = []
     with interrupts.ended_by_signals(), pytest.raises(KeyboardInterrupt), interrupts.deferred():

@@ -215,7 +215,7 @@ def test_a_killed_export_does_not_affect_the_next_one(shell: Any, tmp_path: Path
     assert no_strays(run) and load_bundle(run / "onnx-fp32")
 
 
-@pytest.mark.parametrize("command", ["demo", "distill"])
+@pytest.mark.parametrize("command", ["ship", "distill"])
 def test_a_folder_in_use_is_refused_until_its_process_dies(
     shell: Any, scenes: Path, tmp_path: Path, command: str
 ) -> None:
@@ -227,16 +227,16 @@ def test_a_folder_in_use_is_refused_until_its_process_dies(
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    more = ("--teacher", "timm:no_such_model") if command == "demo" else ("--teacher", "ema")
+    more = ("--teacher", "timm:no_such_model", "--format", "onnx") if command == "ship" else ("--teacher", "ema")
     student = ("--student", "test_resnet", "--data", scenes, "--out", out)
-    small = () if command == "demo" else ("--crop-size", 32, "--local-crops", 0, "--workers", 0, "--batch-size", 64)
+    small = () if command == "ship" else ("--crop-size", 32, "--local-crops", 0, "--workers", 0, "--batch-size", 64)
     with holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         said = one_line(shell(tmp_path, command, *more, *student, *small))
         assert f"{out} is in use by process {holder.pid}" in said
         holder.kill()
     status, _, errors = shell(
-        tmp_path, command, *more, *student, *small, *(() if command == "demo" else ("--epochs", 1))
+        tmp_path, command, *more, *student, *small, *(() if command == "ship" else ("--epochs", 1))
     )
     assert "is in use" not in errors
     assert status == 0 if command == "distill" else "no_such_model" in errors

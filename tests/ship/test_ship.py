@@ -29,7 +29,7 @@ from robx.runtime.bench.profiles import PROFILES
 from robx.ship import stages as module
 from robx.ship.command_line import command_line
 from robx.ship.plan import Plan, check_keys, make_plan, read_plan
-from robx.ship.run import Shipped, run_plan
+from robx.ship.run import Shipped, _latency, run_plan
 from robx.store.toml import read_toml, toml_value
 
 SMALL = {
@@ -436,10 +436,10 @@ def test_the_line_of_a_bundle_gives_the_reason_of_a_verdict_that_did_not_pass(
     bundle = load_bundle(Path(__file__).parents[1] / "golden" / "bundle-1")
     judged = replace(bundle, verdict=verdict, reason="the interval is too wide")
     monkeypatch.setattr(module, "load_bundle", lambda _: judged)
-    said = module._bundle_state(Path("b"))["said"]
+    said = module.bundle_result(Path("b"))["said"]
     assert said.endswith(f": {verdict} (the interval is too wide)" if shown else f": {verdict}")
 
 
 def test_the_line_of_a_latency_gives_the_reasons_of_an_unstable_one() -> None:
     record: Any = SimpleNamespace(values={}, verdict="UNSTABLE", reasons=("background_load: 80 % of a core",))
-    assert module._latency(Path("b"), record) == "b UNSTABLE (background_load: 80 % of a core)"
+    assert _latency(Path("b"), record) == "b UNSTABLE (background_load: 80 % of a core)"

@@ -121,6 +121,7 @@ def test_an_interrupted_healing_continues_to_the_same_bits(
         assert torch.equal(mine, other)
 
 
+@pytest.mark.usefixtures("main_thread")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_middle_of_a_step_waits_for_its_end(
     number: signal.Signals, model: ExportModel, student: Student, splits: Splits, tmp_path: Path,
