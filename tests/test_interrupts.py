@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -113,27 +111,34 @@ def test_signals_that_are_ignored_stay_ignored() -> None:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-@pytest.mark.usefixtures("main_thread")
-def test_a_forked_child_ends_of_sigterm_as_it_would_have() -> None:
-    reader, writer = os.pipe()
-    with interrupts.ended_by_signals():
-        child = os.fork()
-        if not child:
-            os.write(writer, b"x")
-            time.sleep(60)
-            os._exit(0)
-        os.read(reader, 1)  # Python forgets the signals that arrive while it forks
-        os.kill(child, signal.SIGTERM)
-        _, status = os.waitpid(child, 0)
-        assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM and interrupts.arrived() is None
-    os.close(reader)
-    os.close(writer)
+def test_a_forked_child_ends_of_sigterm_as_it_would_have(preloaded: Preloaded) -> None:
+    code = """
+import os, signal, time
+from robx import interrupts
+reader, writer = os.pipe()
+with interrupts.ended_by_signals():
+    child = os.fork()
+    if not child:
+        os.write(writer, b"x")
+        time.sleep(60)
+        os._exit(0)
+    os.read(reader, 1)  # Python forgets the signals that arrive while it forks
+    os.kill(child, signal.SIGTERM)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), interrupts.arrived())
+"""
+    assert preloaded.run(["-c", code]) == (0, f"-{signal.SIGTERM:d} None\n", "")
 
 
-@pytest.mark.usefixtures("main_thread")
-def test_a_deferred_signal_arrives_after_the_block() -> None:
-    done = []
-    with interrupts.ended_by_signals(), pytest.raises(KeyboardInterrupt), interrupts.deferred():
-        signal.raise_signal(signal.SIGTERM)
-        done.append("the rest of the step")
-    assert done and interrupts.arrived() is signal.SIGTERM
+def test_a_deferred_signal_arrives_after_the_block(preloaded: Preloaded) -> None:
+    code = """
+import signal
+from robx import interrupts
+with interrupts.ended_by_signals():
+    try:
+        with interrupts.deferred():
+            signal.raise_signal(signal.SIGTERM)
+            print("the rest of the step")
+    except KeyboardInterrupt:
+        print(interrupts.arrived().name)
+"""
+    assert preloaded.run(["-c", code]) == (0, "the rest of the step\nSIGTERM\n", "")
