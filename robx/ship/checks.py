@@ -40,8 +40,7 @@ def check_plan(stages: Stages, verbs: Verbs) -> None:
     for entry in plan.tables():
         with naming_table(entry, verbs):
             if entry.stage == "distill":
-                own = {"teacher": plan.teacher, "student": plan.student, "data": plan.data, "out": stages.student}
-                DistillSettings.of(**own, **plan.distill)
+                DistillSettings.of(**stages.distill_start, **plan.distill)
             elif entry.stage == "export":
                 exports.append((entry, _check_export(stages, entry)))
             elif entry.stage == "eval":

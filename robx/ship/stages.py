@@ -77,12 +77,19 @@ class Stages:
         """The student's folder."""
         return self.plan.out / "student"
 
+    @property
+    def distill_start(self) -> dict[str, Any]:
+        """The arguments of the distillation that come from the top of the plan."""
+        plan = self.plan
+        return {"teacher": plan.teacher, "student": plan.student, "data": plan.data, "out": self.student}
+
     def distill(self, entry: Entry) -> Stage:
         """The distillation."""
         plan = self.plan
-        own = {"teacher": plan.teacher, "student": plan.student, "data": plan.data, "out": self.student}
         return Stage(
-            entry=entry, title=f"Distil {plan.student} from {plan.teacher}", arguments=own | self._recipe_arguments()
+            entry=entry,
+            title=f"Distil {plan.student} from {plan.teacher}",
+            arguments=self.distill_start | self._recipe_arguments(),
         )
 
     def export(self, entry: Entry) -> Stage:
