@@ -568,12 +568,12 @@ class Embedder:
 
         Raises:
             CorruptImage: an image cannot be decoded; `robx run --out FILE.npz` skips such images and names the others.
-            InputError: no image, a path that does not exist, or an array of another type or shape.
-            DeviceError: the runtime failed.
+            InputError: no image, a path that does not exist, an array of another type or shape, or `batch` below 1.
+            DeviceError: the engine failed, gave no output in time, or returned NaN or infinity.
         """
         import numpy as np
 
-        from robx.runtime.infer import infer
+        from robx.runtime.infer import infer, infer_preprocessed
 
         items = [images] if isinstance(images, str | os.PathLike) or _is_image(images) else list(images)  # type: ignore[arg-type]
         if not items:
@@ -582,7 +582,7 @@ class Embedder:
         if parts and len(parts) < len(items):
             raise InputError("preprocessed arrays (float32) and other images are mixed: embed them in two calls")
         if parts:
-            return self._session.run(np.concatenate(parts))
+            return np.concatenate([infer_preprocessed(self._session, part, batch=batch) for part in parts])
         answers = infer(self._session, _readers(items), batch=batch, on_skip=_refuse)
         return np.stack([answer for _, answer in answers])
 

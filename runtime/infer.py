@@ -54,12 +54,11 @@ def infer(
     """Yield each image's name and embedding, float32 (D,); images that cannot be decoded are skipped.
 
     Raises:
-        InputError: none of the images could be decoded.
+        InputError: `batch` is below 1, or none of the images could be decoded.
         DeviceError: the engine failed, gave no output in time, or returned NaN or infinity.
     """
     answered = False
-    model = session.bundle
-    batch = max(1, min(batch, _BATCH_BYTES // model.preprocessing.image_bytes))
+    model, batch = session.bundle, _batch_of(session, batch)
     if isinstance(model, Bundle) and model.in_model is not None and model.in_model.resize:
         batch = 1  # the images have sizes of their own
     batches = read_batches(
@@ -70,12 +69,38 @@ def infer(
     )
     for found, pixels in batches:
         answered = True
-        for (name, _), output in zip(found, run_within(session, pixels), strict=True):
-            if not np.isfinite(output).all():
-                raise DeviceError(f"the output for {name} contains NaN or infinity: export the model again, or in fp32")
-            yield name, output
+        names = [name for name, _ in found]
+        yield from zip(names, _outputs(session, pixels, names), strict=True)
     if not answered:
         raise InputError("none of the images could be decoded: give other images")
+
+
+def infer_preprocessed(session: Session, pixels: np.ndarray, *, batch: int = 8) -> np.ndarray:
+    """Embeddings, float32 (N, D), of preprocessed images, float32 (N, 3, H, W).
+
+    Raises:
+        InputError: `batch` is below 1.
+        DeviceError: as `infer` does.
+    """
+    batch = _batch_of(session, batch)
+    pieces = [range(start, min(start + batch, len(pixels))) for start in range(0, max(1, len(pixels)), batch)]
+    return np.concatenate([_outputs(session, pixels[p.start : p.stop], [f"image {i}" for i in p]) for p in pieces])
+
+
+def _batch_of(session: Session, batch: int) -> int:
+    """Images in one run of the model: `batch`, or as many as the memory for a batch holds."""
+    if batch < 1:
+        raise InputError(f"batch is {batch}: it must be at least 1")
+    return max(1, min(batch, _BATCH_BYTES // session.bundle.preprocessing.image_bytes))
+
+
+def _outputs(session: Session, pixels: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """One batch through the model, within the time limit and without NaN or infinity."""
+    outputs = run_within(session, pixels)
+    for name, output in zip(names, outputs, strict=True):
+        if not np.isfinite(output).all():
+            raise DeviceError(f"the output for {name} contains NaN or infinity: export the model again, or in fp32")
+    return outputs
 
 
 def top_labels(scores: np.ndarray, labels: Sequence[str], *, count: int = 5) -> list[tuple[str, float]]:

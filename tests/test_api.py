@@ -26,7 +26,7 @@ import robx.runtime.bench.bench
 from robx import api
 from robx.distill.resolve import DistillSettings
 from robx.distill.training.run import Options
-from robx.errors import CorruptImage, InputError
+from robx.errors import CorruptImage, DeviceError, InputError
 from robx.eval.evaluate import EvalSettings
 from robx.export.build import ExportSettings
 from robx.export.gate.gate import Limits
@@ -307,6 +307,21 @@ def test_embed_takes_paths_images_and_arrays_alike(run: Path, photos: list[Path]
         assert model.record == record
     for image in images:
         image.close()
+
+
+def test_embed_runs_preprocessed_arrays_in_batches_too(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = load_student(run)
+    pixels = np.random.default_rng(0).normal(size=(5, 3, *record.preprocessing.shape)).astype(np.float32)
+    with api.open(run) as model:
+        whole, plain, sizes = model.embed(pixels, batch=5), model._session.run, []
+        monkeypatch.setattr(model._session, "run", lambda images: sizes.append(len(images)) or plain(images))
+        np.testing.assert_allclose(model.embed([pixels[:3], pixels[3:]], batch=2), whole, rtol=1e-4, atol=1e-5)
+        assert sizes == [2, 1, 2]
+        with pytest.raises(InputError, match="batch is 0: it must be at least 1"):
+            model.embed(pixels, batch=0)
+        pixels[4] = np.nan
+        with pytest.raises(DeviceError, match="the output for image 4 contains NaN"):
+            model.embed(pixels, batch=2)
 
 
 def test_embed_refuses_what_is_no_image_and_names_it(run: Path, photos: list[Path], tmp_path: Path) -> None:

@@ -127,6 +127,7 @@ def _check(settings: BenchSettings) -> None:
         "affinity": settings.affinity,
         "processes": settings.processes,
         "batch": settings.batch > 1,
+        "runner": settings.runner,
         "python": settings.python,
         "emulated": settings.emulated,
     }

@@ -72,7 +72,7 @@ def interleave(
     }
     digest = telemetry.digest(snapshots, cores=os.cpu_count() or 1)
     throttled = {*(watch.new_flags(flags, watch.throttle_flags()) or ())}
-    if any("cuda" in str(known.get("provider")).lower() for known in facts.values()):
+    if any(map(nvidia.runs, facts.values())):
         throttled |= {f"GPU {flag}" for flag in nvidia.reading()["throttled"]}
     return Interleaved(found, (*validity.conditions(digest), *validity.throttling(throttled)), noise)
 

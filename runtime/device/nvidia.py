@@ -6,6 +6,7 @@ Without that package, the driver or a counter, the value is None and `reason` sa
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 # Clock event reasons of nvml.h that mean heat or power, not idling or a limit set by the user.
@@ -15,6 +16,12 @@ _THROTTLING = {
     0x40: "hardware thermal slow-down",
     0x80: "power brake",
 }
+
+
+def runs(facts: Mapping[str, Any]) -> bool:
+    """Whether a session with these facts runs on an NVIDIA GPU."""
+    provider = str(facts.get("provider")).lower()
+    return "cuda" in provider or "tensorrt" in provider
 
 
 def reading() -> dict[str, Any]:

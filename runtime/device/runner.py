@@ -159,8 +159,7 @@ def _timed(job: dict[str, Any], model: Any, queries: list[Any], kept: tuple[Any,
     import numpy as np
 
     warm = timing.warm_up(model, queries, job["warm_up_seconds"], job["warm_up_limit"])
-    provider = str(model.facts().get("provider")).lower()
-    gpu = "cuda" in provider or "tensorrt" in provider
+    gpu = nvidia.runs(model.facts())
     gpu_before, before = nvidia.reading() if gpu else None, watch.energy()
     began, wall, cpu = time.monotonic(), time.time(), time.process_time()
     samples, complete = timing.time_queries(model, queries, job, kept)

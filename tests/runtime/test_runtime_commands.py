@@ -87,7 +87,13 @@ def test_bench_ab(call, make_bundle, short_profile):
     assert "x the latency of" in result.output
     assert "same bundle twice" in call("bench", small, small, "--ab").output
     assert call("bench", small, "--ab").exit_code == 2
-    for option in (("--device", "ssh://x"), ("--affinity", "0"), ("--batch", "2"), ("--emulated",)):
+    for option in (
+        ("--device", "ssh://x"),
+        ("--affinity", "0"),
+        ("--batch", "2"),
+        ("--runner", "native"),
+        ("--emulated",),
+    ):
         refused = call("bench", small, large, "--ab", *option)
         assert refused.exit_code == 2 and f"leave out {option[0]}" in refused.output
 

@@ -57,6 +57,14 @@ def test_the_gpu_that_cuda_sees_first(nvml, monkeypatch, visible, handle):
     assert nvml.asked == [handle]
 
 
+@pytest.mark.parametrize(
+    ("provider", "found"),
+    [("cuda:0", True), ("CUDAExecutionProvider", True), ("TensorrtExecutionProvider", True), (["CPU"], False)],
+)
+def test_the_providers_that_run_on_an_nvidia_gpu(provider, found):
+    assert nvidia.runs({"provider": provider}) is found
+
+
 def refuse(*_):
     raise NVMLError("Not Supported")
 
