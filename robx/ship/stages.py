@@ -21,6 +21,9 @@ from robx.store.files import read_json, sha256_bytes, sha256_file, write_json
 from robx.store.toml import toml_value
 
 RECIPE = "recipe.toml"  # keys of the recipe in the plan's [distill]
+# Arguments that may be folders to read, and the files there that change whenever the rest does.
+_READ_FOLDERS = ("init", "targets", "reference", "lowshot_splits")
+_TELLING = ("student.json", "targets.json", "*.txt", "imagenet_subsets*/*.txt")
 
 
 @dataclass
@@ -203,6 +206,9 @@ class Stages:
             return [str(value), sha256_bytes(self.recipe_text.encode())]
         if isinstance(value, str | Path) and Path(value).is_file():
             return [str(value), sha256_file(Path(value))]
+        if name in _READ_FOLDERS and Path(value).is_dir():
+            files = sorted(path for pattern in _TELLING for path in Path(value).glob(pattern))
+            return [str(value), *map(sha256_file, files)]
         return [str(one) for one in value] if isinstance(value, list | tuple) else str(value)
 
     def finished(self, state: State) -> set[int]:

@@ -268,6 +268,22 @@ def test_a_weights_file_that_changed_distils_again(plan: Plan, tmp_path: Path) -
     assert verbs.names == ["distill", "report"]
 
 
+def test_an_earlier_run_to_start_from_that_was_trained_again_distils_again(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier/student.json").write_text('{"sha256": "1"}')
+    started = plan.with_distill(init=str(tmp_path / "earlier"))
+    verbs = Verbs()
+    _run(started, verbs)
+    verbs.calls.clear()
+    (tmp_path / "earlier/measurements.jsonl").touch()
+    _run(started, verbs)
+    assert verbs.names == ["report"]
+    verbs.calls.clear()
+    (tmp_path / "earlier/student.json").write_text('{"sha256": "2"}')
+    _run(started, verbs)
+    assert verbs.names == ["distill", "report"]
+
+
 def test_a_stage_that_fails_does_not_stop_the_others(plan: Plan) -> None:
     verbs = Verbs(fail="openvino")
     shipped = _run(plan, verbs)
