@@ -63,7 +63,7 @@ class ShardSource:
         }
         self._repeated = len(counts) > 1 and index.unique_keys is not True and _any_twice(self._keys)
         self.classes, self._labels, odd = _classes(self._shards[0].parent, index.shards)
-        self.note = _note(index.shards, odd, image)
+        self.note = "; ".join((*odd, *_skipped(index.shards, image)))
         self.fingerprint = self._fingerprint(index)
 
     def _fingerprint(self, index: ShardIndex) -> str:
@@ -132,41 +132,44 @@ class ShardSource:
         return data, name
 
 
-def _classes(folder: Path, shards: Sequence[TarIndex]) -> tuple[tuple[str, ...] | None, np.ndarray, int]:
-    """The class names, each sample's label int32 (N,), and how many labels are not usable."""
+def _classes(folder: Path, shards: Sequence[TarIndex]) -> tuple[tuple[str, ...] | None, np.ndarray, list[str]]:
+    """The class names, each sample's label int32 (N,), and what is wrong with labels and names."""
     counts = Counter(label for shard in shards for label in shard.labels if label)
     names = set(counts) - {NO_LABEL}
     numeric = {label for label in names if _is_number(label)}
-    odd = {NO_LABEL}
+    odd, notes = {NO_LABEL}, list[str]()
     if numeric == names:
         odd |= {label for label in numeric if int(label) >= _MAX_CLASSES}  # a negative number is the usual "none"
-        classes, numbers = _numbered(folder, {label for label in numeric - odd if int(label) >= 0})
+        classes, numbers, notes = _numbered(folder, {label for label in numeric - odd if int(label) >= 0})
     else:
         classes = tuple(sorted(names))
         numbers = {label: number for number, label in enumerate(classes)}
     total = sum(len(shard.keys) for shard in shards)
     written = (label for shard in shards for label in shard.labels)
     labels = np.fromiter((numbers.get(label, -1) for label in written), np.int32, total)
-    return classes or None, labels, sum(counts[label] for label in odd)
+    if unusable := sum(counts[label] for label in odd):
+        notes.append(f"{counted(unusable, 'sample')} with an empty or invalid .cls: unlabelled")
+    return classes or None, labels, notes
 
 
 def _any_twice(keys: Names) -> bool:
     return len(set(keys)) < len(keys)
 
 
-def _numbered(folder: Path, labels: set[str]) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Class names of numeric labels: from classes.json, else the numbers themselves."""
+def _numbered(folder: Path, labels: set[str]) -> tuple[tuple[str, ...], dict[str, int], list[str]]:
+    """Class names of numeric labels: from classes.json, else the numbers themselves, with a note if it lacks some."""
     if not labels:
-        return (), {}
-    top = max(map(int, labels))
-    names = read_json(folder / "classes.json") if (folder / "classes.json").is_file() else None
+        return (), {}, []
+    top, path = max(map(int, labels)), folder / "classes.json"
+    names = read_json(path) if path.is_file() else None
     if isinstance(names, list) and len(names) > top:
-        return tuple(str(name) for name in names), {label: int(label) for label in labels}
+        return tuple(str(name) for name in names), {label: int(label) for label in labels}, []
+    notes = [f"{path} is not a list of {top + 1} or more names: classes are numbers"] if path.is_file() else []
     if top < _MOST_UNNAMED_CLASSES:
-        return tuple(str(i) for i in range(top + 1)), {label: int(label) for label in labels}
+        return tuple(str(i) for i in range(top + 1)), {label: int(label) for label in labels}, notes
     values = sorted({int(label) for label in labels})
     place = {value: number for number, value in enumerate(values)}
-    return tuple(map(str, values)), {label: place[int(label)] for label in labels}
+    return tuple(map(str, values)), {label: place[int(label)] for label in labels}, notes
 
 
 def _is_number(label: str) -> bool:
@@ -184,16 +187,14 @@ def _why_nothing(shards: Sequence[Path], found: Sequence[TarIndex], image: str |
     return f"{where} contains no images: expected members such as key.jpg and key.cls"
 
 
-def _note(found: Sequence[TarIndex], odd: int, image: str | None) -> str:
+def _skipped(found: Sequence[TarIndex], image: str | None) -> list[str]:
     notes = []
     skipped: Counter[str] = sum((Counter(index.skipped) for index in found), Counter())
     if skipped:
         notes.append(f"skipped {counted(skipped.total(), 'image')} that robx cannot read ({by_suffix(skipped)})")
-    if odd:
-        notes.append(f"{counted(odd, 'sample')} with an empty or invalid .cls: unlabelled")
     if image is not None and (without := sum(index.without for index in found)):
         notes.append(f"skipped {counted(without, 'sample')} without an image {image!r}")
-    return "; ".join(notes)
+    return notes
 
 
 def by_suffix(counts: Mapping[str, int]) -> str:

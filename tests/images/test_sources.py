@@ -83,6 +83,17 @@ def test_shards_in_webdataset_layout(tmp_path: Path) -> None:
     assert len(test) == 1 and len(open_source(tmp_path)) == 2
 
 
+@pytest.mark.parametrize(("names", "note"), [(["zero", "one"], ""), (["zero"], "2 or more names"), ({}, "2 or more")])
+def test_names_that_do_not_fit_the_labels_of_shards_are_not_used_and_a_note_says_so(
+    tmp_path: Path, names: object, note: str
+) -> None:
+    write_shard(tmp_path / "train-0.tar", [("a.png", _png(1), 1)])
+    write_json(tmp_path / "classes.json", names)
+    source = open_source(tmp_path)
+    assert source.classes == (("0", "1") if note else ("zero", "one"))
+    assert note in source.note and bool(note) == bool(source.note)
+
+
 def test_every_source_reads_the_pixels_of_its_images(tmp_path: Path) -> None:
     encoded = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)).save(encoded, "JPEG")
