@@ -20,7 +20,7 @@ from robx.eval.protocols.lowshot import LAMBDA, draw_splits, low_shot, read_spli
 from robx.eval.protocols.outcome import Model, Outcome
 from robx.eval.protocols.trained_heads import TOP, head_values
 from robx.eval.protocols.transfer import TRANSFERS, Transfer
-from robx.eval.protocols.trunk_outputs import Output, TrunkSession
+from robx.eval.protocols.trunk_outputs import TrunkSession
 from robx.images.sources import ImageSource
 from robx.linear_head import Head, save_head
 from robx.records import Json, Student, to_json
@@ -90,11 +90,7 @@ def linear(
     with contextlib.ExitStack() as stack:
         trunk = None
         if isinstance(model.session.bundle, Student):
-            trunk = stack.enter_context(
-                TrunkSession(
-                    model.folder, output="last4", threads=model.threads, device=model.session.facts()["provider"]
-                )
-            )
+            trunk = stack.enter_context(_trunk(model))
         session, kinds = (model.session, None) if trunk is None else (trunk, trunk.kinds)
         test = split.aligned(embed(session, split.test))
         names = ", ".join(kinds or ("embedding",))
@@ -125,10 +121,10 @@ def transfer(
     return split, linear(model, split, cached=cached, protocol=f"transfer:{name}", how=how)
 
 
-def _trunk(model: Model, output: Output) -> TrunkSession:
-    """The model's trunk on the device that its session uses."""
+def _trunk(model: Model) -> TrunkSession:
+    """The student's trunk, for its features of several depths, on the device that its session uses."""
     device = str(model.session.facts()["provider"])
-    return TrunkSession(model.folder, output=output, threads=model.threads, device=device)
+    return TrunkSession(model.folder, output="last4", threads=model.threads, device=device)
 
 
 def _cached(protocol: str) -> str:

@@ -82,14 +82,14 @@ def median_interval(samples: np.ndarray, confidence: float = 0.95) -> tuple[floa
     return float(ordered[rank - 1]), float(ordered[n - rank])
 
 
-def process_interval(processes: Sequence[np.ndarray], confidence: float = 0.95) -> tuple[float, float]:
+def process_interval(processes: Sequence[np.ndarray]) -> tuple[float, float]:
     """95 % interval of the median latency over processes.
 
     Queries of one process are not independent (they share memory layout and clock), so with two or more processes the
     interval is Student's t over their medians, and never narrower than the pooled order-statistic one.
     """
     pooled = np.concatenate(list(processes))
-    low, high = median_interval(pooled, confidence)
+    low, high = median_interval(pooled)
     if len(processes) < 2:
         return low, high
     medians = np.array([np.median(samples) for samples in processes], dtype=np.float64)
