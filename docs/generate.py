@@ -25,9 +25,9 @@ HEAD = """# Every recipe key
 
 <!-- Written by docs/generate.py: edit the dataclass Recipe in distill/recipes.py instead. -->
 
-These keys may stand in the file given with `--recipe`, and are keyword arguments of `robx.api.distill`. The values are
-those of a ViT student with a teacher; a column has a value where the objective's recipe differs from the default. CNN
-students differ in what the [second table](#cnn-students) says. `"none"` switches an optional key off. `robx recipe
+These keys can be set in the file given with `--recipe`, and are keyword arguments of `robx.api.distill`. The values are
+those of a ViT student with a teacher; a column has a value where the objective's recipe differs from the default. For
+CNN students see [below](#cnn-students). `"none"` switches an optional key off. `robx recipe
 OBJECTIVE --student NAME` prints the exact values for one student.
 """
 

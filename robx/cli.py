@@ -53,7 +53,7 @@ _REMEDIES = {
     errno.EIO: "check the disk",
     errno.ESTALE: "mount its file system again",
     errno.ENAMETOOLONG: "give a shorter name",
-    errno.ELOOP: "its symbolic links form a loop",
+    errno.ELOOP: "remove the loop in its symbolic links",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
 }
 
