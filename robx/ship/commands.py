@@ -57,7 +57,7 @@ def ship(
 
     PLAN is a TOML file; the options say the same for simple cases, or replace its values. Every stage resumes where it
     was interrupted, and is skipped when nothing that it depends on has changed. The exit status is that of the worst
-    gate: 3 if an export was refused or a latency is INVALID.
+    gate: 3 if an export was refused or a latency is INVALID. It is 2 if a stage failed, and 1 if the disk is full.
 
     \b
     robx ship --teacher dino_vits16 --student resnet18 --data images/ --out runs/r18 \\

@@ -1,7 +1,8 @@
 """run_plan(plan, verbs): every stage in order, each resumed, and skipped when nothing that it depends on has changed.
 
 What is done stands in ``ship.json`` in the output folder: for each stage the hash of its arguments and of what it reads
-(images, the student, bundles), and its result. A stage that fails does not stop the others, unless they need it.
+(images, the student, bundles), and its result. A stage that fails does not stop the others, unless they need it; a full
+disk stops them all.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robx.errors import Interrupted, RobxError, counted, duration
+from robx.errors import Interrupted, NoSpace, RobxError, counted, duration, is_full
 from robx.export.gate.gate import gate_error
 from robx.progress import Progress
 from robx.records import Latency
@@ -64,6 +65,7 @@ def run_plan(plan: Plan, verbs: Verbs, *, fresh: bool = False, progress: Progres
     Raises:
         InputError: the plan has a wrong key or value, or its images cannot be used; nothing is written then.
         Interrupted: a signal stopped a stage; the same plan continues.
+        NoSpace: the disk is full, in whichever stage; the same plan continues.
         RobxError: distillation or the report failed.
     """
     stages = Stages(plan)
@@ -191,13 +193,15 @@ class _Ship:
 
     @contextlib.contextmanager
     def _may_fail(self, entry: Entry) -> Iterator[None]:
-        """Note a stage's failure and go on; not for a signal."""
+        """Note a stage's failure and go on; a signal or a full disk ends the plan."""
         optional = entry.table.get("optional")
         try:
             yield
         except Interrupted:
             raise
         except RobxError as error:
+            if is_full(error):
+                raise NoSpace(str(error)) from error
             (self.skipped if optional else self.failed).append(str(error))
             self._say(f"  {'skipped' if optional else 'FAILED'}: {error}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -134,9 +135,9 @@ def test_shown_commands_are_read_back_to_the_same_arguments() -> None:
 class Verbs(dict[str, Any]):
     """Stand-ins for the stages: each writes what the next one reads, and notes its call."""
 
-    def __init__(self, *, refuse: str = "", fail: str = "") -> None:
+    def __init__(self, *, refuse: str = "", fail: str = "", full: bool = False) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
-        self.refuse, self.fail = refuse, fail
+        self.refuse, self.fail, self.full = refuse, fail, full
         super().__init__({name: self._verb(name) for name in api.VERBS})
 
     def _verb(self, name: str) -> Any:
@@ -147,7 +148,8 @@ class Verbs(dict[str, Any]):
             arguments.pop("progress", None)
             self.calls.append((name, arguments))
             if self.fail == name or self.fail == arguments.get("format"):
-                raise InputError(f"{self.fail} broke")
+                cause = OSError(errno.ENOSPC, "No space left on device") if self.full else None
+                raise InputError(f"{self.fail} broke") from cause
             return getattr(self, f"_{name}", lambda _: [])(arguments)
 
         return verb
@@ -294,6 +296,26 @@ def test_a_stage_that_fails_does_not_stop_the_others(plan: Plan) -> None:
     assert verbs.names == ["export", "eval", "bench", "report"]  # the failed stage, and those that read its bundle
     with pytest.raises(RobxError, match="distill broke"):
         _run(plan.with_distill(epochs=9), Verbs(fail="distill"))
+
+
+@pytest.mark.parametrize("stage", ["distill", "openvino", "eval", "bench", "report"])
+def test_a_full_disk_in_any_stage_ends_the_plan_with_status_1(
+    stage: str, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failed export or measurement may be optional; what comes after a full disk would fail too."""
+    exports = [{"format": "onnx"}, {"format": "openvino", "optional": True}]
+    values = {**_toml(plan), "export": exports}
+    verbs = Verbs(fail=stage, full=True)
+    monkeypatch.setattr(api, "VERBS", verbs)
+    result = _ship(_write(tmp_path / "plan.toml", values))
+    assert result.exit_code == 1, result.stderr
+    said = [line for line in result.stderr.splitlines() if f"{stage} broke" in line]
+    assert len(said) == 1 and said[0].startswith("robx: [") and "FAILED" not in result.stderr
+    done = ALL[: 3 if stage == "openvino" else ALL.index(stage) + 1]
+    assert verbs.names == done
+    verbs.fail = ""
+    shipped = _run(make_plan(values, where="test"), verbs)
+    assert not shipped.failed and not shipped.skipped and verbs.names == ALL[len(done) - 1 :]
 
 
 def test_gates_that_refuse_are_remembered_by_a_run_that_skips_them(plan: Plan) -> None:
