@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-import torch
 
 import robx  # noqa: F401 (switches telemetry off before any engine is imported)
-from robx.images.scenes import make_scene, render, write_scenes
 from tests.preloaded import Preloaded
+
+# torch is imported in the fixtures alone: pytest-xdist's controlling process runs no test, and its workers wait for it.
 
 # Files and folders of tests that train, export, measure or start processes for more than a few seconds each. They are
 # marked `slow`: make test-unit leaves them out, make test runs everything.
@@ -101,6 +101,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -144,6 +146,8 @@ def preloaded() -> Iterator[Preloaded]:
 @pytest.fixture(scope="session")
 def scene_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tar shards of 96 training and 48 test scenes, 64 px, labelled by their number of objects."""
+    from robx.images.scenes import write_scenes
+
     folder = tmp_path_factory.mktemp("shards") / "scenes"
     write_scenes(folder, train=96, test=48, size=64)
     return folder
@@ -152,6 +156,8 @@ def scene_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same kind of scenes as image files: train/<label>/x.png (64) and test/<label>/x.png (32), 64 px."""
+    from robx.images.scenes import make_scene, render
+
     root = tmp_path_factory.mktemp("scenes")
     for index in range(96):
         scene = make_scene(1, index)

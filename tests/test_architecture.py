@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -109,10 +110,13 @@ def _module(name: str) -> str:
     return name
 
 
-GRAPH = {
-    name: {_module(imported) for imported in _imports(ast.parse(path.read_text()))} - {"", "robx", name}
-    for name, path in MODULES.items()
-}
+@functools.cache
+def _graph() -> dict[str, set[str]]:
+    """The modules that each module imports."""
+    return {
+        name: {_module(imported) for imported in _imports(ast.parse(path.read_text()))} - {"", "robx", name}
+        for name, path in MODULES.items()
+    }
 
 
 def _place(module: str) -> tuple[str, str]:
@@ -132,12 +136,12 @@ def test_a_module_imports_nothing_above_itself(module: str) -> None:
     stage, room = _place(module)
     above = [
         other
-        for other in GRAPH[module]
+        for other in _graph()[module]
         if _place(other)[0] == stage and _place(other)[1] and _rank(stage, room) < _rank(*_place(other))
     ]
     # The command line, the API, plans and the demo stand on the stages; nothing else in robx/ does.
     if stage == "robx" and room not in ("cli", "api", "ship", "demo"):
-        above += [other for other in GRAPH[module] if _place(other)[0] != "robx"]
+        above += [other for other in _graph()[module] if _place(other)[0] != "robx"]
     assert not above, f"{module} imports {', '.join(above)}"
 
 
@@ -148,11 +152,11 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         assert state.get(module) != 1, f"circle: {' -> '.join((*path, module))}"
         if module not in state:
             state[module] = 1
-            for other in sorted(GRAPH[module]):
+            for other in sorted(_graph()[module]):
                 visit(other, (*path, module))
             state[module] = 2
 
-    for module in GRAPH:
+    for module in _graph():
         visit(module, ())
 
 
@@ -160,7 +164,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 def test_a_stage_imports_no_other_stage(module: str) -> None:
     stage = _place(module)[0]
     allowed = tuple(name for key, names in CROSSINGS.items() if module.startswith(key) for name in names)
-    for other in GRAPH[module]:
+    for other in _graph()[module]:
         if _place(other)[0] not in ("robx", stage):
             assert other.startswith(allowed) if allowed else False, f"{module} imports {other}"
 
