@@ -23,7 +23,7 @@ from robx.export.build import ExportSettings, export
 from robx.export.gate.gate import Limits
 from robx.export.heal.heal import HealSettings
 from robx.export.request import ExportTarget
-from robx.records import Bundle, Rung, load_student, to_json
+from robx.records import Bundle, Rung, Student, load_student, to_json
 
 COLUMNS = {"cosine_mean": "centred cosine", "cosine_p1": "1st percentile", "cosine_min": "smallest"}
 
@@ -40,26 +40,19 @@ def main() -> None:
         for healing in (None, HealSettings(minutes=given.minutes, steps=given.steps)):
             target = ExportTarget(format=name, precision="int8", device=given.target)
             settings = ExportSettings(
-                run=run, target=target, data=data, out=given.out / f"{name}-{'healed' if healing else 'plain'}",
+                run=run, target=target, data=data, out=_folder(given.out, student, name, healed=healing is not None),
                 limits=Limits(max_drop=given.max_drop, min_speedup=0.01), candidates=given.candidates, heal=healing,
-                force=True,
             )  # fmt: skip
             before = time.process_time()
             bundle = export(settings, say=say, on_candidate=lambda rung: say(f"{rung.name}: {rung.accuracy_said}"))
             minutes = (time.process_time() - before) / 60
-            rows.append([*_row(name, bundle, healed=healing is not None), f"{minutes:.1f}"])
+            rows += _rows(name, bundle, healed=healing is not None, minutes=minutes)
             records.append(
                 {"format": name, "healed": healing is not None, "cpu_minutes": minutes, "bundle": to_json(bundle)}
             )
     headings = (
-        "format",
-        "weights",
-        "shipped",
-        *COLUMNS.values(),
-        "probe drop, points",
-        "healing",
-        "CPU minutes",
-    )
+        "format", "weights", "int8", *COLUMNS.values(), "probe drop, points", "images", "healing", "CPU minutes",
+    )  # fmt: skip
     publish(
         given.name,
         title=f"int8 of {student.timm_name} at {student.preprocessing.crop} px, from its own and from healed weights",
@@ -67,8 +60,10 @@ def main() -> None:
         rows=rows,
         data=records,
         notes=[
-            "Centred cosine with the float student's embeddings, and drop of the frozen probe, on the judging images; "
-            "on the screening images for a closest candidate that was not judged.",
+            "Of each export, the int8 candidate that ships or, if none does, the closest one; where an export with "
+            "healing ships one of the student's own weights, both are shown.",
+            "Centred cosine with the float student's embeddings, and drop of the frozen probe, on the judging images, "
+            "or on the screening images for a candidate that was not judged.",
             f"robx's gate allows a drop of {given.max_drop:g} points, and any speed.",
             *([CLIP_ART] if given.data is None else [f"{data}"]),
             *held_out_note(given),
@@ -79,30 +74,46 @@ def main() -> None:
     )
 
 
-def _row(fmt: str, bundle: Bundle, *, healed: bool) -> list[str]:
-    kept = _shown(bundle)
-    healing = bundle.healing
-    trained = ""
-    if healing is not None:
-        trained = (
-            f"{healing.steps} steps of {healing.batch} of {healing.images} images; "
-            f"loss {healing.loss_before:.4f} -> {healing.loss_after:.4f}"
-        )
-    figures = [shown(kept.values.get(key), 4) for key in COLUMNS]
+def _folder(out: Path, student: Student, fmt: str, *, healed: bool) -> Path:
+    """The bundle's folder; students of one architecture have different weights, which its name tells apart."""
+    return out / f"{student.timm_name}-{student.sha256[:8]}" / f"{fmt}-{'healed' if healed else 'plain'}"
+
+
+def _rows(fmt: str, bundle: Bundle, *, healed: bool, minutes: float) -> list[list[str]]:
+    """The closest int8 candidate from the weights that the export was about, and the one that ships, if another."""
+    tried = [rung for rung in bundle.rungs if rung.precision == "int8"]
+    about = [rung for rung in tried if bool(rung.settings.get("healed")) is healed]
+    compared = [rung for rung in about if "cosine_mean" in rung.values]
+    weights = "healed" if healed else "own"
+    if not compared:
+        why = about[0].reason if about else bundle.reason
+        rows = [[fmt, weights, f"none: {why}", *[""] * 6]]
+    else:
+        rows = [_cells(fmt, max(compared, key=lambda r: (r.kept, r.values["cosine_mean"].value)), bundle)]
+    rows += [_cells(fmt, rung, bundle) for rung in tried if rung.kept and rung not in about]
+    return [[*row, f"{minutes:.1f}"] for row in rows]
+
+
+def _cells(fmt: str, rung: Rung, bundle: Bundle) -> list[str]:
+    healed = bool(rung.settings.get("healed"))
     return [
         fmt,
-        "own and healed" if healed else "own",
-        kept.name if kept.kept and bundle.verdict != "FORCED" else f"none; closest: {kept.name}",
-        *figures,
-        shown(kept.values.get("probe_drop")),
-        trained,
+        "healed" if healed else "own",
+        f"{rung.name}: {'ships' if rung.kept else rung.accuracy_said}",
+        *(shown(rung.values.get(key), 4) for key in COLUMNS),
+        shown(rung.values.get("probe_drop")),
+        "judging" if rung.was_judged else "screening",
+        _training(bundle) if healed else "",
     ]
 
 
-def _shown(bundle: Bundle) -> Rung:
-    """The int8 candidate that ships or, if none does, the closest one."""
-    tried = [rung for rung in bundle.rungs if rung.precision == "int8" and "cosine_mean" in rung.values]
-    return max(tried, key=lambda rung: (rung.kept, rung.values["cosine_mean"].value))
+def _training(bundle: Bundle) -> str:
+    """How the weights were healed, for the table."""
+    done = bundle.healing
+    if done is None:
+        return ""
+    loss = f"loss {done.loss_before:.4f} -> {done.loss_after:.4f}"
+    return f"{done.steps} steps of {done.batch} of {done.images} images; {loss}"
 
 
 def _arguments() -> argparse.Namespace:
