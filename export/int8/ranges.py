@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 
 from robx.export.int8.candidate import RangeMethod
+from robx.export.int8.saturation import EVERYTHING, Bounds, saturating
 from robx.export.onnx_run import open_model
 
 BINS = 2048
@@ -34,6 +35,7 @@ class Histogram:
     low: float
     high: float
     counts: np.ndarray  # float64 (BINS,) over [low, high]
+    bounds: Bounds = EVERYTHING  # values beyond these do not matter to what reads the tensor
 
     def edges(self) -> np.ndarray:
         """The BINS + 1 edges of the bins."""
@@ -56,6 +58,9 @@ def collect(model: onnx.ModelProto, batches: Iterable[np.ndarray], *, input_name
         for name, value in values.items():
             if value.dtype == np.float32 and value.size:
                 _add(found, name, value)
+    for name, bounds in saturating(model).items():
+        if name in found:
+            found[name].bounds = bounds
     return found
 
 
@@ -63,6 +68,8 @@ def choose(
     histograms: dict[str, Histogram], method: RangeMethod, *, percentile: float = 99.99, symmetric: bool = False
 ) -> Ranges:
     """The range (low, high) of every tensor by one rule; each contains 0, which has to be exact.
+
+    The input of a smooth activation function is cut off where the function hardly changes (`saturating`).
 
     Args:
         histograms: from `collect`.
@@ -74,6 +81,11 @@ def choose(
 
 
 def _choose_one(histogram: Histogram, method: RangeMethod, percentile: float, symmetric: bool) -> tuple[float, float]:
+    low, high = _by_rule(histogram, method, percentile, symmetric)
+    return max(low, min(histogram.bounds[0], 0.0)), min(high, max(histogram.bounds[1], 0.0))
+
+
+def _by_rule(histogram: Histogram, method: RangeMethod, percentile: float, symmetric: bool) -> tuple[float, float]:
     low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
     if high - low <= 0 or method == "minmax":
         return low, high

@@ -2,13 +2,19 @@
 
 Outside of these bounds the function is constant, or changes by less than half a step of int8. A quantiser that gives a
 tensor its whole range spends most steps there: a ReLU6 that follows a convolution of EfficientNet-Lite0 reads values
-from -168 to 204, and ExecuTorch's own int8 of that network falls to a centred cosine of 0.81.
+from -168 to 204, and ExecuTorch's own int8 of that network falls to a centred cosine of 0.81. The first SiLU of an
+EfficientNet-B0 (64 px, four epochs) reads values from -67 to 74: these bounds raise its centred cosine in ONNX Runtime
+from .901 to .944 with percentile ranges.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from math import inf
+
+import onnx
+
+from robx.export.onnx_graph import Graph
 
 Bounds = tuple[float, float]  # low, high
 
@@ -22,6 +28,30 @@ INTERESTING: dict[str, Bounds] = {
     "sigmoid": (-8.0, 8.0),
     "gelu": (-5.0, inf),
 }
+
+
+_ONNX_FUNCTIONS = {"HardSwish": "hardswish", "HardSigmoid": "hardsigmoid", "Sigmoid": "sigmoid", "Gelu": "gelu"}
+
+
+def saturating(model: onnx.ModelProto) -> dict[str, Bounds]:
+    """The tensors of an ONNX graph that smooth activation functions alone read, and the values that matter to those.
+
+    A ReLU's input is left out: ONNX Runtime's quantiser removes the ReLU and gives its output a range.
+    """
+    graph = Graph(model)
+    outputs = {value.name for value in model.graph.output}
+    found = {name: union(_bounds(name, graph)) for name in graph.consumers if name not in outputs}
+    return {name: bounds for name, bounds in found.items() if bounds != EVERYTHING}
+
+
+def _bounds(name: str, graph: Graph) -> list[Bounds]:
+    """For each node that reads a tensor; x * sigmoid(x) counts as SiLU."""
+    readers = graph.consumers[name]
+    gates = {node.output[0] for node in readers if node.op_type == "Sigmoid"}
+    products = [node for node in readers if node.op_type == "Mul" and gates & {*node.input}]
+    if products and len(readers) == 2 and graph.consumers[gates.pop()] == products:
+        return [INTERESTING["silu"]]
+    return [INTERESTING.get(_ONNX_FUNCTIONS.get(node.op_type, ""), EVERYTHING) for node in readers]
 
 
 def union(bounds: Iterable[Bounds]) -> Bounds:
