@@ -46,9 +46,7 @@ class GoldenSample:
     record: GoldenRecord
     image: Image.Image
     inputs: np.ndarray  # one image as the model takes it, e.g. float32 (1, 3, H, W)
-    outputs: dict[
-        str, np.ndarray
-    ]  # output name -> float32 (1 + K, width): row 0 is correct, the others follow mistakes
+    outputs: dict[str, np.ndarray]  # float32 (1 + K, width) by name: row 0 is correct, the others follow mistakes
 
 
 def model_input(image: Image.Image, bundle: Bundle) -> np.ndarray:
