@@ -116,9 +116,11 @@ def _open(data: bytes, *, name: str, at_least: int | None) -> Image.Image:
     if len(data) > MAX_FILE_BYTES:
         raise CorruptImage(f"{name}: {len(data)} bytes are too many for an image (at most {MAX_FILE_BYTES})")
     image = open_image(io.BytesIO(data))
-    _limit_pixels(image, name)
+    scale = _least_scale(image, name)
     if at_least is not None and image.format in ("JPEG", "MPO"):
-        _scale_down(image, at_least)
+        scale = max(scale, next((scale for scale in (8, 4, 2) if min(image.size) >= scale * at_least), 1))
+    if scale > 1:  # Pillow ignores a second call
+        image.draft(None, (image.width // scale, image.height // scale))
     return image
 
 
@@ -144,28 +146,20 @@ def _one_error(name: str) -> Iterator[None]:
         raise CorruptImage(f"{name}: cannot be decoded ({error or type(error).__name__})") from error
 
 
-def _limit_pixels(image: Image.Image, name: str) -> None:
-    """Refuse an opened image that would need too much memory; a large JPEG is set to half size instead."""
+def _least_scale(image: Image.Image, name: str) -> int:
+    """What an opened image has to be reduced by, 1 or, for a large JPEG, 2; refuses one that needs too much memory."""
     pixels = image.width * image.height
     limit = _MAX_PIXELS_OF.get(image.format or "", MAX_PIXELS)
     if pixels <= limit:
-        return
+        return 1
     if image.format in ("JPEG", "MPO"):
         limit = _MAX_PROGRESSIVE_PIXELS if image.info.get("progressive") else _MAX_JPEG_PIXELS
         if pixels <= limit:
-            image.draft(None, (image.width // 2, image.height // 2))
-            return
+            return 2
     raise CorruptImage(
         f"{name}: {image.width} x {image.height} pixels is too large (at most {limit / 1e6:.0f} megapixels for "
         f"{image.format}): shrink it first"
     )
-
-
-def _scale_down(image: Image.Image, at_least: int) -> None:
-    """Set an opened JPEG to the smallest of 1/8, 1/4 and 1/2 of its size with `at_least` pixels on the shorter side."""
-    scale = next((scale for scale in (8, 4, 2) if min(image.size) >= scale * at_least), 1)
-    if scale > 1:
-        image.draft(None, (image.width // scale, image.height // scale))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

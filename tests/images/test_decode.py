@@ -81,6 +81,14 @@ def test_a_jpeg_is_decoded_at_the_smallest_size_that_suffices(at_least: int | No
         decode(data[: len(data) // 2], name="cut", at_least=at_least)
 
 
+@pytest.mark.parametrize(("at_least", "size"), [(None, (160, 100)), (101, (160, 100)), (25, (40, 25))])
+def test_a_jpeg_of_too_many_pixels_is_decoded_at_half_size_or_less(
+    at_least: int | None, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("robx.images.decode.MAX_PIXELS", 40_000)
+    assert decode(_encoded(Image.new("RGB", (320, 200)), "JPEG"), name="x", at_least=at_least).size == size
+
+
 def test_exif_rotation_is_applied() -> None:
     image = Image.new("RGB", (20, 10))
     exif = image.getexif()
