@@ -629,7 +629,8 @@ def _readers(items: Iterable[Any]) -> Iterator[tuple[str, Callable[[], Image.Ima
         elif isinstance(item, np.ndarray):
             yield from _readers_of_array(item, number)
         else:
-            yield f"image {number}", lambda item=item: _upright_rgb(item)  # type: ignore[misc]
+            name = f"image {number}"
+            yield name, lambda item=item, name=name: _upright_rgb(item, name)  # type: ignore[misc]
 
 
 def _readers_of_array(pixels: np.ndarray, number: int) -> Iterator[tuple[str, Callable[[], Image.Image]]]:
@@ -646,10 +647,10 @@ def _readers_of_array(pixels: np.ndarray, number: int) -> Iterator[tuple[str, Ca
         yield f"image {number + place}", lambda image=image: Image.fromarray(image).convert("RGB")  # type: ignore[misc]
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    from robx.images.transform import UprightRgb
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    from robx.images.decode import upright_rgb
 
-    return UprightRgb()(image)
+    return upright_rgb(image, name=name)
 
 
 def _refuse(error: CorruptImage) -> None:

@@ -27,11 +27,30 @@ def odd_pictures() -> Iterator[tuple[str, bytes]]:
     yield "16-bit grey", _file(Image.fromarray(grey.astype(np.uint16)), "PNG")
     yield "32-bit grey", _file(Image.fromarray(grey.astype(np.int32)), "TIFF")
     yield "float grey", _file(Image.fromarray((grey / 65535).astype(np.float32)), "TIFF")
+    overshooting = np.clip(grey / 65535 * 1.08 - 0.02, None, 1.05)  # as after a bicubic resize
+    yield "float grey that overshoots 1", _file(Image.fromarray(overshooting.astype(np.float32)), "TIFF")
+    yield "float grey that overshoots 255", _file(Image.fromarray((overshooting * 255).astype(np.float32)), "TIFF")
+    yield "dark 16-bit PGM", _file(Image.fromarray((grey / 300).astype(np.uint16)), "PPM")
     yield "CMYK", _file(upright.convert("CMYK"), "JPEG", quality=95)
     yield "turned by EXIF", _file(upright, "JPEG", quality=95, exif=turned)
     yield "panorama", _file(Image.fromarray(wide), "PNG")
     yield "tall panorama", _file(Image.fromarray(wide.transpose(1, 0, 2).copy()), "PNG")
     yield "1 x 1", _file(Image.new("RGB", (1, 1), (9, 130, 240)), "PNG")
+
+
+def pictures_without_white() -> Iterator[tuple[str, bytes]]:
+    """(what it is, the file) of floats and integers that have no white that could be guessed: they are refused."""
+    grey = np.linspace(0.05, 0.9, 50 * 70, dtype=np.float32).reshape(50, 70)
+    for value in (np.nan, np.inf, -np.inf):
+        for place in ((0, 0), (20, 30), (49, 69)):
+            odd = grey.copy()
+            odd[place] = value
+            yield f"{value} at {place}", _file(Image.fromarray(odd), "TIFF")
+    yield "-1 to 1", _file(Image.fromarray(2 * grey - 1), "TIFF")
+    yield "normalised", _file(Image.fromarray((grey - 0.45) / 0.225), "TIFF")
+    yield "Hounsfield units", _file(Image.fromarray((4000 * grey - 1024).astype(np.int32)), "TIFF")
+    yield "31 bits", _file(Image.fromarray((grey * 2**31).astype(np.int32)), "TIFF")
+    yield "only NaN", _file(Image.fromarray(np.full_like(grey, np.nan)), "TIFF")
 
 
 def _file(image: Image.Image, kind: str, **how: Any) -> bytes:

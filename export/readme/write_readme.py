@@ -37,7 +37,8 @@ def preprocessing_steps(bundle: Bundle) -> tuple[list[str], list[str]]:
     inside = bundle.in_model
     host = [
         "Decode to 8-bit RGB. Apply the EXIF rotation, put transparent images on white, scale 16-bit images by "
-        "255 / 65535."
+        "255 / 65535. Of floats and 32-bit integers, white is the smallest of 1 (floats only), 255 and 65535 that the "
+        "brightest pixel exceeds by a quarter at most."
     ]
     geometry = _geometry_steps(bundle.student.preprocessing)
     values = _value_steps(bundle.student.preprocessing)

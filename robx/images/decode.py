@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import stat
 import warnings
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-from robx.errors import CorruptImage, UnreadableImage
+from robx.errors import CorruptImage, InputError, UnreadableImage
 from robx.images.jpeg import jpeg_pixels
 from robx.records import IMAGENET_MEAN as IMAGENET_MEAN
 from robx.records import IMAGENET_STD as IMAGENET_STD
@@ -51,6 +52,9 @@ _MAX_PIXELS_OF = {"WEBP": 48_000_000, "JPEG2000": 40_000_000, "AVIF": 80_000_000
 # A larger JPEG is decoded at half size. A progressive one holds all its coefficients in memory meanwhile.
 _MAX_JPEG_PIXELS, _MAX_PROGRESSIVE_PIXELS = 178_956_970, 130_000_000
 _STRIP_PIXELS = 4_000_000  # converted at once
+_WHITES = (1.0, 255.0, 65535.0)  # of images of floats and wide integers
+_OVERSHOOT = 0.25  # a picture in 0..1 that was resampled may reach 1.1; one in 0..255 that ends there would be black
+_16_BIT_FORMATS = ("PNG", "PPM")  # Pillow opens 16 bits of these as mode I
 MAX_FILE_BYTES = 256 * 1024 * 1024
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # Beyond this aspect ratio the resized image would be huge, and only its centre crop is used.
@@ -86,14 +90,14 @@ def open_image(file: IO[bytes] | Path) -> Image.Image:
 def decode(data: bytes, *, name: str, at_least: int | None = None) -> Image.Image:
     """Decode an encoded image to 8-bit RGB, upright.
 
-    The EXIF rotation is applied, transparency is composited on white, 16 bits are scaled to 8, CMYK and palettes are
-    converted. A JPEG with more than MAX_PIXELS is decoded at half size.
+    The EXIF rotation is applied, transparency is composited on white, 16 bits and floats are scaled to 8 bits, CMYK and
+    palettes are converted. A JPEG with more than MAX_PIXELS is decoded at half size.
 
     With `at_least`, a JPEG is decoded at the smallest of 1/8, 1/4 and 1/2 of its size that leaves its shorter side that
     many pixels, by averaging within its blocks of 8 x 8: twice as fast at half the size, and five times at 1/8.
 
     Raises:
-        CorruptImage: not an image, truncated, or too many pixels; the message has `name`.
+        CorruptImage: not an image, truncated, too many pixels, or pixels that are not finite; the message has `name`.
     """
     with _one_error(name):
         return _load(_open(data, name=name, at_least=at_least))
@@ -162,42 +166,75 @@ def _least_scale(image: Image.Image, name: str) -> int:
     )
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any Pillow mode as RGB; large images are converted in strips, to save memory."""
+def upright_rgb(image: Image.Image, *, name: str) -> Image.Image:
+    """A PIL image of any mode, decoded or not, as `decode` makes it of a file: upright RGB. `image` stays as it is.
+
+    Raises:
+        CorruptImage: it cannot be decoded or has no defined white; the message has `name`.
+    """
+    with _one_error(name):
+        return to_rgb(ImageOps.exif_transpose(image), file_format=image.format)
+
+
+def to_rgb(image: Image.Image, *, file_format: str | None = None) -> Image.Image:
+    """An image of any Pillow mode as RGB; large images are converted in strips, to save memory.
+
+    Args:
+        image: the image.
+        file_format: Pillow's name of the format that it was opened from, if the image itself has lost it.
+
+    Raises:
+        InputError: pixels of wide numbers that are not finite, or whose white is unknown; see `_white_of`.
+    """
     if image.mode == "RGB":
         return image
-    scale = _scale_of(image)
+    white = _white_of(image, file_format or image.format)
     if image.width * image.height <= _STRIP_PIXELS:
-        return _strip_to_rgb(image, scale)
+        return _strip_to_rgb(image, white)
     whole = Image.new("RGB", image.size)
-    rows = max(1, _STRIP_PIXELS // image.width)
-    for top in range(0, image.height, rows):
-        box = (0, top, image.width, min(image.height, top + rows))
-        whole.paste(_strip_to_rgb(image.crop(box), scale), box)
+    for box in _strips(image):
+        whole.paste(_strip_to_rgb(image.crop(box), white), box)
     return whole
 
 
-def _scale_of(image: Image.Image) -> float:
-    """What an image of wide numbers is multiplied with to reach 8 bits.
+def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    """The boxes of rows of an image that are converted at once."""
+    rows = max(1, _STRIP_PIXELS // max(1, image.width))
+    for top in range(0, image.height, rows):
+        yield 0, top, image.width, min(image.height, top + rows)
 
-    A dark 16-bit image stays dark. Wider numbers have no defined white: the brightest pixel tells their scale.
+
+def _white_of(image: Image.Image, file_format: str | None) -> float:
+    """The value of white of an image of wide numbers; 255 for others.
+
+    16 bits have 65535, so a dark 16-bit image stays dark. Floats and 32 bits have no defined white: it is the smallest
+    of 1 (floats only), 255 and 65535 that the brightest pixel exceeds by a quarter at most, as resampling overshoots.
+
+    Raises:
+        InputError: NaN or infinity, brighter than all of these, or further below 0 than a quarter of the brightest.
     """
-    if image.mode.startswith("I;16"):
-        return 255.0 / 65535.0
-    if image.mode not in ("I", "F") or not image.width * image.height:
-        return 1.0
-    brightest = float(image.getextrema()[1])  # type: ignore[arg-type]
-    return 255.0 / 65535.0 if brightest > 255 else 255.0 if image.mode == "F" and brightest <= 1 else 1.0
+    wide, integers = image.mode in ("I", "F"), image.mode.startswith("I")
+    if not (wide or integers) or not image.width * image.height:
+        return _WHITES[1]
+    if image.mode != "F" and (not wide or file_format in _16_BIT_FORMATS):
+        return _WHITES[2]
+    extremes = np.array([(part.min(), part.max()) for part in (np.asarray(image.crop(box)) for box in _strips(image))])
+    low, top = float(extremes[:, 0].min()), float(extremes[:, 1].max())  # NaN if a pixel is
+    if not (math.isfinite(low) and math.isfinite(top)):
+        raise InputError("some pixels are NaN or infinite: replace them in the file")
+    if not -_OVERSHOOT * top <= low <= top <= (1 + _OVERSHOOT) * _WHITES[2]:
+        raise InputError(f"pixels from {low:g} to {top:g}: scale them to 0..1, 0..255 or 0..65535")
+    return next(white for white in _WHITES[integers:] if top <= (1 + _OVERSHOOT) * white)
 
 
-def _strip_to_rgb(image: Image.Image, scale: float) -> Image.Image:
+def _strip_to_rgb(image: Image.Image, white: float) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.float64)
-        return Image.fromarray(np.clip(values * scale, 0, 255).round().astype(np.uint8)).convert("RGB")
+        return Image.fromarray(np.clip(values * (255 / white), 0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         layered = image.convert("RGBA")
-        white = Image.new("RGBA", layered.size, "white")
-        return Image.alpha_composite(white, layered).convert("RGB")
+        white_page = Image.new("RGBA", layered.size, "white")
+        return Image.alpha_composite(white_page, layered).convert("RGB")
     return image.convert("RGB")
 
 

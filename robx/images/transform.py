@@ -18,7 +18,7 @@ class UprightRgb:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """A PIL image of any mode -> upright RGB."""
-        return to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(ImageOps.exif_transpose(image), file_format=image.format)
 
     def __repr__(self) -> str:
         return "UprightRgb()"

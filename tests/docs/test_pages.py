@@ -30,10 +30,11 @@ from safetensors.torch import save_file
 from robx import api
 from robx.cli import main
 from robx.distill.recipes import Recipe
+from robx.errors import CorruptImage
 from robx.image_size import at_size
 from robx.images.decode import decode, preprocess
 from robx.records import load_bundle, load_measurements, to_json
-from tests.odd_pictures import odd_pictures
+from tests.odd_pictures import odd_pictures, pictures_without_white
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -320,6 +321,11 @@ def test_the_decoding_that_is_printed_is_that_of_robx() -> None:
     for what, data in odd_pictures():
         mine, expected = found["decode"](io.BytesIO(data)), decode(data, name=what)
         assert mine.size == expected.size and mine.tobytes() == expected.tobytes(), what
+    for what, data in pictures_without_white():
+        with pytest.raises(CorruptImage):
+            decode(data, name=what)
+        with pytest.raises(ValueError, match=r"pixels from .* scale them to 0..1"):
+            found["decode"](io.BytesIO(data))
 
 
 def test_a_student_loads_into_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

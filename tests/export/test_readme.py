@@ -24,7 +24,7 @@ from robx.formats import FORMATS
 from robx.golden.sample import read_sample
 from robx.records import Bundle, BundleFile, DataInfo, Preprocessing, TeacherInfo, load_bundle
 from robx.runtime.check import check
-from tests.odd_pictures import odd_pictures
+from tests.odd_pictures import odd_pictures, pictures_without_white
 
 HEADERS = Path(__file__).parent / "include"
 # Import of any of these fails, as on a machine that has the runtime alone.
@@ -82,6 +82,10 @@ def test_the_python_code_gives_what_robx_run_gives_for_odd_images(
         shutil.copy(path, "golden/image.png")
         exec(program, {})
         np.testing.assert_allclose(np.load("my_output.npy")[0], expected[path], rtol=1e-4, atol=1e-5, err_msg=what)
+    for _, data in pictures_without_white():
+        Path("golden/image.png").write_bytes(data)
+        with pytest.raises(ValueError, match=r"pixels from .* scale them to 0..1"):
+            exec(program, {})
 
 
 @pytest.mark.parametrize("name", ["onnx", "openvino"])

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from robx.errors import CorruptImage
-from robx.images.decode import decode, preprocess, resize_and_crop, to_rgb
+from robx.errors import CorruptImage, InputError
+from robx.images.decode import decode, preprocess, resize_and_crop, to_rgb, upright_rgb
+from robx.images.transform import UprightRgb
 from robx.records import Preprocessing
+from tests.odd_pictures import pictures_without_white
 
 
 def _encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -48,8 +50,38 @@ def test_numbers_wider_than_a_byte_keep_their_scale() -> None:
         (np.full((4, 4), 300, dtype=np.uint16), 1),
         (np.full((4, 4), 0.5, dtype=np.float32), 128),
         (np.full((4, 4), 200, dtype=np.float32), 200),
+        (np.array([[0.5, 1.05], [-0.02, 1.0]], dtype=np.float32), 128),  # a picture in 0..1, resampled
+        (np.array([[200, 262], [-4, 255]], dtype=np.float32), 200),
+        (np.array([[32768, 65535]], dtype=np.int32), 128),
     ):
         assert np.asarray(to_rgb(Image.fromarray(values)))[0, 0].tolist() == [want] * 3
+
+
+def test_a_dark_16_bit_image_stays_dark_in_every_format() -> None:
+    dark = Image.fromarray(np.full((4, 4), 200, dtype=np.uint16))
+    for file_format in ("PNG", "TIFF", "PPM"):
+        data = _encoded(dark, file_format)
+        assert decode(data, name="x").getpixel((0, 0)) == (1, 1, 1)
+        assert UprightRgb()(Image.open(io.BytesIO(data))).getpixel((0, 0)) == (1, 1, 1)
+
+
+def test_pixels_that_have_no_white_are_refused_in_one_line() -> None:
+    for what, data in pictures_without_white():
+        with pytest.raises(CorruptImage, match=r"^x: cannot be decoded \((some pixels are NaN|pixels from)") as refused:
+            decode(data, name="x")
+        assert "\n" not in str(refused.value), what
+        with pytest.raises(CorruptImage, match=r"^image 3: cannot be decoded"):
+            upright_rgb(Image.open(io.BytesIO(data)), name="image 3")
+
+
+def test_the_pixels_of_a_large_float_image_are_checked_in_every_strip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("robx.images.decode._STRIP_PIXELS", 40)
+    values = np.linspace(0, 1, 200, dtype=np.float32).reshape(20, 10)
+    whole = np.asarray(to_rgb(Image.fromarray(values)))[..., 0]
+    np.testing.assert_array_equal(whole, np.rint(values.astype(np.float64) * 255))
+    values[17, 3] = np.nan
+    with pytest.raises(InputError, match="some pixels are NaN or infinite"):
+        to_rgb(Image.fromarray(values))
 
 
 def test_16_bit_grey_is_scaled_not_clipped() -> None:
