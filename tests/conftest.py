@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -67,6 +67,7 @@ SOAK = (
     ),
     "distill/training/test_processes.py::test_a_run_of_one_process_goes_on_in_two",
     "distill/training/test_processes.py::test_killed_then_asked_to_end_then_resumed_it_is_the_unbroken_run",
+    "eval/test_evaluate.py::test_a_limit_of_memory_ends_in_one_line[4.0]",
     "eval/test_evaluate.py::test_two_processes_write_what_one_does_and_so_does_their_cache",
     "export/formats/test_network.py::test_a_size_has_a_folder_of_its_own",
     "export/formats/test_network.py::test_the_manifest_says_that_a_student_was_fused_and_the_bundle_is_faster",
@@ -141,6 +142,29 @@ def preloaded() -> Iterator[Preloaded]:
     server = Preloaded()
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _export_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """torch.onnx.export exports a network once for all tests of a run; yields the real one."""
+    import torch
+
+    from tests.once_exported import OnceExported
+
+    folder = tmp_path_factory.getbasetemp()
+    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    real = torch.onnx.export
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", OnceExported(real, shared / "onnx"))
+        yield real
+
+
+@pytest.fixture
+def real_exporter(_export_once: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of torch.onnx.export itself: every call exports."""
+    import torch
+
+    monkeypatch.setattr(torch.onnx, "export", _export_once)
 
 
 @pytest.fixture(scope="session")
