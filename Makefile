@@ -11,6 +11,12 @@ PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -q
 
 export ORT_DISABLE_TELEMETRY = 1
+# The tests start hundreds of Python processes: each would compile robx again where compiled files are not kept.
+export PYTHONDONTWRITEBYTECODE =
+
+# Only these plugins, by name: pytest would rewrite the assertions of all modules of the installed ones, in each process.
+PYTEST = OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 \
+  PYTEST_PLUGINS=xdist.plugin,pytest_timeout,_hypothesis_pytestplugin $(VENV)/bin/python -m pytest
 
 .PHONY: demo test test-unit test-slow docs release lint types format check gpu test-mobile test-arm64 soak sbom audit clean
 
@@ -19,13 +25,13 @@ demo: $(VENV)/.demo
 
 # One thread per process: two processes with two threads each would oversubscribe two cores.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m 'not soak'
+	$(PYTEST) $(PYTEST_FLAGS) -m 'not soak'
 
 test-unit: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m 'not slow and not soak'
+	$(PYTEST) $(PYTEST_FLAGS) -m 'not slow and not soak'
 
 test-slow: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m 'slow or soak'
+	$(PYTEST) $(PYTEST_FLAGS) -m 'slow or soak'
 	$(MAKE) soak
 
 lint: $(VENV)/.dev
