@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -112,13 +111,6 @@ def _interrupts() -> None:
     """Ctrl-C raises KeyboardInterrupt here and in all processes, as it does not in a shell's background job."""
     with contextlib.suppress(ValueError):  # only a process's main thread may
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture
-def main_thread() -> None:
-    """Needed by tests that send a signal to this process: xdist sometimes runs the tests in another thread."""
-    if threading.current_thread() is not threading.main_thread():
-        pytest.skip("these tests run outside the main thread, which alone receives signals")
 
 
 @pytest.fixture(scope="session", autouse=True)

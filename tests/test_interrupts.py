@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from robx import interrupts
 from tests.preloaded import Preloaded
 
 # A command in the place of a real one, which writes "ready" and waits to be interrupted.
@@ -99,16 +98,16 @@ def test_a_real_export_ends_with_75_in_the_middle_of_its_work(preloaded: Preload
     assert status == 75 and out == "" and errors == "robx: interrupted by SIGINT: run the same command to resume\n"
 
 
-@pytest.mark.usefixtures("main_thread")
-def test_signals_that_are_ignored_stay_ignored() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with interrupts.ended_by_signals():
-            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGHUP, before)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+def test_signals_that_are_ignored_stay_ignored(preloaded: Preloaded) -> None:
+    code = """
+import signal
+from robx import interrupts
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+with interrupts.ended_by_signals():
+    print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+"""
+    assert preloaded.run(["-c", code]) == (0, "True False\nTrue True\n", "")
 
 
 def test_a_forked_child_ends_of_sigterm_as_it_would_have(preloaded: Preloaded) -> None:

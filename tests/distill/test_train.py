@@ -118,7 +118,7 @@ def test_every_kind_of_state_resumes(
     assert tiny.losses(tmp_path / "a") == tiny.losses(tmp_path / "b")
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler (Debian: g++)")
 def test_a_compiled_run_is_the_plain_one(tiny: ModuleType, source: ImageSource, tmp_path: Path) -> None:
     recipe = tiny.tiny_recipe(drop_path=0.0)
     tiny.tiny_run(source, tmp_path / "plain", recipe=recipe)

@@ -61,7 +61,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[set[str]]:
         patch.setattr(robx.export.build, "export", export_once)
         patch.setattr(timing, "BLOCK_SECONDS", 0.0)
         patch.setattr(profiles, "RETRY_SECONDS", 0)  # an UNSTABLE figure is not measured again
-        short = {"queries": 16, "seconds": 0.2, "processes": 1, "warm_up_seconds": 0.05, "cool_down_seconds": 0}
+        short = {"queries": 16, "seconds": 0.2, "processes": 1, "cool_down_seconds": 0}
+        short |= {"warm_up_seconds": 0.05, "warm_up_limit": 0.1}
         for name in ("quick", "standard"):
             patch.setitem(PROFILES, name, replace(PROFILES[name], **short))
         os.chdir(folder)

@@ -93,7 +93,7 @@ def test_the_cpp_code_compiles_and_runs_against_the_python_packages_library(
     name: str, bundles: dict[str, Path], tmp_path: Path
 ) -> None:
     if shutil.which("g++") is None:
-        pytest.skip("no C++ compiler (g++)")
+        pytest.skip("no C++ compiler (Debian: g++)")
     folder, library = bundles[name], _library(name, tmp_path)
     include = _openvino() / "include" if name == "openvino" else Path(os.environ.get("ORT_INCLUDE") or HEADERS)
     (code,) = _blocks(folder, "cpp")

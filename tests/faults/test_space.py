@@ -19,7 +19,9 @@ from robx.store.written import Written
 
 TINY = Path(__file__).parents[1] / "distill" / "tiny.py"
 MOUNTS = subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode == 0
-needs_mounts = pytest.mark.skipif(not MOUNTS, reason="this user may not mount a tmpfs in a namespace of its own")
+needs_mounts = pytest.mark.skipif(
+    not MOUNTS, reason="this user may not mount a tmpfs in a namespace of its own: run as root"
+)
 
 
 def shell(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -51,7 +51,7 @@ def gpu() -> Iterator[str]:
     """The device's name; products of float32 are computed in float32, so that results can be compared."""
     name = os.environ.get("ROBX_GPU", "cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU")
+        pytest.skip("no CUDA GPU here: make gpu runs this on a machine that has one")
     cudnn: Any = torch.backends.cudnn
     places = (cudnn.conv, torch.backends.cuda.matmul)
     before = [place.fp32_precision for place in places]

@@ -18,7 +18,7 @@ from robx.images import jpeg
 from robx.images.decode import decode, decode_pixels
 from robx.images.jpeg import PILLOW, jpeg_decoder, jpeg_pixels
 
-simplejpeg = pytest.importorskip("simplejpeg")
+simplejpeg = pytest.importorskip("simplejpeg", reason="simplejpeg is not installed: pip install 'robx[jpeg]'")
 
 SAMPLINGS = ("444", "422", "440", "420", "411", "gray")
 

@@ -172,7 +172,7 @@ def images():
 def short_profile(monkeypatch):
     """The rapid profile in a tenth of its time; an UNSTABLE bundle is not measured again."""
     short = dataclasses.replace(
-        PROFILES["rapid"], seconds=0.4, processes=2, warm_up_seconds=0.03, warm_up_limit=0.3, max_seconds=20
+        PROFILES["rapid"], seconds=0.4, processes=2, warm_up_seconds=0.03, warm_up_limit=0.1, max_seconds=20
     )
     monkeypatch.setitem(PROFILES, "rapid", short)
     monkeypatch.setattr(profiles, "RETRY_SECONDS", 0.0)

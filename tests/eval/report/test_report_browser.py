@@ -15,7 +15,7 @@ WIDTHS = (1280, 768, 360)
 @pytest.fixture(scope="module")
 def browser(devtools: ModuleType, records: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     if devtools.CHROMIUM is None:
-        pytest.skip("chromium is not installed")
+        pytest.skip("chromium is not installed (Debian: chromium)")
     root = tmp_path_factory.mktemp("browser")
     records.write_everything(root / "runs")
     (root / "report.html").write_text(make_pages(collect([root / "runs"])).html)

@@ -161,7 +161,7 @@ def test_without_either_package_the_recipe_still_ships(
 def test_local_is_parsed_by_the_package_that_is_here(cnn: Exported, tmp_path: Path) -> None:
     trt = needs_rtx()
     if importlib.util.find_spec("tensorrt"):
-        pytest.skip("tensorrt proper is asked first")
+        pytest.skip("this is about machines with tensorrt_rtx alone, and tensorrt is installed")
     built = build(cnn, tmp_path)
     assert built.runtime == "tensorrt_rtx"
     assert built.notes[0] == f"parsed by tensorrt_rtx {trt.__version__}"

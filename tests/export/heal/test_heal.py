@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import re
 import signal
 from pathlib import Path
@@ -32,9 +33,9 @@ from robx.export.int8 import by_onnxruntime, ranges
 from robx.export.int8.candidate import Candidate
 from robx.export.onnx_run import run_model
 from robx.export.request import ExportTarget
-from robx.interrupts import ended_by_signals
 from robx.records import Preprocessing, Student, load_bundle, load_student
 from robx.trunk import load_trunk
+from tests.preloaded import Preloaded
 
 SIZES = SplitSizes(calibration=16, bank=32, screening=16, judging=48, least=16)
 
@@ -121,30 +122,54 @@ def test_an_interrupted_healing_continues_to_the_same_bits(
         assert torch.equal(mine, other)
 
 
-@pytest.mark.usefixtures("main_thread")
+INTERRUPTED = """
+import json, signal, sys
+from pathlib import Path
+import torch
+from robx.export.cache import Cache
+from robx.export.formats.network import export_model
+from robx.export.heal.heal import HealSettings, heal
+from robx.export.image_splits import SplitSizes, open_data, read_splits
+from robx.interrupts import arrived, ended_by_signals
+from robx.records import Preprocessing
+from robx.trunk import load_trunk
+
+run, shards, out, number = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+student, trunk = load_trunk(run)
+model = export_model(trunk, student)
+sizes = SplitSizes(calibration=16, bank=32, screening=16, judging=48, least=16)
+splits = read_splits(*open_data(shards), Preprocessing(size=64, crop=64), sizes=sizes)
+lines = []
+
+def healed(folder):
+    lines.clear()
+    settings = HealSettings(steps=2, batch=8)
+    return heal(model.trunk, student, splits, settings, cache=Cache(out / folder), say=lines.append).sha256
+
+def interrupted(tensor):
+    torch.Tensor.backward = backward
+    signal.raise_signal(number)
+    backward(tensor)
+
+whole, backward, noted = healed("whole"), torch.Tensor.backward, None
+torch.Tensor.backward = interrupted
+with ended_by_signals():
+    try:
+        healed("cut")
+    except KeyboardInterrupt:
+        noted = arrived()
+print(json.dumps({"noted": noted, "same": healed("cut") == whole, "lines": lines}))
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_middle_of_a_step_waits_for_its_end(
-    number: signal.Signals, model: ExportModel, student: Student, splits: Splits, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    number: signal.Signals, cnn_run: Path, scene_shards: Path, tmp_path: Path, preloaded: Preloaded
+) -> None:
     """Half a step that was kept would be taken twice: the optimiser changes one tensor after another."""
-    whole = _heal(model, student, splits, tmp_path / "whole", settings={"steps": 2})
-    backward, calls = torch.Tensor.backward, list[int]()
-
-    def interrupted(tensor: torch.Tensor) -> None:
-        calls.append(1)
-        if len(calls) == 1:
-            signal.raise_signal(number)
-        backward(tensor)
-
-    # Python's half of a signal: a worker of the suite holds libraries in which the system's half has crashed.
-    monkeypatch.setattr(signal, "raise_signal", lambda number: signal.getsignal(number)(number, None))  # type: ignore[operator,misc]
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt), ended_by_signals():
-        patched.setattr(torch.Tensor, "backward", interrupted)
-        _heal(model, student, splits, tmp_path / "cut", settings={"steps": 2})
-    lines = list[str]()
-    resumed = _heal(model, student, splits, tmp_path / "cut", settings={"steps": 2}, say=lines.append)
-    assert lines == ["healing continues after step 1 of 2"] and resumed.sha256 == whole.sha256
+    status, said, errors = preloaded.run(["-c", INTERRUPTED, cnn_run, scene_shards, tmp_path, int(number)])
+    assert status == 0, errors
+    assert json.loads(said) == {"noted": number, "same": True, "lines": ["healing continues after step 1 of 2"]}
 
 
 def test_the_progress_compares_the_loss_with_that_of_the_first_steps(

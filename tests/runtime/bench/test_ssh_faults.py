@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 MOUNTS = subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode == 0
-needs_mounts = pytest.mark.skipif(not MOUNTS, reason="this user may not mount a tmpfs in a namespace of its own")
+needs_mounts = pytest.mark.skipif(
+    not MOUNTS, reason="this user may not mount a tmpfs in a namespace of its own: run as root"
+)
 
 
 @pytest.fixture

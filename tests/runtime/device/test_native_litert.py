@@ -13,11 +13,14 @@ from robx.runtime.bench.native_runner import device_abi, native_folder
 from robx.runtime.device_build import build
 from tests.runtime.device.test_native import Job
 
-schema = pytest.importorskip("ai_edge_litert.schema_py_generated")
-flatbuffers = pytest.importorskip("flatbuffers")
+WHERE = "ai_edge_litert is not installed here: make test-mobile runs this in .venv-litert"
+schema = pytest.importorskip("ai_edge_litert.schema_py_generated", reason=WHERE)
+flatbuffers = pytest.importorskip("flatbuffers", reason=WHERE)
 pytestmark = [
     pytest.mark.mobile,
-    pytest.mark.skipif(not shutil.which("cmake") or not shutil.which("c++"), reason="no cmake and C++ compiler"),
+    pytest.mark.skipif(
+        not shutil.which("cmake") or not shutil.which("c++"), reason="no cmake and C++ compiler (Debian: cmake, g++)"
+    ),
 ]
 WIDTH, PIXELS = 8, 3 * 32 * 32
 INPUT, WEIGHT, OUTPUT = (0.05, -3), (0.02, 0), (0.4, 5)  # scale and zero point of the int8 model

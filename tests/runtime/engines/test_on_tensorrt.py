@@ -19,6 +19,7 @@ from onnx import TensorProto, helper
 
 from robx.runtime.engines import on_tensorrt
 
+MISSING = "tensorrt_rtx is not installed: pip install 'robx[trt-rtx]'"
 GPU = {"name": "NVIDIA L4", "capability": "8.9"}
 MANIFEST = {
     "runtime": "tensorrt_rtx",
@@ -61,7 +62,7 @@ def load(trt: Any, bundle: Path, cache: Path, *, gpu: dict[str, Any] = GPU, **ch
 
 
 def test_a_real_engine_is_built_once_and_cached(bundle: Path, tmp_path: Path) -> None:
-    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    trt = pytest.importorskip("tensorrt_rtx", reason=MISSING)
     cache = tmp_path / "cache"
     plan, source = load(trt, bundle, cache)
     assert source == "built"
@@ -137,13 +138,13 @@ def test_a_full_or_read_only_cache_does_not_stop_the_model(
 
 
 def test_a_missing_gpu_or_wrong_provider_is_an_error(bundle: Path) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    pytest.importorskip("tensorrt_rtx", reason=MISSING)
     with pytest.raises(RuntimeError, match="runs on cuda and 'cpu' was asked for"):
         on_tensorrt.open_model(str(bundle), MANIFEST, {"provider": "cpu"})
     import torch
 
     if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
+        pytest.skip("this is about machines without a GPU, and this one has one")
     with pytest.raises(RuntimeError, match="no usable CUDA GPU"):
         on_tensorrt.open_model(str(bundle), MANIFEST, {})
 
