@@ -28,7 +28,7 @@ _BIG_ENDIAN = Mistake(
 def check(bundle: Path, array: Path) -> Comparison:
     """Compare the array in a file with the golden sample of the bundle in a folder.
 
-    A raw file is read as float32 or, where only that has the right number of values, as float64 or uint8.
+    A raw file is read as float32 or, where only that has the right number of values, as float64, float16 or uint8.
 
     Raises:
         InputError: `bundle` is not a bundle, or the file does not hold an output or an input tensor of its model.
@@ -51,7 +51,7 @@ def check(bundle: Path, array: Path) -> Comparison:
 def _compare_raw(content: bytes, sample: GoldenSample, bundle: Bundle) -> Comparison:
     """Compare raw numbers, little-endian float32 unless they can only be others; wrong bytes are named."""
     sizes = widths_of(sample)
-    for kind, counts in (("float64", sizes), ("uint8", {sample.inputs.size})):
+    for kind, counts in (("float64", sizes), ("float16", sizes), ("uint8", {sample.inputs.size})):
         dtype = np.dtype(kind).newbyteorder("<")
         if len(content) in {dtype.itemsize * count for count in counts} - {4 * count for count in sizes}:
             found = compare(np.frombuffer(content, dtype=dtype), sample, bundle)

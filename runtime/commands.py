@@ -16,6 +16,7 @@ import numpy as np
 from robx.console import PathType, print_line, print_table, progress_bar, quiet_option, say
 from robx.errors import GateFailed, InputError
 from robx.golden.compare import Comparison as PortComparison
+from robx.golden.mistakes import Mistake
 from robx.records import Bundle, Latency, Value, load_bundle, to_json
 from robx.runtime.bench.ab import Comparison, compare
 from robx.runtime.bench.bench import bench as run_bench
@@ -176,7 +177,7 @@ def check(bundle: Path, array: Path, as_json: bool) -> None:
     Exit status 3 means that the array differs from the golden sample.
     """
     found = check_port(bundle, array)
-    said, remedy = _explanation(found)
+    said, remedy = _words(found.explanations)
     if as_json:
         fits = [{"mistake": f.mistake.name if f.mistake else None, "distance": _finite(f.distance)} for f in found.fits]
         told = {"what": found.what, "passes": found.passes, "difference": _finite(found.difference)}
@@ -204,9 +205,8 @@ def check(bundle: Path, array: Path, as_json: bool) -> None:
         )
 
 
-def _explanation(found: PortComparison) -> tuple[str, str]:
-    """(what is wrong, what to do) of all mistakes that explain a difference equally well; empty where none does."""
-    mistakes = found.explanations
+def _words(mistakes: Sequence[Mistake]) -> tuple[str, str]:
+    """(what is wrong, what to do) of mistakes of which one was made; empty where there are none."""
     said = ", or ".join(mistake.said for mistake in mistakes)
     return said, "; or ".join(dict.fromkeys(mistake.remedy for mistake in mistakes))
 
@@ -221,13 +221,15 @@ def _difference(array: Path, found: PortComparison) -> str:
         )
     share = f" by {found.difference:.1e} of its length" if _finite(found.difference) else ""
     differs = f"{array} differs from the golden {found.what}{share} (tolerance {found.tolerance:.0e})"
-    said, remedy = _explanation(found)
+    said, remedy = _words(found.explanations)
     if said:
         return f"{differs}: {said}: {remedy}"
     advice = (
         "compare the input tensor with golden/input.npy next" if found.what != "input" else "see the README's steps"
     )
-    return f"{differs}, and no common mistake of preprocessing explains it: {advice}"
+    nearest, _ = _words(found.closest)
+    hint = f" (the closest known one leaves {found.unexplained:.0%} of it: {nearest})" if nearest else ""
+    return f"{differs}, and no common mistake of preprocessing explains it{hint}: {advice}"
 
 
 def _finite(number: float) -> float | None:

@@ -104,7 +104,13 @@ def test_the_input_tensor_names_a_mistake_as_well() -> None:
     assert correct.shape == (1, 3, 40, 40) and correct.dtype == np.float32
     assert compare(correct, sample, bundle).passes
     said = {
-        "channels": correct[:, ::-1],
+        "channels": (
+            correct[:, ::-1] * np.reshape(PRE.std[::-1], (3, 1, 1))
+            + np.reshape(PRE.mean[::-1], (3, 1, 1))
+            - np.reshape(PRE.mean, (3, 1, 1))
+        )
+        / np.reshape(PRE.std, (3, 1, 1)),
+        "channels, mean and std reversed": correct[:, ::-1],
         "layout": correct.transpose(0, 2, 3, 1),
         "stretched": _stretched(image),
         "raw pixels": (correct * np.reshape(PRE.std, (3, 1, 1)) + np.reshape(PRE.mean, (3, 1, 1))) * 255,
@@ -112,6 +118,46 @@ def test_the_input_tensor_names_a_mistake_as_well() -> None:
     for name, wrong in said.items():
         found = compare(wrong, sample, bundle)
         assert found.explained_by is not None and found.explained_by.name == name and not found.passes
+
+
+@pytest.mark.parametrize("pre", [PRE, dataclasses.replace(PRE, mean=(0.5,) * 3, std=(0.5,) * 3)])
+def test_half_a_normalisation_and_another_ones_numbers_are_named(pre: Preprocessing) -> None:
+    """As a port in numpy computes them, against the names; a model with mean and std .5 has no order of them."""
+    bundle = dataclasses.replace(bundle_of(), preprocessing=pre)
+    sample = dataclasses.replace(sample_of(bundle), inputs=model_input(draw_picture(PRE), bundle))
+    unit = np.asarray(resize_and_crop(draw_picture(PRE), pre), dtype=np.float64) / 255
+    mean, std = np.array(pre.mean), np.array(pre.std)
+    imagenet = (unit - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+    wrong = {"mean only": unit - mean, "std only": unit / std}
+    wrong |= {"mean and std reversed": (unit - mean[::-1]) / std[::-1]} if pre is PRE else {"ImageNet": imagenet}
+    for name, values in wrong.items():
+        found = compare(values.transpose(2, 0, 1)[None], sample, bundle)
+        assert found.explained_by is not None and found.explained_by.name == name and not found.passes
+    names = {mistake.name for mistake, _ in variants(draw_picture(PRE), bundle)}
+    assert {"mean and std reversed", "ImageNet"} & names == ({"mean and std reversed"} if pre is PRE else {"ImageNet"})
+
+
+def test_a_mistake_that_leaves_a_part_of_the_difference_is_only_the_closest() -> None:
+    bundle = bundle_of()
+    sample = sample_of(bundle)
+    rows = sample.outputs["embedding"].astype(np.float64)
+    swapped = rows[[m.name for m in sample.record.mistakes].index("channels") + 1]
+    other = np.random.default_rng(3).normal(size=8)
+    other *= 0.1 * np.linalg.norm(swapped - rows[0]) / np.linalg.norm(other)
+    found = compare(swapped + other, sample, bundle)
+    assert found.explained_by is None and [mistake.name for mistake in found.closest] == ["channels"]
+    assert not found.passes and found.unexplained == pytest.approx(0.1, rel=0.1)
+
+
+def test_a_harmless_mistake_excuses_nothing_beside_it() -> None:
+    bundle = bundle_of()
+    sample = sample_of(bundle)
+    rows = sample.outputs["embedding"].astype(np.float64)
+    index = [m.name for m in sample.record.mistakes].index("not rounded") + 1
+    rows[index] = rows[0] * 1.01
+    changed = dataclasses.replace(sample, outputs={"embedding": rows})
+    assert compare(rows[index], changed, bundle).passes
+    assert not compare(rows[0] * 1.014, changed, bundle).passes
 
 
 def _stretched(image: Image.Image) -> np.ndarray:

@@ -16,7 +16,8 @@ from robx.records import Bundle
 # Largest distance from the golden output, relative to its length, that other hardware and versions explain.
 _TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2, "int8": 1e-1}
 _INPUT_TOLERANCE = 2e-2  # about one of 255 levels in every pixel
-_FITS = 0.5  # a mistake explains a difference when it leaves at most this part of it
+_CLOSEST = 0.5  # a mistake is worth naming when it leaves at most this part of a difference
+_CLEAR = 2  # the next best answer is at least so many times as far away as the mistake that explains a difference
 _EQUAL = 1e-3  # mistakes explain a difference equally well when what they leave differs by at most this part of it
 _Answers = list[tuple[Mistake | None, np.ndarray]]  # None: the correct one
 
@@ -47,12 +48,27 @@ class Comparison:
 
     @property
     def explanations(self) -> tuple[Mistake, ...]:
-        """All mistakes that explain the difference equally well: int8 saturates, and several may give one output."""
+        """All mistakes that explain the whole difference: int8 saturates, and several may give one output.
+
+        The array is within the tolerance of theirs, and clearly further from every other answer.
+        """
+        best, found = self.fits[0], self.closest
+        clear = all(fit.distance >= _CLEAR * best.distance for fit in self.fits[len(found) :])
+        return found if best.distance <= self.tolerance and clear else ()
+
+    @property
+    def closest(self) -> tuple[Mistake, ...]:
+        """The closest mistakes, equally close, if they explain at least half of the difference."""
         best = self.fits[0]
-        if best.mistake is None or best.distance > _FITS * min(self.difference, 1):
+        if best.mistake is None or best.distance > _CLOSEST * min(self.difference, 1):
             return ()
         most = best.distance + _EQUAL * min(self.difference, 1)
         return tuple(fit.mistake for fit in self.fits if fit.mistake is not None and fit.distance <= most)
+
+    @property
+    def unexplained(self) -> float:
+        """The part of the difference that the closest answer leaves, 0 to 1."""
+        return self.fits[0].distance / self.difference if math.isfinite(self.difference) and self.difference else 0.0
 
     @property
     def passes(self) -> bool:

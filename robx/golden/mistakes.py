@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from robx.images.decode import centre_box, normalise_pixels, resize_and_crop, resized_size
-from robx.records import Bundle, Preprocessing
+from robx.records import IMAGENET_MEAN, IMAGENET_STD, Bundle, Preprocessing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,11 +194,21 @@ def _values(pixels: np.ndarray, pre: Preprocessing, *, uint8: bool) -> _Found:
         "not scaled": ("the pixels are normalised without being divided by 255", (pixels - mean) / std),
         "not normalised": ("the pixels are 0..1, without the mean and the standard deviation", unit),
         "-1..1": ("the pixels are scaled to -1..1", 2 * unit - 1),
+        "mean only": ("the mean is subtracted, but the result is not divided by the standard deviation", unit - mean),
+        "std only": ("the pixels are divided by the standard deviation, but the mean is not subtracted", unit / std),
+        "mean and std reversed": (
+            "the mean and the standard deviation are in the order B, G, R",
+            (unit - mean[::-1]) / std[::-1],
+        ),
+        "ImageNet": (
+            "the mean and the standard deviation are ImageNet's, not the model's",
+            (unit - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD),
+        ),
         "normalised twice": ("the pixels are normalised twice", (right - mean) / std),
         "scaled twice": ("the pixels are divided by 255 twice", (unit / np.float32(255) - mean) / std),
     }
     for name, (said, values) in wrong.items():
-        if not np.allclose(values, right, atol=1e-3):  # a model may be trained with mean and std .5
+        if not np.allclose(values, right, rtol=0, atol=1e-3):  # a model may be trained with mean and std .5
             yield Mistake(name=name, said=said, remedy=remedy), values
 
 

@@ -52,6 +52,9 @@ def test_raw_numbers_of_other_types_are_read_or_named(sample: GoldenSample, tmp_
     assert found.exit_code == 0 and "read as float64" in found.stdout
     found = check(tmp_path, "a.bin", output.astype(">f4").tobytes())
     assert found.exit_code == 3 and "the values are big-endian: write little-endian float32" in found.stderr
+    for half in (output, sample.inputs):
+        found = check(tmp_path, "a.bin", half.astype("<f2").tobytes())
+        assert found.exit_code == 0 and "read as float16" in found.stdout, found.output
     frame = np.zeros((40, 40, 3), np.uint8)
     assert "read as uint8" in check(tmp_path, "a.bin", frame.tobytes()).stdout
     assert check(tmp_path, "a.bin", sample.inputs.astype("<f4").tobytes()).exit_code == 0
@@ -67,6 +70,19 @@ def test_nan_is_a_difference(options: tuple[str, ...], sample: GoldenSample, tmp
     inputs = np.full(sample.inputs.shape, np.inf, np.float32)
     found = check(tmp_path, "x.bin", inputs.tobytes())
     assert found.exit_code == 3 and "fp32" not in found.stderr and "how the pixels are computed" in found.stderr
+
+
+def test_a_mistake_that_does_not_explain_everything_is_called_the_closest(sample: GoldenSample, tmp_path: Path) -> None:
+    names = [mistake.name for mistake in sample.record.mistakes]
+    correct, mirrored = (sample.outputs["embedding"][i] for i in (0, names.index("mirrored") + 1))
+    found = check(tmp_path, "a.bin", (mirrored + 0.2 * (correct - mirrored)).astype("<f4").tobytes())
+    assert found.exit_code == 3
+    said = (
+        "no common mistake of preprocessing explains it (the closest known one leaves 25% of it: the image is mirrored)"
+    )
+    assert said in found.stderr and found.stderr.count("\n") == 1
+    told = json.loads(check(tmp_path, "a.bin", None, "--json").stdout)
+    assert told["said"] is None and told["fits"][0]["mistake"] == "mirrored"
 
 
 def test_a_pass_that_is_not_exact_is_said(tmp_path: Path) -> None:
