@@ -69,7 +69,7 @@ class ExportSettings:
     limits: gate.Limits = field(default_factory=gate.Limits)
     candidates: int | None = None  # int8 candidates to try; None: all
     budget: float | None = None  # seconds after which no further candidate is started
-    force: bool = False  # ship the best int8 candidate even if it failed the gate
+    force: bool = False  # ship the best int8 or fp16 model even if it failed the gate
     heal: HealSettings | None = None  # train weights that tolerate int8, and try them too
     sensitivity: bool = False  # measure each layer's cost in int8 even where no candidate needs it
     calibration_images: int = MIN_IMAGES

@@ -207,7 +207,7 @@ def export(
         judging_images: the largest number of judging images; more of them can prove a smaller drop.
         heal: minutes of training weights that tolerate int8, without labels; candidates made from them are tried too.
         sensitivity: measure the cost of each layer in int8, for `robx inspect`.
-        force: ship the best int8 candidate even if it failed, marked FORCED.
+        force: ship the best int8 or fp16 model even if it failed, marked FORCED.
         progress: "auto", a callable of (done, total, note), or None; see `robx.reporting`.
 
     Returns:
