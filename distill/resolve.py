@@ -63,6 +63,8 @@ class DistillSettings:
             )
         if (self.teacher is None) == (self.targets is None):
             raise InputError("give one of --teacher NAME (see robx teachers; ema is the base method) and --targets DIR")
+        if self.targets is not None and self.teacher_weights is not None:
+            raise InputError("--targets takes the place of a teacher: drop --teacher-weights")
 
     @property
     def base(self) -> bool:

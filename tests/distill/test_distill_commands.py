@@ -92,6 +92,10 @@ def test_a_dry_run_counts_and_writes_nothing(scenes: Path, tmp_path: Path) -> No
         (("--student", "resnet18", "--data", "nowhere", "--teacher", "ema"), "nowhere does not exist"),
         (("--student", "resnet18", "--data", "DATA", "--targets", "nowhere"), "targets.json is missing"),
         (
+            ("--student", "resnet18", "--data", "DATA", "--targets", "nowhere", "--teacher-weights", "f.pth"),
+            "drop --teacher-weights",
+        ),
+        (
             ("--student", "resnet18", "--data", "DATA", "--teacher", "ema", "--teacher-weights", "f.pth"),
             "--teacher ema is the base method",
         ),
