@@ -69,7 +69,7 @@ class EvalSettings:
     no_cache: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range."""
+        """Refuse numbers out of range, and settings without the protocol that they are for."""
         if self.threads is not None and self.threads < 1:
             raise InputError(f"threads must be at least 1, got {self.threads}")
         if self.batch < 1:
@@ -78,6 +78,10 @@ class EvalSettings:
             check_margin(self.margin)
         if self.lowshot:
             parse_shots(self.lowshot)
+        elif self.lowshot_splits is not None:
+            raise InputError("--lowshot-splits lists images for --lowshot: give --lowshot too")
+        if self.reference is not None and not self.fidelity:
+            raise InputError("--reference is what --fidelity compares with: give --fidelity too")
         parse_transfers(self.transfers, self.data)
 
     @classmethod

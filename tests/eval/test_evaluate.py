@@ -309,6 +309,8 @@ def test_a_class_without_a_test_image_may_have_another_name(tmp_path):
         (("--data", "{scenes}", "--transfer", "imagenet"), "unknown transfer 'imagenet'"),
         (("--transfer", "cifar10"), "--transfer cifar10=DIR"),
         (("--data", "{scenes}", "--cache", "x", "--no-cache"), "contradict"),
+        (("--data", "{scenes}", "--lowshot-splits", "{scenes}"), "give --lowshot too"),
+        (("--data", "{scenes}", "--reference", "{scenes}"), "give --fidelity too"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(run, scenes, arguments, message):
