@@ -28,10 +28,12 @@ from robx.export.heal.heal import HealSettings, heal, minutes_needed
 from robx.export.image_splits import Images, Splits, normalise
 from robx.export.int8 import by_nncf, by_onnxruntime, for_tensorrt, ranges
 from robx.export.int8.candidate import Candidate
+from robx.export.int8.trained_ranges import tensor_ranges
 from robx.export.onnx_run import run_model
 from robx.export.parity import parity
 from robx.export.request import ExportRequest
 from robx.formats import FORMATS
+from robx.int8_simulation import LayerRange
 from robx.progress import Progress, silent
 from robx.records import Healing, save_bundle
 from robx.store.files import sha256_bytes, write_bytes
@@ -71,7 +73,8 @@ class CandidateBuilder:
         self.scratch, self.cache = scratch, cache
         self.folders: dict[str, Path] = {}  # candidate name -> the folder of its bundle
         self.sources: dict[str, Path] = {}  # candidate name -> the ONNX that its builder started from
-        self.healing: Healing | None = None  # once the weights are healed
+        self.healing: Healing | None = None  # once the weights are healed, as
+        self.healed_ranges: tuple[LayerRange, ...] = ()
         self._not_healed: RobxError | None = None
 
     # Read or computed once -------------------------------------------------------------------------------------------
@@ -117,7 +120,8 @@ class CandidateBuilder:
             progress=self.progress,
             say=self.say,
         )
-        self.healing = record = healed.record
+        self.healing, self.healed_ranges = healed.record, healed.ranges
+        record = healed.record
         if record.loss_after >= record.loss_before:
             raise ArtifactError(
                 f"healing was in vain: the int8 error was {record.loss_before:.4f} and is {record.loss_after:.4f}"
@@ -238,9 +242,15 @@ class CandidateBuilder:
             quantised = by_nncf.quantize_onnx(network.proto, self.calibration, candidate)
             quantised = for_tensorrt.from_uint8(quantised) if is_trt else quantised
         else:
+            trained = candidate.ranges == "trained"
             chosen = ranges.choose(
-                network.histograms, candidate.ranges, percentile=candidate.percentile, symmetric=candidate.signed
+                network.histograms,
+                "percentile" if trained else candidate.ranges,
+                percentile=candidate.percentile,
+                symmetric=candidate.signed,
             )
+            if trained:
+                chosen |= tensor_ranges(network.proto, self.healed_ranges)
             quantize = for_tensorrt.quantize if candidate.quantiser == "tensorrt" else by_onnxruntime.quantize
             quantised = quantize(network.proto, chosen, candidate)
         # The file fixes all types: layers that are not int8 run in fp16 on a GPU, where float32 would be the slowest.

@@ -27,6 +27,7 @@ LAYERS = {
         ("store",),
         ("formats", "arguments"),
         ("records",),
+        ("activation_bounds",),
         ("stats", "image_size", "trunk", "linear_head", "embeddings", "int8_simulation", "path_ends"),
         ("images",),
         ("golden",),

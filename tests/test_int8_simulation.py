@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -20,7 +22,7 @@ PIXELS = torch.randn((4, 3, 16, 16), generator=torch.Generator().manual_seed(1))
 def _simulated(network: nn.Module, batches: list[Tensor], **options: bool) -> Int8Simulation:
     simulation = Int8Simulation(network.eval(), **options)  # type: ignore[arg-type]
     simulation.set_ranges(batches)
-    simulation.hold_ranges()
+    simulation.learn_ranges()
     return simulation
 
 
@@ -58,11 +60,11 @@ def test_it_is_what_onnx_runtime_computes_with_the_same_scales() -> None:
     scales = [simulation.input_rounding[0].scale, simulation.weight_rounding[0].scale]
     assert conv.bias is not None
     arrays = {
-        "sx": scales[0].numpy().reshape(()),
+        "sx": scales[0].detach().numpy().reshape(()),
         "sw": scales[1].numpy(),
         "w": conv.weight.detach().numpy(),
         "b": conv.bias.detach().numpy(),
-        "zx": simulation.input_rounding[0].zero_point.numpy().astype(np.uint8).reshape(()),
+        "zx": simulation.input_rounding[0].zero_point.detach().numpy().astype(np.uint8).reshape(()),
         "zw": np.zeros(8, np.int8),
     }
     nodes = [
@@ -87,7 +89,7 @@ def test_it_is_what_onnx_runtime_computes_with_the_same_scales() -> None:
     (expected,) = session.run(None, {"x": PIXELS.numpy()})
     # ONNX Runtime divides by the scale, PyTorch multiplies by its inverse: a border value may differ by one step.
     off = np.abs(found - expected)
-    assert np.quantile(off, 0.99) < 1e-5 and off.max() < float(scales[0])
+    assert np.quantile(off, 0.99) < 1e-5 and off.max() < scales[0].item()
 
 
 def test_folding_batch_norm_changes_nothing() -> None:
@@ -155,15 +157,75 @@ def test_gradients_pass_where_nothing_is_clipped() -> None:
     assert layer.weight.grad is not None and layer.weight.grad.abs().min() > 0
 
 
-def test_ranges_are_the_mean_of_the_extremes_and_follow_unless_held() -> None:
-    simulation = _simulated(nn.Linear(2, 2), [torch.tensor([[-1.0, 4.0]]), torch.tensor([[-3.0, 2.0]])])
+def test_ranges_are_the_mean_of_the_batches_and_follow_until_they_are_learnt() -> None:
+    simulation = Int8Simulation(nn.Linear(2, 2))
+    simulation.set_ranges([torch.tensor([[-1.0, 4.0]]), torch.tensor([[-3.0, 2.0]])])
     observer = simulation.input_rounding[0].activation_post_process
     assert (float(observer.min_val), float(observer.max_val)) == (-2.0, 3.0)  # type: ignore[union-attr, arg-type]
     simulation(torch.full((1, 2), 100.0))
-    assert float(observer.max_val) == 3.0  # type: ignore[union-attr, arg-type]
-    simulation.hold_ranges(False)
-    simulation(torch.full((1, 2), 100.0))
     assert float(observer.max_val) == pytest.approx(3.0 + 0.01 * 97)  # type: ignore[union-attr, arg-type]
+    simulation.learn_ranges()
+    (before,) = simulation.trained_ranges()
+    simulation(torch.full((1, 2), 100.0))
+    assert simulation.trained_ranges() == [before]
+
+
+def test_a_range_leaves_out_the_tails() -> None:
+    values = np.random.default_rng(0).standard_t(3, size=(64, 4000)).astype(np.float32)
+    simulation, clipped = Int8Simulation(nn.Linear(4000, 2)), 1e-3
+    simulation.set_ranges([torch.from_numpy(values)], clipped=clipped)
+    (found,) = simulation.trained_ranges()
+    step = (found.high - found.low) / 255  # the zero point is an integer
+    assert found.low == pytest.approx(np.quantile(values, clipped / 2), abs=step, rel=0.05)
+    assert found.high == pytest.approx(np.quantile(values, 1 - clipped / 2), abs=step, rel=0.05)
+    assert found.high < values.max() / 2
+
+
+def test_ranges_have_the_gradients_of_lsq_plus() -> None:
+    """Bhalgat et al. 2020, equations 4 and 5: the rounding's error inside, the distance of the end from 0 outside."""
+    layer = nn.Linear(4, 1, bias=False)
+    simulation = _simulated(layer, [torch.tensor([[-1.0, 0.5, 0.2, 1.0]])])
+    values = np.array([-0.93, 0.31, 2.0, -3.0])
+    simulation(torch.tensor(values[None], dtype=torch.float32)).sum().backward()
+    rounding: Any = simulation.input_rounding[0]
+    scale, zero = rounding.scale.item(), round(rounding.zero_point.item())
+    weight = np.abs(layer.weight.detach().numpy()).max() / 127
+    slopes = np.rint(layer.weight.detach().numpy()[0] / weight) * weight
+    steps = values / scale
+    inside = (steps + zero > 0) & (steps + zero < 255)
+    ends = np.where(steps > 0, 255 - zero, -zero)
+    of_scale = np.where(inside, np.rint(steps) - steps, ends)
+    of_zero = np.where(inside, 0.0, -scale)
+    damping = 1 / np.sqrt(values.size * 255)
+    assert inside.tolist() == [True, True, False, False]
+    assert rounding.scale.grad.item() == pytest.approx(damping * (slopes * of_scale).sum(), rel=1e-4)
+    assert rounding.zero_point.grad.item() == pytest.approx(damping * (slopes * of_zero).sum(), rel=1e-4)
+
+
+def test_what_a_smooth_function_gives_is_rounded_where_no_layer_reads_it() -> None:
+    torch.manual_seed(0)
+    conv, gate = _conv(), nn.Conv2d(8, 8, 1)
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.gate = conv, gate
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = nn.functional.silu(self.conv(x))
+            return x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True)))
+
+    simulation = _simulated(Network(), [PIXELS])
+    found = [(each.layer, each.place) for each in simulation.trained_ranges()]
+    assert found == [
+        ("conv", "input"), ("gate", "input"), ("conv", "output"), ("gate", "output"), ("conv", "function"),
+        ("gate", "function"),
+    ]  # fmt: skip
+    silu = nn.functional.silu(conv(PIXELS))
+    of_silu = next(each for each in simulation.trained_ranges() if (each.layer, each.place) == ("conv", "function"))
+    assert of_silu.low == pytest.approx(silu.min().item(), abs=0.02)
+    assert of_silu.high == pytest.approx(silu.max().item(), abs=0.02)
+    assert all(each.low >= -8.05 for each in simulation.trained_ranges() if each.place == "output")
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])

@@ -16,7 +16,7 @@ import json
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from robx.errors import ArtifactError, InputError
 from robx.export.cache import Cache
 from robx.export.heal.images import HealingImages, read_healing_images
 from robx.export.image_splits import Splits
-from robx.int8_simulation import Int8Simulation
+from robx.int8_simulation import Int8Simulation, LayerRange, Rounding
 from robx.interrupts import deferred
 from robx.progress import Progress, silent
 from robx.records import Healing, Json, Preprocessing, Student, from_json, to_json
@@ -38,8 +38,11 @@ from robx.store.files import sha256_bytes
 DEFAULT_MINUTES = 10.0
 ENOUGH_STEPS = 1000  # a longer budget is not used up
 USUAL_STEPS = 200  # of the cost that is estimated where healing was not asked for
-_REVISION = 2  # increment when the training changes: older results are then ignored
+_REVISION = 3  # increment when the training changes: older results are then ignored
 _WARM_UP = 0.05  # share of the schedule
+_TAILS = 1e-4  # share of an activation's values that may be left out of its range
+_MUCH_CLOSER = 0.8
+_RANGE_RATE = 0.003  # peak learning rate of an activation range, as a share of its width
 _SAVE_SECONDS = 20.0
 _MOST_MINUTES = 10_080  # a week
 _RANGE_IMAGES = 256
@@ -75,6 +78,7 @@ class Healed:
     trunk: nn.Module  # plain weights, in eval mode
     record: Healing
     sha256: str  # of its weights
+    ranges: tuple[LayerRange, ...]  # of the activations, trained with the weights
 
 
 def heal(
@@ -117,7 +121,7 @@ def heal(
         work.restore(load(stored))
         say(f"healing continues after step {work.plan.step} of {work.plan.steps}")
     _train(work, lambda: cache.write(name, save(work.state())), progress, say)
-    kept = _as_tensors(work.network, work.record(student, splits.source))
+    kept = _as_tensors(work.network, work.record(student, splits.source), work.simulation.trained_ranges())
     cache.write(name, save(kept))
     return _finished(trunk, kept)
 
@@ -174,7 +178,6 @@ class _Work:
         self.reference, self.images, self.settings = trunk, images, settings
         self.network = copy.deepcopy(trunk).eval().requires_grad_(True)
         self.simulation = Int8Simulation(self.network)
-        self.optimiser = torch.optim.Adam(self.network.parameters(), lr=settings.lr)
         self.plan = Plan(left=0)
         self.probe = torch.from_numpy(probe)
         with torch.no_grad():
@@ -182,8 +185,33 @@ class _Work:
         self.variance = float((self.wanted - self.wanted.mean(0)).square().sum(1).mean().clamp_min(1e-12))
         places = np.arange(min(_RANGE_IMAGES, len(images)))
         first = torch.from_numpy(images.crops(places, np.random.default_rng((settings.seed, 0))))
-        self.simulation.set_ranges(torch.split(first, _EVAL_BATCH))
-        self.loss_before = self.error()
+        self.learnt: list[Rounding] = []  # whose ranges are trained too
+        self.loss_before = self._choose_ranges(torch.split(first, _EVAL_BATCH))
+        self.optimiser = torch.optim.Adam([*self._parameters()])
+
+    def _choose_ranges(self, batches: Sequence[Tensor]) -> float:
+        """Simulate with the extremes of `batches` or, where that is much closer, without the tails; returns the error.
+
+        Ranges that follow the extremes leave weights that suit any format's min-max calibration. Where few values are
+        far out, as in EfficientNet-B0, most steps of 8 bits would be spent on those: there, the ranges are learnt.
+        """
+        errors = []
+        for clipped in (_TAILS, 0.0):
+            self.simulation.set_ranges(batches, clipped=clipped)
+            errors.append(self.error())
+        without_tails, extremes = errors
+        if without_tails >= _MUCH_CLOSER * extremes:
+            return extremes
+        self.simulation.set_ranges(batches, clipped=_TAILS)
+        self.learnt = self.simulation.learn_ranges()
+        return without_tails
+
+    def _parameters(self) -> Iterator[dict[str, Any]]:
+        """The optimiser's groups, each with its own peak rate: a range's is relative to its width."""
+        yield {"params": [*self.network.parameters()], "peak": self.settings.lr}
+        for rounding in self.learnt:
+            yield {"params": [rounding.scale], "peak": _RANGE_RATE * float(rounding.scale.detach())}
+            yield {"params": [rounding.zero_point], "peak": _RANGE_RATE * 255}
 
     def batch(self, step: int) -> Tensor:
         """The crops of one step, (B, 3, H, W): a new permutation of the images for each pass over them."""
@@ -211,7 +239,7 @@ class _Work:
     def learn(self) -> float:
         """One step; returns its loss."""
         for group in self.optimiser.param_groups:
-            group["lr"] = self.settings.lr * self.plan.lr_factor()
+            group["lr"] = group["peak"] * self.plan.lr_factor()
         loss = self.loss(self.batch(self.plan.step))
         self.optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -307,17 +335,22 @@ def _key(student: Student, splits: Splits, settings: HealSettings) -> str:
     return sha256_bytes(repr([*key, torch.__version__]).encode())[:24]
 
 
-def _as_tensors(network: nn.Module, record: Healing) -> dict[str, Tensor]:
+def _as_tensors(network: nn.Module, record: Healing, ranges: list[LayerRange]) -> dict[str, Tensor]:
     """A finished healing, as it is kept."""
     state = {f"{_NET}{key}": value.contiguous() for key, value in network.state_dict().items()}
-    return {"healing": _text_tensor(to_json(record)), **state}
+    return {"healing": _text_tensor(to_json(record)), "ranges": _text_tensor(to_json(ranges)), **state}
 
 
 def _finished(trunk: nn.Module, kept: dict[str, Tensor]) -> Healed:
     """What `_as_tensors` gave, with a copy of `trunk` for the network."""
     weights, network = _below(kept, _NET), copy.deepcopy(trunk)
     network.load_state_dict(weights)
-    return Healed(network.eval(), from_json(Healing, _told(kept["healing"])), sha256_bytes(save(weights)))
+    return Healed(
+        trunk=network.eval(),
+        record=from_json(Healing, _told(kept["healing"])),
+        sha256=sha256_bytes(save(weights)),
+        ranges=tuple(LayerRange(*each) for each in _told(kept["ranges"])),
+    )
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

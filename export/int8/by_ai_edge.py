@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from robx.activation_bounds import INTERESTING, Bounds
 from robx.errors import ArtifactError, MissingExtra
 from robx.export.int8.candidate import Candidate
-from robx.export.int8.saturation import EVERYTHING, INTERESTING, Bounds, union
+from robx.export.int8.saturation import EVERYTHING, union
 
 _WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "CONV_2D_TRANSPOSE", "FULLY_CONNECTED")
 _FUNCTIONS = {"RELU": "relu", "RELU6": "relu6", "HARD_SWISH": "hardswish", "LOGISTIC": "sigmoid", "GELU": "gelu"}

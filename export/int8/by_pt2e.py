@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robx.activation_bounds import INTERESTING, Bounds
 from robx.errors import ArtifactError
 from robx.export.int8.candidate import Candidate
-from robx.export.int8.saturation import EVERYTHING, INTERESTING, Bounds, union
+from robx.export.int8.saturation import EVERYTHING, union
 
 _BATCH = 16
 _EPS = 2.0**-12  # the smallest scale, as in ExecuTorch's own configuration

@@ -9,6 +9,7 @@ from robx.records import Json, Precision
 
 Quantiser = Literal["onnxruntime", "nncf", "tensorrt", "pt2e", "ai-edge", "converter", "none"]
 RangeMethod = Literal["minmax", "percentile", "mse", "entropy"]
+RangeSource = RangeMethod | Literal["trained"]  # trained: together with healed weights; percentile where there is none
 Activations = Literal["static", "dynamic", "float"]
 
 
@@ -19,7 +20,7 @@ class Candidate:
     name: str
     precision: Precision = "int8"
     quantiser: Quantiser = "none"
-    ranges: RangeMethod = "minmax"
+    ranges: RangeSource = "minmax"
     percentile: float = 99.99
     signed: bool = False  # int8 activations without a zero point; otherwise uint8
     mean_ranges: bool = False  # average the per-image extremes (its default) instead of taking the overall ones

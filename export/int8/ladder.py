@@ -94,14 +94,17 @@ def sensitive_candidates(best: Candidate, ranking: Sequence[str], tried: Sequenc
 def healed_candidates(plain: Sequence[Candidate]) -> list[Candidate]:
     """The same candidates, made from the healed weights.
 
-    Their biases were trained with int8 simulated, and NNCF's fast correction would spoil them. Candidates with float
-    activations are left out: what healing improves is not in them.
+    ONNX Runtime's quantiser also takes the activation ranges that were trained with the weights. The biases were
+    trained with int8 simulated, and NNCF's fast correction would spoil them. Candidates with float activations are left
+    out: what healing improves is not in them.
     """
+    static = next((c for c in plain if c.quantiser == "onnxruntime"), None)
+    trained = [] if static is None else [dataclasses.replace(static, name="static, trained ranges", ranges="trained")]
     return [
         dataclasses.replace(
             c, name=f"{c.name}, healed", healed=True, keep_bias=c.quantiser == "nncf" and not c.full_bias
         )
-        for c in plain
+        for c in (*trained, *plain)
         if c.activations != "float" and not c.keep_bias
     ]
 

@@ -14,22 +14,10 @@ from math import inf
 
 import onnx
 
+from robx.activation_bounds import INTERESTING, Bounds
 from robx.export.onnx_graph import Graph
 
-Bounds = tuple[float, float]  # low, high
-
 EVERYTHING: Bounds = (-inf, inf)
-INTERESTING: dict[str, Bounds] = {
-    "relu": (0.0, inf),
-    "relu6": (0.0, 6.0),
-    "hardswish": (-3.0, inf),
-    "hardsigmoid": (-3.0, 3.0),
-    "silu": (-8.0, inf),
-    "sigmoid": (-8.0, 8.0),
-    "gelu": (-5.0, inf),
-}
-
-
 _ONNX_FUNCTIONS = {"HardSwish": "hardswish", "HardSigmoid": "hardsigmoid", "Sigmoid": "sigmoid", "Gelu": "gelu"}
 
 

@@ -11,9 +11,10 @@ import torch
 from onnx import TensorProto, helper
 from torch.nn import functional
 
+from robx.activation_bounds import INTERESTING
 from robx.export.int8.candidate import RangeMethod
 from robx.export.int8.ranges import choose, collect
-from robx.export.int8.saturation import EVERYTHING, INTERESTING, saturating, union
+from robx.export.int8.saturation import EVERYTHING, saturating, union
 
 FUNCTIONS = {
     "relu": functional.relu,

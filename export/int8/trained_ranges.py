@@ -1,0 +1,53 @@
+"""Activation ranges that were trained together with healed weights, for the tensors of an ONNX graph.
+
+Weights that were healed with a range tolerate that range: what lay outside of it was clipped in training, and free to
+grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx
+
+from robx.export.int8.ranges import Ranges
+from robx.export.onnx_graph import Graph
+from robx.int8_simulation import LayerRange
+
+
+def tensor_ranges(model: onnx.ModelProto, trained: Iterable[LayerRange]) -> Ranges:
+    """The trained ranges by the names of the tensors that they belong to.
+
+    Convolutions are found by their weights' names, which the exporter keeps. What has no trained range in the result is
+    left to a rule.
+
+    Args:
+        model: float32 ONNX, with BatchNorm folded.
+        trained: from `Int8Simulation.trained_ranges` of the same network.
+    """
+    graph, found = Graph(model), Ranges()
+    layers = {node.input[1]: node for node in graph.nodes if node.op_type == "Conv"}
+    for each in trained:
+        node = next((layers[name] for name in _weight_names(each.layer) if name in layers), None)
+        if node is None:
+            continue
+        tensor: str | None = node.input[0] if each.place == "input" else node.output[0]
+        if each.place == "function":
+            tensor = _function_of(node.output[0], graph)
+        if tensor is not None:
+            found[tensor] = (min(each.low, 0.0), max(each.high, 0.0))
+    return found
+
+
+def _weight_names(layer: str) -> tuple[str, str]:
+    """As the exporter names the weight of a layer of the trunk, which an `ExportModel` wraps."""
+    return f"trunk.{layer}.weight", f"{layer}.weight"
+
+
+def _function_of(tensor: str, graph: Graph) -> str | None:
+    """What the activation function that reads `tensor` gives; x * sigmoid(x) counts as one function."""
+    readers = graph.consumers.get(tensor, [])
+    products = [node for node in readers if node.op_type == "Mul"]
+    if len(readers) == 2 and products and any(node.op_type == "Sigmoid" for node in readers):
+        return str(products[0].output[0])
+    return str(readers[0].output[0]) if len(readers) == 1 else None
