@@ -202,7 +202,7 @@ def _values(pixels: np.ndarray, pre: Preprocessing, *, uint8: bool) -> _Found:
         ),
         "ImageNet": (
             "the mean and the standard deviation are ImageNet's, not the model's",
-            (unit - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD),
+            (unit - np.asarray(IMAGENET_MEAN, np.float32)) / np.asarray(IMAGENET_STD, np.float32),
         ),
         "normalised twice": ("the pixels are normalised twice", (right - mean) / std),
         "scaled twice": ("the pixels are divided by 255 twice", (unit / np.float32(255) - mean) / std),
