@@ -15,7 +15,7 @@ Each row is stored below its student as soon as it is made, and the table has al
 command and environment made them: the mobile converters need their own (make test-mobile). Any subset can be run, and
 stopped at any time: the same command continues. --stage runs a part: students, then bundles, then times, which repeats
 all latency measurements and takes a few minutes on a machine that should be idle otherwise; on a busy one, use
---stage bundles and no latency is shown.
+--stage bundles and no latency is shown. --stage table makes nothing but the page of all stored rows.
 """
 
 from __future__ import annotations
@@ -33,45 +33,48 @@ import torch
 from common import Chosen, demo_images, save_student, say, shown
 from export_page import Row, row_from_json, write_down
 from more_judged import hold_out
+from table_judging import Judges
 from vendors import MOBILE_DEFAULTS, mobile_vendor_bundle, vendor_bundle
 
 from robx import __version__
+from robx.distill.presets import QUICK
 from robx.distill.recipes import override, preset
+from robx.distill.resolve import student_kind
 from robx.distill.teachers.load import load_teacher
 from robx.distill.train import train
+from robx.distill.training.compute import cpu_has_bf16
 from robx.distill.training.run import Options, RunSpec
-from robx.embeddings import KNN_K
 from robx.errors import RobxError, first_line
-from robx.eval.fidelity.fidelity import Bank, fidelity, make_bank
-from robx.eval.protocols.knn import weighted_knn
 from robx.export.build import ExportSettings, export
+from robx.export.gate import timing
 from robx.export.gate.gate import Limits
 from robx.export.heal.heal import HealSettings
-from robx.export.image_splits import MIN_IMAGES, Splits, SplitSizes, open_data, read_splits
+from robx.export.image_splits import MIN_IMAGES, open_data
 from robx.export.request import ExportTarget
 from robx.images.sources import open_source
 from robx.records import Bundle, Student, Value, from_json, load_bundle, load_student, to_json
 from robx.runtime.bench.interleave import interleave
 from robx.runtime.bench.latency import paired_ratio
 from robx.runtime.session import SessionSettings, open_session
-from robx.stats import accuracy_value
 from robx.store.files import read_json, write_json
 from robx.trunk import build_trunk
 
+PARTS = ("students", "bundles", "times", "table")
 VENDOR, OURS, HEALED = "vendor int8", "robx int8", "robx int8 healed"
 VARIANTS = {
     "onnx": ("fp32", "fp16", VENDOR, OURS, HEALED),
     "openvino": ("fp32", "fp16", VENDOR, OURS, HEALED),
     "executorch": ("fp32", VENDOR, OURS, HEALED),
     "litert": ("fp32", VENDOR, OURS, HEALED),
-    "trt": ("fp16", OURS, HEALED),
+    "trt": ("fp32", "fp16", OURS, HEALED),
 }
-FIGURES = ("cosine_mean", "cosine_p1", "cosine_min", "knn_top1_reference", "knn_drop", "probe_drop")
 
 
 def main() -> None:
     """Measure every student in every engine, and write the table after each."""
     given = arguments()
+    if given.min_speedup < 0.1:  # no speed decides: do not spend half of the time on them
+        timing.BLOCK_SECONDS = 0.002
     data = given.data or demo_images()
     if given.hold_out or given.hold_out_unlabelled:
         name = f"images-{given.hold_out}" + (f"-{given.hold_out_unlabelled}" if given.hold_out_unlabelled else "")
@@ -80,13 +83,15 @@ def main() -> None:
     for folder in students(given, data):
         works.append(Work(folder, data, given))
         learnt.append(works[-1].learnt())
-        for engine in given.engines if given.stage != "students" else ():
+        for engine in given.engines if given.stage not in ("students", "table") else ():
             for variant in (v for v in VARIANTS[engine] if v in given.variants):
                 works[-1].make_row(engine, variant)
                 write_down(*stored_rows(works), learnt, given)
             if engine != "trt" and given.stage != "bundles":
                 works[-1].time(engine)
                 write_down(*stored_rows(works), learnt, given)
+    if given.stage == "table":
+        write_down(*stored_rows(works), learnt, given)
 
 
 def stored_rows(works: list[Work]) -> tuple[list[Row], list[str]]:
@@ -118,19 +123,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=5, help="epochs of --distil")
     parser.add_argument("--images", type=int, help="random training images of --distil; default: all")
     parser.add_argument("--size", type=int, default=96, help="image size of --distil and --lite0, in pixels")
-    parser.add_argument("--stage", choices=("all", "students", "bundles", "times"), default="all", help="run a part")
+    parser.add_argument("--stage", choices=("all", *PARTS), default="all", help="run a part")
     parser.add_argument("--engines", nargs="+", choices=VARIANTS, default=["onnx", "openvino"])
     parser.add_argument("--variants", nargs="+", help="rows to make; default: all, the healed one with --heal only")
     parser.add_argument("--heal", type=float, metavar="MINUTES", help="add the row of int8 from healed weights")
     parser.add_argument("--heal-steps", type=int, help="steps of healing, instead of as many as fit into the minutes")
     parser.add_argument("--trt", metavar="TARGET", default="local", help="target of --engines trt, e.g. rtx:sm86+sm89")
     parser.add_argument(
-        "--max-drop", type=float, default=3.0, help="points that robx's gate allows; few images cannot prove 1 point"
+        "--max-drop", type=float, default=1.0, help="points that robx's gate allows; few images cannot prove 1 point"
     )
     parser.add_argument(
         "--min-speedup", type=float, default=1.0, help="that robx's gate asks for; 0.01 where the machine is too busy"
     )
     parser.add_argument("--budget", type=float, help="seconds after which an int8 search starts no further candidate")
+    parser.add_argument("--candidates", type=int, help="int8 candidates to try of each kind of weights; default: all")
     parser.add_argument(
         "--calibration-images", type=int, default=MIN_IMAGES, help="calibration images of robx and of the vendors"
     )
@@ -162,25 +168,30 @@ def students(given: argparse.Namespace, data: Path) -> Iterator[Path]:
 
 
 def distil(name: str, epochs: int, given: argparse.Namespace, data: Path) -> Path:
-    """Distil a student from EfficientNet-Lite0 with fitted prototypes; resumed, and reused when complete."""
+    """Distil a student from EfficientNet-Lite0 with ``--recipe quick``; resumed, and reused when complete."""
     source = open_source(data, split="train")
     if given.images is not None:
         places = np.random.default_rng(0).permutation(len(source))[: given.images]
         source = Chosen(source, [int(place) for place in places])
-    # As in robx's demo, these learn within the first hundred steps; the published rates and head need hours.
-    changes = {
-        "optimizer": "adamw", "lr": 0.001, "lr_batch": 32, "epochs": epochs, "batch_size": 32, "head": "native",
-        "teacher_temperature": 0.05, "color_strength": 0.4, "crop_size": given.size, "local_crops": 0,
-        "weight_decay": 0.04, "weight_decay_end": 0.04, "clip_grad": 3.0,
-    }  # fmt: skip
+    precision = "bf16" if cpu_has_bf16() else "fp32"
+    recipe = override(
+        preset("swav", student_kind(name)),
+        QUICK | {"epochs": epochs, "crop_size": given.size, "precision": precision},
+    )
     out: Path = given.out / name
     if (out / "student.json").is_file():
-        made, whole = read_json(out / "recipe.json"), epochs * (len(source) // 32) * 32
-        same = made["data"]["fingerprint"] == source.fingerprint and changes.items() <= made["recipe"].items()
+        made, whole = read_json(out / "recipe.json"), epochs * (len(source) // recipe.batch_size) * recipe.batch_size
+        same = made["data"]["fingerprint"] == source.fingerprint and made["recipe"] == to_json(recipe)
         if same and load_student(out).images_seen == whole:  # an interrupted run leaves a student too
             return out
-    teacher = load_teacher("efficientnet_lite0", source=source, prototypes=256, objective="msn", image_size=given.size)
-    recipe = override(preset("msn", "cnn"), changes)
+    teacher = load_teacher(
+        "efficientnet_lite0",
+        source=source,
+        prototypes=recipe.prototypes,
+        fit_images=recipe.fit_images,
+        objective=recipe.objective,
+        image_size=given.size,
+    )
     options = Options(device="cpu", workers=1, measure=False, checkpoint_minutes=2)
     init = warm_start(name, given) if name in given.warm else None
     spec = RunSpec(recipe=recipe, students=[name], source=source, out=out, teacher=teacher, init=init, options=options)
@@ -219,18 +230,28 @@ class Work:
     data: Path
     given: argparse.Namespace
 
+    @cached_property
+    def judges(self) -> Judges:
+        """Both sets of test images."""
+        return Judges(self.folder, self.data, self.given)
+
+    @property
+    def student(self) -> Student:
+        """Its record."""
+        return self.judges.student
+
     def learnt(self) -> str:
         """kNN top-1 of the fp32 student and of the untrained network, as text; measured once."""
         path = self.folder / "table" / "knn.json"
         stored = read_json(path) if path.is_file() else {}
         if stored.get("student") != self.student.sha256:
-            found = {"student": self.student.sha256, "trained": to_json(self._knn(self.folder))}
+            found = {"student": self.student.sha256, "trained": to_json(self.judges.knn(self.folder))}
             if self.student.images_seen:
                 torch.manual_seed(0)
                 bare = self.folder / "table" / "untrained"
                 name, size = self.student.timm_name, self.student.preprocessing.crop
                 save_student(build_trunk(name), name, bare, size)
-                found["untrained"] = to_json(self._knn(bare))
+                found["untrained"] = to_json(self.judges.knn(bare))
             write_json(path, stored := found)
         text = f"{self.student.timm_name} {shown(from_json(Value, stored['trained']), 1)}"
         if "untrained" in stored:
@@ -255,8 +276,7 @@ class Work:
         row, fault = None, ""
         try:
             row = self._make(engine, variant)
-            if engine != "trt":
-                self._judge(row)
+            row["values"] = self.judges.judge(self.folder / "table" / row["folder"])
         except Exception as error:  # a vendor's tool may raise anything; the other rows remain valid
             if not isinstance(error, RobxError) and variant != VENDOR:
                 raise
@@ -292,36 +312,16 @@ class Work:
         return self.folder / "table" / f"{engine}-{variant.replace(' ', '-')}-row.json"
 
     @cached_property
-    def student(self) -> Student:
-        """Its record."""
-        return load_student(self.folder)
-
-    @cached_property
-    def splits(self) -> Splits:
-        """The images that robx's export reads: the same calibration and test images for all."""
-        train_source, test_source = open_data(self.data)
-        count = self.given.calibration_images
-        pre = self.student.preprocessing
-        return read_splits(train_source, test_source, pre, sizes=SplitSizes(calibration=count, least=count))
-
-    @cached_property
-    def reference(self) -> tuple[np.ndarray, Bank]:
-        """The fp32 student's embeddings of the test images in PyTorch, and the bank for kNN and probe."""
-        bank = self.splits.bank
-        with open_session(self.folder, SessionSettings(threads=torch.get_num_threads())) as session:
-            features = self._answers(session, bank)
-            wanted = self._answers(session, self.splits.judging)
-        return wanted, make_bank(features, bank.labels, classes=len(bank.classes or ()))
+    def _fingerprints(self) -> list[str]:
+        return [source.fingerprint for source in open_data(self.data) if source is not None]
 
     def _settings(self, engine: str, variant: str) -> dict[str, Any]:
         """Everything that a row depends on."""
-        names = ("max_drop", "min_speedup", "budget", "calibration_images")
+        names = ("max_drop", "min_speedup", "budget", "candidates", "calibration_images")
         kept = {name: getattr(self.given, name) for name in names}
         kept["trt"] = self.given.trt if engine == "trt" else None
         kept["heal"] = [self.given.heal, self.given.heal_steps] if variant == HEALED else None
-        train_source, test_source = open_data(self.data)
-        images = [source.fingerprint for source in (train_source, test_source) if source is not None]
-        return kept | {"student": self.student.sha256, "images": images, "robx": __version__}
+        return kept | {"student": self.student.sha256, "images": self._fingerprints, "robx": __version__}
 
     def _make(self, engine: str, variant: str) -> Row:
         """Build one bundle, or reuse it; returns a row without its latency."""
@@ -334,7 +334,7 @@ class Work:
         if done.is_file() and out.is_dir() and (stored := read_json(done)).get("settings") == settings:
             bundle, note = load_bundle(out), stored["note"]
         else:
-            calibration = self.splits.calibration.normalised(self.student.preprocessing)
+            calibration = self.judges.splits.calibration.normalised(self.student.preprocessing)
             if variant == VENDOR and engine in MOBILE_DEFAULTS:
                 bundle = mobile_vendor_bundle(engine, self.folder, out, calibration)
             elif variant == VENDOR:
@@ -348,7 +348,6 @@ class Work:
             "bytes": bundle.bytes, "images_seen": self.student.images_seen, "rung": kept.name if kept else "",
             "rungs": to_json(bundle.rungs), "note": note, "folder": out.name,
             "healing": "" if bundle.healing is None else bundle.healing.said, "latency_ms": None, "latency_ratio": None,
-            "values": {key: kept.values[key] for key in FIGURES if key in kept.values} if kept else _fp32_values(),
         }  # fmt: skip
 
     def _export(self, engine: str, variant: str, out: Path) -> Bundle:
@@ -365,18 +364,11 @@ class Work:
             out=out,
             limits=Limits(max_drop=self.given.max_drop, min_speedup=self.given.min_speedup),
             budget=self.given.budget,
+            candidates=self.given.candidates,
             calibration_images=self.given.calibration_images,
             heal=HealSettings(minutes=self.given.heal, steps=self.given.heal_steps) if variant == HEALED else None,
         )
         return export(settings, on_candidate=lambda r: say(f"  {r.name}: {r.accuracy} / {r.speed}: {r.reason[:90]}"))
-
-    def _judge(self, row: Row) -> None:
-        """Put the fidelity to the PyTorch student into the row."""
-        wanted, bank = self.reference
-        labels = self.splits.judging.labels
-        with open_session(self.folder / "table" / row["folder"], SessionSettings(threads=1)) as session:
-            values = fidelity(wanted, self._answers(session, self.splits.judging), labels=labels, bank=bank).values
-        row["values"] = {key: values[key] for key in FIGURES if key in values}
 
     def _time(self, engine: str, rows: list[Row]) -> dict[str, tuple[float, Value]]:
         """Variant -> median latency in ms, and its ratio to fp32, from one interleaved run."""
@@ -386,31 +378,12 @@ class Work:
                 path = self.folder / "table" / row["folder"]
                 sessions[row["variant"]] = stack.enter_context(open_session(path, SessionSettings(threads=1, batch=1)))
             say(f"{self.student.timm_name}: timing {len(sessions)} models of {engine}, interleaved")
-            images = self.splits.judging.normalised(self.student.preprocessing, slice(0, 16))
+            images = self.judges.splits.judging.normalised(self.student.preprocessing, slice(0, 16))
             blocks = interleave(sessions, images, blocks=self.given.blocks, seconds=self.given.seconds).blocks
         return {
             name: (float(np.median(np.concatenate(mine))) / 1e6, paired_ratio(mine, blocks["fp32"]))
             for name, mine in blocks.items()
         }
-
-    def _knn(self, folder: Path) -> Value:
-        """Weighted kNN top-1 of a student's embeddings in PyTorch."""
-        bank, judging = self.splits.bank, self.splits.judging
-        with open_session(folder, SessionSettings(threads=torch.get_num_threads())) as session:
-            known, asked = self._answers(session, bank), self._answers(session, judging)
-        keep, wanted = bank.labels >= 0, judging.labels >= 0
-        classes = len(bank.classes or ())
-        votes = weighted_knn(known[keep], bank.labels[keep], asked[wanted], k=KNN_K, classes=classes)[:, 0]
-        return accuracy_value(votes == judging.labels[wanted])
-
-    def _answers(self, session: Any, images: Any) -> np.ndarray:
-        """Embeddings (N, D)."""
-        return np.concatenate([session.run(batch) for batch in images.batches(self.student.preprocessing, 32)])
-
-
-def _fp32_values() -> dict[str, Value]:
-    """For a TensorRT bundle in fp32: the student itself."""
-    return {"cosine_mean": Value(value=1.0)}
 
 
 if __name__ == "__main__":

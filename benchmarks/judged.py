@@ -42,8 +42,13 @@ class JudgedSet:
 
 
 def judged_sets() -> list[JudgedSet]:
-    """The demo's clip art, and a part of Fashion-MNIST if this machine can get it."""
-    sets = [JudgedSet("clip art", open_split(demo_images(), None))]
+    """The demo's clip art, and a part of Fashion-MNIST."""
+    clip_art = JudgedSet("clip art", open_split(demo_images(), None))
+    return [clip_art, JudgedSet("Fashion-MNIST", fashion_mnist(), linear=False)]
+
+
+def fashion_mnist() -> Split:
+    """A part of Fashion-MNIST, downloaded once."""
     folder = cache_folder() / "fashion-mnist"
     if not folder.is_dir():
         with tempfile.TemporaryDirectory() as scratch:
@@ -51,8 +56,7 @@ def judged_sets() -> list[JudgedSet]:
             found.rename(folder)
     order = np.random.default_rng(0).permutation(10_000)
     bank, test = (open_source(folder, split=part) for part in ("train", "test"))
-    split = make_split(Chosen(bank, order[:FASHION_BANK].tolist()), Chosen(test, order[:FASHION_TEST].tolist()))
-    return [*sets, JudgedSet("Fashion-MNIST", split, linear=False)]
+    return make_split(Chosen(bank, order[:FASHION_BANK].tolist()), Chosen(test, order[:FASHION_TEST].tolist()))
 
 
 def judge(folder: Path, sets: Sequence[JudgedSet]) -> dict[str, Hits]:

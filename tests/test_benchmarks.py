@@ -14,6 +14,7 @@ import pytest
 
 from robx.distill.presets import QUICK
 from robx.distill.recipes import override, preset
+from robx.records import Value, to_json
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -53,3 +54,41 @@ def test_differences_are_paired_by_seed_and_image(equal_compute: Any) -> None:
     assert (same.value, same.low, same.high) == (25.0, 25.0, 25.0)
     other = equal_compute.difference(np.random.default_rng(1).integers(0, 2, (3, 50)), hits)
     assert other.low < other.value < other.high and other.high - other.low > 10
+
+
+@pytest.fixture
+def export_page(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("export_page")
+
+
+def _row(ships: str, cosine: float, rungs: list[dict[str, Any]]) -> dict[str, Any]:
+    values = {"cosine_mean": Value(value=cosine)}
+    return {
+        "student": "net", "engine": "onnx", "variant": "robx int8", "ships": ships, "rungs": rungs, "values": values,
+        "latency_ratio": None,
+    }  # fmt: skip
+
+
+def test_a_row_without_int8_names_its_best_judged_candidate(export_page: Any) -> None:
+    drop = to_json(Value(value=1.5, low=0.5, high=2.5))
+    screened = {"cosine_mean": {"value": 0.999}, "probe_drop": drop, "screened": {"value": 400}}
+    judged = {"cosine_mean": {"value": 0.93}, "probe_drop": drop}
+    rungs = [
+        {"name": name, "precision": "int8", "accuracy": "INCONCLUSIVE", "values": values}
+        for name, values in (("a", screened), ("b", judged), ("c", {}))
+    ]
+    (said,) = export_page._refusals([_row("fp32", 1.0, rungs), _row("int8", 0.98, [])])
+    assert said == (
+        "net, ONNX Runtime, robx int8 ships fp32: the best of 2 was b, INCONCLUSIVE with a centred cosine of 0.9300 "
+        "and a probe drop of 1.5 [0.5, 2.5] on the judged images."
+    )
+    (said,) = export_page._refusals([_row("fp16", 1.0, [])])
+    assert said.endswith("none could be run.")
+
+
+def test_int8_below_the_aimed_cosine_is_listed(export_page: Any) -> None:
+    rows = [_row("int8", 0.98, []), _row("int8", 0.995, []), _row("fp32", 0.5, [])]
+    (said,) = export_page._short_of_aim(rows)
+    assert said == "Int8 that ships with a centred cosine below 0.99: net, ONNX Runtime, robx int8 0.9800."
+    assert export_page._short_of_aim(rows[1:]) == []
