@@ -259,7 +259,8 @@ def _weight_rounding() -> FakeQuantize:
 class Rounding(_LearnableFakeQuantize):
     """Rounds to 8 bits with one scale and zero point for a tensor, which follow the activations or are learnt.
 
-    The gradients of both are those of LSQ+ (Bhalgat et al. 2020, arXiv:2004.09576).
+    The gradients of both are those of LSQ+ (Bhalgat et al. 2020, arXiv:2004.09576) without its factor, which puts many
+    gradients below Adam's epsilon.
     """
 
     def __init__(self) -> None:
@@ -268,11 +269,10 @@ class Rounding(_LearnableFakeQuantize):
             averaging_constant=RANGE_MOMENTUM,
             quant_min=0,
             quant_max=255,
-            use_grad_scaling=True,
             dtype=torch.quint8,
             qscheme=torch.per_tensor_affine,
         )
-        self.toggle_qparam_learning(False)  # type: ignore[no-untyped-call]
+        self.toggle_qparam_learning(False)
 
     @property
     def has_range(self) -> bool:
@@ -281,7 +281,7 @@ class Rounding(_LearnableFakeQuantize):
 
     def ends(self) -> tuple[float, float]:
         """The least and the greatest value that are not clipped."""
-        scale, zero = (float(value) for value in self.calculate_qparams())  # type: ignore[no-untyped-call]
+        scale, zero = (float(value) for value in self.calculate_qparams())
         return (self.quant_min - zero) * scale, (self.quant_max - zero) * scale
 
 

@@ -122,6 +122,31 @@ def test_an_interrupted_healing_continues_to_the_same_bits(
         assert torch.equal(mine, other)
 
 
+def test_ranges_without_tails_are_trained_too_and_resumed(
+    model: ExportModel, student: Student, splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_extremes = _heal(model, student, splits, tmp_path / "extremes", settings={"steps": 1})
+    monkeypatch.setattr("robx.export.heal.heal._MUCH_CLOSER", 1e9)  # as if the tails did harm here
+
+    def interrupt(done: int, total: int, note: str) -> None:
+        if note.startswith("healing") and done == 3:
+            raise KeyboardInterrupt
+
+    first = _heal(model, student, splits, tmp_path / "first", settings={"steps": 1, "lr": 1e-12})
+    whole = _heal(model, student, splits, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        _heal(model, student, splits, tmp_path / "cut", progress=interrupt)
+    resumed = _heal(model, student, splits, tmp_path / "cut")
+    assert resumed.sha256 == whole.sha256 and resumed.ranges == whole.ranges
+    places = [(each.layer, each.place) for each in whole.ranges]
+    assert places == [(each.layer, each.place) for each in of_extremes.ranges]
+    widths = np.array([[each.high - each.low for each in found.ranges] for found in (of_extremes, first, whole)])
+    assert (widths[1] < 1.01 * widths[0]).all() and widths[1].sum() < 0.97 * widths[0].sum()
+    changes = np.abs(widths[2] / widths[1] - 1)
+    # Six steps of at most .3 % at each end; none in branches that start at zero.
+    assert (changes > 2e-3).sum() >= 5 and changes.max() < 0.1
+
+
 INTERRUPTED = """
 import json, signal, sys
 from pathlib import Path
@@ -301,10 +326,11 @@ def test_an_export_tries_plain_and_healed_weights_and_records_both(
     cnn_run: Path, scene_shards: Path, tmp_path: Path
 ) -> None:
     bundle = _export(cnn_run, scene_shards, tmp_path / "b", Limits(max_drop=60, min_speedup=0.01), QUICK)
-    plain, healed = bundle.rungs
+    plain, trained, healed = bundle.rungs
     assert (healed.name, healed.settings["healed"]) == (f"{plain.name}, healed", True)
+    assert trained.settings == healed.settings | {"ranges": "trained"}
     assert "healed" not in plain.settings and bundle.precision == "int8"
-    kept = max((plain, healed), key=lambda rung: rung.values["screen_cosine"].value)
+    kept = max(bundle.rungs, key=lambda rung: rung.values["screen_cosine"].value)
     assert kept.kept  # equally fast: the closer one ships
     assert bundle.healing is not None and bundle.healing.student_sha256 == load_student(cnn_run).sha256
     assert bundle.healing.steps == 10 and bundle.healing.images >= 32
@@ -320,7 +346,7 @@ def test_an_export_tries_plain_and_healed_weights_and_records_both(
 def test_a_healing_that_is_in_vain_ships_nothing(cnn_run: Path, scene_shards: Path, tmp_path: Path) -> None:
     settings = HealSettings(steps=1, batch=8, lr=0.1)
     bundle = _export(cnn_run, scene_shards, tmp_path / "b", Limits(max_drop=60, min_speedup=0.01), settings)
-    plain, healed = bundle.rungs
+    plain, *_, healed = bundle.rungs
     assert plain.kept and healed.accuracy == "FAIL" and "healing was in vain: the int8 error was" in healed.reason
 
 
