@@ -242,14 +242,13 @@ class CandidateBuilder:
             quantised = by_nncf.quantize_onnx(network.proto, self.calibration, candidate)
             quantised = for_tensorrt.from_uint8(quantised) if is_trt else quantised
         else:
-            trained = candidate.ranges == "trained"
             chosen = ranges.choose(
                 network.histograms,
-                "percentile" if trained else candidate.ranges,
+                "percentile" if candidate.ranges == "trained" else candidate.ranges,
                 percentile=candidate.percentile,
                 symmetric=candidate.signed,
             )
-            if trained:
+            if candidate.ranges == "trained":
                 chosen |= tensor_ranges(network.proto, self.healed_ranges)
             quantize = for_tensorrt.quantize if candidate.quantiser == "tensorrt" else by_onnxruntime.quantize
             quantised = quantize(network.proto, chosen, candidate)

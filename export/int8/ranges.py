@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
+from robx.activation_bounds import Bounds
 from robx.export.int8.candidate import RangeMethod
-from robx.export.int8.saturation import EVERYTHING, Bounds, saturating
+from robx.export.int8.saturation import EVERYTHING, saturating
 from robx.export.onnx_run import open_model
 
 BINS = 2048
