@@ -144,10 +144,11 @@ def _export_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     from tests.once_exported import OnceExported
 
     folder = tmp_path_factory.getbasetemp()
-    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    shared = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "onnx"
     real = torch.onnx.export
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.onnx, "export", OnceExported(real, shared / "onnx"))
+        patch.setenv("EXPORTED_ONCE", str(shared))  # for processes that export too
+        patch.setattr(torch.onnx, "export", OnceExported(real, shared))
         yield real
 
 

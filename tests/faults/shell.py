@@ -6,6 +6,7 @@ first with SIGKILL as soon as a path below the folder matches. The answer has (s
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -21,6 +22,11 @@ import sklearn.linear_model  # noqa: F401
 import torch
 
 from robx.cli import main
+from robx.runtime.bench.profiles import PROFILES
+from tests.once_exported import OnceExported
+
+PROFILES["rapid"] = dataclasses.replace(PROFILES["rapid"], seconds=0.4, warm_up_limit=0.1)
+torch.onnx.export = OnceExported(torch.onnx.export, Path(os.environ["EXPORTED_ONCE"]))  # type: ignore[assignment]
 
 
 def _start(command: list[str], folder: str) -> tuple[int, tuple[IO[bytes], IO[bytes]]]:
