@@ -1,7 +1,7 @@
 # make demo        the whole pipeline on real images: data, distil, export, evaluate, measure, report
 # make test        the tests, without the soak
 # make test-unit   the quick ones among them, in under three minutes
-# make test-slow   the slow ones, and hundreds of kills instead of thirty
+# make test-slow   the slow ones, and hundreds of kills instead of twelve
 # All create .venv and install what they need; no other step is required first.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
@@ -96,7 +96,7 @@ test-arm64: $(VENV)/.dev $(ARM64)/python
 $(ARM64)/python: | $(VENV)/.dev
 	$(VENV)/bin/python tests/runtime/device/arm64_device.py $(ARM64)
 
-# Hundreds of kills instead of the thirty in the tests: make soak ROBX_SOAK=1000 ROBX_SEED=7
+# Hundreds of kills instead of the twelve in the tests: make soak ROBX_SOAK=1000 ROBX_SEED=7
 soak: $(VENV)/.dev
 	OMP_NUM_THREADS=1 ROBX_SOAK=$(or $(ROBX_SOAK),300) $(VENV)/bin/python -m pytest -q --timeout 14400 tests/faults/test_kill.py
 

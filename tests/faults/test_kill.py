@@ -1,6 +1,6 @@
 """SIGKILL at any moment: the resumed run is the unbroken one, bit for bit, and leaves nothing lying about.
 
-ROBX_SOAK=n kills n times instead of thirty; ROBX_SEED=n draws other moments.
+ROBX_SOAK=n kills n times instead of twelve; ROBX_SEED=n draws other moments.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 from robx.distill.training import run_checkpoint
 from robx.records import load_student
 
-KILLS = int(os.environ.get("ROBX_SOAK", "30"))
+KILLS = int(os.environ.get("ROBX_SOAK", "12"))
 SEED = int(os.environ.get("ROBX_SEED", "0"))
 RECIPE = {"epochs": 3}  # of 8 steps each
 OPTIONS = {"checkpoint_steps": 2}
