@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +13,18 @@ import pytest
 from robx.distill.presets import QUICK
 from robx.distill.recipes import override, preset
 from robx.records import Value, to_json
+from tests.preloaded import Preloaded
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-def test_every_benchmark_imports() -> None:
+def test_every_benchmark_imports(preloaded: Preloaded) -> None:
     names = sorted(path.stem for path in BENCHMARKS.glob("*.py"))
     code = f"import importlib, sys\nsys.path.insert(0, {str(BENCHMARKS)!r})\n" + "\n".join(
         f"importlib.import_module({name!r})" for name in names
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    status, _, errors = preloaded.run(["-c", code])
+    assert status == 0, errors
 
 
 @pytest.fixture
