@@ -39,6 +39,7 @@ SLOW = (
     "export/gate/test_gate.py",
     "export/gate/test_half.py",
     "export/gate/test_judge.py",
+    "export/heal",
     "export/test_build.py",
     "export/test_odd_inputs.py",
     "faults",
@@ -47,6 +48,7 @@ SLOW = (
     "runtime/bench/test_retries.py",
     "runtime/bench/test_ssh_faults.py",
     "runtime/bench/test_transports.py",
+    "runtime/device/test_native.py",
     "runtime/test_runtime_commands.py",
     "ship",
     "test_checkout_without_links.py",
@@ -60,8 +62,8 @@ SOAK = (
     *(
         f"test_named_students.py::test_a_listed_student_works_end_to_end[{name}]"
         for name in (
-            *("resnet34", "resnet50", "mobilenetv2_100", "mobilenetv3_large_100", "efficientnet_b0"),
-            "vit_small_patch16_224",
+            *("resnet18", "resnet34", "resnet50", "mobilenetv2_100", "mobilenetv3_large_100", "efficientnet_b0"),
+            *("vit_tiny_patch16_224", "vit_small_patch16_224"),
         )
     ),
     "distill/training/test_processes.py::test_a_run_of_one_process_goes_on_in_two",
@@ -70,6 +72,7 @@ SOAK = (
     "eval/test_evaluate.py::test_two_processes_write_what_one_does_and_so_does_their_cache",
     "export/formats/test_network.py::test_a_size_has_a_folder_of_its_own",
     "export/formats/test_network.py::test_the_manifest_says_that_a_student_was_fused_and_the_bundle_is_faster",
+    "export/test_readme.py::test_the_kotlin_code_compiles",
     "export/gate/test_judge.py::test_a_re_parameterisable_student_is_judged_fused",
     "faults/test_signals.py::test_sigterm_ends_a_run_that_waits_for_an_image",
     "runtime/bench/test_record.py::test_bench_reports_the_other_cpu",
