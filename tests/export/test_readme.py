@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from robx.runtime.check import check
 from tests.odd_pictures import odd_pictures, pictures_without_white
 
 HEADERS = Path(__file__).parent / "include"
+EXECUTORCH = tuple(f"org.pytorch.executorch.{name}" for name in ("EValue", "Module", "Tensor"))
 # Import of any of these fails, as on a machine that has the runtime alone.
 ABSENT = ("robx", "torch", "torchvision", "timm", "onnx")
 
@@ -144,12 +146,10 @@ def test_the_manifest_lists_the_readme_and_a_users_own_is_not_replaced(
     assert (old / "README.md").read_text() == "my notes"
 
 
-@pytest.mark.parametrize("format_", FORMATS)
-def test_every_format_has_code_for_its_runtimes_and_mobile_ones_for_a_phone(
-    format_: str, bundles: dict[str, Path]
-) -> None:
-    base = load_bundle(bundles["onnx"])
-    sample = read_sample(bundles["onnx"], base)
+def _readmes(format_: str, folder: Path) -> Iterator[str]:
+    """The README of a bundle in every runtime and precision of a format; `folder` is one in ONNX."""
+    base = load_bundle(folder)
+    sample = read_sample(folder, base)
     files = tuple(
         BundleFile(path=f"model.{role}", role=role, bytes=1, sha256="0" * 64)  # type: ignore[arg-type]
         for role in ("model", "weights")
@@ -159,14 +159,40 @@ def test_every_format_has_code_for_its_runtimes_and_mobile_ones_for_a_phone(
             bundle = dataclasses.replace(
                 base, format=format_, runtime=runtime, files=files, precision=precision  # type: ignore[arg-type]
             )  # fmt: skip
-            text = readme(bundle, sample)
-            languages = set(re.findall(r"^```(\w+)$", text, re.MULTILINE))
-            assert "python" in languages and ("cpp" in languages or format_ == "coreml")
-            if format_ in ("ort", "litert", "executorch"):
-                assert "kotlin" in languages
-            assert ("swift" in languages) == (format_ == "coreml")
-            for code in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-                compile(code, format_, "exec")
+            yield readme(bundle, sample)
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_every_format_has_code_for_its_runtimes_and_mobile_ones_for_a_phone(
+    format_: str, bundles: dict[str, Path]
+) -> None:
+    for text in _readmes(format_, bundles["onnx"]):
+        languages = set(re.findall(r"^```(\w+)$", text, re.MULTILINE))
+        assert "python" in languages and ("cpp" in languages or format_ == "coreml")
+        if format_ in ("ort", "litert", "executorch"):
+            assert "kotlin" in languages
+        assert ("swift" in languages) == (format_ == "coreml")
+        for code in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            compile(code, format_, "exec")
+
+
+@pytest.mark.skipif(shutil.which("kotlinc") is None, reason="no Kotlin compiler (Debian: kotlin)")
+def test_the_kotlin_code_compiles_against_the_libraries_declarations(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """As far as kotlin/ declares them after their documentation: there is no Android here."""
+    packages = ("java.io.File", "java.nio.*", "ai.onnxruntime.*")
+    for format_, others in (("ort", packages), ("litert", ("org.tensorflow.lite.*",)), ("executorch", EXECUTORCH)):
+        imports = "".join(f"import {name}\n" for name in dict.fromkeys((*packages[:2], *others)))
+        codes = [
+            code
+            for text in _readmes(format_, bundles["onnx"])
+            for code in re.findall(r"^```kotlin\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        ]
+        assert codes
+        functions = "".join(f"fun {format_}{number}(folder: File) {{\n{code}}}\n" for number, code in enumerate(codes))
+        (tmp_path / f"{format_}.kt").write_text(imports + functions)
+    sources = [*tmp_path.glob("*.kt"), *(Path(__file__).parent / "kotlin").glob("*.kt")]
+    done = subprocess.run(["kotlinc", *sources, "-d", tmp_path / "classes"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_licence_chain_and_the_verdict_are_told_and_foreign_text_stays_text(bundles: dict[str, Path]) -> None:
