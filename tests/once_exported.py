@@ -46,6 +46,8 @@ class OnceExported:
 
 def _digest(model: nn.Module, args: tuple[Tensor, ...], options: dict[str, Any]) -> str:
     """Changes with every weight and setting of the network, with the shapes of its input and with the options."""
+    import torch
+
     found = hashlib.sha256(repr([(arg.shape, arg.dtype) for arg in args]).encode())
     found.update(_words(options))
     for name, module in model.named_modules():
@@ -53,7 +55,7 @@ def _digest(model: nn.Module, args: tuple[Tensor, ...], options: dict[str, Any])
         found.update(f"{name} {type(module)}".encode() + _words(settings))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().contiguous().numpy().tobytes())
+        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
