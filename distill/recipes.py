@@ -49,6 +49,9 @@ class Recipe:
     queue: Annotated[int, "scores kept for Sinkhorn; 0 disables"] = 0
     teacher_mean: Annotated[Triple | None, "RGB mean of the teacher's pixels (0 to 1); none: as published"] = None
     teacher_std: Annotated[Triple | None, "their standard deviation; none: as published"] = None
+    teacher_size: Annotated[
+        int | None, "enlarge smaller crops for the teacher to this shorter side, in pixels; none disables"
+    ] = None
     teacher_crops: Annotated[int, "global crops that the teacher sees, at most; 1 halves its cost"] = 2
     prototype_weight: Annotated[float, "weight of the method's own loss; 0 leaves the feature term alone"] = 1.0
     feature_weight: Annotated[float, "weight of a term that matches the teacher's features; 0 disables"] = 0.0
@@ -149,6 +152,14 @@ class Recipe:
         for name in ("teacher_crops", "global_crops"):
             if getattr(self, name) != 2 and self.base:
                 raise InputError(f"recipe: {name} needs a teacher: a base method uses both global crops, give 2")
+        if self.teacher_shape != self.crop_shape:
+            if self.base:
+                raise InputError("recipe: teacher_size needs a teacher, not --teacher ema: drop it")
+            if self.objective == "ibot" and self.patch_weight:
+                raise InputError(
+                    "recipe: teacher_size gives the teacher other patches than the student: give teacher_size = none, "
+                    "or patch_weight = 0"
+                )
         if self.target_crops < self.global_crops and self.objective == "ibot" and self.patch_weight:
             raise InputError("recipe: teacher_crops = 1 leaves half of the masked patches without a target: give 2")
         if self.pairing == "swapped" and self.global_crops + self.local_crops < 2:
@@ -174,6 +185,13 @@ class Recipe:
     def local_crop_shape(self) -> Shape:
         """Height and width of a local crop, in pixels."""
         return parse_size(self.local_crop_size)
+
+    @property
+    def teacher_shape(self) -> Shape:
+        """Height and width, in pixels, at which the teacher sees a global crop; never smaller than the crop."""
+        height, width = self.crop_shape
+        factor = max(1.0, (self.teacher_size or 0) / min(height, width))
+        return round(height * factor), round(width * factor)
 
     @property
     def target_crops(self) -> int:
@@ -213,6 +231,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("sinkhorn_iterations", 0, 100),
     ("sinkhorn_epsilon", 1e-4, 10),
     ("queue", 0, 1_000_000),
+    ("teacher_size", 16, 4096),
     ("teacher_crops", 1, 2),
     ("prototype_weight", 0, 1000),
     ("feature_weight", 0, 1000),
@@ -302,5 +321,5 @@ def _shown(value: Any) -> str:
 
 _OPTIONAL = (
     *("teacher_mean", "teacher_std", "teacher_temperature_start", "student_ema", "lr_batch", "clip_grad"),
-    *("quantize", "fit_images"),
+    *("quantize", "fit_images", "teacher_size"),
 )

@@ -101,7 +101,7 @@ def distill(settings: DistillSettings, *, progress: Progress | None = None, say:
                 objective=recipe.objective,
                 mean=recipe.teacher_mean,
                 std=recipe.teacher_std,
-                image_size=recipe.crop_shape,
+                image_size=recipe.teacher_shape,
                 seed=recipe.seed,
                 team=processes,
                 device=processes.device,
@@ -138,7 +138,7 @@ def estimate(
             mean=recipe.teacher_mean,
             std=recipe.teacher_std,
             prototypes=recipe.prototypes,
-            image_size=recipe.crop_shape,
+            image_size=recipe.teacher_shape,
         )
     if say and (warning := mixed_kinds(settings.students, recipe)):
         say(warning)

@@ -84,6 +84,8 @@ class TargetsInfo:
             decided_by["decode"] = values["decode"]
         if recipe.augment != "pillow" or recipe.decode != "full":  # large images are reduced as far as all crops allow
             decided_by["needed_side"] = needed_side(recipe)
+        if recipe.teacher_shape != recipe.crop_shape:
+            decided_by["teacher_size"] = values["teacher_size"]
         if recipe.centering:
             decided_by["center_momentum"] = values["center_momentum"]
         decided_by |= {name: values[name] for name in ("teacher_mean", "teacher_std") if values[name] is not None}

@@ -135,6 +135,6 @@ def _require_size(teacher: Teacher, image_size: ImageSize) -> None:
         sizes = nearest_sizes(image_size, lambda shape: not size_error(teacher.trunk, shape))
         shown, nearest = plain_size(height_and_width(image_size)), " and ".join(map(str, sizes))
         raise InputError(
-            f"teacher {teacher.name} cannot process crops of {shown} pixels ({why}): choose another --crop-size"
-            + (f" (nearest: {nearest})" if sizes else "")
+            f"teacher {teacher.name} cannot process crops of {shown} pixels ({why}): choose another --crop-size or "
+            "teacher_size" + (f" (nearest: {nearest})" if sizes else "")
         )

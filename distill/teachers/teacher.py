@@ -1,8 +1,9 @@
 """The teacher: a frozen network, always in eval mode and outside of every graph.
 
 A Teacher takes pixels that are normalised with ImageNet's mean and standard deviation, as the crops are; if it was
-trained with another normalisation, the change is folded in. Its scores are BEFORE any temperature. In bf16 and fp16 the
-weights of its matrix products are kept in that precision; head, prototypes and scores stay in float32.
+trained with another normalisation, the change is folded in, and it may see small images enlarged. Its scores are BEFORE
+any temperature. In bf16 and fp16 the weights of its matrix products are kept in that precision; head, prototypes and
+scores stay in float32.
 
 N images   D width of the trunk   K prototypes (or head outputs, or classes)   P patches
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robx.distill.teachers.checkpoints import Channels
@@ -21,7 +23,7 @@ from robx.distill.teachers.frozen_heads import PrototypeHead
 from robx.distill.teachers.trunks import has_tokens, patch_size_of, tokens, trunk_width
 from robx.distill.teachers.zoo import Method, ZooEntry
 from robx.errors import InputError
-from robx.image_size import ImageSize, usual_preprocessing
+from robx.image_size import ImageSize, Shape, usual_preprocessing
 from robx.images.decode import IMAGENET_MEAN, IMAGENET_STD
 from robx.records import Preprocessing, TeacherInfo
 
@@ -66,6 +68,7 @@ class Teacher(nn.Module):
             self.patch_prototypes = len(head.prototypes if shared else cast(Tensor, head.patch_prototypes))
         self.mean, self.std = mean, std
         self.precision: torch.dtype | None = None  # of autocast; None: float32
+        self.least_shape: Shape = (1, 1)  # smaller pixels are enlarged to it
         scale, shift = fold_normalisation(mean, std)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
@@ -101,6 +104,13 @@ class Teacher(nn.Module):
         self.head = head.to(self.scale.device).requires_grad_(False).eval()
         self.num_prototypes = len(head.prototypes)
 
+    def enlarge_to(self, shape: Shape) -> None:
+        """See pixels that are smaller than `shape` (height, width) enlarged to it from now on.
+
+        A network that was trained on objects of 224-pixel images recognises more in a small image that is enlarged.
+        """
+        self.least_shape = shape
+
     def keep_in(self, precision: torch.dtype) -> None:
         """Compute in `precision` from now on, with the trunk's linear and convolution weights stored in it.
 
@@ -130,7 +140,7 @@ class Teacher(nn.Module):
         N * P patches select those of M patches.
         """
         with self._autocast():
-            return self._scores(pixels * self.scale + self.shift, patches)
+            return self._scores(self._input(pixels), patches)
 
     def _scores(self, pixels: Tensor, patches: bool | Tensor) -> TeacherScores:
         if self.method == "classifier":
@@ -152,10 +162,18 @@ class Teacher(nn.Module):
     def features(self, pixels: Tensor) -> Tensor:
         """The trunk's features (N, D), float32, of ImageNet-normalised pixels (N, 3, H, W); the head is not run."""
         with self._autocast():
-            pixels = pixels * self.scale + self.shift
+            pixels = self._input(pixels)
             if self.method == "classifier":
                 return self._pooled(cast(Any, self.trunk).forward_features(pixels))
             return cast(Tensor, self.trunk(pixels).float())
+
+    def _input(self, pixels: Tensor) -> Tensor:
+        """The trunk's input: in its own normalisation, and enlarged if it is smaller than it should be."""
+        pixels = pixels * self.scale + self.shift
+        (height, width), (least_height, least_width) = pixels.shape[-2:], self.least_shape
+        if height >= least_height and width >= least_width:
+            return pixels
+        return F.interpolate(pixels, size=self.least_shape, mode="bilinear", align_corners=False)
 
     def _pooled(self, maps: Tensor) -> Tensor:
         return cast(Tensor, cast(Any, self.trunk).forward_head(maps, pre_logits=True).float())

@@ -61,6 +61,7 @@ def build_networks(
     objective = build_objective(recipe)
     if teacher is not None:
         prepare_network(teacher, processes.device)
+        teacher.enlarge_to(recipe.teacher_shape)
         if recipe.precision != "fp32":
             teacher.keep_in(HALF[recipe.precision])
     learners: list[Learner] = []

@@ -1,4 +1,4 @@
-"""Options beyond the published recipes: one global crop, mixup, and the feature term."""
+"""Options beyond the published recipes: one global crop, mixup, the feature term, a teacher that sees more pixels."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from robx.distill.batches.views import Views
 from robx.distill.objectives.feature_term import feature_loss
 from robx.distill.recipes import override, preset
 from robx.distill.students.student import build_student
+from robx.distill.targets.stored import TargetsInfo
 from robx.errors import InputError
 from robx.images.scenes import make_scene, render
 from robx.images.sources import ImageSource, open_source
@@ -86,6 +87,9 @@ def test_a_run_with_one_global_crop_resumes_exactly(
         ({"base": True, "global_crops": 1}, "global_crops needs a teacher"),
         ({"pairing": "swapped", "global_crops": 1, "local_crops": 0}, "swapped pairs need two crops"),
         ({"feature_weight": -1.0}, "feature_weight must be between"),
+        ({"teacher_size": 8}, "teacher_size must be between 16 and 4096"),
+        ({"teacher_size": 256, "base": True}, "teacher_size needs a teacher, not --teacher ema"),
+        ({"teacher_size": 256, "objective": "ibot"}, "give teacher_size = none, or patch_weight = 0"),
         ({"prototype_weight": 0.0}, "leaves no loss"),
         ({"base": True, "feature_weight": 1.0}, "need a teacher, not --teacher ema"),
     ],
@@ -204,6 +208,54 @@ def test_students_without_the_prototype_loss_have_no_head(tiny: ModuleType) -> N
     assert not list(net.head.parameters()) and net.projection is not None
     with pytest.raises(InputError, match="which stored targets lack"):
         build_student("test_resnet", recipe, _Stored())
+
+
+# ------------------------------------------------------------------------------------- a teacher that sees more pixels
+
+
+@pytest.mark.parametrize(
+    ("crop", "least", "expected"),
+    [(64, 128, (128, 128)), (64, None, (64, 64)), (224, 128, (224, 224)), ("160x96", 128, (213, 128))],
+)
+def test_crops_are_enlarged_for_the_teacher_and_never_reduced(
+    crop: int | str, least: int | None, expected: tuple[int, int]
+) -> None:
+    recipe = override(preset("msn", "cnn"), {"crop_size": crop, "teacher_size": "none" if least is None else least})
+    assert recipe.teacher_shape == expected
+
+
+def test_an_enlarged_crop_scores_as_the_same_pixels_resized_beforehand(tiny: ModuleType) -> None:
+    teacher, larger = tiny.tiny_teacher(), tiny.tiny_teacher()
+    larger.enlarge_to((48, 48))
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    resized = torch.nn.functional.interpolate(pixels, size=(48, 48), mode="bilinear")
+    torch.testing.assert_close(larger(pixels).crops, teacher(resized).crops)
+    torch.testing.assert_close(larger.features(pixels), teacher.features(resized))
+    torch.testing.assert_close(larger.features(resized), teacher.features(resized))
+
+
+def test_a_run_gives_its_teacher_enlarged_crops_and_its_student_the_crops_themselves(
+    tiny: ModuleType, source: ImageSource, tmp_path: Path
+) -> None:
+    seen: set[int] = set()
+    teacher = tiny.tiny_teacher()
+    teacher.trunk.register_forward_pre_hook(lambda _, given: seen.add(given[0].shape[-1]))
+    recipe = tiny.tiny_recipe(kind="cnn", epochs=1, local_crops=0, crop_size=32, teacher_size=48)
+    tiny.tiny_run(source, tmp_path / "run", recipe=recipe, students=["test_resnet"], teacher=teacher)
+    assert seen == {48}
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"]["teacher_size"] == 48
+    assert json.loads((tmp_path / "run" / "student.json").read_text())["preprocessing"]["crop"] == 32
+
+
+def test_stored_targets_are_of_one_teacher_size() -> None:
+    recipe = override(preset("dino", "vit"), {"crop_size": 64})
+    decided = [
+        TargetsInfo.of(
+            override(recipe, {"teacher_size": size}), prototypes=8, images=4, data_fingerprint="d", teacher_sha256="t"
+        ).decided_by
+        for size in ("none", 32, 96)
+    ]
+    assert decided[0] == decided[1] and decided[2] == decided[0] | {"teacher_size": 96}
 
 
 class _Stored:
