@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, overload
 
-from robx.arguments import checked
+from robx.arguments import check_types, checked, naming_arguments
 from robx.errors import CorruptImage, InputError
 from robx.formats import Format
 from robx.reporting import Reporting, reporting
@@ -219,7 +219,8 @@ def export(
         ArtifactError: the student is damaged.
         MissingExtra: the format's converter is not installed; the message says how to install it.
     """
-    from robx.export.build import ExportSettings, export
+    from robx.export.build import ExportSettings
+    from robx.export.build import export as build
     from robx.export.gate.gate import gate_error
 
     settings = ExportSettings.of(
@@ -252,10 +253,10 @@ def export(
         force=force,
     )
     with reporting(progress) as (shown, say):
-        bundle = export(settings, progress=shown, say=say)
+        bundle = build(settings, progress=shown, say=say)
         folder = settings.folder(bundle)
         if (error := gate_error(bundle, folder, most=candidates, budget=budget)) is not None:
-            say(str(error))
+            say(naming_arguments(str(error), export))
     return Artifact(folder, bundle)
 
 
@@ -567,7 +568,8 @@ class Embedder:
             Embeddings, float32 (N, D).
 
         Raises:
-            CorruptImage: an image cannot be decoded; `robx run --out FILE.npz` skips such images and names the others.
+            CorruptImage: an image cannot be decoded, in a folder as well: a row that is left out would shift all that
+                follow. `robx run --out FILE.npz` skips such images and names the others.
             InputError: no image, a path that does not exist, an array of another type or shape, or `batch` below 1.
             DeviceError: the engine failed, gave no output in time, or returned NaN or infinity.
         """
@@ -575,7 +577,8 @@ class Embedder:
 
         from robx.runtime.infer import infer, infer_preprocessed
 
-        items = [images] if isinstance(images, str | os.PathLike) or _is_image(images) else list(images)  # type: ignore[arg-type]
+        batch = check_types({"batch": int}, {"batch": batch})["batch"]
+        items = _items(images)
         if not items:
             raise InputError("no image was given: give paths, PIL images or arrays")
         parts = [array for item in items if (array := _preprocessed(item)) is not None]
@@ -595,6 +598,17 @@ class Embedder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _items(images: Any) -> list[Any]:
+    """The items of `embed`'s images: one, or those of an iterable."""
+    if isinstance(images, str | os.PathLike) or _is_image(images):
+        return [images]
+    if isinstance(images, bytes | bytearray | Mapping) or not isinstance(images, Iterable):
+        raise InputError(
+            f"images is of type {type(images).__name__}: give a path, a PIL image, an array or a list of these"
+        )
+    return list(images)
 
 
 def _is_image(item: Any) -> bool:
@@ -620,6 +634,8 @@ def _readers(items: Iterable[Any]) -> Iterator[tuple[str, Callable[[], Image.Ima
     from robx.runtime.infer import find_images
 
     for number, item in enumerate(items):
+        if isinstance(item, str) and not item:
+            raise InputError(f"image {number} is an empty path: give a path, or . for the current folder")
         if isinstance(item, str | os.PathLike):
             yield from find_images([Path(item)])
         elif not _is_image(item):
@@ -654,4 +670,5 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _refuse(error: CorruptImage) -> None:
-    raise error
+    remedy = "leave it out, or let robx run --out FILE.npz skip such images and name the others"
+    raise type(error)(f"{error}: {remedy}") from error

@@ -10,32 +10,67 @@ import inspect
 import math
 import numbers
 import os
+import re
 import reprlib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar, Union
 
-from robx.errors import ArtifactError, InputError
+from robx.errors import ArtifactError, InputError, RobxError
 from robx.store.dataclass_json import check_json, to_json
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+_ARGUMENTS = {"rungs": "candidates"}  # option: argument, where more than the hyphens differs
+_OPTION = re.compile(
+    r"\b(?:robx|torchrun|docker|pip) [a-z][^,;:()]*"  # a command, whose options stay
+    r"|(?<![\w-])--(?P<option>[a-z][a-z0-9-]*[a-z0-9])(?: (?P<value>[0-9]+\b|[A-Z]+\b))?"
+)
 _PLURALS = {"a whole number": "whole numbers", "a number": "numbers", "a string": "strings", "a path": "paths"}
 
 
 def checked(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """`function`, with its arguments checked against its annotations before it runs; see `check_types`."""
+    """`function`, with its arguments checked against its annotations before it runs; see `check_types`.
+
+    The errors that it raises name arguments where the command line has options; see `naming_arguments`.
+    """
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         given = signature.bind(*args, **kwargs)
         given.arguments |= check_types(types_of(function), given.arguments)
-        return function(*given.args, **given.kwargs)
+        try:
+            return function(*given.args, **given.kwargs)
+        except RobxError as error:
+            error.args = (naming_arguments(str(error), function),)
+            raise
 
     return call
+
+
+def naming_arguments(message: str, function: Callable[..., Any]) -> str:
+    """A message that names options of robx's commands, with the arguments of `function` instead.
+
+    "--batch-size 8" becomes "batch_size=8". What stands in a command ("robx eval RUN --linear") stays as it is.
+    """
+    function = inspect.unwrap(function)
+    parameters = inspect.signature(function).parameters.values()
+    known = {parameter.name for parameter in parameters}
+    takes_others = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+    def renamed(found: re.Match[str]) -> str:
+        option, value = found["option"], found["value"]
+        if option is None:
+            return found[0]
+        name = option.replace("-", "_")
+        names = (name, f"{name}s", _ARGUMENTS.get(name, name))
+        argument = next((one for one in names if one in known), name if takes_others else None)
+        return found[0] if argument is None else argument + (f"={value}" if value else "")
+
+    return _OPTION.sub(renamed, message)
 
 
 def types_of(function: Callable[..., Any]) -> dict[str, Any]:

@@ -335,7 +335,15 @@ def test_embed_refuses_what_is_no_image_and_names_it(run: Path, photos: list[Pat
             (np.zeros((3, 32, 32), np.uint8), InputError, r"array 0 is uint8 \(3, 32, 32\): give uint8 \(H, W, 3\)"),
             (np.zeros((32, 32, 3)), InputError, "array 0 is float64"),
             ([photos[0], 7], InputError, "image 1 is of type int: give a path"),
+            (None, InputError, "images is of type NoneType: give a path, a PIL image, an array or a list of these"),
+            (5, InputError, "images is of type int: give a path"),
+            (b"photo", InputError, "images is of type bytes: give a path"),
+            ("", InputError, "image 0 is an empty path"),
+            (Image.fromarray(np.full((9, 9), np.nan, np.float32)), CorruptImage, "^image 0: .* NaN .*: leave it out"),
+            (tmp_path, CorruptImage, "bad.png: .*: leave it out, or let robx run --out FILE.npz skip such images"),
             ([photos[0], np.zeros((1, 3, 32, 32), np.float32)], InputError, "mixed"),
         ):
             with pytest.raises(error, match=words):
                 model.embed(images)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="batch must be a whole number, got '8'"):
+            model.embed(photos[0], batch="8")  # type: ignore[arg-type]

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from robx import api
-from robx.arguments import check_types, checked, types_of
+from robx.arguments import check_types, checked, naming_arguments, types_of
 from robx.errors import InputError
 
 
@@ -75,6 +76,33 @@ def test_other_values_are_refused_in_words(given: dict[str, Any], message: str) 
     with pytest.raises(InputError) as caught:
         check_types(KINDS, given)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("function", "message", "named"),
+    [
+        (api.distill, "--epochs: 0 is too few", "epochs: 0 is too few"),
+        (api.distill, "give --lr 12 (docker run --shm-size)", "give lr=12 (docker run --shm-size)"),
+        (api.distill, "give --teacher-weights FILE, or --teacher ema", "give teacher_weights=FILE, or teacher ema"),
+        (api.export, "--max-drop must be at most 100; try --rungs", "max_drop must be at most 100; try candidates"),
+        (api.export, "see robx distill --help: --data is missing", "see robx distill --help: data is missing"),
+        (api.evaluate, "--transfer x has no folder, --no-cache", "transfers x has no folder, no_cache"),
+        (api.bench, "--unknown stays, and a--batch", "--unknown stays, and a--batch"),
+    ],
+)  # fmt: skip
+def test_errors_of_the_api_name_arguments_instead_of_options(
+    function: Callable[..., Any], message: str, named: str
+) -> None:
+    assert naming_arguments(message, function) == named
+
+
+def test_an_error_of_the_api_names_the_argument(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"student": "test_resnet", "teacher": "ema", "out": tmp_path / "o"}
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"^epochs: '3' is not of type int"):
+        api.distill(data=tmp_path, epochs="3", progress=None, **settings)
+    with pytest.raises(InputError, match=r"^max_drop must be between 0 and 100 points, got 101"):
+        api.export(tmp_path, format="onnx", max_drop=101, progress=None)
 
 
 TRAINED: dict[str, Any] = {"student": "test_resnet", "teacher": "ema", "data": "d", "out": "o"}
