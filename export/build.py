@@ -107,6 +107,7 @@ class ExportSettings:
         int8, fp16 = values.pop("int8", False), values.pop("fp16", False)
         if int8 and fp16:
             raise InputError("fp16 and int8 are two different exports: give one of them")
+        values |= {name: values[name].upper() for name in ("input_layout", "input_channels") if name in values}
         size, heal = values.pop("size", None), values.pop("heal", None)
         target = ExportTarget(
             precision="int8" if int8 else "fp16" if fp16 else "fp32",

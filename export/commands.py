@@ -45,14 +45,14 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--input-layout",
-    type=click.Choice(["nchw", "nhwc"]),
+    type=click.Choice(["nchw", "nhwc"], case_sensitive=False),
     default="nchw",
     show_default=True,
     help="Axes of uint8 pixels: nhwc as cameras give them.",
 )
 @click.option(
     "--input-channels",
-    type=click.Choice(["rgb", "bgr"]),
+    type=click.Choice(["rgb", "bgr"], case_sensitive=False),
     default="rgb",
     show_default=True,
     help="Order of uint8 channels: bgr as OpenCV gives them.",

@@ -38,6 +38,7 @@ from robx.images.transform import torchvision_transform
 from robx.records import Preprocessing, Student, load_student
 from robx.runtime.bench.profiles import BenchSettings
 from robx.runtime.session import SessionSettings
+from robx.ship.plan import check_keys, make_plan
 from robx.trunk import build_trunk, embedding_width, load_trunk, save_trunk
 
 ROOT = Path(__file__).parent.parent
@@ -199,6 +200,15 @@ def test_export_takes_every_setting_of_the_command(monkeypatch: pytest.MonkeyPat
     assert seen[2] == ExportSettings(run=Path("run"), target=ExportTarget(format="onnx"))
     assert set(_keywords(api.export)) == set(EXPORT) | {"format", "int8", "fp16"}
     assert set(others) == {f.name for f in fields(ExportSettings)} - {"run", "target", "limits", "heal"}
+
+
+def test_the_layout_of_the_input_may_be_spelt_as_on_the_command_line(run: Path) -> None:
+    keys = {"student": run, "format": "onnx", "uint8_input": True}
+    spelt = ExportSettings.of(**keys, input_layout="nhwc", input_channels="bgr")
+    assert spelt == ExportSettings.of(**keys, input_layout="NHWC", input_channels="BGR")
+    table = {"format": "onnx", "uint8_input": True, "input_layout": "nhwc", "input_channels": "bgr"}
+    values = {"teacher": "t", "student": "s", "data": "d", "out": "o", "export": [table]}
+    check_keys(make_plan(values, where="plan.toml"), api.VERBS)
 
 
 def test_what_the_gate_rejects_is_said_and_the_fallback_returned(
