@@ -11,6 +11,7 @@ from robx.errors import ArtifactError, first_line
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.float_scope import kept_nodes
 from robx.export.int8.ranges import Ranges
+from robx.export.onnx_graph import Graph
 from robx.export.quiet import quiet
 from robx.store.onnx_safety import check_model
 
@@ -48,8 +49,9 @@ def quantize(
     # quantize_static ends with these calls, but would measure ranges of its own first.
     try:
         with quiet():
+            known_shapes = onnx.shape_inference.infer_shapes(model)
             quantiser = QDQQuantizer(
-                onnx.shape_inference.infer_shapes(model),
+                known_shapes if op_types else _with_pooling(known_shapes),
                 per_channel=True,
                 reduce_range=candidate.reduce_range,
                 weight_qType=QuantType.QInt8,
@@ -69,3 +71,23 @@ def quantize(
     quantised: onnx.ModelProto = quantiser.model.model
     check_model(quantised, where=f"ONNX Runtime's answer ({candidate.name})")
     return quantised
+
+
+def _with_pooling(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Means over an image's positions, as of squeeze-and-excitation, as GlobalAveragePool, in place; returns `model`.
+
+    ONNX Runtime has an int8 kernel for that one. It computes ReduceMean in float32, in an order that depends on the
+    batch: a value that lies between two steps of int8 is then rounded up in a batch and down alone, which changed an
+    EfficientNet-B0's embedding to a cosine of .92. The pooling answers alike, and in .74 of the time.
+    """
+    graph = Graph(model)
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*model.graph.value_info, *model.graph.input)}
+    for node in graph.nodes:
+        if node.op_type != "ReduceMean" or len(node.input) != 2 or ranks.get(node.input[0]) != 4:
+            continue
+        axes = graph.constant(node.input[1])
+        keeps = all(attribute.i for attribute in node.attribute if attribute.name == "keepdims")
+        if keeps and axes is not None and sorted(axes.reshape(-1) % 4) == [2, 3]:
+            node.op_type = "GlobalAveragePool"
+            del node.input[1:], node.attribute[:]
+    return model
