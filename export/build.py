@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from robx.errors import InputError
-from robx.export.bundle_folder import describe_existing, require_bundle_place, ship
+from robx.export.bundle_folder import describe_existing, require_bundle_place, ship, supersede
 from robx.export.cache import Cache
 from robx.export.formats.network import export_model, tensor_specs, trunk_at_size
 from robx.export.gate import gate
@@ -219,6 +219,8 @@ def export(
         bundle = ship(bundle, folder, out, sample=sample, layer_costs=builder.student.measured_costs)
         if replaced:
             say(f"{out}: {bundle.id} replaced {replaced}")
+        if warning := supersede(settings.requested_folder, by=out):
+            say(warning)
         return bundle
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from robx.errors import ArtifactError, InputError
+from robx.errors import ArtifactError, InputError, RobxError
 from robx.export.readme.write_readme import readme
 from robx.formats import MANIFEST_START
 from robx.golden.sample import GoldenSample, write_sample
-from robx.records import Bundle, BundleFile, describe_file, from_json, save_bundle
+from robx.records import SUPERSEDED, Bundle, BundleFile, describe_file, from_json, save_bundle
 from robx.store.files import read_bytes, read_json, sha256_file, write_json, write_text
 from robx.store.folders import new_folder
 
@@ -40,6 +41,22 @@ def describe_existing(out: Path) -> str:
     return f"{old.format} {old.precision} {old.id} (verdict before: {old.verdict})"
 
 
+def supersede(folder: Path, *, by: Path) -> str:
+    """Mark the bundle that an earlier export left in a folder, after one in its place was refused and written to `by`.
+
+    Returns:
+        A warning about it; "" where there is no such bundle.
+    """
+    if folder.resolve() == by.resolve() or not (earlier := describe_existing(folder)):
+        return ""
+    with contextlib.suppress(RobxError):  # in a folder that cannot be written to the warning has to do
+        write_text(folder / SUPERSEDED, f"A later export in place of this bundle was refused; {by.name} was written.\n")
+    return (
+        f"warning: {folder} still has {earlier} of an earlier export, which this one does not confirm: robx report "
+        "leaves it out; remove it, or export again with settings that pass"
+    )
+
+
 def ship(
     bundle: Bundle, folder: Path, out: Path, *, sample: GoldenSample, layer_costs: Mapping[str, float] | None
 ) -> Bundle:
@@ -51,7 +68,7 @@ def ship(
         InputError: `out` is not a bundle, or a file of it that robx did not write would be replaced.
     """
     require_bundle_place(out)
-    with new_folder(out, ours=_files_of(out)) as temporary:
+    with new_folder(out, ours=[*_files_of(out), SUPERSEDED]) as temporary:
         for file in bundle.files:
             (temporary / file.path).parent.mkdir(parents=True, exist_ok=True)  # a Core ML package is a folder
             shutil.copyfile(folder / file.path, temporary / file.path)

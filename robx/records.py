@@ -8,6 +8,7 @@ schema, an unknown key, or a value of the wrong type is refused with one line th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import typing
@@ -348,6 +349,26 @@ def load_student(folder: Path) -> Student:
     student = from_json(Student, read_json(folder / "student.json"), where=str(folder / "student.json"))
     verify_file(folder, "student.safetensors", student.sha256)
     return student
+
+
+# In a bundle's folder: a later export that would have replaced the bundle was refused by the gate.
+SUPERSEDED = "superseded.txt"
+
+
+def outdated(folder: Path, bundle: Bundle) -> str:
+    """Why the bundle in a folder should not be used any more; "" if nothing is known against it.
+
+    A later export in its place was refused, or the run that it lies in has trained another student since.
+    """
+    if (folder / SUPERSEDED).is_file():
+        return "a later export in its place was refused by the gate: export again, or remove it"
+    run = folder.resolve().parent
+    with contextlib.suppress(ArtifactError):
+        student = read_json(run / "student.json") if (run / "student.json").is_file() else {}
+        now = student.get("sha256") if isinstance(student, dict) else None
+        if now is not None and now != bundle.student.sha256:
+            return "it was made from an earlier student than the one in its run: export again, or move it elsewhere"
+    return ""
 
 
 def save_bundle(bundle: Bundle, folder: Path) -> None:

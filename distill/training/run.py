@@ -163,6 +163,10 @@ def open_run(spec: RunSpec, compute: Compute, *, processes: Processes, say: Say)
         check_folder(spec.store, epochs=recipe.target_epochs or recipe.epochs, info=kept)
     if processes.first:  # only now, when nothing can be refused any more
         claim_folders(out, folders, base=recipe.base, fresh=options.fresh)
+        old = [path.parent for folder in folders for path in sorted(folder.glob("*/manifest.json"))]
+        if options.fresh and old:
+            what = f"{old[0]} and {len(old) - 1} more are" if len(old) > 1 else f"{old[0]} is"
+            say(f"warning: {what} of the earlier student, and stay: export again")
         write_json(out / "recipe.json", settings | {"compute": to_json(compute), "robx_version": __version__})
     if spec.store is not None:
         branch = store_targets(

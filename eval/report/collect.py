@@ -25,6 +25,7 @@ from robx.records import (
     load_bundle,
     load_measurements,
     load_student,
+    outdated,
 )
 from robx.store.files import MAX_JSON_BYTES
 
@@ -76,6 +77,7 @@ class Problem:
 
     where: str
     what: str
+    kind: str = "DAMAGED"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +227,7 @@ def text_of(value: Json) -> str:
 def collect(folders: Sequence[Path]) -> ReportData:
     """Read everything robx wrote below `folders`: run folders, bundle folders, or folders that contain them.
 
-    A damaged or incomplete artifact becomes a Problem on the page and does not stop it.
+    A damaged, incomplete or outdated artifact becomes a Problem on the page and does not stop it.
 
     Raises:
         InputError: a folder does not exist, or holds nothing that robx wrote.
@@ -241,7 +243,11 @@ def collect(folders: Sequence[Path]) -> ReportData:
             if "student.json" in files:
                 runs.append(_read_run(folder, problems))
             if "manifest.json" in files:
-                bundles.append(Packed(folder=where, bundle=load_bundle(folder)))
+                bundle = load_bundle(folder)
+                if why := outdated(folder, bundle):
+                    problems.append(Problem(where=where, what=f"left out: {why}", kind="EXCLUDED"))
+                    continue  # with what was measured of it
+                bundles.append(Packed(folder=where, bundle=bundle))
         except (RobxError, OSError) as error:
             problems.append(_problem(folder, error))
         if "measurements.jsonl" in files:

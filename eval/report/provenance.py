@@ -100,7 +100,7 @@ def provenance(data: ReportData) -> list[Table]:
 
 def doubts(data: ReportData, rows: Sequence[Row], advice: Sequence[Advice]) -> list[Doubt]:
     """What is UNSTABLE, INVALID, undecided, missing or damaged: the kind, the model, and why."""
-    found = [Doubt("DAMAGED", problem.where, problem.what) for problem in data.problems]
+    found = [Doubt(problem.kind, problem.where, problem.what) for problem in data.problems]
     found += _other_test_sets(data)
     for row in rows:
         found += _latency_doubts(row, data)

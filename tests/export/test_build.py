@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from robx.cli import main
 from robx.errors import ArtifactError, DeviceError, GateFailed, InputError
+from robx.eval.report.collect import collect
 from robx.export.build import CACHE, ExportSettings, export
 from robx.export.cache import Cache
 from robx.export.formats import to_onnx
@@ -141,6 +142,30 @@ def test_none_passing_ships_the_fallback_under_its_true_precision(cnn_run: Path,
     assert bundle.precision in str(error) and "--min-speedup" in str(error) and "--force" in str(error)
     model = onnx.load(tmp_path / "b" / "model.onnx")
     assert not any(n.op_type == "QuantizeLinear" for n in model.graph.node)
+
+
+def test_a_refused_export_supersedes_the_earlier_bundle_in_its_place(
+    cnn_run: Path, scenes: Path, tmp_path: Path
+) -> None:
+    run, said = tmp_path / "run", list[str]()
+    run.mkdir()
+    for name in ("student.json", "student.safetensors"):
+        shutil.copy(cnn_run / name, run)
+    earlier = _export(run, None, run / "onnx-int8", format="onnx")
+    hopeless = ExportSettings(run=run, target=ExportTarget(format="onnx", precision="int8"), data=scenes, **HOPELESS)
+    refused = export(hopeless, say=said.append)
+    shipped = f"onnx-{refused.precision}"
+    (line,) = [line for line in said if line.startswith("warning")]
+    assert (
+        f"{run / 'onnx-int8'} still has onnx fp32 {earlier.id} (verdict before: NOT_JUDGED) of an earlier export"
+        in line
+    )
+    assert load_bundle(run / "onnx-int8").id == earlier.id, "nothing of it is deleted"
+    found = collect([run])
+    assert [Path(packed.folder).name for packed in found.bundles] == [shipped]
+    assert [(Path(one.where).name, one.kind) for one in found.problems] == [("onnx-int8", "EXCLUDED")]
+    _export(run, None, run / "onnx-int8", format="onnx")
+    assert len(collect([run]).bundles) == 2 and not (run / "onnx-int8" / "superseded.txt").exists()
 
 
 def test_an_unproven_drop_does_not_ship_and_says_what_would_prove_it(

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -101,6 +102,23 @@ def test_everything_under_a_folder_is_found_once(runs, data):
     assert len(twice.bundles) == 6 and len(twice.measurements) == len(data.measurements)
     alone = collect([runs / "r18" / "openvino-int8"])
     assert [p.bundle.precision for p in alone.bundles] == ["int8"] and alone.runs == ()
+
+
+def test_a_bundle_of_another_student_than_its_runs_is_left_out(runs: Path, tmp_path: Path) -> None:
+    """As after `robx distill --fresh`, which does not remove the bundles."""
+    shutil.copytree(runs, tmp_path / "runs")
+    place = tmp_path / "runs" / "r18" / "openvino-int8"
+    manifest = json.loads((place / "manifest.json").read_text())
+    manifest["student"]["sha256"] = "0" * 64
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    found = collect([tmp_path / "runs"])
+    assert str(place) not in {packed.folder for packed in found.bundles} and len(found.bundles) == 5
+    assert not any(measurement.file.startswith(str(place)) for measurement in found.measurements)
+    (problem,) = found.problems
+    assert (problem.where, problem.kind) == (str(place), "EXCLUDED") and "an earlier student" in problem.what
+    assert "EXCLUDED" in make_pages(found).markdown
+    with pytest.raises(InputError, match=r"no run or bundle that can be read .*openvino-int8: left out"):
+        render([place], out=tmp_path / "report.html")
 
 
 def test_the_same_records_give_the_same_bytes(runs, pages):
