@@ -214,6 +214,7 @@ class CandidateBuilder:
             model=network.model,
             onnx=source_of(folder),
             calibration=self.calibration if request.precision == "int8" else None,
+            ranges=tensor_ranges(network.proto, self.healed_ranges) if candidate.ranges == "trained" else None,
             candidate=candidate,
             shared=self.scratch,
         )

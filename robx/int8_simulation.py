@@ -2,8 +2,14 @@
 
 Every convolution and linear layer computes with weights rounded to int8 per output channel (symmetric) and an input
 rounded to 8 bits per tensor (with a zero point). Its output is rounded too where a sum, a product, a pooling or a
-smooth activation function reads it, after BatchNorm. The rounding's gradient is the straight-through estimator (Jacob
-et al. 2018, arXiv:1712.05877): 1 inside the range and 0 where a value is clipped.
+smooth activation function reads it, after BatchNorm; and so is what the smooth function gives, where no layer reads it.
+The rounding's gradient is the straight-through estimator (Jacob et al. 2018, arXiv:1712.05877): 1 inside the range and
+0 where a value is clipped.
+
+Ranges follow the extremes of the activations, or start at quantiles and are trained (LSQ+, Bhalgat et al. 2020,
+arXiv:2004.09576). Extremes leave weights for which any format's min-max calibration is right. They are of no use to an
+EfficientNet-B0 at 64 px: the simulated error is .27 with extremes, .17 without a ten-thousandth of the values, and .11
+where the inputs of its SiLUs are also cut off at -8, as an export cuts them off.
 
 On a ResNet-10t, the squared error that is simulated is then that of ONNX Runtime and of OpenVINO, .0034 of the
 embeddings' variance, and .0027 without the outputs. 60 steps of training with both lowered ONNX Runtime's from .0035 to
@@ -13,7 +19,7 @@ Weights that are trained so also suit runtimes without zero points (TensorRT, AR
 px raised the centred cosine of plain min-max int8 from .977 to .993 with zero points and from .976 to .990 without
 them. Training without zero points gave less in both: .991 and .989.
 
-The rounding and its gradient are PyTorch's own FakeQuantize. NNCF and torchao also simulate int8, but each is installed
+The rounding and its gradients are PyTorch's own FakeQuantize and _LearnableFakeQuantize. NNCF and torchao also simulate int8, but each is installed
 with some export formats only, and both rewrite the network; here it stays as timm builds it, and training it in place
 leaves a plain network for any exporter.
 

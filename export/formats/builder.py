@@ -21,6 +21,7 @@ from torch import nn
 
 from robx import __version__
 from robx.export.int8.candidate import Candidate
+from robx.export.int8.ranges import Ranges
 from robx.export.request import ExportRequest
 from robx.formats import FORMATS
 from robx.records import Bundle, TensorSpec, describe_file
@@ -39,6 +40,7 @@ class Source:
     onnx: Path
     # Images (N, 3, H, W) as the model takes them in deployment; present whenever the precision is int8.
     calibration: np.ndarray | None = None
+    ranges: Ranges | None = None  # of activations by the ONNX tensors' names, where they were trained with the weights
     candidate: Candidate | None = None  # how to quantise, for formats whose builder does it
     shared: Path | None = None  # folder for files that the candidates of one export have in common; None: none is kept
 

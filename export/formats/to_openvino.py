@@ -38,12 +38,14 @@ def build(source: Source, request: ExportRequest, folder: Path) -> BuiltModel:
     versions = {name: version(name) for name in ("onnx", "openvino", "torch")}
     network = read_onnx(source.onnx.read_bytes(), where=source.onnx.name)
     if request.precision == "int8":
-        from robx.export.int8.by_nncf import quantize_openvino
+        from robx.export.int8.by_nncf import quantize_openvino, use_ranges
 
         if source.calibration is None:
             raise InputError("an int8 export needs calibration images: give --data")
         candidate = source.candidate or Candidate(name="nncf", quantiser="nncf")
         network = quantize_openvino(network, load_checked(source.onnx), source.calibration, candidate)
+        if source.ranges is not None:
+            use_ranges(network, source.ranges)
         versions["nncf"] = version("nncf")
     _number_unnamed(network)
     try:

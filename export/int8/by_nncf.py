@@ -11,9 +11,12 @@ from robx.errors import ArtifactError, MissingExtra, first_line
 from robx.export.image_splits import whole_batches
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.float_scope import kept_nodes, openvino_names
+from robx.export.int8.ranges import Ranges
 from robx.export.onnx_graph import input_batch
 from robx.export.quiet import quiet
 from robx.store.onnx_safety import check_model
+
+_LEVELS = 256  # of 8 bits
 
 
 def quantize_onnx(model: onnx.ModelProto, calibration: np.ndarray, candidate: Candidate) -> onnx.ModelProto:
@@ -52,6 +55,30 @@ def quantize_openvino(network: Any, source: onnx.ModelProto, calibration: np.nda
     """
     kept = openvino_names(network, source, candidate)
     return _quantize(network.clone(), whole_batches(calibration, input_batch(source) or 1), candidate, kept)
+
+
+def use_ranges(quantised: Any, ranges: Ranges) -> None:
+    """Give activations of a quantised ``openvino.Model`` other ranges, in place.
+
+    Args:
+        quantised: from `quantize_openvino`, with asymmetric activations.
+        ranges: (low, high) by the names of the ONNX tensors, with a whole number of steps below 0; other activations
+            keep theirs.
+    """
+    from openvino import opset13
+
+    for op in quantised.get_ops():
+        if op.get_type_name() != "FakeQuantize":
+            continue
+        known = sorted(op.input_value(0).get_names() & ranges.keys())
+        if not known or op.get_attributes()["levels"] != _LEVELS:
+            continue
+        for place in range(1, 5):  # input low and high, output low and high
+            value = ranges[known[0]][(place - 1) % 2]
+            shape = op.input_value(place).get_shape()
+            constant = opset13.constant(np.full(tuple(shape), value, np.float32))
+            op.input(place).replace_source_output(constant.output(0))
+    quantised.validate_nodes_and_infer_types()
 
 
 def _quantize(model: Any, items: list[Any], candidate: Candidate, kept: list[str]) -> Any:

@@ -94,12 +94,13 @@ def sensitive_candidates(best: Candidate, ranking: Sequence[str], tried: Sequenc
 def healed_candidates(plain: Sequence[Candidate]) -> list[Candidate]:
     """The same candidates, made from the healed weights.
 
-    ONNX Runtime's quantiser also takes the activation ranges that were trained with the weights. The biases were
-    trained with int8 simulated, and NNCF's fast correction would spoil them. Candidates with float activations are left
-    out: what healing improves is not in them.
+    ONNX Runtime's quantiser and, in OpenVINO's graphs, NNCF also take the activation ranges that were trained with the
+    weights of a CNN. The biases were trained with int8 simulated, and NNCF's fast correction would spoil them.
+    Candidates with float activations are left out: what healing improves is not in them.
     """
-    static = next((c for c in plain if c.quantiser == "onnxruntime"), None)
-    trained = [] if static is None else [dataclasses.replace(static, name="static, trained ranges", ranges="trained")]
+    takes_ranges = [c for c in plain if c.quantiser == "onnxruntime" or (c.quantiser == "nncf" and c.asymmetric)]
+    is_cnn = not any(c.transformer for c in plain)
+    trained = [_with_trained_ranges(c) for c in takes_ranges[:1] if is_cnn]
     return [
         dataclasses.replace(
             c, name=f"{c.name}, healed", healed=True, keep_bias=c.quantiser == "nncf" and not c.full_bias
@@ -107,6 +108,11 @@ def healed_candidates(plain: Sequence[Candidate]) -> list[Candidate]:
         for c in (*trained, *plain)
         if c.activations != "float" and not c.keep_bias
     ]
+
+
+def _with_trained_ranges(static: Candidate) -> Candidate:
+    name = "nncf, asymmetric" if static.quantiser == "nncf" else "static"
+    return dataclasses.replace(static, name=f"{name}, trained ranges", ranges="trained", mean_ranges=False)
 
 
 def limit(candidates: list[Candidate], count: int | None) -> list[Candidate]:

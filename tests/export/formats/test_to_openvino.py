@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from robx.export.formats.to_openvino import read_onnx
-from robx.export.int8.by_nncf import quantize_openvino
+from robx.export.int8.by_nncf import quantize_openvino, use_ranges
 from robx.export.int8.candidate import Candidate
 from tests.export.conftest import export_onnx, make_student
 
@@ -108,3 +108,26 @@ def test_asymmetric_ranges_follow_a_swish_below_zero(
             assert -0.5 < low < 0 < high  # a swish is nowhere below -.28
         else:
             assert low == pytest.approx(-high * 128 / 127, rel=1e-3)
+
+
+def test_trained_ranges_replace_those_of_their_activations(
+    swish_onnx: onnx.ModelProto, scene_pixels: np.ndarray
+) -> None:
+    candidate = Candidate(name="x", quantiser="nncf", asymmetric=True, keep_bias=True)
+    quantised = quantize_openvino(_read(swish_onnx), swish_onnx, scene_pixels[:24], candidate)
+    before, layer = _activation_ranges(quantised), [n for n in swish_onnx.graph.node if n.op_type == "Conv"][1]
+    use_ranges(quantised, {layer.input[0]: (-0.5, 2.05), "unknown": (0.0, 1.0)})
+    after = _activation_ranges(quantised)
+    changed = {name for name in before if after[name] != before[name]}
+    assert len(changed) == 1 and before.keys() == after.keys()
+    assert after[changed.pop()] == pytest.approx((-0.5, 2.05, -0.5, 2.05))
+    assert np.isfinite(_run(quantised, scene_pixels[:4])).all()
+
+
+def _activation_ranges(quantised: Any) -> dict[str, tuple[float, ...]]:
+    """Input low and high and output low and high of each FakeQuantize that does not read weights, by its name."""
+    return {
+        op.get_friendly_name(): tuple(float(np.ravel(op.input_value(i).get_node().data)[0]) for i in range(1, 5))
+        for op in quantised.get_ops()
+        if op.get_type_name() == "FakeQuantize" and op.input_value(0).get_node().get_type_name() != "Constant"
+    }
