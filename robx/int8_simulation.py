@@ -19,9 +19,9 @@ Weights that are trained so also suit runtimes without zero points (TensorRT, AR
 px raised the centred cosine of plain min-max int8 from .977 to .993 with zero points and from .976 to .990 without
 them. Training without zero points gave less in both: .991 and .989.
 
-The rounding and its gradients are PyTorch's own FakeQuantize and _LearnableFakeQuantize. NNCF and torchao also simulate int8, but each is installed
-with some export formats only, and both rewrite the network; here it stays as timm builds it, and training it in place
-leaves a plain network for any exporter.
+The rounding and its gradients are PyTorch's own FakeQuantize and _LearnableFakeQuantize. NNCF and torchao also simulate
+int8, but each is installed with some export formats only, and both rewrite the network; here it stays as timm builds
+it, and training it in place leaves a plain network for any exporter.
 
 BatchNorm must be in eval mode, as running statistics are what ships. It is not folded, because with one scale for each
 output channel that makes no difference: folding multiplies a channel's weights and their scale by the same number.
