@@ -191,7 +191,9 @@ class Stages:
         if result is None:
             return None
         check = {"distill": _student_is, "export": _bundle_is}.get(stage.entry.stage)
-        there = check(result) if check else all((folder / "measurements.jsonl").is_file() for folder in stage.measured)
+        made = [folder / "measurements.jsonl" for folder in stage.measured]
+        made += [Path(stage.arguments["save_head"])] if stage.arguments.get("save_head") else []
+        there = check(result) if check else all(path.is_file() for path in made)
         return result if there else None
 
     def hash(self, stage: Stage) -> str:
@@ -202,6 +204,10 @@ class Stages:
     def _contents(self, name: str, value: Any) -> Any:
         if name in ("data", "test"):
             return [str(value), self.images_in(Path(value)).fingerprint]
+        if name == "save_head":  # written by the stage, not read
+            return str(value)
+        if name == "transfers":  # "NAME" or "NAME=FOLDER"
+            return [[str(one), _listing(str(one).partition("=")[2])] for one in value]
         if value == self.plan.out / RECIPE:  # as it will be written
             return [str(value), sha256_bytes(self.recipe_text.encode())]
         if isinstance(value, str | Path) and Path(value).is_file():
@@ -241,6 +247,16 @@ class Stages:
         """Whether an export is to be made that the measurements would read; an optional one may have failed."""
         exports = [entry for entry in self.plan.tables() if entry.stage == "export"]
         return any(entry.number not in done and not entry.table.get("optional") for entry in exports)
+
+
+def _listing(root: str) -> str:
+    """A hash of the names, sizes and times of the files below a folder; "" if none was given."""
+    if not root:
+        return ""
+    folder = Path(root)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in files]
+    return sha256_bytes(json.dumps([[name, found.st_size, found.st_mtime_ns] for name, found in stats]).encode())
 
 
 def precision_of(table: Table) -> str:

@@ -286,6 +286,26 @@ def test_an_earlier_run_to_start_from_that_was_trained_again_distils_again(plan:
     assert verbs.names == ["distill", "report"]
 
 
+def test_the_evaluation_follows_its_transfer_sets_and_writes_a_lost_head_again(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "cifar").mkdir()
+    (tmp_path / "cifar/data.bin").write_bytes(b"one")
+    head = tmp_path / "head.safetensors"
+    table = {"knn": True, "transfers": [f"cifar10={tmp_path / 'cifar'}"], "save_head": str(head)}
+    wider = make_plan({**_toml(plan), "eval": table, "export": [{"format": "onnx"}]}, where="test")
+    verbs = Verbs()
+    verbs._eval = lambda arguments: Path(arguments["save_head"]).write_bytes(b"head") and []  # type: ignore[attr-defined]
+    _run(wider, verbs)
+    verbs.calls.clear()
+    _run(wider, verbs)
+    assert verbs.names == ["report"], "the head is written by the stage, not read"
+    head.unlink()
+    _run(wider, verbs)
+    assert verbs.names == ["eval", "report"] and head.is_file()
+    (tmp_path / "cifar/data.bin").write_bytes(b"other")
+    _run(wider, verbs)
+    assert verbs.names == ["eval", "report"]
+
+
 def test_a_stage_that_fails_does_not_stop_the_others(plan: Plan) -> None:
     verbs = Verbs(fail="openvino")
     shipped = _run(plan, verbs)
