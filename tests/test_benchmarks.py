@@ -46,6 +46,25 @@ def test_the_control_of_that_comparison_differs_only_by_the_prototypes(equal_com
     assert changed == {"fit_images"} and set(control) - set(quick) == {"prototype_weight"}
 
 
+def test_leave_one_out_asks_all_other_images_and_never_the_image_itself(equal_compute: Any) -> None:
+    judged = importlib.import_module("judged")
+    rng = np.random.default_rng(0)
+    rows, labels = rng.normal(size=(60, 8)).astype(np.float32), rng.integers(0, 3, 60)
+    rows[41] = rows[7]  # a duplicate counts as another image
+    parts = [
+        judged.Features(features=rows[part], labels=labels[part], indices=np.arange(60)[part], skipped=0)
+        for part in (slice(40), slice(40, None))
+    ]
+    expected = []
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    for own in range(60):
+        cosines = unit @ unit[own]
+        others = sorted((i for i in range(60) if i != own), key=lambda i: -cosines[i])[: judged.NEIGHBOURS]
+        votes = [sum(np.exp(cosines[i] / 0.07) for i in others if labels[i] == c) for c in range(3)]
+        expected.append(int(np.argmax(votes)) == labels[own])
+    assert judged._leave_one_out(*parts).tolist() == expected
+
+
 def test_differences_are_paired_by_seed_and_image(equal_compute: Any) -> None:
     """Two methods whose hits differ on every image by the same amount have an interval of no width."""
     hits = np.random.default_rng(0).integers(0, 2, (3, 50)).astype(float)
