@@ -90,6 +90,17 @@ SOAK = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """No deadline for an example of hypothesis: on a busy machine it waits for as long as others compute."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # pytest-xdist's controlling process
+    with contextlib.suppress(ImportError):  # a machine with a GPU may lack it
+        from hypothesis import settings
+
+        settings.register_profile("robx", parent=settings.default, deadline=None)
+        settings.load_profile("robx")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of SLOW and SOAK, and begin with the former, so that no process ends long after the others."""
     for item in items:
