@@ -96,6 +96,7 @@ def _view(bundle: Bundle, sample: GoldenSample) -> dict[str, Any]:
         "install": RUNTIMES[bundle.runtime].device_install,
         "snippets": f"{bundle.runtime}.md.j2",
         "licences": _licences(bundle),
+        "judged_on": _judged_on(bundle),
         "host_steps": host,
         "model_steps": inside,
         "pre": pre,
@@ -115,6 +116,25 @@ def _view(bundle: Bundle, sample: GoldenSample) -> dict[str, Any]:
         "answered_by": sample.record.answered_by,
         "mistakes": len(sample.record.mistakes),
     }
+
+
+def _judged_on(bundle: Bundle) -> str:
+    """What the verdict was reached on, in words: no more than the manifest says."""
+    seen = bundle.calibration
+    if seen is None:
+        return (
+            "The export was given no images, so the accuracy of this model was not judged: its outputs were compared "
+            "with PyTorch's on generated images, where this machine could run it."
+        )
+    if bundle.precision == "fp32":
+        return "The accuracy of an fp32 model is not judged: its outputs are compared with those of PyTorch on images."
+    if bundle.verdict == "NOT_JUDGED":
+        return "This model was not judged: the machine of the export could not run it as its device does."
+    return (
+        f"The gate compared this model with the float32 student on {seen.judged_images} images that calibration has "
+        "not seen. Images of a test split are new to the student as well; without one, a part was set aside, "
+        "which the student may have been trained on."
+    )
 
 
 def _licences(bundle: Bundle) -> list[tuple[str, str, str]]:

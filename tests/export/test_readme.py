@@ -23,7 +23,7 @@ from robx.export.readme.write_readme import preprocessing_steps, readme
 from robx.export.request import ExportTarget
 from robx.formats import FORMATS
 from robx.golden.sample import read_sample
-from robx.records import Bundle, BundleFile, DataInfo, Preprocessing, TeacherInfo, load_bundle
+from robx.records import Bundle, BundleFile, Calibration, DataInfo, Preprocessing, TeacherInfo, load_bundle
 from robx.runtime.check import check
 from tests.odd_pictures import odd_pictures, pictures_without_white
 
@@ -207,6 +207,25 @@ def test_the_licence_chain_and_the_verdict_are_told_and_foreign_text_stays_text(
     assert "| Teacher | dino\\_vits16 | CC-BY-NC 4.0 |" in text
     assert "| Training images | \\<b\\>\\|x\\` \\# y | unknown |" in text
     assert "**FORCED**: loses \\| 3 points" in text
+
+
+def test_the_verdict_claims_no_images_that_the_export_did_not_have(bundles: dict[str, Path]) -> None:
+    bundle = load_bundle(bundles["onnx"])
+    sample, seen = read_sample(bundles["onnx"], bundle), Calibration(
+        images=300, fingerprint="c", judged_images=2000, judged_fingerprint="j"
+    )  # fmt: skip
+    told = {
+        "The export was given no images": {"calibration": None},
+        "The accuracy of an fp32 model is not judged": {"calibration": seen, "requested": "int8"},
+        "This model was not judged": {"calibration": seen, "precision": "fp16", "verdict": "NOT_JUDGED"},
+        "with the float32 student on 2000 images that calibration": {
+            "calibration": seen, "precision": "int8", "verdict": "PASS",
+        },
+    }  # fmt: skip
+    for words, changed in told.items():
+        page = readme(dataclasses.replace(bundle, **changed), sample)
+        assert [other for other in told if other in page] == [words]
+        assert "neither training nor calibration" not in page
 
 
 def test_the_steps_name_every_number_in_its_place(bundles: dict[str, Path]) -> None:
