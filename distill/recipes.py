@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from robx.distill.presets import BASE, CNN, ROB
-from robx.errors import ArtifactError, InputError
+from robx.errors import ArtifactError, InputError, did_you_mean
 from robx.image_size import Shape, parse_size, plain_size
 from robx.records import from_json, to_json
 
@@ -291,13 +291,18 @@ def override(recipe: Recipe, values: Mapping[str, Any], *, where: str = "recipe"
     """
     known = [f.name for f in dataclasses.fields(Recipe)]
     if unknown := sorted(set(values) - set(known)):
-        raise InputError(f"{where}: unknown key {_shown(unknown[0])}; known are {', '.join(known)}")
+        hint = did_you_mean(str(unknown[0]), known, otherwise=f"known are {', '.join(known)}")
+        raise InputError(f"{where}: unknown key {_shown(unknown[0])}: {hint}")
     given = {name: None if _is_off(name, value) else value for name, value in values.items()}
     given |= {name: plain_size(parse_size(given[name], name=f"{where}.{name}")) for name in _SIZES if name in given}
     try:
         return recipe_from_json(to_json(recipe) | dict(to_json(given)), where=where)
     except RecursionError:
         raise InputError(f"{where}: a value is nested too deeply: see robx recipe for examples") from None
+    except InputError as error:
+        if where == "options" or not str(error).startswith("recipe: "):
+            raise
+        raise InputError(f"{where}{str(error).removeprefix('recipe')}") from error  # the file that says so
 
 
 def recipe_from_json(values: Any, *, where: str = "recipe") -> Recipe:

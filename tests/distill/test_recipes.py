@@ -135,8 +135,15 @@ def test_a_base_method_is_its_rob_in_all_else(method: Method, own: set[str], kin
 
 
 def test_unknown_keys_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"unknown key 'epoch'; known are objective, .*epochs"):
-        override(preset("dino", "vit"), {"epoch": 3})
+    with pytest.raises(InputError, match=r"^a.toml: unknown key 'epoch': did you mean epochs[,?]"):
+        override(preset("dino", "vit"), {"epoch": 3}, where="a.toml")
+    with pytest.raises(InputError, match=r"^recipe: unknown key 'zzz': known are objective, .*epochs"):
+        override(preset("dino", "vit"), {"zzz": 3})
+
+
+def test_a_value_out_of_range_names_the_file_that_it_stands_in() -> None:
+    with pytest.raises(InputError, match=r"^a.toml: epochs must be between 1 and 100000, got epochs = 0$"):
+        override(preset("dino", "vit"), {"epochs": 0}, where="a.toml")
 
 
 @pytest.mark.parametrize(
