@@ -117,8 +117,10 @@ def test_a_tampered_file_is_named(bundle_folder: Path) -> None:
         load_bundle(bundle_folder)
 
 
-def test_a_missing_file_is_named(bundle_folder: Path) -> None:
+def test_a_missing_file_or_folder_is_named(bundle_folder: Path, tmp_path: Path) -> None:
     (bundle_folder / "model.onnx").unlink()
+    with pytest.raises(ArtifactError, match=r"nosuch does not exist: give a folder that robx wrote"):
+        load_bundle(tmp_path / "nosuch")
     with pytest.raises(ArtifactError, match=r"model\.onnx is missing"):
         load_bundle(bundle_folder)
 

@@ -193,6 +193,8 @@ def read_bytes(path: Path, *, limit: int = MAX_JSON_BYTES) -> bytes:
             raise ArtifactError(f"{path} is larger than {limit} bytes: it is not a file that robx wrote")
         return path.read_bytes()
     except FileNotFoundError:
+        if not path.parent.exists():
+            raise ArtifactError(f"{path.parent} does not exist: give a folder that robx wrote") from None
         raise ArtifactError(f"{path} is missing: give a folder that robx wrote, or create it again") from None
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
