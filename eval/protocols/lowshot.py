@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from scipy import stats
 
-from robx.errors import InputError
+from robx.errors import InputError, counted
 from robx.eval.datasets.features import Features
 from robx.images.sources import ImageSource, labels_of
 from robx.records import Value
@@ -49,8 +49,12 @@ def parse_shots(text: str) -> tuple[str, ...]:
     return shots
 
 
-def draw_splits(labels: np.ndarray, shot: str, *, seed: int = 0) -> list[np.ndarray]:
+def draw_splits(
+    labels: np.ndarray, shot: str, *, names: Sequence[str] | None = None, seed: int = 0
+) -> list[np.ndarray]:  # fmt: skip
     """Training rows: three splits of `shot` images per class, or one of a percentage of each class (at least one).
+
+    `names` are the names of the classes, for errors.
 
     Raises:
         InputError: a class has fewer images than that.
@@ -64,7 +68,10 @@ def draw_splits(labels: np.ndarray, shot: str, *, seed: int = 0) -> list[np.ndar
             own = np.flatnonzero(labels == label)
             wanted = max(1, round(len(own) * int(share[1]) / 100)) if share else int(shot)
             if wanted > len(own):
-                raise InputError(f"class {label} has {len(own)} images, low-shot needs {wanted}: give a smaller size")
+                name = label if names is None else names[label]
+                raise InputError(
+                    f"class {name} has {counted(len(own), 'image')}, low-shot needs {wanted}: give a smaller size"
+                )
             rows.append(rng.permutation(own)[:wanted])
         splits.append(np.sort(np.concatenate(rows)))
     return splits
@@ -73,7 +80,7 @@ def draw_splits(labels: np.ndarray, shot: str, *, seed: int = 0) -> list[np.ndar
 def check_splits(source: ImageSource, shot: str, folder: Path | None) -> None:
     """Refuse a size for which `source` has too few images; see `read_splits` and `draw_splits`."""
     if folder is None:
-        draw_splits(labels_of(source), shot)
+        draw_splits(labels_of(source), shot, names=source.classes)
     else:
         read_splits(folder, shot, source)
 

@@ -47,7 +47,7 @@ def lowshot(
     place[bank.indices] = np.arange(len(bank.indices))
     for shot in shots:
         if folder is None:
-            rows = draw_splits(bank.labels, shot)
+            rows = draw_splits(bank.labels, shot, names=split.names)
         else:
             rows = [place[listed] for listed in read_splits(folder, shot, split.bank)]
             rows = [found[found >= 0] for found in rows]  # unreadable images are left out

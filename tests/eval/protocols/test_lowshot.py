@@ -148,5 +148,7 @@ def test_sizes_are_parsed():
 
 
 def test_more_shots_than_images_are_refused():
+    with pytest.raises(InputError, match="class cat has 60 images, low-shot needs 61"):
+        lowshot.draw_splits(features().labels, "61", names=["cat", *"abcdefghijklmnop"])
     with pytest.raises(InputError, match="class 0 has 60 images, low-shot needs 61"):
         lowshot.draw_splits(features().labels, "61")
