@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from robx.embeddings import KNN_K, KNN_TEMPERATURE, refuse_constant
-from robx.errors import ArtifactError, InputError
-from robx.eval.datasets.duplicates import LookAlikes, look_alikes
+from robx.errors import ArtifactError, InputError, counted
+from robx.eval.datasets.duplicates import LookAlikes, look_alikes, repeats
 from robx.eval.datasets.features import BATCH, Features, decode_workers, extract, extract_each, model_id, model_name
 from robx.eval.datasets.layouts import open_dataset, parse_transfers
 from robx.eval.datasets.splits import Split, open_split
@@ -282,7 +282,7 @@ def _on_the_data(
 
 
 def _said_of_images(split: Split, bank: Features, test: Features, say: Callable[[str], None]) -> LookAlikes:
-    """The test images that look like a training image; says so, and how many images cannot be read."""
+    """The test images that look like a training image; says so, and what else makes the figures doubtful."""
     for source, found in ((split.bank, bank), (split.test, test)):
         if found.skipped:
             say(f"warning: {found.skipped} of {len(source)} images of {source.name} cannot be read: left out")
@@ -291,7 +291,26 @@ def _said_of_images(split: Split, bank: Features, test: Features, say: Callable[
         say(f"compared {shared.checked} of {shared.images} test images with the training images, for near-duplicates")
     if shared.warning:
         say(f"warning: {shared.warning}")
+    for warning in _doubtful_labels(split, bank, test):
+        say(f"warning: {warning}")
     return shared
+
+
+def _doubtful_labels(split: Split, bank: Features, test: Features) -> Iterator[str]:
+    """A line on a set of one class, on images that count several times, and on labels that contradict each other."""
+    seen = np.unique(bank.labels[bank.labels >= 0])
+    if len(seen) == 1:
+        name = split.names[seen[0]] if split.names else seen[0]
+        yield f"all training images are of one class, {name}: the accuracy is 100 % by definition"
+    for source, found in ((split.bank, bank), (split.test, test)):
+        if count := repeats(found.looks, found.labels)[0]:
+            yield (
+                f"{count} of {len(found.labels)} images of {source.name} repeat the pixels of another one and count as "
+                "independent: the intervals are too narrow"
+            )
+    both = [np.concatenate([getattr(part, name) for part in (bank, test)]) for name in ("looks", "labels")]
+    if count := repeats(*both)[1]:
+        yield f"{counted(count, 'image')} with the same pixels have different labels: correct the labels"
 
 
 def _trained(model: Model, split: Split, bank: Features, test: Features, plan: _Plan) -> Iterator[Outcome]:

@@ -92,6 +92,20 @@ def look_alikes(bank: np.ndarray, test: np.ndarray) -> LookAlikes:
     )
 
 
+def repeats(looks: np.ndarray, labels: np.ndarray) -> tuple[int, int]:
+    """How many of the images repeat the pixels of an earlier one, and how many those of an image with another label.
+
+    Args:
+        looks: their looks, (N, LOOK).
+        labels: their labels, (N,), -1 for none.
+    """
+    _, place, counts = np.unique(_digests(looks), return_inverse=True, return_counts=True)
+    known = labels >= 0
+    pairs = np.unique(np.stack([place[known], labels[known]]), axis=1)
+    ambiguous = np.bincount(pairs[0], minlength=len(counts)) > 1
+    return int((counts - 1).sum()), int(ambiguous[place[known]].sum())
+
+
 def _digests(looks: np.ndarray) -> np.ndarray:
     digests: np.ndarray = np.ascontiguousarray(looks[:, :_DIGEST]).view(np.uint64)[:, 0]
     return digests

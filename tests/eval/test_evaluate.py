@@ -211,6 +211,25 @@ def test_test_images_that_training_holds_too_are_counted_and_warned_of(run, scen
     assert [r.settings["look_alikes"] for r in later] == [{"images": 35, "identical": 2, "near": 1}] * 2
 
 
+def test_one_class_repeated_pixels_and_contradicting_labels_are_warned_of(run, scenes, tmp_path):
+    data = tmp_path / "data"
+    classes = sorted(path.name for path in (scenes / "train").iterdir())[:2]
+    for split in ("train", "test"):
+        shutil.copytree(scenes / split / classes[0], data / split / classes[0])
+    said = robx(run, "--data", data, "--no-cache").stderr
+    assert f"warning: all training images are of one class, {classes[0]}: the accuracy is 100 % by definition" in said
+    for split in ("train", "test"):
+        shutil.copytree(scenes / split / classes[1], data / split / classes[1])
+    first = min((data / "test" / classes[0]).iterdir())
+    for name in ("a.png", "b.png"):
+        shutil.copy(first, data / "test" / classes[0] / name)
+    shutil.copy(first, data / "test" / classes[1] / "c.png")
+    said = robx(run, "--data", data, "--no-cache").stderr
+    assert re.search(r"warning: 3 of \d+ images of \S+ repeat the pixels of another one", said), said
+    assert "warning: 4 images with the same pixels have different labels: correct the labels" in said
+    assert "one class" not in said
+
+
 def test_the_default_margin_is_more_than_48_images_can_show(bundle, scene_shards):
     same = bundle("same", 0.0)
     assert robx(same, "--data", scene_shards, "--fidelity", "--no-cache").exit_code == 0

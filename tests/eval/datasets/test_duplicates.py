@@ -76,6 +76,13 @@ def test_blank_images_match_only_blank_images_of_the_same_colour(bank):
     assert count(np.concatenate([bank, looks([white])]), [white, grey]) == (1, 0)
 
 
+def test_repeated_pixels_and_their_labels_are_counted(bank):
+    rows = bank[[0, 1, 2, 0, 1, 0, 3]]
+    assert duplicates.repeats(rows, np.array([0, 1, 2, 0, 1, 0, 3])) == (3, 0)
+    assert duplicates.repeats(rows, np.array([0, 1, 2, 5, 1, -1, 3])) == (3, 2)  # one without a label contradicts none
+    assert duplicates.repeats(bank[:3], np.array([0, 0, 0])) == (0, 0)
+
+
 def test_blocks_of_any_size_find_the_same(bank, monkeypatch):
     test = looks([scene(59), jpeg(scene(0), 60), jpeg(scene(31), 60), scene(300)])
     whole = duplicates.look_alikes(bank, test)
