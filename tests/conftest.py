@@ -77,6 +77,7 @@ SOAK = (
     "export/gate/test_judge.py::test_a_re_parameterisable_student_is_judged_fused",
     "faults/test_signals.py::test_sigterm_ends_a_run_that_waits_for_an_image",
     "runtime/bench/test_record.py::test_bench_reports_the_other_cpu",
+    "test_checkout_without_links.py::test_its_tests_run",
     "test_end_to_end.py::test_the_whole_pipeline",
     "export/formats/test_network.py::test_a_channels_last_network_exports_what_timm_computes",
     "export/heal/test_heal.py::test_an_export_tries_plain_and_healed_weights_and_records_both",
