@@ -102,8 +102,11 @@ def _parse(content: bytes, path: Path) -> np.ndarray:
         raise InputError(f"it is not a list of numbers ({error}): separate them by spaces, commas or lines") from error
 
 
+_SEPARATORS = str.maketrans(",;[]()", " " * 6)  # as Python and others print lists
+
+
 def _numbers(content: bytes) -> Iterator[float]:
     """The numbers in a text; Windows' programs begin one with a byte order mark, and may write UTF-16."""
     wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = content.decode("utf-16" if wide else "utf-8-sig")
-    return (float(word) for word in text.replace(",", " ").split())
+    return (float(word) for word in text.translate(_SEPARATORS).split())

@@ -32,6 +32,7 @@ from robx.runtime.session import SessionSettings, open_session
 from robx.store.files import write_atomically
 
 _PATH = PathType()
+_NEARLY = 0.05  # a port this close to the golden output computes the right thing
 _DEVICE_HELP = "Device: local, ssh://[user@]host[:port], adb://serial or adb://host:port."
 _RUNNER_HELP = "Program that measures.  [default: python if the device has one, else native]"
 _PYTHON_HELP = "Python command on the device.  [default: python3]"
@@ -227,6 +228,8 @@ def _difference(array: Path, found: PortComparison) -> str:
     advice = (
         "compare the input tensor with golden/input.npy next" if found.what != "input" else "see the README's steps"
     )
+    if found.fits[0].mistake is None and found.difference <= _NEARLY:
+        return f"{differs}, though no mistake is closer: write all digits, or look for another precision or decoder"
     nearest, _ = _words(found.closest)
     hint = f" (the closest known one leaves {found.unexplained:.0%} of it: {nearest})" if nearest else ""
     return f"{differs}, and no common mistake of preprocessing explains it{hint}: {advice}"

@@ -85,6 +85,14 @@ def test_a_mistake_that_does_not_explain_everything_is_called_the_closest(sample
     assert told["said"] is None and told["fits"][0]["mistake"] == "mirrored"
 
 
+def test_numbers_as_python_prints_them_are_read_and_rounded_ones_are_told(sample: GoldenSample, tmp_path: Path) -> None:
+    output = sample.outputs["embedding"][0]
+    for text in (str(output.tolist()), str([output.tolist()]), "; ".join(map(str, output))):
+        assert check(tmp_path, "a.txt", text.encode()).exit_code == 0, text
+    found = check(tmp_path, "a.txt", " ".join(f"{value:.1e}" for value in output).encode())
+    assert found.exit_code == 3 and "no mistake is closer: write all digits" in found.stderr, found.stderr
+
+
 def test_a_pass_that_is_not_exact_is_said(tmp_path: Path) -> None:
     sample = write(tmp_path / "b", dataclasses.replace(BUNDLES["float"], precision="int8", requested="int8"))
     output = sample.outputs["embedding"][0]
