@@ -187,6 +187,11 @@ def export(
     _require_places(settings)
     request, networks = _prepare(settings)
     splits = _read_images(settings, request.student.preprocessing, progress, say)
+    if settings.target.precision == "int8" and settings.calibration_images < MIN_IMAGES:
+        say(
+            f"warning: {settings.calibration_images} calibration images are for a demonstration only: the extremes of "
+            f"the activations are left to chance below {MIN_IMAGES}"
+        )
     progress(0, 1, "exporting to ONNX")
     with _cache_folder(settings, say) as cache, scratch_folder(cache, "work") as scratch:
         builder = CandidateBuilder(
