@@ -133,7 +133,7 @@ def why_not(row: Row, margin: float) -> str | None:
         return None
     high = row.drop.value.high if row.drop else None
     if high is None:
-        return "its accuracy drop was not measured: run robx eval --fidelity with labelled images"
+        return f"its accuracy drop was not measured: run robx eval {row.folder} --fidelity with labelled images"
     return None if high <= margin else f"its accuracy drop may be {high:.2f} points, more than {margin:g}"
 
 
@@ -199,7 +199,7 @@ def _score(rows: Sequence[Row], protocol: str | None) -> tuple[Callable[[Row], f
 def _latency_why(row: Row) -> str:
     if row.validity != "VALID":
         return f"latency {row.validity}: {'; '.join(row.reasons) or 'no reason was recorded'}"
-    return "its top-1 is not known, so it cannot be compared with other students: run robx eval"
+    return f"its top-1 is not known, so it cannot be compared with other students: run robx eval {row.folder}"
 
 
 def _bound(row: Row) -> float:

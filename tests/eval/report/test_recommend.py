@@ -77,7 +77,7 @@ def test_a_larger_budget_buys_a_more_accurate_student():
     [
         ({"judged": "INCONCLUSIVE", "judged_why": "too few images"}, "INCONCLUSIVE: too few images"),
         ({"judged": "FAIL"}, "accuracy FAIL"),
-        ({"drop": None}, "drop was not measured"),
+        ({"drop": None}, "drop was not measured: run robx eval x --fidelity"),
         ({"gate": "FORCED", "gate_reason": "by hand"}, "FORCED: by hand"),
         ({"gate": "FAIL"}, "export gate says FAIL"),
         ({"bound": None}, "no upper bound"),
