@@ -12,7 +12,7 @@ import pytest
 
 from robx.distill.presets import QUICK
 from robx.distill.recipes import override, preset
-from robx.records import Value, to_json
+from robx.records import Rung, Value, to_json
 from tests.preloaded import Preloaded
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -110,3 +110,28 @@ def test_int8_below_the_aimed_cosine_is_listed(export_page: Any) -> None:
     (said,) = export_page._short_of_aim(rows)
     assert said == "Int8 that ships with a centred cosine below 0.99: net, ONNX Runtime, robx int8 0.9800."
     assert export_page._short_of_aim(rows[1:]) == []
+
+
+def test_healing_is_shown_beside_what_ships_and_an_unjudged_candidate_is_not_said_to(
+    export_page: Any,  # which puts the benchmarks on the path
+) -> None:
+    heal = importlib.import_module("heal")
+
+    def rung(name: str, cosine: float, **values: Any) -> Rung:
+        settings: dict[str, Any] = {"healed": True} if name.endswith("healed") else {}
+        kept = values.pop("kept", False)
+        measured = {"cosine_mean": Value(value=cosine)} | {key: Value(value=value) for key, value in values.items()}
+        return Rung(
+            name=name, settings=settings, precision="int8", accuracy="PASS" if kept else "INCONCLUSIVE", speed="PASS",
+            values=measured, reason="why", kept=kept,
+        )  # fmt: skip
+
+    ships, closer = rung("a", 0.98, kept=True), rung("a, healed", 0.99, screened=366)
+    bundle = argparse.Namespace(rungs=(ships, rung("b", 0.97), closer), healing=None, reason="")
+    (own,) = heal._rows("onnx", bundle, healed=False, minutes=1.0)
+    assert own[1:4] == ["own", "a: ships", "0.9800"] and own[7] == "judging"
+    healed, shipped = heal._rows("onnx", bundle, healed=True, minutes=1.0)
+    assert healed[1:4] == ["healed", "a, healed: not judged", "0.9900"] and healed[7] == "screening"
+    assert shipped[:9] == own[:9]
+    failed = argparse.Namespace(rungs=(rung("b", 0.97),), healing=None, reason="the weights were not healed")
+    assert heal._rows("onnx", failed, healed=True, minutes=1.0)[0][2] == "none: the weights were not healed"
