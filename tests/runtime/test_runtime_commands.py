@@ -104,7 +104,7 @@ def test_bench_ab(call, make_bundle, short_profile):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["bench", "nowhere"], "manifest.json is missing"),
+        (["bench", "nowhere"], "nowhere does not exist"),
         (["bench", "{bundle}", "--affinity", "x"], "write 0,1 or 4-7"),
         (["bench", "{bundle}", "--affinity", "3-1"], "write 0,1 or 4-7"),
         (["bench", "{bundle}", "--device", "host"], "give local, ssh://"),
