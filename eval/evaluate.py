@@ -36,6 +36,7 @@ from robx.records import (
     Value,
     append_measurements,
     to_json,
+    unfinished,
     utc_now,
 )
 from robx.runtime.session import Session, SessionSettings, load_record, open_session
@@ -174,6 +175,8 @@ def _check(
     if s.save_head and len(records) > 1:
         raise InputError(f"--save-head writes the head of one model, got {len(records)}: give one")
     for folder, record in records.items():
+        if interrupted := unfinished(record.student if isinstance(record, Bundle) else record):
+            say(f"warning: {folder}: {interrupted}")
         _check_calibration(folder, record, split)
     opened = tuple((name, open_dataset(name, root)) for name, root in transfers)
     sources = [*((split.bank, split.test) if split else ()), *(source for _, pair in opened for source in pair)]

@@ -42,7 +42,7 @@ from robx.export.request import ExportRequest, ExportTarget
 from robx.image_size import at_size, parse_size
 from robx.linear_head import load_head
 from robx.progress import Progress, silent
-from robx.records import Bundle, Preprocessing, Rung, load_bundle, load_student
+from robx.records import Bundle, Preprocessing, Rung, load_bundle, load_student, unfinished
 from robx.store.files import sha256_file
 from robx.store.folders import scratch_folder
 from robx.trunk import load_trunk
@@ -186,6 +186,8 @@ def export(
     _refuse_bundle(settings.run)
     _require_places(settings)
     request, networks = _prepare(settings)
+    if interrupted := unfinished(request.student):
+        say(f"warning: {settings.run}: {interrupted}")
     splits = _read_images(settings, request.student.preprocessing, progress, say)
     if settings.target.precision == "int8" and settings.calibration_images < MIN_IMAGES:
         say(

@@ -351,6 +351,20 @@ def load_student(folder: Path) -> Student:
     return student
 
 
+def unfinished(student: Student) -> str:
+    """How far a training that was interrupted has come; "" if it ended, or if the record does not tell."""
+    count, epochs, batch = student.data and student.data.images, *map(student.recipe.get, ("epochs", "batch_size"))
+    if not (isinstance(count, int) and isinstance(epochs, int) and isinstance(batch, int) and batch > 0):
+        return ""
+    planned = epochs * (count // batch) * batch  # an incomplete last batch is dropped
+    if student.images_seen >= planned:
+        return ""
+    return (
+        f"the student's training was interrupted after {student.images_seen} of {planned} images: run the same "
+        "robx distill again to finish it"
+    )
+
+
 # In a bundle's folder: a later export that would have replaced the bundle was refused by the gate.
 SUPERSEDED = "superseded.txt"
 

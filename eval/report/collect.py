@@ -26,6 +26,7 @@ from robx.records import (
     load_measurements,
     load_student,
     outdated,
+    unfinished,
 )
 from robx.store.files import MAX_JSON_BYTES
 
@@ -242,11 +243,15 @@ def collect(folders: Sequence[Path]) -> ReportData:
         try:
             if "student.json" in files:
                 runs.append(_read_run(folder, problems))
+                if interrupted := unfinished(runs[-1].student):
+                    problems.append(Problem(where=where, what=interrupted, kind="UNFINISHED"))
             if "manifest.json" in files:
                 bundle = load_bundle(folder)
                 if why := outdated(folder, bundle):
                     problems.append(Problem(where=where, what=f"left out: {why}", kind="EXCLUDED"))
                     continue  # with what was measured of it
+                if interrupted := unfinished(bundle.student):
+                    problems.append(Problem(where=where, what=interrupted, kind="UNFINISHED"))
                 bundles.append(Packed(folder=where, bundle=bundle))
         except (RobxError, OSError) as error:
             problems.append(_problem(folder, error))

@@ -14,7 +14,7 @@ import jinja2
 from robx.formats import FORMATS, RUNTIMES
 from robx.golden.sample import GoldenSample
 from robx.images.decode import MAX_ASPECT
-from robx.records import Bundle, DataInfo, Preprocessing, TeacherInfo
+from robx.records import Bundle, DataInfo, Preprocessing, TeacherInfo, unfinished
 
 
 def readme(bundle: Bundle, sample: GoldenSample) -> str:
@@ -97,6 +97,7 @@ def _view(bundle: Bundle, sample: GoldenSample) -> dict[str, Any]:
         "snippets": f"{bundle.runtime}.md.j2",
         "licences": _licences(bundle),
         "judged_on": _judged_on(bundle),
+        "interrupted": unfinished(bundle.student),
         "host_steps": host,
         "model_steps": inside,
         "pre": pre,

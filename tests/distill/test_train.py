@@ -30,7 +30,7 @@ from robx.distill.training.run import RunSpec, open_run, require_same_images
 from robx.distill.training.speed import SpeedBound
 from robx.errors import InputError
 from robx.images.sources import FolderSource, ImageSource, open_source
-from robx.records import load_student
+from robx.records import load_student, unfinished
 from robx.trunk import load_trunk
 from tests.preloaded import Preloaded
 
@@ -243,13 +243,14 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole(
 def test_changed_settings_are_refused_unless_forced(tiny: ModuleType, source: ImageSource, tmp_path: Path) -> None:
     with pytest.raises(Stop):
         tiny.tiny_run(source, tmp_path, options={"checkpoint_steps": 1}, progress=stop_after(3))
+    assert re.search(r"interrupted after (16|24) of 64 images", unfinished(load_student(tmp_path)))
     longer = tiny.tiny_recipe(epochs=2)
     with pytest.raises(InputError, match=r"recipe\.epochs: 1 -> 2"):
         tiny.tiny_run(source, tmp_path, recipe=longer)
     with pytest.raises(InputError, match=r"students: \['test_vit'\] -> \['test_resnet'\]"):
         tiny.tiny_run(source, tmp_path, students=["test_resnet"])
     tiny.tiny_run(source, tmp_path, recipe=longer, options={"force": True})
-    assert load_student(tmp_path).images_seen == 128
+    assert load_student(tmp_path).images_seen == 128 and unfinished(load_student(tmp_path)) == ""
 
 
 def test_a_run_of_before_a_setting_existed_goes_on(

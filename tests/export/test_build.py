@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from robx.cli import main
 from robx.errors import ArtifactError, DeviceError, GateFailed, InputError
+from robx.eval.evaluate import EvalSettings, evaluate
 from robx.eval.report.collect import collect
 from robx.export.build import CACHE, ExportSettings, export
 from robx.export.cache import Cache
@@ -34,9 +35,10 @@ from robx.export.parity import parity
 from robx.export.request import ExportTarget
 from robx.images.decode import renormalise
 from robx.linear_head import load_head
-from robx.records import Bundle, Preprocessing, Rung, Value, load_bundle, load_student
+from robx.records import Bundle, DataInfo, Preprocessing, Rung, Value, load_bundle, load_student, to_json
 from robx.runtime.bench.interleave import interleave
 from robx.runtime.session import open_session
+from robx.store.files import write_json
 from robx.trunk import embed, load_trunk
 
 LENIENT: dict[str, Any] = {
@@ -167,6 +169,29 @@ def test_a_refused_export_supersedes_the_earlier_bundle_in_its_place(
     assert [(Path(one.where).name, one.kind) for one in found.problems] == [("onnx-int8", "EXCLUDED")]
     _export(run, None, run / "onnx-int8", format="onnx")
     assert len(collect([run]).bundles) == 2 and not (run / "onnx-int8" / "superseded.txt").exists()
+
+
+def test_a_student_whose_training_was_interrupted_is_named_as_such(cnn_run: Path, scenes: Path, tmp_path: Path) -> None:
+    run, said = tmp_path / "run", list[str]()
+    run.mkdir()
+    shutil.copy(cnn_run / "student.safetensors", run)
+    student = load_student(cnn_run)
+    # 2 epochs of 3 batches of 16: 50 images give no fourth batch
+    data, recipe = DataInfo(name="d", images=50, fingerprint="f"), {"epochs": 2, "batch_size": 16}
+    write_json(run / "student.json", to_json(dataclasses.replace(student, data=data, recipe=recipe, images_seen=80)))
+    export(ExportSettings(run=run, target=ExportTarget(format="onnx"), out=run / "onnx"), say=said.append)
+    words = "the student's training was interrupted after 80 of 96 images"
+    assert any(line.startswith("warning") and words in line for line in said)
+    assert words in (run / "onnx" / "README.md").read_text()
+    list(evaluate(EvalSettings(models=(run / "onnx",), data=scenes, knn=True), say=said.append))
+    assert len([line for line in said if words in line]) == 2
+    found = collect([run]).problems
+    assert [(Path(one.where).name, one.kind) for one in found if words in one.what] == [
+        ("run", "UNFINISHED"),
+        ("onnx", "UNFINISHED"),
+    ]
+    write_json(run / "student.json", to_json(dataclasses.replace(student, data=data, recipe=recipe, images_seen=96)))
+    assert not [one for one in collect([run]).problems if Path(one.where).name == "run"]
 
 
 def test_an_unproven_drop_does_not_ship_and_says_what_would_prove_it(
