@@ -15,6 +15,7 @@ from robx.distill.teachers.trunks import load_strictly
 from robx.errors import ArtifactError, InputError, first_line
 from robx.image_size import ImageSize
 from robx.images.decode import IMAGENET_MEAN, IMAGENET_STD
+from robx.records import unfinished
 from robx.store.files import cache_folder, sha256_file
 from robx.trunk import build_trunk, load_trunk
 
@@ -93,7 +94,8 @@ def _from_run(folder: Path, student: str, image_size: ImageSize) -> Initial:
             f"--init holds a {record.timm_name}, and the student is {student}: give --student {record.timm_name}"
         )
     state = _fitted(trunk.state_dict(), student, image_size, where=folder)
-    return Initial(student, record.sha256, f"the student in {folder}", state)
+    origin = f"the student in {folder}" + (", whose training was interrupted" if unfinished(record) else "")
+    return Initial(student, record.sha256, origin, state)
 
 
 def _from_file(path: Path, student: str, image_size: ImageSize) -> Initial:

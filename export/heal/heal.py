@@ -47,6 +47,7 @@ _SAVE_SECONDS = 20.0
 _MOST_MINUTES = 10_080  # a week
 _RANGE_IMAGES = 256
 _PACE_STEPS = 10  # how many recent steps tell the speed and the loss
+_FIRST_PACE_STEPS = 3  # after these, the pace is compared with the budget for the first time
 _EVAL_BATCH = 32
 _NET, _ADAM = "network.", "adam."  # prefixes of tensors that are kept
 
@@ -290,7 +291,7 @@ def _train(work: _Work, keep: Callable[[], None], progress: Progress, say: Calla
     plan, budget = work.plan, 60 * work.settings.minutes
     recent: deque[float] = deque(maxlen=_PACE_STEPS)
     losses: deque[float] = deque(maxlen=_PACE_STEPS)
-    saved = time.monotonic()
+    saved, steps = time.monotonic(), 0  # of this process: a resumed healing does not know its pace yet
     try:
         while plan.left:
             began = time.monotonic()
@@ -300,7 +301,8 @@ def _train(work: _Work, keep: Callable[[], None], progress: Progress, say: Calla
                     raise ArtifactError(f"healing diverged at step {plan.step + 1}: export without --heal")
                 plan.advance(time.monotonic() - began, losses[-1])
             recent.append(time.monotonic() - began)
-            if work.settings.steps is None and len(recent) == _PACE_STEPS and not plan.step % _PACE_STEPS:
+            steps += 1
+            if work.settings.steps is None and (steps == _FIRST_PACE_STEPS or not steps % _PACE_STEPS):
                 planned = plan.steps
                 if plan.fit(budget, sum(recent) / len(recent)):
                     say(f"this machine has become slower: healing ends after {plan.steps} steps instead of {planned}")

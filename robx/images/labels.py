@@ -36,7 +36,7 @@ def with_labels(source: ImageSource, path: Path) -> DerivedSource:
     if not matched:
         raise InputError(
             f"{path}: none of its {len(rows)} paths ({next(iter(rows), '')!r}, ...) is an image of {source.name} "
-            f"({source.key(0)!r}, ...): give paths relative to the images' folder"
+            f"({source.key(0)!r}, ...): label these images too, by paths relative to the images' folder"
         )
     without = f"{len(source) - matched} of {len(source)} images have no label in {path.name}"
     unmatched = {name: line for name, (_, line) in lines.items() if name not in used}

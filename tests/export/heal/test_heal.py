@@ -8,6 +8,7 @@ import json
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from robx.export.cache import Cache
 from robx.export.formats import to_onnx
 from robx.export.formats.network import PIXELS, ExportModel, export_model
 from robx.export.gate.gate import Limits, gate_error
+from robx.export.heal import heal as heal_module
 from robx.export.heal.heal import Healed, HealSettings, Plan, heal, minutes_needed
 from robx.export.heal.images import HealingImages, read_healing_images
 from robx.export.image_splits import Splits, SplitSizes, normalise, open_data, read_splits
@@ -282,6 +284,23 @@ def test_the_plan_ends_within_its_budget_and_with_a_small_step() -> None:
             plan.fit(100.0, seconds)
     assert 90 <= spent <= 100 and plan.shortened and plan.step == 20 + 80 // 3
     assert max(factors) > 0.95 and factors[-1] < 0.02 and plan.fraction == pytest.approx(1)
+
+
+def test_a_resumed_healing_keeps_to_its_minutes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted at any step, on a machine that is a third as fast as planned."""
+    now, told = [0.0], list[str]()
+
+    def learn() -> float:
+        now[0] += 3.0
+        return 0.5
+
+    plan = Plan(left=59)
+    plan.advance(1.0, 0.5)  # the first step, before the interruption
+    work: Any = SimpleNamespace(plan=plan, settings=HealSettings(minutes=1), learn=learn)
+    monkeypatch.setattr(heal_module.time, "monotonic", lambda: now[0])
+    heal_module._train(work, lambda: None, lambda *_: None, told.append)
+    assert plan.seconds <= 60 and plan.shortened and plan.step == 20
+    assert told == ["this machine has become slower: healing ends after 20 steps instead of 59"]
 
 
 def test_a_plan_is_not_lengthened() -> None:
