@@ -166,7 +166,7 @@ class Plan:
     def fit(self, budget: float, pace: float) -> bool:
         """Shorten the rest where it would not end within `budget` seconds at `pace` seconds a step; whether it did."""
         fits = max(1, int((budget - self.seconds) / pace))
-        shortens = fits < 0.9 * self.left
+        shortens = self.left - fits > max(0.1 * self.left, 0.05 * self.steps)  # a little too slow is left as it is
         if shortens:
             self.left, self.shortened = fits, True
         return shortens
