@@ -298,7 +298,7 @@ class Work:
         """The rows with the latencies of one interleaved run, where there is one of these bundles."""
         path = self.folder / "table" / f"{engine}-times.json"
         stored = read_json(path) if rows and path.is_file() else {}
-        if stored.get("settings") == self._times_settings(rows):
+        if stored and stored["settings"] == self._times_settings(rows):
             for row in rows:
                 milliseconds, ratio = stored["times"][row["variant"]]
                 row["latency_ms"], row["latency_ratio"] = milliseconds, from_json(Value, ratio)
