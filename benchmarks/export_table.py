@@ -52,7 +52,7 @@ from robx.export.heal.heal import HealSettings
 from robx.export.image_splits import MIN_IMAGES, open_data
 from robx.export.request import ExportTarget
 from robx.images.sources import open_source
-from robx.records import Bundle, Student, Value, from_json, load_bundle, load_student, to_json
+from robx.records import Bundle, Student, Value, from_json, load_bundle, load_student, to_json, unfinished
 from robx.runtime.bench.interleave import interleave
 from robx.runtime.bench.latency import paired_ratio
 from robx.runtime.session import SessionSettings, open_session
@@ -180,9 +180,9 @@ def distil(name: str, epochs: int, given: argparse.Namespace, data: Path) -> Pat
     )
     out: Path = given.out / name
     if (out / "student.json").is_file():
-        made, whole = read_json(out / "recipe.json"), epochs * (len(source) // recipe.batch_size) * recipe.batch_size
+        made = read_json(out / "recipe.json")
         same = made["data"]["fingerprint"] == source.fingerprint and made["recipe"] == to_json(recipe)
-        if same and load_student(out).images_seen == whole:  # an interrupted run leaves a student too
+        if same and not unfinished(load_student(out)):
             return out
     teacher = load_teacher(
         "efficientnet_lite0",

@@ -32,13 +32,20 @@ def saturating(model: onnx.ModelProto) -> dict[str, Bounds]:
     return {name: bounds for name, bounds in found.items() if bounds != EVERYTHING}
 
 
-def _bounds(name: str, graph: Graph) -> list[Bounds]:
-    """For each node that reads a tensor; x * sigmoid(x) counts as SiLU."""
-    readers = graph.consumers[name]
+def silu_product(name: str, graph: Graph) -> onnx.NodeProto | None:
+    """The product of x * sigmoid(x) where these two nodes are all that read the tensor x; None otherwise."""
+    readers = graph.consumers.get(name, [])
     gates = {node.output[0] for node in readers if node.op_type == "Sigmoid"}
     products = [node for node in readers if node.op_type == "Mul" and gates & {*node.input}]
-    if products and len(readers) == 2 and graph.consumers[gates.pop()] == products:
+    fits = products and len(readers) == 2 and graph.consumers[gates.pop()] == products
+    return products[0] if fits else None
+
+
+def _bounds(name: str, graph: Graph) -> list[Bounds]:
+    """For each node that reads a tensor; x * sigmoid(x) counts as SiLU."""
+    if silu_product(name, graph) is not None:
         return [INTERESTING["silu"]]
+    readers = graph.consumers[name]
     return [INTERESTING.get(_ONNX_FUNCTIONS.get(node.op_type, ""), EVERYTHING) for node in readers]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import onnx
 
 from robx.export.int8.ranges import Ranges
+from robx.export.int8.saturation import silu_product
 from robx.export.onnx_graph import Graph
 from robx.int8_simulation import LayerRange
 
@@ -47,8 +48,7 @@ def _weight_names(layer: str) -> tuple[str, str]:
 
 def _function_of(tensor: str, graph: Graph) -> str | None:
     """What the activation function that reads `tensor` gives; x * sigmoid(x) counts as one function."""
+    if (product := silu_product(tensor, graph)) is not None:
+        return str(product.output[0])
     readers = graph.consumers.get(tensor, [])
-    products = [node for node in readers if node.op_type == "Mul"]
-    if len(readers) == 2 and products and any(node.op_type == "Sigmoid" for node in readers):
-        return str(products[0].output[0])
     return str(readers[0].output[0]) if len(readers) == 1 else None
