@@ -11,6 +11,7 @@ import click
 
 from robx.console import PathType, hints, print_line, print_table, progress_bar, quiet_option, say
 from robx.distill.presets import NAMED, ROB
+from robx.errors import InputError
 
 if TYPE_CHECKING:
     from robx.distill.recipes import Recipe
@@ -119,6 +120,8 @@ def distill(*, resume: bool, dry_run: bool, gpu_memory: float | None, as_json: b
     from robx.distill.train import distill as run
     from robx.distill.train import estimate
 
+    if gpu_memory is not None and not dry_run:
+        raise InputError("--gpu-memory is for the estimate of a dry run: give --dry-run too")
     request = DistillSettings.of(fresh=not resume, **settings)
     if dry_run:
         recipe, cost = estimate(request, gpu_memory=gpu_memory, say=say)

@@ -65,6 +65,8 @@ class DistillSettings:
             raise InputError("give one of --teacher NAME (see robx teachers; ema is the base method) and --targets DIR")
         if self.targets is not None and self.teacher_weights is not None:
             raise InputError("--targets takes the place of a teacher: drop --teacher-weights")
+        if self.options.stored_k != Options.stored_k and self.store_targets is None:
+            raise InputError("--store-k is about the targets that are written: give --store-targets DIR too")
 
     @property
     def base(self) -> bool:

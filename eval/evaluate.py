@@ -83,6 +83,8 @@ class EvalSettings:
             raise InputError("--lowshot-splits lists images for --lowshot: give --lowshot too")
         if self.reference is not None and not self.fidelity:
             raise InputError("--reference is what --fidelity compares with: give --fidelity too")
+        if self.cached and not (self.linear or self.transfers):
+            raise InputError("--cached is how linear heads are trained: give --linear or --transfer too")
         parse_transfers(self.transfers, self.data)
 
     @classmethod

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,12 +96,39 @@ class ExportSettings:
         if self.judging_images < MIN_JUDGING:
             raise InputError(f"judging_images must be at least {MIN_JUDGING}, got {self.judging_images}")
 
+    def refuse_ignored(self) -> None:
+        """Refuse what was given for candidates or a gate that this export does not have.
+
+        Separate from the other checks: a program that exports one student in several precisions may use the same
+        settings for all of them, while an option that somebody gave for one export and that has no effect is a mistake.
+
+        Raises:
+            InputError: the message names the options.
+        """
+        precision, limits = self.target.precision, gate.Limits()
+        if precision != "int8":
+            searching = {"--rungs": self.candidates is not None, "--budget": self.budget is not None}
+            _refuse(searching, "the int8 search", "--int8")
+        if precision == "fp32":
+            judging = {
+                "--max-drop": self.limits.max_drop != limits.max_drop,
+                "--min-speedup": self.limits.min_speedup != limits.min_speedup,
+                "--force": self.force,
+            }
+            _refuse(judging, "the gate, which judges int8 and fp16", "--int8 or --fp16")
+        if precision == "fp32" and not self.sensitivity:
+            counts = {
+                "--calibration-images": self.calibration_images != MIN_IMAGES,
+                "--judging-images": self.judging_images != JUDGING_IMAGES,
+            }
+            _refuse(counts, "int8 and fp16", "--int8 or --fp16")
+
     @classmethod
     def of(cls, **values: Any) -> ExportSettings:
         """Settings from the keywords of ``robx.api.export``; a path may be a string.
 
         Raises:
-            InputError: settings that do not fit each other.
+            InputError: settings that do not fit each other, or that this export would ignore.
         """
         values = {n: Path(value) if n in _PATHS and value is not None else value for n, value in values.items()}
         int8, fp16 = values.pop("int8", False), values.pop("fp16", False)
@@ -117,7 +144,9 @@ class ExportSettings:
         )
         limits = gate.Limits(**{name: values.pop(name) for name in _OF_LIMITS & set(values)})
         healing = None if heal is None else HealSettings(minutes=heal)
-        return cls(run=values.pop("student"), target=target, limits=limits, heal=healing, **values)
+        settings = cls(run=values.pop("student"), target=target, limits=limits, heal=healing, **values)
+        settings.refuse_ignored()
+        return settings
 
     @property
     def requested_folder(self) -> Path:
@@ -154,6 +183,13 @@ class ExportSettings:
     def _folder(self, form: str, precision: str) -> Path:
         size = "" if self.target.size is None else f"-{'x'.join(map(str, dict.fromkeys(self.target.size)))}"
         return self.out or self.run / f"{form}-{precision}{size}"
+
+
+def _refuse(given: Mapping[str, bool], what_for: str, remedy: str) -> None:
+    """Raise InputError if options were given for what this export does not do."""
+    if names := [name for name, is_given in given.items() if is_given]:
+        verb, them = ("is", "it") if len(names) == 1 else ("are", "them")
+        raise InputError(f"{', '.join(names)} {verb} for {what_for}: add {remedy}, or leave {them} out")
 
 
 _PATHS = {"student", "data", "test", "labels", "out", "head"}

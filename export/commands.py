@@ -141,6 +141,7 @@ def export(
     limits = Limits(max_drop=max_drop, min_speedup=min_speedup)
     healing = HealSettings(minutes=heal) if heal is not None else None
     chosen = build.ExportSettings(run=run, target=wanted, limits=limits, candidates=rungs, heal=healing, **settings)
+    chosen.refuse_ignored()
     with progress_bar() as progress:
         bundle = build.export(
             chosen,

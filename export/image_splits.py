@@ -206,9 +206,10 @@ def _labelled_first(source: ImageSource, order: np.ndarray) -> np.ndarray:
 def require_enough(count: int, *, least: int, where: str) -> None:
     """Refuse a calibration set that is too small."""
     if count < least:
+        # An fp32 export, which calibrates nothing, takes no such option.
+        option = " (--calibration-images lowers the number, for a demonstration)" if least > MIN_JUDGING else ""
         raise InputError(
-            f"{where} has {count} different calibration images and at least {least} are needed: add images "
-            "(--calibration-images lowers the number, for a demonstration)"
+            f"{where} has {count} different calibration images and at least {least} are needed: add images{option}"
         )
 
 

@@ -23,7 +23,7 @@ from robx.store.dataclass_json import check_json, to_json
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
-_ARGUMENTS = {"rungs": "candidates"}  # option: argument, where more than the hyphens differs
+_ARGUMENTS = {"rungs": "candidates", "store_k": "stored_k"}  # option: argument, where more than the hyphens differs
 _OPTION = re.compile(
     r"\b(?:robx|torchrun|docker|pip) [a-z][^,;:()]*"  # a command, whose options stay
     r"|(?<![\w-])--(?P<option>[a-z][a-z0-9-]*[a-z0-9])(?: (?P<value>[0-9]+\b|[A-Z]+\b))?"
@@ -66,8 +66,8 @@ def naming_arguments(message: str, function: Callable[..., Any]) -> str:
         if option is None:
             return found[0]
         name = option.replace("-", "_")
-        names = (name, f"{name}s", _ARGUMENTS.get(name, name))
-        argument = next((one for one in names if one in known), name if takes_others else None)
+        argued = _ARGUMENTS.get(name, name)
+        argument = next((one for one in (name, f"{name}s", argued) if one in known), argued if takes_others else None)
         return found[0] if argument is None else argument + (f"={value}" if value else "")
 
     return _OPTION.sub(renamed, message)

@@ -103,6 +103,10 @@ def test_an_error_of_the_api_names_the_argument(tmp_path: Path) -> None:
         api.distill(data=tmp_path, epochs="3", progress=None, **settings)
     with pytest.raises(InputError, match=r"^max_drop must be between 0 and 100 points, got 101"):
         api.export(tmp_path, format="onnx", max_drop=101, progress=None)
+    with pytest.raises(InputError, match=r"^candidates, budget are for the int8 search: add int8, or leave them out$"):
+        api.export(tmp_path, format="onnx", candidates=3, budget=9, progress=None)
+    with pytest.raises(InputError, match=r"^stored_k is about the targets that are written: give store_targets=DIR"):
+        api.distill(data=tmp_path, stored_k=9, progress=None, **settings)
 
 
 TRAINED: dict[str, Any] = {"student": "test_resnet", "teacher": "ema", "data": "d", "out": "o"}

@@ -149,6 +149,15 @@ def test_a_number_that_cannot_work_is_refused_before_anything_is_read(option: st
     assert found.exit_code == 2 and f"invalid value for '{option}'" in found.stderr, found.output
 
 
+@pytest.mark.parametrize(
+    ("given", "missing"), [(("--gpu-memory", "24"), "give --dry-run too"), (("--store-k", "4"), "give --store-targets")]
+)
+def test_an_option_without_what_it_is_for_is_refused(given: tuple[str, ...], missing: str, tmp_path: Path) -> None:
+    found = robx("distill", "--teacher", "ema", *TINY, "--data", tmp_path, "--out", tmp_path / "run", *given)
+    assert found.exit_code == 2 and missing in found.stderr and found.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_processes_that_torchrun_did_not_start_are_refused(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -330,6 +330,7 @@ def test_a_class_without_a_test_image_may_have_another_name(tmp_path):
         (("--data", "{scenes}", "--cache", "x", "--no-cache"), "contradict"),
         (("--data", "{scenes}", "--lowshot-splits", "{scenes}"), "give --lowshot too"),
         (("--data", "{scenes}", "--reference", "{scenes}"), "give --fidelity too"),
+        (("--data", "{scenes}", "--cached"), "give --linear or --transfer too"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(run, scenes, arguments, message):

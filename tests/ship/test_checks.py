@@ -69,6 +69,12 @@ INT8 = {"format": "onnx", "int8": True, "calibration_images": 20}
             {"export": [{"format": "onnx", "heal": 5}]},
             "[[export]]: --heal is for int8: give --int8 too (--heal is the key",
         ),
+        (
+            {"export": [{"format": "onnx", "candidates": 3}]},
+            "[[export]]: --rungs is for the int8 search: add --int8, or leave it out (--rungs is the key candidates of",
+        ),
+        ({"export": [{"format": "onnx", "max_drop": 2.0}]}, "[[export]]: --max-drop is for the gate"),
+        ({"distill": {"stored_k": 4}}, "[distill]: --store-k is about the targets that are written: give --store-tar"),
         ({"export": [{**INT8, "heal": math.nan}]}, "[[export]]: heal must be a finite number, got nan"),
         ({"export": [{**INT8, "heal": -1}]}, "[[export]]: --heal must be a positive number of minutes"),
         (
