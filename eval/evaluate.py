@@ -38,6 +38,7 @@ from robx.records import (
     to_json,
     unfinished,
     utc_now,
+    warn_outdated,
 )
 from robx.runtime.session import Session, SessionSettings, load_record, open_session
 from robx.stats import check_margin
@@ -179,6 +180,7 @@ def _check(
     for folder, record in records.items():
         if interrupted := unfinished(record.student if isinstance(record, Bundle) else record):
             say(f"warning: {folder}: {interrupted}")
+        warn_outdated(folder, record, say)
         _check_calibration(folder, record, split)
     opened = tuple((name, open_dataset(name, root)) for name, root in transfers)
     sources = [*((split.bank, split.test) if split else ()), *(source for _, pair in opened for source in pair)]

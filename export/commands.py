@@ -169,10 +169,11 @@ def inspect(bundle: Path, layers: bool) -> None:
     robx inspect runs/r18/onnx-int8 --layers
     """
     from robx.export.inspect_bundle import inspect_bundle
-    from robx.records import load_bundle, require_bundle
+    from robx.records import load_bundle, require_bundle, warn_outdated
 
     require_bundle(bundle)
     record = load_bundle(bundle)
+    warn_outdated(bundle, record, say)
     _show_result(record, bundle)
     _show_candidates(record)
     if record.chosen_on:

@@ -333,8 +333,8 @@ def bench(
         seed=seed,
         retries=retries,
     )
-    with reporting(progress) as (shown, _):
-        return bench(settings, progress=shown)
+    with reporting(progress) as (shown, say):
+        return bench(settings, progress=shown, say=say)
 
 
 @checked
@@ -538,9 +538,13 @@ def open(folder: StrPath, *, threads: int = 1, provider: str | None = None) -> E
         MissingExtra: the runtime is not installed; the message says how to install it.
         DeviceError: the runtime cannot run the model on this machine.
     """
+    from robx.records import warn_outdated
     from robx.runtime.session import SessionSettings, open_session
 
-    return Embedder(open_session(Path(folder), SessionSettings(threads=threads, provider=provider)))
+    session = open_session(Path(folder), SessionSettings(threads=threads, provider=provider))
+    with reporting(None) as (_, say):
+        warn_outdated(Path(folder), session.bundle, say)
+    return Embedder(session)
 
 
 class Embedder:

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import json
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -385,6 +385,12 @@ def outdated(folder: Path, bundle: Bundle) -> str:
     return ""
 
 
+def warn_outdated(folder: Path, record: Bundle | Student, say: Callable[[str], None]) -> None:
+    """Say so, in one line, where a bundle that is about to be used should not be any more; see `outdated`."""
+    if isinstance(record, Bundle) and (why := outdated(folder, record)):
+        say(f"warning: {folder}: {why}")
+
+
 def save_bundle(bundle: Bundle, folder: Path) -> None:
     """Write ``manifest.json`` into `folder`; call it last, after every other file is written."""
     write_json(folder / "manifest.json", to_json(bundle))
@@ -430,7 +436,8 @@ def require_bundle(folder: Path) -> None:
     """Raise InputError, with what to give instead, if `folder` is a student and not a bundle."""
     if (folder / "manifest.json").exists() or not (folder / "student.json").is_file():
         return
-    bundles = sorted(path.parent for path in folder.glob("*/manifest.json"))
+    found = (path.parent for path in folder.glob("*/manifest.json"))
+    bundles = sorted(place for place in found if not (place / SUPERSEDED).exists())
     if not bundles:
         raise InputError(f"{folder} is a student, not a bundle: export it with robx export, and give the bundle")
     advice = "give one of its bundles: " if len(bundles) > 1 else "give its bundle, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from robx.errors import InputError
 from robx.golden.compare import Comparison, compare, widths_of
 from robx.golden.mistakes import Mistake
 from robx.golden.sample import GoldenSample, parse_array, read_sample
-from robx.records import Bundle, load_bundle, require_bundle
+from robx.records import Bundle, load_bundle, require_bundle, warn_outdated
 
 RAW, TEXT = (".bin", ".raw"), (".txt", ".csv")  # float32, little endian; and decimal numbers
 _MAX_BYTES = 2**30
@@ -25,10 +25,11 @@ _BIG_ENDIAN = Mistake(
 )
 
 
-def check(bundle: Path, array: Path) -> Comparison:
+def check(bundle: Path, array: Path, *, say: Callable[[str], None] = lambda _: None) -> Comparison:
     """Compare the array in a file with the golden sample of the bundle in a folder.
 
     A raw file is read as float32 or, where only that has the right number of values, as float64, float16 or uint8.
+    `say` is called with a line about a bundle that should not be used any more.
 
     Raises:
         InputError: `bundle` is not a bundle, or the file does not hold an output or an input tensor of its model.
@@ -38,6 +39,7 @@ def check(bundle: Path, array: Path) -> Comparison:
         raise InputError(f"{bundle} is a file: give the folder of the bundle")
     require_bundle(bundle)
     record = load_bundle(bundle)
+    warn_outdated(bundle, record, say)
     sample = read_sample(bundle, record)
     content = _content(array)
     try:

@@ -17,7 +17,7 @@ from robx.console import PathType, print_line, print_table, progress_bar, quiet_
 from robx.errors import GateFailed, InputError
 from robx.golden.compare import Comparison as PortComparison
 from robx.golden.mistakes import Mistake
-from robx.records import Bundle, Latency, Value, load_bundle, to_json
+from robx.records import Bundle, Latency, Value, load_bundle, to_json, warn_outdated
 from robx.runtime.bench.ab import Comparison, compare
 from robx.runtime.bench.bench import bench as run_bench
 from robx.runtime.bench.native_runner import ABIS, native_folder
@@ -103,12 +103,12 @@ def bench(
     session = SessionSettings(threads=threads, provider=provider, precision_hint=precision_hint)
     settings = BenchSettings(session=session, affinity=None if affinity is None else parse_cores(affinity), **options)
     if ab:
-        found = compare(settings)
+        found = compare(settings, say=say)
         _print_comparisons(found, as_json=as_json)
         _refuse_invalid(found)
         return
     with progress_bar(quiet=as_json) as progress:
-        records = run_bench(settings, progress=progress)
+        records = run_bench(settings, progress=progress, say=say)
     if as_json:
         for record in records:
             click.echo(json.dumps(to_json(record)))
@@ -145,6 +145,7 @@ def run(
     if out is not None:
         _refuse_foreign(out)
     with open_session(bundle, SessionSettings(threads=threads, provider=provider), labels=out is None) as session:
+        warn_outdated(bundle, session.bundle, say)
         labels = session.bundle.labels if isinstance(session.bundle, Bundle) else None
         found = find_images(images, image_member=image_member)
         outputs = infer(session, found, on_skip=lambda error: say(f"skipped {error}"))
@@ -177,7 +178,7 @@ def check(bundle: Path, array: Path, as_json: bool) -> None:
 
     Exit status 3 means that the array differs from the golden sample.
     """
-    found = check_port(bundle, array)
+    found = check_port(bundle, array, say=say)
     said, remedy = _words(found.explanations)
     if as_json:
         fits = [{"mistake": f.mistake.name if f.mistake else None, "distance": _finite(f.distance)} for f in found.fits]

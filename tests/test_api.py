@@ -118,7 +118,7 @@ def test_evaluate_takes_every_setting_of_the_command(monkeypatch: pytest.MonkeyP
 
 def test_bench_takes_every_setting_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[BenchSettings] = []
-    monkeypatch.setattr(robx.runtime.bench.bench, "bench", lambda settings, progress: seen.append(settings) or [])
+    monkeypatch.setattr(robx.runtime.bench.bench, "bench", lambda settings, **_: seen.append(settings) or [])
     api.bench(("a", Path("b")), **BENCH)
     api.bench("a")
     of_session = {name: BENCH[name] for name in ("threads", "provider", "precision_hint")}

@@ -13,7 +13,7 @@ from robx.distill.presets import NAMED
 from robx.distill.recipe_toml import read_recipe
 from robx.errors import RobxError
 from robx.formats import RUNTIMES
-from robx.records import load_bundle, load_student
+from robx.records import SUPERSEDED, load_bundle, load_student
 from robx.ship.command_line import option_names
 from robx.ship.inputs import Images
 from robx.ship.plan import Entry, Plan, Table
@@ -287,9 +287,10 @@ def _student_is(result: Any) -> bool:
 
 
 def _bundle_is(result: Any) -> bool:
-    """Whether the bundle of an earlier run is still there."""
+    """Whether the bundle of an earlier run is still there, and no later export in its place was refused."""
     with contextlib.suppress(RobxError):
-        return bool(bundle_result(Path(result["folder"]))["id"] == result["id"])
+        folder = Path(result["folder"])
+        return bool(load_bundle(folder).id == result["id"] and not (folder / SUPERSEDED).exists())
     return False
 
 

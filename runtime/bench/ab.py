@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from robx.errors import InputError
 from robx.images.decode import renormalise
 from robx.images.sources import open_source
-from robx.records import Validity, Value, load_bundle, utc_now
+from robx.records import Validity, Value, load_bundle, utc_now, warn_outdated
 from robx.runtime.bench import latency, profiles, validity
 from robx.runtime.bench.inputs import load_inputs
 from robx.runtime.bench.interleave import Interleaved, interleave
@@ -52,11 +52,12 @@ class Comparison:
         return "faster" if high < 1 else "slower" if low > 1 else "no difference shown"
 
 
-def compare(settings: BenchSettings) -> list[Comparison]:
+def compare(settings: BenchSettings, *, say: Callable[[str], None] = lambda _: None) -> list[Comparison]:
     """Compare each of `settings.bundles` but the first with the first, on this machine.
 
     Each bundle is timed for the profile's seconds, divided into BLOCKS blocks. An UNSTABLE measurement is repeated, up
     to `settings.retries` times and within profiles.RETRY_SECONDS; the one with the fewest reasons against it counts.
+    `say` is called with a line about a bundle that should not be used any more.
 
     Raises:
         InputError: fewer than two bundles, the same bundle twice, bundles of different input sizes, or a setting
@@ -64,6 +65,8 @@ def compare(settings: BenchSettings) -> list[Comparison]:
     """
     _check(settings)
     images = _load_images(settings)
+    for folder in settings.folders:
+        warn_outdated(folder, load_bundle(folder), say)
     started, one_image = utc_now(), replace(settings.session, batch=1)
     with contextlib.ExitStack() as stack:
         sessions = {

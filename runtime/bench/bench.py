@@ -7,6 +7,7 @@ import json
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from robx.errors import DeviceError, InputError, RobxError
 from robx.images.sources import open_source
 from robx.progress import Progress, silent
-from robx.records import Latency, Preprocessing, append_measurements, load_bundle, to_json, utc_now
+from robx.records import Latency, Preprocessing, append_measurements, load_bundle, to_json, utc_now, warn_outdated
 from robx.runtime.bench import profiles, runner_zip, validity
 from robx.runtime.bench.inputs import Inputs, load_inputs
 from robx.runtime.bench.profiles import BenchSettings, find_profile
@@ -33,12 +34,15 @@ _LOAD_SECONDS = 300  # for loading and the first inference, in which an engine m
 _MAX_FAILURES = 2  # failed processes of one bundle, after which its remaining ones are skipped
 
 
-def bench(settings: BenchSettings, *, progress: Progress = silent) -> list[Latency]:
+def bench(
+    settings: BenchSettings, *, progress: Progress = silent, say: Callable[[str], None] = lambda _: None
+) -> list[Latency]:
     """Measure each bundle; append its record to its measurements.jsonl and write the raw samples beside it.
 
     Processes of different bundles run in random order, so that slow phases of the machine affect all bundles equally.
     A bundle that is UNSTABLE for a reason that may pass (drift, background load, ...) is measured again, up to
-    `settings.retries` times and within profiles.RETRY_SECONDS; the record lists every try.
+    `settings.retries` times and within profiles.RETRY_SECONDS; the record lists every try. `progress` is called with
+    (done, total, note), `say` with a line about a bundle that should not be used any more.
 
     Raises:
         InputError: a path is not a bundle, or a setting does not fit one.
@@ -46,6 +50,8 @@ def bench(settings: BenchSettings, *, progress: Progress = silent) -> list[Laten
         DeviceError: the device cannot be reached, or no process of any bundle succeeded.
     """
     runs = _prepare(settings)
+    for run in runs:
+        warn_outdated(run.folder, run.bundle, say)
     started = utc_now()
     with open_transport(settings.device) as transport:
         runner = choose_runner(transport, wanted=settings.runner, python=settings.python)

@@ -19,6 +19,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.numpy import save_file
 
+from robx import api
 from robx.cli import main
 from robx.errors import ArtifactError, DeviceError, GateFailed, InputError
 from robx.eval.evaluate import EvalSettings, evaluate
@@ -35,7 +36,17 @@ from robx.export.parity import parity
 from robx.export.request import ExportTarget
 from robx.images.decode import renormalise
 from robx.linear_head import load_head
-from robx.records import Bundle, DataInfo, Preprocessing, Rung, Value, load_bundle, load_student, to_json
+from robx.records import (
+    Bundle,
+    DataInfo,
+    Preprocessing,
+    Rung,
+    Value,
+    load_bundle,
+    load_student,
+    require_bundle,
+    to_json,
+)
 from robx.runtime.bench.interleave import interleave
 from robx.runtime.session import open_session
 from robx.store.files import write_json
@@ -147,7 +158,7 @@ def test_none_passing_ships_the_fallback_under_its_true_precision(cnn_run: Path,
 
 
 def test_a_refused_export_supersedes_the_earlier_bundle_in_its_place(
-    cnn_run: Path, scenes: Path, tmp_path: Path
+    cnn_run: Path, scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run, said = tmp_path / "run", list[str]()
     run.mkdir()
@@ -167,6 +178,13 @@ def test_a_refused_export_supersedes_the_earlier_bundle_in_its_place(
     found = collect([run])
     assert [Path(packed.folder).name for packed in found.bundles] == [shipped]
     assert [(Path(one.where).name, one.kind) for one in found.problems] == [("onnx-int8", "EXCLUDED")]
+    words = f"warning: {run / 'onnx-int8'}: a later export in its place was refused by the gate"
+    said.clear()
+    next(evaluate(EvalSettings(models=(run / "onnx-int8",), data=scenes, knn=True), say=said.append))
+    with api.open(run / "onnx-int8"):
+        assert [line.startswith(words) for line in (*said, *caplog.messages) if "warning" in line] == [True, True]
+    with pytest.raises(InputError, match=f"give its bundle, {run / shipped}$"):
+        require_bundle(run)
     _export(run, None, run / "onnx-int8", format="onnx")
     assert len(collect([run]).bundles) == 2 and not (run / "onnx-int8" / "superseded.txt").exists()
 

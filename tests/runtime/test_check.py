@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from robx.cli import main
 from robx.golden.sample import GoldenSample, write_sample
-from robx.records import Bundle, describe_file, save_bundle
+from robx.records import SUPERSEDED, Bundle, describe_file, save_bundle
 from tests.test_golden_sample import BUNDLES, sample_of
 
 
@@ -44,6 +44,15 @@ def test_a_text_may_begin_with_a_byte_order_mark(encoding: str, sample: GoldenSa
     text = "\r\n".join(map(str, sample.outputs["embedding"][0]))
     found = check(tmp_path, "a.txt", text.encode(encoding))
     assert found.exit_code == 0 and "matches the golden sample" in found.stdout, found.output
+
+
+def test_a_bundle_in_whose_place_an_export_was_refused_is_named(sample: GoldenSample, tmp_path: Path) -> None:
+    output = sample.outputs["embedding"][0].astype("<f4").tobytes()
+    assert check(tmp_path, "a.bin", output).stderr == ""
+    (tmp_path / "b" / SUPERSEDED).touch()
+    found = check(tmp_path, "a.bin", output, "--json")
+    assert f"warning: {tmp_path / 'b'}: a later export in its place was refused" in found.stderr
+    assert json.loads(found.stdout)["passes"]
 
 
 def test_raw_numbers_of_other_types_are_read_or_named(sample: GoldenSample, tmp_path: Path) -> None:

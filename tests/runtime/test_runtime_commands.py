@@ -9,9 +9,10 @@ import tarfile
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from robx.images.decode import decode, preprocess
-from robx.records import load_measurements, to_json
+from robx.records import SUPERSEDED, load_measurements, to_json
 from robx.runtime import doctor
 from robx.runtime.bench.latency import paired_ratio
 from robx.runtime.bench.profiles import BenchSettings
@@ -68,6 +69,23 @@ def test_bench_ab_of_a_broken_model_claims_nothing(call, make_bundle, short_prof
         assert result.exit_code == 3 and "INVALID" in result.output
         assert "same for every image (onnx-int8)" in result.output
         assert "faster" not in result.output and "slower" not in result.output
+
+
+def test_a_bundle_in_whose_place_an_export_was_refused_is_named(call, make_bundle, short_profile, tmp_path):
+    sound, refused = make_bundle("onnx-fp32"), make_bundle("onnx-int8")
+    (refused / SUPERSEDED).touch()
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    warning = f"warning: {refused}: a later export in its place was refused by the gate: export again, or remove it"
+    one_try = ("--profile", "rapid", "--retries", 0)
+    for command in (
+        ("bench", sound, refused, *one_try, "--processes", 1),
+        ("bench", sound, refused, *one_try, "--ab"),
+        ("run", refused, tmp_path / "a.png"),
+        ("inspect", refused),
+    ):
+        said = call(*command).stderr
+        assert [line for line in said.splitlines() if "warning" in line] == [warning], said
+    assert "warning" not in call("inspect", sound).stderr
 
 
 def test_an_ab_ratio_can_be_recomputed_from_its_samples(call, make_bundle, short_profile):

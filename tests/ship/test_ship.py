@@ -25,7 +25,7 @@ from robx.distill.recipe_toml import read_recipe
 from robx.distill.resolve import recipe_values
 from robx.errors import InputError, RobxError
 from robx.progress import silent
-from robx.records import load_bundle, load_measurements, load_student
+from robx.records import SUPERSEDED, load_bundle, load_measurements, load_student
 from robx.runtime.bench.profiles import PROFILES
 from robx.ship import stages as module
 from robx.ship.command_line import command_line
@@ -245,6 +245,15 @@ def test_only_what_depends_on_a_change_runs_again(plan: Plan, tmp_path: Path) ->
     (tmp_path / "run/student/openvino-int8/measurements.jsonl").touch()
     _run(other.with_distill(epochs=2), verbs)
     assert verbs.names == ["distill", "report"]  # the stand-in makes the same student again
+
+
+def test_an_export_runs_again_where_a_later_one_in_its_place_was_refused(plan: Plan, tmp_path: Path) -> None:
+    verbs = Verbs()
+    _run(plan, verbs)
+    verbs.calls.clear()
+    (tmp_path / "run/student/openvino-int8" / SUPERSEDED).touch()
+    _run(plan, verbs)
+    assert verbs.calls[0][1]["format"] == "openvino" and verbs.names == ["export", "report"]
 
 
 def test_changed_images_run_everything_again(plan: Plan, tmp_path: Path, scene_shards: Path) -> None:
