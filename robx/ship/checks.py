@@ -54,26 +54,38 @@ def check_plan(stages: Stages, verbs: Verbs) -> None:
 
 
 @contextlib.contextmanager
-def naming_table(entry: Entry, verbs: Verbs) -> Iterator[None]:
-    """Put the table before the message of an error, and behind it the keys that the options it names have in a plan."""
+def naming_table(entry: Entry, verbs: Verbs, *, file: Path | None = None) -> Iterator[None]:
+    """Say of an error in which table it is, and what the options that it names are in a plan; see `in_plan`."""
     try:
         yield
     except Interrupted:
         raise
     except RobxError as error:
-        message = f"{entry.label}: {error}"
-        keys, known = option_keys(entry.stage), table_types(entry.stage, verbs[entry.stage])
-        notes = []
-        for option in dict.fromkeys(re.findall(r"--[a-z][a-z0-9-]*[a-z0-9]", message)):
-            key = keys.get(option, "")
-            if key in known:
-                notes.append(f"{option} is the key {key} of this table")
-            elif key in _TOP:
-                notes.append(f"{option} is the key {key} at the top of the plan")
-        if isinstance(error, ArtifactError) and "--fresh" not in message:
-            notes.append("robx ship --fresh runs every stage again")
-        error.args = (message + (f" ({'; '.join(notes)})" if notes else ""),)
+        again = isinstance(error, ArtifactError) and "--fresh" not in str(error)
+        message = f"{error} (robx ship --fresh runs every stage again)" if again else str(error)
+        error.args = (in_plan(message, entry, verbs, file=file),)
         raise
+
+
+def in_plan(message: str, entry: Entry, verbs: Verbs, *, file: Path | None = None) -> str:
+    """A message about a stage: its table before it and, behind it, where each option that it names goes in a plan.
+
+    `file` is where the plan is kept, once it is written: plans that were made from options stand nowhere else.
+    """
+    keys, known = option_keys(entry.stage), table_types(entry.stage, verbs[entry.stage])
+    notes = []
+    for option in dict.fromkeys(re.findall(r"(?<!robx ship )--[a-z][a-z0-9-]*[a-z0-9]", message)):
+        key = keys.get(option, "")
+        if key in known:
+            line = f"{key} = true" if known[key] is bool else f"the key {key}"
+            notes.append(f"{option} is {line} {'in' if known[key] is bool else 'of'} this table")
+        elif key in _TOP:
+            notes.append(f"{option} is the key {key} at the top of the plan")
+        elif option == "--fresh":
+            notes.append("--fresh is robx ship --fresh, which runs every stage again")
+    if file is not None and any(note.endswith(("this table", "the plan")) for note in notes):
+        notes.append(f"the plan that was run is {file}")
+    return f"{entry.label}: {message}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def _check_out(plan: Plan) -> None:

@@ -19,7 +19,7 @@ from robx.export.gate.gate import gate_error
 from robx.progress import Progress
 from robx.records import Latency
 from robx.runtime.bench.validity import is_refused
-from robx.ship.checks import check_plan, naming_table
+from robx.ship.checks import check_plan, in_plan, naming_table
 from robx.ship.command_line import command_line
 from robx.ship.plan import PLAN, Entry, Plan, Verbs
 from robx.ship.stages import RECIPE, Stage, Stages, State, bundle_result, student_result
@@ -96,7 +96,7 @@ class _Ship:
     ) -> None:
         self._stages, self._verbs, self._state, self._fresh = stages, verbs, state, fresh
         self._progress, self._announce, self._say = progress, announce, say
-        self._total = len(stages.plan.tables())
+        self._total, self._file = len(stages.plan.tables()), stages.plan.out / PLAN
         self.bundles: list[Path] = []
         self.page: Path | None = None
         self.refused: list[str] = []
@@ -106,7 +106,10 @@ class _Ship:
     def run(self, entry: Entry) -> None:
         """One stage; nothing can be done without the student and the report, and the others may fail."""
         needed = entry.stage in ("distill", "report")
-        with contextlib.nullcontext() if needed else self._may_fail(entry), naming_table(entry, self._verbs):
+        with (
+            contextlib.nullcontext() if needed else self._may_fail(entry),
+            naming_table(entry, self._verbs, file=self._file),
+        ):
             {
                 "distill": self._distill,
                 "export": self._export,
@@ -125,7 +128,8 @@ class _Ship:
         def record(made: Any) -> dict[str, Any]:
             limits = {"most": entry.table.get("candidates"), "budget": entry.table.get("budget")}
             error = gate_error(made.record, made.path, **limits)
-            return bundle_result(made.path) | {"refused": None if error is None else str(error)}
+            refused = None if error is None else in_plan(str(error), entry, self._verbs, file=self._file)
+            return bundle_result(made.path) | {"refused": refused}
 
         result = self._call(self._stages.export(entry), record=record)
         if result["refused"]:

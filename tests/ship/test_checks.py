@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 
 from robx import api
 from robx.cli import main
+from robx.distill.training.run_settings import compare
 from robx.errors import ArtifactError, InputError, MissingExtra, RobxError
 from robx.progress import silent
 from robx.ship import run as module
@@ -174,8 +176,6 @@ def test_no_command_takes_an_empty_path(command: list[str]) -> None:
 @pytest.fixture
 def verbs(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[dict[str, Any], list[str]]]:
     """Stand-ins for the stages that write next to nothing, and the list of those that were called."""
-    import functools
-
     called: list[str] = []
 
     def stand_in(name: str, real: Callable[..., Any]) -> Any:
@@ -248,11 +248,30 @@ def test_errors_name_their_table_and_the_keys_of_their_options(tmp_path: Path, p
         raise InputError("too few images: lower --prototypes, give --data or --fresh")
     assert str(caught.value) == (
         "[distill]: too few images: lower --prototypes, give --data or --fresh (--prototypes is the key prototypes of "
-        "this table; --data is the key data at the top of the plan)"
+        "this table; --data is the key data at the top of the plan; --fresh is robx ship --fresh, which runs every "
+        "stage again)"
     )
     with pytest.raises(MissingExtra) as missing, naming_table(export, api.VERBS):
         raise MissingExtra("ncnn", "ncnn", purpose="exporting")
     assert str(missing.value).startswith("[[export]] 2: exporting needs the package ncnn")
+
+
+def test_another_recipe_for_a_finished_student_is_refused_with_where_force_goes(
+    tmp_path: Path, photos: Path, verbs: tuple[dict[str, Any], list[str]]
+) -> None:
+    @functools.wraps(api.distill)
+    def refuse(**_: Any) -> Any:
+        compare({"recipe": {"epochs": 2}}, {"recipe": {"epochs": 3}}, run=tmp_path / "run/student")
+
+    own = {**verbs[0], "distill": refuse}
+    with pytest.raises(InputError, match=r"recipe\.epochs: 2 -> 3") as caught:
+        run_plan(_plan(tmp_path, photos), own, progress=silent, announce=lambda _: None, say=lambda _: None)
+    said = str(caught.value)
+    assert said.endswith(
+        "(--force is force = true in this table; --fresh is robx ship --fresh, which runs every stage again; --out is "
+        f"the key out at the top of the plan; the plan that was run is {tmp_path / 'run/plan.toml'})"
+    )
+    assert said.startswith("[distill]: ") and (tmp_path / "run/plan.toml").is_file()
 
 
 def test_a_damaged_student_is_told_how_to_be_made_again(

@@ -352,6 +352,9 @@ def test_gates_that_refuse_are_remembered_by_a_run_that_skips_them(plan: Plan) -
     for _ in range(2):
         shipped = _run(plan, verbs)
         assert len(shipped.refused) == 1 and "no int8 candidate passed the gate" in shipped.refused[0]
+        assert (
+            shipped.refused[0].startswith("[[export]] 2: ") and "is the key target of this table" in shipped.refused[0]
+        )
         assert [folder.name for folder in shipped.bundles] == ["onnx-fp32", "openvino-fp32"]
     wrong = _run(plan, Verbs(refuse="bench"), fresh=True).refused
     assert len(wrong) == 2 and "wrong_output" in wrong[0]
