@@ -234,6 +234,14 @@ def test_the_help_of_every_command_loads_no_network_and_no_engine() -> None:
     assert "click" in loaded and not loaded & (HEAVY - {"numpy"} | {"jinja2", "safetensors", "pandas"})
 
 
+def test_the_lists_of_networks_load_no_network() -> None:
+    loaded = _modules_after(
+        "from robx.cli import main\nfor command in ('teachers', 'students'):\n"
+        "  try: main([command, '--long'] if command == 'teachers' else [command])\n  except SystemExit: pass"
+    )
+    assert "click" in loaded and not loaded & HEAVY
+
+
 def test_the_records_need_the_standard_library_alone() -> None:
     assert not _modules_after("import robx.records") & (HEAVY | {"rich", "jinja2", "PIL", "click"})
 

@@ -14,7 +14,7 @@ import timm
 
 from robx.distill.objectives.build import OBJECTIVES
 from robx.distill.teachers.checkpoints import NAMES, Channels
-from robx.distill.teachers.trunks import TimmTrunk
+from robx.distill.teachers.trunk_specs import TimmTrunk
 from robx.distill.teachers.zoo import ALIASES, FULL_CHECKPOINTS, ZOO, Method, ZooEntry
 from robx.errors import InputError, did_you_mean
 

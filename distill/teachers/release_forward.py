@@ -18,8 +18,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-# What DINO's, iBOT's and DINOv2's releases add to the number of patches a side before they divide by the grid.
-POSITION_OFFSET = 0.1
+from robx.distill.teachers.trunk_specs import POSITION_OFFSET
 
 
 def follow_release(trunk: nn.Module, *, position_offset: float = POSITION_OFFSET) -> None:

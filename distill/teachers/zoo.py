@@ -1,19 +1,16 @@
 """The zoo: published teachers, where to get them, their licences and the accuracy that their authors report.
 
-kNN and linear are ImageNet-1k top-1 in % as reported by the releases; robx measured none of them.
+kNN and linear are ImageNet-1k top-1 in % as reported by the releases; robx measured none of them. Plain values, so that
+they are listed without loading torch; the tests compare the sizes with the networks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import torch
-
-from robx.distill.teachers.checkpoints import Channels
-from robx.distill.teachers.trunks import ResNetTrunk, SwinTrunk, TimmTrunk, TrunkSpec, VitTrunk, XcitTrunk
+from robx.distill.teachers.trunk_specs import ResNetTrunk, SwinTrunk, TimmTrunk, TrunkSpec, VitTrunk, XcitTrunk
 from robx.records import IMAGENET_MEAN, IMAGENET_STD
-from robx.trunk import build_trunk, embedding_width, is_vit
 
 # headless: published without a head, so prototypes are fitted; classifier: its class logits are the target.
 Method = Literal["dino", "ibot", "msn", "swav", "headless", "classifier"]
@@ -56,8 +53,8 @@ class ZooEntry:
     sha256: str = ""  # of the weights file, if known
     knn: float | None = None
     linear: float | None = None
-    mean: Channels = IMAGENET_MEAN
-    std: Channels = IMAGENET_STD
+    mean: tuple[float, float, float] = IMAGENET_MEAN  # red, green, blue
+    std: tuple[float, float, float] = IMAGENET_STD
 
     @property
     def file(self) -> str:
@@ -70,6 +67,16 @@ class ZooEntry:
     def non_commercial(self) -> bool:
         """Whether the licence forbids commercial use of the weights."""
         return "-nc" in self.licence.lower()
+
+
+@dataclass(frozen=True)
+class ListedStudent:
+    """A student that is tested end to end."""
+
+    name: str  # in timm
+    params: int  # of the trunk
+    width: int  # of the embedding
+    vit: bool = False
 
 
 def _dino(name: str, file: str, trunk: TrunkSpec, params: int, knn: float, linear: float) -> ZooEntry:
@@ -181,17 +188,20 @@ FULL_CHECKPOINTS = {
 }
 
 # Students tested end to end, from distillation to the exported engines; most other timm models work too.
-STUDENTS = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "mobilenetv2_100",
-    "mobilenetv3_small_100",
-    "mobilenetv3_large_100",
-    "efficientnet_b0",
-    "vit_tiny_patch16_224",
-    "vit_small_patch16_224",
-)
+STUDENTS = {
+    student.name: student
+    for student in (
+        ListedStudent("resnet18", 11_176_512, 512),
+        ListedStudent("resnet34", 21_284_672, 512),
+        ListedStudent("resnet50", 23_508_032, 2048),
+        ListedStudent("mobilenetv2_100", 2_223_872, 1280),
+        ListedStudent("mobilenetv3_small_100", 1_517_856, 1024),
+        ListedStudent("mobilenetv3_large_100", 4_202_032, 1280),
+        ListedStudent("efficientnet_b0", 4_007_548, 1280),
+        ListedStudent("vit_tiny_patch16_224", 5_524_416, 192, vit=True),
+        ListedStudent("vit_small_patch16_224", 21_665_664, 384, vit=True),
+    )
+}
 
 
 def teacher_rows() -> list[dict[str, Any]]:
@@ -215,10 +225,4 @@ def teacher_rows() -> list[dict[str, Any]]:
 
 def student_rows() -> list[dict[str, Any]]:
     """The rows of ``robx students``: students tested end to end, with parameter count and embedding width."""
-    rows = []
-    for name in STUDENTS:
-        with torch.device("meta"):
-            trunk = build_trunk(name)
-        params = sum(parameter.numel() for parameter in trunk.parameters())
-        rows.append({"name": name, "params": params, "width": embedding_width(trunk), "vit": is_vit(name)})
-    return rows
+    return [asdict(student) for student in STUDENTS.values()]

@@ -19,17 +19,15 @@ from robx.distill.teachers.from_timm import build_trunk, hash_state
 from robx.distill.teachers.frozen_heads import random_head
 from robx.distill.teachers.load import build_teacher_skeleton, load_teacher
 from robx.distill.teachers.teacher import Teacher, fold_normalisation
-from robx.distill.teachers.trunks import TimmTrunk, build_published_trunk, trunk_width
+from robx.distill.teachers.trunk_specs import TimmTrunk
+from robx.distill.teachers.trunks import build_published_trunk, trunk_width
 from robx.distill.teachers.wide_resnet import WideResNet
-from robx.distill.teachers.zoo import (
-    ZOO,
-    ZooEntry,
-    student_rows,
-    teacher_rows,
-)
+from robx.distill.teachers.zoo import STUDENTS, ZOO, ListedStudent, ZooEntry, student_rows, teacher_rows
 from robx.errors import ArtifactError, InputError
 from robx.images.decode import IMAGENET_MEAN, IMAGENET_STD
 from robx.records import Preprocessing, TeacherInfo
+from robx.trunk import build_trunk as build_student_trunk
+from robx.trunk import embedding_width, is_vit
 
 
 def tiny(trunk: nn.Module, **options: object) -> Teacher:
@@ -123,6 +121,14 @@ def test_rows_for_the_command_line() -> None:
     students = {row["name"]: row for row in student_rows()}
     assert students["resnet18"]["params"] == 11_176_512 and students["resnet18"]["width"] == 512
     assert students["mobilenetv3_large_100"]["width"] == 1280
+
+
+@pytest.mark.parametrize("student", STUDENTS.values(), ids=list(STUDENTS))
+def test_the_listed_students_are_as_large_as_their_networks(student: ListedStudent) -> None:
+    with torch.device("meta"):
+        trunk = build_student_trunk(student.name)
+    assert sum(parameter.numel() for parameter in trunk.parameters()) == student.params
+    assert (embedding_width(trunk), is_vit(student.name)) == (student.width, student.vit)
 
 
 @pytest.mark.parametrize(
