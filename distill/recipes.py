@@ -13,8 +13,9 @@ import dataclasses
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
+from robx.arguments import check_types, is_enumerated
 from robx.distill.presets import BASE, CNN, ROB
 from robx.errors import ArtifactError, InputError, did_you_mean
 from robx.image_size import Shape, parse_size, plain_size
@@ -126,7 +127,7 @@ class Recipe:
     def __post_init__(self) -> None:
         """Refuse invalid values, by name."""
         if self.objective not in METHODS:
-            raise InputError(f"recipe: unknown objective {self.objective!r}: choose one of {', '.join(METHODS)}")
+            raise InputError(f"recipe: {_unknown_objective(self.objective)}")
         for name, low, high in _RANGES:
             value = getattr(self, name)
             numbers = parse_size(value, name=f"recipe: {name}") if name in _SIZES else (value,)
@@ -274,13 +275,18 @@ def preset(method: Method, student: StudentKind, *, base: bool = False) -> Recip
     own measures against collapse.
     """
     if method not in ROB:
-        raise InputError(f"unknown objective {method!r}: choose one of {', '.join(METHODS)}")
+        raise InputError(_unknown_objective(method))
     values = dict(ROB[method])
     if student == "cnn":
         values |= CNN.get(method, {})
     if base:
         values |= {"base": True, "pairing": "swapped", **BASE.get(method, {})}
     return Recipe(**values)
+
+
+def _unknown_objective(name: str) -> str:
+    hint = did_you_mean(name, METHODS, otherwise=f"choose one of {', '.join(METHODS)}")
+    return f"unknown objective {name!r}: {hint}"
 
 
 def override(recipe: Recipe, values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
@@ -295,6 +301,9 @@ def override(recipe: Recipe, values: Mapping[str, Any], *, where: str = "recipe"
         raise InputError(f"{where}: unknown key {_shown(unknown[0])}: {hint}")
     given = {name: None if _is_off(name, value) else value for name, value in values.items()}
     given |= {name: plain_size(parse_size(given[name], name=f"{where}.{name}")) for name in _SIZES if name in given}
+    for name, kind in get_type_hints(Recipe).items():
+        if name in given and is_enumerated(kind):
+            check_types({f"{where}.{name}": kind}, {f"{where}.{name}": given[name]})
     try:
         return recipe_from_json(to_json(recipe) | dict(to_json(given)), where=where)
     except RecursionError:

@@ -21,7 +21,7 @@ from robx.distill.targets.stored import read_info
 from robx.distill.teachers.choose import default_objective
 from robx.distill.training.compute import KEYS, decide, facts_of
 from robx.distill.training.run import Options
-from robx.errors import InputError, RobxError
+from robx.errors import InputError, RobxError, did_you_mean
 from robx.store.files import read_json
 from robx.store.written import RECORD
 from robx.trunk import build_trunk
@@ -152,7 +152,8 @@ def recipe_values(recipe: Path) -> tuple[str, dict[str, Any]]:
     values = read_recipe(recipe)
     name = values.pop("like", "paper")
     if name not in NAMED:
-        raise InputError(f"{recipe}: like = {name!r} is not a recipe: give one of {', '.join(NAMED)}")
+        hint = did_you_mean(str(name), NAMED, otherwise=f"give one of {', '.join(NAMED)}")
+        raise InputError(f"{recipe}: like = {name!r} is not a recipe: {hint}")
     return name, NAMED[name] | values
 
 

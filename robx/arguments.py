@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar, Union
 
-from robx.errors import ArtifactError, InputError, RobxError
+from robx.errors import ArtifactError, InputError, RobxError, did_you_mean
 from robx.store.dataclass_json import check_json, to_json
 
 Parameters = ParamSpec("Parameters")
@@ -109,10 +109,25 @@ def _check(kind: Any, value: Any, name: str) -> None:
     except ArtifactError:
         finite = not isinstance(value, float) or math.isfinite(value)
         wanted = described(kind) if finite else described(kind).replace("a number", "a finite number")
-        raise InputError(f"{name} must be {wanted}, got {reprlib.repr(value)}") from None
+        hint = did_you_mean(value, _choices(kind), otherwise="") if isinstance(value, str) else ""
+        raise InputError(f"{name} must be {wanted}, got {reprlib.repr(value)}{hint and ': '}{hint}") from None
     parts = value if isinstance(value, list | tuple) else (value,)
     if "PathLike" in repr(kind) and any(isinstance(part, str) and not part for part in parts):
         raise InputError(f"{name} is an empty path: give a path, or . for the current folder")
+
+
+def _choices(kind: Any) -> list[str]:
+    """The names that a type allows, those of a list's items included."""
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return [part for part in parts if isinstance(part, str)]
+    return [name for part in parts for name in _choices(part)]
+
+
+def is_enumerated(kind: Any) -> bool:
+    """Whether a type allows a few names and, perhaps, None."""
+    kinds = [one for one in typing.get_args(kind) if one is not type(None)] or [kind]
+    return typing.get_origin(kind) is Literal or all(typing.get_origin(one) is Literal for one in kinds)
 
 
 def _json(value: Any) -> Any:

@@ -89,7 +89,7 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Like click's, but suggests the closest command for a misspelt one."""
-        near = difflib.get_close_matches(args[0], COMMANDS, n=1) if args and args[0] not in COMMANDS else []
+        near = difflib.get_close_matches(args[0].lower(), COMMANDS, n=1) if args and args[0] not in COMMANDS else []
         if near and not args[0].startswith("-"):
             ctx.fail(f"unknown command {args[0]!r}: did you mean {near[0]!r}?")
         return super().resolve_command(ctx, args)

@@ -145,6 +145,11 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], *, otherwise: str, prefix: str = "") -> str:
-    """A hint for an error message: the three known names closest to `name`, each after `prefix`, or `otherwise`."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    """A hint for an error message: the three known names closest to `name`, each after `prefix`, or `otherwise`.
+
+    Upper and lower case do not count; a name that differs in nothing else is the only one.
+    """
+    spelt = {other.lower(): other for other in known}
+    same = spelt.get(name.lower())
+    near = [same] if same else [spelt[one] for one in difflib.get_close_matches(name.lower(), spelt, n=3, cutoff=0.5)]
     return f"did you mean {', '.join(prefix + n for n in near)}?" if near else otherwise

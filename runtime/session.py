@@ -11,7 +11,16 @@ from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
-from robx.errors import ArtifactError, DeviceError, InputError, MissingExtra, RobxError, first_line, is_exhausted
+from robx.errors import (
+    ArtifactError,
+    DeviceError,
+    InputError,
+    MissingExtra,
+    RobxError,
+    did_you_mean,
+    first_line,
+    is_exhausted,
+)
 from robx.formats import PROVIDERS, RUNTIMES
 from robx.records import Bundle, Student, from_json, load_bundle, load_student, to_json
 from robx.runtime.device.runner import run_in_batches
@@ -39,7 +48,8 @@ class SessionSettings:
 def check_provider(name: str | None) -> None:
     """Raise InputError for a provider that no engine has, before a device is reached; "cuda:1" and "gpu.0" are some."""
     if name is not None and name.lower().partition(":")[0].partition(".")[0] not in PROVIDERS:
-        raise InputError(f"unknown provider {name!r}: choose one of {', '.join(PROVIDERS)}")
+        hint = did_you_mean(name, PROVIDERS, otherwise=f"choose one of {', '.join(PROVIDERS)}")
+        raise InputError(f"unknown provider {name!r}: {hint}")
 
 
 RUN_SECONDS = 300.0  # longest wait for the output of one batch

@@ -187,7 +187,7 @@ def test_the_api_takes_cores_as_the_command_does(monkeypatch: pytest.MonkeyPatch
     from robx.runtime.bench.profiles import BenchSettings
 
     seen: list[BenchSettings] = []
-    monkeypatch.setattr(bench, "bench", lambda settings, progress: seen.append(settings) or [])
+    monkeypatch.setattr(bench, "bench", lambda settings, **_: seen.append(settings) or [])
     for cores in ("0,2", "4-6", [0, 2], None):
         api.bench("b", affinity=cores)
     assert [one.affinity for one in seen] == [(0, 2), (4, 5, 6), (0, 2), None]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robx.errors import MissingExtra, counted, duration, one_line, visible
+from robx.errors import MissingExtra, counted, did_you_mean, duration, one_line, visible
 
 # Lone surrogates too: they stand for the bytes of a name that is not UTF-8.
 ANY = st.text(st.characters() | st.characters(categories=("Cs", "Cc", "Cf", "Zl", "Zp")))
@@ -34,6 +34,14 @@ def test_a_missing_package_is_named_with_its_extra_and_its_cause() -> None:
     error = MissingExtra("openvino", "openvino", purpose="the export", cause=ImportError("no module"))
     assert str(error) == "the export needs the package openvino (no module): pip install 'robx[openvino]'"
     assert error.exit_status == 2
+
+
+def test_a_similar_name_is_suggested_whatever_its_case() -> None:
+    formats = ("onnx", "openvino", "ncnn")
+    assert did_you_mean("ONNX", formats, otherwise="") == "did you mean onnx?"
+    assert did_you_mean("onnxx", formats, otherwise="") == "did you mean onnx?"
+    assert did_you_mean("OpenVIN", formats, otherwise="", prefix="--") == "did you mean --openvino, --onnx?"
+    assert did_you_mean("tflite", ("ONNX",), otherwise="known are ONNX") == "known are ONNX"
 
 
 def test_a_count_and_its_noun_agree() -> None:

@@ -121,7 +121,8 @@ def _method(entry: ZooEntry, objective: str | None) -> Method:
     if objective is None:
         return entry.method
     if objective not in OBJECTIVES:
-        raise InputError(f"unknown objective {objective!r}: choose one of {', '.join(OBJECTIVES)}")
+        hint = did_you_mean(objective, OBJECTIVES, otherwise=f"choose one of {', '.join(OBJECTIVES)}")
+        raise InputError(f"unknown objective {objective!r}: {hint}")
     wanted = OBJECTIVES[objective].traits
     headless = entry.method == "headless"
     if wanted.teacher == "classifier":

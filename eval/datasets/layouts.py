@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from robx.errors import ArtifactError, InputError
+from robx.errors import ArtifactError, InputError, did_you_mean
 from robx.images.arrays import ArraySource, open_cifar, open_idx
 from robx.images.decode import decode, decode_pixels, read_image_file
 from robx.images.derived import DerivedSource
@@ -127,7 +127,11 @@ def open_dataset(name: str, root: Path) -> tuple[ImageSource, ImageSource]:
             return _clevr(root, "train", name, clevr_count), _clevr(root, "test", name, clevr_count)
         case "clevr_dist":
             return _clevr(root, "train", name, clevr_dist), _clevr(root, "test", name, clevr_dist)
-    raise InputError(f"unknown data set {name!r}: give one of {', '.join(DATASETS)}")
+    raise InputError(f"unknown data set {name!r}: {_nearest(name)}")
+
+
+def _nearest(name: str) -> str:
+    return did_you_mean(name, DATASETS, otherwise=f"give one of {', '.join(DATASETS)}")
 
 
 def parse_transfers(names: Sequence[str], data: Path | None) -> tuple[tuple[str, Path], ...]:
@@ -140,7 +144,7 @@ def parse_transfers(names: Sequence[str], data: Path | None) -> tuple[tuple[str,
     for text in names:
         name, _, root = text.partition("=")
         if name not in DATASETS:
-            raise InputError(f"unknown transfer {name!r}: give one of {', '.join(DATASETS)}")
+            raise InputError(f"unknown transfer {name!r}: {_nearest(name)}")
         if not root and data is None:
             raise InputError(f"--transfer {name} has no folder: give --transfer {name}=DIR")
         found.append((name, Path(root) if root or data is None else data))

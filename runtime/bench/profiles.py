@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from robx.errors import InputError
+from robx.errors import InputError, did_you_mean
 from robx.path_ends import path_ends
 from robx.runtime.session import SessionSettings, check_provider
 
@@ -113,7 +113,8 @@ def find_profile(name: str) -> Profile:
         InputError: no profile has that name.
     """
     if name not in PROFILES:
-        raise InputError(f"unknown profile {name!r}: choose one of {', '.join(PROFILES)}")
+        hint = did_you_mean(name, PROFILES, otherwise=f"choose one of {', '.join(PROFILES)}")
+        raise InputError(f"unknown profile {name!r}: {hint}")
     return PROFILES[name]
 
 

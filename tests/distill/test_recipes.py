@@ -3,9 +3,11 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
+from robx.arguments import is_enumerated
 from robx.distill.recipe_toml import read_recipe, to_toml
 from robx.distill.recipes import METHODS, Method, Recipe, StudentKind, override, preset, recipe_from_json
 from robx.errors import InputError
@@ -177,6 +179,18 @@ def test_values_that_cannot_work_are_refused_by_name(values: dict[str, object], 
     with pytest.raises(InputError) as caught:
         override(preset("dino", "vit"), values)
     assert named in str(caught.value)
+
+
+ENUMERATED = {name: kind for name, kind in get_type_hints(Recipe).items() if is_enumerated(kind)}
+
+
+@pytest.mark.parametrize("name", ENUMERATED)
+def test_a_name_in_another_case_is_refused_with_the_right_one(name: str) -> None:
+    for choice in str(ENUMERATED[name]).split("'")[1::2]:
+        with pytest.raises(InputError, match=rf"^mine\.toml\.{name} must be .*: did you mean {choice}\?$"):
+            override(preset("dino", "vit"), {name: choice.upper()}, where="mine.toml")
+    with pytest.raises(InputError, match=r"^unknown objective 'DINO': did you mean dino\?$"):
+        preset("DINO", "vit")
 
 
 def test_a_toml_file_changes_a_preset(tmp_path: Path) -> None:

@@ -67,6 +67,12 @@ INT8 = {"format": "onnx", "int8": True, "calibration_images": 20}
         ({"export": [{"format": "onnx", "opset": 99}]}, "[[export]]: opset 99 is not supported"),
         ({"export": [{"format": "onnx", "batch": 0}]}, "[[export]]: batch must be at least 1, got 0"),
         ({"export": [{"format": "nnx"}]}, "[[export]]: format must be one of 'onnx', "),
+        ({"export": [{"format": "ONNX"}]}, ", got 'ONNX': did you mean onnx?"),
+        ({"export": [{"format": "onnx", "input_layout": "NHCW"}]}, "got 'NHCW': did you mean "),
+        ({"bench": [{"profile": "Standard"}]}, "[[bench]]: unknown profile 'Standard': did you mean standard?"),
+        ({"bench": [{"precision_hint": "F16"}]}, "[[bench]]: precision_hint must be one of 'f32', 'f16', 'bf16', got"),
+        ({"bench": [{"provider": "cudda"}]}, "[[bench]]: unknown provider 'cudda': did you mean cuda, cpu?"),
+        ({"eval": {"transfers": ["CIFAR10"]}}, "[eval]: unknown transfer 'CIFAR10': did you mean cifar10?"),
         (
             {"export": [{"format": "onnx", "heal": 5}]},
             "[[export]]: --heal is for int8: give --int8 too (--heal is the key",
