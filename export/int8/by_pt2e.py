@@ -2,8 +2,8 @@
 
 Weights are symmetric int8 with one scale per output channel, activations asymmetric int8 with one scale per tensor: the
 form that XNNPACK executes. `kept` modules and, with ``weighted_only``, all but convolutions and linear layers stay in
-float. "dynamic" activations stay in float between layers, and a linear or pointwise convolution quantises its own input
-at run time, with one scale per row.
+float. "dynamic" activations stay in float between layers, and a linear layer or convolution quantises its own input at
+run time; one that follows a padding of its own, as TensorFlow's "same" stems do, stays in float: XNNPACK cannot run it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ def _quantizer(candidate: Candidate, kept: Collection[str]) -> Any:
             quantizer.set_operator_type(operator, config)
     else:
         quantizer.set_global(config)
-    return quantizer.set_filter_function(lambda node: not _modules_of(node) & set(kept))
+    dynamic = candidate.activations == "dynamic"
+    return quantizer.set_filter_function(
+        lambda node: not (_modules_of(node) & set(kept) or (dynamic and _follows_padding(node)))
+    )
 
 
 def _with_ranges(config: Any, candidate: Candidate) -> Any:
@@ -85,6 +88,14 @@ def _modules_of(node: torch.fx.Node) -> set[str]:
     """Names of the modules that a node of an exported graph lies in."""
     stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack", {})
     return {path.removeprefix("L['self'].") for path, _ in stack.values()}
+
+
+def _follows_padding(node: torch.fx.Node) -> bool:
+    """Whether a node's input is padded by an operator of its own."""
+    sources = [arg for arg in node.args[:1] if isinstance(arg, torch.fx.Node)]
+    return any(
+        source.target in (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default) for source in sources
+    )
 
 
 def _saturate(prepared: nn.Module) -> None:

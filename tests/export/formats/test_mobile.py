@@ -20,6 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 
 from robx.errors import ArtifactError, InputError, MissingExtra
@@ -215,6 +216,28 @@ def test_a_range_ends_where_the_activation_function_clamps(tmp_path: Path, monke
     monkeypatch.setattr(by_pt2e, "_bounds", lambda node: saturation.EVERYTHING)
     far, _, _ = judge("executorch", plain, trunk, tmp_path / "whole")
     assert near.mean() > 0.98 and 1 - far.mean() > 5 * (1 - near.mean())
+
+
+class _SameStem(nn.Module):
+    """A stem with TensorFlow's padding, as EfficientNet-Lite has it, and a pointwise convolution."""
+
+    num_features = 64
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = Conv2dSame(3, 32, 3, stride=2), nn.Conv2d(32, 64, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(nn.functional.relu6(self.first(x))).mean((2, 3))
+
+
+@pytest.mark.mobile
+def test_a_stem_with_its_own_padding_stays_in_float_where_activations_are_dynamic(tmp_path: Path) -> None:
+    needs("executorch")
+    candidate = Candidate(name="x", quantiser="pt2e", activations="dynamic")
+    cosines, _, _ = judge("executorch", candidate, _SameStem().eval(), tmp_path / "same")
+    assert cosines.min() > 0.99  # XNNPACK used to refuse the file: "Propagating input shapes failed"
 
 
 @pytest.mark.mobile
