@@ -109,6 +109,7 @@ def arguments(known: Mapping[str, Method]) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--against", choices=known, default="quick", metavar="NAME", help="what differences refer to")
     parser.add_argument("--lightly", type=Path, help="python of an environment with lightly-train and timm")
+    parser.add_argument("--dino", type=Path, metavar="FILE", help="the teacher with a DINO head, from chain.py")
     parser.add_argument("--finished", action="store_true", help="train nothing: the table of the finished runs")
     parser.add_argument("--out", type=Path, default=Path("runs/equal-compute"))
     parser.add_argument("--name", help="name of the result; default: equal-compute-TEACHER-STUDENT")
@@ -185,6 +186,9 @@ def teacher_of(recipe: Recipe, images: ImageSource, given: argparse.Namespace) -
         )
         return teacher, time.process_time() - began
 
+    if recipe.objective == "dino":
+        head = {"weights": given.dino, "objective": "dino", "image_size": recipe.teacher_shape}
+        return load_teacher("dino", **head), 0.0
     if not recipe.prototype_weight or recipe.objective == "kd":  # nothing reads the prototypes: any two will do
         return load(2, None)[0], 0.0
     what = f"fitting-{recipe.prototypes}-{recipe.fit_images or 'all'}-{recipe.teacher_shape[0]}.json"

@@ -43,10 +43,11 @@ def row_from_json(stored: Row) -> Row:
 def write_down(rows: list[Row], missing: list[str], learnt: list[str], given: argparse.Namespace) -> None:
     """Write the table of the results so far."""
     timed = ["latency / fp32"] if _timed(rows) else []
+    columns = [column for column in _COLUMNS if any(column[1] in row["values"] for row in rows)]
     cells = [
         [
             r["student"], ENGINES[r["engine"]], r["variant"], r["ships"] if r["variant"].startswith("robx") else "",
-            f"{r['bytes'] / 1e6:.1f}", *(_cell(r, key, digits) for _, key, digits in _COLUMNS),
+            f"{r['bytes'] / 1e6:.1f}", *(_cell(r, key, digits) for _, key, digits in columns),
             *(shown(r["latency_ratio"]) for _ in timed),
         ]
         for r in rows
@@ -54,7 +55,7 @@ def write_down(rows: list[Row], missing: list[str], learnt: list[str], given: ar
     publish(
         given.name,
         title="Exports of each student side by side",
-        headings=[*_HEADINGS, *(name for name, _, _ in _COLUMNS), *timed],
+        headings=[*_HEADINGS, *(name for name, _, _ in columns), *timed],
         rows=cells,
         data=to_json(rows),
         notes=[
@@ -76,7 +77,7 @@ def write_down(rows: list[Row], missing: list[str], learnt: list[str], given: ar
             f"kNN top-1 of the fp32 students, in %: {'; '.join(learnt)}. The table compares exports, not students.",
             *dict.fromkeys(f"{r['student']}, {ENGINES[r['engine']]}: {r['note']}." for r in rows if r["note"]),
             *_warm_note(given.warm),
-            *([CLIP_ART] if given.data is None else []),
+            *([CLIP_ART] if given.data is None else [f"Images: {given.data.name}."]),
             *held_out_note(given),
         ],
         settings={k: str(v) for k, v in vars(given).items() if k not in ("data", "out", "runs")},
@@ -105,9 +106,11 @@ def _judged_note(rows: list[Row]) -> str:
     """How many images the figures are of."""
     counts = {key: max((r["values"][key].n or 0 for r in rows if key in r["values"]), default=0) for key in _COUNTED}
     first, labelled, second = counts.values()
+    said = f"The cosines are of {first:,} test images and the drops of the {labelled:,} labelled ones among them"
+    if not second:
+        return f"{said}."
     return (
-        f"The cosines are of {first:,} images of the first set and the drops of the {labelled:,} labelled ones among "
-        f"them; those of Fashion-MNIST are of {second:,} test images, with a bank of 1,000 training images. No image "
+        f"{said}; those of Fashion-MNIST are of {second:,} test images, with a bank of 1,000 training images. No image "
         "of Fashion-MNIST trained, calibrated, healed or chose anything."
     )
 

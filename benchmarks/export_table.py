@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import Chosen, demo_images, save_student, say, shown
-from export_page import Row, row_from_json, write_down
+from export_page import ENGINES, Row, row_from_json, write_down
 from more_judged import hold_out
 from table_judging import Judges
 from vendors import MOBILE_DEFAULTS, mobile_vendor_bundle, vendor_bundle
@@ -49,7 +49,7 @@ from robx.export.build import ExportSettings, export
 from robx.export.gate import timing
 from robx.export.gate.gate import Limits
 from robx.export.heal.heal import HealSettings
-from robx.export.image_splits import MIN_IMAGES, open_data
+from robx.export.image_splits import JUDGING_IMAGES, MIN_IMAGES, open_data
 from robx.export.request import ExportTarget
 from robx.images.sources import open_source
 from robx.records import Bundle, Student, Value, from_json, load_bundle, load_student, to_json, unfinished
@@ -86,12 +86,33 @@ def main() -> None:
         for engine in given.engines if given.stage not in ("students", "table") else ():
             for variant in (v for v in VARIANTS[engine] if v in given.variants):
                 works[-1].make_row(engine, variant)
-                write_down(*stored_rows(works), learnt, given)
+                write_page(works, learnt, given)
             if engine != "trt" and given.stage != "bundles":
                 works[-1].time(engine)
-                write_down(*stored_rows(works), learnt, given)
+                write_page(works, learnt, given)
     if given.stage == "table":
-        write_down(*stored_rows(works), learnt, given)
+        write_page(works, learnt, given)
+
+
+def write_page(works: list[Work], learnt: list[str], given: argparse.Namespace) -> None:
+    """The page of all rows so far."""
+    rows, faults = stored_rows(works)
+    write_down(rows, faults + absent(works, given), learnt, given)
+
+
+def absent(works: list[Work], given: argparse.Namespace) -> list[str]:
+    """Which of the rows asked for do not exist, by engine."""
+    found = []
+    for engine, variants in VARIANTS.items():
+        lacks = {
+            work.student.timm_name: [v for v in variants if v in given.variants and work.stored(engine, v) is None]
+            for work in works
+        }
+        asked = sum(v in given.variants for v in variants)
+        said = [name + ("" if len(some) == asked else f" ({', '.join(some)})") for name, some in lacks.items() if some]
+        if said:
+            found.append(f"Not run in {ENGINES[engine]}: {'; '.join(said)}.")
+    return found
 
 
 def stored_rows(works: list[Work]) -> tuple[list[Row], list[str]]:
@@ -140,6 +161,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--calibration-images", type=int, default=MIN_IMAGES, help="calibration images of robx and of the vendors"
     )
+    parser.add_argument("--judging-images", type=int, default=JUDGING_IMAGES, help="test images to judge on, at most")
     parser.add_argument("--blocks", type=int, default=20, help="blocks of each model in the interleaved timing")
     parser.add_argument("--seconds", type=float, default=0.1, help="seconds of a block")
     parser.add_argument("--data", type=Path, help="labelled images in train/ and test/; default: the demo's")
@@ -319,6 +341,8 @@ class Work:
         """Everything that a row depends on."""
         names = ("max_drop", "min_speedup", "budget", "candidates", "calibration_images")
         kept = {name: getattr(self.given, name) for name in names}
+        if self.given.judging_images != JUDGING_IMAGES:
+            kept["judging_images"] = self.given.judging_images
         kept["trt"] = self.given.trt if engine == "trt" else None
         kept["heal"] = [self.given.heal, self.given.heal_steps] if variant == HEALED else None
         return kept | {"student": self.student.sha256, "images": self._fingerprints, "robx": __version__}
@@ -366,6 +390,7 @@ class Work:
             budget=self.given.budget,
             candidates=self.given.candidates,
             calibration_images=self.given.calibration_images,
+            judging_images=self.given.judging_images,
             heal=HealSettings(minutes=self.given.heal, steps=self.given.heal_steps) if variant == HEALED else None,
         )
         return export(settings, on_candidate=lambda r: say(f"  {r.name}: {r.accuracy} / {r.speed}: {r.reason[:90]}"))

@@ -30,6 +30,7 @@ from robx.store.files import cache_folder
 
 NEIGHBOURS, SHOTS, BOOTSTRAP = 20, "5", 2000
 FASHION_BANK, FASHION_TEST = 1000, 1000  # images of Fashion-MNIST: more would take as long to judge as to train
+FASHION_MNIST = cache_folder() / "fashion-mnist"
 Hits = list[float]  # per test image: 1 for a right answer; 5-shot has the mean over its splits
 
 
@@ -50,7 +51,7 @@ def judged_sets() -> list[JudgedSet]:
 
 def fashion_mnist() -> Split:
     """A part of Fashion-MNIST, downloaded once."""
-    folder = cache_folder() / "fashion-mnist"
+    folder = FASHION_MNIST
     if not folder.is_dir():
         with tempfile.TemporaryDirectory() as scratch:
             found = unpack_debian("dataset-fashion-mnist", Path(scratch)) / "usr/share/datasets/fashion-mnist"

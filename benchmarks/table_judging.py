@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from judged import FASHION_BANK, FASHION_TEST, fashion_mnist
+from judged import FASHION_BANK, FASHION_MNIST, FASHION_TEST, fashion_mnist
 
 from robx.embeddings import KNN_K
 from robx.eval.fidelity.fidelity import Bank, fidelity, make_bank
@@ -63,7 +63,8 @@ class Judges:
         """The images that robx's export reads: the same calibration and test images for all."""
         train, test = open_data(self.data)
         count = self.given.calibration_images
-        return read_splits(train, test, self.student.preprocessing, sizes=SplitSizes(calibration=count, least=count))
+        sizes = SplitSizes(calibration=count, least=count, judging=self.given.judging_images)
+        return read_splits(train, test, self.student.preprocessing, sizes=sizes)
 
     @cached_property
     def first(self) -> Expected:
@@ -71,9 +72,11 @@ class Judges:
         return self._expected(self.splits)
 
     @cached_property
-    def second(self) -> Expected:
-        """A part of Fashion-MNIST."""
+    def second(self) -> Expected | None:
+        """A part of Fashion-MNIST; None where the student was distilled from it."""
         split = fashion_mnist()
+        if self.data == FASHION_MNIST:
+            return None
         sizes = SplitSizes(calibration=_BATCH, bank=FASHION_BANK, screening=0, judging=FASHION_TEST, least=_BATCH)
         return self._expected(read_splits(split.bank, split.test, self.student.preprocessing, sizes=sizes))
 
@@ -81,6 +84,8 @@ class Judges:
         """The figures of the bundle in `folder`, those on the second set with the prefix SECOND."""
         values = self.first.compare(embed(folder, self.first.images, self.student.preprocessing))
         found = {key: values[key] for key in FIGURES if key in values}
+        if self.second is None:
+            return found
         values = self.second.compare(embed(folder, self.second.images, self.student.preprocessing))
         return found | {f"{SECOND}{key}": values[key] for key in _SECOND_FIGURES if key in values}
 
