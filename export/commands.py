@@ -227,8 +227,8 @@ def _candidate_row(rung: Rung) -> tuple[str, ...]:
         rung.accuracy_said,
         _interval(values["probe_drop"]) if "probe_drop" in values else "",
         f"{values['cosine_mean'].value:.4f}" if "cosine_mean" in values else "",
-        _speedup(values.get("speedup_fp32")),
-        _speedup(values.get("speedup_fp16")),
+        _speedup(rung, "speedup_fp32"),
+        _speedup(rung, "speedup_fp16"),
         rung.speed if "speedup_fp32" in values else "on device" if values else "",
         _size(int(values["bytes"].value)) if "bytes" in values else "",
     )
@@ -271,8 +271,10 @@ def _interval(value: Value) -> str:
     return f"{value.value:.2f} ({value.low:.2f} to {value.high:.2f})"
 
 
-def _speedup(value: Value | None) -> str:
-    return "" if value is None else f"{value.value:.2f}x"
+def _speedup(rung: Rung, key: str) -> str:
+    if key not in rung.values:
+        return ""
+    return f"{rung.values[key].value:.2f}x" if rung.has_speed else "not reliable"
 
 
 def _size(count: int) -> str:

@@ -185,6 +185,11 @@ class Rung:
         return "screened" not in self.values
 
     @property
+    def has_speed(self) -> bool:
+        """Whether its speed-ups can be quoted: a timing without a verdict, as on a busy machine, is not reliable."""
+        return self.speed != "INCONCLUSIVE"
+
+    @property
     def accuracy_said(self) -> str:
         """The verdict on the judging images, or why there is none."""
         if self.was_judged:

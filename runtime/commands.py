@@ -341,6 +341,8 @@ def _print_comparisons(found: Sequence[Comparison], *, as_json: bool) -> None:
             continue
         low, high = one.ratio.low or 0.0, one.ratio.high or 0.0
         ratio = f"{one.ratio.value:.3f} x the latency of {one.against} [{low:.3f}, {high:.3f}]"
+        if one.verdict != "VALID":  # the figure may be far from the truth
+            ratio = f"its latency compared with {one.against} is not reliable"
         print_line(f"{one.bundle}: {ratio}, {one.claim}")
         for reason in one.reasons:
             print_line(reason)

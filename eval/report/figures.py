@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from robx.errors import counted
 from robx.eval.report import plots
 from robx.eval.report.collect import ReportData
 from robx.eval.report.rows import Figure, Row
@@ -114,7 +115,6 @@ def pair_figure(pairs: Sequence[tuple[Row, Row, Figure | None]], *, margin: floa
         {
             "label": short(f"{row.name} {row.kind} / {base.precision}", 44),
             "precision": row.precision,
-            "valid": row.validity == base.validity == "VALID",
             "speedup": _triple(figure),
             "drop": _triple(row.drop),
         }
@@ -138,8 +138,10 @@ def pair_figure(pairs: Sequence[tuple[Row, Row, Figure | None]], *, margin: floa
     )
     caption = (
         "Faster is right of 1, and certain where the whole interval is. "
-        f"A drop left of {margin:g} pt is within the margin. Hollow: one of the two is UNSTABLE."
+        f"A drop left of {margin:g} pt is within the margin."
     )
+    if left_out := len(pairs) - len(rows):
+        caption += f" Without {counted(left_out, 'pair')} whose speed-up is not known or not reliable."
     return Picture(svg=Markup(svg), caption=caption)
 
 

@@ -233,8 +233,7 @@ def _whisker(axes: Any, value: tuple[float, float | None, float | None] | None, 
     colour = COLOUR[row["precision"]]
     if low is not None and high is not None:
         axes.hlines(y, low, high, color=colour, lw=2)
-    face = colour if row["valid"] else PAPER
-    axes.plot([middle], [y], SHAPE[row["precision"]], ms=7, mfc=face, mec=colour, zorder=3)
+    axes.plot([middle], [y], SHAPE[row["precision"]], ms=7, mfc=colour, mec=colour, zorder=3)
 
 
 def _ms_axis(axes: Any, values: Sequence[float], *, margin: float) -> None:

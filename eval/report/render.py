@@ -273,7 +273,7 @@ def _pick(row: Row, protocol: str | None) -> dict[str, Any]:
         facts.append((row.drop.value, POINTS, "drop vs fp32", row.drop.source))
     if row.bound:
         facts.append((row.bound.value, MS_AT_MOST, "p90, upper bound", row.bound.source))
-    if row.speedup and not row.speedup_shaky:
+    if row.speedup:
         facts.append((row.speedup.value, TIMES, "speed-up vs fp32", row.speedup.source))
     if row.bytes:
         facts.append((Value(value=row.bytes), SIZE, "model size", row.folder))

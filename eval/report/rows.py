@@ -47,8 +47,8 @@ class Row:
     margin: float | None = None  # the drop that PASS accepts, where the record says it
     latency: dict[str, Figure] = field(default_factory=dict)  # every value of the Latency record
     bound: Figure | None = None  # upper confidence bound of p90, ms
-    speedup: Figure | None = None  # over the fp32 bundle of the same format, ratio of medians
-    speedup_shaky: bool = False  # that bundle's latency is not VALID
+    speedup: Figure | None = None  # over the fp32 bundle of the same format, ratio of medians; both are VALID
+    speedup_shaky: bool = False  # not reliable, and left out: a latency behind it is not VALID
     validity: Validity | None = None
     reasons: tuple[str, ...] = ()
     missing: dict[str, str] = field(default_factory=dict)
@@ -246,9 +246,9 @@ def _bound(latency: Mapping[str, Figure]) -> Figure | None:
 def _speedup(row: Row, rows: Iterable[Row]) -> Figure | None:
     """Over the fp32 bundle of the same student, format and device: measured in pairs, else from the two medians."""
     if "speedup_fp32" in row.latency:
-        return row.latency["speedup_fp32"]
+        return row.latency["speedup_fp32"] if row.validity == "VALID" else None
     base = _base(row, rows)
-    return ratio(base, row) if base and base.validity != "INVALID" and row.precision != "fp32" else None
+    return ratio(base, row) if base and row.precision != "fp32" else None
 
 
 def _base(row: Row, rows: Iterable[Row]) -> Row | None:
@@ -256,15 +256,19 @@ def _base(row: Row, rows: Iterable[Row]) -> Row | None:
 
 
 def _shaky(row: Row, rows: Iterable[Row]) -> bool:
-    """Whether the speed-up rests on an fp32 latency that is not VALID; a paired one was measured along with it."""
+    """Whether a latency behind the speed-up is not VALID; a paired speed-up was measured along with the row's own."""
     base = _base(row, rows)
-    return "speedup_fp32" not in row.latency and base is not None and base.validity != "VALID"
+    behind = [row] if "speedup_fp32" in row.latency else [base, row] if base else []
+    return any(one.validity != "VALID" for one in behind)
 
 
 def ratio(base: Row, row: Row) -> Figure | None:
-    """How many times faster `row` is than `base`: ratio of medians, with the widest interval that theirs allow."""
+    """How many times faster `row` is than `base`: ratio of medians, with the widest interval that theirs allow.
+
+    None unless both are VALID: what disturbs one of two separate runs may multiply their ratio.
+    """
     slow, fast = base.latency.get("p50"), row.latency.get("p50")
-    if slow is None or fast is None or fast.value.value <= 0:
+    if slow is None or fast is None or fast.value.value <= 0 or not base.validity == row.validity == "VALID":
         return None
     a, b = slow.value, fast.value
     low = a.low / b.high if a.low is not None and b.high else None

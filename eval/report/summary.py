@@ -44,15 +44,18 @@ def _gains(best: Row, base: Row | None) -> str:
         size = f" ({megabytes(best.bytes)})" if best.bytes else ""
         return f"It is the fp32 model{size}: no smaller precision qualifies here and is faster."
     parts = []
-    if best.speedup is not None and not best.speedup_shaky:
+    if best.speedup is not None:
         value = best.speedup.value
         sure = f" ({value.low:.2f} to {value.high:.2f})" if value.low is not None and value.high is not None else ""
         parts.append(f"{value.value:.2f} times as fast as fp32{sure}")
     if base is not None and base.bytes and best.bytes:
         parts.append(f"{base.bytes / best.bytes:.1f} times smaller ({megabytes(best.bytes)})")
-    return (
-        f"It is {' and '.join(parts)}." if parts else "Its fp32 model was not measured here, so no speed-up is known."
-    )
+    unknown = ""
+    if best.speedup_shaky and base is not None:
+        unknown = f"How much faster is not known: the latency of its fp32 model is {base.validity}."
+    elif not parts:
+        unknown = "Its fp32 model was not measured here, so no speed-up is known."
+    return " ".join(filter(None, (f"It is {' and '.join(parts)}." if parts else "", unknown)))
 
 
 def _loses(best: Row, protocol: str | None) -> str:

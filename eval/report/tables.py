@@ -91,6 +91,9 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
+_UNRELIABLE = Cell("not reliable", mark="missing")  # a ratio of latencies that are not both VALID
+
+
 def figure_cell(found: Figure | None, form: Form, *, mark: str = "", note: str = "") -> Cell:
     """The cell of a figure; a dash where there is none."""
     return Cell(found.value, note, found.source, mark, form) if found else Cell(DASH, mark="missing")
@@ -146,7 +149,7 @@ def pair_table(pairs: Sequence[tuple[Row, Row, Figure | None]]) -> Table:
             Cell(row.label, f"against {base.precision} on {row.device}", row.folder, row.precision),
             figure_cell(base.latency.get("p50"), MS, mark=_state(base)),
             figure_cell(row.latency.get("p50"), MS, mark=_state(row)),
-            figure_cell(speedup, TIMES, mark=_state(row) or _state(base)),
+            figure_cell(speedup, TIMES) if speedup or base.validity == row.validity == "VALID" else _UNRELIABLE,
             Cell(Value(value=base.bytes / row.bytes), form=TIMES) if base.bytes and row.bytes else Cell(DASH),
             _drop(row),
             validity(base if base.validity == "UNSTABLE" else row),
@@ -193,13 +196,16 @@ def _candidate(rung: Rung, index: int, packed: Packed, keys: Sequence[str]) -> t
         Cell(rung.name + (" (shipped)" if rung.kept else ""), source=place, mark="picked" if rung.kept else ""),
         Cell(rung.accuracy_said, allowed, mark=rung.accuracy.lower() if rung.was_judged else "missing"),
         Cell(rung.speed, mark=rung.speed.lower()),
-        *(
-            Cell(rung.values[key], source=f"{place} values.{key}", form=_CANDIDATE_FIGURES[key][1])
-            if key in rung.values
-            else Cell(DASH)
-            for key in keys
-        ),
+        *(_candidate_figure(rung, key, place) for key in keys),
     )
+
+
+def _candidate_figure(rung: Rung, key: str, place: str) -> Cell:
+    if key not in rung.values:
+        return Cell(DASH)
+    if key.startswith("speedup") and not rung.has_speed:
+        return _UNRELIABLE
+    return Cell(rung.values[key], source=f"{place} values.{key}", form=_CANDIDATE_FIGURES[key][1])
 
 
 def _latency(row: Row, key: str) -> Cell:
@@ -244,10 +250,9 @@ def _p90(row: Row) -> Cell:
 
 
 def _speedup(row: Row) -> Cell:
-    if row.speedup is None:
-        baseline = row.precision == "fp32" and row.device and row.format != "torch"
-        return Cell("1 ×", "baseline") if baseline else Cell(DASH)
-    return figure_cell(row.speedup, TIMES, mark=_state(row) or ("shaky" if row.speedup_shaky else ""))
+    if row.precision == "fp32" and row.device and row.format != "torch":
+        return Cell("1 ×", "baseline")
+    return _UNRELIABLE if row.speedup_shaky else figure_cell(row.speedup, TIMES)
 
 
 def _state(row: Row) -> str:

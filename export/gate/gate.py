@@ -108,7 +108,7 @@ def judge_speed(
 
     By non-inferiority, as for accuracy: PASS when every interval lies above the minimum less the tolerance of timing,
     FAIL when one lies below, else INCONCLUSIVE. Two models of equal speed pass, whichever comes out ahead. On a machine
-    that was not quiet the verdict is INCONCLUSIVE, whatever the ratio.
+    that was not quiet the verdict is INCONCLUSIVE, whatever the ratio, and the reason does not quote it.
 
     Args:
         blocks: name -> latencies in ns, int64 (n_i,) for each block; the same number of blocks for every name.
@@ -137,7 +137,8 @@ def judge_speed(
     if (validity_of := validity.verdict(disturbances)) != "VALID":
         verdict = "INCONCLUSIVE"
         more = f" (and {len(disturbances) - 1} more)" if len(disturbances) > 1 else ""
-        reasons.append(f"timing {validity_of}: {disturbances[0]}{more}; measure again on a quiet machine")
+        # Without the ratio, which may be far from the truth.
+        reasons = [f"timing {validity_of}: {disturbances[0]}{more}; measure again on a quiet machine"]
     elif verdict == "INCONCLUSIVE":
         reasons.append("the timing is too noisy to decide: run it again on a quiet machine")
     return Judgement(verdict=verdict, values=values, reasons=tuple(reasons), is_fast=is_fast)

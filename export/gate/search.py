@@ -136,8 +136,9 @@ def preference(promising: Sequence[Trial], *, margin: float = 100.0) -> list[Tri
     """The order in which promising candidates are judged: among the fastest, within timing noise, the closest first.
 
     Candidates of one form count as equally fast, at their median speed: differences between them are noise. Where no
-    speed was measured, all count as equally fast. Ties go to the first, which is the plainest. Those that lost more
-    than `margin` points in screening come last, because each candidate that is judged makes the next test stricter.
+    speed was measured, or only on a busy machine, all count as equally fast. Ties go to the first, which is the
+    plainest. Those that lost more than `margin` points in screening come last, because each candidate that is judged
+    makes the next test stricter.
     """
     left, order = [(_speedup(trial, promising), trial) for trial in promising], list[Trial]()
     while left:
@@ -241,9 +242,10 @@ def _is_hopeless(trial: Trial) -> bool:
 
 
 def _speedup(trial: Trial, among: Sequence[Trial]) -> float:
-    """Against fp32, the median over its form; 1 where it was not measured."""
-    values = [other.values for other in among if other.candidate.form == trial.candidate.form]
-    return median(v["speedup_fp32"].value if "speedup_fp32" in v else 1.0 for v in values)
+    """Against fp32, the median over its form; 1 where it was not measured, or not reliably."""
+    alike = [other for other in among if other.candidate.form == trial.candidate.form]
+    known = [each.values.get("speedup_fp32") if each.speed != "INCONCLUSIVE" else None for each in alike]
+    return median(1.0 if speedup is None else speedup.value for speedup in known)
 
 
 def _screened_drop(trial: Trial) -> float:

@@ -138,7 +138,8 @@ def test_of_several_candidates_the_chosen_one_alone_meets_the_judging_images(
     # All sound ones against the floats in one run, which is longer than a look's.
     raced = {rung.name: rung.values["speedup_fp32"].n for rung in bundle.rungs if rung.name != "broken"}
     assert len(raced) == 2 and set(raced.values()) == {20}
-    assert all(f"{r.values['speedup_fp32'].value:.2f}x fp32" in r.reason for r in bundle.rungs)
+    timed = [f"{r.values['speedup_fp32'].value:.2f}x fp32" in r.reason for r in bundle.rungs]
+    assert timed == ["timing UNSTABLE" not in r.reason for r in bundle.rungs]
     seen = bundle.calibration
     assert seen is not None and (seen.images, seen.screened_images, seen.judged_images) == (16, 16, 32)
     assert len({seen.fingerprint, seen.screened_fingerprint, seen.judged_fingerprint}) == 3

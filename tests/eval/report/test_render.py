@@ -26,9 +26,9 @@ from robx.eval.report.figures import latency_figures
 from robx.eval.report.plots import longest
 from robx.eval.report.recommend import Budget
 from robx.eval.report.render import make_pages, render
-from robx.eval.report.rows import build_rows
+from robx.eval.report.rows import build_rows, precision_pairs
 from robx.eval.report.text import at_most, clean, number
-from robx.records import Latency, TensorSpec, Value, append_measurements
+from robx.records import Latency, TensorSpec, Value, append_measurements, save_bundle
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -707,7 +707,38 @@ def test_a_speed_up_over_an_fp32_that_is_not_valid_decides_nothing(records, tmp_
     pages = make_pages(collect([tmp_path]))
     assert "speed-up vs fp32" not in pages.markdown.split("##")[0]
     row = next(row for row in build_rows(collect([tmp_path])) if row.precision == "int8")
-    assert row.speedup is not None and row.speedup_shaky
+    assert row.speedup is None and row.speedup_shaky
+
+
+@pytest.mark.parametrize("unstable", ["fp32", "int8"])
+def test_a_ratio_of_latencies_that_are_not_both_valid_is_not_given(records, tmp_path, unstable):
+    """A busy machine may multiply it: here 600, where the truth is 2."""
+    student = records.write_run(tmp_path / "r")
+    for precision, size, ms in (("fp32", 900, 3000.0 if unstable == "fp32" else 10.0), ("int8", 300, 5.0)):
+        place = tmp_path / "r" / f"openvino-{precision}"
+        bundle = records.write_bundle(place, student, precision, size)
+        verdict = "UNSTABLE" if precision == unstable else "VALID"
+        records.write_latency(place, bundle.id, ms, verdict=verdict, reasons=("drift",) if verdict != "VALID" else ())
+    data = collect([tmp_path])
+    pages = make_pages(data)
+    (row,) = (row for row in json.loads(pages.json)["rows"] if row["precision"] == "int8")
+    assert row["speedup"] is None and row["speedup_shaky"] is True
+    # In the table of the device and in that of the pairs; and in no figure or sentence.
+    assert pages.markdown.count("not reliable") == pages.html.count("not reliable") == 2
+    assert "times as fast" not in pages.markdown + pages.html and precision_pairs(build_rows(data))[0][2] is None
+    if unstable == "fp32":
+        said = json.loads(pages.json)["summaries"][0]["text"]
+        assert "How much faster is not known: the latency of its fp32 model is UNSTABLE." in said
+
+
+def test_the_speed_of_a_candidate_that_was_timed_on_a_busy_machine_is_not_given(records, tmp_path):
+    student = records.write_run(tmp_path / "r")
+    bundle = records.write_bundle(tmp_path / "r" / "openvino-int8", student, "int8", 300)
+    assert "2.13 ×" in make_pages(collect([tmp_path])).markdown
+    rungs = tuple(replace(rung, speed="INCONCLUSIVE") for rung in bundle.rungs)
+    save_bundle(replace(bundle, rungs=rungs), tmp_path / "r" / "openvino-int8")
+    pages = make_pages(collect([tmp_path]))
+    assert "2.13 ×" not in pages.markdown + pages.html and "not reliable" in pages.markdown
 
 
 def test_figures_by_other_training_images_are_kept_out_of_the_comparison(records, tmp_path):

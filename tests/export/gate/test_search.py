@@ -35,6 +35,16 @@ def _trial(candidate: Candidate, accuracy: Verdict, speedup: float | None, cosin
     )
 
 
+def test_a_ratio_from_a_busy_machine_does_not_choose_the_candidate() -> None:
+    near, far = _forms("near", "far")
+    closer, absurd = _trial(near, "PASS", 2.0, 0.99), replace(_trial(far, "PASS", 500.0, 0.9), speed="INCONCLUSIVE")
+    assert [trial.candidate.name for trial in preference([absurd, closer])] == ["near", "far"]
+    busy = replace(closer, speed="INCONCLUSIVE")
+    assert [trial.candidate.name for trial in preference([absurd, busy])] == ["near", "far"]
+    timed = replace(absurd, speed="PASS")
+    assert [trial.candidate.name for trial in preference([timed, closer])] == ["far", "near"]
+
+
 def _judged(trial: Trial, accuracy: Verdict) -> Trial:
     values = {name: value for name, value in trial.values.items() if name != "screened"}
     return replace(trial, accuracy=accuracy, values=values)

@@ -110,7 +110,10 @@ def test_an_ab_comparison_is_repeated_too(make_bundle, call, short_profile, monk
     monkeypatch.setattr(ab, "interleave", interleave)
     told = json.loads(call("bench", make_bundle("a"), make_bundle("b"), "--ab", "--json").output)
     assert told["reasons"] == ["drift: x"] and told["verdict"] == told["claim"] == "UNSTABLE"
-    assert len(told["tries"]) == 3
+    assert len(told["tries"]) == 3 and told["ratio"]["value"] == 1
+    found = iter([("drift: x",)] * 3)
+    shown = " ".join(call("bench", make_bundle("e"), make_bundle("f"), "--ab").output.split())
+    assert "is not reliable, UNSTABLE" in shown and "x the latency of" not in shown
     found = iter([()])
     told = json.loads(call("bench", make_bundle("c"), make_bundle("d"), "--ab", "--json").output)
     assert told["tries"] == [] and told["claim"] == "no difference shown"
