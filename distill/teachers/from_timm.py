@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from robx.distill.teachers.checkpoints import read_trunk
 from robx.distill.teachers.efficientnet_lite import find_weights, to_timm, unpack_wheel
+from robx.distill.teachers.hub import require_hub
 from robx.distill.teachers.release_forward import follow_release
 from robx.distill.teachers.teacher import Teacher
 from robx.distill.teachers.trunk_specs import TimmTrunk
@@ -95,12 +96,13 @@ def hash_state(state: Mapping[str, Tensor]) -> str:
 
 def _pretrained(entry: ZooEntry, *, folder: Path) -> nn.Module:
     name = _timm_name(entry)
+    config = timm.models.get_pretrained_cfg(name)
     try:
+        require_hub(config, folder / "timm")
         return build_trunk(entry, pretrained=True, cache_dir=folder / "timm")
     except InputError:
         raise
     except Exception as error:  # the hub's client, urllib and timm raise different types
-        config = timm.models.get_pretrained_cfg(name)
         place = f"https://huggingface.co/{config.hf_hub_id}" if config and config.hf_hub_id else "timm's documentation"
         why = first_line(error)[:160]
         raise InputError(

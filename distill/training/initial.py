@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from robx.distill.teachers.checkpoints import read_trunk
 from robx.distill.teachers.from_timm import for_model, hash_state
+from robx.distill.teachers.hub import require_hub
 from robx.distill.teachers.trunks import load_strictly
 from robx.errors import ArtifactError, InputError, first_line
 from robx.image_size import ImageSize
@@ -71,6 +72,8 @@ def starting_line(student: str, initial: Initial | None) -> str:
 
 def _from_timm(student: str, image_size: ImageSize, cache: Path) -> Initial:
     try:
+        config = timm.models.get_pretrained_cfg(student)
+        require_hub(config, cache / "timm")
         trunk = build_trunk(student, image_size=image_size, pretrained=cache / "timm")
     except InputError:
         raise
@@ -79,7 +82,6 @@ def _from_timm(student: str, image_size: ImageSize, cache: Path) -> Initial:
             f"timm's weights of {student} are not available ({first_line(error)[:160]}): "
             "check the network, or give --init FILE"
         ) from error
-    config = timm.models.get_pretrained_cfg(student)
     origin = "timm's pretrained weights" + (f" {config.hf_hub_id}" if config and config.hf_hub_id else "")
     if config and (tuple(config.mean), tuple(config.std)) != (IMAGENET_MEAN, IMAGENET_STD):
         origin += f", trained with mean {_short(config.mean)} and std {_short(config.std)}; this run uses ImageNet's"

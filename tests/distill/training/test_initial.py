@@ -95,6 +95,7 @@ def test_timms_own_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         return real(name, **options)
 
     monkeypatch.setattr(timm, "create_model", create)
+    monkeypatch.setattr("robx.distill.training.initial.require_hub", lambda *_: None)
     initial = open_initial(Path("pretrained"), "test_resnet.r160_in1k", image_size=64, cache=tmp_path)
     assert [call for call in asked if call[1]] == [("test_resnet.r160_in1k", True, tmp_path / "timm")]
     trunk = build_trunk("test_resnet")
