@@ -125,7 +125,11 @@ class Recipe:
     seed: Annotated[int, "random seed"] = 0
 
     def __post_init__(self) -> None:
-        """Refuse invalid values, by name."""
+        """Refuse invalid values, by name, and those that contradict each other."""
+        self._check_values()
+        self._check_against_each_other()
+
+    def _check_values(self) -> None:
         if self.objective not in METHODS:
             raise InputError(f"recipe: {_unknown_objective(self.objective)}")
         for name, low, high in _RANGES:
@@ -146,6 +150,8 @@ class Recipe:
             0 <= ratio - spread <= ratio + spread <= 1 for ratio, spread in self.mask_ratios
         ):
             raise InputError(f"recipe: mask_ratios must be pairs (ratio, +/-) within 0 and 1, got {self.mask_ratios}")
+
+    def _check_against_each_other(self) -> None:
         if self.batch_size % self.accumulate:
             raise InputError(f"recipe: batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
         if self.base and self.objective not in BASE:

@@ -242,17 +242,7 @@ def export(
             progress=progress,
             say=say,
         )
-        with Timer(builder, settings.limits) as timer:
-            decision = Decision(
-                judge=Judge(builder, settings.limits),
-                timer=timer,
-                most=settings.candidates,
-                budget=settings.budget,
-                force=settings.force,
-                told=lambda trial: on_candidate(trial.record()) if on_candidate is not None else None,
-            )
-            bundle, folder = decide(decision)
-        bundle, folder = with_front(builder, bundle, folder)
+        bundle, folder = with_front(builder, *_decide(settings, builder, on_candidate))
         if settings.sensitivity:
             builder.student.layer_costs()
         out = settings.folder(bundle)
@@ -265,6 +255,23 @@ def export(
         if warning := supersede(settings.requested_folder, by=out):
             say(warning)
         return bundle
+
+
+def _decide(
+    settings: ExportSettings, builder: CandidateBuilder, on_candidate: Callable[[Rung], None] | None
+) -> tuple[Bundle, Path]:
+    """The record of what ships, and the scratch folder that holds its files."""
+    with Timer(builder, settings.limits) as timer:
+        return decide(
+            Decision(
+                judge=Judge(builder, settings.limits),
+                timer=timer,
+                most=settings.candidates,
+                budget=settings.budget,
+                force=settings.force,
+                told=lambda trial: on_candidate(trial.record()) if on_candidate is not None else None,
+            )
+        )
 
 
 def _prepare(settings: ExportSettings) -> tuple[ExportRequest, Networks]:

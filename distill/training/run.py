@@ -162,11 +162,7 @@ def open_run(spec: RunSpec, compute: Compute, *, processes: Processes, say: Say)
         kept = stored_info(recipe, teacher=spec.teacher, source=spec.source, k=options.stored_k)
         check_folder(spec.store, epochs=recipe.target_epochs or recipe.epochs, info=kept)
     if processes.first:  # only now, when nothing can be refused any more
-        claim_folders(out, folders, base=recipe.base, fresh=options.fresh)
-        old = [path.parent for folder in folders for path in sorted(folder.glob("*/manifest.json"))]
-        if options.fresh and old:
-            what = f"{old[0]} and {len(old) - 1} more are" if len(old) > 1 else f"{old[0]} is"
-            say(f"warning: {what} of the earlier student, and stay: export again")
+        _claim(spec, folders, say)
         write_json(out / "recipe.json", settings | {"compute": to_json(compute), "robx_version": __version__})
     if spec.store is not None:
         branch = store_targets(
@@ -189,6 +185,16 @@ def open_run(spec: RunSpec, compute: Compute, *, processes: Processes, say: Say)
         skipped=Skipped(images=len(spec.source), budget=options.corrupt_budget),
         initial=initial,
     )
+
+
+def _claim(spec: RunSpec, folders: Sequence[Path], say: Say) -> None:
+    """Take the run's folders, and name the bundles of an earlier student that stay there."""
+    fresh = spec.options.fresh
+    claim_folders(require_out(spec), folders, base=spec.recipe.base, fresh=fresh)
+    old = [path.parent for folder in folders for path in sorted(folder.glob("*/manifest.json"))]
+    if fresh and old:
+        what = f"{old[0]} and {len(old) - 1} more are" if len(old) > 1 else f"{old[0]} is"
+        say(f"warning: {what} of the earlier student, and stay: export again")
 
 
 def require_same_images(source: ImageSource, processes: Processes) -> None:

@@ -71,9 +71,24 @@ def _array(image: Image.Image) -> np.ndarray:
 
 def _geometries(image: Image.Image, pre: Preprocessing) -> _Found:
     """Mistakes of the resize and the crop, float32 (H, W, 3) with values 0..255."""
-    height, width = pre.shape
-    square, covered = height == width, f"{pre.size} x {round(pre.size * width / height)} pixels (height x width)"
-    resize = f"resize the shorter side to {pre.size} pixels" if square else f"resize the image to cover {covered}"
+    yield from _other_resizes(image, pre)
+    yield from _other_crops(image, pre)
+    yield from _turned(_array(resize_and_crop(image, pre)))
+    left, top, right, bottom = centre_box(scaled := resized_size(image.size, pre), pre)
+    bands = [np.asarray(band.convert("F").resize(scaled, _filter(pre))) for band in image.split()]
+    yield (
+        Mistake(
+            name="not rounded",
+            said="the resized pixels are not rounded to whole numbers",
+            remedy="round them to 8 bits for equality to the last bit",
+            harmless=True,
+        ),
+        np.stack(bands, axis=-1)[top:bottom, left:right],
+    )
+
+
+def _other_resizes(image: Image.Image, pre: Preprocessing) -> _Found:
+    """The right part of the image, resized with another kernel or without antialiasing."""
     box = centre_box(scaled := resized_size(image.size, pre), pre)
     for kernel in ("lanczos", "hamming"):
         yield (
@@ -100,6 +115,13 @@ def _geometries(image: Image.Image, pre: Preprocessing) -> _Found:
         )
         sampled = _sample(_array(image), scaled, kernel)[top:bottom, left:right]
         yield Mistake(name=f"no antialias, {kernel}", said=said, remedy=_RESIZE), np.rint(sampled)
+
+
+def _other_crops(image: Image.Image, pre: Preprocessing) -> _Found:
+    """Another part of the image, or all of it, in the model's shape."""
+    height, width = pre.shape
+    square, covered = height == width, f"{pre.size} x {round(pre.size * width / height)} pixels (height x width)"
+    resize = f"resize the shorter side to {pre.size} pixels" if square else f"resize the image to cover {covered}"
     yield (
         Mistake(
             name="stretched",
@@ -119,7 +141,7 @@ def _geometries(image: Image.Image, pre: Preprocessing) -> _Found:
             ),
             _array(resize_and_crop(image, dataclasses.replace(pre, size=pre.crop))),
         )
-    whole = image.resize(scaled, _filter(pre))
+    whole = image.resize(resized_size(image.size, pre), _filter(pre))
     yield (
         Mistake(name="corner crop", said="the upper left corner is cropped", remedy="crop the centre"),
         _array(whole.crop((0, 0, width, height))),
@@ -131,17 +153,6 @@ def _geometries(image: Image.Image, pre: Preprocessing) -> _Found:
             remedy="crop the centre instead of padding",
         ),
         _array(_letterbox(image, (width, height), _filter(pre))),
-    )
-    yield from _turned(_array(resize_and_crop(image, pre)))
-    bands = [np.asarray(band.convert("F").resize(scaled, _filter(pre))) for band in image.split()]
-    yield (
-        Mistake(
-            name="not rounded",
-            said="the resized pixels are not rounded to whole numbers",
-            remedy="round them to 8 bits for equality to the last bit",
-            harmless=True,
-        ),
-        np.stack(bands, axis=-1)[top:bottom, left:right],
     )
 
 
