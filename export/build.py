@@ -38,7 +38,8 @@ from robx.export.image_splits import (
     read_splits,
 )
 from robx.export.make import CandidateBuilder, Networks
-from robx.export.request import ExportRequest, ExportTarget
+from robx.export.request import DEFAULT_OPSET, ExportRequest, ExportTarget
+from robx.formats import FORMATS
 from robx.image_size import at_size, parse_size
 from robx.linear_head import load_head
 from robx.progress import Progress, silent
@@ -97,7 +98,7 @@ class ExportSettings:
             raise InputError(f"judging_images must be at least {MIN_JUDGING}, got {self.judging_images}")
 
     def refuse_ignored(self) -> None:
-        """Refuse what was given for candidates or a gate that this export does not have.
+        """Refuse what was given for candidates, a gate or an ONNX file that this export does not have.
 
         Separate from the other checks: a program that exports one student in several precisions may use the same
         settings for all of them, while an option that somebody gave for one export and that has no effect is a mistake.
@@ -106,6 +107,9 @@ class ExportSettings:
             InputError: the message names the options.
         """
         precision, limits = self.target.precision, gate.Limits()
+        if self.target.opset != DEFAULT_OPSET and not FORMATS[self.target.format].takes_opset:
+            made = ", ".join(name for name, row in FORMATS.items() if row.takes_opset)
+            raise InputError(f"--opset is for formats made from ONNX ({made}), not for {self.target.format}: drop it")
         if precision != "int8":
             searching = {"--rungs": self.candidates is not None, "--budget": self.budget is not None}
             _refuse(searching, "the int8 search", "--int8")

@@ -30,6 +30,7 @@ class FormatRow:
     precisions: tuple[Precision, ...] = ("fp32", "fp16", "int8")
     onnx_precision: bool = False  # the builder takes ONNX already in the target precision; else float32
     quantiser: Int8Ladder | None = None  # which int8 candidates are tried; None: no int8
+    takes_opset: bool = False  # is made from ONNX, so that --opset counts
     uint8_input: bool = False  # can include the normalisation and take uint8 pixels
     own_targets: bool = False  # --target is parsed by the builder (rtx:sm89, jetson-orin)
 
@@ -57,13 +58,13 @@ def _runtimes(*rows: RuntimeRow) -> dict[str, RuntimeRow]:
 # fmt: off
 FORMATS = _formats(
     FormatRow(name="onnx", title="ONNX", builder="to_onnx", runtimes=("onnxruntime",), extra=None,
-              onnx_precision=True, quantiser="onnxruntime", uint8_input=True),
+              onnx_precision=True, quantiser="onnxruntime", takes_opset=True, uint8_input=True),
     FormatRow(name="openvino", title="OpenVINO", builder="to_openvino", runtimes=("openvino",), extra="openvino",
-              quantiser="nncf", uint8_input=True),
+              quantiser="nncf", takes_opset=True, uint8_input=True),
     FormatRow(name="trt", title="TensorRT", builder="to_tensorrt", runtimes=("tensorrt", "tensorrt_rtx"), extra="trt",
-              onnx_precision=True, quantiser="tensorrt", own_targets=True),
+              onnx_precision=True, quantiser="tensorrt", takes_opset=True, own_targets=True),
     FormatRow(name="ort", title="ONNX Runtime (.ort)", builder="to_ort", runtimes=("onnxruntime",), extra=None,
-              onnx_precision=True, quantiser="onnxruntime", uint8_input=True),
+              onnx_precision=True, quantiser="onnxruntime", takes_opset=True, uint8_input=True),
     FormatRow(name="executorch", title="ExecuTorch", builder="to_executorch", runtimes=("executorch",),
               extra="executorch", precisions=("fp32", "int8"), quantiser="pt2e"),
     FormatRow(name="litert", title="LiteRT", builder="to_litert", runtimes=("litert",), extra="litert",

@@ -24,6 +24,8 @@ def test_a_row_names_a_builder_its_runtimes_and_its_extra(name: str) -> None:
     assert (ROOT / "export" / "formats" / f"{row.builder}.py").is_file()
     assert set(row.runtimes) <= set(RUNTIMES) and row.runtimes
     assert row.extra is None or row.extra in EXTRAS
+    builder = (ROOT / "export" / "formats" / f"{row.builder}.py").read_text()
+    assert row.takes_opset == ("opset=request.target.opset" in builder)
     assert ("int8" in row.precisions) == (row.quantiser is not None)
 
 

@@ -133,6 +133,7 @@ def test_fp16_ships_for_its_size_unless_it_is_to_be_faster(cnn_run: Path, scenes
         (["--test", "nowhere"], "give --data too"),
         (["--batch", "²"], "must be a positive number or dynamic"),
         (["--format", "trt", "--int8", "--opset", "18"], "needs opset 19 or later"),
+        (["--format", "litert", "--opset", "19"], "--opset is for formats made from ONNX (onnx, openvino, trt, ort)"),
         (["--rungs", "3"], "--rungs is for the int8 search: add --int8, or leave it out"),
         (["--fp16", "--data", ".", "--budget", "9"], "--budget is for the int8 search: add --int8"),
         (["--rungs", "3", "--budget", "9"], "--rungs, --budget are for the int8 search: add --int8, or leave them out"),
