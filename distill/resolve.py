@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from robx.arguments import check_types
+from robx.arguments import argument_hint, check_types
 from robx.distill.presets import NAMED, TINY
 from robx.distill.recipe_toml import read_recipe
 from robx.distill.recipes import Recipe, StudentKind, override, preset
@@ -80,8 +80,14 @@ class DistillSettings:
         A path may be a string, `student` one name or several, and None always means not given.
 
         Raises:
-            InputError: a required setting is missing, or settings contradict each other.
+            InputError: an unknown setting, one that is missing, or settings that contradict each other.
         """
+        if unknown := [name for name in values if name not in _OWN | _OPTIONS | _KEYS | {"student"}]:
+            known = sorted(_OWN | _OPTIONS | _KEYS | {"student"})
+            hint = argument_hint(
+                unknown[0], known, otherwise="see help(robx.api.distill), and robx recipe for its keys"
+            )
+            raise InputError(f"distill() has no argument {unknown[0]!r}: {hint}")
         values = {name: value for name, value in values.items() if value is not None}
         names = values.pop("student", ())
         students = (names,) if isinstance(names, str) else tuple(names)
@@ -104,6 +110,7 @@ def _holds_images(folder: Path, data: Path) -> bool:
 _PATHS = {"data", "out", "teacher_weights", "targets", "init", "recipe", "store_targets", "cache"}
 _OWN = {"teacher", "objective", "image_member"} | _PATHS
 _OPTIONS = {f.name for f in dataclasses.fields(Options)}
+_KEYS = {f.name for f in dataclasses.fields(Recipe)}
 
 
 def resolve_recipe(settings: DistillSettings) -> Recipe:

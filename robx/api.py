@@ -12,9 +12,10 @@
     with api.open(bundle) as exported:        # the exported model in its runtime
         embeddings = exported.embed("photos/")  # (N, D)
 
-Paths may be `str` or `Path`. Whatever is wrong with the caller's input raises a child of `robx.errors.RobxError`, whose
-message says what to do. Long calls show their progress on a terminal and in a notebook, and write it to the logger
-"robx" elsewhere; `progress=None` switches that off. Nothing heavy is imported before the first call.
+Paths may be `str` or `Path`. Whatever is wrong with the caller's input, an unknown or missing argument included, raises
+a child of `robx.errors.RobxError`, whose message says what to do. Long calls show their progress on a terminal and in a
+notebook, and write it to the logger "robx" elsewhere; `progress=None` switches that off. Nothing heavy is imported
+before the first call.
 """
 
 from __future__ import annotations

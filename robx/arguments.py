@@ -14,7 +14,7 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar, Union
 
 from robx.errors import ArtifactError, InputError, RobxError, did_you_mean
@@ -23,7 +23,8 @@ from robx.store.dataclass_json import check_json, to_json
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
-_ARGUMENTS = {"rungs": "candidates", "store_k": "stored_k"}  # option: argument, where more than the hyphens differs
+# Option or argument of a command: the argument of its function, where more than the hyphens differs.
+_ARGUMENTS = {"rungs": "candidates", "store_k": "stored_k", "run": "student", "fmt": "format", "folders": "models"}
 _OPTION = re.compile(
     r"\b(?:robx|torchrun|docker|pip) [a-z][^,;:()]*"  # a command, whose options stay
     r"|(?<![\w-])--(?P<option>[a-z][a-z0-9-]*[a-z0-9])(?: (?P<value>[0-9]+\b|[A-Z]+\b))?"
@@ -34,13 +35,17 @@ _PLURALS = {"a whole number": "whole numbers", "a number": "numbers", "a string"
 def checked(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """`function`, with its arguments checked against its annotations before it runs; see `check_types`.
 
-    The errors that it raises name arguments where the command line has options; see `naming_arguments`.
+    Arguments that it does not take, or lacks, are an InputError too. The errors that it raises name arguments where the
+    command line has options; see `naming_arguments`.
     """
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        given = signature.bind(*args, **kwargs)
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise InputError(_misfit(function, error, args, kwargs)) from None
         given.arguments |= check_types(types_of(function), given.arguments)
         try:
             return function(*given.args, **given.kwargs)
@@ -49,6 +54,37 @@ def checked(function: Callable[Parameters, Result]) -> Callable[Parameters, Resu
             raise
 
     return call
+
+
+def _misfit(function: Callable[..., Any], error: TypeError, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """What to say of a call that does not fit the function's signature; `error` is Python's for it."""
+    name, parameters = function.__name__, inspect.signature(function).parameters
+    kinds = inspect.Parameter
+    known = [one.name for one in parameters.values() if one.kind is not kinds.VAR_KEYWORD]
+    positional = [one.name for one in parameters.values() if one.kind is kinds.POSITIONAL_OR_KEYWORD]
+    takes_others = len(known) < len(parameters)
+    if unknown := [key for key in kwargs if key not in known and not takes_others]:
+        hint = argument_hint(unknown[0], known, otherwise=f"its arguments are {', '.join(known)}")
+        return f"{name}() has no argument {unknown[0]!r}: {hint}"
+    if len(args) > len(positional):
+        takes = f"only {', '.join(positional)} without a name" if positional else "every argument by its name"
+        return f"{name}() takes {takes}, got {len(args)} without: write them as in {known[len(positional)]}=..."
+    given = {*positional[: len(args)], *kwargs}
+    if missing := [one for one in known if parameters[one].default is kinds.empty and one not in given]:
+        return f"{name}() needs {', '.join(missing)}: give {missing[0]}=..."
+    return f"{name}(): {error}: give each argument once"
+
+
+def argument_hint(name: str, known: Collection[str], *, otherwise: str) -> str:
+    """A hint for an unknown argument: the one that is called `name` on the command line, else as `did_you_mean`."""
+    option = name.lstrip("-").replace("-", "_")
+    meant = _argument_of(option, known)
+    return f"did you mean {meant}?" if meant is not None else did_you_mean(option, known, otherwise=otherwise)
+
+
+def _argument_of(option: str, known: Collection[str]) -> str | None:
+    """The argument behind an option of a command, with underscores for its hyphens; None if there is none."""
+    return next((one for one in (option, f"{option}s", _ARGUMENTS.get(option)) if one in known), None)
 
 
 def naming_arguments(message: str, function: Callable[..., Any]) -> str:
@@ -66,8 +102,7 @@ def naming_arguments(message: str, function: Callable[..., Any]) -> str:
         if option is None:
             return found[0]
         name = option.replace("-", "_")
-        argued = _ARGUMENTS.get(name, name)
-        argument = next((one for one in (name, f"{name}s", argued) if one in known), argued if takes_others else None)
+        argument = _argument_of(name, known) or (_ARGUMENTS.get(name, name) if takes_others else None)
         return found[0] if argument is None else argument + (f"={value}" if value else "")
 
     return _OPTION.sub(renamed, message)

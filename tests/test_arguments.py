@@ -96,6 +96,32 @@ def test_errors_of_the_api_name_arguments_instead_of_options(
     assert naming_arguments(message, function) == named
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: api.export("r", format="onnx", rungs=0), r"export\(\) has no argument 'rungs': did you mean candidates"),
+        (lambda: api.export("r", fmt="onnx"), r"export\(\) has no argument 'fmt': did you mean format\?"),
+        (lambda: api.export(run="r", format="onnx"), r"export\(\) has no argument 'run': did you mean student\?"),
+        (lambda: api.export("r", format="onnx", zzz=1), r"export\(\) has no argument 'zzz': its arguments are student, "),
+        (lambda: api.export("r"), r"export\(\) needs format: give format=\.\.\."),
+        (lambda: api.export("r", student="r", format="onnx"), r"export\(\): multiple values for argument 'student'"),
+        (lambda: api.evaluate("r", transfer=["x"]), r"evaluate\(\) has no argument 'transfer': did you mean transfers"),
+        (lambda: api.evaluate(folders="r"), r"evaluate\(\) has no argument 'folders': did you mean models\?"),
+        (lambda: api.report("r", budget=[1]), r"report\(\) has no argument 'budget': did you mean budgets\?"),
+        (lambda: api.load(), r"load\(\) needs run: give run=\.\.\."),
+        (lambda: api.distill("t", "s"), r"distill\(\) takes every argument by its name, got 2 without: write them as in"),
+        (lambda: api.bench("b", "c"), r"bench\(\) takes only bundles without a name, got 2 without: .* device=\.\.\."),
+        (lambda: api.distill(student="s", data="d"), r"distill\(\) needs out: give out=\.\.\."),
+        (lambda: api.distill(student="s", data="d", out="o", mixop=1), r"'mixop': did you mean mixup"),
+        (lambda: api.distill(student="s", data="d", out="o", store_k=9), r"'store_k': did you mean stored_k\?"),
+        (lambda: api.distill(student="s", data="d", out="o", worker=9), r"'worker': did you mean workers"),
+    ],
+)  # fmt: skip
+def test_a_call_that_does_not_fit_the_function_says_how_to_write_it(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call()
+
+
 def test_an_error_of_the_api_names_the_argument(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"student": "test_resnet", "teacher": "ema", "out": tmp_path / "o"}
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
