@@ -35,6 +35,7 @@ from robx.records import (
     Student,
     Value,
     append_measurements,
+    require_measurable,
     to_json,
     unfinished,
     utc_now,
@@ -43,6 +44,7 @@ from robx.records import (
 from robx.runtime.session import Session, SessionSettings, load_record, open_session
 from robx.stats import check_margin
 from robx.store.files import cache_folder
+from robx.store.folders import require_writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +179,7 @@ def _check(
     references = _references(records, s.reference) if s.fidelity else {}
     if s.save_head and len(records) > 1:
         raise InputError(f"--save-head writes the head of one model, got {len(records)}: give one")
+    _require_places(s, ranks)
     for folder, record in records.items():
         if interrupted := unfinished(record.student if isinstance(record, Bundle) else record):
             say(f"warning: {folder}: {interrupted}")
@@ -200,6 +203,20 @@ def _check(
         progress=progress,
         say=say,
     )
+
+
+def _require_places(settings: EvalSettings, ranks: Ranks) -> None:
+    """Refuse, before anything is measured, folders in which the records, the head or the features cannot be written."""
+    if not ranks.first:  # the only one that writes records
+        return
+    for folder in dict.fromkeys(settings.models):
+        require_measurable(folder)
+    if settings.save_head is not None:
+        if settings.save_head.is_dir():
+            raise InputError(f"{settings.save_head} is a folder: give --save-head the name of a file")
+        require_writable(settings.save_head.parent, remedy="give --save-head in another folder")
+    if settings.cache is not None:
+        require_writable(settings.cache, remedy="give --cache another folder")
 
 
 def find_reference(folder: Path, record: Bundle | Student, given: Path | None) -> Path | None:

@@ -45,7 +45,7 @@ from robx.linear_head import load_head
 from robx.progress import Progress, silent
 from robx.records import Bundle, Preprocessing, Rung, load_bundle, load_student, unfinished
 from robx.store.files import sha256_file
-from robx.store.folders import scratch_folder
+from robx.store.folders import require_replaceable, scratch_folder
 from robx.trunk import load_trunk
 
 CACHE = "export-cache"  # in the student's folder
@@ -224,7 +224,7 @@ def export(
         RobxError: nothing is written then.
     """
     _refuse_bundle(settings.run)
-    _require_places(settings)
+    require_places(settings)
     request, networks = _prepare(settings)
     if interrupted := unfinished(request.student):
         say(f"warning: {settings.run}: {interrupted}")
@@ -301,15 +301,19 @@ def _prepare(settings: ExportSettings) -> tuple[ExportRequest, Networks]:
     return request, Networks(trunk, model, sha256_file(settings.head) if settings.head else None)
 
 
-def _require_places(settings: ExportSettings) -> None:
-    """Raise InputError, before minutes of work, where the bundle cannot be written."""
-    if settings.out is not None:
-        require_bundle_place(settings.out)
-        existing = next(folder for folder in settings.out.resolve().parents if folder.exists())
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise InputError(f"{existing} is read-only: give --out in another folder")
-    elif settings.run.is_dir() and not os.access(settings.run, os.W_OK | os.X_OK):
-        raise InputError(f"{settings.run} is read-only: give --out with a folder for the bundle")
+def require_places(settings: ExportSettings) -> None:
+    """Refuse, before minutes of work, folders in which the bundle cannot be written: whichever precision ships.
+
+    Raises:
+        InputError: the message names the folder.
+        NoSpace: the disk is full.
+    """
+    if settings.out is None and not settings.run.is_dir():
+        return  # that is refused as a run
+    remedy = "give --out in another folder" if settings.out is not None else "give --out with a folder for the bundle"
+    for folder in dict.fromkeys(settings.possible_folders):
+        require_replaceable(folder, remedy=remedy)
+        require_bundle_place(folder)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from robx.store.dataclass_json import from_json as from_json
 from robx.store.dataclass_json import parse_json
 from robx.store.dataclass_json import to_json as to_json
 from robx.store.files import read_bytes, read_json, sha256_bytes, sha256_file, verify_file, write_bytes, write_json
+from robx.store.folders import require_writable
 from robx.store.locks import turn
 
 # Channel statistics of ImageNet's training images, RGB in [0, 1]; most published models are trained with them.
@@ -459,6 +460,16 @@ def describe_file(folder: Path, path: str, role: typing.Any) -> BundleFile:
 def utc_now() -> str:
     """The current time for a Measurement's `started`: UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def require_measurable(folder: Path) -> None:
+    """Refuse, before anything is measured, a model's folder in which the records cannot be written.
+
+    Raises:
+        InputError: it is read-only or cannot be written.
+        NoSpace: the disk is full.
+    """
+    require_writable(folder, remedy="copy the model elsewhere, as its measurements are written into that folder")
 
 
 def append_measurements(path: Path, measurements: Iterable[Measurement]) -> None:

@@ -30,6 +30,7 @@ from robx.runtime.doctor import examine
 from robx.runtime.infer import find_images, infer, top_labels
 from robx.runtime.session import SessionSettings, open_session
 from robx.store.files import write_atomically
+from robx.store.folders import require_writable
 
 _PATH = PathType()
 _NEARLY = 0.05  # a port this close to the golden output computes the right thing
@@ -144,6 +145,7 @@ def run(
         raise InputError(f"--out {out} must end in .npz")
     if out is not None:
         _refuse_foreign(out)
+        require_writable(out.parent, remedy="give --out in another folder")
     with open_session(bundle, SessionSettings(threads=threads, provider=provider), labels=out is None) as session:
         warn_outdated(bundle, session.bundle, say)
         labels = session.bundle.labels if isinstance(session.bundle, Bundle) else None

@@ -27,6 +27,7 @@ from robx.errors import InputError
 from robx.images.sources import ImageSource
 from robx.records import TeacherInfo, to_json
 from robx.store.files import write_json
+from robx.store.folders import require_writable
 
 Say = Callable[[str], None]
 
@@ -240,17 +241,20 @@ def require_out(spec: RunSpec) -> Path:
 
 
 def check_outputs(spec: RunSpec) -> None:
-    """Refuse folders in which the run would replace files that robx did not write; writes nothing.
+    """Refuse folders that cannot be written, or in which the run would replace files that robx did not write.
 
     Raises:
-        InputError: the message names the file.
+        InputError: the message names the file or folder.
+        NoSpace: the disk is full.
         ArtifactError: a targets.json there is damaged.
     """
     if spec.store is not None:
         if spec.recipe.base or spec.targets is not None:
             raise InputError(NO_TEACHER)
+        require_writable(spec.store, remedy="give --store-targets another folder")
         check_folder(spec.store, epochs=spec.recipe.target_epochs or spec.recipe.epochs)
     if spec.out is not None:
+        require_writable(spec.out, remedy="give --out in another folder")
         folders = student_folders(spec.out, spec.students)
         check_folders(spec.out, folders, inputs=spec.inputs, base=spec.recipe.base, fresh=spec.options.fresh)
 

@@ -36,6 +36,7 @@ from robx.eval.report.summary import summaries
 from robx.eval.report.text import MS_AT_MOST, PERCENT, POINTS, SIZE, TIMES, at_most, clean, figure
 from robx.records import Latency, Value, to_json
 from robx.store.files import write_text
+from robx.store.folders import require_writable
 
 
 @contextlib.contextmanager
@@ -99,9 +100,7 @@ def render(
             "give a folder that robx distill or robx export wrote"
         )
     pages = make_pages(data, margin=margin, budgets=wanted)
-    files = {out.with_suffix(".json"): pages.json, out.with_suffix(".md"): pages.markdown, out: pages.html}
-    for path in files:
-        _refuse_foreign(path)
+    files = dict(zip(_pages_at(out), (pages.json, pages.markdown, pages.html), strict=True))
     for problem in data.problems:
         say(f"warning: {problem.where}: {problem.what}")
     for path, text in files.items():
@@ -110,16 +109,26 @@ def render(
 
 
 def check_report(out: Path, *, margin: float = MARGIN, budgets: Sequence[float | str] = ()) -> list[Budget]:
-    """The budgets, parsed; see `render`.
+    """The budgets, parsed, before anything is read or measured; see `render`.
 
     Raises:
-        InputError: a name that is not an HTML file's, or a margin or budget out of range.
+        InputError: a name that is not an HTML file's, a folder that cannot be written, a file that is not a report of
+            robx in a page's place, or a margin or budget out of range.
+        NoSpace: the disk is full.
     """
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{out} is not the name of an HTML file: give one that ends in .html")
     if not 0 <= margin < math.inf:
         raise InputError(f"margin {margin:g} is not a number of points: give 0 or more")
+    for path in _pages_at(out):
+        _refuse_foreign(path)
+    require_writable(out.parent, remedy="give --out in another folder")
     return [Budget.parse(budget) for budget in budgets]
+
+
+def _pages_at(out: Path) -> tuple[Path, Path, Path]:
+    """The JSON, the Markdown and the page itself, in the order in which they are written."""
+    return out.with_suffix(".json"), out.with_suffix(".md"), out
 
 
 # The start of each page, and of those that earlier versions wrote.

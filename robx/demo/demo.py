@@ -14,6 +14,7 @@ from robx.errors import RobxError, duration
 from robx.images.sources import open_source
 from robx.ship.commands import run_and_show
 from robx.store.files import cache_folder
+from robx.store.folders import require_writable
 
 PLAN = "plan.toml"  # beside this file
 
@@ -41,6 +42,7 @@ def demo(
     from robx.ship.plan import read_plan
 
     started = time.monotonic()
+    require_writable(out, remedy="give --out in another folder")  # before the images are downloaded
     images = _images(data)
     with resources.as_file(resources.files("robx.demo") / PLAN) as path:
         plan = read_plan(path, data=str(images.folder), out=str(out), teacher=teacher, student=student)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +13,7 @@ from robx.eval.datasets.splits import open_split
 from robx.eval.evaluate import EvalSettings
 from robx.eval.protocols.lowshot import check_splits, parse_shots
 from robx.eval.report.render import check_report
-from robx.export.build import ExportSettings
-from robx.export.bundle_folder import require_bundle_place
+from robx.export.build import ExportSettings, require_places
 from robx.export.image_splits import open_data, require_images
 from robx.runtime.bench.profiles import BenchSettings
 from robx.runtime.bench.runners import python_command
@@ -23,6 +21,7 @@ from robx.runtime.session import check_provider
 from robx.ship.command_line import option_keys
 from robx.ship.plan import Entry, Plan, Verbs, check_keys, table_types
 from robx.ship.stages import Stages, wanted_formats
+from robx.store.folders import require_writable
 
 _TOP = ("teacher", "student", "data", "out")  # keys at the top of a plan
 
@@ -92,11 +91,11 @@ def _check_out(plan: Plan) -> None:
     """Refuse an output folder that cannot be made, or that is the images' own."""
     if plan.out.resolve() == plan.data.resolve():
         raise InputError(f"out: {plan.out} is the folder of the images: give another one")
-    nearest = next(place for place in (plan.out.absolute(), *plan.out.absolute().parents) if os.path.lexists(place))
-    if not nearest.is_dir():
-        raise InputError(f"out: {nearest} is not a folder: give another one")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"out: {nearest} is read-only: give a folder elsewhere")
+    try:
+        require_writable(plan.out, remedy="give a folder elsewhere")
+    except InputError as error:
+        error.args = (f"out: {error}",)
+        raise
 
 
 def _check_export(stages: Stages, entry: Entry) -> ExportSettings:
@@ -109,8 +108,8 @@ def _check_export(stages: Stages, entry: Entry) -> ExportSettings:
                 raise InputError(f"out: {settings.out} is {what}: give another folder for the bundle")
     if entry.table.get("optional"):
         return settings  # it may fail for what this machine or the images lack
-    if settings.out is not None:
-        require_bundle_place(settings.out)
+    if settings.out is not None:  # else it is inside the plan's own folder
+        require_places(settings)
     if settings.data is not None:
         train, held_out = open_data(
             settings.data, settings.test, labels=settings.labels, image_member=settings.image_member

@@ -2,6 +2,8 @@
 
     with new_folder(path) as folder: ...             fill a folder that then takes `path`'s place
     with scratch_folder(parent, name) as folder: ... unfinished work, removed at the end
+    require_writable(folder, remedy=...)             refuse it before the work, not after
+    require_replaceable(path, remedy=...)            the same for a `new_folder`
 
 robx removes only what it wrote: unfinished files and folders have names that nothing else has, and a replaced folder
 keeps everything in it that the caller does not list as robx's own.
@@ -17,7 +19,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from robx.errors import InputError
+from robx.errors import InputError, NoSpace
 from robx.store.files import LEFTOVER, fsync_folder, random_name, try_lock, unwritable
 from robx.store.locks import turn
 
@@ -74,6 +76,55 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     finally:
         os.close(held)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_writable(folder: Path, *, remedy: str) -> None:
+    """Refuse, before long work starts, a folder in which nothing can be written, or that cannot be made.
+
+    Permissions do not tell enough (root has them all, and still nothing can be made in /proc): a hidden folder is made
+    and removed, and the time of the last change put back, so that a dry run leaves no trace.
+
+    Args:
+        folder: need not exist, and neither need its parents.
+        remedy: what to do about it, the end of the message.
+
+    Raises:
+        InputError: `folder`, or the nearest parent that exists, is not a folder, is read-only or cannot be written.
+        NoSpace: the disk is full.
+    """
+    place = folder.absolute()
+    nearest = next(path for path in (place, *place.parents) if os.path.lexists(path))
+    shown = folder if nearest == place else nearest
+    if not nearest.is_dir():
+        raise InputError(f"{shown} is not a folder: {remedy}")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{shown} is read-only: {remedy}")
+    probe = nearest / random_name("probe")
+    try:
+        before = nearest.stat()
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        if isinstance(refused := unwritable(nearest, error), NoSpace):
+            raise refused from error
+        raise InputError(f"{shown} cannot be written ({error.strerror}): {remedy}") from error
+    with contextlib.suppress(OSError):  # another user's folder
+        os.utime(nearest, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def require_replaceable(path: Path, *, remedy: str) -> None:
+    """Refuse, before long work starts, a path at which `new_folder` could put nothing; see `require_writable`.
+
+    Raises:
+        InputError: it is a file or a mount point, or its parent cannot be written.
+        NoSpace: the disk is full.
+    """
+    place = path.resolve()
+    if os.path.lexists(place) and not place.is_dir():
+        raise InputError(f"{path} is not a folder: {remedy}")
+    if place.is_mount():
+        raise InputError(f"{path} is a mount point, which cannot be replaced: {remedy}")
+    require_writable(place.parent, remedy=remedy)
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:

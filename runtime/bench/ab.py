@@ -15,12 +15,11 @@ import numpy as np
 from robx.errors import InputError
 from robx.images.decode import renormalise
 from robx.images.sources import open_source
-from robx.records import Validity, Value, load_bundle, utc_now, warn_outdated
+from robx.records import Validity, Value, load_bundle, require_measurable, utc_now, warn_outdated
 from robx.runtime.bench import latency, profiles, validity
 from robx.runtime.bench.inputs import load_inputs
 from robx.runtime.bench.interleave import Interleaved, interleave
 from robx.runtime.bench.profiles import BenchSettings, find_profile
-from robx.runtime.bench.record import require_writable
 from robx.runtime.bench.reference import check_outputs, find_reference
 from robx.runtime.session import Session, open_session
 from robx.store.files import sha256_bytes, write_bytes
@@ -141,7 +140,7 @@ def _check(settings: BenchSettings) -> None:
     if len({folder.resolve() for folder in settings.folders}) < len(settings.bundles):
         raise InputError("--ab was given the same bundle twice: give each once")
     for folder in settings.folders[1:]:
-        require_writable(folder)
+        require_measurable(folder)
 
 
 def _wrong_outputs(

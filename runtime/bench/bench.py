@@ -16,11 +16,20 @@ import numpy as np
 from robx.errors import DeviceError, InputError, RobxError
 from robx.images.sources import open_source
 from robx.progress import Progress, silent
-from robx.records import Latency, Preprocessing, append_measurements, load_bundle, to_json, utc_now, warn_outdated
+from robx.records import (
+    Latency,
+    Preprocessing,
+    append_measurements,
+    load_bundle,
+    require_measurable,
+    to_json,
+    utc_now,
+    warn_outdated,
+)
 from robx.runtime.bench import profiles, runner_zip, validity
 from robx.runtime.bench.inputs import Inputs, load_inputs
 from robx.runtime.bench.profiles import BenchSettings, find_profile
-from robx.runtime.bench.record import Origin, Run, Try, make_record, require_writable
+from robx.runtime.bench.record import Origin, Run, Try, make_record
 from robx.runtime.bench.reference import find_reference
 from robx.runtime.bench.results import read_result
 from robx.runtime.bench.runners import Runner, choose_runner, job_hashes, python_command
@@ -121,7 +130,7 @@ def _prepare(settings: BenchSettings) -> list[Run]:
             raise InputError(f"{folder} is a student: export it with robx export, then bench the bundle")
         bundle = load_bundle(folder)
         check_model_file(folder, bundle)
-        require_writable(folder)
+        require_measurable(folder)
         fixed = bundle.inputs[0].shape[0]
         if settings.batch > 1 and fixed not in (None, settings.batch):
             raise InputError(f"{folder} has a fixed batch of {fixed}: it cannot run batches of {settings.batch}")

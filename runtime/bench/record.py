@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from robx import __version__
-from robx.errors import InputError
 from robx.records import Bundle, Latency, Validity, Value, to_json
 from robx.runtime.bench import latency, validity
 from robx.runtime.bench.inputs import Inputs
@@ -88,12 +86,6 @@ class Run:
             return _BY_VALIDITY.index(validity.verdict(reasons)), len(reasons)
 
         return min(self.tries, key=doubt)
-
-
-def require_writable(folder: Path) -> None:
-    """Raise InputError, before anything is measured, if records cannot be written into a bundle's folder."""
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"{folder} is read-only, and measurements are written into it: copy the bundle elsewhere")
 
 
 @dataclass(frozen=True, kw_only=True)

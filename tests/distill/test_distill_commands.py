@@ -196,6 +196,8 @@ def test_the_help_has_examples_and_needs_no_torch() -> None:
     ("more", "said"),
     [
         ((), "--out DIR is missing"),
+        (("--out", f"{__file__}/run"), "test_distill_commands.py is not a folder: give --out in another folder"),
+        (("--out", "run", "--store-targets", f"{__file__}/t"), "is not a folder: give --store-targets another folder"),
         (("--out", "run", "--init", "nowhere"), "--init nowhere does not exist"),
         (("--out", "run", "--batch-size", "1000"), "fewer than one batch"),
     ],

@@ -3,12 +3,14 @@
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -345,6 +347,27 @@ def test_a_margin_that_cannot_be_tested_is_refused_before_anything_is_embedded(b
     monkeypatch.setattr(evaluate, "open_session", None)
     result = robx(bundle("x", 0.0), "--data", scenes, "--fidelity", "--margin", margin)
     assert result.exit_code == 2 and "the margin must be" in result.output and result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--save-head", __file__ + "/head"), "is not a folder: give --save-head in another folder"),
+        (("--cache", __file__), "is not a folder: give --cache another folder"),
+        ((), "is read-only: copy the model elsewhere"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is_embedded(run, scenes, more, said, monkeypatch):
+    monkeypatch.setattr(evaluate, "open_session", None)
+    real = os.access
+
+    def access(path, mode, **how):
+        return not (Path(path) == run and mode & os.W_OK) and real(path, mode, **how)
+
+    if not more:
+        monkeypatch.setattr(os, "access", access)
+    result = robx(run, "--data", scenes, *(each.format(scenes=scenes) for each in more))
+    assert result.exit_code == 2 and said in result.output and result.output.count("\n") == 1, result.output
 
 
 def test_a_folder_that_robx_did_not_write_is_refused(tmp_path, scenes):

@@ -458,6 +458,21 @@ def test_a_read_only_student_is_exported_elsewhere(
         export(dataclasses.replace(settings, out=run / "deep" / "bundle"))
 
 
+def test_a_place_that_cannot_hold_the_bundle_is_refused_before_the_images_are_read(
+    cnn_run: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("robx.export.build.read_splits", lambda *_, **__: pytest.fail("the images were read"))
+    run = tmp_path / "run"
+    shutil.copytree(cnn_run, run, ignore=shutil.ignore_patterns(CACHE))
+    (run / "onnx-fp32").touch()
+    settings = ExportSettings(run=run, target=ExportTarget(format="onnx", precision="int8"), data=scenes)
+    for out in (run / "onnx-fp32", run / "onnx-fp32" / "deep"):
+        with pytest.raises(InputError, match="onnx-fp32 is not a folder: give --out in another folder"):
+            export(dataclasses.replace(settings, out=out))
+    with pytest.raises(InputError, match="onnx-fp32 is not a folder: give --out with a folder for the bundle"):
+        export(settings)  # what ships where no int8 candidate passes
+
+
 @pytest.mark.parametrize(("mask", "mode"), [(0o077, 0o700), (0o022, 0o755)])
 def test_a_bundles_permissions_follow_the_umask(mask: int, mode: int, cnn_run: Path, tmp_path: Path) -> None:
     before = os.umask(mask)

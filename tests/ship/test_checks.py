@@ -148,6 +148,12 @@ def test_folders_that_are_in_use(tmp_path: Path, photos: Path) -> None:
     (tmp_path / "mine/notes").touch()
     taken = [{"format": "onnx", "out": str(tmp_path / "mine")}]
     assert "[[export]]: " in (line := _refused(_plan(tmp_path, photos, export=taken))) and "is not empty" in line
+    line = _refused(_plan(tmp_path, photos, export=[{"format": "onnx", "out": str(tmp_path / "file/bundle")}]))
+    assert line.startswith("[[export]]: ") and "file is not a folder: give --out in another folder" in line
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/report.html").write_text("mine")
+    line = _refused(_plan(tmp_path, photos))
+    assert line.startswith("[report]: ") and "report.html exists and is not a robx report" in line
 
 
 def test_exports_that_differ_in_precision_or_folder_are_no_conflict(tmp_path: Path, photos: Path) -> None:

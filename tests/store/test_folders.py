@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from robx.errors import InputError
+from robx.errors import InputError, NoSpace
 from robx.store import folders
 from robx.store.files import write_bytes
-from robx.store.folders import new_folder, remove_leftovers, scratch_folder
+from robx.store.folders import new_folder, remove_leftovers, require_replaceable, require_writable, scratch_folder
 from robx.store.locks import lock_folder, turn, wait_for
 
 NAMES = ("bundle", "odd name.5", "x*[a]", "-rf\n'$(id)'", "é" * 60)
@@ -93,6 +93,43 @@ def test_a_file_of_that_name_and_a_link_to_a_folder(tmp_path: Path) -> None:
         (folder / "a").write_text("1")
     assert (tmp_path / "link").is_symlink() and contents(tmp_path / "real") == {"a": "1"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "real"]
+
+
+@pytest.mark.parametrize("check", [require_writable, require_replaceable])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, check: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what happens there, not by permissions: root has them all."""
+    (tmp_path / "file").touch()
+    (tmp_path / "old").mkdir()
+    for place in (tmp_path / "new", tmp_path / "a" / "b", tmp_path / "old"):
+        check(place, remedy="move")
+    for place in (tmp_path / "file", tmp_path / "file" / "b"):
+        with pytest.raises(InputError, match=r"/file is not a folder: move$"):
+            check(place, remedy="move")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "old"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "mkdir", _fails_with(errno.EROFS))
+        with pytest.raises(InputError, match=r"cannot be written \(Read-only file system\): move$"):
+            check(tmp_path / "new", remedy="move")
+        patched.setattr(Path, "mkdir", _fails_with(errno.ENOSPC))
+        with pytest.raises(NoSpace, match="no space left"):
+            check(tmp_path / "new", remedy="move")
+
+
+def _fails_with(number: int) -> Any:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+def test_a_mount_point_is_not_replaced_and_nothing_is_made_in_proc() -> None:
+    with pytest.raises(InputError, match=r"^/proc is a mount point"):
+        require_replaceable(Path("/proc"), remedy="move")
+    with pytest.raises(InputError, match=r"^/proc (cannot be written|is read-only).*: move$"):
+        require_replaceable(Path("/proc/robx"), remedy="move")
 
 
 def test_every_file_is_flushed_before_the_folder_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

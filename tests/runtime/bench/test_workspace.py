@@ -83,5 +83,5 @@ def test_a_read_only_bundle_is_refused_before_it_is_measured(make_bundle, monkey
     monkeypatch.setattr("robx.runtime.bench.ab.interleave", lambda *a, **k: pytest.fail("measured"))
     settings = BenchSettings(bundles=[first, second], profile="rapid")
     for measure in (bench, ab.compare):
-        with pytest.raises(InputError, match="b is read-only, and measurements are written into it"):
+        with pytest.raises(InputError, match="b is read-only: copy the model elsewhere"):
             measure(settings)
