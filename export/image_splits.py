@@ -161,9 +161,8 @@ def read_splits(
         mine = _labelled_first(train, order)
         own = read(train, mine, wanted, note="reading training images")
         rest, seen = shuffled(held_out), set()
-    require_enough(min(len(own), sizes.calibration), least=sizes.least, where=train.name)
     judging = read(held_out, rest, sizes.judging, exclude=seen, note="reading held-out images")
-    _require_judging(len(judging), where=held_out.name)
+    _require_enough(min(len(own), sizes.calibration), len(judging), train, held_out, least=sizes.least)
     require_disjoint(own, judging, where=held_out.name)
     spared = min(sizes.screening, max(0, len(own) - sizes.calibration) // 3)
     # Evenly spread over the rest, so that bank and screening both get labelled images, which come first.
@@ -182,19 +181,14 @@ def read_splits(
 def require_images(train: ImageSource, held_out: ImageSource | None, sizes: SplitSizes) -> None:
     """Raise InputError where there are too few images, before any is read; duplicates are found only by reading."""
     spare = _spare(len(train), sizes) if held_out is None else 0
-    require_enough(len(train) - spare, least=sizes.least, where=train.name)
     judged = spare if held_out is None else min(len(held_out), sizes.judging)
-    _require_judging(judged, where=(train if held_out is None else held_out).name)
+    judges = train if held_out is None else held_out
+    _require_enough(len(train) - spare, judged, train, judges, least=sizes.least)
 
 
 def _spare(images: int, sizes: SplitSizes) -> int:
     """How many of the training images are kept to judge with, where there is no test split."""
     return min(sizes.judging, max(0, images - sizes.least), images // 2)
-
-
-def _require_judging(count: int, *, where: str) -> None:
-    if count < MIN_JUDGING:
-        raise InputError(f"{where} has {count} images to judge with and at least {MIN_JUDGING} are needed: add images")
 
 
 def _labelled_first(source: ImageSource, order: np.ndarray) -> np.ndarray:
@@ -203,14 +197,18 @@ def _labelled_first(source: ImageSource, order: np.ndarray) -> np.ndarray:
     return np.concatenate([order[~bare], order[bare]])
 
 
-def require_enough(count: int, *, least: int, where: str) -> None:
-    """Refuse a calibration set that is too small."""
-    if count < least:
+def _require_enough(calibration: int, judging: int, train: ImageSource, held_out: ImageSource, *, least: int) -> None:
+    """Refuse too few calibration images, too few judging images, or both, in one line."""
+    short = []
+    if calibration < least:
+        short.append(f"{train.name} has {calibration} different calibration images and at least {least} are needed")
+    if judging < MIN_JUDGING:
+        short.append(f"{held_out.name} has {judging} images to judge with and at least {MIN_JUDGING} are needed")
+    if short:
         # An fp32 export, which calibrates nothing, takes no such option.
-        option = " (--calibration-images lowers the number, for a demonstration)" if least > MIN_JUDGING else ""
-        raise InputError(
-            f"{where} has {count} different calibration images and at least {least} are needed: add images{option}"
-        )
+        lowers = calibration < least and least > MIN_JUDGING
+        option = " (--calibration-images lowers the number, for a demonstration)" if lowers else ""
+        raise InputError(f"{', and '.join(short)}: add images{option}")
 
 
 def require_disjoint(fitted: Images, judging: Images, *, where: str) -> None:

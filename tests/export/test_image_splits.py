@@ -63,6 +63,17 @@ def test_too_few_judging_images_are_refused() -> None:
         read_splits(_source("train", 0, 300), _source("test", 1, 5), PRE)
 
 
+def test_all_shortages_are_said_at_once_before_and_after_reading() -> None:
+    both = r"^train has 20 different calibration images and at least 300 are needed, and test has 5 images to judge"
+    few, test = _source("train", 0, 20), _source("test", 1, 5)
+    with pytest.raises(InputError, match=both):
+        read_splits(few, test, PRE)
+    repeated = ArraySource("train", np.concatenate([few._pixels] * 20), None, None)  # only reading shows it
+    again = ArraySource("test", np.concatenate([test._pixels] * 20), None, None)
+    with pytest.raises(InputError, match=both):
+        read_splits(repeated, again, PRE)
+
+
 def test_judging_images_that_were_calibrated_on_are_refused() -> None:
     train = _source("train", 0, 320)
     other = _source("other", 1, 40)
