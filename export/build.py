@@ -72,7 +72,7 @@ class ExportSettings:
     budget: float | None = None  # seconds after which no further candidate is started
     force: bool = False  # ship the best int8 or fp16 model even if it failed the gate
     heal: HealSettings | None = None  # train weights that tolerate int8, and try them too
-    sensitivity: bool = False  # measure each layer's cost in int8 even where no candidate needs it
+    sensitivity: bool = False  # of int8: measure each layer's cost even where no candidate needs it
     calibration_images: int = MIN_IMAGES
     judging_images: int = JUDGING_IMAGES
 
@@ -113,6 +113,7 @@ class ExportSettings:
         if precision != "int8":
             searching = {"--rungs": self.candidates is not None, "--budget": self.budget is not None}
             _refuse(searching, "the int8 search", "--int8")
+            _refuse({"--sensitivity": self.sensitivity}, "the layers of an int8 export", "--int8")
         if precision == "fp32":
             judging = {
                 "--max-drop": self.limits.max_drop != limits.max_drop,
@@ -120,7 +121,7 @@ class ExportSettings:
                 "--force": self.force,
             }
             _refuse(judging, "the gate, which judges int8 and fp16", "--int8 or --fp16")
-        if precision == "fp32" and not self.sensitivity:
+        if precision == "fp32":
             counts = {
                 "--calibration-images": self.calibration_images != MIN_IMAGES,
                 "--judging-images": self.judging_images != JUDGING_IMAGES,

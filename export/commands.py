@@ -81,7 +81,7 @@ if TYPE_CHECKING:
     metavar="[MINUTES]",
     help="Train weights that tolerate int8, and try them too. [default: 10 minutes]",
 )
-@click.option("--sensitivity", is_flag=True, help="Measure the cost of each layer in int8, for robx inspect.")
+@click.option("--sensitivity", is_flag=True, help="With --int8: measure the cost of each layer, for robx inspect.")
 @click.option("--force", is_flag=True, help="Ship the best int8 or fp16 model even if it failed, marked FORCED.")
 @quiet_option
 def export(

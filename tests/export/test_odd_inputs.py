@@ -137,6 +137,11 @@ def test_fp16_ships_for_its_size_unless_it_is_to_be_faster(cnn_run: Path, scenes
         (["--rungs", "3"], "--rungs is for the int8 search: add --int8, or leave it out"),
         (["--fp16", "--data", ".", "--budget", "9"], "--budget is for the int8 search: add --int8"),
         (["--rungs", "3", "--budget", "9"], "--rungs, --budget are for the int8 search: add --int8, or leave them out"),
+        (
+            ["--data", ".", "--sensitivity"],
+            "--sensitivity is for the layers of an int8 export: add --int8, or",
+        ),
+        (["--data", ".", "--fp16", "--sensitivity"], "--sensitivity is for the layers of an int8 export: add --int8"),
         (["--max-drop", "2"], "--max-drop is for the gate, which judges int8 and fp16: add --int8 or --fp16"),
         (["--min-speedup", "2", "--force"], "--min-speedup, --force are for the gate"),
         (["--data", ".", "--calibration-images", "32"], "--calibration-images is for int8 and fp16: add"),
@@ -150,9 +155,8 @@ def test_what_would_be_ignored_is_refused(more: list[str], said: str, cnn_run: P
 
 def test_what_an_export_uses_is_not_refused() -> None:
     settings = {"student": "r", "format": "onnx", "data": "d"}
-    ExportSettings.of(**settings, sensitivity=True, calibration_images=32, judging_images=64)
     ExportSettings.of(**settings, fp16=True, calibration_images=32, judging_images=64, max_drop=2.0, force=True)
-    ExportSettings.of(**settings, int8=True, candidates=1, budget=9.0, min_speedup=2.0, heal=1.0)
+    ExportSettings.of(**settings, int8=True, candidates=1, budget=9.0, min_speedup=2.0, heal=1.0, sensitivity=True)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
