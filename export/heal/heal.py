@@ -306,8 +306,8 @@ def _train(work: _Work, keep: Callable[[], None], progress: Progress, say: Calla
                 planned = plan.steps
                 if plan.fit(budget, sum(recent) / len(recent)):
                     say(f"this machine has become slower: healing ends after {plan.steps} steps instead of {planned}")
-            note = f"healing, loss {sum(losses) / len(losses):.4f} (first steps {plan.first_loss:.4f})"
-            progress(plan.step, plan.steps, note)
+            first = f" (first steps {plan.first_loss:.4f})" if plan.step > _PACE_STEPS else ""  # it is fixed from here
+            progress(plan.step, plan.steps, f"healing, loss {sum(losses) / len(losses):.4f}{first}")
             if plan.left and time.monotonic() - saved > _SAVE_SECONDS:
                 keep()
                 saved = time.monotonic()

@@ -111,7 +111,7 @@ def test_an_interrupted_healing_continues_to_the_same_bits(
     steps, lines = list[int](), list[str]()
 
     def count(done: int, total: int, note: str) -> None:
-        if note.startswith("healing"):
+        if note.startswith("healing, loss"):
             steps.append(done)
 
     resumed = _heal(model, student, splits, tmp_path / "cut", progress=count, say=lines.append)
@@ -200,12 +200,31 @@ def test_a_signal_in_the_middle_of_a_step_waits_for_its_end(
 
 
 def test_the_progress_compares_the_loss_with_that_of_the_first_steps(
-    model: ExportModel, student: Student, splits: Splits, tmp_path: Path
+    model: ExportModel, student: Student, splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    notes = list[str]()
-    _heal(model, student, splits, tmp_path, settings={"steps": 3}, progress=lambda _, __, note: notes.append(note))
-    found = [re.findall(r"loss ([0-9.]+) \(first steps ([0-9.]+)\)", note) for note in notes]
-    assert [mean == first for ((mean, first),) in filter(None, found)] == [True] * 3  # of the same crops
+    """From the moment when those steps are over, and also where the healing was interrupted among them or later."""
+    monkeypatch.setattr(heal_module, "_PACE_STEPS", 3)
+    notes = dict[int, str]()
+
+    def note_down(done: int, total: int, note: str) -> None:
+        if note.startswith("healing, loss"):
+            notes[done] = note
+            if done in (2, 4) and done not in stops:
+                stops.append(done)
+                raise KeyboardInterrupt
+
+    stops = [2, 4]  # of the first healing: none
+    _heal(model, student, splits, tmp_path / "whole", progress=note_down)
+    parts = [re.fullmatch(r"healing, loss ([0-9.]+)(?: \(first steps ([0-9.]+)\))?", notes[done]) for done in notes]
+    losses, firsts = zip(*(part.groups() for part in parts if part), strict=True)
+    assert firsts == (None, None, None, losses[2], losses[2], losses[2])  # the mean of the first three
+    stops, cut = [], tmp_path / "cut"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            _heal(model, student, splits, cut, progress=note_down)
+    _heal(model, student, splits, cut, progress=note_down)
+    resumed = [re.findall(r"first steps ([0-9.]+)", notes[done]) for done in range(1, 7)]
+    assert resumed == [[], [], [], [losses[2]], [losses[2]], [losses[2]]]
 
 
 def test_a_damaged_state_is_not_continued(model: ExportModel, student: Student, splits: Splits, tmp_path: Path) -> None:
