@@ -10,12 +10,13 @@ The values of the presets are in presets.py; recipe_toml.py reads and prints rec
 from __future__ import annotations
 
 import dataclasses
+import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_type_hints
 
-from robx.arguments import check_types, is_enumerated
+from robx.arguments import check_types
 from robx.distill.presets import BASE, CNN, ROB
 from robx.errors import ArtifactError, InputError, did_you_mean
 from robx.image_size import Shape, parse_size, plain_size
@@ -306,18 +307,30 @@ def override(recipe: Recipe, values: Mapping[str, Any], *, where: str = "recipe"
         hint = did_you_mean(str(unknown[0]), known, otherwise=f"known are {', '.join(known)}")
         raise InputError(f"{where}: unknown key {_shown(unknown[0])}: {hint}")
     given = {name: None if _is_off(name, value) else value for name, value in values.items()}
-    given |= {name: plain_size(parse_size(given[name], name=f"{where}.{name}")) for name in _SIZES if name in given}
-    for name, kind in get_type_hints(Recipe).items():
-        if name in given and is_enumerated(kind):
-            check_types({f"{where}.{name}": kind}, {f"{where}.{name}": given[name]})
     try:
+        given = _checked(given, where=where)
         return recipe_from_json(to_json(recipe) | dict(to_json(given)), where=where)
     except RecursionError:
         raise InputError(f"{where}: a value is nested too deeply: see robx recipe for examples") from None
     except InputError as error:
-        if where == "options" or not str(error).startswith("recipe: "):
-            raise
-        raise InputError(f"{where}{str(error).removeprefix('recipe')}") from error  # the file that says so
+        raise InputError(re.sub("^recipe(?=: )", lambda _: where, str(error))) from None  # the file that says so
+
+
+def _checked(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """Values of the right types, by their keys; sizes are as `plain_size` writes them."""
+    found: dict[str, Any] = {}
+    kinds = get_type_hints(Recipe)
+    for name, value in values.items():
+        label, kind = f"{where}: {name}", kinds[name]
+        if name in _SIZES:
+            found[name] = plain_size(parse_size(value, name=label))
+            continue
+        try:
+            found |= {name: check_types({label: kind}, {label: value})[label]}
+        except InputError as error:
+            off = ', or "none"' if name in _OPTIONAL else ""
+            raise InputError(re.sub(r"(?=, got )", off, str(error), count=1)) from None
+    return found
 
 
 def recipe_from_json(values: Any, *, where: str = "recipe") -> Recipe:
@@ -325,12 +338,14 @@ def recipe_from_json(values: Any, *, where: str = "recipe") -> Recipe:
     try:
         return from_json(Recipe, values, where=where)
     except ArtifactError as error:
-        raise InputError(str(error)) from error
+        raise InputError(str(error)) from None
 
 
 def _is_off(name: str, value: Any) -> bool:
     """Whether a value means None, which TOML cannot express."""
-    return (value == "none" and name in _OPTIONAL) or (name in ("clip_grad", "lr_batch") and value in (0, None))
+    if isinstance(value, str):
+        return value == "none" and name in _OPTIONAL
+    return name in ("clip_grad", "lr_batch") and isinstance(value, int | float) and value == 0
 
 
 def _shown(value: Any) -> str:

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from robx.arguments import argument_hint, check_types
 from robx.distill.presets import NAMED, TINY
 from robx.distill.recipe_toml import read_recipe
-from robx.distill.recipes import Recipe, StudentKind, override, preset
+from robx.distill.recipes import METHODS, Recipe, StudentKind, override, preset
 from robx.distill.targets.stored import read_info
 from robx.distill.teachers.choose import default_objective
 from robx.distill.training.compute import KEYS, decide, facts_of
@@ -127,6 +127,7 @@ def resolve_recipe(settings: DistillSettings) -> Recipe:
     _require_match(name, settings)
     if bool(values.get("base", settings.base)) != settings.base:
         raise InputError(f"{file}: base = {str(values['base']).lower()} contradicts --teacher {settings.teacher}")
+    check_types({f"{file}: objective": str}, {f"{file}: objective": values.get("objective", "")})
     method: Any = settings.objective or values.get("objective")
     if method is None and settings.targets is not None:
         method = read_info(settings.targets).decided_by.get("objective")
@@ -138,9 +139,9 @@ def resolve_recipe(settings: DistillSettings) -> Recipe:
         given |= {"lr_batch": None, "warmup_lr": first * given["lr"], "final_lr": last * given["lr"]}
     given |= _decided_by_device(settings, values | given, quick=name == "quick")
     try:
-        recipe = override(recipe, given, where="options")
+        recipe = override(recipe, given)
     except InputError as error:
-        raise InputError(_naming_options(str(error), settings.overrides)) from error
+        raise InputError(_naming_options(str(error), settings.overrides)) from None
     if recipe.quantize is not None and settings.init is None:
         raise InputError("--quantize starts from a trained student: give --init RUN, a finished run of this student")
     return recipe
@@ -154,11 +155,20 @@ def recipe_values(recipe: Path) -> tuple[str, dict[str, Any]]:
     Raises:
         InputError: the file is missing or is not TOML, or is like an unknown recipe.
     """
-    if str(recipe) in NAMED:
-        return str(recipe), dict(NAMED[str(recipe)])
-    values = read_recipe(recipe)
+    given = str(recipe)
+    if given in NAMED:
+        return given, dict(NAMED[given])
+    try:
+        values = read_recipe(recipe)
+    except InputError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        hint = did_you_mean(given, NAMED, otherwise=f"give {', '.join(NAMED)}, or a file in TOML (see robx recipe)")
+        if given in METHODS:
+            hint = f"give --objective {given}, whose published recipe is the default"
+        raise InputError(f"--recipe {recipe} is neither a recipe's name nor a file: {hint}") from None
     name = values.pop("like", "paper")
-    if name not in NAMED:
+    if not isinstance(name, str) or name not in NAMED:
         hint = did_you_mean(str(name), NAMED, otherwise=f"give one of {', '.join(NAMED)}")
         raise InputError(f"{recipe}: like = {name!r} is not a recipe: {hint}")
     return name, NAMED[name] | values
@@ -181,7 +191,7 @@ def _require_match(name: str, settings: DistillSettings) -> None:
 def _naming_options(message: str, overrides: Mapping[str, Any]) -> str:
     """A message about a recipe key that the user gave as an option, with the option's name."""
     for name in _RECIPE_OPTIONS & {name for name, value in overrides.items() if value is not None}:
-        message = re.sub(rf"^(options\.|recipe: ){name}\b", f"--{name.replace('_', '-')}", message)
+        message = re.sub(rf"^recipe: {name}\b", f"--{name.replace('_', '-')}", message)
     return message
 
 

@@ -142,13 +142,24 @@ def _check(kind: Any, value: Any, name: str) -> None:
     try:
         check_json(kind, _json(value), where=name)
     except ArtifactError:
-        finite = not isinstance(value, float) or math.isfinite(value)
-        wanted = described(kind) if finite else described(kind).replace("a number", "a finite number")
+        wanted = described(kind)
+        if _has_infinity(value):
+            wanted = re.sub(r"(?<!whole )number", "finite number", wanted)
         hint = did_you_mean(value, _choices(kind), otherwise="") if isinstance(value, str) else ""
         raise InputError(f"{name} must be {wanted}, got {reprlib.repr(value)}{hint and ': '}{hint}") from None
     parts = value if isinstance(value, list | tuple) else (value,)
     if "PathLike" in repr(kind) and any(isinstance(part, str) and not part for part in parts):
         raise InputError(f"{name} is an empty path: give a path, or . for the current folder")
+
+
+def _has_infinity(value: Any) -> bool:
+    """Whether a number, or one in a list, is NaN, infinite, or too large for a float."""
+    if isinstance(value, list | tuple):
+        return any(map(_has_infinity, value))
+    try:
+        return isinstance(value, int | float) and not math.isfinite(value)
+    except OverflowError:
+        return True
 
 
 def _choices(kind: Any) -> list[str]:
@@ -198,13 +209,16 @@ def described(kind: Any) -> str:
         return "a function"
     if origin is Mapping:
         return "a dictionary"
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"a list of {_plural(arguments[0])}"
     if origin is tuple:
         return f"a list of {len(arguments)} {_plural(arguments[0])}"
     return "a path" if _is_path(kind) else _NAMES.get(kind, getattr(kind, "__name__", str(kind)))
 
 
 def _plural(kind: Any) -> str:
-    return " or ".join(_PLURALS.get(one, one) for one in described(kind).split(" or "))
+    words = [_PLURALS.get(one, one) for one in described(kind).split(" or ")]
+    return re.sub(r"^a list\b", "lists", " or ".join(words))
 
 
 def _is_path(kind: Any) -> bool:

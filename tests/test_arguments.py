@@ -125,8 +125,10 @@ def test_a_call_that_does_not_fit_the_function_says_how_to_write_it(call: Callab
 def test_an_error_of_the_api_names_the_argument(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"student": "test_resnet", "teacher": "ema", "out": tmp_path / "o"}
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
-    with pytest.raises(InputError, match=r"^epochs: '3' is not of type int"):
+    with pytest.raises(InputError, match=r"^epochs must be a whole number, got '3'$"):
         api.distill(data=tmp_path, epochs="3", progress=None, **settings)
+    with pytest.raises(InputError, match=r"^recipe: mixup must be a number, got 'x'$"):
+        api.distill(data=tmp_path, mixup="x", progress=None, **settings)
     with pytest.raises(InputError, match=r"^max_drop must be between 0 and 100 points, got 101"):
         api.export(tmp_path, format="onnx", max_drop=101, progress=None)
     with pytest.raises(InputError, match=r"^candidates, budget are for the int8 search: add int8, or leave them out$"):

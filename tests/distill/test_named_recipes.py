@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -93,6 +94,43 @@ def test_quick_is_refused_where_it_cannot_work(scenes: Path, given: dict[str, ob
     objective = {"objective": "swav"} if "targets" in given else {}
     with pytest.raises(InputError, match=said):
         resolve_recipe(_settings(scenes, recipe="quick", **objective | given))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("quik", "--recipe quik is neither a recipe's name nor a file: did you mean quick?"),
+        ("PAPER", "did you mean paper?"),
+        ("mine.toml", "give paper, quick, or a file in TOML (see robx recipe)"),
+        ("dino", "give --objective dino, whose published recipe is the default"),
+    ],
+)
+def test_a_recipe_that_does_not_exist_is_refused_with_those_that_do(scenes: Path, name: str, said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        resolve_recipe(_settings(scenes, recipe=name))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("like = ['quick']", "is not a recipe"), ("objective = ['dino']", "objective must be a string")],
+)
+def test_a_list_in_place_of_a_name_is_refused(scenes: Path, tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(InputError, match=said):
+        resolve_recipe(_settings(scenes, recipe=str(tmp_path / "mine.toml")))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("paper", "the recipe paper is one per objective: give dino, ibot, msn, swav, kd or quick"),
+        ("quik", "'quik' is not a recipe: did you mean quick?"),
+        ("zzz", "'zzz' is not a recipe: give dino, ibot"),
+    ],
+)
+def test_what_cannot_be_printed_is_refused_with_what_can(name: str, said: str) -> None:
+    result = CliRunner().invoke(main, ["recipe", name, "--student", "resnet10t"])
+    assert result.exit_code == 2 and result.stderr.startswith(f"robx: {said}"), result.output
 
 
 def test_the_printed_recipe_reads_back_to_quick(tmp_path: Path) -> None:
