@@ -89,13 +89,13 @@ class ExportSettings:
         if self.sensitivity and self.data is None:
             raise InputError("--sensitivity is measured on real images: give --data")
         if self.candidates is not None and self.candidates < 1:
-            raise InputError(f"candidates must be at least 1, got {self.candidates}")
+            raise InputError(f"--rungs must be at least 1, got {self.candidates}")
         if self.budget is not None and not 0 <= self.budget < math.inf:
-            raise InputError(f"budget must be a number of seconds of at least 0, got {self.budget:g}")
+            raise InputError(f"--budget must be a number of seconds of at least 0, got {self.budget:g}")
         if self.calibration_images < 1:
-            raise InputError(f"calibration_images must be at least 1, got {self.calibration_images}")
+            raise InputError(f"--calibration-images must be at least 1, got {self.calibration_images}")
         if self.judging_images < MIN_JUDGING:
-            raise InputError(f"judging_images must be at least {MIN_JUDGING}, got {self.judging_images}")
+            raise InputError(f"--judging-images must be at least {MIN_JUDGING}, got {self.judging_images}")
 
     def refuse_ignored(self) -> None:
         """Refuse what was given for candidates, a gate or an ONNX file that this export does not have.

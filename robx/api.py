@@ -676,4 +676,4 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
 
 def _refuse(error: CorruptImage) -> None:
     remedy = "leave it out, or let robx run --out FILE.npz skip such images and name the others"
-    raise type(error)(f"{error}: {remedy}") from error
+    raise type(error)(f"{error}: {remedy}") from None

@@ -47,7 +47,7 @@ def check(bundle: Path, array: Path, *, say: Callable[[str], None] = lambda _: N
             return _compare_raw(content, sample, record)
         return compare(_parse(content, array), sample, record)
     except InputError as error:
-        raise InputError(f"{array}: {error}") from error
+        raise InputError(f"{array}: {error}") from None
 
 
 def _compare_raw(content: bytes, sample: GoldenSample, bundle: Bundle) -> Comparison:

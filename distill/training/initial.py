@@ -112,7 +112,7 @@ def _fitted(state: Mapping[str, Tensor], student: str, image_size: ImageSize, *,
         found = for_model(_below_prefix(state, trunk.state_dict()), trunk, classifier=False)
         load_strictly(trunk, found, where=str(where))
     except ArtifactError as error:
-        raise InputError(f"--init does not fit the student {student}: {error}") from error
+        raise InputError(f"--init does not fit the student {student}: {error}") from None
     return trunk.state_dict()
 
 

@@ -48,7 +48,7 @@ def open_split(
             bank = open_source(data, split="train", labels=labels, image_member=image_member)
             judged = open_source(data, split="test", labels=labels, image_member=image_member)
         except NoSplit as error:
-            raise InputError(f"{error}; or give the test set with --test") from error
+            raise InputError(f"{error}; or give the test set with --test") from None
     else:
         bank = open_part(data, "train", labels=labels, image_member=image_member)
         judged = open_part(test, "test", labels=labels, image_member=image_member)

@@ -205,7 +205,7 @@ class _Ship:
             raise
         except RobxError as error:
             if is_full(error):
-                raise NoSpace(str(error)) from error
+                raise NoSpace(str(error)) from None
             (self.skipped if optional else self.failed).append(str(error))
             self._say(f"  {'skipped' if optional else 'FAILED'}: {error}")
 

@@ -69,7 +69,7 @@ def read_build(abi: str) -> NativeBuild:
     try:
         build: NativeBuild = check_json(NativeBuild, read_json(folder / INFO), where=INFO)
     except ArtifactError as error:
-        raise InputError(f"the native runner for {abi} cannot be used ({error}): {remedy}") from error
+        raise InputError(f"the native runner for {abi} cannot be used ({error}): {remedy}") from None
     return build
 
 

@@ -169,4 +169,4 @@ def check(value: Any, kind: Any, where: str) -> Any:
     try:
         return check_json(kind, value, where=where)
     except ArtifactError as error:
-        raise DeviceError(f"the device sent an unexpected {error}: run it again") from error
+        raise DeviceError(f"the device sent an unexpected {error}: run it again") from None

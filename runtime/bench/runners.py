@@ -64,7 +64,7 @@ def python_command(python: str | None) -> list[str]:
     try:
         return shlex.split(python or "")
     except ValueError as error:
-        raise InputError(f"python {python!r} is not a command ({error}): close its quotes") from error
+        raise InputError(f"--python {python!r} is not a command ({error}): close its quotes") from error
 
 
 def choose_runner(transport: Transport, *, wanted: str | None = None, python: str | None = None) -> Runner:
@@ -100,7 +100,7 @@ def choose_runner(transport: Transport, *, wanted: str | None = None, python: st
     except InputError as error:
         if wanted == "native":
             raise
-        raise InputError(f"{transport.address} has no python3, and {error}, or name a Python with --python") from error
+        raise InputError(f"{transport.address} has no python3, and {error}, or name a Python with --python") from None
     return Runner(kind="native", command=(f"./{native_runner.NAME}",), abi=abi)
 
 

@@ -55,30 +55,30 @@ def open_transport(device: str) -> Transport:
         InputError: the address is not valid.
     """
     if not device.isprintable() or any(character.isspace() for character in device):
-        raise InputError(f"device {device!r} contains spaces or control characters: give ssh://user@host[:port]")
+        raise InputError(f"--device {device!r} contains spaces or control characters: give ssh://user@host[:port]")
     if device == "local":
         return LocalTransport()
     try:
         parts = urlsplit(device)
         host, user, port = parts.hostname or "", parts.username, parts.port
     except ValueError as error:
-        raise InputError(f"device {device!r} is not an address ({error}): give ssh://user@host[:port]") from error
+        raise InputError(f"--device {device!r} is not an address ({error}): give ssh://user@host[:port]") from error
     if port == 0:
-        raise InputError(f"device {device!r} has port 0: give a port from 1 to 65535, or none")
+        raise InputError(f"--device {device!r} has port 0: give a port from 1 to 65535, or none")
     if parts.scheme == "ssh":
         # urlsplit converts the host to lower case, but names in ~/.ssh/config are case-sensitive.
         host = parts.netloc.rpartition("@")[2]
         host = host[1 : host.index("]")] if host.startswith("[") else host.split(":")[0]
         odd = not _HOST.match(host) or (user is not None and not _USER.match(user))
         if odd or parts.path not in ("", "/") or parts.query or parts.fragment or parts.password:
-            raise InputError(f"device {device!r} is not an address: give ssh://user@host[:port], without a password")
+            raise InputError(f"--device {device!r} is not an address: give ssh://user@host[:port], without a password")
         return SshTransport(device, f"{user}@{host}" if user else host, port)
     if parts.scheme == "adb":
         serial = device.removeprefix("adb://")
         if serial and not _HOST.match(serial):
-            raise InputError(f"device {device!r} has no valid serial number: adb devices lists them")
+            raise InputError(f"--device {device!r} has no valid serial number: adb devices lists them")
         return AdbTransport(device, serial or None)
-    raise InputError(f"device {device!r} is unknown: give local, ssh://user@host[:port] or adb://serial")
+    raise InputError(f"--device {device!r} is unknown: give local, ssh://user@host[:port] or adb://serial")
 
 
 class LocalTransport:
