@@ -9,25 +9,34 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from robx.console import PathType, hints, print_line, print_table, progress_bar, quiet_option, say
+from robx.console import hints, print_line, print_table, progress_bar, quiet_option, say
 from robx.distill.presets import NAMED, ROB
-from robx.errors import InputError
+from robx.errors import InputError, did_you_mean
+from robx.options import Command, Number, PathType, WholeNumber
 
 if TYPE_CHECKING:
     from robx.distill.recipes import Recipe
     from robx.distill.training.dry_run import RunCost
 
 _OBJECTIVES = click.Choice(list(ROB))
-_POSITIVE = click.FloatRange(0, min_open=True)
+_POSITIVE = Number(0, min_open=True)
 _FILE = PathType(dir_okay=False)
 _FOLDER = PathType(file_okay=False)
 
 
-@click.command()
+@click.command(cls=Command, repeated={"--recipe": 'give one file, which may begin with like = "quick"'})
 @click.option("--teacher", metavar="NAME", help="A name from `robx teachers`, timm:NAME, or ema for the base method.")
 @click.option("--teacher-weights", type=_FILE, help="The teacher's full checkpoint, instead of downloading it.")
-@click.option("--teacher-mean", type=float, nargs=3, metavar="R G B", help="Pixel mean (0 to 1) of its training.")
-@click.option("--teacher-std", type=float, nargs=3, metavar="R G B", help="Pixel standard deviation of its training.")
+@click.option(
+    "--teacher-mean", type=Number(0, 1), nargs=3, metavar="R G B", help="Pixel mean (0 to 1) of its training."
+)
+@click.option(
+    "--teacher-std",
+    type=Number(0, min_open=True),
+    nargs=3,
+    metavar="R G B",
+    help="Pixel standard deviation of its training.",
+)
 @click.option("--student", metavar="NAME", multiple=True, help="Any timm model; several students share one teacher.")
 @click.option("--data", type=PathType(), help="Images: a folder, tar shards, IDX or CIFAR arrays.")
 @click.option("--image-member", metavar="NAME", help="Image of a tar sample that has several, such as rgb.jpg.")
@@ -36,50 +45,50 @@ _FOLDER = PathType(file_okay=False)
 @click.option("--init", metavar="RUN|FILE|pretrained", help="Initial weights of the student. Default: random.")
 @click.option("--recipe", type=_FILE, metavar="quick|paper|FILE",
               help="quick: for minutes on a CPU. paper: as published (default). Or a TOML file.")  # fmt: skip
-@click.option("--epochs", type=click.IntRange(1), help="Passes over the images.")
-@click.option("--batch-size", type=click.IntRange(1), help="Images per step, over all processes and micro-batches.")
+@click.option("--epochs", type=WholeNumber(1), help="Passes over the images.")
+@click.option("--batch-size", type=WholeNumber(1), help="Images per step, over all processes and micro-batches.")
 @click.option("--lr", type=_POSITIVE, help="Peak learning rate, not scaled by the batch size.")
 @click.option("--crop-size", metavar="SIZE", help="Size of the two global crops, in pixels: 224, or HEIGHTxWIDTH.")
 @click.option("--local-crop-size", metavar="SIZE", help="Size of the local crops, likewise.")
-@click.option("--local-crops", type=click.IntRange(0), help="Local crops per image.")
-@click.option("--prototypes", type=click.IntRange(2), help="Prototypes of base methods and of teachers without a head.")
-@click.option("--seed", type=click.IntRange(0), help="Random seed.")
+@click.option("--local-crops", type=WholeNumber(0), help="Local crops per image.")
+@click.option("--prototypes", type=WholeNumber(2), help="Prototypes of base methods and of teachers without a head.")
+@click.option("--seed", type=WholeNumber(0), help="Random seed.")
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "bf16", "fp16"]),
     help="Of forward passes. Default: bf16 on a GPU, else fp32.",
 )
 @click.option("--quantize", type=click.Choice(["int8"]), help="Simulate int8 in the trunk that --init gives.")
-@click.option("--accumulate", type=click.IntRange(1), help="Micro-batches per optimiser step (gradient accumulation).")
+@click.option("--accumulate", type=WholeNumber(1), help="Micro-batches per optimiser step (gradient accumulation).")
 @click.option("--device", metavar="NAME", help="cpu, cuda or cuda:1. Default: a GPU if one is available.")
 @click.option(
-    "--workers", type=click.IntRange(0), help="Data-loading processes. Default: all cores but one; on a CPU half."
+    "--workers", type=WholeNumber(0), help="Data-loading processes. Default: all cores but one; on a CPU half."
 )
 @click.option("--compile", is_flag=True, help="torch.compile teacher and students.")
 @click.option(
     "--resume/--fresh", default=True, help="Resume the run in --out (default), or start over. The last counts."
 )
 @click.option("--force", is_flag=True, help="Resume even if settings changed.")
-@click.option("--probe-every", type=click.IntRange(0), metavar="EPOCHS", help="Run a kNN evaluation every N epochs.")
+@click.option("--probe-every", type=WholeNumber(0), metavar="EPOCHS", help="Run a kNN evaluation every N epochs.")
 @click.option(
     "--checkpoint-minutes", type=_POSITIVE, default=10.0, show_default=True, help="Minutes between checkpoints."
 )
-@click.option("--checkpoint-steps", type=click.IntRange(0), help="Also save a checkpoint every N steps.")
+@click.option("--checkpoint-steps", type=WholeNumber(0), help="Also save a checkpoint every N steps.")
 @click.option("--store-targets", type=_FOLDER, help="Write the teacher's targets to this folder, for later runs.")
 @click.option(
-    "--store-k", "stored_k", type=click.IntRange(1), default=256, show_default=True,
+    "--store-k", "stored_k", type=WholeNumber(1), default=256, show_default=True,
     help="Most probable prototypes kept per stored target.",
 )  # fmt: skip
-@click.option("--target-epochs", type=click.IntRange(1), help="Replay the crops and targets of the first N epochs.")
+@click.option("--target-epochs", type=WholeNumber(1), help="Replay the crops and targets of the first N epochs.")
 @click.option("--targets", type=_FOLDER, help="Use stored targets instead of a teacher.")
 @click.option("--cache", type=_FOLDER, help="Downloads and fitted prototypes. Default: $ROBX_CACHE or ~/.cache/robx.")
 @click.option(
-    "--corrupt-budget", type=click.FloatRange(0, 1), default=0.001, show_default=True,
+    "--corrupt-budget", type=Number(0, 1), default=0.001, show_default=True,
     help="Fraction of images that may fail to decode.",
 )  # fmt: skip
 @click.option("--tensorboard", is_flag=True, help="Also write RUN/tensorboard.")
 @click.option(
-    "--log-every", type=click.IntRange(1), default=10, show_default=True, help="Steps between lines of metrics.jsonl."
+    "--log-every", type=WholeNumber(1), default=10, show_default=True, help="Steps between lines of metrics.jsonl."
 )
 @click.option("--dry-run", is_flag=True, help="Check the settings and estimate the cost of the run; write nothing.")
 @click.option("--gpu-memory", type=_POSITIVE, metavar="GB", help="With --dry-run: estimate the batch that fits.")
@@ -134,8 +143,20 @@ def distill(*, resume: bool, dry_run: bool, gpu_memory: float | None, as_json: b
         _show_result(folders, data=request.data, image_member=request.image_member, as_json=as_json)
 
 
-@click.command()
-@click.argument("objective", type=click.Choice([*ROB, "quick"]))
+def _recipe_name(_: click.Context, __: click.Parameter, name: str) -> str:
+    """The objective, or "quick"; --recipe also takes "paper", which is another recipe for each objective."""
+    if name in ("quick", *ROB):
+        return name
+    choices = f"{', '.join(ROB)} or quick"
+    if name in NAMED:
+        raise click.UsageError(f"the recipe {name} is one per objective: give {choices}")
+    raise click.UsageError(
+        f"{name!r} is not a recipe: {did_you_mean(name, ('quick', *ROB), otherwise=f'give {choices}')}"
+    )
+
+
+@click.command(cls=Command)
+@click.argument("objective", metavar=f"{{{'|'.join([*ROB, 'quick'])}}}", callback=_recipe_name)
 @click.option("--student", metavar="NAME", required=True, help="A timm model; CNN, ViT and tiny ViT recipes differ.")
 @click.option("--base", is_flag=True, help="The recipe of the base method, for --teacher ema.")
 def recipe(objective: str, student: str, base: bool) -> None:
@@ -162,7 +183,7 @@ def recipe(objective: str, student: str, base: bool) -> None:
     )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--long", "with_files", is_flag=True, help="Also list each teacher's prototypes and checkpoint file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the list as JSON, checkpoints included.")
 def teachers(with_files: bool, as_json: bool) -> None:
@@ -201,7 +222,7 @@ def teachers(with_files: bool, as_json: bool) -> None:
         click.echo(f"{row['name']}: {prototypes}, {row['file']}")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
 def students(as_json: bool) -> None:
     """List the students that are tested end to end; any other timm model can be tried.

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import click
 
-from robx.console import PathType, print_line, print_table, progress_bar, quiet_option, say
+from robx.console import print_line, print_table, progress_bar, quiet_option, say
 from robx.errors import RobxError
+from robx.options import Command, Number, PathType, WholeNumber
 from robx.records import Accuracy, Fidelity, Measurement, Value
 
 # ---------------------------------------------------------------------------------------------------------------- eval
 
 
-@click.command(name="eval")
+@click.command(name="eval", cls=Command)
 @click.argument("folders", metavar="RUN|BUNDLE...", nargs=-1, required=True, type=PathType())
 @click.option(
     "--data",
@@ -47,7 +48,13 @@ from robx.records import Accuracy, Fidelity, Measurement, Value
 )
 @click.option("--fidelity", is_flag=True, help="Compare bundles with their fp32 student on the same images.")
 @click.option("--reference", type=PathType(), help="Folder of the fp32 student, if it is not the bundle's parent.")
-@click.option("--margin", default=1.0, show_default=True, help="Accuracy drop that --fidelity accepts, in points.")
+@click.option(
+    "--margin",
+    type=Number(0, 100, min_open=True, max_open=True),
+    default=1.0,
+    show_default=True,
+    help="Accuracy drop that --fidelity accepts, in points.",
+)
 @click.option("--cached", is_flag=True, help="Train linear heads on features extracted once: faster, another protocol.")
 @click.option(
     "--save-head",
@@ -55,8 +62,8 @@ from robx.records import Accuracy, Fidelity, Measurement, Value
     help="Train a linear head on the embedding and save it for robx export --head.",
 )
 @click.option("--device", metavar="NAME", help="Device of the models and of kNN: cpu, cuda, ... Default: the engine's.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads of the model. Default: all processors.")
-@click.option("--batch", default=64, show_default=True, type=click.IntRange(1), help="Batch size.")
+@click.option("--threads", type=WholeNumber(1), help="CPU threads of the model. Default: all processors.")
+@click.option("--batch", default=64, show_default=True, type=WholeNumber(1), help="Batch size.")
 @click.option("--cache", type=PathType(), help="Folder for extracted features.")
 @click.option("--no-cache", is_flag=True, help="Neither read nor write extracted features.")
 @quiet_option
@@ -157,7 +164,7 @@ def _cell(value: Value) -> str:
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=PathType())
 @click.option(
     "-o",
@@ -171,7 +178,7 @@ def _cell(value: Value) -> str:
     "--margin",
     default=1.0,
     show_default=True,
-    type=click.FloatRange(0),
+    type=Number(0),
     help="Accuracy drop that a recommendation accepts, in points.",
 )
 @click.option(

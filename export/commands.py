@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from robx.console import PathType, print_line, print_table, progress_bar, quiet_option, say
+from robx.console import print_line, print_table, progress_bar, quiet_option, say
 from robx.errors import InputError
 from robx.formats import FORMATS
+from robx.options import Command, Number, PathType, WholeNumber
 
 if TYPE_CHECKING:
     from robx.records import Bundle, Rung, Value
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("run", type=PathType())
 @click.option("--format", "fmt", type=click.Choice(list(FORMATS)), required=True, help="Format to export to.")
 @click.option("--fp16", is_flag=True, help="Half-precision weights; inputs and outputs stay float32.")
@@ -26,11 +27,21 @@ if TYPE_CHECKING:
 @click.option("--image-member", metavar="NAME", help="Image of a tar sample that has several, such as rgb.jpg.")
 @click.option("--out", type=PathType(), help="Bundle folder. [default: RUN/<format>-<precision>]")
 @click.option("--head", type=PathType(), help="Linear head to append; adds the output logits.")
-@click.option("--max-drop", default=1.0, show_default=True, help="Largest accuracy drop allowed, in points.")
 @click.option(
-    "--min-speedup", default=1.0, show_default=True, help="Smallest speed-up over fp32 and fp16 in the same runtime."
+    "--max-drop",
+    type=Number(0, 100, min_open=True, max_open=True),
+    default=1.0,
+    show_default=True,
+    help="Largest accuracy drop allowed, in points.",
 )
-@click.option("--opset", default=20, show_default=True, help="ONNX opset.")
+@click.option(
+    "--min-speedup",
+    type=Number(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Smallest speed-up over fp32 and fp16 in the same runtime.",
+)
+@click.option("--opset", type=WholeNumber(1), default=20, show_default=True, help="ONNX opset.")
 @click.option("--batch", default="dynamic", show_default=True, help="Batch size: a number, or dynamic.")
 @click.option(
     "--target",
@@ -57,25 +68,25 @@ if TYPE_CHECKING:
     show_default=True,
     help="Order of uint8 channels: bgr as OpenCV gives them.",
 )
-@click.option("--rungs", type=click.IntRange(1), help="Maximum number of int8 candidates to try.")
-@click.option("--budget", type=click.FloatRange(min=0), help="Seconds after which no further candidate is started.")
+@click.option("--rungs", type=WholeNumber(1), help="Maximum number of int8 candidates to try.")
+@click.option("--budget", type=Number(0, unit="seconds"), help="Seconds after which no further candidate is started.")
 @click.option(
     "--calibration-images",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     default=300,
     show_default=True,
     help="Number of calibration images; below 300 for demonstrations only.",
 )
 @click.option(
     "--judging-images",
-    type=click.IntRange(16),
+    type=WholeNumber(16),
     default=3000,
     show_default=True,
     help="Maximum number of judging images; more of them can prove a smaller drop.",
 )
 @click.option(
     "--heal",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True, unit="minutes", hint="put RUN before --heal, or give the minutes"),
     is_flag=False,
     flag_value=10.0,
     metavar="[MINUTES]",
@@ -156,7 +167,7 @@ def export(
         raise error
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("bundle", type=PathType())
 @click.option("--layers", is_flag=True, help="List every layer, not only the counts.")
 def inspect(bundle: Path, layers: bool) -> None:

@@ -7,7 +7,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -28,20 +27,6 @@ _LINE_SECONDS = 15.0
 # Columns of a table in a file or a pipe, where no terminal sets them.
 _WIDTH = 160
 _COLOURS = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow", "FORCED": "magenta", "NOT_JUDGED": "yellow"}
-
-
-class PathType(click.Path):
-    """A path on the command line; an empty one is refused, which pathlib would take for the current folder."""
-
-    def __init__(self, **how: Any) -> None:
-        """As click's, but a `pathlib.Path` always."""
-        super().__init__(path_type=Path, **how)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The path; click reports a usage error for an empty one."""
-        if not str(value):
-            self.fail("the path is empty: give a path, or . for the current folder", param, ctx)
-        return super().convert(value, param, ctx)
 
 
 _QUIET = "robx.quiet"  # key of click's context

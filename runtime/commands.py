@@ -13,10 +13,11 @@ from typing import Any
 import click
 import numpy as np
 
-from robx.console import PathType, print_line, print_table, progress_bar, quiet_option, say
+from robx.console import print_line, print_table, progress_bar, quiet_option, say
 from robx.errors import GateFailed, InputError
 from robx.golden.compare import Comparison as PortComparison
 from robx.golden.mistakes import Mistake
+from robx.options import Command, PathType, WholeNumber
 from robx.records import Bundle, Latency, Value, load_bundle, to_json, warn_outdated
 from robx.runtime.bench.ab import Comparison, compare
 from robx.runtime.bench.bench import bench as run_bench
@@ -40,7 +41,7 @@ _PYTHON_HELP = "Python command on the device.  [default: python3]"
 _PROVIDER_HELP = "Hardware backend of the engine: cpu, cuda, gpu, npu, ...; never falls back to another."
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("bundles", nargs=-1, required=True, type=_PATH)
 @click.option("--device", default="local", show_default=True, help=_DEVICE_HELP)
 @click.option(
@@ -50,11 +51,11 @@ _PROVIDER_HELP = "Hardware backend of the engine: cpu, cuda, gpu, npu, ...; neve
     show_default=True,
     help="Length of the run; mlperf (10 minutes) also shows thermal throttling.",
 )
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads per inference.")
+@click.option("--threads", type=WholeNumber(1), default=1, show_default=True, help="Threads per inference.")
 @click.option("--affinity", help="CPU cores that the model may use, e.g. 0,1 or 4-7.")
-@click.option("--processes", type=click.IntRange(1), help="Fresh processes per bundle.  [default: the profile's]")
+@click.option("--processes", type=WholeNumber(1), help="Fresh processes per bundle.  [default: the profile's]")
 @click.option(
-    "--batch", type=click.IntRange(1), default=1, show_default=True, help="Batch size; above 1, offline throughput."
+    "--batch", type=WholeNumber(1), default=1, show_default=True, help="Batch size; above 1, offline throughput."
 )
 @click.option("--provider", help=_PROVIDER_HELP)
 @click.option(
@@ -69,10 +70,12 @@ _PROVIDER_HELP = "Hardware backend of the engine: cpu, cuda, gpu, npu, ...; neve
 @click.option("--runner", type=click.Choice(list(RUNNERS)), help=_RUNNER_HELP)
 @click.option("--python", help=_PYTHON_HELP)
 @click.option("--emulated", is_flag=True, help="The processor is emulated: check the outputs, do not time them.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Random seed for the order of the processes.")
+@click.option(
+    "--seed", type=WholeNumber(0), default=0, show_default=True, help="Random seed for the order of the processes."
+)
 @click.option(
     "--retries",
-    type=click.IntRange(0),
+    type=WholeNumber(0),
     default=2,
     show_default=True,
     help="Measure an UNSTABLE bundle again up to N times, if the reason may pass.",
@@ -118,15 +121,15 @@ def bench(
     _refuse_invalid(records)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("bundle", type=_PATH)
 @click.argument("images", nargs=-1, required=True, type=_PATH)
 @click.option("--image-member", metavar="NAME", help="Image of a tar sample that has several, such as rgb.jpg.")
 @click.option("--out", type=_PATH, help="Write the embeddings to this .npz file instead of printing them.")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads per inference.")
+@click.option("--threads", type=WholeNumber(1), default=1, show_default=True, help="Threads per inference.")
 @click.option("--provider", help=_PROVIDER_HELP)
 @click.option(
-    "--top", type=click.IntRange(1), default=5, show_default=True, help="Labels per image, if the bundle has a head."
+    "--top", type=WholeNumber(1), default=5, show_default=True, help="Labels per image, if the bundle has a head."
 )
 def run(
     bundle: Path, images: tuple[Path, ...], image_member: str | None, out: Path | None, threads: int,
@@ -164,7 +167,7 @@ def run(
             click.echo(json.dumps(line, allow_nan=False))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("bundle", type=_PATH)
 @click.argument("array", type=_PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -251,7 +254,7 @@ def device() -> None:
     """
 
 
-@device.command()
+@device.command(cls=Command)
 @click.option("--abi", type=click.Choice(ABIS), required=True, help="Kind of device; arm64-v8a is Android.")
 @click.option(
     "--runtime",
@@ -280,7 +283,7 @@ def build(*, abi: str, runtimes: tuple[Path, ...], ndk: Path | None) -> None:
         print_line(f"{library['file']}: {library['runtime']} {version}, {library['licence']}, {size:.1f} MB")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--device", default="local", show_default=True, help=_DEVICE_HELP)
 @click.option("--runner", type=click.Choice(list(RUNNERS)), help=_RUNNER_HELP)
 @click.option("--python", help=_PYTHON_HELP)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import click
 
-from robx.console import PathType, announce, progress_bar, quiet_option, say
+from robx.console import announce, progress_bar, quiet_option, say
 from robx.demo.demo_data import DemoData, prepare_demo_data
 from robx.errors import RobxError, duration
 from robx.images.sources import open_source
+from robx.options import Command, PathType, WholeNumber
 from robx.ship.commands import run_and_show
 from robx.store.files import cache_folder
 from robx.store.folders import require_writable
@@ -19,12 +20,12 @@ from robx.store.folders import require_writable
 PLAN = "plan.toml"  # beside this file
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--data", type=PathType(), help="Labelled images in train/ and test/. [default: downloaded]")
 @click.option("--out", type=PathType(), default=Path("runs/demo"), show_default=True, help="Output folder.")
 @click.option("--teacher", help="A name from `robx teachers`. [default: efficientnet_lite0]")
 @click.option("--student", help="A name from `robx students`, or any timm model. [default: resnet10t]")
-@click.option("--epochs", type=click.IntRange(1), help="Passes over the images. [default: 4]")
+@click.option("--epochs", type=WholeNumber(1), help="Passes over the images. [default: 4]")
 @click.option("--fresh", is_flag=True, help="Start over instead of reusing earlier results.")
 @quiet_option
 def demo(

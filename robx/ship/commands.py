@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from robx.console import PathType, announce, print_line, print_table, progress_bar, quiet_option, say
+from robx.console import announce, print_line, print_table, progress_bar, quiet_option, say
 from robx.errors import GateFailed, InputError, RobxError, counted
 from robx.formats import FORMATS
+from robx.options import Command, Number, PathType, WholeNumber
 from robx.store.files import read_json
 
 if TYPE_CHECKING:
@@ -20,24 +21,20 @@ if TYPE_CHECKING:
 _PATH = PathType()
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("plan", required=False, type=_PATH)
 @click.option("--teacher", metavar="NAME", help="A name from `robx teachers`, or timm:NAME.")
 @click.option("--student", metavar="NAME", help="A name from `robx students`, or any timm model.")
 @click.option("--data", type=_PATH, help="Images, with labels in train/CLASS/ and test/CLASS/ for the accuracy.")
 @click.option("--out", type=_PATH, help="Output folder; finished stages in it are reused.")
-@click.option("--epochs", type=click.IntRange(1), help="Passes over the images.")
+@click.option("--epochs", type=WholeNumber(1), help="Passes over the images.")
 @click.option("--format", "formats", type=click.Choice(list(FORMATS)), multiple=True, help="Format; may be repeated.")
 @click.option("--int8", is_flag=True, help="Also export to int8, behind the accuracy and speed gate.")
 @click.option(
     "--device", "devices", multiple=True, help="local, ssh://[user@]host[:port] or adb://serial; may be repeated."
 )
-@click.option(
-    "--budget-ms", "budgets", type=click.FloatRange(0, min_open=True), multiple=True, help="p90 latency budget."
-)
-@click.option(
-    "--margin", type=click.FloatRange(0), help="Points of accuracy that a faster model may lose. [default: 1]"
-)
+@click.option("--budget-ms", "budgets", type=Number(0, min_open=True), multiple=True, help="p90 latency budget.")
+@click.option("--margin", type=Number(0), help="Points of accuracy that a faster model may lose. [default: 1]")
 @click.option("--fresh", is_flag=True, help="Run every stage again, distillation from its first step.")
 @click.option("--dry-run", is_flag=True, help="Say what each stage will cost and what is missing; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -45,7 +45,9 @@ def test_its_syntax_and_flags_are_those_of_bash_torchrun_and_robx() -> None:
     torchrun, robx = command[0].split("-m robx.cli distill")
     known = {flag for action in get_args_parser()._actions for flag in action.option_strings}
     assert len(flags := re.findall(r"--[a-z-]+", torchrun)) == 6 and set(flags) <= known
-    assert set(re.findall(r"--[a-z-]+", robx)) == {"--workers"} <= {o for p in distill.params for o in p.opts}
+    defaults = re.search(r"^workers=\((.*)\)$", SCRIPT.read_text(), re.M)
+    assert defaults is not None and '"${workers[@]}" "$@"' in robx
+    assert set(re.findall(r"--[a-z-]+", defaults[1])) == {"--workers"} <= {o for p in distill.params for o in p.opts}
     example = re.search(r"sbatch docs/distill\.sbatch (.*)", SCRIPT.read_text())
     assert example is not None and distill.make_context("distill", example[1].split()) is not None
 
@@ -94,3 +96,12 @@ def test_a_job_that_ends_by_itself_stays_ended(slurm: dict[str, str], tmp_path: 
     given, _ = job.communicate(timeout=SECONDS)
     assert job.returncode == status and not (tmp_path / "requeued").exists()
     assert "--nproc-per-node 4" in given and given.endswith("-m robx.cli distill --workers 7 --student a b\n")
+
+
+@pytest.mark.parametrize("own", [("--workers", "2"), ("--workers=2",)])
+def test_the_number_of_workers_may_be_given(slurm: dict[str, str], tmp_path: Path, own: tuple[str, ...]) -> None:
+    fake = tmp_path / "bin" / "torchrun"
+    fake.write_text('#!/bin/bash\necho "$@"\n')
+    fake.chmod(0o755)
+    given, _ = submit(slurm, *own, "--seed", "1").communicate(timeout=SECONDS)
+    assert given.endswith(f"-m robx.cli distill {' '.join(own)} --seed 1\n")
