@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from robx.errors import ArtifactError, InputError
+from robx.errors import ArtifactError, InputError, counted
 from robx.export.cache import Cache
 from robx.export.heal.images import HealingImages, read_healing_images
 from robx.export.image_splits import Splits
@@ -38,6 +38,7 @@ from robx.store.files import sha256_bytes
 DEFAULT_MINUTES = 10.0
 ENOUGH_STEPS = 1000  # a longer budget is not used up
 USUAL_STEPS = 200  # of the cost that is estimated where healing was not asked for
+_FEW_STEPS, _HELPFUL_STEPS = 20, 120  # too few to bring int8 closer; enough in docs/gate.md
 _REVISION = 3  # increment when the training changes: older results are then ignored
 _WARM_UP = 0.05  # share of the schedule
 _TAILS = 1e-4  # share of an activation's values that may be left out of its range
@@ -116,8 +117,7 @@ def heal(
     probe = splits.calibration.normalised(student.preprocessing, slice(_RANGE_IMAGES))
     work = _Work(trunk, images, probe, settings)
     if stored is None:
-        fits = int(60 * settings.minutes / _seconds_per_step(work)) if settings.steps is None else settings.steps
-        work.plan = Plan(left=settings.steps or min(max(fits, 1), ENOUGH_STEPS))
+        work.plan = Plan(left=settings.steps or _steps_that_fit(settings.minutes, _seconds_per_step(work), say))
     else:
         work.restore(load(stored))
         say(f"healing continues after step {work.plan.step} of {work.plan.steps}")
@@ -125,6 +125,18 @@ def heal(
     kept = _as_tensors(work.network, work.record(student, splits.source), work.simulation.trained_ranges())
     cache.write(name, save(kept))
     return _finished(trunk, kept)
+
+
+def _steps_that_fit(minutes: float, pace: float, say: Callable[[str], None]) -> int:
+    """How many steps of `pace` seconds are planned for the minutes; says so where that is too few to help."""
+    fits = max(1, int(60 * minutes / pace))
+    if fits < _FEW_STEPS:
+        needed = math.ceil(_HELPFUL_STEPS * pace / 60)
+        say(
+            f"warning: {minutes:g} minutes are {counted(fits, 'step')} of healing here, which hardly help: "
+            f"{_HELPFUL_STEPS} steps would take about {needed} minutes (--heal {needed})"
+        )
+    return min(fits, ENOUGH_STEPS)
 
 
 def minutes_needed(trunk: nn.Module, splits: Splits, preprocessing: Preprocessing) -> float:
