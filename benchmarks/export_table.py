@@ -244,6 +244,13 @@ def save_lite0(folder: Path, size: int) -> Path:
     return folder
 
 
+def _healing(bundle: Bundle) -> str:
+    """How the weights were healed, or what the reason says of a healing that was not used."""
+    if bundle.healing is not None:
+        return bundle.healing.said
+    return next((part for part in bundle.reason.split("; ") if "healing was" in part or "were healed in" in part), "")
+
+
 @dataclass
 class Work:
     """One student's bundles and rows, stored below its folder."""
@@ -371,7 +378,7 @@ class Work:
             "student": self.student.timm_name, "engine": engine, "variant": variant, "ships": bundle.precision,
             "bytes": bundle.bytes, "images_seen": self.student.images_seen, "rung": kept.name if kept else "",
             "rungs": to_json(bundle.rungs), "note": note, "folder": out.name,
-            "healing": "" if bundle.healing is None else bundle.healing.said, "latency_ms": None, "latency_ratio": None,
+            "healing": _healing(bundle), "latency_ms": None, "latency_ratio": None,
         }  # fmt: skip
 
     def _export(self, engine: str, variant: str, out: Path) -> Bundle:

@@ -110,8 +110,8 @@ def _cells(fmt: str, rung: Rung, bundle: Bundle) -> list[str]:
 def _training(bundle: Bundle) -> str:
     """How the weights were healed, for the table."""
     done = bundle.healing
-    if done is None:
-        return ""
+    if done is None:  # the model that ships is not made from healed weights; its reason says why
+        return next((part for part in bundle.reason.split("; ") if "healing was" in part or "were healed" in part), "")
     loss = f"loss {done.loss_before:.4f} -> {done.loss_after:.4f}"
     return f"{done.steps} steps of {done.batch} of {done.images} images; {loss}"
 

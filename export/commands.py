@@ -158,7 +158,7 @@ def export(
             chosen,
             progress=progress,
             say=say,
-            on_candidate=lambda rung: say(f"{rung.name}: accuracy {rung.accuracy_said}, speed {rung.speed}"),
+            on_candidate=lambda rung: say(f"{rung.name}: {_news(rung)}"),
         )
     folder = chosen.folder(bundle)
     _show_candidates(bundle)
@@ -228,6 +228,11 @@ def _show_candidates(bundle: Bundle) -> None:
     for rung in bundle.rungs:
         if not rung.kept:
             print_line(f"{rung.name}: {rung.reason}", dim=True)
+
+
+def _news(rung: Rung) -> str:
+    """The verdicts of a candidate, or why there are none."""
+    return f"accuracy {rung.accuracy_said}, speed {rung.speed}" if rung.values else rung.reason
 
 
 def _candidate_row(rung: Rung) -> tuple[str, ...]:

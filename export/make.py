@@ -17,7 +17,7 @@ import onnx
 import torch
 from torch import nn
 
-from robx.errors import ArtifactError, InputError, RobxError
+from robx.errors import ArtifactError, InputError, NoSpace, RobxError
 from robx.export.cache import Cache
 from robx.export.float_network import FloatNetwork
 from robx.export.formats import to_onnx
@@ -27,7 +27,7 @@ from robx.export.formats.network import ExportModel
 from robx.export.heal.heal import HealSettings, heal, minutes_needed
 from robx.export.image_splits import Images, Splits, normalise
 from robx.export.int8 import by_nncf, by_onnxruntime, for_tensorrt, ranges
-from robx.export.int8.candidate import Candidate
+from robx.export.int8.candidate import Candidate, NotTried
 from robx.export.int8.trained_ranges import tensor_ranges
 from robx.export.onnx_run import run_model
 from robx.export.parity import parity
@@ -75,7 +75,7 @@ class CandidateBuilder:
         self.sources: dict[str, Path] = {}  # candidate name -> the ONNX that its builder started from
         self.healing: Healing | None = None  # once the weights are healed, as
         self.healed_ranges: tuple[LayerRange, ...] = ()
-        self._not_healed: RobxError | None = None
+        self._not_healed = ""  # why, once healing has failed
 
     # Read or computed once -------------------------------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ class CandidateBuilder:
         )
         self.healing, self.healed_ranges = healed.record, healed.ranges
         record = healed.record
-        if record.loss_after >= record.loss_before:
+        if record.is_in_vain:
             raise ArtifactError(
                 f"healing was in vain: the int8 error was {record.loss_before:.4f} and is {record.loss_after:.4f}"
             )
@@ -139,17 +139,20 @@ class CandidateBuilder:
         """The float32 network that a candidate is made from.
 
         Raises:
-            RobxError: the weights cannot be healed; tried once.
+            NotTried: the weights cannot be healed, or healing was in vain; healing is tried once.
+            NoSpace: the disk is full.
         """
         if not candidate.healed:
             return self.student
-        if self._not_healed is not None:
-            raise self._not_healed
+        if self._not_healed:
+            raise NotTried(self._not_healed)
         try:
             return self.healed
-        except RobxError as error:
-            self._not_healed = error
+        except NoSpace:
             raise
+        except RobxError as error:
+            self._not_healed = str(error)
+            raise NotTried(self._not_healed) from error
 
     def _float_network(self, model: ExportModel, weights: str) -> FloatNetwork:
         return FloatNetwork(

@@ -193,6 +193,8 @@ class Rung:
     @property
     def accuracy_said(self) -> str:
         """The verdict on the judging images, or why there is none."""
+        if not self.values and self.accuracy != "PASS":  # nothing was measured; the reason says why
+            return "error" if self.accuracy == "FAIL" else "not tried"
         if self.was_judged:
             return self.accuracy
         return "screened out" if self.accuracy == "FAIL" else "not judged"
@@ -228,6 +230,11 @@ class Healing:
     seed: int = 0
 
     @property
+    def is_in_vain(self) -> bool:
+        """Whether int8 did not become closer, so that the healed weights are not used."""
+        return self.loss_after >= self.loss_before
+
+    @property
     def said(self) -> str:
         """In words, for a person."""
         trained = f"{self.steps} steps of {self.batch} images, {self.minutes:.1f} min"
@@ -260,7 +267,7 @@ class Bundle:
     robx_version: str = ""
     in_model: Normalisation | None = None  # preprocessing that the model does itself (--uint8-input)
     rewrites: tuple[str, ...] = ()  # of the network before the export, such as re-parameterised blocks
-    healing: Healing | None = None  # of the weights of its healed candidates, shipped or not
+    healing: Healing | None = None  # of its weights; None where they are the student's own
     schema: int = SCHEMA
 
     @property

@@ -188,13 +188,18 @@ def _reasons(row: Row) -> Cell:
     return replace(validity(row), note="; ".join(filter(None, (*row.reasons, _profile(row)))))
 
 
+def _mark(rung: Rung) -> str:
+    """How the accuracy of a candidate is marked: without a verdict on the judging images it is missing."""
+    return rung.accuracy.lower() if rung.was_judged and rung.accuracy_said == rung.accuracy else "missing"
+
+
 def _candidate(rung: Rung, index: int, packed: Packed, keys: Sequence[str]) -> tuple[Cell, ...]:
     place = f"{packed.folder}/manifest.json rungs[{index}]"
     margin = rung.values.get("margin")
     allowed = f"margin {margin.value:g} pt" if margin and rung.was_judged else ""
     return (
         Cell(rung.name + (" (shipped)" if rung.kept else ""), source=place, mark="picked" if rung.kept else ""),
-        Cell(rung.accuracy_said, allowed, mark=rung.accuracy.lower() if rung.was_judged else "missing"),
+        Cell(rung.accuracy_said, allowed, mark=_mark(rung)),
         Cell(rung.speed, mark=rung.speed.lower()),
         *(_candidate_figure(rung, key, place) for key in keys),
     )

@@ -20,7 +20,7 @@ from robx.export.gate.timing import Timer, with_speed
 from robx.export.heal.heal import USUAL_STEPS
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.ladder import healed_candidates, ladder, limit, machine_of, sensitive_candidates
-from robx.records import Bundle, Precision, Value, Verdict, load_bundle
+from robx.records import Bundle, Healing, Precision, Value, Verdict, load_bundle
 
 FP32, FP16 = Candidate(name="fp32", precision="fp32"), Candidate(name="fp16", precision="fp16")
 
@@ -157,7 +157,7 @@ def _accept(
     folder = judge.builder.make(candidate)
     bundle = load_bundle(folder)
     verdict, reasons = _verdict(trials, forced=forced, for_size=given.takes_for_size)
-    reasons.append(note)
+    reasons += [note, _healing_not_used(judge.builder.healing, candidate)]
     parity: dict[str, Value] = {}
     if candidate.precision != "int8":
         parity, why_not = check_shipped(judge.builder, candidate, judged=candidate.precision == "fp16" and bool(trials))
@@ -175,9 +175,20 @@ def _accept(
         parity=parity,
         chosen_on=given.timer.machine if any("speedup_fp32" in trial.values for trial in trials) else {},
         calibration=splits.record(judge.screening if trials else None) if splits is not None else None,
-        healing=judge.builder.healing,
+        healing=judge.builder.healing if candidate.healed else None,
     )
     return bundle, folder
+
+
+def _healing_not_used(healing: Healing | None, shipped: Candidate) -> str:
+    """What became of healed weights that the shipped model is not made from; "" where there are none."""
+    if healing is None or shipped.healed:
+        return ""
+    errors = f"int8 error {healing.loss_before:.4f} before, {healing.loss_after:.4f} after"
+    if healing.is_in_vain:
+        return f"healing was in vain ({errors}): the student's own weights shipped"
+    trained = f"{healing.steps} steps of {healing.batch} images"
+    return f"the weights were healed in {trained} ({errors}), and the student's own shipped"
 
 
 def _verdict(

@@ -187,8 +187,9 @@ def _better_searches(bundle: Bundle, tried: int, most: int | None, budget: float
 
 
 def healing_could_help(bundle: Bundle, tried: Sequence[Rung]) -> bool:
-    """Whether int8 was refused for its accuracy and was not made from healed weights yet."""
-    return bundle.requested == "int8" and bundle.healing is None and not _accurate(tried)
+    """Whether int8 was refused for its accuracy, and healing its weights was not tried yet."""
+    healed = any(rung.settings.get("healed") for rung in tried)
+    return bundle.requested == "int8" and not healed and not _accurate(tried)
 
 
 def _accurate(tried: Sequence[Rung]) -> list[Rung]:
@@ -204,7 +205,7 @@ def _advice(tried: Sequence[Rung], searches: Sequence[str]) -> str:
     if accurate:
         remedies = (*searches, "allow that with a lower --min-speedup")
         return f"the accurate ones are slower than required; {', '.join(remedies)}"
-    open_ones = [rung for rung in tried if rung.accuracy == "INCONCLUSIVE" and rung.was_judged]
+    open_ones = [rung for rung in tried if rung.accuracy == "INCONCLUSIVE" and rung.was_judged and rung.values]
     if open_ones:
         judged = (rung.values.get("probe_drop", rung.values.get("cosine_mean")) for rung in open_ones)
         images = max((value.n or 0 for value in judged if value is not None), default=0)

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
 
-from robx.errors import MissingExtra, RobxError
+from robx.errors import MissingExtra, NoSpace, RobxError
 from robx.export.gate.gate import SPEED_TOLERANCE
-from robx.export.int8.candidate import Candidate
+from robx.export.int8.candidate import Candidate, NotTried
 from robx.records import Rung, Value, Verdict
 
 # The probability that an inaccurate candidate ships by chance, over all candidates of one export.
@@ -163,15 +163,20 @@ def failed_trial(candidate: Candidate, error: RobxError) -> Trial:
 
 
 def attempt(candidate: Candidate, step: Callable[[], Trial]) -> Trial:
-    """The trial that `step` returns, or a failed one when it raises.
+    """The trial that `step` returns, a failed one when it raises, or one without a verdict when it is not tried.
 
     Raises:
-        MissingExtra: a package is not installed; that is not the candidate's fault.
+        MissingExtra, NoSpace: a package is not installed, or the disk is full; that is not the candidate's fault.
     """
     try:
         return step()
-    except MissingExtra:
+    except (MissingExtra, NoSpace):
         raise
+    except NotTried as error:
+        reasons = (f"not tried: {error}",)
+        return Trial(
+            candidate=candidate, accuracy="INCONCLUSIVE", speed="INCONCLUSIVE", values={}, accuracy_reasons=reasons
+        )
     except RobxError as error:
         return failed_trial(candidate, error)
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+from robx.errors import RobxError
 from robx.records import Json, Precision
 
 Quantiser = Literal["onnxruntime", "nncf", "tensorrt", "pt2e", "ai-edge", "converter", "none"]
 RangeMethod = Literal["minmax", "percentile", "mse", "entropy"]
 RangeSource = RangeMethod | Literal["trained"]  # trained: together with healed weights; percentile where there is none
 Activations = Literal["static", "dynamic", "float"]
+
+
+class NotTried(RobxError):
+    """What a candidate is made from is missing, as healed weights where healing was in vain: no fault of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from robx.errors import ArtifactError, MissingExtra
-from robx.export.gate.search import Outcome, Steps, Trial, level_of, preference, search
-from robx.export.int8.candidate import Candidate
+from robx.errors import ArtifactError, MissingExtra, NoSpace
+from robx.export.gate.search import Outcome, Steps, Trial, attempt, level_of, preference, search
+from robx.export.int8.candidate import Candidate, NotTried
 from robx.records import Value, Verdict
 from robx.stats import non_inferiority
 
@@ -313,3 +313,20 @@ def test_the_budget_ends_the_search_but_what_was_tried_may_ship() -> None:
     outcome = _search(_names("a", "b", "c", "d"), budget=100, clock=lambda: float(next(ticks)))
     assert 1 <= len(outcome.trials) < 4
     assert outcome.winner is not None
+
+
+def test_a_candidate_without_what_it_is_made_from_is_not_tried_and_has_no_verdict() -> None:
+    def step(error: Exception) -> Callable[[], Trial]:
+        def fail() -> Trial:
+            raise error
+
+        return fail
+
+    left_out = attempt(Candidate(name="a, healed", healed=True), step(NotTried("healing was in vain")))
+    rung = left_out.record()
+    assert (rung.accuracy, rung.speed, rung.accuracy_said) == ("INCONCLUSIVE", "INCONCLUSIVE", "not tried")
+    assert rung.reason == "not tried: healing was in vain" and not (left_out.is_promising or left_out.ships)
+    broken = attempt(Candidate(name="a"), step(ArtifactError("no such layer"))).record()
+    assert (broken.accuracy, broken.accuracy_said, broken.reason) == ("FAIL", "error", "failed: no such layer")
+    with pytest.raises(NoSpace):
+        attempt(Candidate(name="a"), step(NoSpace("no space left")))

@@ -322,6 +322,17 @@ def test_a_resumed_healing_keeps_to_its_minutes_too(monkeypatch: pytest.MonkeyPa
     assert told == ["this machine has become slower: healing ends after 20 steps instead of 59"]
 
 
+def test_minutes_that_are_too_few_to_help_are_warned_of_before_they_are_spent() -> None:
+    told = list[str]()
+    assert [heal_module._steps_that_fit(minutes, 3.0, told.append) for minutes in (1.0, 100.0)] == [20, 1000]
+    assert told == []
+    assert heal_module._steps_that_fit(0.2, 3.0, told.append) == 4
+    assert told == [
+        "warning: 0.2 minutes are 4 steps of healing here, which hardly help: 120 steps would take about 6 minutes "
+        "(--heal 6)"
+    ]
+
+
 def test_a_plan_is_not_lengthened() -> None:
     plan = Plan(left=10)
     plan.advance(0.001, 0.0)
@@ -370,6 +381,9 @@ def test_an_export_tries_plain_and_healed_weights_and_records_both(
     assert "healed" not in plain.settings and bundle.precision == "int8"
     kept = max(bundle.rungs, key=lambda rung: rung.values["screen_cosine"].value)
     assert kept.kept  # equally fast: the closer one ships
+    if kept is plain:
+        assert bundle.healing is None and "the weights were healed in 10 steps of 16 images" in bundle.reason
+        return
     assert bundle.healing is not None and bundle.healing.student_sha256 == load_student(cnn_run).sha256
     assert bundle.healing.steps == 10 and bundle.healing.images >= 32
     assert bundle.healing.fingerprint not in (
@@ -385,7 +399,13 @@ def test_a_healing_that_is_in_vain_ships_nothing(cnn_run: Path, scene_shards: Pa
     settings = HealSettings(steps=1, batch=8, lr=0.1)
     bundle = _export(cnn_run, scene_shards, tmp_path / "b", Limits(max_drop=60, min_speedup=0.01), settings)
     plain, *_, healed = bundle.rungs
-    assert plain.kept and healed.accuracy == "FAIL" and "healing was in vain: the int8 error was" in healed.reason
+    assert plain.kept and healed.reason.startswith("not tried: healing was in vain: the int8 error was")
+    assert (healed.accuracy, healed.accuracy_said, healed.values) == ("INCONCLUSIVE", "not tried", {})
+    assert bundle.healing is None and load_bundle(tmp_path / "b").healing is None
+    assert re.search(
+        r"healing was in vain \(int8 error \.?[0-9.]+ before, [0-9.]+ after\): the student's own weights shipped",
+        bundle.reason,
+    )
 
 
 def test_nothing_is_healed_where_int8_is_too_slow_anyway(cnn_run: Path, scene_shards: Path, tmp_path: Path) -> None:
