@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -135,6 +136,16 @@ def test_an_error_of_the_api_names_the_argument(tmp_path: Path) -> None:
         api.export(tmp_path, format="onnx", candidates=3, budget=9, progress=None)
     with pytest.raises(InputError, match=r"^stored_k is about the targets that are written: give store_targets=DIR"):
         api.distill(data=tmp_path, stored_k=9, progress=None, **settings)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"), [({"mixup": "x"}, "mixup must be a number"), ({"lr": 1e9}, "lr must be between 0 and 1000")]
+)
+def test_a_traceback_says_what_is_wrong_once(wrong: dict[str, Any], said: str, tmp_path: Path) -> None:
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    with pytest.raises(InputError) as caught:
+        api.distill(student="test_resnet", teacher="ema", data=tmp_path, out=tmp_path / "o", progress=None, **wrong)
+    assert "".join(traceback.format_exception(caught.value)).count(said) == 1
 
 
 TRAINED: dict[str, Any] = {"student": "test_resnet", "teacher": "ema", "data": "d", "out": "o"}
