@@ -60,7 +60,7 @@ def main() -> None:
 
     job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
-    any_size = {"dynamic_img_size": True} if job["student"].startswith("vit_") else {}
+    any_size: dict[str, Any] = {"dynamic_img_size": True} if job["student"].startswith("vit_") else {}
     net = timm.create_model(job["student"], num_classes=0, **any_size)
     net.load_state_dict(torch.load(job["first"], weights_only=True))
     teacher = Teacher(job["trunk"], file=job["teacher"], width=job["width"])
