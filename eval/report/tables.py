@@ -200,7 +200,7 @@ def _candidate(rung: Rung, index: int, packed: Packed, keys: Sequence[str]) -> t
     return (
         Cell(rung.name + (" (shipped)" if rung.kept else ""), source=place, mark="picked" if rung.kept else ""),
         Cell(rung.accuracy_said, allowed, mark=_mark(rung)),
-        Cell(rung.speed, mark=rung.speed.lower()),
+        Cell(rung.speed, mark=rung.speed.lower()) if rung.values else Cell(DASH, mark="missing"),
         *(_candidate_figure(rung, key, place) for key in keys),
     )
 

@@ -214,12 +214,14 @@ def test_a_rung_without_a_verdict_on_the_judged_images_says_so(records, tmp_path
     look = {"screened": Value(value=400.0)}
     rungs = (replace(judged, accuracy="FAIL", values=judged.values | look), replace(other, accuracy="INCONCLUSIVE"))
     rungs = (*rungs, replace(rungs[1], name="third", kept=False, values=other.values | look))
+    rungs = (*rungs, replace(rungs[1], name="fourth", kept=False, values={}))
     records.write_bundle(tmp_path / "r" / "openvino-int8", student, "int8", 900, rungs=rungs)
     markdown = make_pages(collect([tmp_path])).markdown
     heading = re.search(r"^.*: requested int8, shipped int8.*$", markdown, re.MULTILINE)
     assert heading is not None
     _, rows = _markdown_table(markdown, heading[0].strip("*"))
-    assert [row[1] for row in rows] == ["screened out", "INCONCLUSIVE", "not judged"]
+    assert [row[1] for row in rows] == ["screened out", "INCONCLUSIVE", "not judged", "not tried"]
+    assert [row[2] in ("PASS", "INCONCLUSIVE") for row in rows] == [True, True, True, False]
 
 
 def test_a_full_width_line_spans_its_table_and_belongs_to_its_row(data, pages):
