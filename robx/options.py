@@ -125,4 +125,6 @@ def _bounds(kind: click.IntRange | click.FloatRange) -> str:
     low, high = kind.min, kind.max
     if high is None:
         return f" above {low:g}" if kind.min_open else f" of at least {low:g}"
+    if kind.min_open and kind.max_open:
+        return f" above {low:g} and below {high:g}"
     return f" between {low:g} and {high:g}" if kind.min_open or kind.max_open else f" from {low:g} to {high:g}"

@@ -105,7 +105,7 @@ def test_bench_ab(call, make_bundle, short_profile):
     ratio = json.loads(result.output)["ratio"]
     assert ratio["low"] > 1, "OpenVINO's overhead on a model this small is several times ONNX Runtime's"
     result = call("bench", small, large, "--ab", "--profile", "rapid")
-    assert "x the latency of" in result.output
+    assert ("x the latency of" in result.output) != ("is not reliable" in result.output)  # on a busy machine
     assert "same bundle twice" in call("bench", small, small, "--ab").output
     assert call("bench", small, "--ab").exit_code == 2
     for option in (

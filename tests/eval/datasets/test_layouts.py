@@ -256,7 +256,9 @@ def test_a_list_that_is_none_is_refused(tmp_path, text):
 
 def test_an_unknown_name_lists_the_known(tmp_path):
     with pytest.raises(InputError, match="cifar10, cifar100"):
-        layouts.open_dataset("mnist1d", tmp_path)
+        layouts.open_dataset("my-images", tmp_path)
+    with pytest.raises(InputError, match="did you mean fashion_mnist"):
+        layouts.open_dataset("fashion-mnist", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist"])
