@@ -69,7 +69,8 @@ def write_down(rows: list[Row], missing: list[str], learnt: list[str], given: ar
             f"robx's gate allows a drop of {given.max_drop:g} points and {_speed_rule(given.min_speedup)}. It selects "
             "the candidate to judge by speed and on separate images.",
             *_trt_note(rows, given.trt),
-            *(exceptions(rows) if _timed(rows) else closer_vendors(rows)),
+            *(exceptions(rows) if _timed(rows) else []),
+            *closer_vendors(rows),
             *_refusals(rows),
             *_short_of_aim(rows),
             *_healing_notes(rows),
@@ -217,6 +218,7 @@ def _latency_notes(rows: list[Row], given: argparse.Namespace) -> list[str]:
     return [
         "Latency is for one image and one thread, as a ratio to fp32 in the same engine; a student's models are "
         f"interleaved in random order ({given.blocks} blocks of {given.seconds} s); below 1 is faster.",
+        *(["Rows without a latency were not timed."] if any(not row["latency_ratio"] for row in rows) else []),
         "Where robx ships fp32, its row is the fp32 file again: the distance of its ratio from 1 is this run's noise, "
         "whatever the interval says.",
     ]
