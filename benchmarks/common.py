@@ -27,7 +27,7 @@ from robx.distill.train import train
 from robx.distill.training.run import Options, RunSpec
 from robx.image_size import usual_preprocessing
 from robx.images.sources import ImageSource
-from robx.records import Student, TeacherInfo, Value
+from robx.records import Bundle, Student, TeacherInfo, Value
 from robx.runtime.device.describe import describe
 from robx.store.files import cache_folder, sha256_bytes, write_json, write_text
 from robx.trunk import embedding_width, save_trunk
@@ -128,6 +128,11 @@ def save_student(
     )
     folder.mkdir(parents=True, exist_ok=True)
     save_trunk(folder, trunk, record)
+
+
+def unused_healing(bundle: Bundle) -> str:
+    """What the reason says of healed weights that the shipped model is not made from; "" if it says nothing."""
+    return next((part for part in bundle.reason.split("; ") if "healing was" in part or "were healed in" in part), "")
 
 
 def shown(value: Value | None, digits: int = 2) -> str:

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Chosen, demo_images, save_student, say, shown
+from common import Chosen, demo_images, save_student, say, shown, unused_healing
 from export_page import ENGINES, Row, row_from_json, write_down
 from more_judged import hold_out
 from table_judging import Judges
@@ -244,13 +244,6 @@ def save_lite0(folder: Path, size: int) -> Path:
     return folder
 
 
-def _healing(bundle: Bundle) -> str:
-    """How the weights were healed, or what the reason says of a healing that was not used."""
-    if bundle.healing is not None:
-        return bundle.healing.said
-    return next((part for part in bundle.reason.split("; ") if "healing was" in part or "were healed in" in part), "")
-
-
 @dataclass
 class Work:
     """One student's bundles and rows, stored below its folder."""
@@ -378,7 +371,8 @@ class Work:
             "student": self.student.timm_name, "engine": engine, "variant": variant, "ships": bundle.precision,
             "bytes": bundle.bytes, "images_seen": self.student.images_seen, "rung": kept.name if kept else "",
             "rungs": to_json(bundle.rungs), "note": note, "folder": out.name,
-            "healing": _healing(bundle), "latency_ms": None, "latency_ratio": None,
+            "healing": bundle.healing.said if bundle.healing else unused_healing(bundle),
+            "latency_ms": None, "latency_ratio": None,
         }  # fmt: skip
 
     def _export(self, engine: str, variant: str, out: Path) -> Bundle:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import CLIP_ART, demo_images, publish, say, shown
+from common import CLIP_ART, demo_images, publish, say, shown, unused_healing
 from export_page import held_out_note
 from export_table import save_lite0
 from more_judged import hold_out
@@ -110,8 +110,8 @@ def _cells(fmt: str, rung: Rung, bundle: Bundle) -> list[str]:
 def _training(bundle: Bundle) -> str:
     """How the weights were healed, for the table."""
     done = bundle.healing
-    if done is None:  # the model that ships is not made from healed weights; its reason says why
-        return next((part for part in bundle.reason.split("; ") if "healing was" in part or "were healed" in part), "")
+    if done is None:
+        return unused_healing(bundle)
     loss = f"loss {done.loss_before:.4f} -> {done.loss_after:.4f}"
     return f"{done.steps} steps of {done.batch} of {done.images} images; {loss}"
 

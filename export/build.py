@@ -121,7 +121,6 @@ class ExportSettings:
                 "--force": self.force,
             }
             _refuse(judging, "the gate, which judges int8 and fp16", "--int8 or --fp16")
-        if precision == "fp32":
             counts = {
                 "--calibration-images": self.calibration_images != MIN_IMAGES,
                 "--judging-images": self.judging_images != JUDGING_IMAGES,
