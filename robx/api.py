@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, overload
 
-from robx.arguments import check_types, checked, naming_arguments
+from robx.arguments import checked, naming_arguments
 from robx.errors import CorruptImage, InputError
 from robx.formats import Format
 from robx.reporting import Reporting, reporting
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from robx.ship.run import Shipped
 
     Images = StrPath | Image.Image | np.ndarray | Iterable[StrPath | Image.Image | np.ndarray]
+else:
+    Images = Any  # numpy and Pillow are not imported yet: `embed` checks its images itself
 
 
 Record = TypeVar("Record", covariant=True)
@@ -559,6 +561,7 @@ class Embedder:
         """What the folder's manifest.json or student.json says: format, precision, preprocessing, verdict, ..."""
         return self._session.bundle
 
+    @checked
     def embed(self, images: Images, *, batch: int = 8) -> np.ndarray:
         """Embed images, one row each, in their order.
 
@@ -582,7 +585,6 @@ class Embedder:
 
         from robx.runtime.infer import infer, infer_preprocessed
 
-        batch = check_types({"batch": int}, {"batch": batch})["batch"]
         items = _items(images)
         if not items:
             raise InputError("no image was given: give paths, PIL images or arrays")
@@ -594,6 +596,7 @@ class Embedder:
         answers = infer(self._session, _readers(items), batch=batch, on_skip=_refuse)
         return np.stack([answer for _, answer in answers])
 
+    @checked
     def close(self) -> None:
         """Free the runtime's model; a second call does nothing."""
         self._session.close()

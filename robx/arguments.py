@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar, Union
 
-from robx.errors import ArtifactError, InputError, RobxError, did_you_mean
+from robx.errors import ArtifactError, InputError, RobxError, counted, did_you_mean
 from robx.store.dataclass_json import check_json, to_json
 
 Parameters = ParamSpec("Parameters")
@@ -58,18 +58,20 @@ def checked(function: Callable[Parameters, Result]) -> Callable[Parameters, Resu
 
 def _misfit(function: Callable[..., Any], error: TypeError, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """What to say of a call that does not fit the function's signature; `error` is Python's for it."""
-    name, parameters = function.__name__, inspect.signature(function).parameters
-    kinds = inspect.Parameter
+    name, signature, kinds = function.__name__, inspect.signature(function).parameters, inspect.Parameter
+    parameters = {key: one for key, one in signature.items() if key != "self"}
     known = [one.name for one in parameters.values() if one.kind is not kinds.VAR_KEYWORD]
     positional = [one.name for one in parameters.values() if one.kind is kinds.POSITIONAL_OR_KEYWORD]
-    takes_others = len(known) < len(parameters)
+    takes_others, count = len(known) < len(parameters), len(args) - ("self" in signature)
+    listed = f"its arguments are {', '.join(known)}" if known else "it takes none"
     if unknown := [key for key in kwargs if key not in known and not takes_others]:
-        hint = argument_hint(unknown[0], known, otherwise=f"its arguments are {', '.join(known)}")
-        return f"{name}() has no argument {unknown[0]!r}: {hint}"
-    if len(args) > len(positional):
+        return f"{name}() has no argument {unknown[0]!r}: {argument_hint(unknown[0], known, otherwise=listed)}"
+    if count > len(known):
+        return f"{name}() has {counted(count, 'argument')}, which is too many: {listed}"
+    if count > len(positional):
         takes = f"only {', '.join(positional)} without a name" if positional else "every argument by its name"
-        return f"{name}() takes {takes}, got {len(args)} without: write them as in {known[len(positional)]}=..."
-    given = {*positional[: len(args)], *kwargs}
+        return f"{name}() takes {takes}, got {count} without: write them as in {known[len(positional)]}=..."
+    given = {*positional[:count], *kwargs}
     if missing := [one for one in known if parameters[one].default is kinds.empty and one not in given]:
         return f"{name}() needs {', '.join(missing)}: give {missing[0]}=..."
     return f"{name}(): {error}: give each argument once"
@@ -109,13 +111,13 @@ def naming_arguments(message: str, function: Callable[..., Any]) -> str:
 
 
 def types_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """The types of a function's named parameters; those it takes as ``**settings`` are not among them."""
+    """The types of a function's named parameters; those it takes as ``**settings``, and a method's self, have none."""
     function = inspect.unwrap(function)
     kinds = inspect.Parameter
     named = {
         name: parameter.annotation
         for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind not in (kinds.VAR_KEYWORD, kinds.VAR_POSITIONAL)
+        if parameter.kind not in (kinds.VAR_KEYWORD, kinds.VAR_POSITIONAL) and name != "self"
     }
     holder = types.SimpleNamespace(__annotations__=named)  # without the result, whose type may not be imported
     return typing.get_type_hints(holder, globalns=getattr(function, "__globals__", {}))
@@ -125,16 +127,17 @@ def check_types(kinds: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     """Check arguments against their types; numpy's numbers are returned as Python's.
 
     Args:
-        kinds: type of each argument; arguments that it lacks are not checked.
+        kinds: type of each argument; arguments that it lacks, or of type Any, are not checked.
         given: the arguments.
 
     Raises:
         InputError: a value of another type, a number that is not finite, or an empty path.
     """
-    plain = {name: _plain(value) for name, value in given.items()}
-    for name, value in plain.items():
-        if name in kinds:
-            _check(kinds[name], value, name)
+    kinds = {name: kind for name, kind in kinds.items() if kind is not Any}
+    plain = {name: _plain(value) if name in kinds else value for name, value in given.items()}
+    for name, kind in kinds.items():
+        if name in plain:
+            _check(kind, plain[name], name)
     return plain
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import traceback
@@ -16,6 +17,7 @@ from PIL import Image
 from robx import api
 from robx.arguments import check_types, checked, naming_arguments, types_of
 from robx.errors import InputError
+from robx.ship.run import Shipped
 
 
 def _takes(
@@ -112,6 +114,7 @@ def test_errors_of_the_api_name_arguments_instead_of_options(
         (lambda: api.load(), r"load\(\) needs run: give run=\.\.\."),
         (lambda: api.distill("t", "s"), r"distill\(\) takes every argument by its name, got 2 without: write them as"),
         (lambda: api.bench("b", "c"), r"bench\(\) takes only bundles without a name, got 2 without: .* device=\.\.\."),
+        (lambda: api.load("r", "s"), r"^load\(\) has 2 arguments, which is too many: its arguments are run$"),
         (lambda: api.distill(student="s", data="d"), r"distill\(\) needs out: give out=\.\.\."),
         (lambda: api.distill(student="s", data="d", out="o", mixop=1), r"'mixop': did you mean mixup"),
         (lambda: api.distill(student="s", data="d", out="o", store_k=9), r"'store_k': did you mean stored_k\?"),
@@ -121,6 +124,41 @@ def test_errors_of_the_api_name_arguments_instead_of_options(
 def test_a_call_that_does_not_fit_the_function_says_how_to_write_it(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         call()
+
+
+SHIPPED = Shipped(student=Path("s"), bundles=(), report=None)
+EMBEDDER = api.Embedder(session=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: EMBEDDER.embed([], batchsize=8), r"^embed\(\) has no argument 'batchsize': did you mean batch"),
+        (lambda: EMBEDDER.embed([], zzz=8), r"^embed\(\) has no argument 'zzz': its arguments are images, batch$"),
+        (lambda: EMBEDDER.embed(), r"^embed\(\) needs images: give images=\.\.\.$"),
+        (lambda: EMBEDDER.embed([], 8), r"^embed\(\) takes only images without a name, got 2 without: .* batch=\.\.\."),
+        (lambda: EMBEDDER.embed([], images=[]), r"^embed\(\): multiple values for argument 'images': give each"),
+        (lambda: EMBEDDER.embed([], batch="8"), r"^batch must be a whole number, got '8'$"),
+        (lambda: EMBEDDER.close(force=True), r"^close\(\) has no argument 'force': it takes none$"),
+        (lambda: EMBEDDER.close(1), r"^close\(\) has 1 argument, which is too many: it takes none$"),
+        (lambda: SHIPPED.to_dict(indent=2), r"^to_dict\(\) has no argument 'indent': it takes none$"),
+    ],
+)  # fmt: skip
+def test_methods_of_what_the_api_returns_refuse_a_wrong_call_as_its_functions_do(
+    call: Callable[[], Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        call()
+
+
+def test_every_public_function_and_method_of_the_api_is_checked() -> None:
+    defined = [value for value in vars(api).values() if getattr(value, "__module__", "") == api.__name__]
+    functions = [value for value in defined if inspect.isfunction(value)]
+    classes = [value for value in defined if inspect.isclass(value)]
+    methods = [value for each in (*classes, Shipped) for value in vars(each).values() if inspect.isfunction(value)]
+    public = [each for each in (*functions, *methods) if not each.__name__.startswith("_")]
+    assert len(public) > 9
+    assert not [each.__name__ for each in public if not hasattr(each, "__wrapped__")]
 
 
 def test_an_error_of_the_api_names_the_argument(tmp_path: Path) -> None:

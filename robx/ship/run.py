@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from robx.arguments import checked
 from robx.errors import Interrupted, NoSpace, RobxError, counted, duration, is_full
 from robx.export.gate.gate import gate_error
 from robx.progress import Progress
@@ -42,6 +43,7 @@ class Shipped:
     failed: tuple[str, ...] = ()  # stages that failed, one line each
     skipped: tuple[str, ...] = ()  # optional stages that failed
 
+    @checked
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the fields, with paths as strings."""
         return {
