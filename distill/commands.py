@@ -131,6 +131,8 @@ def distill(*, resume: bool, dry_run: bool, gpu_memory: float | None, as_json: b
 
     if gpu_memory is not None and not dry_run:
         raise InputError("--gpu-memory is for the estimate of a dry run: give --dry-run too")
+    if settings["force"] and not resume:
+        raise InputError("--force resumes a run whose settings changed, and --fresh starts over: give one of them")
     request = DistillSettings.of(fresh=not resume, **settings)
     if dry_run:
         recipe, cost = estimate(request, gpu_memory=gpu_memory, say=say)

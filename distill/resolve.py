@@ -18,7 +18,7 @@ from robx.distill.presets import NAMED, TINY
 from robx.distill.recipe_toml import read_recipe
 from robx.distill.recipes import METHODS, Recipe, StudentKind, override, preset
 from robx.distill.targets.stored import read_info
-from robx.distill.teachers.choose import default_objective
+from robx.distill.teachers.choose import default_objective, takes_prototypes
 from robx.distill.training.compute import KEYS, decide, facts_of
 from robx.distill.training.run import Options
 from robx.errors import InputError, RobxError, did_you_mean
@@ -237,6 +237,29 @@ def mixed_kinds(students: tuple[str, ...], recipe: Recipe) -> str:
         f"{other} needs another recipe than {first} but is trained with the same one ({recipe.optimizer}, "
         f"lr {recipe.lr:g}, weight decay {recipe.weight_decay:g}): use separate runs, or --recipe FILE for both"
     )
+
+
+def unused_options(settings: DistillSettings, recipe: Recipe) -> list[str]:
+    """A warning for each option of the recipe that nothing in the run reads; a file may be a whole recipe.
+
+    Raises:
+        InputError: an unknown teacher.
+        ArtifactError: the stored targets are missing or damaged.
+    """
+    given, found = {name for name, value in settings.overrides.items() if value is not None}, list[str]()
+    if settings.base and given & {"teacher_mean", "teacher_std"}:
+        found.append("--teacher-mean and --teacher-std are not used: --teacher ema has no teacher")
+    if "local_crop_size" in given and not recipe.local_crops:
+        found.append("--local-crop-size is not used: there are no local crops (--local-crops)")
+    if "prototypes" not in given or settings.base:
+        return found
+    if settings.targets is not None:
+        if (stored := read_info(settings.targets).prototypes) != recipe.prototypes:
+            found.append(f"--prototypes {recipe.prototypes} is not used: the stored targets have {stored}")
+    elif settings.teacher is not None and not takes_prototypes(settings.teacher, recipe.objective):
+        outputs = "classes" if recipe.objective == "kd" else "prototypes of its own"
+        found.append(f"--prototypes {recipe.prototypes} is not used: teacher {settings.teacher} has {outputs}")
+    return found
 
 
 def _decided_by_device(settings: DistillSettings, chosen: Mapping[str, Any], *, quick: bool) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from robx.distill.batches.mixup import mix
 from robx.distill.batches.views import Targets, Views
 from robx.distill.objectives.base import Stats
 from robx.distill.recipes import Recipe
-from robx.distill.resolve import DistillSettings, mixed_kinds, resolve_recipe
+from robx.distill.resolve import DistillSettings, mixed_kinds, resolve_recipe, unused_options
 from robx.distill.targets.stored_writer import WritingBranch
 from robx.distill.teachers.choose import choose_teacher
 from robx.distill.teachers.load import build_teacher_skeleton, load_teacher
@@ -78,7 +78,7 @@ def distill(settings: DistillSettings, *, progress: Progress | None = None, say:
     with join_processes(settings.options.device) as processes:
         progress = progress if progress and processes.first else silent
         say = say if say and processes.first else _silent
-        if warning := mixed_kinds(settings.students, recipe):
+        for warning in _warnings(settings, recipe):
             say(warning)
         if processes.device.type == "cuda":
             say(compute_of(recipe, processes.device, workers=settings.options.workers).line)
@@ -140,9 +140,15 @@ def estimate(
             prototypes=recipe.prototypes,
             image_size=recipe.teacher_shape,
         )
-    if say and (warning := mixed_kinds(settings.students, recipe)):
-        say(warning)
+    for warning in _warnings(settings, recipe):
+        (say or _silent)(warning)
     return recipe, dry_run(_spec(settings, recipe, source, teacher), gpu_memory=gpu_memory)
+
+
+def _warnings(settings: DistillSettings, recipe: Recipe) -> list[str]:
+    """What is odd about settings that can be used."""
+    mixed = mixed_kinds(settings.students, recipe)
+    return [f"warning: {line}" for line in (*([mixed] if mixed else []), *unused_options(settings, recipe))]
 
 
 def _spec(settings: DistillSettings, recipe: Recipe, source: ImageSource, teacher: Teacher | None) -> RunSpec:

@@ -73,7 +73,7 @@ class EvalSettings:
     no_cache: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range, and settings without the protocol that they are for."""
+        """Refuse numbers out of range, and settings that none of the protocols uses."""
         if self.threads is not None and self.threads < 1:
             raise InputError(f"threads must be at least 1, got {self.threads}")
         if self.batch < 1:
@@ -86,9 +86,17 @@ class EvalSettings:
             raise InputError("--lowshot-splits lists images for --lowshot: give --lowshot too")
         if self.reference is not None and not self.fidelity:
             raise InputError("--reference is what --fidelity compares with: give --fidelity too")
+        if self.margin != EvalSettings.margin and not self.fidelity:
+            raise InputError("--margin is the drop that --fidelity accepts: give --fidelity too")
         if self.cached and not (self.linear or self.transfers):
             raise InputError("--cached is how linear heads are trained: give --linear or --transfer too")
         parse_transfers(self.transfers, self.data)
+        of_data = {"--test": self.test, "--labels": self.labels, "--image-member": self.image_member}
+        if not self.splits and (unused := [name for name, value in of_data.items() if value is not None]):
+            raise InputError(
+                f"{', '.join(unused)}: not used by --transfer, whose data sets come with their own labels and test "
+                "images: give --knn too, or leave it out"
+            )
 
     @classmethod
     def of(cls, **values: Any) -> EvalSettings:
@@ -176,6 +184,8 @@ def _check(
     if split is not None:
         for shot in shots:
             check_splits(split.bank, shot, s.lowshot_splits)
+    elif s.data is not None and all(root != s.data for _, root in transfers):
+        say(f"warning: --data {s.data} is not used: every --transfer has a folder of its own; --knn evaluates on it")
     references = _references(records, s.reference) if s.fidelity else {}
     if s.save_head and len(records) > 1:
         raise InputError(f"--save-head writes the head of one model, got {len(records)}: give one")
@@ -243,6 +253,8 @@ def _references(records: Mapping[Path, Bundle | Student], reference: Path | None
     pairs = {folder: given.get(place.resolve(), place) for folder, place in found.items() if place is not None}
     if not pairs:
         raise InputError("--fidelity compares bundles with their student, and no bundle was given: add one")
+    if reference is not None and reference.resolve() not in {place.resolve() for place in pairs.values()}:
+        raise InputError(f"--reference {reference} is the student of none of the bundles: give theirs, or leave it out")
     return pairs
 
 

@@ -337,6 +337,8 @@ def _read_images(
     source, held_out = open_data(
         settings.data, settings.test, labels=settings.labels, image_member=settings.image_member
     )
+    for note in dict.fromkeys(each.note for each in (source, held_out) if each is not None and each.note):
+        say(note)
     return read_splits(source, held_out, preprocessing, sizes=settings.sizes, progress=progress, say=say)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from robx.errors import CorruptImage, InputError, NoSplit
 from robx.images.decode import resize_and_crop
-from robx.images.labels import labels_file
+from robx.images.labels import labels_file, unmatched_note
 from robx.images.reading import read_batches
 from robx.images.sources import ImageSource, open_part, open_source
 from robx.progress import Progress, silent
@@ -107,16 +107,20 @@ def whole_batches(images: np.ndarray, batch: int) -> list[np.ndarray]:
 def open_data(
     data: Path, judge: Path | None = None, *, labels: Path | None = None, image_member: str | None = None
 ) -> tuple[ImageSource, ImageSource | None]:
-    """The training images and the held-out ones: `judge`, or the test split of `data`, or None without splits."""
+    """The training images and the held-out ones: `judge`, or the test split of `data`, or None without splits.
+
+    The last note of the two says which lines of `labels` name no image of either.
+    """
     how: dict[str, Any] = {"labels": labels, "image_member": image_member}
     if judge is not None:
-        return open_part(data, "train", **how), open_part(judge, "test", **how)
-    try:
-        held_out = open_source(data, split="test", **how)
-        open_source(data, split="train", **how)
-    except NoSplit:
-        held_out = None
-    return open_source(data, **how), held_out
+        train, held_out = open_part(data, "train", **how), open_part(judge, "test", **how)
+    else:
+        try:
+            train, held_out = (open_source(data, split=split, **how) for split in ("train", "test"))
+        except NoSplit:
+            return open_source(data, **how), None
+    held_out.note = "; ".join(filter(None, (held_out.note, unmatched_note(train, held_out))))
+    return train, held_out
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,8 @@ _NEARLY = 0.05  # a port this close to the golden output computes the right thin
 _DEVICE_HELP = "Device: local, ssh://[user@]host[:port], adb://serial or adb://host:port."
 _RUNNER_HELP = "Program that measures.  [default: python if the device has one, else native]"
 _PYTHON_HELP = "Python command on the device.  [default: python3]"
+_TOP = 5  # labels per image
+_CLASSIFIER = "export it with --head (robx eval --save-head trains one)"
 _PROVIDER_HELP = "Hardware backend of the engine: cpu, cuda, gpu, npu, ...; never falls back to another."
 
 
@@ -128,12 +130,10 @@ def bench(
 @click.option("--out", type=_PATH, help="Write the embeddings to this .npz file instead of printing them.")
 @click.option("--threads", type=WholeNumber(1), default=1, show_default=True, help="Threads per inference.")
 @click.option("--provider", help=_PROVIDER_HELP)
-@click.option(
-    "--top", type=WholeNumber(1), default=5, show_default=True, help="Labels per image, if the bundle has a head."
-)
+@click.option("--top", type=WholeNumber(1), help="Labels per image, if the bundle has a head.  [default: 5]")
 def run(
     bundle: Path, images: tuple[Path, ...], image_member: str | None, out: Path | None, threads: int,
-    provider: str | None, top: int,
+    provider: str | None, top: int | None,
 ) -> None:  # fmt: skip
     """Embed images with a bundle or a student, or label them if the bundle has a classification head.
 
@@ -144,6 +144,8 @@ def run(
     Prints one JSON line per image; --out writes an .npz with keys (N,) and embeddings (N, D) instead. Images that
     cannot be decoded are skipped and listed on standard error.
     """
+    if out is not None and top is not None:
+        raise InputError("--out writes the embeddings, and --top is about labels: give one of them")
     if out is not None and out.suffix != ".npz":
         raise InputError(f"--out {out} must end in .npz")
     if out is not None:
@@ -152,7 +154,9 @@ def run(
     with open_session(bundle, SessionSettings(threads=threads, provider=provider), labels=out is None) as session:
         warn_outdated(bundle, session.bundle, say)
         labels = session.bundle.labels if isinstance(session.bundle, Bundle) else None
-        found = find_images(images, image_member=image_member)
+        if labels is None and top is not None:
+            raise InputError(f"{bundle} has no classifier, and --top is about its labels: {_CLASSIFIER}, or drop --top")
+        found = find_images(images, image_member=image_member, say=say)
         outputs = infer(session, found, on_skip=lambda error: say(f"skipped {error}"))
         if out is not None:
             _write_npz(out, list(outputs))
@@ -162,7 +166,9 @@ def run(
             if labels is None:
                 line = {"image": name, "embedding": [round(float(x), 7) for x in output]}
             else:
-                best = [{"label": label, "probability": p} for label, p in top_labels(output, labels, count=top)]
+                best = [
+                    {"label": label, "probability": p} for label, p in top_labels(output, labels, count=top or _TOP)
+                ]
                 line = {"image": name, "labels": best}
             click.echo(json.dumps(line, allow_nan=False))
 

@@ -19,26 +19,35 @@ _BATCH_BYTES = 2**28  # of one batch of large images
 Reader = tuple[str, Callable[[], Image.Image]]  # an image's name and a function that reads it
 
 
-def find_images(paths: Sequence[str | Path], *, image_member: str | None = None) -> Iterator[Reader]:
+def find_images(
+    paths: Sequence[str | Path], *, image_member: str | None = None, say: Callable[[str], None] = lambda _: None
+) -> Iterator[Reader]:
     """The images of files, folders and shards, in order.
 
-    `image_member` says which image of a tar sample to read when it has several ("rgb.jpg").
+    Args:
+        paths: files, folders or shards.
+        image_member: which image of a tar sample to read when it has several ("rgb.jpg").
+        say: called with a line about files of a folder that are left out.
 
     Raises:
-        InputError: a path does not exist, or a folder has no images.
+        InputError: a path does not exist, a folder has no images, or there is no shard for `image_member`.
     """
     given = [Path(path) for path in paths]
     if (missing := next((path for path in given if not path.exists()), None)) is not None:
         raise InputError(f"{missing} does not exist: give an image file, a folder of images or a .tar shard")
-    return _images_of(given, image_member)
+    if image_member is not None and all(path.is_file() and path.suffix != ".tar" for path in given):
+        raise InputError("--image-member is about the samples of tar shards, and no shard was given: leave it out")
+    return _images_of(given, image_member, say)
 
 
-def _images_of(paths: Sequence[Path], image_member: str | None) -> Iterator[Reader]:
+def _images_of(paths: Sequence[Path], image_member: str | None, say: Callable[[str], None]) -> Iterator[Reader]:
     for path in paths:
         if path.is_file() and path.suffix != ".tar":
             yield str(path), lambda path=path: _read(path)  # type: ignore[misc]
             continue
         source = open_source(path, image_member=image_member)
+        if source.note:
+            say(source.note)
         for index in range(len(source)):
             name = f"{path}/{source.key(index)}"
             yield name, lambda source=source, index=index: source.read(index)  # type: ignore[misc]

@@ -88,7 +88,7 @@ EVALUATE: dict[str, Any] = {
 BENCH: dict[str, Any] = {
     "device": "ssh://host", "profile": "rapid", "threads": 2, "provider": "gpu", "precision_hint": "f16",
     "processes": 4, "affinity": [0, 1], "batch": 5, "data": "images", "runner": "python", "python": "python3.9",
-    "emulated": True, "seed": 6, "retries": 1, "image_member": "rgb.jpg",
+    "seed": 6, "retries": 1, "image_member": "rgb.jpg",
 }  # fmt: skip
 PATHS = {"data", "test", "lowshot_splits", "reference", "save_head", "cache", "out", "head", "labels"}
 
@@ -127,8 +127,10 @@ def test_bench_takes_every_setting_of_the_command(monkeypatch: pytest.MonkeyPatc
         bundles=(Path("a"), Path("b")), session=SessionSettings(**of_session), **_as_settings(others)
     )
     assert seen[1] == BenchSettings(bundles=(Path("a"),))
-    assert set(_keywords(api.bench)) == set(BENCH)
-    assert set(others) == {f.name for f in fields(BenchSettings)} - {"bundles", "session"}
+    api.bench("a", emulated=True)  # which times nothing, so that processes and retries are refused
+    assert seen[2] == BenchSettings(bundles=(Path("a"),), emulated=True)
+    assert set(_keywords(api.bench)) == set(BENCH) | {"emulated"}
+    assert {*others, "emulated"} == {f.name for f in fields(BenchSettings)} - {"bundles", "session"}
 
 
 DISTILL: dict[str, Any] = {

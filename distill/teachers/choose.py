@@ -75,6 +75,16 @@ def default_objective(name: str) -> str:
     return "msn" if method == "headless" else method
 
 
+def takes_prototypes(name: str, objective: str) -> bool:
+    """Whether prototypes are fitted to a teacher: it was published without a head, and the loss needs prototypes.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    headless = name not in LAYOUT_NAMES and find_teacher(name).method == "headless"
+    return headless and OBJECTIVES[objective].traits.teacher != "classifier"
+
+
 def with_head(entry: ZooEntry) -> ZooEntry | None:
     """The published full checkpoint of which `entry` is only the backbone; None if there is none."""
     name = entry.trunk.name if isinstance(entry.trunk, TimmTrunk) else ""

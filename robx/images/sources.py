@@ -61,6 +61,8 @@ def open_source(
         raise InputError(f"{path} is a file: give a folder of images, a .tar shard, or a folder of shards")
     else:
         source = ShardSource([path], name=path.stem, image=image_member)
+    if image_member is not None and not isinstance(source, ShardSource):
+        source = _noted(source, f"{path} has no tar shards, so that --image-member {image_member} has no effect on it")
     source.licence = _read_licence(path if path.is_dir() else path.parent)
     if labels is None:
         return source

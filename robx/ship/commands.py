@@ -79,7 +79,7 @@ def ship(
         if epochs is not None:
             chosen = chosen.with_distill(epochs=epochs)
     if dry_run:
-        _show_costs(chosen, as_json=as_json)
+        _show_costs(chosen, fresh=fresh, as_json=as_json)
         return
     shipped = run_and_show(chosen, fresh=fresh, as_json=as_json)
     raise_worst(shipped)
@@ -127,14 +127,14 @@ def _from_options(
     return values
 
 
-def _show_costs(plan: Plan, *, as_json: bool) -> None:
+def _show_costs(plan: Plan, *, fresh: bool, as_json: bool) -> None:
     from robx.api import VERBS
     from robx.records import to_json
     from robx.ship.costs import estimate_plan
 
     with progress_bar(quiet=as_json) as progress:
         found = []
-        for cost in estimate_plan(plan, VERBS):
+        for cost in estimate_plan(plan, VERBS, fresh=fresh):
             found.append(cost)
             progress(len(found), len(plan.tables()), f"estimating: {cost.title}")
     if as_json:

@@ -41,15 +41,20 @@ class StageCost:
     optional: bool = False
 
 
-def estimate_plan(plan: Plan, verbs: Verbs) -> Iterator[StageCost]:
+def estimate_plan(plan: Plan, verbs: Verbs, *, fresh: bool = False) -> Iterator[StageCost]:
     """The cost of each stage, in their order, computed when it is asked for; nothing is measured for those done.
+
+    Args:
+        plan: what will be run.
+        verbs: the functions of ``robx.api`` behind its stages.
+        fresh: every stage will be run again, so that none is done.
 
     Raises:
         RobxError: what the plan or its distillation would be refused for; the message names the table.
     """
     stages = Stages(plan)
     check_plan(stages, verbs)
-    done = stages.finished(State.open(plan.out / STATE))
+    done = set() if fresh else stages.finished(State.open(plan.out / STATE))
     measured = _Measured(plan)
     for entry in plan.tables():
         if entry.number in done:
@@ -157,7 +162,7 @@ def _missing_here(name: str) -> str:
 def _missing_there(device: str, table: Table, formats: set[str]) -> str:
     """What a device lacks for these formats, or why it cannot be reached."""
     try:
-        _, findings = examine(device, python=table.get("python"))
+        _, findings = examine(device, runner=table.get("runner"), python=table.get("python"))
     except RobxError as error:
         return str(error)
     have = {finding.name for finding in findings if finding.version is not None}

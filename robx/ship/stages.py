@@ -123,9 +123,9 @@ class Stages:
         )
 
     def eval_arguments(self, entry: Entry, models: Sequence[Path]) -> dict[str, Any]:
-        """The arguments of the evaluation."""
-        own = {"models": list(models), "data": self.plan.data, **self.plan.with_margin("eval")}
-        return own | _arguments(entry.table)
+        """The arguments of the evaluation; the plan's margin is that of a comparison with the student."""
+        margin = self.plan.with_margin("eval") if entry.table.get("fidelity") else {}
+        return {"models": list(models), "data": self.plan.data} | margin | _arguments(entry.table)
 
     def bench(self, entry: Entry, bundles: Sequence[Path]) -> Stage:
         """The measurements on one device; `measured` is empty where no bundle is for it."""

@@ -14,10 +14,9 @@ import numpy as np
 
 from robx.errors import InputError
 from robx.images.decode import renormalise
-from robx.images.sources import open_source
 from robx.records import Validity, Value, load_bundle, require_measurable, utc_now, warn_outdated
 from robx.runtime.bench import latency, profiles, validity
-from robx.runtime.bench.inputs import load_inputs
+from robx.runtime.bench.inputs import load_inputs, open_images
 from robx.runtime.bench.interleave import Interleaved, interleave
 from robx.runtime.bench.profiles import BenchSettings, find_profile
 from robx.runtime.bench.reference import check_outputs, find_reference
@@ -63,7 +62,7 @@ def compare(settings: BenchSettings, *, say: Callable[[str], None] = lambda _: N
             that only a benchmark in separate processes has.
     """
     _check(settings)
-    images = _load_images(settings)
+    images = _load_images(settings, say)
     for folder in settings.folders:
         warn_outdated(folder, load_bundle(folder), say)
     started, one_image = utc_now(), replace(settings.session, batch=1)
@@ -98,14 +97,12 @@ def compare(settings: BenchSettings, *, say: Callable[[str], None] = lambda _: N
     return found
 
 
-def _load_images(settings: BenchSettings) -> dict[str, np.ndarray]:
+def _load_images(settings: BenchSettings, say: Callable[[str], None]) -> dict[str, np.ndarray]:
     """The same images for every bundle, normalised as each expects them; float32 (N, 3, H, W) by label."""
     shapes = [load_bundle(folder).preprocessing for folder in settings.folders]
     if not all(shapes[0].same_pixels(shape) for shape in shapes):
         raise InputError("--ab needs bundles of the same input size and resize: they have to run the same images")
-    data = settings.data
-    source = open_source(Path(data), image_member=settings.image_member) if data is not None else None
-    pixels = load_inputs(shapes[0], source).images
+    pixels = load_inputs(shapes[0], open_images(settings, say)).images
     return {label: renormalise(pixels, shapes[0], shape) for label, shape in zip(settings.labels, shapes, strict=True)}
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from robx.errors import DeviceError, InputError, RobxError
-from robx.images.sources import open_source
 from robx.progress import Progress, silent
 from robx.records import (
     Latency,
@@ -27,7 +26,7 @@ from robx.records import (
     warn_outdated,
 )
 from robx.runtime.bench import profiles, runner_zip, validity
-from robx.runtime.bench.inputs import Inputs, load_inputs
+from robx.runtime.bench.inputs import Inputs, load_inputs, open_images
 from robx.runtime.bench.profiles import BenchSettings, find_profile
 from robx.runtime.bench.record import Origin, Run, Try, make_record
 from robx.runtime.bench.reference import find_reference
@@ -58,7 +57,7 @@ def bench(
         ArtifactError: a bundle is damaged.
         DeviceError: the device cannot be reached, or no process of any bundle succeeded.
     """
-    runs = _prepare(settings)
+    runs = _prepare(settings, say)
     for run in runs:
         warn_outdated(run.folder, run.bundle, say)
     started = utc_now()
@@ -119,10 +118,9 @@ def _record(runs: list[Run], settings: BenchSettings, origin: Origin) -> list[La
     return found
 
 
-def _prepare(settings: BenchSettings) -> list[Run]:
+def _prepare(settings: BenchSettings, say: Callable[[str], None]) -> list[Run]:
     python_command(settings.python)  # raises before anything is read
-    data = settings.data
-    source = open_source(Path(data), image_member=settings.image_member) if data is not None else None
+    source = open_images(settings, say)
     inputs: dict[tuple[Preprocessing, int], Inputs] = {}
     runs = []
     for number, (folder, label) in enumerate(zip(settings.folders, settings.labels, strict=True)):

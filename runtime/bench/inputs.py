@@ -7,6 +7,7 @@ import io
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -15,8 +16,9 @@ from robx.errors import InputError
 from robx.images.decode import decode, preprocess
 from robx.images.reading import read_batches
 from robx.images.scenes import make_scene, render
-from robx.images.sources import ImageSource
+from robx.images.sources import ImageSource, open_source
 from robx.records import MAX_BATCH_BYTES, Preprocessing
+from robx.runtime.bench.profiles import BenchSettings
 
 COUNT = 64  # distinct images, so that caches and branch predictors cannot adapt to one
 _MAX_BYTES = 2**29  # of all images together
@@ -30,6 +32,16 @@ class Inputs:
     images: np.ndarray  # float32 (N, 3, H, W)
     preprocess_ns: np.ndarray  # int64 (N,): decoding, resizing, normalising
     name: str
+
+
+def open_images(settings: BenchSettings, say: Callable[[str], None]) -> ImageSource | None:
+    """The user's images; None without any. `say` is called with a line about files that are left out."""
+    if settings.data is None:
+        return None
+    source = open_source(Path(settings.data), image_member=settings.image_member)
+    if source.note:
+        say(source.note)
+    return source
 
 
 def load_inputs(

@@ -146,6 +146,11 @@ class BenchSettings:
         for name, number in (("processes", self.processes), ("batch", self.batch)):
             if number is not None and number < 1:
                 raise InputError(f"{name} must be at least 1, got {number}")
+        if self.image_member is not None and self.data is None:
+            raise InputError("--image-member is about the images of --data: give --data too")
+        timing = {"--processes": self.processes is not None, "--retries": self.retries != BenchSettings.retries}
+        if self.emulated and (unused := [name for name, is_given in timing.items() if is_given]):
+            raise InputError(f"--emulated checks the outputs and times nothing: leave out {', '.join(unused)}")
         if self.retries < 0:
             raise InputError(f"retries must be at least 0, got {self.retries}")
         if self.affinity is not None and not (self.affinity and all(0 <= core <= _LAST_CORE for core in self.affinity)):

@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from robx.cli import main
-from robx.distill.resolve import DistillSettings
+from robx.distill.resolve import DistillSettings, resolve_recipe, unused_options
+from robx.distill.targets.stored import read_info
 from robx.images.sources import open_source
 from robx.records import load_student
 
@@ -265,6 +267,41 @@ def test_nothing_is_written_among_the_images(scenes: Path, tmp_path: Path, optio
         found.output
     )
     assert _contents(scenes) == before and not (tmp_path / "run").exists()
+
+
+def test_force_and_fresh_are_refused_together(scenes: Path, tmp_path: Path) -> None:
+    found = robx("distill", "--teacher", "ema", *TINY, "--data", scenes, "--out", tmp_path / "r", "--force", "--fresh")
+    assert found.exit_code == 2 and "--fresh starts over: give one of them" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"teacher": "ema", "teacher_mean": (0.5, 0.5, 0.5)}, "--teacher-mean and --teacher-std are not used"),
+        ({"teacher": "ema", "local_crop_size": 16, "local_crops": 0}, "--local-crop-size is not used"),
+        ({"teacher": "dino_vits16", "prototypes": 8}, "--prototypes 8 is not used: teacher dino_vits16 has prototypes"),
+        ({"teacher": "timm:test_resnet", "objective": "kd", "prototypes": 8}, "teacher timm:test_resnet has classes"),
+        ({"teacher": "timm:test_resnet", "prototypes": 8, "local_crop_size": 16}, None),
+        ({"teacher": "ema", "prototypes": 8}, None),
+    ],
+)
+def test_options_of_the_recipe_that_nothing_reads_are_named(tmp_path: Path, given: dict[str, Any], said: str) -> None:
+    settings = DistillSettings.of(student="test_resnet", data=tmp_path, **given)
+    found = unused_options(settings, resolve_recipe(settings))
+    assert (len(found) == 1 and said in found[0]) if said else not found
+
+
+def test_a_number_of_prototypes_that_stored_targets_lack_is_named(scenes: Path, tmp_path: Path, tiny: Any) -> None:
+    tiny.tiny_run(open_source(scenes), tmp_path, store=tmp_path / "t")
+    stored = read_info(tmp_path / "t").prototypes
+    for prototypes, said in (
+        (stored + 1, [f"--prototypes {stored + 1} is not used: the stored targets have {stored}"]),
+        (stored, []),
+    ):
+        settings = DistillSettings.of(
+            student="test_resnet", data=scenes, targets=tmp_path / "t", prototypes=prototypes, objective="msn"
+        )
+        assert unused_options(settings, resolve_recipe(settings)) == said
 
 
 def test_a_new_folder_below_the_images_is_allowed(tmp_path: Path) -> None:

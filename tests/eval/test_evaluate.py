@@ -283,6 +283,11 @@ def test_a_bundle_away_from_its_student_needs_the_reference(run, bundle, scene_s
     with pytest.raises(InputError, match="--reference"):
         evaluate.find_reference(away, lone, None)
     assert evaluate.find_reference(away, lone, run) == run
+    elsewhere = shutil.copytree(run, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("lone"))
+    unused = robx(folder, "--data", scene_shards, "--fidelity", "--reference", tmp_path)
+    assert unused.exit_code == 2 and f"--reference {tmp_path} is the student of none of the bundles" in unused.output
+    same = robx(folder, "--data", scene_shards, "--fidelity", "--reference", elsewhere, "--no-cache")
+    assert same.exit_code == 0, same.output
 
 
 def test_a_transfer_is_trained_on_its_own_data(run, scenes):
@@ -290,6 +295,9 @@ def test_a_transfer_is_trained_on_its_own_data(run, scenes):
     assert result.exit_code == 0, result.output
     (record,) = load_measurements(run / "measurements.jsonl")
     assert record.protocol == "transfer-cached:folder" and record.settings["recipe"]["epochs"] == 28
+    assert "is not used" not in result.stderr
+    other = robx(run, "--data", scenes / "train", "--transfer", f"folder={scenes}", "--cached", "--no-cache")
+    assert other.exit_code == 0 and f"warning: --data {scenes / 'train'} is not used" in other.stderr
 
 
 def test_test_classes_are_numbered_as_the_banks(scenes, tmp_path):
@@ -333,6 +341,12 @@ def test_a_class_without_a_test_image_may_have_another_name(tmp_path):
         (("--data", "{scenes}", "--lowshot-splits", "{scenes}"), "give --lowshot too"),
         (("--data", "{scenes}", "--reference", "{scenes}"), "give --fidelity too"),
         (("--data", "{scenes}", "--cached"), "give --linear or --transfer too"),
+        (("--data", "{scenes}", "--margin", "2"), "give --fidelity too"),
+        (("--transfer", "folder={scenes}", "--test", "{scenes}"), "--test: not used by --transfer"),
+        (
+            ("--transfer", "folder={scenes}", "--labels", "x.csv", "--image-member", "x"),
+            "--labels, --image-member: not",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(run, scenes, arguments, message):

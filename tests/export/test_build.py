@@ -24,7 +24,7 @@ from robx.cli import main
 from robx.errors import ArtifactError, DeviceError, GateFailed, InputError
 from robx.eval.evaluate import EvalSettings, evaluate
 from robx.eval.report.collect import collect
-from robx.export.build import CACHE, ExportSettings, export
+from robx.export.build import CACHE, ExportSettings, _read_images, export
 from robx.export.cache import Cache
 from robx.export.formats import to_onnx
 from robx.export.gate.gate import Limits, gate_error
@@ -36,6 +36,7 @@ from robx.export.parity import parity
 from robx.export.request import ExportTarget
 from robx.images.decode import renormalise
 from robx.linear_head import load_head
+from robx.progress import silent
 from robx.records import (
     Bundle,
     DataInfo,
@@ -496,6 +497,27 @@ def test_images_that_cannot_be_read_are_counted_in_one_line(cnn_run: Path, scene
     assert len(splits.bank) > 32
     (line,) = said
     assert re.match(r"warning: 2 images of .* cannot be read: left out \(first: .*broken\.jpg", line)
+
+
+def test_what_an_export_leaves_out_of_its_images_is_said(scenes: Path, tmp_path: Path) -> None:
+    data, said = tmp_path / "data", list[str]()
+    shutil.copytree(scenes, data)
+    (data / "test" / "photo.heic").write_bytes(b"heic")
+    images = [next((data / split).rglob("*.png")).relative_to(data) for split in ("train", "test")]
+    (tmp_path / "labels.csv").write_text("".join(f"{path},a\n" for path in (*images, "nowhere.png")))
+    settings = ExportSettings(
+        run=tmp_path,
+        target=ExportTarget(format="onnx"),
+        data=data,
+        labels=tmp_path / "labels.csv",
+        image_member="rgb.jpg",
+    )
+    _read_images(settings, Preprocessing(size=64, crop=64), silent, said.append)
+    train, test = said
+    unused = f"{data} has no tar shards, so that --image-member rgb.jpg has no effect on it"
+    assert unused in train and unused in test and "no image" not in train
+    assert "skipped 1 file that robx cannot read (1 .heic)" in test
+    assert "1 of 3 lines of labels.csv names no image of train or test" in test
 
 
 def test_flat_images_take_their_labels_from_a_file(cnn_run: Path, scenes: Path, tmp_path: Path) -> None:

@@ -216,6 +216,25 @@ def test_run_prints_labels_if_there_is_a_head(call, make_bundle, scenes):
     assert sum(p for _, p in top_labels(scores, labels, count=8)) == pytest.approx(1)
 
 
+def test_run_refuses_options_that_it_would_not_use(call, make_bundle, scenes, tmp_path):
+    image, bundle = next((scenes / "test").rglob("*.png")), make_bundle()
+    for given, said in (
+        ((image, "--top", 3), f"{bundle} has no classifier, and --top is about its labels: export it with --head"),
+        ((image, "--top", 5, "--out", tmp_path / "a.npz"), "--out writes the embeddings, and --top is about labels"),
+        ((image, "--image-member", "rgb.jpg"), "--image-member is about the samples of tar shards, and no shard was"),
+    ):
+        refused = call("run", bundle, *given)
+        assert refused.exit_code == 2 and said in refused.stderr and refused.stderr.count("\n") == 1
+    assert not (tmp_path / "a.npz").exists()
+
+
+def test_run_names_the_files_of_a_folder_that_it_leaves_out(call, make_bundle, scenes, tmp_path):
+    shutil.copy(next((scenes / "test").rglob("*.png")), tmp_path / "a.png")
+    (tmp_path / "b.heic").write_bytes(b"heic")
+    found = call("run", make_bundle(), tmp_path)
+    assert found.exit_code == 0 and "skipped 1 file that robx cannot read (1 .heic)" in found.stderr
+
+
 def test_doctor(call):
     result = call("doctor")
     assert result.exit_code == 0

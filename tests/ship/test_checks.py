@@ -248,6 +248,27 @@ def test_a_dry_run_after_a_run_measures_nothing_and_says_done(
     assert found["distil test_resnet"] == found["export to onnx fp32"] == found["bench on local"] == "done"
     assert found["evaluate"].startswith("left out: ") and found["report"] == "seconds"
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+    monkeypatch.setattr(costs, "_distill_cost", lambda *_: costs.StageCost(title="distil", cost="an hour"))
+    assert "done" not in {cost.cost for cost in estimate_plan(plan, verbs[0], fresh=True)}
+
+
+def test_a_plans_margin_goes_to_an_evaluation_that_compares(tmp_path: Path, photos: Path) -> None:
+    def arguments(**table: Any) -> dict[str, Any]:
+        plan = _plan(tmp_path, photos, margin=2, eval=table)
+        entry = next(entry for entry in plan.tables() if entry.stage == "eval")
+        return Stages(plan).eval_arguments(entry, [])
+
+    assert arguments(knn=True, fidelity=True)["margin"] == 2
+    assert "margin" not in arguments(knn=True)
+
+
+def test_a_dry_run_asks_the_runner_that_will_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    from robx.ship import costs
+
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(costs, "examine", lambda _, **how: asked.append(how) or ({}, []))
+    costs._missing_there("adb://x", {"runner": "native"}, set())
+    assert asked == [{"runner": "native", "python": None}]
 
 
 # ------------------------------------------------------------------------------------------------------ messages

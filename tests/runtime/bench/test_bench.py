@@ -161,11 +161,18 @@ def test_settings_that_cannot_be_measured(tmp_path, make_bundle):
     for wrong in ({"profile": "fast"}, {"processes": 0}, {"batch": 0}):
         with pytest.raises(InputError):
             BenchSettings(bundles=[tmp_path], **wrong)
+    with pytest.raises(InputError, match=r"^--image-member is about the images of --data: give --data too$"):
+        BenchSettings(bundles=[tmp_path], image_member="rgb.jpg")
+    with pytest.raises(InputError, match=r"^--emulated .* times nothing: leave out --processes, --retries$"):
+        BenchSettings(bundles=[tmp_path], emulated=True, processes=3, retries=0)
 
 
 def test_the_users_images_are_used(make_bundle, short_profile, scenes):
-    (record,) = bench(BenchSettings(bundles=[make_bundle()], profile="rapid", processes=1, data=scenes / "test"))
+    said = []
+    given = {"data": scenes / "test", "image_member": "rgb.jpg"}
+    (record,) = bench(BenchSettings(bundles=[make_bundle()], profile="rapid", processes=1, **given), say=said.append)
     assert record.settings["images"] == "test"
+    assert said == [f"{scenes / 'test'} has no tar shards, so that --image-member rgb.jpg has no effect on it"]
 
 
 def test_inputs_are_reproducible_and_skip_corrupt_images(tmp_path, scenes):
