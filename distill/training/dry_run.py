@@ -133,19 +133,10 @@ def dry_run(spec: RunSpec, *, gpu_memory: float | None = None) -> RunCost:
     with cuda_settings(compute_of(recipe, place.device, workers=options.workers)):
         measured = measure_bound(networks.learners, first, targets_of, recipe=recipe)
     bound, views, targets = measured.bound, measured.views, measured.targets
-    costs, kept = [], 0
-    for learner, target in zip(networks.learners, targets, strict=True):
-        cost, bytes_kept = _learner_cost(learner, views, target)
-        costs.append(cost)
-        kept = max(kept, bytes_kept)  # the students are trained one after another
-    images = views.globals.shape[1]
-    image_bytes = (kept + _bytes(views) + sum(_bytes(target) for target in targets if target is not None)) // images
+    costs, image_bytes = _students_cost(networks.learners, views, targets)
     trained, checkpoint = learner_bytes(networks.learners)
     fixed = trained + _weight_bytes(spec.teacher)
-    loaders = loader_speed * max(1, options.workers)
-    # On a CPU, data loading takes time from the cores that compute.
-    shared = place.device.type == "cpu"
-    rate = 1 / (1 / bound.images_per_s + 1 / loaders) if shared else min(bound.images_per_s, loaders)
+    rate = _images_per_s(bound, loader_speed * max(1, options.workers), place.device)
     fitting = fitted / bound.teacher if bound.teacher else 0.0
     return RunCost(
         images=len(source),
@@ -154,7 +145,7 @@ def dry_run(spec: RunSpec, *, gpu_memory: float | None = None) -> RunCost:
         batch_size=recipe.batch_size // recipe.accumulate,
         device=str(place.device),
         teacher=None if spec.teacher is None else _teacher_cost(spec.teacher, views, recipe),
-        students=tuple(costs),
+        students=costs,
         fixed_bytes=fixed,
         image_bytes=image_bytes,
         checkpoint_bytes=checkpoint,
@@ -162,11 +153,21 @@ def dry_run(spec: RunSpec, *, gpu_memory: float | None = None) -> RunCost:
         student_images_per_s=bound.student,
         bound_images_per_s=bound.images_per_s,
         loader_images_per_s=loader_speed,
-        measured_images=images,
+        measured_images=views.globals.shape[1],
         hours=(steps * recipe.batch_size / rate + fitting) / 3600,
         gpu_memory_gb=gpu_memory,
         gpu_batch=None if gpu_memory is None else _largest_batch(gpu_memory, fixed=fixed, image=image_bytes),
     )
+
+
+def _images_per_s(bound: SpeedBound, loaders: float, device: torch.device) -> float:
+    """Images per second of one process whose workers load `loaders` per second.
+
+    On a CPU, data loading takes time from the cores that compute.
+    """
+    if device.type == "cpu":
+        return 1 / (1 / bound.images_per_s + 1 / loaders)
+    return min(bound.images_per_s, loaders)
 
 
 def _images_to_fit(spec: RunSpec) -> int:
@@ -195,6 +196,19 @@ def _largest_batch(gigabytes: float, *, fixed: int, image: int) -> int:
     """Images that fit; 0 if the networks alone do not."""
     free = gigabytes * 1e9 * _USABLE - _CUDA_BYTES - fixed
     return max(0, int(free / max(1, image)))
+
+
+def _students_cost(
+    learners: Sequence[Learner], views: Views, targets: Sequence[Targets | None]
+) -> tuple[tuple[NetworkCost, ...], int]:
+    """The students' costs, and the bytes that an image takes: its crops, its targets, what backward needs."""
+    costs, kept = [], 0
+    for learner, target in zip(learners, targets, strict=True):
+        cost, bytes_kept = _learner_cost(learner, views, target)
+        costs.append(cost)
+        kept = max(kept, bytes_kept)  # the students are trained one after another
+    held = kept + _bytes(views) + sum(_bytes(target) for target in targets if target is not None)
+    return tuple(costs), held // views.globals.shape[1]
 
 
 def _learner_cost(learner: Learner, views: Views, targets: Targets | None) -> tuple[NetworkCost, int]:

@@ -108,7 +108,10 @@ def extract_each(
     found = [_shared(_load(file) if ranks.first else None, ranks) for file in files]
     todo = [i for i, have in enumerate(found) if have is None]
     if todo:
-        fresh, whole = _run([sessions[i] for i in todo], source, preprocessing, batch_size, ranks, progress)
+        share = _embed_share(
+            [sessions[i] for i in todo], source, preprocessing, batch_size=batch_size, ranks=ranks, progress=progress
+        )
+        fresh, whole = _joined(share, source, ranks)
         for i, features in zip(todo, fresh, strict=True):
             found[i] = features
             if (file := files[i]) is not None and whole and ranks.first:  # a read error may be temporary
@@ -128,15 +131,26 @@ def _shared(loaded: Features | None, ranks: Ranks) -> Features | None:
     return Features(**{name: array for name, array in arrays.items() if array is not None}, skipped=int(skipped[0]))
 
 
-def _run(
+@dataclass(frozen=True, kw_only=True)
+class _Share:
+    """What one process embedded of a source."""
+
+    indices: np.ndarray  # int64 (n,), positions in the source, of the images that could be read
+    looks: np.ndarray  # uint8 (n, LOOK)
+    answers: list[np.ndarray | None]  # of each model, float32 (n, D); None where n is 0
+    whole: bool  # whether every file could be read from disk
+
+
+def _embed_share(
     sessions: Sequence[Session],
     source: ImageSource,
     preprocessing: Preprocessing,
+    *,
     batch_size: int,
     ranks: Ranks,
     progress: Progress | None,
-) -> tuple[list[Features], bool]:
-    """The features, and whether every file could be read from disk."""
+) -> _Share:
+    """Embed this process's share of the images with every model."""
     whole = True
     looks = np.zeros((len(source), LOOK), np.uint8)
 
@@ -162,8 +176,21 @@ def _run(
         kept += numbers
         if progress:
             progress(kept[-1] + 1, len(source), f"embedding {source.name}")
-    mine = np.array(kept, dtype=np.int64)
-    indices = ranks.gather(mine if len(mine) else None)
+    return _Share(
+        indices=np.array(kept, dtype=np.int64),
+        looks=looks[kept],
+        answers=[np.concatenate(answer) if answer else None for answer in answers],
+        whole=whole,
+    )
+
+
+def _joined(share: _Share, source: ImageSource, ranks: Ranks) -> tuple[list[Features], bool]:
+    """The features of all processes in the source's order, and whether every file could be read from disk.
+
+    Raises:
+        InputError: too few of the images could be read.
+    """
+    indices = ranks.gather(share.indices if len(share.indices) else None)
     if indices is None:
         raise InputError(f"none of the {len(source)} images of {source.name} can be read: give other data")
     order = np.argsort(indices)
@@ -173,9 +200,9 @@ def _run(
         raise InputError(
             f"{skipped} of the {len(source)} images of {source.name} cannot be read: repair or remove them first"
         )
-    labels, looks = labels_of(source)[indices], ranks.all_rows(looks[mine])[order]
-    whole = bool(ranks.all_rows(np.array([whole])).all())
-    rows = [ranks.gather(np.concatenate(answer) if answer else None) for answer in answers]
+    labels, looks = labels_of(source)[indices], ranks.all_rows(share.looks)[order]
+    whole = bool(ranks.all_rows(np.array([share.whole])).all())
+    rows = [ranks.gather(answer) for answer in share.answers]
     found = [
         Features(features=gathered[order], labels=labels, indices=indices, skipped=skipped, looks=looks)
         for gathered in rows
