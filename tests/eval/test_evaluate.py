@@ -603,16 +603,16 @@ def test_two_processes_write_what_one_does_and_so_does_their_cache(run, scenes, 
     for number, path in enumerate(sorted((data / "train").rglob("*.png"))):
         if number in (3, 10):
             path.write_bytes(b"damaged")
-    how = ("--data", data, "--knn", "--lowshot", "1", "--threads", "1")
+    how = ("--data", data, "--knn", "--lowshot", "1")
     alone = robx(run, *how, "--no-cache")
     assert alone.exit_code == 0, alone.output
     expected = load_measurements(run / "measurements.jsonl")
     (run / "measurements.jsonl").unlink()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "robx.cli"]
-    keep = ("--cache", tmp_path / "cache")
+    more = ("--threads", "1", "--cache", tmp_path / "cache")
     for _ in range(2):  # the second time answered by the cache
         done = subprocess.run(
-            [*command, "eval", str(run), *map(str, how), *map(str, keep)], capture_output=True, text=True
+            [*command, "eval", str(run), *map(str, how), *map(str, more)], capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
     found = load_measurements(run / "measurements.jsonl")
