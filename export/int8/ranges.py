@@ -149,16 +149,23 @@ def _add(found: dict[str, Histogram], name: str, value: np.ndarray) -> None:
     sample = flat[:: _stride(flat.size)]
     old = found.get(name)
     if old is None:
-        counts = np.histogram(sample, BINS, (low, high))[0].astype(np.float64) if high > low else _spike()
-        found[name] = Histogram(low, high, counts)
+        found[name] = Histogram(low, high, _counted(sample, low, high))
         return
     if low < old.low or high > old.high:  # widen: counts move to the new bins at the old centres
         centres = (old.edges()[:-1] + old.edges()[1:]) / 2
         wide = (min(low, old.low), max(high, old.high))
         old.counts = np.histogram(centres, BINS, wide, weights=old.counts)[0]
         old.low, old.high = wide
-    if old.high > old.low:
-        old.counts += np.histogram(sample, BINS, (old.low, old.high))[0]
+    old.counts += _counted(sample, old.low, old.high)
+
+
+def _counted(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Counts of `values` in the bins over [low, high], float64 (BINS,); the first bin has all of a constant tensor."""
+    if high > low:
+        return np.histogram(values, BINS, (low, high))[0].astype(np.float64)
+    counts = np.zeros(BINS)
+    counts[0] = values.size
+    return counts
 
 
 def _stride(size: int) -> int:
@@ -167,9 +174,3 @@ def _stride(size: int) -> int:
     while math.gcd(step, size) > 1:
         step += 1
     return step
-
-
-def _spike() -> np.ndarray:
-    counts = np.zeros(BINS)
-    counts[0] = 1
-    return counts

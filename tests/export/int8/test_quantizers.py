@@ -104,6 +104,18 @@ def test_a_histogram_that_widens_keeps_its_mass() -> None:
     assert found["x"].counts.sum() == 3 * 999
 
 
+def test_a_tensor_that_is_constant_at_first_counts_in_full() -> None:
+    """As an activation that is 0 for the first images: nine tenths of its values are then 0."""
+    batches = [*[np.zeros(900, np.float32)] * 4, np.linspace(0, 1, 400, dtype=np.float32)]
+    found: dict[str, Histogram] = {}
+    for batch in batches:
+        ranges._add(found, "x", batch)
+    assert found["x"].counts.sum() == 4000 and found["x"].counts[0] >= 3600
+    for percentile in (80.0, 95.0, 99.0):
+        _, high = choose(found, "percentile", percentile=percentile)["x"]
+        assert high == pytest.approx(np.percentile(np.concatenate(batches), percentile), abs=0.005)
+
+
 def test_onnxruntime_quantises_accurately(
     cnn_onnx: onnx.ModelProto, cnn_ranges: dict[str, Histogram], scene_pixels: np.ndarray
 ) -> None:
