@@ -73,7 +73,7 @@ class CandidateBuilder:
         self.scratch, self.cache = scratch, cache
         self.folders: dict[str, Path] = {}  # candidate name -> the folder of its bundle
         self.sources: dict[str, Path] = {}  # candidate name -> the ONNX that its builder started from
-        self.healing: Healing | None = None  # once the weights are healed, as
+        self.healing: Healing | None = None  # set once the weights are healed, with their ranges
         self.healed_ranges: tuple[LayerRange, ...] = ()
         self._not_healed = ""  # why, once healing has failed
 

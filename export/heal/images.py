@@ -1,4 +1,4 @@
-"""The images that heal: training images that neither calibrate nor choose nor judge, and light crops of them."""
+"""The images for healing: training images that neither calibrate nor screen nor judge, lightly cropped."""
 
 from __future__ import annotations
 
@@ -17,59 +17,59 @@ from robx.progress import Progress, silent
 from robx.records import Preprocessing
 from robx.store.files import sha256_bytes
 
-LEAST = 32  # below this, the weights would be fitted to single images
-MOST = 4000
-_MOST_BYTES = 512 * 2**20
+MIN_IMAGES = 32  # fewer would be memorised
+MAX_IMAGES = 4000
+_MAX_BYTES = 512 * 2**20
 _READ_BATCH = 32
 
 
 @dataclass(frozen=True)
 class HealingImages:
-    """Images with the margin that the deployment's centre crop cuts off, so that crops can move a little."""
+    """Images with the margin that the deployment's centre crop removes, so that crops can move a little."""
 
     pixels: np.ndarray  # uint8 (N, 3, H + margin, W + margin)
     preprocessing: Preprocessing  # of the deployment
-    fingerprint: str  # of the deployment's pixels of every image
+    fingerprint: str  # of all images, cropped as in deployment
 
     def __len__(self) -> int:
         """How many images there are."""
         return len(self.pixels)
 
-    def crops(self, places: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """A random crop of the deployment's size of each image, mirrored or not: float32 (n, 3, H, W), normalised."""
+    def crops(self, indices: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """A random crop of each image, mirrored or not, in the deployment's size: normalised float32 (n, 3, H, W)."""
         height, width = self.preprocessing.shape
         room = np.array(self.pixels.shape[2:]) - (height, width)
-        corners = (random.random((len(places), 2)) * (room + 1)).astype(int)
-        mirrored = random.random(len(places)) < 0.5
-        found = np.empty((len(places), 3, height, width), np.uint8)
-        for row, (place, (top, left), mirror) in enumerate(zip(places, corners, mirrored, strict=True)):
-            crop = self.pixels[place, :, top : top + height, left : left + width]
+        corners = (random.random((len(indices), 2)) * (room + 1)).astype(int)
+        mirrored = random.random(len(indices)) < 0.5
+        found = np.empty((len(indices), 3, height, width), np.uint8)
+        for row, (index, (top, left), mirror) in enumerate(zip(indices, corners, mirrored, strict=True)):
+            crop = self.pixels[index, :, top : top + height, left : left + width]
             found[row] = crop[:, :, ::-1] if mirror else crop
         return normalise(found, self.preprocessing)
 
 
 def read_healing_images(splits: Splits, preprocessing: Preprocessing, *, progress: Progress = silent) -> HealingImages:
-    """Up to 4,000 images of the training data, or 512 MB, without any that calibrates, chooses or judges.
+    """Up to 4,000 training images, or 512 MB of them, without those that calibrate, screen or judge.
 
-    They may be images of the bank: it trains the judge's probe on the fp32 student's features, which do not change.
-    Unreadable images are left out; `read_splits` has reported the first of them.
+    Images of the bank may be among them: it trains the judge's probe on the fp32 student's features, which stay the
+    same. Unreadable images are left out; `read_splits` has reported them.
 
     Raises:
         InputError: fewer than 32 are left.
     """
     source, wide = splits.train, _with_margin(preprocessing)
-    most = min(MOST, _MOST_BYTES // (3 * wide.shape[0] * wide.shape[1]))
+    most = min(MAX_IMAGES, _MAX_BYTES // (3 * wide.shape[0] * wide.shape[1]))
     order = shuffled(source).tolist()
 
-    def both(index: int) -> np.ndarray:
-        """The image with its margin, followed by the deployment's pixels, which identify it: uint8 (n,)."""
+    def read(index: int) -> np.ndarray:
+        """The image with its margin, then as in deployment, by which it is identified: uint8 (n,)."""
         image = source.read(index)
         parts = (_array(resize_and_crop(image, each)) for each in (wide, preprocessing))
         return np.concatenate([part.reshape(-1) for part in parts])
 
     seen = {digest for part in (splits.calibration, splits.screening, splits.judging) for digest in part.digests}
     size, pixels, digests = 3 * wide.shape[0] * wide.shape[1], list[np.ndarray](), list[bytes]()
-    batches = read_batches(order, both, batch_size=_READ_BATCH)
+    batches = read_batches(order, read, batch_size=_READ_BATCH)
     with contextlib.closing(batches):
         for row in (row for _, rows in batches for row in rows):
             digest = hashlib.sha256(row[size:].tobytes()).digest()
@@ -82,16 +82,16 @@ def read_healing_images(splits: Splits, preprocessing: Preprocessing, *, progres
                 progress(len(pixels), min(most, len(order)), "reading images to heal with")
             if len(pixels) == most:
                 break
-    if len(pixels) < LEAST:
+    if len(pixels) < MIN_IMAGES:
         raise InputError(
-            f"{source.name} has {len(pixels)} training images left to heal with and at least {LEAST} are needed: add "
-            "images, or lower --calibration-images for a demonstration"
+            f"{source.name} has {len(pixels)} training images left to heal with and at least {MIN_IMAGES} are needed: "
+            "add images, or lower --calibration-images for a demonstration"
         )
     return HealingImages(np.stack(pixels), preprocessing, sha256_bytes(b"".join(digests))[:16])
 
 
 def _with_margin(preprocessing: Preprocessing) -> Preprocessing:
-    """The same resize, with a crop of all that is certain to be there."""
+    """The same resize, with the largest crop that every image has."""
     height, width = preprocessing.shape
     size = max(preprocessing.size, height)
     wide = size if height == width else max(width, size * width // height)

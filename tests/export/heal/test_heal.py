@@ -310,15 +310,15 @@ def test_a_resumed_healing_keeps_to_its_minutes_too(monkeypatch: pytest.MonkeyPa
     """Interrupted at any step, on a machine that is a third as fast as planned."""
     now, told = [0.0], list[str]()
 
-    def learn() -> float:
+    def train_step() -> float:
         now[0] += 3.0
         return 0.5
 
     plan = Plan(left=59)
     plan.advance(1.0, 0.5)  # the first step, before the interruption
-    work: Any = SimpleNamespace(plan=plan, settings=HealSettings(minutes=1), learn=learn)
+    trainer: Any = SimpleNamespace(plan=plan, settings=HealSettings(minutes=1), train_step=train_step)
     monkeypatch.setattr(heal_module.time, "monotonic", lambda: now[0])
-    heal_module._train(work, lambda: None, lambda *_: None, told.append)
+    heal_module._train(trainer, lambda: None, lambda *_: None, told.append)
     assert plan.seconds <= 60 and plan.shortened and plan.step == 20
     assert told == ["this machine has become slower: healing ends after 20 steps instead of 59"]
 
