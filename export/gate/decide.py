@@ -19,7 +19,7 @@ from robx.export.gate.shipped import check_shipped
 from robx.export.gate.timing import Timer, with_speed
 from robx.export.heal.heal import USUAL_STEPS
 from robx.export.int8.candidate import Candidate
-from robx.export.int8.ladder import healed_candidates, ladder, limit, machine_of, sensitive_candidates
+from robx.export.int8.ladder import healed_candidates, ladder, machine_of, sensitive_candidates
 from robx.records import Bundle, Healing, Precision, Value, Verdict, load_bundle
 
 FP32, FP16 = Candidate(name="fp32", precision="fp32"), Candidate(name="fp16", precision="fp16")
@@ -115,7 +115,7 @@ def _cost_of_healing(given: Decision, trials: Sequence[Trial]) -> str:
 
 def _ladder(given: Decision) -> list[Candidate]:
     target = given.judge.builder.request.target
-    return limit(ladder(target.format, given.judge.builder.student.facts, machine_of(target.device)), given.most)
+    return ladder(target.format, given.judge.builder.student.facts, machine_of(target.device))[: given.most]
 
 
 def _look(given: Decision, candidate: Candidate) -> Trial:

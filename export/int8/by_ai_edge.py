@@ -164,7 +164,7 @@ def _package() -> Iterator[None]:
 
 
 def _saturating(content: bytes) -> dict[str, Bounds]:
-    """The tensors whose readers are all activation functions, and the values that matter to those."""
+    """The tensors that only activation functions read, and the values that matter to those."""
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
     plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES  # a delegate would hide its operators

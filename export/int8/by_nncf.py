@@ -37,7 +37,7 @@ def quantize_onnx(model: onnx.ModelProto, calibration: np.ndarray, candidate: Ca
     source.CopyFrom(model)
     items = [{name: batch} for batch in whole_batches(calibration, input_batch(model) or 1)]
     quantised: onnx.ModelProto = _quantize(source, items, candidate, kept)
-    check_model(quantised, where=f"NNCF's answer ({candidate.name})")
+    check_model(quantised, where=f"NNCF's output ({candidate.name})")
     return quantised
 
 
@@ -58,7 +58,7 @@ def quantize_openvino(network: Any, source: onnx.ModelProto, calibration: np.nda
 
 
 def use_ranges(quantised: Any, ranges: Ranges) -> None:
-    """Give activations of a quantised ``openvino.Model`` other ranges, in place.
+    """Replace the ranges of activations in a quantised ``openvino.Model``, in place.
 
     Args:
         quantised: from `quantize_openvino`, with asymmetric activations.
@@ -119,8 +119,8 @@ def _advanced(nncf: Any, candidate: Candidate) -> Any:
             convolution=-1, matmul=-1 if candidate.smooth_alpha is None else candidate.smooth_alpha
         )
     )
-    # In every layer or in none. NNCF's default, in the first one alone, is for CPUs whose sums saturate; elsewhere it
-    # loses a bit of the first layer's weights for nothing.
+    # For all layers or none. NNCF's default, the first layer alone, guards CPUs whose sums saturate; on others it costs
+    # that layer's weights a bit for nothing.
     parameters.overflow_fix = OverflowFix.ENABLE if candidate.reduce_range else OverflowFix.DISABLE
     parameters.disable_bias_correction = candidate.keep_bias
     if not candidate.mean_ranges:

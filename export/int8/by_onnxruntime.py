@@ -46,7 +46,7 @@ def quantize(
         name: TensorData(lowest=np.array(low, np.float32), highest=np.array(high, np.float32))
         for name, (low, high) in ranges.items()
     }
-    # quantize_static ends with these calls, but would measure ranges of its own first.
+    # What quantize_static does in the end, after measuring ranges of its own.
     try:
         with quiet():
             known_shapes = onnx.shape_inference.infer_shapes(model)
@@ -69,16 +69,16 @@ def quantize(
             f"ONNX Runtime cannot quantise this model ({candidate.name}): {first_line(error)}"
         ) from error
     quantised: onnx.ModelProto = quantiser.model.model
-    check_model(quantised, where=f"ONNX Runtime's answer ({candidate.name})")
+    check_model(quantised, where=f"ONNX Runtime's output ({candidate.name})")
     return quantised
 
 
 def _with_pooling(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Means over an image's positions, as of squeeze-and-excitation, as GlobalAveragePool, in place; returns `model`.
+    """Replace means over all positions, as in squeeze-and-excitation, by GlobalAveragePool, in place; returns `model`.
 
-    ONNX Runtime has an int8 kernel for that one. It computes ReduceMean in float32, in an order that depends on the
-    batch: a value that lies between two steps of int8 is then rounded up in a batch and down alone, which changed an
-    EfficientNet-B0's embedding to a cosine of .92. The pooling answers alike, and is faster.
+    ONNX Runtime computes ReduceMean in float32, in an order that depends on the batch. A value between two levels of
+    int8 may then be rounded up in a batch and down alone, which changed an EfficientNet-B0's embedding to a cosine of
+    .92. GlobalAveragePool has an int8 kernel, which gives the same in every batch and is faster.
     """
     graph = Graph(model)
     ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*model.graph.value_info, *model.graph.input)}

@@ -10,12 +10,12 @@ from robx.records import Json, Precision
 
 Quantiser = Literal["onnxruntime", "nncf", "tensorrt", "pt2e", "ai-edge", "converter", "none"]
 RangeMethod = Literal["minmax", "percentile", "mse", "entropy"]
-RangeSource = RangeMethod | Literal["trained"]  # trained: together with healed weights; percentile where there is none
+RangeSource = RangeMethod | Literal["trained"]  # trained: with the healed weights; elsewhere by percentile
 Activations = Literal["static", "dynamic", "float"]
 
 
 class NotTried(RobxError):
-    """What a candidate is made from is missing, as healed weights where healing was in vain: no fault of its own."""
+    """What a candidate would be made from is missing, such as healed weights: the candidate itself did not fail."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Candidate:
     ranges: RangeSource = "minmax"
     percentile: float = 99.99
     signed: bool = False  # int8 activations without a zero point; otherwise uint8
-    mean_ranges: bool = False  # average the per-image extremes (its default) instead of taking the overall ones
+    mean_ranges: bool = False  # NNCF and ai-edge: average the extremes of images or batches; else the overall ones
     asymmetric: bool = False  # NNCF: a zero point for activations that go below zero, as after a swish
     reduce_range: bool = False  # 7-bit weights: AVX2 without VNNI saturates on products of 8-bit values
     float_nodes: tuple[str, ...] = ()  # names of ONNX nodes that stay in float
@@ -36,32 +36,32 @@ class Candidate:
     keep_bias: bool = False  # NNCF: no bias correction
     transformer: bool = False  # NNCF: quantise attention as a pattern
     smooth_alpha: float | None = None  # NNCF: SmoothQuant's alpha; None turns it off
-    # Mobile formats: int8 with ranges from calibration; float between layers and quantised by a layer at run time; or
-    # float everywhere, with int8 weights alone.
+    # Mobile formats. static: int8, with ranges from calibration. dynamic: float between layers, and quantised by each
+    # layer at run time. float: only the weights are int8.
     activations: Activations = "static"
-    weighted_only: bool = False  # mobile formats: int8 in convolutions and linear layers, all else in float
-    clipped_weights: bool = False  # ai-edge-quantizer: OCTAV's clipping, not the largest weight, sets a channel's scale
-    healed: bool = False  # from weights that were trained to tolerate int8, instead of the student's own
+    weighted_only: bool = False  # mobile formats: only convolutions and linear layers are int8
+    clipped_weights: bool = False  # ai-edge: clip a channel's largest weights (OCTAV), for a smaller scale
+    healed: bool = False  # made from healed weights instead of the student's own
 
     @property
     def careful(self) -> bool:
-        """Whether it trades speed, or minutes of work, for accuracy: not needed where a plain candidate is accurate."""
+        """Whether it trades speed or minutes of work for accuracy: not needed if a plain candidate is accurate."""
         return bool(self.float_nodes or self.full_bias)
 
     def keeps_no_less_float_than(self, other: Candidate) -> bool:
-        """Whether every layer that `other` keeps in float is in float here too, so that this one cannot be faster."""
+        """Whether this one keeps every layer in float that `other` does, and so cannot be faster."""
         return {*other.float_nodes} <= {*self.float_nodes}
 
     @property
     def form(self) -> Candidate:
-        """What determines its speed: candidates that differ only in their numbers have one graph and run as fast."""
+        """What determines its speed: candidates that differ only in their numbers have one graph and one speed."""
         numbers = Candidate(name="")
         same = ("name", "ranges", "percentile", "mean_ranges", "full_bias", "keep_bias", "healed")
         return replace(self, **{name: getattr(numbers, name) for name in same})
 
     @property
     def family(self) -> Candidate:
-        """What it shares with candidates that keep more in float: if it is slow, they are slower."""
+        """What it has in common with candidates that keep more layers in float: if it is slow, they are slower."""
         return replace(self.form, float_nodes=())
 
     def settings(self) -> dict[str, Json]:

@@ -1,4 +1,4 @@
-"""Which layers stay in float: a candidate's ONNX nodes, and what they are called in OpenVINO's and PyTorch's networks.
+"""Which layers stay in float: a candidate's ONNX nodes, and their names in OpenVINO's and PyTorch's networks.
 
 OpenVINO converts one ONNX node to several operations, and only the last one keeps the node's name: ``Conv`` becomes
 the convolution ``NAME/WithoutBiases`` and the addition ``NAME``. A quantiser that is given just the ONNX name would

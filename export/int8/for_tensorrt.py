@@ -70,8 +70,8 @@ def _bias_additions(model: onnx.ModelProto) -> list[str]:
 def _keep_float(model: onnx.ModelProto) -> None:
     """Let LayerNorm, Softmax and GELU read the float tensor, in place.
 
-    The quantiser gives every consumer of a tensor the Q/DQ that one of them needs, such as the residual addition of a
-    ViT, which shares its input with a LayerNorm.
+    The quantiser inserts the Q/DQ that one consumer of a tensor needs before all of them: in a ViT, a LayerNorm shares
+    its input with a residual addition.
     """
     graph = Graph(model)
     for node in graph.nodes:

@@ -1,11 +1,13 @@
 """The int8 candidates of each format, from plain to careful. Pure; the gate picks the best of them.
 
-Static quantisation with several range rules (ViT: SmoothQuant alphas, off included), then full bias correction, then
-the most sensitive layers, by measurement, back to float. Left out, because they never shipped on any model of
-``benchmarks/results/export-table*.json``: cross-layer equalisation and bias correction on ONNX (Nagel et al. 2019),
-stem, last layers and squeeze-excite in float, and NNCF's quantile ranges. ExecuTorch and LiteRT: which operators are
-int8, ranges, clipped weights, and activations that are float between layers; their kernels take a zero point at no
-cost, so none goes without.
+First static quantisation with several range rules (ViT: several SmoothQuant alphas, and none), then full bias
+correction, then the most sensitive layers, as measured, back in float. For ExecuTorch and LiteRT the candidates differ
+in which operators are int8, in ranges, clipped weights, and activations that are float between layers; all have zero
+points, which cost their kernels nothing.
+
+Left out, because they never shipped on any model of ``benchmarks/results/export-table*.json``: cross-layer equalisation
+and bias correction on ONNX (Nagel et al. 2019), stem, last layers or squeeze-and-excitation in float, and NNCF's
+quantile ranges.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from robx.errors import InputError
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.graph_facts import GraphFacts
 from robx.formats import FORMATS, Format
@@ -25,13 +26,13 @@ from robx.formats import FORMATS, Format
 # Published results disagree on the best alpha (.15 for ViT-B, none for Swin-B; NNCF's default is .95), so it is
 # searched. ViT-Tiny of the export table ships with .95.
 SMOOTH_ALPHAS = (0.5, 0.15, 0.95)
-# At most this share of all layers goes back to float; beyond it, little int8 is left.
+# Largest share of the layers that goes back to float: beyond it, little int8 is left.
 LARGEST_FLOAT_SHARE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What the target's CPU and this installation offer."""
+    """What the target's CPU and this installation support."""
 
     vnni: bool = False  # x86 dot products of 8-bit values that do not saturate
     arm: bool = False
@@ -39,12 +40,12 @@ class Machine:
 
     @property
     def saturates(self) -> bool:
-        """Whether sums of products of 8-bit values saturate, as on x86 with AVX2 alone: weights get 7 bits there."""
+        """Whether sums of 8-bit products saturate, as with AVX2 alone on x86: weights then get 7 bits."""
         return not self.arm and not self.vnni
 
 
 def machine_of(device: str) -> Machine:
-    """What `device` offers: this machine's CPU for "local", an ARM CPU for "arm64" and Jetsons."""
+    """What `device` supports: this machine's CPU for "local", an ARM CPU for "arm64" and Jetsons."""
     nncf = importlib.util.find_spec("nncf") is not None
     if device == "local":
         vnni = bool({"avx512_vnni", "avx_vnni"} & _cpu_flags())
@@ -65,14 +66,14 @@ def ladder(fmt: Format, facts: GraphFacts, machine: Machine) -> list[Candidate]:
             return _pt2e_ladder()
         case "ai-edge":
             return _ai_edge_ladder(facts)
-        case _:  # None where the format has no int8: its builder refuses it
+        case _:  # the converter's own; the builder of a format without int8 refuses it
             return [Candidate(name="the converter's own", quantiser="converter")]
 
 
 def sensitive_candidates(best: Candidate, ranking: Sequence[str], tried: Sequence[Candidate] = ()) -> list[Candidate]:
     """Candidates like `best` with the 1, 2, 4, ... most sensitive layers of `ranking` (worst first) back in float.
 
-    A set of layers that is in `tried` already, with the same settings, is enlarged by one layer instead.
+    A candidate that is in `tried` already, whatever its name, gets one more layer instead.
     """
     left = [name for name in ranking if name not in best.float_nodes]
     most = round(LARGEST_FLOAT_SHARE * len(ranking))
@@ -80,9 +81,9 @@ def sensitive_candidates(best: Candidate, ranking: Sequence[str], tried: Sequenc
     found: list[Candidate] = []
     count = 1
     while count <= most and count < len(left):
-        said = "worst layer" if count == 1 else f"{count} worst layers"
+        layers = "worst layer" if count == 1 else f"{count} worst layers"
         kept = (*best.float_nodes, *left[:count])
-        candidate = dataclasses.replace(best, name=f"{best.name}, {said} in float", float_nodes=kept)
+        candidate = dataclasses.replace(best, name=f"{best.name}, {layers} in float", float_nodes=kept)
         if _content(candidate) in known:
             count += 1
         else:
@@ -94,9 +95,9 @@ def sensitive_candidates(best: Candidate, ranking: Sequence[str], tried: Sequenc
 def healed_candidates(plain: Sequence[Candidate]) -> list[Candidate]:
     """The same candidates, made from the healed weights.
 
-    ONNX Runtime's quantiser and, in OpenVINO's graphs, NNCF also take the activation ranges that were trained with the
-    weights of a CNN. The biases were trained with int8 simulated, and NNCF's fast correction would spoil them.
-    Candidates with float activations are left out: what healing improves is not in them.
+    For CNNs, ONNX Runtime's quantiser and, in OpenVINO's graphs, NNCF also get one with the activation ranges that were
+    trained with the weights. Biases were trained with int8 simulated, and NNCF's fast correction would spoil them.
+    Candidates with float activations are left out, as healing improves int8 activations.
     """
     takes_ranges = [c for c in plain if c.quantiser == "onnxruntime" or (c.quantiser == "nncf" and c.asymmetric)]
     is_cnn = not any(c.transformer for c in plain)
@@ -115,19 +116,8 @@ def _with_trained_ranges(static: Candidate) -> Candidate:
     return dataclasses.replace(static, name=f"{name}, trained ranges", ranges="trained", mean_ranges=False)
 
 
-def limit(candidates: list[Candidate], count: int | None) -> list[Candidate]:
-    """The first `count` candidates; None: all.
-
-    Raises:
-        InputError: a count below 1.
-    """
-    if count is not None and count < 1:
-        raise InputError(f"--rungs must be at least 1, got {count}")
-    return candidates[:count]
-
-
 def _content(candidate: Candidate) -> Candidate:
-    """What a candidate does, whatever its name and the order of its float nodes."""
+    """The candidate without its name and the order of its float nodes, for comparisons."""
     return dataclasses.replace(candidate, name="", float_nodes=tuple(sorted(set(candidate.float_nodes))))
 
 
@@ -197,13 +187,13 @@ def _pt2e_ladder() -> list[Candidate]:
             dataclasses.replace(extremes, name=f"{extremes.name}, least squared error", ranges="mse"),
         )
     ]
-    # The last before fp32: activations are float between layers.
+    # The last resort before fp32: activations are float between layers.
     return [*static, dataclasses.replace(plain, name="dynamic activations", activations="dynamic")]
 
 
 def _ai_edge_ladder(facts: GraphFacts) -> list[Candidate]:
-    # Only with float between the weighted layers does XNNPACK take the whole of a network that has LayerNorm or SE:
-    # a ViT that is int8 throughout is cut into a hundred parts, and slower than fp32.
+    # XNNPACK runs a whole network with LayerNorm or squeeze-and-excitation only if it is float between the weighted
+    # layers: a ViT that is int8 throughout is cut into a hundred partitions, and slower than fp32.
     weighted = Candidate(name="static, weighted layers only", quantiser="ai-edge", weighted_only=True)
     dynamic = Candidate(name="dynamic activations", quantiser="ai-edge", activations="dynamic")
     clipped = dataclasses.replace(weighted, name=f"{weighted.name}, clipped weights", clipped_weights=True)
@@ -219,13 +209,13 @@ def _ai_edge_ladder(facts: GraphFacts) -> list[Candidate]:
             dataclasses.replace(extremes, name=f"{extremes.name}, mean of extremes", mean_ranges=True),
         )
     ]
-    # The last before fp32: float activations between layers, or everywhere.
+    # The last resorts before fp32: float activations between layers, or everywhere.
     weights = dataclasses.replace(dynamic, name="int8 weights, float activations", activations="float")
     return [*static, dynamic, weights]
 
 
 def _cpu_flags() -> set[str]:
-    """The CPU's instruction sets as Linux lists them; empty elsewhere, which picks the form that is safe on all."""
+    """The CPU's instruction sets as Linux lists them; empty elsewhere, which picks the form that is safe anywhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

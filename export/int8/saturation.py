@@ -1,10 +1,10 @@
 """Where the input of an activation function may saturate in int8.
 
-Outside of these bounds the function is constant, or changes by less than half a step of int8. A quantiser that gives a
-tensor its whole range spends most steps there: a ReLU6 that follows a convolution of EfficientNet-Lite0 reads values
-from -168 to 204, and ExecuTorch's own int8 of that network falls to a centred cosine of 0.81. The first SiLU of an
-EfficientNet-B0 (64 px, four epochs) reads values from -67 to 74: these bounds raise its centred cosine in ONNX Runtime
-from .901 to .944 with percentile ranges.
+Outside of these bounds the function is constant, or changes by less than half a step of int8. A quantiser that covers a
+tensor's whole range wastes most of its steps there. A ReLU6 that follows a convolution of EfficientNet-Lite0 reads
+values from -168 to 204, and ExecuTorch's own int8 of that network falls to a centred cosine of 0.81. The first SiLU of
+an EfficientNet-B0 (64 px, four epochs) reads values from -67 to 74: these bounds raise its centred cosine in ONNX
+Runtime from .901 to .944 with percentile ranges.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ONNX_FUNCTIONS = {"HardSwish": "hardswish", "HardSigmoid": "hardsigmoid", "Sigm
 
 
 def saturating(model: onnx.ModelProto) -> dict[str, Bounds]:
-    """The tensors of an ONNX graph that smooth activation functions alone read, and the values that matter to those.
+    """The tensors of an ONNX graph that only smooth activation functions read, and the values that matter to those.
 
     A ReLU's input is left out: ONNX Runtime's quantiser removes the ReLU and gives its output a range.
     """
@@ -33,7 +33,7 @@ def saturating(model: onnx.ModelProto) -> dict[str, Bounds]:
 
 
 def silu_product(name: str, graph: Graph) -> onnx.NodeProto | None:
-    """The product of x * sigmoid(x) where these two nodes are all that read the tensor x; None otherwise."""
+    """The product of x * sigmoid(x), if nothing else reads the tensor x; else None."""
     readers = graph.consumers.get(name, [])
     gates = {node.output[0] for node in readers if node.op_type == "Sigmoid"}
     products = [node for node in readers if node.op_type == "Mul" and gates & {*node.input}]
@@ -50,6 +50,6 @@ def _bounds(name: str, graph: Graph) -> list[Bounds]:
 
 
 def union(bounds: Iterable[Bounds]) -> Bounds:
-    """The bounds of a tensor that several functions read; all values where none does."""
+    """The bounds of a tensor that several functions read; everything if none does."""
     found = list(bounds) or [EVERYTHING]
     return min(low for low, _ in found), max(high for _, high in found)

@@ -25,8 +25,8 @@ def measure(
 ) -> dict[str, float]:
     """1 - mean centred cosine of the output with only that layer quantised, for each of `nodes`; the worst first.
 
-    Computed as half the squared distance of the unit vectors, which is the same but exact for small costs: 1 minus a
-    float32 cosine is 0 below 6e-8, where all layers of a residual branch that starts at zero lie.
+    Computed as half the squared distance of the unit vectors, which is equal but accurate for small costs: 1 minus a
+    float32 cosine is 0 below 6e-8, as for all layers of a residual branch that starts at zero.
 
     Args:
         model: float32 ONNX whose first output is the embedding.
@@ -36,7 +36,7 @@ def measure(
         progress: called after every layer.
 
     Raises:
-        ArtifactError: a layer is not in the graph, or its input has no range: it would appear to cost nothing.
+        ArtifactError: a layer is not in the graph, or its input has no range, so that its cost would seem to be 0.
     """
     reference = run_model(model, images).astype(np.float64)
     mean = reference.mean(axis=0)

@@ -42,16 +42,6 @@ def linears(graph: Graph) -> Iterator[Linear]:
         yield Linear(node, graph.constant(node.input[1]), zero, _dtype_of(graph, node, zero))
 
 
-def quantized_nodes(model: onnx.ModelProto) -> list[str]:
-    """Names of the weighted nodes (Conv, Gemm, MatMul) whose inputs are all dequantised, so that they run in int8."""
-    graph = Graph(model)
-    return [
-        node.name
-        for node in graph.nodes
-        if node.op_type in WEIGHTED and all(graph.dequantized(name) is not None for name in node.input[:2])
-    ]
-
-
 def trt_faults(model: onnx.ModelProto) -> list[str]:
     """What TensorRT would refuse or silently misread in a Q/DQ model; [] if nothing."""
     graph, faults = Graph(model), []
@@ -73,7 +63,7 @@ def trt_faults(model: onnx.ModelProto) -> list[str]:
 
 
 def trt_advice(model: onnx.ModelProto) -> list[str]:
-    """What slows TensorRT down without being wrong: residual additions with only one side quantised."""
+    """What is correct but slow in TensorRT: residual additions with only one side quantised."""
     graph, advice = Graph(model), []
     for node in graph.nodes:
         if node.op_type == "Add" and not any(graph.is_weight(name) for name in node.input):
@@ -104,9 +94,9 @@ def check_trt_qdq(model: onnx.ModelProto | Path) -> None:
 def rescale_to_int8(model: onnx.ModelProto) -> None:
     """Turn every uint8 Q/DQ into symmetric int8 of the same or a wider range, in place.
 
-    A uint8 range [lo, hi] becomes [-m, m] with m = max(|lo|, |hi|) and scale m / 127: no additional value saturates,
-    and the step of a one-sided range doubles. uint8 with zero point 0 also acts as a ReLU, and quantisers remove the
-    real one, so it is put back. int32 biases become float.
+    A uint8 range [lo, hi] becomes [-m, m] with m = max(|lo|, |hi|) and scale m / 127: no further value saturates, and
+    the step of a one-sided range doubles. uint8 with zero point 0 also acts as a ReLU, which quantisers then remove: it
+    is inserted again. int32 biases become float.
 
     Raises:
         InputError: a uint8 weight, or a scale or zero point that is not constant.

@@ -20,8 +20,8 @@ from robx.int8_simulation import LayerRange
 def tensor_ranges(model: onnx.ModelProto, trained: Iterable[LayerRange]) -> Ranges:
     """The trained ranges by the names of the tensors that they belong to.
 
-    Convolutions are found by their weights' names, which the exporter keeps. What has no trained range in the result is
-    left to a rule.
+    Convolutions are found by the names of their weights, which the exporter keeps. The ranges of all other tensors are
+    chosen by a rule.
 
     Args:
         model: float32 ONNX, with BatchNorm folded.
@@ -42,12 +42,12 @@ def tensor_ranges(model: onnx.ModelProto, trained: Iterable[LayerRange]) -> Rang
 
 
 def _weight_names(layer: str) -> tuple[str, str]:
-    """As the exporter names the weight of a layer of the trunk, which an `ExportModel` wraps."""
+    """The names that the exporter may give the weight of a layer, in an `ExportModel` or in the bare trunk."""
     return f"trunk.{layer}.weight", f"{layer}.weight"
 
 
 def _function_of(tensor: str, graph: Graph) -> str | None:
-    """What the activation function that reads `tensor` gives; x * sigmoid(x) counts as one function."""
+    """The output of the activation function that reads `tensor`; x * sigmoid(x) counts as one function."""
     if (product := silu_product(tensor, graph)) is not None:
         return str(product.output[0])
     readers = graph.consumers.get(tensor, [])

@@ -25,7 +25,6 @@ from robx.export.int8 import by_nncf, for_tensorrt
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.graph_facts import read_facts
 from robx.export.int8.ladder import Machine, ladder
-from robx.export.int8.tensorrt_qdq import quantized_nodes
 from robx.export.make import CandidateBuilder
 from robx.export.onnx_run import run_model
 from robx.export.parity import MIN_COSINE
@@ -38,6 +37,7 @@ from robx.runtime.bench.profiles import PROFILES, BenchSettings
 from robx.runtime.bench.reference import find_reference
 from robx.runtime.session import open_session
 from robx.store.files import read_json
+from tests.quantized_onnx import quantized_nodes
 
 LENIENT: dict[str, Any] = {
     "limits": Limits(max_drop=60, min_speedup=0.01), "calibration_images": 32, "candidates": 1,

@@ -25,10 +25,10 @@ from robx.export.formats.to_onnx import export_onnx
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.for_tensorrt import quantize
 from robx.export.int8.ranges import choose, collect
-from robx.export.int8.tensorrt_qdq import quantized_nodes
 from robx.export.request import ExportRequest, ExportTarget
 from robx.records import Preprocessing, Student
 from robx.store.files import read_json, sha256_file
+from tests.quantized_onnx import quantized_nodes
 
 SIZE = 64
 DYNAMIC = "--minShapes=pixels:1x3x64x64 --optShapes=pixels:1x3x64x64 --maxShapes=pixels:32x3x64x64"

@@ -15,8 +15,8 @@ from robx.export.int8.candidate import Candidate
 from robx.export.int8.float_scope import kept_nodes, openvino_names
 from robx.export.int8.graph_facts import read_facts
 from robx.export.int8.ladder import sensitive_candidates
-from robx.export.int8.tensorrt_qdq import quantized_nodes
 from robx.export.onnx_run import run_model
+from tests.quantized_onnx import quantized_nodes
 
 ov = pytest.importorskip("openvino")
 
