@@ -452,7 +452,8 @@ def report(
     """
     from robx.eval.report.render import render
 
-    return render(_paths(folders), out=Path(out), margin=margin, budgets=tuple(budgets))
+    with reporting(None) as (_, say):  # it takes seconds, and may have to name damaged files
+        return render(_paths(folders), out=Path(out), margin=margin, budgets=tuple(budgets), say=say)
 
 
 # The functions that run the stages of a plan, by the names of its tables.

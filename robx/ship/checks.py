@@ -1,4 +1,4 @@
-"""Everything that a plan can be refused for, found before its first stage starts, in a dry run and in a real one."""
+"""Every reason to refuse a plan, checked before its first stage starts, in a dry run and in a real one."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_plan(stages: Stages, verbs: Verbs) -> None:
 
 @contextlib.contextmanager
 def naming_table(entry: Entry, verbs: Verbs, *, file: Path | None = None) -> Iterator[None]:
-    """Say of an error in which table it is, and what the options that it names are in a plan; see `in_plan`."""
+    """Add to an error its table, and what the options that it names are called in a plan; see `in_plan`."""
     try:
         yield
     except Interrupted:
@@ -67,9 +67,9 @@ def naming_table(entry: Entry, verbs: Verbs, *, file: Path | None = None) -> Ite
 
 
 def in_plan(message: str, entry: Entry, verbs: Verbs, *, file: Path | None = None) -> str:
-    """A message about a stage: its table before it and, behind it, where each option that it names goes in a plan.
+    """A message about a stage: after its table, and followed by where each option that it names goes in a plan.
 
-    `file` is where the plan is kept, once it is written: plans that were made from options stand nowhere else.
+    `file` is the plan's file, once it is written: a plan that was made from options is nowhere else.
     """
     keys, known = option_keys(entry.stage), table_types(entry.stage, verbs[entry.stage])
     notes = []
@@ -88,7 +88,7 @@ def in_plan(message: str, entry: Entry, verbs: Verbs, *, file: Path | None = Non
 
 
 def _check_out(plan: Plan) -> None:
-    """Refuse an output folder that cannot be made, or that is the images' own."""
+    """Refuse an output folder that cannot be made, or that is the folder of the images."""
     if plan.out.resolve() == plan.data.resolve():
         raise InputError(f"out: {plan.out} is the folder of the images: give another one")
     try:
@@ -151,7 +151,7 @@ def _check_folders(exports: list[tuple[Entry, ExportSettings]]) -> None:
 
 
 def _shared_folder(one: ExportSettings, two: ExportSettings) -> Path | None:
-    """The folder that both exports write to: what they ask for, or another model that ships where the gate refuses."""
+    """The folder that both exports write to: for the model asked for, or for the one that ships if the gate refuses."""
     if one.requested_folder.resolve() == two.requested_folder.resolve():
         return two.requested_folder
     if one.same_float_model(two):  # a refused int8 ships as the model that the other one makes too

@@ -1,4 +1,4 @@
-"""A stage's arguments as the robx command that does the same, to be shown and copied."""
+"""A stage's arguments as the equivalent robx command, to be shown and copied."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _words(verb: str, arguments: Mapping[str, Any]) -> Iterator[str]:
 
 def _option(option: Any, name: str, value: Any) -> Iterator[str]:
     if isinstance(value, bool):
-        negative = name != option.name  # fresh is --no-resume, so to speak
+        negative = name != option.name  # `fresh` is the negative flag of `resume`
         flags = option.opts if value is not negative else option.secondary_opts
         yield from flags[:1]
         return

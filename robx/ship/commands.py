@@ -74,7 +74,7 @@ def ship(
         chosen = make_plan(values, where="robx ship")
     else:
         if used := [name for name, value in listed.items() if value]:
-            raise InputError(f"{', '.join(used)}: {plan} says which exports and devices: edit it, or leave it out")
+            raise InputError(f"{', '.join(used)}: {plan} lists exports, devices and budgets: edit it, or leave it out")
         chosen = read_plan(plan, **given)
         if epochs is not None:
             chosen = chosen.with_distill(epochs=epochs)
@@ -101,7 +101,7 @@ def run_and_show(plan: Plan, *, fresh: bool = False, as_json: bool = False) -> S
 
 
 def raise_worst(shipped: Shipped) -> None:
-    """End with the error of the worst stage: one that failed, else one that a gate refused.
+    """Raise the error of the worst stage: one that failed, else one that a gate refused.
 
     Raises:
         RobxError: a stage failed; exit status 2.

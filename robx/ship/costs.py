@@ -1,6 +1,6 @@
-"""What a plan will cost and what it lacks, before hours are spent: ``robx ship --dry-run``.
+"""What a plan will cost and what is missing, before hours are spent: ``robx ship --dry-run``.
 
-Measured here for a moment: the training step and one forward pass of the student. Counted: images, models, processes.
+A training step and a forward pass of the student are measured briefly; images, models and processes are counted.
 Nothing is written or downloaded.
 """
 
@@ -42,7 +42,7 @@ class StageCost:
 
 
 def estimate_plan(plan: Plan, verbs: Verbs, *, fresh: bool = False) -> Iterator[StageCost]:
-    """The cost of each stage, in their order, computed when it is asked for; nothing is measured for those done.
+    """Yield the cost of each stage, in order; nothing is measured for stages that are done.
 
     Args:
         plan: what will be run.
@@ -50,7 +50,7 @@ def estimate_plan(plan: Plan, verbs: Verbs, *, fresh: bool = False) -> Iterator[
         fresh: every stage will be run again, so that none is done.
 
     Raises:
-        RobxError: what the plan or its distillation would be refused for; the message names the table.
+        RobxError: the run would refuse the plan or its distillation; the message names the table.
     """
     stages = Stages(plan)
     check_plan(stages, verbs)
@@ -90,7 +90,7 @@ def _settings(plan: Plan) -> DistillSettings:
 
 @dataclass(frozen=True)
 class _Measured:
-    """What is measured once, if any stage needs it."""
+    """What is measured at most once, and only if a stage needs it."""
 
     plan: Plan
 
@@ -151,7 +151,7 @@ def _bench_cost(entry: Entry, plan: Plan) -> StageCost:
 
 
 def _missing_here(name: str) -> str:
-    """How to install what converts to a format and runs it on this machine; empty if it is there."""
+    """How to install what converts to a format and runs it on this machine; empty if it is installed."""
     row = FORMATS[name]
     packages = [package for runtime in row.runtimes for package in RUNTIMES[runtime].packages]
     if row.extra is None or any(_installed(package) for package in packages):

@@ -46,8 +46,8 @@ Table = Mapping[str, Any]
 Verbs = Mapping[str, Callable[..., Any]]  # "distill", "export", "eval", "bench", "report" -> the function of robx.api
 
 PLAN = "plan.toml"  # in the output folder: the plan as it was run
-# What the plan itself sets in each stage.
-_SET = {
+# Arguments that the plan itself sets in each stage.
+_SET_BY_PLAN = {
     "distill": ("teacher", "student", "data", "out", "fresh", "progress"),
     "export": ("student", "data", "progress"),
     "eval": ("models", "data", "progress"),
@@ -55,7 +55,7 @@ _SET = {
     "report": ("folders", "out"),
 }
 # Keys of a stage that are not arguments of its function: `optional` stages may fail, `formats` picks bundles.
-_OWN: dict[str, dict[str, Any]] = {
+_STAGE_KEYS: dict[str, dict[str, Any]] = {
     "export": {"optional": bool},
     "bench": {"optional": bool, "formats": Sequence[str] | str},
 }
@@ -89,7 +89,7 @@ class Plan:
     report: Table | None = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse a plan without an export, and margins that are no numbers of points."""
+        """Refuse a plan without an export, and a margin that is not a number of points."""
         if not self.export:
             raise InputError("the plan has no export: add an [[export]] table with a format, or --format")
         if not 0 <= self.margin < math.inf:
@@ -176,7 +176,7 @@ def check_keys(plan: Plan, verbs: Verbs) -> None:
         stage, label = entry.stage, entry.label
         known = table_types(stage, verbs[stage])
         for key in entry.table:
-            if key in _SET[stage]:
+            if key in _SET_BY_PLAN[stage]:
                 raise InputError(f"{label}: {key}: the plan sets it from its top level, not in this table: remove it")
             if key not in known:
                 raise InputError(f"{label}: unknown key {key}: {_key_hint(stage, key, known)}")
@@ -191,10 +191,10 @@ def check_keys(plan: Plan, verbs: Verbs) -> None:
 
 def table_types(stage: str, verb: Callable[..., Any]) -> dict[str, Any]:
     """The keys that a table of `stage` may have, with their types; `verb` is its function of ``robx.api``."""
-    known = types_of(verb) | _OWN.get(stage, {})
+    known = types_of(verb) | _STAGE_KEYS.get(stage, {})
     if stage == "distill":
         known |= get_type_hints(Recipe) | get_type_hints(Options)
-    return {name: kind for name, kind in known.items() if name not in _SET[stage]}
+    return {name: kind for name, kind in known.items() if name not in _SET_BY_PLAN[stage]}
 
 
 def _key_hint(stage: str, key: str, known: Mapping[str, Any]) -> str:
@@ -215,7 +215,7 @@ def _check_type(name: str, value: Any, where: str) -> None:
     if name in ("export", "bench"):
         if not isinstance(value, list | tuple) or not all(isinstance(table, Mapping) for table in value):
             raise InputError(f"{where}: {name} must be a list of tables: write [[{name}]]")
-    elif name in _SET:
+    elif name in _SET_BY_PLAN:
         if not isinstance(value, Mapping):
             raise InputError(f"{where}: {name} must be a table: write [{name}]")
     elif isinstance(value, bool) or not isinstance(value, kinds.get(name, (str,))):

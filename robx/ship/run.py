@@ -1,6 +1,6 @@
 """run_plan(plan, verbs): every stage in order, each resumed, and skipped when nothing that it depends on has changed.
 
-What is done stands in ``ship.json`` in the output folder: for each stage the hash of its arguments and of what it reads
+``ship.json`` in the output folder records what is done: for each stage the hash of its arguments and of what it reads
 (images, the student, bundles), and its result. A stage that fails does not stop the others, unless they need it; a full
 disk stops them all.
 """
@@ -38,7 +38,7 @@ class Shipped:
 
     student: Path
     bundles: tuple[Path, ...]
-    report: Path | None  # the page; report.md and report.json are beside it. None: the plan leaves it out
+    report: Path | None  # the page, with report.md and report.json beside it; None: the plan has no report
     refused: tuple[str, ...] = ()  # exports that the gate refused, and INVALID latencies, one line each
     failed: tuple[str, ...] = ()  # stages that failed, one line each
     skipped: tuple[str, ...] = ()  # optional stages that failed
@@ -61,8 +61,8 @@ def run_plan(plan: Plan, verbs: Verbs, *, fresh: bool = False, progress: Progres
         verbs: the functions of ``robx.api`` that run the stages, by their names in the plan.
         fresh: run every stage again, distillation from its first step.
         progress: called with (done, total, note) during each stage.
-        announce: called with a line when a stage starts and ends.
-        say: called with a line about a stage that was left out, was skipped or failed.
+        announce: called with a line when a stage starts and when it ends.
+        say: called with a line about a stage that is left out, is skipped or fails.
 
     Raises:
         InputError: the plan has a wrong key or value, or its images cannot be used; nothing is written then.
@@ -91,7 +91,7 @@ def run_plan(plan: Plan, verbs: Verbs, *, fresh: bool = False, progress: Progres
 
 
 class _Ship:
-    """One run of a plan: its stages, and what came of them."""
+    """One run of a plan, stage by stage, and its results."""
 
     def __init__(
         self, stages: Stages, verbs: Verbs, state: State, *, fresh: bool, progress: Progress, announce: Say, say: Say
@@ -106,7 +106,7 @@ class _Ship:
         self.skipped: list[str] = []
 
     def run(self, entry: Entry) -> None:
-        """One stage; nothing can be done without the student and the report, and the others may fail."""
+        """Run one stage. A failure of the distillation or the report ends the plan; the others may fail."""
         needed = entry.stage in ("distill", "report")
         with (
             contextlib.nullcontext() if needed else self._may_fail(entry),
@@ -136,7 +136,7 @@ class _Ship:
         result = self._call(self._stages.export(entry), record=record)
         if result["refused"]:
             self.refused.append(result["refused"])
-        # A refused int8 ships as the float model, whose folder another export may have written.
+        # A refused int8 ships as a float model, which another export may have written already.
         if (folder := Path(result["folder"])) not in self.bundles:
             self.bundles.append(folder)
 
@@ -171,7 +171,7 @@ class _Ship:
         self.page = stage.arguments["out"]
 
     def _call(self, stage: Stage, *, record: Callable[[Any], Any]) -> Any:
-        """Run a stage, or return its earlier result where its inputs are the same and it still exists."""
+        """Run a stage, or return its earlier result if its inputs are the same and its output still exists."""
         verb = stage.entry.stage
         arguments = stage.arguments | ({"fresh": True} if self._fresh and verb == "distill" else {})
         self._start(stage, arguments)

@@ -12,6 +12,7 @@ from typing import Any
 from robx.distill.presets import NAMED
 from robx.distill.recipe_toml import read_recipe
 from robx.errors import RobxError
+from robx.eval.evaluate import EvalSettings
 from robx.formats import RUNTIMES
 from robx.records import SUPERSEDED, load_bundle, load_student
 from robx.ship.command_line import option_names
@@ -21,9 +22,9 @@ from robx.store.files import read_json, sha256_bytes, sha256_file, write_json
 from robx.store.toml import toml_value
 
 RECIPE = "recipe.toml"  # keys of the recipe in the plan's [distill]
-# Arguments that may be folders to read, and the files there that change whenever the rest does.
+# Arguments that may be folders to read, and the files in them that change with the rest.
 _READ_FOLDERS = ("init", "targets", "reference", "lowshot_splits")
-_TELLING = ("student.json", "targets.json", "*.txt", "imagenet_subsets*/*.txt")
+_IDENTIFYING = ("student.json", "targets.json", "*.txt", "imagenet_subsets*/*.txt")
 
 
 @dataclass
@@ -151,10 +152,8 @@ class Stages:
     def why_no_accuracy(self, entry: Entry) -> str:
         """Why the evaluation is left out: images without labels or without a test split; empty if it is not."""
         table, data = entry.table, self.plan.data
-        if table.get("transfers") and not any(
-            table.get(name) for name in ("knn", "linear", "lowshot", "fidelity", "save_head")
-        ):
-            return ""
+        if not EvalSettings.of(**self.eval_arguments(entry, [self.student])).splits:
+            return ""  # transfers have images of their own
         images = self.images_in(data)
         if "test" not in table and not images.split:
             return f"{data} has no train/ and test/, so the report will have no accuracy ([eval] test names a test set)"
@@ -190,7 +189,7 @@ class Stages:
         result = state.result(stage.key, self.hash(stage))
         if result is None:
             return None
-        check = {"distill": _student_is, "export": _bundle_is}.get(stage.entry.stage)
+        check = {"distill": _is_student_there, "export": _is_bundle_there}.get(stage.entry.stage)
         made = [folder / "measurements.jsonl" for folder in stage.measured]
         made += [Path(stage.arguments["save_head"])] if stage.arguments.get("save_head") else []
         there = check(result) if check else all(path.is_file() for path in made)
@@ -213,12 +212,12 @@ class Stages:
         if isinstance(value, str | Path) and Path(value).is_file():
             return [str(value), sha256_file(Path(value))]
         if name in _READ_FOLDERS and Path(value).is_dir():
-            files = sorted(path for pattern in _TELLING for path in Path(value).glob(pattern))
+            files = sorted(path for pattern in _IDENTIFYING for path in Path(value).glob(pattern))
             return [str(value), *map(sha256_file, files)]
         return [str(one) for one in value] if isinstance(value, list | tuple) else str(value)
 
     def finished(self, state: State) -> set[int]:
-        """The numbers of the stages that a run would skip. The report is always written again."""
+        """The numbers of the stages that a run would skip; never that of the report, which is always written again."""
         done: set[int] = set()
         bundles: list[Path] = []
         with contextlib.suppress(RobxError):  # a damaged student or bundle: its stage is not done
@@ -227,14 +226,17 @@ class Stages:
                     continue
                 if entry.stage == "eval" and self.why_no_accuracy(entry):
                     continue
-                if entry.stage == "distill":
-                    stage = self.distill(entry)
-                elif entry.stage == "export":
-                    stage = self.export(entry)
-                elif entry.stage in ("eval", "bench"):
-                    stage = getattr(self, {"eval": "evaluate"}.get(entry.stage, entry.stage))(entry, bundles)
-                else:
-                    continue
+                match entry.stage:
+                    case "distill":
+                        stage = self.distill(entry)
+                    case "export":
+                        stage = self.export(entry)
+                    case "eval":
+                        stage = self.evaluate(entry, bundles)
+                    case "bench":
+                        stage = self.bench(entry, bundles)
+                    case _:
+                        continue
                 if (result := self.earlier(stage, state)) is not None:
                     done.add(entry.number)
                     if entry.stage == "export" and (folder := Path(result["folder"])) not in bundles:
@@ -244,13 +246,13 @@ class Stages:
         return done
 
     def _waiting(self, done: set[int]) -> bool:
-        """Whether an export is to be made that the measurements would read; an optional one may have failed."""
+        """Whether the measurements wait for an export; an optional one may have failed."""
         exports = [entry for entry in self.plan.tables() if entry.stage == "export"]
         return any(entry.number not in done and not entry.table.get("optional") for entry in exports)
 
 
 def _listing(root: str) -> str:
-    """A hash of the names, sizes and times of the files below a folder; "" if none was given."""
+    """A hash of the names, sizes and times of the files below a folder; "" for an empty path."""
     if not root:
         return ""
     folder = Path(root)
@@ -265,29 +267,29 @@ def precision_of(table: Table) -> str:
 
 
 def student_result(folder: Path) -> dict[str, Any]:
-    """What is kept of a distillation."""
+    """What ship.json records of a distillation."""
     student = load_student(folder)
     said = f"{folder}: {student.timm_name}, {student.images_seen} images seen"
     return {"folder": str(folder), "id": student.sha256, "said": said}
 
 
 def bundle_result(folder: Path) -> dict[str, Any]:
-    """What is kept of an export."""
+    """What ship.json records of an export."""
     bundle = load_bundle(folder)
     said = f"{folder}: {bundle.format} {bundle.precision}, {bundle.bytes / 1e6:.1f} MB: {bundle.verdict}"
     said += f" ({bundle.reason})" if bundle.verdict != "PASS" and bundle.reason else ""
     return {"folder": str(folder), "id": bundle.id, "said": said}
 
 
-def _student_is(result: Any) -> bool:
-    """Whether the student of an earlier run is still there."""
+def _is_student_there(result: Any) -> bool:
+    """Whether the student of an earlier run still exists."""
     with contextlib.suppress(RobxError):
         return bool(student_result(Path(result["folder"]))["id"] == result["id"])
     return False
 
 
-def _bundle_is(result: Any) -> bool:
-    """Whether the bundle of an earlier run is still there, and no later export in its place was refused."""
+def _is_bundle_there(result: Any) -> bool:
+    """Whether the bundle of an earlier run still exists, and no later export replaces it."""
     with contextlib.suppress(RobxError):
         folder = Path(result["folder"])
         return bool(load_bundle(folder).id == result["id"] and not (folder / SUPERSEDED).exists())
@@ -295,7 +297,7 @@ def _bundle_is(result: Any) -> bool:
 
 
 def _arguments(table: Table) -> dict[str, Any]:
-    """The arguments in a stage's table, without the plan's own keys."""
+    """The arguments of a stage's function: its table without the plan's own keys."""
     return {key: value for key, value in table.items() if key not in ("optional", "formats")}
 
 

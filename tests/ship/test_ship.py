@@ -413,7 +413,7 @@ def test_missing_keys_files_and_contradicting_options(tmp_path: Path, scene_shar
     assert "not valid TOML" in _ship(tmp_path / "bad.toml").stderr
     plan = _write(tmp_path / "plan.toml", _values(tmp_path, scene_shards))
     result = _ship(plan, "--int8")
-    assert result.exit_code == 2 and "says which exports and devices" in result.stderr
+    assert result.exit_code == 2 and "lists exports, devices and budgets" in result.stderr
     assert "give --format NAME, or a PLAN" in _ship("--teacher", "x").stderr
 
 

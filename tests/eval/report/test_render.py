@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from robx import api
 from robx.cli import main
 from robx.errors import InputError
 from robx.eval.report import collect as collecting
@@ -838,7 +839,7 @@ def test_a_folder_without_a_run_or_bundle_gives_no_report(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
-def test_what_is_damaged_is_said_on_stderr_with_its_path_once(records, tmp_path):
+def test_what_is_damaged_is_said_on_stderr_with_its_path_once(records, tmp_path, caplog):
     student = records.write_run(tmp_path / "r")
     bundle = records.write_bundle(tmp_path / "r" / "openvino-fp32", student, "fp32", 900)
     latency = records.write_latency(tmp_path / "r" / "openvino-fp32", bundle.id, 4.0)
@@ -849,6 +850,8 @@ def test_what_is_damaged_is_said_on_stderr_with_its_path_once(records, tmp_path)
     lines = [line for line in result.stderr.splitlines() if "warning: " in line]
     assert len(lines) == 2 and "its SHA-256 differs" in result.stderr
     assert [line.count(str(tmp_path)) for line in lines] == [1, 1]
+    api.report(tmp_path / "r", out=tmp_path / "again.html")
+    assert [record.message for record in caplog.records] == lines
     assert all(problem.where not in problem.what for problem in collect([tmp_path]).problems)
 
 
