@@ -121,11 +121,12 @@ class ExportSettings:
                 "--force": self.force,
             }
             _refuse(judging, "the gate, which judges int8 and fp16", "--int8 or --fp16")
-            counts = {
+            images = {
+                "--labels": self.labels is not None,
                 "--calibration-images": self.calibration_images != MIN_IMAGES,
                 "--judging-images": self.judging_images != JUDGING_IMAGES,
             }
-            _refuse(counts, "int8 and fp16", "--int8 or --fp16")
+            _refuse(images, "int8 and fp16", "--int8 or --fp16")
 
     @classmethod
     def of(cls, **values: Any) -> ExportSettings:

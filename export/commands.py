@@ -204,6 +204,8 @@ def inspect(bundle: Path, layers: bool) -> None:
         ]
         headings = ("layer", "operator", "precision", "weights", "cost in int8")
         print_table(headings, shown, title="Layers", right=(3, 4))
+    elif layers and found.operators:
+        print_line(f"The layers of {record.format} files cannot be listed, only their operators")
     if found.sensitivity:
         _show_sensitivity(found.sensitivity)
     elif record.requested == "int8":

@@ -76,6 +76,8 @@ def ship(
         if used := [name for name, value in listed.items() if value]:
             raise InputError(f"{', '.join(used)}: {plan} lists exports, devices and budgets: edit it, or leave it out")
         chosen = read_plan(plan, **given)
+        if given["margin"] is not None and (own := chosen.own_margins):
+            raise InputError(f"--margin: {', '.join(own)} of {plan} has its own: edit that, or leave --margin out")
         if epochs is not None:
             chosen = chosen.with_distill(epochs=epochs)
     if dry_run:

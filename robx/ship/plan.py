@@ -117,6 +117,11 @@ class Plan:
         """The argument of a stage that the plan's `margin` sets."""
         return {_MARGIN[stage]: self.margin} if stage in _MARGIN else {}
 
+    @property
+    def own_margins(self) -> list[str]:
+        """The labels of tables with a margin of their own, which counts instead of the plan's."""
+        return [entry.label for entry in self.tables() if _MARGIN.get(entry.stage) in entry.table]
+
     def with_distill(self, **changed: Any) -> Plan:
         """The plan with other values in [distill]."""
         return dataclasses.replace(self, distill={**self.distill, **changed})

@@ -726,6 +726,10 @@ def test_the_commands(cnn_run: Path, scenes: Path, tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     assert "model.onnx" in shown.output and "int8" in shown.output and "Conv" in shown.output
     assert "Sensitivity" in shown.output and "█" in shown.output
+    mobile = ["export", str(cnn_run), "--format", "ort", "--out", str(tmp_path / "ort")]
+    assert run.invoke(main, mobile).exit_code == 0
+    listed = run.invoke(main, ["inspect", str(tmp_path / "ort"), "--layers"])
+    assert "The layers of ort files cannot be listed, only their operators" in listed.output
     unseen = run.invoke(main, ["export", str(cnn_run), "--format", "onnx", "--sensitivity"])
     assert unseen.exit_code == 2 and "--data" in unseen.output
     both = run.invoke(main, ["export", str(cnn_run), "--format", "onnx", "--int8", "--fp16"])

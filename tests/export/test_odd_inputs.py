@@ -142,6 +142,7 @@ def test_fp16_ships_for_its_size_unless_it_is_to_be_faster(cnn_run: Path, scenes
             "--sensitivity is for the layers of an int8 export: add --int8, or",
         ),
         (["--data", ".", "--fp16", "--sensitivity"], "--sensitivity is for the layers of an int8 export: add --int8"),
+        (["--data", ".", "--labels", "l.csv"], "--labels is for int8 and fp16: add --int8 or --fp16, or leave it out"),
         (["--max-drop", "2"], "--max-drop is for the gate, which judges int8 and fp16: add --int8 or --fp16"),
         (["--min-speedup", "2", "--force"], "--min-speedup, --force are for the gate"),
         (["--data", ".", "--calibration-images", "32"], "--calibration-images is for int8 and fp16: add"),

@@ -415,6 +415,10 @@ def test_missing_keys_files_and_contradicting_options(tmp_path: Path, scene_shar
     result = _ship(plan, "--int8")
     assert result.exit_code == 2 and "lists exports, devices and budgets" in result.stderr
     assert "give --format NAME, or a PLAN" in _ship("--teacher", "x").stderr
+    own = {"export": [{"format": "onnx"}, {"format": "ort", "max_drop": 2}], "report": {"margin": 3}}
+    plan = _write(tmp_path / "own.toml", _values(tmp_path, scene_shards, **own))
+    result = _ship(plan, "--margin", "2", "--dry-run")
+    assert result.exit_code == 2 and f"--margin: [[export]] 2, [report] of {plan} has its own" in result.stderr
 
 
 def test_files_that_robx_did_not_write_are_kept(tmp_path: Path, scene_shards: Path) -> None:
