@@ -145,6 +145,8 @@ class _Ship:
             self._leave_out(entry, "Evaluate", why)
             return
         stage = self._stages.evaluate(entry, self.bundles)
+        if entry.table.get("fidelity") and "fidelity" not in stage.arguments:
+            self._leave_out(entry, "Compare the exports with the student", "this machine can run none of them")
         where = f"{self._stages.student} and its bundles"
         self._call(stage, record=lambda made: {"said": f"{counted(len(made), 'record')} in {where}"})
 

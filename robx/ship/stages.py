@@ -22,6 +22,7 @@ from robx.store.files import read_json, sha256_bytes, sha256_file, write_json
 from robx.store.toml import toml_value
 
 RECIPE = "recipe.toml"  # keys of the recipe in the plan's [distill]
+_COMPARING = ("fidelity", "margin", "reference")  # arguments of an evaluation that need a bundle
 # Arguments that may be folders to read, and the files in them that change with the rest.
 _READ_FOLDERS = ("init", "targets", "reference", "lowshot_splits")
 _IDENTIFYING = ("student.json", "targets.json", "*.txt", "imagenet_subsets*/*.txt")
@@ -113,12 +114,15 @@ class Stages:
         return own | margin | _arguments(entry.table)
 
     def evaluate(self, entry: Entry, bundles: Sequence[Path]) -> Stage:
-        """The evaluation of the student and the bundles that run on this machine."""
+        """The evaluation of the student and the bundles that run on this machine; without any, nothing is compared."""
         models = [self.student, *filter(_runs_here, bundles)]
+        arguments = self.eval_arguments(entry, models)
+        if len(models) == 1:
+            arguments = {name: value for name, value in arguments.items() if name not in _COMPARING}
         return Stage(
             entry=entry,
             title="Evaluate the student and its exports",
-            arguments=self.eval_arguments(entry, models),
+            arguments=arguments,
             inputs=(load_student(self.student).sha256, *(load_bundle(folder).id for folder in models[1:])),
             measured=tuple(models),
         )

@@ -24,6 +24,7 @@ from robx.cli import main
 from robx.distill.recipe_toml import read_recipe
 from robx.distill.resolve import recipe_values
 from robx.errors import InputError, RobxError
+from robx.eval.evaluate import EvalSettings
 from robx.progress import silent
 from robx.records import SUPERSEDED, load_bundle, load_measurements, load_student
 from robx.runtime.bench.profiles import PROFILES
@@ -209,6 +210,17 @@ def test_stages_are_announced_and_failures_are_said(plan: Plan) -> None:
     assert announced[0].startswith("[1/6] Distil ") and announced[1].startswith("  $ robx distill ")
     assert said == ["  FAILED: [[export]] 2: openvino broke"]
     assert not any("FAILED" in line for line in announced)
+
+
+def test_a_student_is_evaluated_where_none_of_its_exports_runs(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison without a bundle would be refused, and the kNN accuracy lost with it."""
+    monkeypatch.setattr(module, "_runs_here", lambda folder: False)
+    verbs, said = Verbs(), list[str]()
+    shipped = run_plan(plan, verbs, progress=silent, announce=lambda _: None, say=said.append)
+    (arguments,) = [arguments for name, arguments in verbs.calls if name == "eval"]
+    assert arguments == {"models": [plan.out / "student"], "data": plan.data, "knn": True} and not shipped.failed
+    assert said[0].endswith("Compare the exports with the student: left out, as this machine can run none of them")
+    EvalSettings.of(**arguments)
 
 
 ALL = ["distill", "export", "export", "eval", "bench", "report"]
