@@ -57,6 +57,12 @@ class Recipe:
     teacher_crops: Annotated[int, "global crops that the teacher sees, at most; 1 halves its cost"] = 2
     prototype_weight: Annotated[float, "weight of the method's own loss; 0 leaves the feature term alone"] = 1.0
     feature_weight: Annotated[float, "weight of a term that matches the teacher's features; 0 disables"] = 0.0
+    feature_projection: Annotated[
+        Literal["mlp", "linear"], "of the student's features in that term; mlp: d -> 1024 -> the teacher's width"
+    ] = "mlp"
+    stage_weight: Annotated[
+        float, "weight of a term that matches the feature maps of the teacher's stages; 0 disables"
+    ] = 0.0
     centering: Annotated[bool, "subtract a running mean from the target scores (base DINO, iBOT)"] = False
     center_momentum: Annotated[float, "momentum of that mean"] = 0.9
     me_max: Annotated[float, "weight of MSN's mean-entropy regulariser; 0 disables"] = 0.0
@@ -172,8 +178,10 @@ class Recipe:
             raise InputError("recipe: teacher_crops = 1 leaves half of the masked patches without a target: give 2")
         if self.pairing == "swapped" and self.global_crops + self.local_crops < 2:
             raise InputError("recipe: swapped pairs need two crops of an image: give global_crops = 2 or local crops")
-        if self.base and (self.feature_weight or self.prototype_weight != 1):
-            raise InputError("recipe: feature_weight and prototype_weight need a teacher, not --teacher ema: drop them")
+        if self.base and (self.feature_weight or self.stage_weight or self.prototype_weight != 1):
+            raise InputError(
+                "recipe: feature_weight, stage_weight and prototype_weight need a teacher, not --teacher ema: drop them"
+            )
         if not self.feature_weight and not self.prototype_weight:
             raise InputError("recipe: prototype_weight = 0 leaves no loss: give feature_weight")
         if self.quantize and (self.base or self.precision != "fp32"):
@@ -243,6 +251,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("teacher_crops", 1, 2),
     ("prototype_weight", 0, 1000),
     ("feature_weight", 0, 1000),
+    ("stage_weight", 0, 1000),
     ("global_crops", 1, 2),
     ("mixup", 0, 100),
     ("center_momentum", 0, 1),

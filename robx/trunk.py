@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -20,6 +21,8 @@ from robx.errors import ArtifactError, InputError, did_you_mean, first_line, is_
 from robx.image_size import ImageSize, Shape, height_and_width, plain_size
 from robx.records import Student, load_student, save_student
 from robx.store.files import sha256_file, write_bytes
+
+_MOST_PLACES = 16  # of a side of the feature maps that `map_stages` gives
 
 
 def build_trunk(
@@ -173,6 +176,36 @@ def load_trunk(folder: Path) -> tuple[Student, nn.Module]:
             f"{folder}: student.json says {student.width} but the network gives {width}: restore student.json"
         )
     return student, trunk.eval()
+
+
+def map_strides(trunk: nn.Module) -> dict[int, int]:
+    """The feature maps that `map_stages` gives: {stride: channels}; empty if timm cannot give this network's maps."""
+    if not hasattr(trunk, "forward_intermediates"):
+        return {}
+    return {stage["reduction"]: stage["num_chs"] for stage in trunk.feature_info}  # type: ignore[union-attr]
+
+
+def map_stages(trunk: nn.Module, pixels: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+    """One forward pass up to the pooling: its input, for ``forward_head``, and the last feature map of each stride.
+
+    Args:
+        trunk: one that `map_strides` knows.
+        pixels: (N, 3, H, W).
+
+    Returns:
+        What ``trunk.forward_head`` takes, and {stride: (N, C, h, w)}, each averaged so that no side is longer than 16:
+        larger maps cost memory. All blocks of a ViT have one stride, so its map is that of the last block.
+    """
+    last, maps = trunk.forward_intermediates(pixels)  # type: ignore[operator]
+    strides = [stage["reduction"] for stage in trunk.feature_info]  # type: ignore[union-attr]
+    return last, {stride: _averaged(each) for stride, each in zip(strides, maps, strict=True)}
+
+
+def _averaged(maps: Tensor) -> Tensor:
+    height, width = maps.shape[-2:]
+    if max(height, width) <= _MOST_PLACES:
+        return maps
+    return F.adaptive_avg_pool2d(maps, (min(height, _MOST_PLACES), min(width, _MOST_PLACES)))
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ P patches   D width   Gh, Gw height and width of a global crop, Sh, Sw of a loca
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -56,6 +57,7 @@ class Targets:
     # (Q, B, P, K_patch), or (rows, K_patch): only the masked patches, in the order of masks.nonzero()
     patch_probs: Tensor | None = None
     features: Tensor | None = None  # (Q, B, D) of the teacher's trunk, for the feature term
+    maps: Mapping[int, Tensor] | None = None  # {stride: (QB, C, h, w)} of the teacher's stages, for the stage term
 
 
 @dataclass(frozen=True)
@@ -65,4 +67,5 @@ class Scores:
     crops: Tensor  # (V, B, K), the global crops first
     patches: Tensor | None = None  # likewise of masked patches, (M, B, P, K_patch) or (rows, K_patch)
     features: Tensor | None = None  # (M, B, D), the global crops' features projected to the teacher's width
+    maps: Mapping[int, Tensor] | None = None  # {stride of the teacher's map: (MB, C, h, w)}, projected to its channels
     embeddings: Tensor | None = None  # (M, B, E), detached: what SwAV's prototypes score of the global crops

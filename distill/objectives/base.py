@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
@@ -25,6 +26,10 @@ class TeacherSpec(Protocol):
     num_prototypes: int
     patch_size: int | None
     patch_prototypes: int | None
+
+    @property
+    def map_strides(self) -> Mapping[int, int]:
+        """Its feature maps, {stride: channels}; empty if they are not available."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,20 @@
-"""A term beside a method's loss that matches the teacher's features, and is off in the published recipes.
+"""Two terms beside a method's loss that match the teacher's features; both are off in the published recipes.
 
-    1 - cos(P f_s - mean, f_t - mean)      mean over the crops that the teacher sees and over the batch
+    feature term   1 - cos(P f_s - mean, f_t - mean)     of the embeddings, mean over crops and batch
+    stage term     the same of the feature maps of each stage, mean over crops, batch and places; summed over the stages
 
-P projects the student's features to the teacher's width. Centring by the batch's mean removes what all images share,
-which dominates the plain cosine of many networks and tells nothing about an image.
+P projects the student's features to the teacher's channels. Centring by the batch's mean removes what all images share,
+which dominates the plain cosine of many networks and tells nothing about an image. Feature maps as hints for a student:
+FitNets, Romero et al. 2015 (arXiv 1412.6550).
 
-M global crops   Q <= M target crops   B batch   D width of the teacher
+M global crops   Q <= M target crops   B batch   D width of the teacher   C channels of a stage   h, w places of a map
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,3 +29,21 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
     ours, theirs = student[: len(teacher)].float(), teacher.float()
     cosines = F.cosine_similarity(ours - ours.mean(dim=1, keepdim=True), theirs - theirs.mean(dim=1, keepdim=True), -1)
     return 1 - cosines.mean()
+
+
+def stage_loss(student: Mapping[int, Tensor], teacher: Mapping[int, Tensor]) -> Tensor:
+    """The sum over the student's maps of their mean centred cosine distances, a scalar.
+
+    Args:
+        student: projected maps {stride of the teacher's: (MB, C, h, w)}, in the graph, crop by crop.
+        teacher: maps {stride: (QB, C, h', w')} of the first Q crops, averaged to the student's places.
+    """
+    return torch.stack([_map_loss(ours, teacher[stride]) for stride, ours in student.items()]).sum()
+
+
+def _map_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    height, width = student.shape[-2:]
+    if teacher.shape[-2:] != (height, width):
+        teacher = F.adaptive_avg_pool2d(teacher, (height, width))
+    ours, theirs = (maps[: len(teacher)].movedim(1, -1).flatten(0, -2) for maps in (student, teacher))
+    return feature_loss(ours[None], theirs[None])

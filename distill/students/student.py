@@ -19,9 +19,10 @@ from robx.distill.objectives.base import TeacherSpec
 from robx.distill.objectives.build import OBJECTIVES
 from robx.distill.recipes import Recipe
 from robx.distill.students.projection_heads import MlpHead, scores_and_embeddings
+from robx.distill.students.stage_projections import StageProjections, build_stages
 from robx.errors import InputError
 from robx.image_size import ImageSize, height_and_width, plain_size
-from robx.trunk import build_trunk, embedding_width, fits, is_vit, size_error, sizes_near
+from robx.trunk import build_trunk, embedding_width, fits, is_vit, map_stages, size_error, sizes_near
 
 _PROJECTION = 1024  # hidden width of the feature term's projection
 
@@ -44,6 +45,7 @@ class StudentNet(nn.Module):
         fixed_statistics: bool = False,
         note: str = "",
         projection: nn.Module | None = None,
+        stages: StageProjections | None = None,
     ) -> None:
         """Combine trunk and head.
 
@@ -57,6 +59,7 @@ class StudentNet(nn.Module):
             fixed_statistics: the trunk is trained, but in eval mode, so BatchNorm keeps its running statistics.
             note: one sentence for the user.
             projection: features (N, D) -> (N, width of the teacher), for the feature term.
+            stages: projections of the trunk's feature maps, for the stage term.
         """
         super().__init__()
         if (mask_token or patch_drop) and not takes_patches(trunk):
@@ -64,7 +67,7 @@ class StudentNet(nn.Module):
                 "masking or dropping patches needs a plain ViT student: set patch_drop and patch_weight to 0"
             )
         self.trunk, self.head, self.patch_drop, self.note = trunk, head, patch_drop, note
-        self.projection = projection
+        self.projection, self.stages = projection, stages
         self.num_prototypes = num_prototypes
         # Name, shape and initial value of iBOT's `masked_embed`.
         self.masked_embed = nn.Parameter(torch.zeros(1, embedding_width(trunk))) if mask_token else None
@@ -84,7 +87,12 @@ class StudentNet(nn.Module):
     def forward(self, views: Views) -> Scores:
         """Scores of the global crops, then of the local ones, and of the masked patches."""
         large, batch = views.globals.shape[:2]
-        features, tokens = self.embed_globals(views.globals, masks=views.masks)
+        maps = None
+        if self.stages is None:
+            features, tokens = self.embed_globals(views.globals, masks=views.masks)
+        else:
+            tokens, (last, stages) = None, map_stages(self.trunk, views.globals.flatten(0, 1))
+            features, maps = cast(Any, self.trunk).forward_head(last), self.stages(stages)
         projected = None if self.projection is None else self.projection(features).view(large, batch, -1)
         if len(views.locals):
             features = torch.cat([features, self.trunk(views.locals.flatten(0, 1))])
@@ -95,7 +103,7 @@ class StudentNet(nn.Module):
         if embeddings is not None:
             embeddings = embeddings[: large * batch].view(large, batch, -1)
         crops = scores.view(large + len(views.locals), batch, -1)
-        return Scores(crops=crops, patches=patches, features=projected, embeddings=embeddings)
+        return Scores(crops=crops, patches=patches, features=projected, maps=maps, embeddings=embeddings)
 
     def embed_globals(self, pixels: Tensor, *, masks: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Features (MB, D) of global crops (M, B, 3, Gh, Gw), and patch tokens (MB, P, D) with a mask token.
@@ -187,11 +195,18 @@ def build_student(name: str, recipe: Recipe, teacher: TeacherSpec | None) -> Stu
         head = MlpHead(width, outputs, batch_norm=batch_norm)
     else:
         head = objective.native_head(width, recipe, outputs=outputs, patch_outputs=patch_outputs, teacher=teacher)
-    projection = None  # after the head, whose first weights do not depend on it
+    projection: nn.Module | None = None  # after the head, whose first weights do not depend on it
+    if teacher is not None and (recipe.feature_weight or recipe.stage_weight) and not teacher.width:
+        key = "feature_weight" if recipe.feature_weight else "stage_weight"
+        raise InputError(f"{key} needs the teacher's features, which stored targets lack: give --teacher")
     if recipe.feature_weight and teacher is not None:
-        if not teacher.width:
-            raise InputError("feature_weight needs the teacher's features, which stored targets lack: give --teacher")
-        projection = MlpHead(width, teacher.width, hidden=_PROJECTION, batch_norm=batch_norm)
+        if recipe.feature_projection == "linear":
+            projection = nn.Linear(width, teacher.width)
+        else:
+            projection = MlpHead(width, teacher.width, hidden=_PROJECTION, batch_norm=batch_norm)
+    if recipe.stage_weight and (patches or drop):
+        raise InputError("stage_weight compares whole feature maps: set patch_drop = 0, or patch_weight = 0 with iBOT")
+    stages = build_stages(name, trunk, teacher) if recipe.stage_weight and teacher is not None else None
     return StudentNet(
         trunk,
         head,
@@ -202,6 +217,7 @@ def build_student(name: str, recipe: Recipe, teacher: TeacherSpec | None) -> Stu
         fixed_statistics=recipe.quantize is not None,
         note=note,
         projection=projection,
+        stages=stages,
     )
 
 

@@ -67,10 +67,19 @@ class TeacherBranch(_WithoutNetwork):
     """A frozen teacher in place of the base method's branch (RoB)."""
 
     def __init__(
-        self, teacher: Teacher, objective: Objective, *, processor: TargetProcessor | None = None, crops: int = 2
+        self,
+        teacher: Teacher,
+        objective: Objective,
+        *,
+        processor: TargetProcessor | None = None,
+        crops: int = 2,
+        maps: bool = False,
     ) -> None:
-        """Run `teacher` on the first `crops` global crops; `processor` may add a base method's centring and queue."""
-        self.teacher, self.crops = teacher, crops
+        """Run `teacher` on the first `crops` global crops.
+
+        `processor` may add a base method's centring and queue; with `maps` the targets have the feature maps.
+        """
+        self.teacher, self.crops, self.maps = teacher, crops, maps
         self.processor = processor or TargetProcessor(objective)
 
     @torch.no_grad()
@@ -81,14 +90,15 @@ class TeacherBranch(_WithoutNetwork):
         masked = views.masked_patches(self.crops) if wanted else None
         # Centring the patches, an ablation, needs all of them.
         chosen = wanted if masked is None or self.processor.centering else masked
-        scores = self.teacher(seen.flatten(0, 1), patches=chosen)
+        scores = self.teacher(seen.flatten(0, 1), patches=chosen, maps=self.maps)
         patch_probs = None
         if masked is not None and scores.patches is not None:
             mean = scores.patches.flatten(0, -2).mean(dim=0) if self.processor.centering else None
             rows = scores.patches if scores.patches.ndim == 2 else scores.patches.flatten(0, 1)[masked]
             patch_probs = self.processor.patch_probs(rows, mean=mean)
         probs = self.processor.probs(scores.crops.view(*seen.shape[:2], -1))
-        return Targets(probs=probs, patch_probs=patch_probs, features=scores.features.view(*seen.shape[:2], -1))
+        features = scores.features.view(*seen.shape[:2], -1)
+        return Targets(probs=probs, patch_probs=patch_probs, features=features, maps=scores.maps)
 
 
 class EmaBranch:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
@@ -35,7 +36,8 @@ def build_branch(
     """The branch that `recipe` describes: the teacher's, or a base method's when there is no teacher."""
     processor = TargetProcessor.of(recipe, objective, steps_per_epoch=steps_per_epoch)
     if teacher is not None:
-        return TeacherBranch(teacher, objective, processor=processor, crops=recipe.target_crops)
+        maps = bool(recipe.stage_weight)
+        return TeacherBranch(teacher, objective, processor=processor, crops=recipe.target_crops, maps=maps)
     if objective.traits.self_targets and not any(recipe.ema_momentum):
         return OwnBranch(student, processor)
     return EmaBranch(
@@ -60,6 +62,7 @@ class StoredTeacher:
     width: int = 0  # features are not stored
     patch_size: int | None = None
     patch_prototypes: int | None = None
+    map_strides: Mapping[int, int] = field(default_factory=dict)  # nor are maps
 
 
 def open_targets(folder: Path, recipe: Recipe, source: ImageSource) -> StoredTeacher:

@@ -11,6 +11,7 @@ N images   D width of the trunk   K prototypes (or head outputs, or classes)   P
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -26,6 +27,7 @@ from robx.errors import InputError
 from robx.image_size import ImageSize, Shape, usual_preprocessing
 from robx.images.decode import IMAGENET_MEAN, IMAGENET_STD
 from robx.records import Preprocessing, TeacherInfo
+from robx.trunk import map_stages, map_strides
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class TeacherScores:
     crops: Tensor  # (N, K): dino, ibot: head logits; msn, headless: cosines; swav: prototype scores; classifier: logits
     patches: Tensor | None  # (N, P, Kp), the patch tokens' head logits, or (M, Kp) of the selected ones; iBOT only
     features: Tensor  # (N, D), the output of the trunk
+    maps: Mapping[int, Tensor] | None = None  # {stride: (N, C, h, w)} of the stages; large ones are averaged
 
 
 class Teacher(nn.Module):
@@ -133,14 +136,31 @@ class Teacher(nn.Module):
         return self
 
     @torch.no_grad()
-    def forward(self, pixels: Tensor, *, patches: bool | Tensor = True) -> TeacherScores:
+    def forward(self, pixels: Tensor, *, patches: bool | Tensor = True, maps: bool = False) -> TeacherScores:
         """Score pixels (N, 3, H, W) that are normalised with ImageNet's mean and standard deviation.
 
         `patches` False skips an iBOT teacher's patch logits, for a student without patch tokens; places (M,) among all
-        N * P patches select those of M patches.
+        N * P patches select those of M patches. `maps` adds the feature maps of the stages; then there are no patch
+        logits.
         """
         with self._autocast():
-            return self._scores(self._input(pixels), patches)
+            return self._mapped(self._input(pixels)) if maps else self._scores(self._input(pixels), patches)
+
+    @property
+    def map_strides(self) -> Mapping[int, int]:
+        """The feature maps that the trunk has, {stride: channels}; empty if timm cannot give them."""
+        return map_strides(self.trunk)
+
+    def _mapped(self, pixels: Tensor) -> TeacherScores:
+        last, maps = map_stages(self.trunk, pixels)
+        maps = {stride: each.float() for stride, each in maps.items()}
+        trunk = cast(Any, self.trunk)
+        if self.method == "classifier":
+            return TeacherScores(trunk.forward_head(last).float(), None, self._pooled(last), maps)
+        if self.head is None:
+            raise self._no_prototypes()
+        features = trunk.forward_head(last)
+        return TeacherScores(self.head(features).float(), None, features.float(), maps)
 
     def _scores(self, pixels: Tensor, patches: bool | Tensor) -> TeacherScores:
         if self.method == "classifier":
@@ -148,7 +168,7 @@ class Teacher(nn.Module):
             logits = cast(Any, self.trunk).forward_head(maps)
             return TeacherScores(logits.float(), None, self._pooled(maps))
         if self.head is None:
-            raise InputError(f"teacher {self.name} has no prototypes: give images (--data) to fit them to")
+            raise self._no_prototypes()
         if self.patch_prototypes is not None and patches is not False:
             features, places = tokens(self.trunk, pixels)
             selected = places.flatten(0, 1)[patches][None] if isinstance(patches, Tensor) else places
@@ -174,6 +194,9 @@ class Teacher(nn.Module):
         if height >= least_height and width >= least_width:
             return pixels
         return F.interpolate(pixels, size=self.least_shape, mode="bilinear", align_corners=False)
+
+    def _no_prototypes(self) -> InputError:
+        return InputError(f"teacher {self.name} has no prototypes: give images (--data) to fit them to")
 
     def _pooled(self, maps: Tensor) -> Tensor:
         return cast(Tensor, cast(Any, self.trunk).forward_head(maps, pre_logits=True).float())

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from robx.distill.batches.views import Scores, Targets, Views
 from robx.distill.objectives.base import Objective, Stats
-from robx.distill.objectives.feature_term import feature_loss
+from robx.distill.objectives.feature_term import feature_loss, stage_loss
 from robx.distill.recipes import Recipe
 from robx.distill.students.student import StudentNet, cancel_last_layer_gradients
 from robx.distill.targets.branches import EmaBranch, OwnBranch
@@ -58,7 +58,9 @@ class Learner:
         self.average = None if recipe.student_ema is None else copy.deepcopy(net.trunk).requires_grad_(False)
         # Int8 is simulated around the network, whose weights stay plain: they are what is saved and averaged.
         self.simulation = (
-            None if recipe.quantize is None else Int8Simulation(net, skip=("head", "projection")).to(self.device)
+            None
+            if recipe.quantize is None
+            else Int8Simulation(net, skip=("head", "projection", "stages")).to(self.device)
         )
         self._parallel = processes.parallel(self.trained)
         if isinstance(branch, EmaBranch):
@@ -109,7 +111,7 @@ class Learner:
         return loss.detach(), stats
 
     def _loss(self, scores: Scores, targets: Targets, views: Views, *, observe: bool) -> tuple[Tensor, Stats]:
-        """The method's loss and, if the recipe asks for it, the feature term."""
+        """The method's loss and, if the recipe asks for them, the feature and the stage term."""
         recipe = self.recipe
         loss, stats = scores.crops.new_zeros((), dtype=torch.float32), Stats()
         if recipe.prototype_weight:
@@ -118,6 +120,9 @@ class Learner:
         if scores.features is not None and targets.features is not None:
             distance = feature_loss(scores.features, targets.features)
             loss, stats = loss + recipe.feature_weight * distance, stats | {"feature_loss": distance.detach()}
+        if scores.maps is not None and targets.maps is not None:
+            distance = stage_loss(scores.maps, targets.maps)
+            loss, stats = loss + recipe.stage_weight * distance, stats | {"stage_loss": distance.detach()}
         return loss, stats
 
     def gradient_norm(self, *, epoch: int) -> Tensor:

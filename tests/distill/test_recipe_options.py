@@ -1,4 +1,4 @@
-"""Options beyond the published recipes: one global crop, mixup, the feature term, a teacher that sees more pixels."""
+"""Options beyond the published recipes: one global crop, mixup, feature and stage terms, an enlarged teacher input."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
+from safetensors.torch import load_file
 
 from robx.distill.batches.crops import multi_crop, plan_image
 from robx.distill.batches.loader import CropDataset, collate
 from robx.distill.batches.mixup import mix
 from robx.distill.batches.views import Views
-from robx.distill.objectives.feature_term import feature_loss
+from robx.distill.objectives.feature_term import feature_loss, stage_loss
 from robx.distill.recipes import override, preset
+from robx.distill.students.stage_projections import StageProjections
 from robx.distill.students.student import build_student
 from robx.distill.targets.stored import TargetsInfo
 from robx.errors import InputError
 from robx.images.scenes import make_scene, render
 from robx.images.sources import ImageSource, open_source
+from robx.trunk import build_trunk, map_stages, map_strides
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,8 @@ def test_a_run_with_one_global_crop_resumes_exactly(
         ({"teacher_size": 256, "objective": "ibot"}, "give teacher_size = none, or patch_weight = 0"),
         ({"prototype_weight": 0.0}, "leaves no loss"),
         ({"base": True, "feature_weight": 1.0}, "need a teacher, not --teacher ema"),
+        ({"base": True, "stage_weight": 1.0}, "need a teacher, not --teacher ema"),
+        ({"stage_weight": -1.0}, "stage_weight must be between"),
     ],
 )
 def test_what_does_not_fit_is_refused(values: dict[str, Any], message: str) -> None:
@@ -208,6 +213,109 @@ def test_students_without_the_prototype_loss_have_no_head(tiny: ModuleType) -> N
     assert not list(net.head.parameters()) and net.projection is not None
     with pytest.raises(InputError, match="which stored targets lack"):
         build_student("test_resnet", recipe, _Stored())
+
+
+# -------------------------------------------------------------------------------------------------------- stage term
+
+
+def test_the_stage_loss_is_the_centred_cosine_distance_of_every_place_summed_over_the_stages() -> None:
+    rng = np.random.default_rng(1)
+    fine, coarse = rng.normal(size=(2, 6, 5, 4, 4)), rng.normal(size=(2, 6, 3, 2, 2))  # (student or teacher, NCHW)
+    expected = 0.0
+    for student, teacher in (fine, coarse):
+        rows = [maps.transpose(0, 2, 3, 1).reshape(-1, maps.shape[1]) for maps in (student[:4], teacher[:4])]
+        ours, theirs = (each - each.mean(axis=0) for each in rows)
+        cosines = (ours * theirs).sum(axis=1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
+        expected += 1 - cosines.mean()
+    student, teacher = ({4: torch.tensor(fine[k]), 8: torch.tensor(coarse[k])} for k in (0, 1))
+    seen = {stride: maps[:4] for stride, maps in teacher.items()}  # of four of the six crops
+    assert_allclose(float(stage_loss(student, seen)), expected, rtol=1e-6)
+    assert float(stage_loss({8: 7 * teacher[8] + 2}, teacher)) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_larger_map_of_the_teacher_is_averaged_to_the_students_places() -> None:
+    ours = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    larger = ours.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert float(stage_loss({8: ours}, {8: larger})) == pytest.approx(0, abs=1e-6)
+
+
+def test_stages_meet_at_the_nearest_stride() -> None:
+    cnn, vit = {2: 16, 4: 24, 8: 40, 16: 112, 32: 320}, {16: 192}
+    assert StageProjections(cnn, cnn).pairs == {4: 4, 8: 8, 16: 16, 32: 32}  # stride 2 is left out
+    assert StageProjections(vit, cnn).pairs == {16: 16}
+    assert StageProjections(cnn, {14: 384}).pairs == {14: 16}
+    assert not StageProjections({64: 8}, cnn).pairs
+    maps = {stride: torch.zeros(2, channels, 4, 4) for stride, channels in cnn.items()}
+    assert StageProjections(cnn, {14: 384})(maps)[14].shape == (2, 384, 4, 4)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_100", "test_efficientnet", "test_vit"])
+def test_the_pass_that_keeps_the_maps_gives_the_same_embedding(name: str) -> None:
+    trunk, pixels = build_trunk(name).eval(), torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        last, maps = map_stages(trunk, pixels)
+        torch.testing.assert_close(trunk.forward_head(last), trunk(pixels))  # type: ignore[operator]
+    channels = {stride: each.shape[1] for stride, each in maps.items()}
+    assert channels == map_strides(trunk)
+    assert all(each.shape[-1] == min(16, 160 // stride) for stride, each in maps.items())
+
+
+def test_a_teacher_scores_alike_with_its_maps(tiny: ModuleType) -> None:
+    teacher, pixels = tiny.tiny_teacher(), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    plain, mapped = teacher(pixels), teacher(pixels, maps=True)
+    torch.testing.assert_close(mapped.crops, plain.crops)
+    torch.testing.assert_close(mapped.features, plain.features)
+    assert plain.maps is None and {stride: maps.shape[1] for stride, maps in mapped.maps.items()} == teacher.map_strides
+
+
+@pytest.mark.parametrize("student", ["test_resnet", "test_vit"])
+def test_the_stage_term_adds_to_the_loss_and_leaves_no_trace_in_the_student(
+    tiny: ModuleType, source: ImageSource, tmp_path: Path, student: str
+) -> None:
+    kind = {"kind": "vit" if student == "test_vit" else "cnn", "epochs": 2, "patch_drop": 0.0, "drop_path": 0.0}
+    for name, values in (("rob", {}), ("stages", {"stage_weight": 0.5})):
+        tiny.tiny_run(source, tmp_path / name, recipe=tiny.tiny_recipe(**kind, **values), students=[student])
+    plain, stages = _lines(tmp_path / "rob"), _lines(tmp_path / "stages")
+    assert "stage_loss" not in plain[0] and stages[-1]["stage_loss"] < stages[0]["stage_loss"]
+    assert stages[0]["loss"] - 0.5 * stages[0]["stage_loss"] == pytest.approx(plain[0]["loss"], rel=1e-5)
+    saved = [load_file(tmp_path / name / "student.safetensors") for name in ("rob", "stages")]
+    assert saved[0].keys() == saved[1].keys()
+
+
+def test_the_stage_term_resumes_exactly(tiny: ModuleType, source: ImageSource, tmp_path: Path) -> None:
+    recipe = tiny.tiny_recipe(kind="cnn", epochs=2, stage_weight=1.0, feature_weight=1.0, feature_projection="linear")
+
+    def stop(done: int, total: int, note: str) -> None:
+        if done == 6:
+            raise KeyboardInterrupt
+
+    tiny.tiny_run(source, tmp_path / "a", students=["test_resnet"], recipe=recipe)
+    with pytest.raises(KeyboardInterrupt):
+        options = {"checkpoint_steps": 3}
+        tiny.tiny_run(source, tmp_path / "b", students=["test_resnet"], recipe=recipe, options=options, progress=stop)
+    tiny.tiny_run(source, tmp_path / "b", students=["test_resnet"], recipe=recipe)
+    assert tiny.losses(tmp_path / "a") == tiny.losses(tmp_path / "b")
+
+
+def test_the_feature_terms_projection_is_an_mlp_or_a_linear_map(tiny: ModuleType) -> None:
+    teacher = tiny.tiny_teacher()
+    nets = [
+        build_student("test_resnet", tiny.tiny_recipe(kind="cnn", feature_weight=1.0, **values), teacher)
+        for values in ({}, {"feature_projection": "linear"})
+    ]
+    assert len([*nets[0].projection.parameters()]) > 2  # type: ignore[union-attr]
+    assert isinstance(nets[1].projection, torch.nn.Linear) and nets[1].projection.out_features == teacher.width
+
+
+def test_networks_without_alike_feature_maps_are_refused(tiny: ModuleType) -> None:
+    teacher, recipe = tiny.tiny_teacher(), tiny.tiny_recipe(kind="cnn", stage_weight=1.0)
+    with pytest.raises(InputError, match="which stored targets lack: give --teacher"):
+        build_student("test_resnet", recipe, _Stored())
+    with pytest.raises(InputError, match="set patch_drop = 0"):
+        build_student("test_vit", override(recipe, {"patch_drop": 0.3}), teacher)
+    teacher.trunk = torch.nn.Flatten()
+    with pytest.raises(InputError, match=f"feature maps, which {teacher.name} does not give: set stage_weight = 0"):
+        build_student("test_resnet", recipe, teacher)
 
 
 # ------------------------------------------------------------------------------------- a teacher that sees more pixels

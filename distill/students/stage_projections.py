@@ -1,0 +1,60 @@
+"""The stage term's projections: a student's feature maps to the channels of its teacher's (FitNets' regressors).
+
+Source: Romero et al. 2015, "FitNets: Hints for Thin Deep Nets", arXiv 1412.6550, with a map of every stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from robx.distill.objectives.base import TeacherSpec
+from robx.errors import InputError
+from robx.trunk import map_strides
+
+_FINEST = 4  # stride of the finest maps compared; a finer one holds edges, which a student learns in any case
+_ALIKE = 1.5  # two strides within this factor show about the same parts of an image
+
+
+class StageProjections(nn.Module):
+    """A 1 x 1 convolution for each map of the teacher, from the student's map of the nearest stride.
+
+    A map of the teacher without one of about its stride is left out.
+    """
+
+    def __init__(self, student: Mapping[int, int], teacher: Mapping[int, int]) -> None:
+        """`student` and `teacher` are {stride: channels}, of `robx.trunk.map_strides`."""
+        super().__init__()
+        self.pairs: dict[int, int] = {}  # {the teacher's stride: the student's}
+        for stride in sorted(teacher):
+            nearest = min(student, key=lambda other: abs(math.log(other / stride)))
+            if stride >= _FINEST and 1 / _ALIKE < nearest / stride < _ALIKE:
+                self.pairs[stride] = nearest
+        self.convolutions = nn.ModuleDict(
+            {str(theirs): nn.Conv2d(student[ours], teacher[theirs], 1) for theirs, ours in self.pairs.items()}
+        )
+
+    def forward(self, maps: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """The trunk's maps {stride: (N, C, h, w)} -> {the teacher's stride: (N, the teacher's channels, h, w)}."""
+        return {theirs: self.convolutions[str(theirs)](maps[ours]) for theirs, ours in self.pairs.items()}
+
+
+def build_stages(name: str, trunk: nn.Module, teacher: TeacherSpec) -> StageProjections:
+    """The projections of the student `name`, with fresh weights.
+
+    Raises:
+        InputError: one of the networks gives no feature maps, or they have no strides in common.
+    """
+    ours, theirs = map_strides(trunk), teacher.map_strides
+    for network, strides in ((teacher.name, theirs), (name, ours)):
+        if not strides:
+            raise InputError(f"stage_weight needs feature maps, which {network} does not give: set stage_weight = 0")
+    stages = StageProjections(ours, theirs)
+    if not stages.pairs:
+        raise InputError(
+            f"stage_weight: {name} has feature maps of strides {sorted(ours)} and {teacher.name} of {sorted(theirs)}: "
+            "none are alike, so set stage_weight = 0"
+        )
+    return stages
