@@ -31,14 +31,14 @@ from typing import Any
 import numpy as np
 import torch
 from common import Chosen, demo_images, save_student, say, shown, unused_healing
+from equal_compute import methods
 from export_page import ENGINES, Row, row_from_json, write_down
 from more_judged import hold_out
 from table_judging import Judges
 from vendors import MOBILE_DEFAULTS, mobile_vendor_bundle, vendor_bundle
 
 from robx import __version__
-from robx.distill.presets import QUICK
-from robx.distill.recipes import override, preset
+from robx.distill.recipes import override, preset, recipe_from_json
 from robx.distill.resolve import student_kind
 from robx.distill.teachers.load import load_teacher
 from robx.distill.train import train
@@ -190,20 +190,22 @@ def students(given: argparse.Namespace, data: Path) -> Iterator[Path]:
 
 
 def distil(name: str, epochs: int, given: argparse.Namespace, data: Path) -> Path:
-    """Distil a student from EfficientNet-Lite0 with ``--recipe quick``; resumed, and reused when complete."""
+    """Distil a student from EfficientNet-Lite0; resumed, and reused when complete.
+
+    The recipe is that of all students of this table, also the earlier ones: `prototypes` of equal_compute.toml.
+    """
     source = open_source(data, split="train")
     if given.images is not None:
         places = np.random.default_rng(0).permutation(len(source))[: given.images]
         source = Chosen(source, [int(place) for place in places])
     precision = "bf16" if cpu_has_bf16() else "fp32"
-    recipe = override(
-        preset("swav", student_kind(name)),
-        QUICK | {"epochs": epochs, "crop_size": given.size, "precision": precision},
-    )
+    keys = dict(methods()["prototypes"].keys)
+    sizes = {"epochs": epochs, "crop_size": given.size, "precision": precision}
+    recipe = override(preset(keys.pop("objective"), student_kind(name)), keys | sizes)
     out: Path = given.out / name
     if (out / "student.json").is_file():
         made = read_json(out / "recipe.json")
-        same = made["data"]["fingerprint"] == source.fingerprint and made["recipe"] == to_json(recipe)
+        same = made["data"]["fingerprint"] == source.fingerprint and recipe_from_json(made["recipe"]) == recipe
         if same and not unfinished(load_student(out)):
             return out
     teacher = load_teacher(

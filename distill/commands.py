@@ -180,9 +180,8 @@ def recipe(objective: str, student: str, base: bool) -> None:
     named = NAMED.get(objective, {})
     if named and base:
         raise click.UsageError(f"the recipe {objective} needs a teacher: drop --base")
-    click.echo(
-        to_toml(override(student_preset(named.get("objective", objective), student, base=base), named)), nl=False
-    )
+    method = "msn" if named else objective  # quick is the same for every objective
+    click.echo(to_toml(override(student_preset(method, student, base=base), named)), nl=False)
 
 
 @click.command(cls=Command)

@@ -144,6 +144,8 @@ def resolve_recipe(settings: DistillSettings) -> Recipe:
         raise InputError(_naming_options(str(error), settings.overrides)) from None
     if recipe.quantize is not None and settings.init is None:
         raise InputError("--quantize starts from a trained student: give --init RUN, a finished run of this student")
+    if settings.store_targets is not None and not recipe.prototype_weight:
+        raise InputError("--store-targets stores scores, which prototype_weight = 0 does not use: drop one of the two")
     return recipe
 
 
@@ -175,17 +177,10 @@ def recipe_values(recipe: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _require_match(name: str, settings: DistillSettings) -> None:
-    """Refuse a named recipe with an objective or a target branch that it was not made for."""
-    objective = NAMED[name].get("objective")
-    if objective is None:
-        return
-    if settings.base or settings.targets is not None:
+    """Refuse a named recipe with a target branch that it was not made for."""
+    if NAMED[name].get("feature_weight") and (settings.base or settings.targets is not None):
         given = "--targets DIR" if settings.targets is not None else "--teacher ema"
         raise InputError(f"the recipe {name} needs a teacher's features, which {given} lacks: give --teacher NAME")
-    if settings.objective not in (None, objective):
-        raise InputError(
-            f"the recipe {name} is for objective {objective}, got --objective {settings.objective}: drop one of the two"
-        )
 
 
 def _naming_options(message: str, overrides: Mapping[str, Any]) -> str:
@@ -251,6 +246,14 @@ def unused_options(settings: DistillSettings, recipe: Recipe) -> list[str]:
         found.append("--teacher-mean and --teacher-std are not used: --teacher ema has no teacher")
     if "local_crop_size" in given and not recipe.local_crops:
         found.append("--local-crop-size is not used: there are no local crops (--local-crops)")
+    if not recipe.prototype_weight:
+        unused = {"objective": settings.objective, "prototypes": settings.overrides.get("prototypes")}
+        found += [
+            f"--{option} {value} is not used: the recipe has prototype_weight = 0, which leaves its features alone"
+            for option, value in unused.items()
+            if value is not None
+        ]
+        return found
     if "prototypes" not in given or settings.base:
         return found
     if settings.targets is not None:

@@ -96,7 +96,7 @@ def distill(settings: DistillSettings, *, progress: Progress | None = None, say:
                 weights=settings.teacher_weights,
                 cache=settings.cache,
                 source=source,
-                prototypes=recipe.prototypes,
+                prototypes=_prototypes(recipe),
                 fit_images=recipe.fit_images,
                 objective=recipe.objective,
                 mean=recipe.teacher_mean,
@@ -137,12 +137,17 @@ def estimate(
             objective=recipe.objective,
             mean=recipe.teacher_mean,
             std=recipe.teacher_std,
-            prototypes=recipe.prototypes,
+            prototypes=_prototypes(recipe),
             image_size=recipe.teacher_shape,
         )
     for warning in _warnings(settings, recipe):
         (say or _silent)(warning)
     return recipe, dry_run(_spec(settings, recipe, source, teacher), gpu_memory=gpu_memory)
+
+
+def _prototypes(recipe: Recipe) -> int | None:
+    """How many prototypes are fitted to a teacher without a head; None if the loss has no use for them."""
+    return recipe.prototypes if recipe.prototype_weight else None
 
 
 def _warnings(settings: DistillSettings, recipe: Recipe) -> list[str]:

@@ -37,13 +37,13 @@ def test_the_comparison_at_equal_compute_runs_the_recipe_quick_itself(equal_comp
     given = argparse.Namespace(student="resnet10t", size=64)
     found = equal_compute.recipe_of(equal_compute.methods()["quick"], given, seed=3)
     sizes = {"crop_size": 64, "local_crop_size": 32, "seed": 3, "precision": "bf16"}
-    assert override(found, {"epochs": 10}) == override(preset("swav", "cnn"), QUICK | sizes)
+    assert override(found, {"epochs": 10}) == override(preset("msn", "cnn"), QUICK | sizes)
 
 
 def test_the_control_of_that_comparison_differs_only_by_the_prototypes(equal_compute: Any) -> None:
-    quick, control = (equal_compute.methods()[name].keys for name in ("quick", "control"))
-    changed = {key for key in quick if quick[key] != control[key]}
-    assert changed == {"fit_images"} and set(control) - set(quick) == {"prototype_weight"}
+    prototypes, control = (equal_compute.methods()[name].keys for name in ("prototypes", "control"))
+    changed = {key for key in prototypes if prototypes[key] != control[key]}
+    assert changed == {"fit_images"} and set(control) - set(prototypes) == {"prototype_weight"}
 
 
 def test_leave_one_out_asks_all_other_images_and_never_the_image_itself(equal_compute: Any) -> None:

@@ -181,8 +181,9 @@ def build_student(name: str, recipe: Recipe, teacher: TeacherSpec | None) -> Stu
     trunk = build_trunk(name, image_size=recipe.crop_shape, drop_path=drop_path)
     _require_sizes(name, trunk, recipe)
     outputs = teacher.num_prototypes if teacher else recipe.prototypes
-    note = _why_no_patches(name, trunk, recipe, teacher) if objective.traits.masks_patches else ""
-    patches = objective.traits.masks_patches and not note
+    masks = objective.traits.masks_patches and recipe.prototype_weight > 0
+    note = _why_no_patches(name, trunk, recipe, teacher) if masks else ""
+    patches = masks and not note
     patch_outputs = (teacher.patch_prototypes if teacher else recipe.prototypes) if patches else None
     drop = recipe.patch_drop if objective.traits.drops_patches else 0.0
     if drop and not takes_patches(trunk):

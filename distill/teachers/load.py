@@ -13,7 +13,7 @@ import torch
 from robx.distill.teachers import from_checkpoint, from_timm
 from robx.distill.teachers.checkpoints import Channels
 from robx.distill.teachers.choose import choose_teacher, licence
-from robx.distill.teachers.frozen_heads import fitted_head
+from robx.distill.teachers.frozen_heads import empty_head, fitted_head
 from robx.distill.teachers.prototypes import Method, fit_teacher
 from robx.distill.teachers.teacher import Teacher
 from robx.distill.teachers.team import Team
@@ -32,7 +32,7 @@ def load_teacher(
     weights: Path | None = None,
     cache: Path | None = None,
     source: ImageSource | None = None,
-    prototypes: int = 1024,
+    prototypes: int | None = 1024,
     fit_images: int | None = None,
     objective: str | None = None,
     mean: Channels | None = None,
@@ -52,7 +52,7 @@ def load_teacher(
         weights: a file to read instead of downloading one.
         cache: folder for downloads and fitted prototypes; default ``$ROBX_CACHE`` or ``~/.cache/robx``.
         source: images to fit prototypes to, for a teacher that was published without a head.
-        prototypes: number of fitted prototypes; a published head keeps its own.
+        prototypes: number of fitted prototypes, None for none, without images; a published head keeps its own.
         fit_images: how many images they are fitted to at most; None: 256 per prototype.
         objective: ``dino``, ``ibot``, ``msn``, ``swav`` or ``kd``; a teacher that does not fit it is refused. ``kd``
             keeps the classifier. None: the method that the teacher was pretrained with.
@@ -71,7 +71,7 @@ def load_teacher(
     """
     entry = choose_teacher(name, weights=weights, objective=objective, mean=mean, std=std)
     folder = cache or cache_folder()
-    if entry.method == "headless" and source is None:
+    if entry.method == "headless" and prototypes is not None and source is None:
         raise InputError(f"teacher {name} was published without a head: give images (--data) to fit prototypes to")
     if entry.method in ("headless", "classifier"):
         teacher = from_timm.load(entry, weights=weights, folder=folder, image_size=image_size, progress=progress)
@@ -83,7 +83,9 @@ def load_teacher(
     teacher.info = dataclasses.replace(teacher.info, licence=text)
     _require_size(teacher, image_size)
     teacher.to(device)
-    if entry.method == "headless" and source is not None:
+    if entry.method == "headless" and prototypes is None:
+        teacher.set_head(empty_head(teacher.width))
+    elif entry.method == "headless" and source is not None and prototypes is not None:
         fit_teacher(
             teacher,
             source,
@@ -103,7 +105,7 @@ def build_teacher_skeleton(
     *,
     weights: Path | None = None,
     objective: str | None = None,
-    prototypes: int = 1024,
+    prototypes: int | None = 1024,
     mean: Channels | None = None,
     std: Channels | None = None,
     image_size: ImageSize = 224,
@@ -124,7 +126,9 @@ def build_teacher_skeleton(
     else:
         teacher = from_checkpoint.build(entry, image_size=image_size)
     if entry.method == "headless":
-        teacher.set_head(fitted_head(torch.zeros(teacher.width), torch.randn(prototypes, teacher.width)))
+        width = teacher.width
+        random = None if prototypes is None else fitted_head(torch.zeros(width), torch.randn(prototypes, width))
+        teacher.set_head(random or empty_head(width))
     _require_size(teacher, image_size)
     return teacher
 

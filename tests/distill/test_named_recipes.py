@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
-from numpy.testing import assert_allclose
 
 from robx.cli import main
-from robx.distill.batches.views import Targets
-from robx.distill.objectives.cross_entropy import crops_cross_entropy
 from robx.distill.presets import QUICK
 from robx.distill.recipe_toml import read_recipe
-from robx.distill.recipes import override, preset
+from robx.distill.recipes import METHODS, StudentKind, override, preset
 from robx.distill.resolve import DistillSettings, resolve_recipe
-from robx.distill.students.projection_heads import FrozenPrototypes
-from robx.distill.students.student import build_student
+from robx.distill.teachers import from_timm, load
+from robx.distill.teachers.teacher import Teacher
+from robx.distill.teachers.zoo import ZooEntry
+from robx.distill.train import distill
 from robx.distill.training import compute
 from robx.distill.training.compute import DeviceFacts, cpu_has_bf16, decide
 from robx.errors import InputError
 from robx.images.sources import open_source
+from robx.records import to_json
 
 BF16_CPU = DeviceFacts(kind="cpu", bf16=True, cores=4)
 
@@ -34,7 +35,7 @@ def _settings(data: Path, **given: object) -> DistillSettings:
 
 def test_quick_is_its_table_over_the_preset_of_its_objective(scenes: Path) -> None:
     found = resolve_recipe(_settings(scenes, recipe="quick", precision="fp32"))
-    assert found == override(preset("swav", "cnn"), QUICK)
+    assert found == override(preset("msn", "cnn"), QUICK)
     assert resolve_recipe(_settings(scenes, recipe="paper")) == resolve_recipe(_settings(scenes))
 
 
@@ -42,7 +43,7 @@ def test_a_file_may_start_from_quick_and_options_win_over_both(scenes: Path, tmp
     path = tmp_path / "mine.toml"
     path.write_text('like = "quick"\nepochs = 3\nprototypes = 99\n')
     found = resolve_recipe(_settings(scenes, recipe=path, epochs=5, precision="fp32"))
-    assert found == override(preset("swav", "cnn"), QUICK | {"prototypes": 99, "epochs": 5})
+    assert found == override(preset("msn", "cnn"), QUICK | {"prototypes": 99, "epochs": 5})
     path.write_text('like = "fast"\n')
     with pytest.raises(InputError, match="like = 'fast' is not a recipe: give one of paper, quick"):
         resolve_recipe(_settings(scenes, recipe=path))
@@ -87,13 +88,11 @@ def test_bf16_instructions_are_read_from_cpuinfo(flags: str, expected: bool, tmp
     [
         ({"teacher": "ema"}, "needs a teacher's features, which --teacher ema lacks"),
         ({"teacher": None, "targets": "stored"}, "needs a teacher's features, which --targets DIR lacks"),
-        ({"objective": "dino"}, "is for objective swav, got --objective dino"),
     ],
 )
 def test_quick_is_refused_where_it_cannot_work(scenes: Path, given: dict[str, object], said: str) -> None:
-    objective = {"objective": "swav"} if "targets" in given else {}
     with pytest.raises(InputError, match=said):
-        resolve_recipe(_settings(scenes, recipe="quick", **objective | given))
+        resolve_recipe(_settings(scenes, recipe="quick", **given))
 
 
 @pytest.mark.parametrize(
@@ -138,33 +137,44 @@ def test_the_printed_recipe_reads_back_to_quick(tmp_path: Path) -> None:
     assert printed.exit_code == 0, printed.output
     path = tmp_path / "printed.toml"
     path.write_text(printed.stdout)
-    assert override(preset("swav", "cnn"), read_recipe(path)) == override(preset("swav", "cnn"), QUICK)
+    assert override(preset("swav", "cnn"), read_recipe(path)) == override(preset("msn", "cnn"), QUICK)
     refused = CliRunner().invoke(main, ["recipe", "quick", "--student", "resnet10t", "--base"])
     assert refused.exit_code == 2 and "needs a teacher" in refused.output
 
 
-def test_quick_scores_a_student_against_the_prototypes_of_its_teacher(tiny: ModuleType) -> None:
-    teacher = tiny.tiny_teacher()
-    recipe = override(preset("swav", "cnn"), QUICK | {"crop_size": 32})
-    net = build_student("test_resnet", recipe, teacher)
-    assert isinstance(net.head, FrozenPrototypes) and net.projection is not None
-    assert_allclose(net.head.prototypes.numpy(), teacher.head.prototypes.numpy(), rtol=1e-6)
-    assert not any("prototypes" in name for name, _ in net.named_parameters())
+@pytest.mark.parametrize("kind", ["cnn", "vit"])
+@pytest.mark.parametrize("method", METHODS)
+def test_quick_means_the_same_for_every_teacher_and_student(method: str, kind: StudentKind) -> None:
+    unread = {"objective", "head", "teacher_temperature", "student_temperature", "prototypes", "sinkhorn_iterations"}
+    unread |= {"sinkhorn_epsilon", "local_scale", "local_crop_size", "nesterov"}
+    one, other = (to_json(override(preset(*of), QUICK)) for of in ((method, kind), ("msn", "cnn")))
+    assert {key for key in one if one[key] != other[key]} <= unread
 
 
-def test_the_loss_of_quick_is_least_where_the_student_scores_as_the_teacher_does() -> None:
-    """H(p, q) >= H(p), with equality at q = p: the temperatures of quick are the same on both sides."""
-    assert QUICK["sinkhorn_epsilon"] == QUICK["student_temperature"]
-    scores = torch.randn(1, 6, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    probs = (scores / QUICK["sinkhorn_epsilon"]).softmax(dim=-1)
-    entropy = torch.special.entr(probs).sum(dim=-1).mean()
+def test_quick_trains_without_prototypes_and_fits_none(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fitted(*_: object, **__: object) -> None:
+        raise AssertionError("prototypes were fitted")
 
-    def loss(student: torch.Tensor) -> torch.Tensor:
-        temperature = QUICK["student_temperature"]
-        return crops_cross_entropy(student, Targets(probs=probs), pairs=((0, 0),), temperature=temperature)
+    monkeypatch.setattr(load, "fit_teacher", fitted)
+    monkeypatch.setattr(from_timm, "load", _random_teacher)
+    said: list[str] = []
+    given = {"recipe": "quick", "out": tmp_path / "run", "student": "test_resnet", "crop_size": 32, "epochs": 1}
+    distill(_settings(scenes, **given, prototypes=64, measure=False, device="cpu"), say=said.append)
+    assert any("--prototypes 64 is not used" in line for line in said), said
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first = next(line for line in lines if "loss" in line)
+    assert first["loss"] == pytest.approx(first["feature_loss"] + first["stage_loss"], rel=1e-5)
 
-    assert_allclose(loss(scores), entropy, rtol=1e-9)
-    assert loss(scores + 0.1 * torch.randn(scores.shape, dtype=torch.float64)) > entropy
+
+def _random_teacher(entry: ZooEntry, **values: Any) -> Teacher:
+    return from_timm.build(entry, weights=None, image_size=values["image_size"])
+
+
+def test_quick_has_no_scores_to_store(scenes: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--store-targets stores scores, which prototype_weight = 0 does not use"):
+        resolve_recipe(_settings(scenes, recipe="quick", store_targets=tmp_path / "targets"))
 
 
 def test_quick_trains_and_resumes_to_the_same_weights(scenes: Path, tmp_path: Path, tiny: ModuleType) -> None:
