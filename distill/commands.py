@@ -175,13 +175,14 @@ def recipe(objective: str, student: str, base: bool) -> None:
     """
     from robx.distill.recipe_toml import to_toml
     from robx.distill.recipes import override
-    from robx.distill.resolve import student_preset
+    from robx.distill.resolve import student_kind, student_preset
 
-    named = NAMED.get(objective, {})
-    if named and base:
+    if objective in NAMED and base:
         raise click.UsageError(f"the recipe {objective} needs a teacher: drop --base")
-    method = "msn" if named else objective  # quick is the same for every objective
-    click.echo(to_toml(override(student_preset(method, student, base=base), named)), nl=False)
+    found = student_preset("msn" if objective in NAMED else objective, student, base=base)
+    if objective in NAMED:  # quick, which is the same for every objective
+        found = override(found, NAMED[objective][student_kind(student)])
+    click.echo(to_toml(found), nl=False)
 
 
 @click.command(cls=Command)

@@ -123,7 +123,7 @@ def resolve_recipe(settings: DistillSettings) -> Recipe:
         ArtifactError: the stored targets are missing or damaged.
     """
     file, student = settings.recipe, settings.students[0]
-    name, values = recipe_values(file) if file else ("paper", {})
+    name, values = recipe_values(file, student_kind(student)) if file else ("paper", {})
     _require_match(name, settings)
     if bool(values.get("base", settings.base)) != settings.base:
         raise InputError(f"{file}: base = {str(values['base']).lower()} contradicts --teacher {settings.teacher}")
@@ -149,8 +149,8 @@ def resolve_recipe(settings: DistillSettings) -> Recipe:
     return recipe
 
 
-def recipe_values(recipe: Path) -> tuple[str, dict[str, Any]]:
-    """The name and the keys of a recipe that is given by name, "quick" or "paper", or as a file.
+def recipe_values(recipe: Path, kind: StudentKind) -> tuple[str, dict[str, Any]]:
+    """The name and the keys, for a `kind` of student, of a recipe given by name, "quick" or "paper", or as a file.
 
     A file may start from a named recipe with a line ``like = "quick"``; its own keys then win.
 
@@ -159,7 +159,7 @@ def recipe_values(recipe: Path) -> tuple[str, dict[str, Any]]:
     """
     given = str(recipe)
     if given in NAMED:
-        return given, dict(NAMED[given])
+        return given, dict(NAMED[given][kind])
     try:
         values = read_recipe(recipe)
     except InputError as error:
@@ -173,12 +173,12 @@ def recipe_values(recipe: Path) -> tuple[str, dict[str, Any]]:
     if not isinstance(name, str) or name not in NAMED:
         hint = did_you_mean(str(name), NAMED, otherwise=f"give one of {', '.join(NAMED)}")
         raise InputError(f"{recipe}: like = {name!r} is not a recipe: {hint}")
-    return name, NAMED[name] | values
+    return name, NAMED[name][kind] | values
 
 
 def _require_match(name: str, settings: DistillSettings) -> None:
     """Refuse a named recipe with a target branch that it was not made for."""
-    if NAMED[name].get("feature_weight") and (settings.base or settings.targets is not None):
+    if name == "quick" and (settings.base or settings.targets is not None):
         given = "--targets DIR" if settings.targets is not None else "--teacher ema"
         raise InputError(f"the recipe {name} needs a teacher's features, which {given} lacks: give --teacher NAME")
 

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from robx.cli import main
-from robx.distill.presets import QUICK
+from robx.distill.presets import NAMED, QUICK
 from robx.distill.recipe_toml import read_recipe
 from robx.distill.recipes import METHODS, StudentKind, override, preset
 from robx.distill.resolve import DistillSettings, resolve_recipe
@@ -142,12 +142,23 @@ def test_the_printed_recipe_reads_back_to_quick(tmp_path: Path) -> None:
     assert refused.exit_code == 2 and "needs a teacher" in refused.output
 
 
+def test_quick_has_a_lower_rate_for_a_vit(scenes: Path) -> None:
+    cnn, vit = (
+        resolve_recipe(_settings(scenes, recipe="quick", student=name, precision="fp32", crop_size=64))
+        for name in ("resnet10t", "vit_tiny_patch16_224")
+    )
+    changed = {key for key, value in to_json(vit).items() if value != to_json(cnn)[key]}
+    assert changed == {"lr"} and vit.lr < cnn.lr
+    printed = CliRunner().invoke(main, ["recipe", "quick", "--student", "vit_tiny_patch16_224"])
+    assert "\nlr = 0.001" in printed.stdout
+
+
 @pytest.mark.parametrize("kind", ["cnn", "vit"])
 @pytest.mark.parametrize("method", METHODS)
 def test_quick_means_the_same_for_every_teacher_and_student(method: str, kind: StudentKind) -> None:
     unread = {"objective", "head", "teacher_temperature", "student_temperature", "prototypes", "sinkhorn_iterations"}
     unread |= {"sinkhorn_epsilon", "local_scale", "local_crop_size", "nesterov"}
-    one, other = (to_json(override(preset(*of), QUICK)) for of in ((method, kind), ("msn", "cnn")))
+    one, other = (to_json(override(preset(*of), NAMED["quick"][kind])) for of in ((method, kind), ("msn", "cnn")))
     assert {key for key in one if one[key] != other[key]} <= unread
 
 

@@ -235,8 +235,8 @@ def test_a_plan_may_start_from_a_recipe_by_name_or_from_a_file(plan: Plan, tmp_p
     given = dict(verbs.calls[0][1])
     written = read_recipe(given["recipe"])
     assert written["like"] == "quick" and written["color_p"] == 0.5 and ("blur_p" in written) == own
-    name, values = recipe_values(given["recipe"])
-    assert name == "quick" and values["swav_prototypes"] == "teacher" and values["color_p"] == 0.5
+    name, values = recipe_values(given["recipe"], "cnn")
+    assert name == "quick" and values["stage_weight"] == 1 and values["color_p"] == 0.5
 
 
 def test_only_what_depends_on_a_change_runs_again(plan: Plan, tmp_path: Path) -> None:
