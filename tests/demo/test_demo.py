@@ -36,8 +36,8 @@ def test_the_committed_plan_is_valid() -> None:
     check_keys(plan, api.VERBS)
     settings = DistillSettings.of(teacher=plan.teacher, student=plan.student, data=plan.data, **plan.distill)
     recipe = resolve_recipe(settings)
-    assert (recipe.epochs, recipe.crop_size, recipe.lr, recipe.optimizer) == (4, 64, 0.001, "adamw")
-    assert recipe.swav_prototypes == "teacher" and recipe.global_crops == 1  # of the recipe "quick"
+    assert (recipe.epochs, recipe.crop_size, recipe.lr, recipe.optimizer) == (4, 64, 0.003, "adamw")
+    assert recipe.stage_weight == 1 and recipe.global_crops == 1  # of the recipe "quick"
 
 
 def test_options_replace_values_of_the_plan_and_a_refused_export_is_no_failure(
