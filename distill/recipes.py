@@ -55,7 +55,7 @@ class Recipe:
         int | None, "enlarge smaller crops for the teacher to this shorter side, in pixels; none disables"
     ] = None
     teacher_crops: Annotated[int, "global crops that the teacher sees, at most; 1 halves its cost"] = 2
-    prototype_weight: Annotated[float, "weight of the method's own loss; 0 leaves the feature term alone"] = 1.0
+    prototype_weight: Annotated[float, "weight of the method's own loss; 0: the feature and stage terms alone"] = 1.0
     feature_weight: Annotated[float, "weight of a term that matches the teacher's features; 0 disables"] = 0.0
     feature_projection: Annotated[
         Literal["mlp", "linear"], "of the student's features in that term; mlp: d -> 1024 -> the teacher's width"

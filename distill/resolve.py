@@ -137,7 +137,9 @@ def resolve_recipe(settings: DistillSettings) -> Recipe:
     if "lr" in given:  # the first and the last rate keep their ratio to the peak
         first, last = (min(1.0, rate / recipe.lr) if recipe.lr else 0.0 for rate in (recipe.warmup_lr, recipe.final_lr))
         given |= {"lr_batch": None, "warmup_lr": first * given["lr"], "final_lr": last * given["lr"]}
-    given |= _decided_by_device(settings, values | given, quick=name == "quick")
+    known = values | given
+    quick = name == "quick" and known.get("quantize", "none") == "none"  # int8 is simulated in float32 alone
+    given |= _decided_by_device(settings, known, quick=quick)
     try:
         recipe = override(recipe, given)
     except InputError as error:
@@ -145,7 +147,10 @@ def resolve_recipe(settings: DistillSettings) -> Recipe:
     if recipe.quantize is not None and settings.init is None:
         raise InputError("--quantize starts from a trained student: give --init RUN, a finished run of this student")
     if settings.store_targets is not None and not recipe.prototype_weight:
-        raise InputError("--store-targets stores scores, which prototype_weight = 0 does not use: drop one of the two")
+        raise InputError(
+            "--store-targets stores the scores of prototypes, which this recipe does not use (prototype_weight = 0): "
+            "drop the option, or give --recipe paper"
+        )
     return recipe
 
 
@@ -249,7 +254,7 @@ def unused_options(settings: DistillSettings, recipe: Recipe) -> list[str]:
     if not recipe.prototype_weight:
         unused = {"objective": settings.objective, "prototypes": settings.overrides.get("prototypes")}
         found += [
-            f"--{option} {value} is not used: the recipe has prototype_weight = 0, which leaves its features alone"
+            f"--{option} {value} is not used: the recipe has prototype_weight = 0, and so no loss of prototypes"
             for option, value in unused.items()
             if value is not None
         ]

@@ -85,7 +85,7 @@ def distill(settings: DistillSettings, *, progress: Progress | None = None, say:
         spec, teacher = _spec(settings, recipe, source, None), None
         if settings.teacher is not None and not settings.base:
             # Everything that can be refused is refused before the teacher is downloaded.
-            choose_teacher(settings.teacher, weights=settings.teacher_weights, objective=recipe.objective)
+            choose_teacher(settings.teacher, weights=settings.teacher_weights, objective=_objective(recipe))
             require_out(spec)
             if processes.first:
                 check_outputs(spec)
@@ -98,7 +98,7 @@ def distill(settings: DistillSettings, *, progress: Progress | None = None, say:
                 source=source,
                 prototypes=_prototypes(recipe),
                 fit_images=recipe.fit_images,
-                objective=recipe.objective,
+                objective=_objective(recipe),
                 mean=recipe.teacher_mean,
                 std=recipe.teacher_std,
                 image_size=recipe.teacher_shape,
@@ -134,7 +134,7 @@ def estimate(
         teacher = build_teacher_skeleton(
             settings.teacher,
             weights=weights,
-            objective=recipe.objective,
+            objective=_objective(recipe),
             mean=recipe.teacher_mean,
             std=recipe.teacher_std,
             prototypes=_prototypes(recipe),
@@ -148,6 +148,11 @@ def estimate(
 def _prototypes(recipe: Recipe) -> int | None:
     """How many prototypes are fitted to a teacher without a head; None if the loss has no use for them."""
     return recipe.prototypes if recipe.prototype_weight else None
+
+
+def _objective(recipe: Recipe) -> str | None:
+    """The objective that the teacher has to serve; None, for any teacher, if the loss has no use for its scores."""
+    return recipe.objective if recipe.prototype_weight else None
 
 
 def _warnings(settings: DistillSettings, recipe: Recipe) -> list[str]:

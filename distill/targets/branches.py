@@ -74,18 +74,24 @@ class TeacherBranch(_WithoutNetwork):
         processor: TargetProcessor | None = None,
         crops: int = 2,
         maps: bool = False,
+        scores: bool = True,
     ) -> None:
         """Run `teacher` on the first `crops` global crops.
 
-        `processor` may add a base method's centring and queue; with `maps` the targets have the feature maps.
+        `processor` may add a base method's centring and queue. With `maps` the targets have the feature maps; without
+        `scores` they have features alone, and probabilities (Q, B, 0).
         """
-        self.teacher, self.crops, self.maps = teacher, crops, maps
+        self.teacher, self.crops, self.maps, self.scores = teacher, crops, maps, scores
         self.processor = processor or TargetProcessor(objective)
 
     @torch.no_grad()
     def targets(self, views: Views) -> Targets:
         """One teacher forward over its crops; the teacher's input is never masked."""
         seen = views.globals[: self.crops]
+        if not self.scores:
+            plain = self.teacher(seen.flatten(0, 1), maps=self.maps, scores=False)
+            probs, features = (each.view(*seen.shape[:2], each.shape[1]) for each in (plain.crops, plain.features))
+            return Targets(probs=probs, features=features, maps=plain.maps)
         wanted = views.masks is not None and self.processor.objective.traits.masks_patches
         masked = views.masked_patches(self.crops) if wanted else None
         # Centring the patches, an ablation, needs all of them.

@@ -36,8 +36,14 @@ def build_branch(
     """The branch that `recipe` describes: the teacher's, or a base method's when there is no teacher."""
     processor = TargetProcessor.of(recipe, objective, steps_per_epoch=steps_per_epoch)
     if teacher is not None:
-        maps = bool(recipe.stage_weight)
-        return TeacherBranch(teacher, objective, processor=processor, crops=recipe.target_crops, maps=maps)
+        return TeacherBranch(
+            teacher,
+            objective,
+            processor=processor,
+            crops=recipe.target_crops,
+            maps=recipe.stage_weight > 0,
+            scores=recipe.prototype_weight > 0,
+        )
     if objective.traits.self_targets and not any(recipe.ema_momentum):
         return OwnBranch(student, processor)
     return EmaBranch(

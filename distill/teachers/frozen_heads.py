@@ -113,11 +113,6 @@ def fitted_head(mean: Tensor, vectors: Tensor) -> PrototypeHead:
     return PrototypeHead(nn.Identity(), F.normalize(vectors.float(), dim=1), mean=mean.float())
 
 
-def empty_head(width: int) -> PrototypeHead:
-    """The head of a teacher whose features alone are used: no prototypes, scores (N, 0)."""
-    return PrototypeHead(nn.Identity(), torch.zeros(0, width))
-
-
 def random_head(
     width: int,
     *,

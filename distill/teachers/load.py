@@ -13,7 +13,7 @@ import torch
 from robx.distill.teachers import from_checkpoint, from_timm
 from robx.distill.teachers.checkpoints import Channels
 from robx.distill.teachers.choose import choose_teacher, licence
-from robx.distill.teachers.frozen_heads import empty_head, fitted_head
+from robx.distill.teachers.frozen_heads import fitted_head
 from robx.distill.teachers.prototypes import Method, fit_teacher
 from robx.distill.teachers.teacher import Teacher
 from robx.distill.teachers.team import Team
@@ -83,9 +83,7 @@ def load_teacher(
     teacher.info = dataclasses.replace(teacher.info, licence=text)
     _require_size(teacher, image_size)
     teacher.to(device)
-    if entry.method == "headless" and prototypes is None:
-        teacher.set_head(empty_head(teacher.width))
-    elif entry.method == "headless" and source is not None and prototypes is not None:
+    if entry.method == "headless" and source is not None and prototypes is not None:
         fit_teacher(
             teacher,
             source,
@@ -125,10 +123,8 @@ def build_teacher_skeleton(
         teacher = from_checkpoint.load(entry, weights, image_size=image_size)
     else:
         teacher = from_checkpoint.build(entry, image_size=image_size)
-    if entry.method == "headless":
-        width = teacher.width
-        random = None if prototypes is None else fitted_head(torch.zeros(width), torch.randn(prototypes, width))
-        teacher.set_head(random or empty_head(width))
+    if entry.method == "headless" and prototypes is not None:
+        teacher.set_head(fitted_head(torch.zeros(teacher.width), torch.randn(prototypes, teacher.width)))
     _require_size(teacher, image_size)
     return teacher
 

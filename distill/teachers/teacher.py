@@ -136,56 +136,62 @@ class Teacher(nn.Module):
         return self
 
     @torch.no_grad()
-    def forward(self, pixels: Tensor, *, patches: bool | Tensor = True, maps: bool = False) -> TeacherScores:
+    def forward(
+        self, pixels: Tensor, *, patches: bool | Tensor = True, maps: bool = False, scores: bool = True
+    ) -> TeacherScores:
         """Score pixels (N, 3, H, W) that are normalised with ImageNet's mean and standard deviation.
 
         `patches` False skips an iBOT teacher's patch logits, for a student without patch tokens; places (M,) among all
-        N * P patches select those of M patches. `maps` adds the feature maps of the stages; then there are no patch
-        logits.
+        N * P patches select those of M patches. `maps` adds the feature maps of the stages, in place of patch logits.
+        Without `scores` no head is run: the scores are (N, 0).
         """
         with self._autocast():
-            return self._mapped(self._input(pixels)) if maps else self._scores(self._input(pixels), patches)
+            pixels = self._input(pixels)
+            if maps:
+                return self._mapped(pixels, scores=scores)
+            return self._scores(pixels, patches) if scores else _unscored(self._features(pixels))
 
     @property
     def map_strides(self) -> Mapping[int, int]:
         """The feature maps that the trunk has, {stride: channels}; empty if timm cannot give them."""
         return map_strides(self.trunk)
 
-    def _mapped(self, pixels: Tensor) -> TeacherScores:
-        last, maps = map_stages(self.trunk, pixels)
-        maps = {stride: each.float() for stride, each in maps.items()}
-        trunk = cast(Any, self.trunk)
-        if self.method == "classifier":
+    def _mapped(self, pixels: Tensor, *, scores: bool) -> TeacherScores:
+        last, found = map_stages(self.trunk, pixels)
+        maps = {stride: each.float() for stride, each in found.items()}
+        trunk, classifies = cast(Any, self.trunk), self.method == "classifier"
+        if not scores:
+            return _unscored(self._pooled(last) if classifies else trunk.forward_head(last).float(), maps)
+        if classifies:
             return TeacherScores(trunk.forward_head(last).float(), None, self._pooled(last), maps)
-        if self.head is None:
-            raise self._no_prototypes()
         features = trunk.forward_head(last)
-        return TeacherScores(self.head(features).float(), None, features.float(), maps)
+        return TeacherScores(self._require_head()(features).float(), None, features.float(), maps)
 
     def _scores(self, pixels: Tensor, patches: bool | Tensor) -> TeacherScores:
         if self.method == "classifier":
             maps = cast(Any, self.trunk).forward_features(pixels)
             logits = cast(Any, self.trunk).forward_head(maps)
             return TeacherScores(logits.float(), None, self._pooled(maps))
-        if self.head is None:
-            raise self._no_prototypes()
+        head = self._require_head()
         if self.patch_prototypes is not None and patches is not False:
             features, places = tokens(self.trunk, pixels)
             selected = places.flatten(0, 1)[patches][None] if isinstance(patches, Tensor) else places
-            logits = self.head.patches(selected).float()
+            logits = head.patches(selected).float()
             logits = logits[0] if isinstance(patches, Tensor) else logits
-            return TeacherScores(self.head(features).float(), logits, features.float())
+            return TeacherScores(head(features).float(), logits, features.float())
         features = self.trunk(pixels)
-        return TeacherScores(self.head(features).float(), None, features.float())
+        return TeacherScores(head(features).float(), None, features.float())
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
         """The trunk's features (N, D), float32, of ImageNet-normalised pixels (N, 3, H, W); the head is not run."""
         with self._autocast():
-            pixels = self._input(pixels)
-            if self.method == "classifier":
-                return self._pooled(cast(Any, self.trunk).forward_features(pixels))
-            return cast(Tensor, self.trunk(pixels).float())
+            return self._features(self._input(pixels))
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        if self.method == "classifier":
+            return self._pooled(cast(Any, self.trunk).forward_features(pixels))
+        return cast(Tensor, self.trunk(pixels).float())
 
     def _input(self, pixels: Tensor) -> Tensor:
         """The trunk's input: in its own normalisation, and enlarged if it is smaller than it should be."""
@@ -195,11 +201,17 @@ class Teacher(nn.Module):
             return pixels
         return F.interpolate(pixels, size=self.least_shape, mode="bilinear", align_corners=False)
 
-    def _no_prototypes(self) -> InputError:
-        return InputError(f"teacher {self.name} has no prototypes: give images (--data) to fit them to")
+    def _require_head(self) -> PrototypeHead:
+        if self.head is None:
+            raise InputError(f"teacher {self.name} has no prototypes: give images (--data) to fit them to")
+        return self.head
 
     def _pooled(self, maps: Tensor) -> Tensor:
         return cast(Tensor, cast(Any, self.trunk).forward_head(maps, pre_logits=True).float())
+
+
+def _unscored(features: Tensor, maps: Mapping[int, Tensor] | None = None) -> TeacherScores:
+    return TeacherScores(features.new_zeros(len(features), 0), None, features, maps)
 
 
 def fold_normalisation(mean: Channels, std: Channels) -> tuple[Tensor, Tensor]:

@@ -158,6 +158,9 @@ def open_run(spec: RunSpec, compute: Compute, *, processes: Processes, say: Say)
     for learner in networks.learners:
         if learner.net.note:
             say(learner.net.note)
+        if learner.net.stages is not None:
+            strides = ", ".join(str(stride) for stride in learner.net.stages.pairs)
+            say(f"{learner.name} matches the teacher's feature maps at stride {strides}")
     branch = networks.branch
     if spec.store is not None and spec.teacher is not None and processes.first:
         kept = stored_info(recipe, teacher=spec.teacher, source=spec.source, k=options.stored_k)

@@ -60,6 +60,12 @@ def test_only_quick_computes_in_bf16_and_only_on_a_cpu_that_can(
     assert resolve_recipe(_settings(scenes, recipe=recipe, device="cpu", precision="fp32")).precision == "fp32"
 
 
+def test_quick_computes_in_float32_where_int8_is_simulated(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "cpu_has_bf16", lambda: True)
+    found = resolve_recipe(_settings(scenes, recipe="quick", device="cpu", quantize="int8", init=scenes))
+    assert found.precision == "fp32"
+
+
 def test_the_decision_for_a_cpu() -> None:
     assert decide(BF16_CPU, {}).precision == "fp32"
     assert decide(BF16_CPU, {}, quick=True).precision == "bf16"
@@ -162,8 +168,9 @@ def test_quick_means_the_same_for_every_teacher_and_student(method: str, kind: S
     assert {key for key in one if one[key] != other[key]} <= unread
 
 
-def test_quick_trains_without_prototypes_and_fits_none(
-    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("objective", [None, "dino", "swav"])
+def test_quick_trains_without_prototypes_and_fits_none_whatever_the_objective(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str | None
 ) -> None:
     def fitted(*_: object, **__: object) -> None:
         raise AssertionError("prototypes were fitted")
@@ -172,8 +179,11 @@ def test_quick_trains_without_prototypes_and_fits_none(
     monkeypatch.setattr(from_timm, "load", _random_teacher)
     said: list[str] = []
     given = {"recipe": "quick", "out": tmp_path / "run", "student": "test_resnet", "crop_size": 32, "epochs": 1}
-    distill(_settings(scenes, **given, prototypes=64, measure=False, device="cpu"), say=said.append)
-    assert any("--prototypes 64 is not used" in line for line in said), said
+    given |= {"prototypes": 64, "objective": objective}
+    distill(_settings(scenes, **given, measure=False, device="cpu"), say=said.append)
+    text = "\n".join(said)
+    assert "--prototypes 64 is not used" in text and (objective is None or f"--objective {objective} is not" in text)
+    assert "test_resnet matches the teacher's feature maps at stride 4, 8, 16, 32" in text
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     first = next(line for line in lines if "loss" in line)
     assert first["loss"] == pytest.approx(first["feature_loss"] + first["stage_loss"], rel=1e-5)
@@ -184,7 +194,9 @@ def _random_teacher(entry: ZooEntry, **values: Any) -> Teacher:
 
 
 def test_quick_has_no_scores_to_store(scenes: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--store-targets stores scores, which prototype_weight = 0 does not use"):
+    with pytest.raises(
+        InputError, match="--store-targets stores the scores of prototypes, which this recipe does not use"
+    ):
         resolve_recipe(_settings(scenes, recipe="quick", store_targets=tmp_path / "targets"))
 
 

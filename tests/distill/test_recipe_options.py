@@ -265,6 +265,10 @@ def test_a_teacher_scores_alike_with_its_maps(tiny: ModuleType) -> None:
     plain, mapped = teacher(pixels), teacher(pixels, maps=True)
     torch.testing.assert_close(mapped.crops, plain.crops)
     torch.testing.assert_close(mapped.features, plain.features)
+    for maps in (False, True):
+        bare = teacher(pixels, maps=maps, scores=False)
+        torch.testing.assert_close(bare.features, plain.features)
+        assert bare.crops.shape == (2, 0) and (bare.maps is not None) == maps
     assert plain.maps is None and {stride: maps.shape[1] for stride, maps in mapped.maps.items()} == teacher.map_strides
 
 
