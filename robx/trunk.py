@@ -22,6 +22,7 @@ from robx.image_size import ImageSize, Shape, height_and_width, plain_size
 from robx.records import Student, load_student, save_student
 from robx.store.files import sha256_file, write_bytes
 
+_FINEST = 4  # stride of the finest feature maps given; finer ones hold edges, which a student learns in any case
 _MOST_PLACES = 16  # of a side of the feature maps that `map_stages` gives
 
 
@@ -182,7 +183,8 @@ def map_strides(trunk: nn.Module) -> dict[int, int]:
     """The feature maps that `map_stages` gives: {stride: channels}; empty if timm cannot give this network's maps."""
     if not hasattr(trunk, "forward_intermediates"):
         return {}
-    return {stage["reduction"]: stage["num_chs"] for stage in trunk.feature_info}  # type: ignore[union-attr]
+    stages = trunk.feature_info
+    return {stage["reduction"]: stage["num_chs"] for stage in stages if stage["reduction"] >= _FINEST}  # type: ignore
 
 
 def map_stages(trunk: nn.Module, pixels: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
@@ -193,12 +195,14 @@ def map_stages(trunk: nn.Module, pixels: Tensor) -> tuple[Tensor, dict[int, Tens
         pixels: (N, 3, H, W).
 
     Returns:
-        What ``trunk.forward_head`` takes, and {stride: (N, C, h, w)}, each averaged so that no side is longer than 16:
-        larger maps cost memory. All blocks of a ViT have one stride, so its map is that of the last block.
+        What ``trunk.forward_head`` takes, and {stride: (N, C, h, w)} of strides from 4 on, each averaged so that no
+        side is longer than 16: larger maps cost memory. All blocks of a ViT have one stride, so its map is that of the
+        last block.
     """
     last, maps = trunk.forward_intermediates(pixels)  # type: ignore[operator]
     strides = [stage["reduction"] for stage in trunk.feature_info]  # type: ignore[union-attr]
-    return last, {stride: _averaged(each) for stride, each in zip(strides, maps, strict=True)}
+    found = dict(zip(strides, maps, strict=True))
+    return last, {stride: _averaged(each) for stride, each in found.items() if stride >= _FINEST}
 
 
 def _averaged(maps: Tensor) -> Tensor:

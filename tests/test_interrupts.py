@@ -18,7 +18,8 @@ from robx.errors import InputError
 
 def wait():
     print("ready", flush=True)
-    time.sleep(60)
+    for _ in range(6000):  # Python would not notice until its end a signal that arrives just before a long sleep
+        time.sleep(0.01)
 
 @click.command()
 def probe():
@@ -119,7 +120,8 @@ with interrupts.ended_by_signals():
     child = os.fork()
     if not child:
         os.write(writer, b"x")
-        time.sleep(60)
+        for _ in range(6000):
+            time.sleep(0.01)
         os._exit(0)
     os.read(reader, 1)  # Python forgets the signals that arrive while it forks
     os.kill(child, signal.SIGTERM)

@@ -14,7 +14,6 @@ from robx.distill.objectives.base import TeacherSpec
 from robx.errors import InputError
 from robx.trunk import map_strides
 
-_FINEST = 4  # stride of the finest maps compared; a finer one holds edges, which a student learns in any case
 _ALIKE = 1.5  # two strides within this factor show about the same parts of an image
 
 
@@ -30,7 +29,7 @@ class StageProjections(nn.Module):
         self.pairs: dict[int, int] = {}  # {the teacher's stride: the student's}
         for stride in sorted(teacher):
             nearest = min(student, key=lambda other: abs(math.log(other / stride)))
-            if stride >= _FINEST and 1 / _ALIKE < nearest / stride < _ALIKE:
+            if 1 / _ALIKE < nearest / stride < _ALIKE:
                 self.pairs[stride] = nearest
         self.convolutions = nn.ModuleDict(
             {str(theirs): nn.Conv2d(student[ours], teacher[theirs], 1) for theirs, ours in self.pairs.items()}
