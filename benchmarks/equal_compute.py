@@ -9,7 +9,9 @@ order that depends on the seed alone, and every run ends with its learning rate 
 
 The methods are those of equal_compute.toml: recipes of robx, and LightlyTrain, which runs in its own environment (
 ``--lightly DIR/bin/python``) through its public API. judged.py judges every student. Differences are paired: the same
-seeds and the same test images. Every run is kept, the losing ones too; the same command continues.
+seeds and the same test images. Every run is kept, the losing ones too; the same command continues. The table's JSON has
+the answers to all images that differences are computed from: ``--published`` adds seeds and methods to it, on a machine
+without those runs.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import CLIP_ART, Chosen, demo_images, publish, save_student, say, shown
+from common import CLIP_ART, RESULTS, Chosen, demo_images, publish, save_student, say, shown
 from judged import NEIGHBOURS, SHOTS, JudgedSet, difference, judge, judged_sets
 from torch import nn
 
@@ -49,7 +51,12 @@ from robx.trunk import build_trunk, embedding_width
 WARM_STEPS, TIMED_STEPS = 3, 10
 RESULT = "result.json"
 TABLE = Path(__file__).with_suffix(".toml")
-COMPARED = ("kNN, clip art", "linear, clip art", "LOO kNN, clip art")  # what the table shows differences of
+COMPARED = (
+    "kNN, clip art",
+    "linear, clip art",
+    "LOO kNN, clip art",
+    "kNN, Fashion-MNIST",
+)  # with differences
 
 
 @dataclass(frozen=True)
@@ -87,12 +94,11 @@ def main() -> None:
     for seed in range(given.seeds):
         for minutes in given.budgets:
             for name in given.methods:
-                if given.finished and not (folder_of(name, seed, minutes, given) / RESULT).is_file():
+                if given.finished and finished(name, seed, minutes, given) is None:
                     continue
                 run = one_run(known[name], images, sets, seed=seed, minutes=minutes, given=given)
-                say(
-                    f"seed {seed}, {minutes:g} min, {name}: " + ", ".join(f"{k} {v:.1f}" for k, v in means(run).items())
-                )
+                figures = ", ".join(f"{what} {value:.1f}" for what, value in run["top1"].items())
+                say(f"seed {seed}, {minutes:g} min, {name}: {figures}")
                 runs.append(run)
         write_down(runs, known, given)
 
@@ -111,9 +117,13 @@ def arguments(known: Mapping[str, Method]) -> argparse.Namespace:
     parser.add_argument("--lightly", type=Path, help="python of an environment with lightly-train and timm")
     parser.add_argument("--dino", type=Path, metavar="FILE", help="the teacher with a DINO head, from chain.py")
     parser.add_argument("--finished", action="store_true", help="train nothing: the table of the finished runs")
+    parser.add_argument("--published", action="store_true", help="count the runs of the published table as finished")
     parser.add_argument("--out", type=Path, default=Path("runs/equal-compute"))
     parser.add_argument("--name", help="name of the result; default: equal-compute-TEACHER-STUDENT")
-    return parser.parse_args()
+    given = parser.parse_args()
+    given.name = given.name or f"equal-compute-{given.teacher}-{given.student}"
+    given.earlier = published_runs(RESULTS / f"{given.name}.json") if given.published else {}
+    return given
 
 
 def folder_of(name: str, seed: int, minutes: float, given: argparse.Namespace) -> Path:
@@ -130,16 +140,46 @@ def one_run(
     minutes: float,
     given: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Train one student for its budget and judge it; a finished one is read from its folder."""
+    """Train one student for its budget and judge it, unless that is done."""
+    if (done := finished(method.name, seed, minutes, given)) is not None:
+        return done
     folder = folder_of(method.name, seed, minutes, given)
-    path = folder / RESULT
-    if path.is_file():
-        return dict(read_json(path))
     run = {"robx": run_robx, "lightly": run_lightly, "loop": run_loop}[method.tool]
     spent = run(method, images, folder, seed=seed, seconds=60 * minutes, given=given)
     facts = {"method": method.name, "seed": seed, "minutes": minutes, **spent}
-    write_json(path, {**facts, "hits": judge(folder / "run", sets)})
-    return dict(read_json(path))
+    write_json(folder / RESULT, {**facts, "hits": judge(folder / "run", sets)})
+    return finished(method.name, seed, minutes, given) or {}
+
+
+def finished(name: str, seed: int, minutes: float, given: argparse.Namespace) -> dict[str, Any] | None:
+    """A finished run, of its folder or the published table, with its hits and top-1 in %; None if there is none."""
+    path = folder_of(name, seed, minutes, given) / RESULT
+    if not path.is_file():
+        earlier: dict[str, Any] | None = given.earlier.get((name, seed, minutes))
+        return earlier
+    run = dict(read_json(path))
+    return run | {"top1": {what: 100 * float(np.mean(hits)) for what, hits in run["hits"].items()}}
+
+
+def published_runs(path: Path) -> dict[tuple[str, int, float], dict[str, Any]]:
+    """The runs of a table that `write_down` wrote, as `finished` gives them, by method, seed and minutes."""
+    table, runs = read_json(path), {}
+    for row in table["rows"]:
+        hits = {what: unpacked(text) for what, text in row["hits"].items()}
+        runs[row["method"], row["seed"], row["minutes"]] = row | {"hits": hits}
+    return runs
+
+
+def packed(hits: Sequence[float]) -> str:
+    """Right and wrong answers as their number and hexadecimal digits."""
+    return f"{len(hits)} {np.packbits(np.array(hits, dtype=bool)).tobytes().hex()}"
+
+
+def unpacked(text: str) -> list[float]:
+    """The answers of `packed`."""
+    count, digits = text.split()
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8), count=int(count))
+    return [float(bit) for bit in bits]
 
 
 # ----------------------------------------------------------------------------------------------------------------- robx
@@ -337,14 +377,9 @@ def write_pictures(images: ImageSource, folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ the table
 
 
-def means(run: Mapping[str, Any]) -> dict[str, float]:
-    """Top-1 in % by protocol and set."""
-    return {name: 100 * float(np.mean(hits)) for name, hits in run["hits"].items()}
-
-
 def write_down(runs: Sequence[Mapping[str, Any]], known: Mapping[str, Method], given: argparse.Namespace) -> None:
     """The table of all runs so far."""
-    judged = list(runs[0]["hits"])
+    judged = list(runs[0]["top1"])
     rows = []
     for minutes in given.budgets:
         found = {n: {r["seed"]: r for r in runs if (r["method"], r["minutes"]) == (n, minutes)} for n in given.methods}
@@ -359,30 +394,32 @@ def write_down(runs: Sequence[Mapping[str, Any]], known: Mapping[str, Method], g
                     for what in COMPARED
                 ]
                 compared = [shown(difference(*pair), 1) for pair in pairs]
-            figures = [f"{np.mean([means(run)[what] for run in of.values()]):.1f}" for what in judged]
+            figures = [f"{np.mean([run['top1'][what] for run in of.values()]):.1f}" for what in judged]
             spent = [f"{np.mean([run[key] for run in of.values()]):,.0f}" for key in ("cpu_seconds", "images")]
             rows.append([f"{minutes:g} min", name, str(len(of)), *figures, *compared, *spent, known[name].says])
+    earlier = sum(run is given.earlier.get((run["method"], run["seed"], run["minutes"])) for run in runs)
     publish(
-        given.name or f"equal-compute-{given.teacher}-{given.student}",
+        given.name,
         title=f"{given.teacher} -> {given.student}: top-1 in % at equal CPU time",
         headings=[
             "budget", "method", "seeds", *judged,
-            *(f"{what.split(',')[0]} - {given.against}" for what in COMPARED), "CPU s", "images", "what it is",
+            *(f"{what} - {given.against}" for what in COMPARED), "CPU s", "images", "what it is",
         ],
         rows=rows,
-        data=[{key: value for key, value in run.items() if key != "hits"} | means(run) for run in runs],
+        data=[dict(run, hits={what: packed(run["hits"][what]) for what in COMPARED}) for run in runs],
         notes=[
             f"kNN (k = {NEIGHBOURS}), a linear head and {SHOTS}-shot "
             "regression on features extracted once; LOO kNN is leave-one-out over the labelled images of both parts. "
             "Of Fashion-MNIST 1,000 training and 1,000 test images. Differences "
-            "are on clip art, paired by seed and image, with 95 % bootstrap intervals over both. With one seed the "
+            "are paired by seed and image, with 95 % bootstrap intervals over both. With one seed the "
             "interval covers the test images alone.",
             "quick was chosen by trials of two minutes with seed 7 of ResNet-10t and MobileNetV3-small, and its rate "
             "for a ViT with seed 0, judged on the same clip art (equal-compute-screening.md).",
             "CPU s: of training and of fitting prototypes. Methods were run one after another on one core.",
             CLIP_ART,
+            *([f"{earlier} of the runs are those of an earlier version of this table."] if earlier else []),
         ],
-        settings={key: str(value) for key, value in vars(given).items() if key not in ("out", "lightly", "name")},
+        settings={k: str(v) for k, v in vars(given).items() if k not in ("out", "lightly", "name", "earlier")},
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import pytest
 from robx.distill.presets import QUICK
 from robx.distill.recipes import override, preset
 from robx.records import Rung, Value, to_json
+from robx.store.files import write_json
 from tests.preloaded import Preloaded
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -72,6 +73,32 @@ def test_differences_are_paired_by_seed_and_image(equal_compute: Any) -> None:
     assert (same.value, same.low, same.high) == (25.0, 25.0, 25.0)
     other = equal_compute.difference(np.random.default_rng(1).integers(0, 2, (3, 50)), hits)
     assert other.low < other.value < other.high and other.high - other.low > 10
+
+
+def test_the_published_table_can_be_continued_without_its_runs(
+    equal_compute: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Written from its own JSON, the table is the same: figures, and intervals from the answers kept in it."""
+    monkeypatch.setattr(importlib.import_module("common"), "RESULTS", tmp_path)
+    monkeypatch.setattr(equal_compute, "RESULTS", tmp_path)
+    known, rng = equal_compute.methods(), np.random.default_rng(0)
+    compared = equal_compute.COMPARED
+    for name in ("quick", "control"):
+        for seed in range(2):
+            hits = {what: rng.integers(0, 2, 101).astype(float).tolist() for what in compared}
+            facts = {"method": name, "seed": seed, "minutes": 2.0, "cpu_seconds": 1.0, "images": 3}
+            folder = tmp_path / "efficientnet_lite0-resnet10t" / name / f"2min-{seed}"
+            write_json(folder / "result.json", {**facts, "hits": {**hits, "5-shot, clip art": [0.25, 0.7]}})
+    options = ["--methods", "quick", "control", "--budgets", "2", "--seeds", "2", "--finished", "--name", "table"]
+    pages = []
+    for more in (["--out", str(tmp_path)], ["--out", str(tmp_path / "nothing"), "--published"]):
+        monkeypatch.setattr("sys.argv", ["equal_compute.py", *options, *more])
+        given = equal_compute.arguments(known)
+        runs = [equal_compute.finished(name, seed, 2.0, given) for seed in range(2) for name in ("quick", "control")]
+        equal_compute.write_down(runs, known, given)
+        pages.append([line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("|")])
+    assert pages[0] == pages[1] and "47.5" in pages[0][3] and "[" in pages[0][3]
+    assert "4 of the runs are those of an earlier version of this table." in (tmp_path / "table.md").read_text()
 
 
 @pytest.fixture
