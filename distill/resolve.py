@@ -226,16 +226,22 @@ def student_kind(name: str) -> StudentKind:
     return "cnn" if any(isinstance(module, _BatchNorm) for module in trunk.modules()) else "vit"
 
 
-def mixed_kinds(students: tuple[str, ...], recipe: Recipe) -> str:
+def mixed_kinds(settings: DistillSettings, recipe: Recipe) -> str:
     """A warning if students that need different recipes share one; empty otherwise."""
-    first, *others = students
+    first, *others = settings.students
     kind = student_kind(first) if others else None
     other = next((name for name in others if student_kind(name) != kind), None)
     if other is None:
         return ""
+    shared, own = (
+        f"{each.optimizer}, lr {each.lr:g}, weight decay {each.weight_decay:g}"
+        for each in (recipe, resolve_recipe(dataclasses.replace(settings, students=(other,))))
+    )
+    if shared == own:
+        return ""
     return (
-        f"{other} needs another recipe than {first} but is trained with the same one ({recipe.optimizer}, "
-        f"lr {recipe.lr:g}, weight decay {recipe.weight_decay:g}): use separate runs, or --recipe FILE for both"
+        f"{other} is trained with the recipe of {first} ({shared}), and would have another one in a run of its own "
+        f"({own}): use separate runs, or --recipe FILE for both"
     )
 
 

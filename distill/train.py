@@ -157,7 +157,7 @@ def _objective(recipe: Recipe) -> str | None:
 
 def _warnings(settings: DistillSettings, recipe: Recipe) -> list[str]:
     """What is odd about settings that can be used."""
-    mixed = mixed_kinds(settings.students, recipe)
+    mixed = mixed_kinds(settings, recipe)
     return [f"warning: {line}" for line in (*([mixed] if mixed else []), *unused_options(settings, recipe))]
 
 

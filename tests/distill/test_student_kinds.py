@@ -46,13 +46,23 @@ def test_a_tiny_vit_drops_fewer_patches(name: str, drop: float, tmp_path: Path) 
     assert resolve_recipe(DistillSettings.of(student=name, data=tmp_path, teacher="msn", recipe=file)).patch_drop == 0.3
 
 
-def test_students_of_two_kinds_are_told_whose_recipe_they_train_by(scenes: Path) -> None:
-    command = ["distill", "--teacher", "ema", "--data", str(scenes), "--dry-run", "--device", "cpu"]
-    pair = ["--student", "test_resnet", "--student", "test_vit"]
-    said = CliRunner().invoke(main, [*command, *pair]).stderr
-    assert "test_vit needs another recipe than test_resnet but is trained with the same one (larc, lr 0.2" in said
-    same = CliRunner().invoke(main, [*command, *pair[:2], "--student", "resnet10t"]).stderr
-    assert "another recipe" not in same
+def test_students_of_two_kinds_are_told_whose_recipe_they_train_by(scenes: Path, tmp_path: Path) -> None:
+    pair, file = ["--student", "test_resnet", "--student", "test_vit"], tmp_path / "both.toml"
+    file.write_text('optimizer = "adamw"\nlr = 1e-3\nlr_batch = 0\nweight_decay = 0.1\n')
+
+    def said(*options: str) -> str:
+        command = ["distill", "--data", str(scenes), "--dry-run", "--device", "cpu", *options]
+        return CliRunner().invoke(main, command).stderr
+
+    base = ["--teacher", "ema", *pair]
+    assert "test_vit is trained with the recipe of test_resnet (larc, lr 0.2" in said(*base)
+    assert "would have another one in a run of its own (adamw, lr 0.00" in said(*base)
+    assert "recipe of" not in said(*base[:-1], "resnet10t")
+    assert "recipe of" not in said(*base, "--recipe", str(file))  # the same for both
+    quick = ["--teacher", "efficientnet_lite0", "--recipe", "quick", *pair]
+    assert "(adamw, lr 0.003, weight decay 0.04), and would have another one in a run of its own (adamw, lr 0.001" in (
+        said(*quick)
+    )
 
 
 def test_a_teacher_scores_in_float32_under_autocast() -> None:
