@@ -183,7 +183,10 @@ class Recipe:
                 "recipe: feature_weight, stage_weight and prototype_weight need a teacher, not --teacher ema: drop them"
             )
         if not self.feature_weight and not self.prototype_weight:
-            raise InputError("recipe: prototype_weight = 0 leaves no loss: give feature_weight")
+            raise InputError(
+                "recipe: with prototype_weight = 0 and feature_weight = 0 no loss is left for the embedding: give "
+                "feature_weight"
+            )
         if self.quantize and (self.base or self.precision != "fp32"):
             needs = "a teacher: drop --teacher ema" if self.base else "fp32: give --precision fp32"
             raise InputError(f"recipe: quantize = {self.quantize} needs {needs}")

@@ -10,9 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import torch
-from torch.nn.modules.batchnorm import _BatchNorm
-
 from robx.arguments import argument_hint, check_types
 from robx.distill.presets import NAMED, TINY
 from robx.distill.recipe_toml import read_recipe
@@ -24,7 +21,7 @@ from robx.distill.training.run import Options
 from robx.errors import InputError, RobxError, did_you_mean
 from robx.store.files import read_json
 from robx.store.written import RECORD
-from robx.trunk import build_trunk
+from robx.trunk import has_batch_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +141,8 @@ def resolve_recipe(settings: DistillSettings) -> Recipe:
         recipe = override(recipe, given)
     except InputError as error:
         raise InputError(_naming_options(str(error), settings.overrides)) from None
+    if not recipe.prototype_weight and recipe.local_crops:  # they are scored against prototypes alone
+        recipe = override(recipe, {"local_crops": 0})
     if recipe.quantize is not None and settings.init is None:
         raise InputError("--quantize starts from a trained student: give --init RUN, a finished run of this student")
     if settings.store_targets is not None and not recipe.prototype_weight:
@@ -221,9 +220,7 @@ def student_kind(name: str) -> StudentKind:
     Raises:
         InputError: timm has no model of that name.
     """
-    with torch.device("meta"):
-        trunk = build_trunk(name)
-    return "cnn" if any(isinstance(module, _BatchNorm) for module in trunk.modules()) else "vit"
+    return "cnn" if has_batch_norm(name) else "vit"
 
 
 def mixed_kinds(settings: DistillSettings, recipe: Recipe) -> str:
@@ -258,9 +255,12 @@ def unused_options(settings: DistillSettings, recipe: Recipe) -> list[str]:
     if "local_crop_size" in given and not recipe.local_crops:
         found.append("--local-crop-size is not used: there are no local crops (--local-crops)")
     if not recipe.prototype_weight:
-        unused = {"objective": settings.objective, "prototypes": settings.overrides.get("prototypes")}
+        unused = {"--objective": settings.objective, "--prototypes": settings.overrides.get("prototypes")}
+        unused["--local-crops"] = settings.overrides.get("local_crops") or None
+        if settings.recipe is not None and str(settings.recipe) not in NAMED:
+            unused[f"{settings.recipe}: local_crops"] = read_recipe(settings.recipe).get("local_crops") or None
         found += [
-            f"--{option} {value} is not used: the recipe has prototype_weight = 0, and so no loss of prototypes"
+            f"{option} {value} is not used: the recipe has prototype_weight = 0, and so no loss of prototypes"
             for option, value in unused.items()
             if value is not None
         ]

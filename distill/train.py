@@ -26,6 +26,7 @@ from robx.distill.batches.views import Targets, Views
 from robx.distill.objectives.base import Stats
 from robx.distill.recipes import Recipe
 from robx.distill.resolve import DistillSettings, mixed_kinds, resolve_recipe, unused_options
+from robx.distill.students.student import build_student
 from robx.distill.targets.stored_writer import WritingBranch
 from robx.distill.teachers.choose import choose_teacher
 from robx.distill.teachers.load import build_teacher_skeleton, load_teacher
@@ -90,6 +91,7 @@ def distill(settings: DistillSettings, *, progress: Progress | None = None, say:
             if processes.first:
                 check_outputs(spec)
             check_spec(spec)
+            _require_maps(settings, recipe)
             require_same_images(source, processes)  # all processes fit the teacher's prototypes together
             teacher = load_teacher(
                 settings.teacher,
@@ -143,6 +145,22 @@ def estimate(
     for warning in _warnings(settings, recipe):
         (say or _silent)(warning)
     return recipe, dry_run(_spec(settings, recipe, source, teacher), gpu_memory=gpu_memory)
+
+
+def _require_maps(settings: DistillSettings, recipe: Recipe) -> None:
+    """Refuse networks without the feature maps that the recipe compares, from shapes alone."""
+    if not recipe.stage_weight or settings.teacher is None:
+        return
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        teacher = build_teacher_skeleton(
+            settings.teacher,
+            weights=settings.teacher_weights,
+            objective=_objective(recipe),
+            prototypes=recipe.prototypes,
+            image_size=recipe.teacher_shape,
+        )
+        for name in settings.students:
+            build_student(name, recipe, teacher)
 
 
 def _prototypes(recipe: Recipe) -> int | None:

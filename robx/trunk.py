@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from robx.errors import ArtifactError, InputError, did_you_mean, first_line, is_exhausted
 from robx.image_size import ImageSize, Shape, height_and_width, plain_size
@@ -122,6 +123,16 @@ def is_vit(timm_name: str) -> bool:
     if not timm.is_model(timm_name):
         return False
     return timm.model_entrypoint(timm_name).__module__.rpartition(".")[2] in ("vision_transformer", "deit")
+
+
+def has_batch_norm(timm_name: str) -> bool:
+    """Whether a timm model has BatchNorm layers.
+
+    Raises:
+        InputError: timm has no model of that name.
+    """
+    with torch.device("meta"):
+        return any(isinstance(module, _BatchNorm) for module in build_trunk(timm_name).modules())
 
 
 def embedding_width(trunk: nn.Module) -> int:

@@ -50,9 +50,9 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
         InputError: fewer images than one batch.
     """
     if count < batch_size:
-        raise InputError(
-            f"{count} images are fewer than one batch of {batch_size}: give --batch-size {max(1, count // 2)}"
-        )
+        remedy = f"give --batch-size {max(2, count // 2)}" if count > 1 else "give more images"
+        found = "1 image is" if count == 1 else f"{count} images are"
+        raise InputError(f"{found} fewer than one batch of {batch_size}: {remedy}")
     return count // batch_size
 
 

@@ -36,14 +36,16 @@ def stage_loss(student: Mapping[int, Tensor], teacher: Mapping[int, Tensor]) -> 
 
     Args:
         student: projected maps {stride of the teacher's: (MB, C, h, w)}, in the graph, crop by crop.
-        teacher: maps {stride: (QB, C, h', w')} of the first Q crops, averaged to the student's places.
+        teacher: maps {stride: (QB, C, h', w')} of the first Q crops; the larger map is averaged to the other's places.
     """
     return torch.stack([_map_loss(ours, teacher[stride]) for stride, ours in student.items()]).sum()
 
 
 def _map_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    height, width = student.shape[-2:]
-    if teacher.shape[-2:] != (height, width):
-        teacher = F.adaptive_avg_pool2d(teacher, (height, width))
-    ours, theirs = (maps[: len(teacher)].movedim(1, -1).flatten(0, -2) for maps in (student, teacher))
+    height, width = (min(student.shape[axis], teacher.shape[axis]) for axis in (-2, -1))
+    ours, theirs = (
+        maps if maps.shape[-2:] == (height, width) else F.adaptive_avg_pool2d(maps, (height, width))
+        for maps in (student[: len(teacher)], teacher)
+    )
+    ours, theirs = (maps.movedim(1, -1).flatten(0, -2) for maps in (ours, theirs))
     return feature_loss(ours[None], theirs[None])

@@ -20,17 +20,17 @@ _ALIKE = 1.5  # two strides within this factor show about the same parts of an i
 class StageProjections(nn.Module):
     """A 1 x 1 convolution for each map of the teacher, from the student's map of the nearest stride.
 
-    A map of the teacher without one of about its stride is left out.
+    A map of the teacher without one of about its stride is left out. If all are, as with ViTs of patches of 8 and of 16
+    pixels, the two nearest meet.
     """
 
     def __init__(self, student: Mapping[int, int], teacher: Mapping[int, int]) -> None:
         """`student` and `teacher` are {stride: channels}, of `robx.trunk.map_strides`."""
         super().__init__()
-        self.pairs: dict[int, int] = {}  # {the teacher's stride: the student's}
-        for stride in sorted(teacher):
-            nearest = min(student, key=lambda other: abs(math.log(other / stride)))
-            if 1 / _ALIKE < nearest / stride < _ALIKE:
-                self.pairs[stride] = nearest
+        nearest = {stride: min(student, key=lambda other: _distance(other, stride)) for stride in sorted(teacher)}
+        alike = {theirs: ours for theirs, ours in nearest.items() if _distance(ours, theirs) < math.log(_ALIKE)}
+        closest = min(nearest, key=lambda theirs: _distance(nearest[theirs], theirs))
+        self.pairs = alike or {closest: nearest[closest]}  # {the teacher's stride: the student's}
         self.convolutions = nn.ModuleDict(
             {str(theirs): nn.Conv2d(student[ours], teacher[theirs], 1) for theirs, ours in self.pairs.items()}
         )
@@ -40,20 +40,21 @@ class StageProjections(nn.Module):
         return {theirs: self.convolutions[str(theirs)](maps[ours]) for theirs, ours in self.pairs.items()}
 
 
+def _distance(one: int, other: int) -> float:
+    return abs(math.log(one / other))
+
+
 def build_stages(name: str, trunk: nn.Module, teacher: TeacherSpec) -> StageProjections:
     """The projections of the student `name`, with fresh weights.
 
     Raises:
-        InputError: one of the networks gives no feature maps, or they have no strides in common.
+        InputError: one of the networks gives no feature maps.
     """
     ours, theirs = map_strides(trunk), teacher.map_strides
     for network, strides in ((teacher.name, theirs), (name, ours)):
         if not strides:
-            raise InputError(f"stage_weight needs feature maps, which {network} does not give: set stage_weight = 0")
-    stages = StageProjections(ours, theirs)
-    if not stages.pairs:
-        raise InputError(
-            f"stage_weight: {name} has feature maps of strides {sorted(ours)} and {teacher.name} of {sorted(theirs)}: "
-            "none are alike, so set stage_weight = 0"
-        )
-    return stages
+            raise InputError(
+                f"{network} gives no feature maps, which stage_weight and so --recipe quick match: give --recipe FILE "
+                'with the lines like = "quick" and stage_weight = 0'
+            )
+    return StageProjections(ours, theirs)

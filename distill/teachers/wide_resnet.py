@@ -49,17 +49,29 @@ class WideResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(stem)
         channels = stem
         self._stages = [f"layer{number}" for number in range(1, len(depths) + 1)]
+        self.feature_info: list[dict[str, int]] = []  # as timm's networks have it
         for number, depth in enumerate(depths):
             planes, blocks = stem * 2**number, []
             for block in range(depth):
                 blocks.append(Bottleneck(channels, planes, stride=2 if block == 0 and number else 1))
                 channels = planes * EXPANSION
             self.add_module(self._stages[number], nn.Sequential(*blocks))
+            self.feature_info.append({"num_chs": channels, "reduction": 4 * 2**number})
         self.num_features = channels
 
     def forward(self, x: Tensor) -> Tensor:
         """Pooled features (N, D) of pixels (N, 3, H, W)."""
+        return self.forward_head(self.forward_intermediates(x)[0])
+
+    def forward_intermediates(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The last stage's feature map and those of all stages, as timm's networks give them."""
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, stride=2, padding=1)
+        maps = []
         for stage in self._stages:
             x = getattr(self, stage)(x)
+            maps.append(x)
+        return x, maps
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        """The average over a feature map (N, D, h, w)."""
         return x.mean(dim=(2, 3))

@@ -7,8 +7,9 @@ the backward pass. Measured briefly on this machine: the speed bound of a step, 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -250,12 +251,12 @@ def _flop_counter() -> FlopCounterMode:
 
 def _teacher_cost(teacher: Teacher, views: Views, recipe: Recipe) -> NetworkCost:
     pixels = views.globals[0, :1]
-    flops = recipe.target_crops * count_flops(teacher, pixels)
+    flops = recipe.target_crops * count_flops(partial(teacher, scores=recipe.prototype_weight > 0), pixels)
     return NetworkCost(name=teacher.name, params=_count(teacher.trunk), flops_per_image=float(flops))
 
 
 @torch.no_grad()
-def count_flops(net: nn.Module, pixels: Tensor) -> int:
+def count_flops(net: Callable[[Tensor], Any], pixels: Tensor) -> int:
     """Floating-point operations of a forward pass, from the shapes of its tensors; computed only if it has to be."""
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), _flop_counter() as counter:

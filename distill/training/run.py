@@ -28,6 +28,7 @@ from robx.images.sources import ImageSource
 from robx.records import TeacherInfo, to_json
 from robx.store.files import write_json
 from robx.store.folders import require_writable
+from robx.trunk import has_batch_norm
 
 Say = Callable[[str], None]
 
@@ -131,6 +132,7 @@ def open_run(spec: RunSpec, compute: Compute, *, processes: Processes, say: Say)
     initial = check_spec(spec)
     per_epoch = steps_per_epoch(len(spec.source), recipe.batch_size)
     micro_batch(recipe, processes=processes.world)
+    _require_batch(spec, processes=processes.world)
     require_same_images(spec.source, processes)
     require_same_recipe(recipe, processes)
     steps = recipe.epochs * per_epoch
@@ -159,7 +161,8 @@ def open_run(spec: RunSpec, compute: Compute, *, processes: Processes, say: Say)
         if learner.net.note:
             say(learner.net.note)
         if learner.net.stages is not None:
-            strides = ", ".join(str(stride) for stride in learner.net.stages.pairs)
+            pairs = learner.net.stages.pairs.items()
+            strides = ", ".join(f"{one}" if one == own else f"{one} (its own of {own})" for one, own in pairs)
             say(f"{learner.name} matches the teacher's feature maps at stride {strides}")
     branch = networks.branch
     if spec.store is not None and spec.teacher is not None and processes.first:
@@ -276,6 +279,7 @@ def check_spec(spec: RunSpec) -> dict[str, Initial]:
     if len(set(spec.students)) != len(spec.students) or not spec.students:
         raise InputError("the same student is given twice: give each --student once")
     steps_per_epoch(len(spec.source), spec.recipe.batch_size)
+    _require_batch(spec)
     initial = {}
     if spec.init is not None:
         size = spec.recipe.crop_shape
@@ -283,6 +287,23 @@ def check_spec(spec: RunSpec) -> dict[str, Initial]:
     if spec.out is not None and not (spec.options.fresh or spec.options.force):
         run_settings.refuse_changes(spec.out, spec_settings(spec, initial), unknown="teacher")
     return initial
+
+
+def _require_batch(spec: RunSpec, *, processes: int = 1) -> None:
+    """Refuse micro-batches of one image where the networks or the loss compare the images of one."""
+    recipe = spec.recipe
+    parts = recipe.accumulate * processes
+    if recipe.batch_size > parts:
+        return
+    remedy = f"give --batch-size {2 * parts}, or more"
+    if recipe.feature_weight or recipe.stage_weight:
+        raise InputError(
+            "feature_weight and stage_weight compare the images of a micro-batch with their mean, and there is one: "
+            f"{remedy}"
+        )
+    trains_norms = not recipe.quantize and not recipe.freeze_trunk
+    if trains_norms and recipe.batch_size == recipe.accumulate and any(map(has_batch_norm, spec.students)):
+        raise InputError(f"the student's BatchNorm needs more than one image in a micro-batch: {remedy}")
 
 
 def spec_settings(spec: RunSpec, initial: Mapping[str, Initial]) -> dict[str, object]:

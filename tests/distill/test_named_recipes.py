@@ -9,19 +9,24 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
+import robx.distill.train as train_module
 from robx.cli import main
 from robx.distill.presets import NAMED, QUICK
 from robx.distill.recipe_toml import read_recipe
 from robx.distill.recipes import METHODS, StudentKind, override, preset
-from robx.distill.resolve import DistillSettings, resolve_recipe
+from robx.distill.resolve import DistillSettings, resolve_recipe, unused_options
+from robx.distill.students import stage_projections
 from robx.distill.teachers import from_timm, load
+from robx.distill.teachers.choose import choose_teacher
 from robx.distill.teachers.teacher import Teacher
 from robx.distill.teachers.zoo import ZooEntry
-from robx.distill.train import distill
+from robx.distill.train import distill, estimate
 from robx.distill.training import compute
 from robx.distill.training.compute import DeviceFacts, cpu_has_bf16, decide
+from robx.distill.training.dry_run import count_flops
 from robx.errors import InputError
 from robx.images.sources import open_source
 from robx.records import to_json
@@ -222,3 +227,59 @@ def test_quick_trains_and_resumes_to_the_same_weights(scenes: Path, tmp_path: Pa
     assert weights[0] == weights[1]
     losses = [loss for _, loss in tiny.losses(tmp_path / "whole")]
     assert losses[-1] < losses[0]
+
+
+def test_the_cost_of_quick_is_estimated_without_prototypes(scenes: Path) -> None:
+    given = {"recipe": "quick", "student": "test_resnet", "crop_size": 32, "batch_size": 8, "device": "cpu"}
+    _, cost = estimate(_settings(scenes, **given))
+    trunk = from_timm.build(choose_teacher("timm:test_resnet"), weights=None, image_size=32).trunk
+    assert cost.teacher is not None and cost.teacher.flops_per_image == count_flops(trunk, torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"recipe": "quick", "batch_size": 1}, "images of a micro-batch with their mean.*give --batch-size 2"),
+        ({"recipe": "quick", "batch_size": 4, "accumulate": 4}, "and there is one: give --batch-size 8"),
+        ({"batch_size": 1}, "BatchNorm needs more than one image in a micro-batch: give --batch-size 2"),
+    ],
+)
+def test_a_batch_of_one_image_is_refused_before_the_teacher_is_loaded(
+    scenes: Path, tmp_path: Path, given: dict[str, object], said: str
+) -> None:
+    given = {"student": "test_resnet", "out": tmp_path / "run", "crop_size": 32, "device": "cpu"} | given
+    with pytest.raises(InputError, match=said):
+        distill(_settings(scenes, **given))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_that_does_not_suit_the_student_is_refused_before_the_teacher_is_loaded(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: object, **__: object) -> None:
+        raise AssertionError("the teacher was loaded")
+
+    monkeypatch.setattr(train_module, "load_teacher", loaded)
+    recipe = tmp_path / "mine.toml"
+    given = {"student": "test_vit", "out": tmp_path / "run", "crop_size": 32, "batch_size": 8, "device": "cpu"}
+    recipe.write_text('like = "quick"\npatch_drop = 0.2\nprototype_weight = 0.5\n')
+    with pytest.raises(InputError, match="set patch_drop = 0"):
+        distill(_settings(scenes, recipe=recipe, **given))
+    recipe.write_text('like = "quick"\n')
+    monkeypatch.setattr(stage_projections, "map_strides", lambda _: {})
+    with pytest.raises(InputError, match=r'test_vit gives no feature maps.*like = "quick" and stage_weight = 0'):
+        distill(_settings(scenes, recipe=recipe, **given))
+
+
+def test_local_crops_that_no_loss_reads_are_not_cut_and_said_to_be_unused(scenes: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('like = "quick"\nlocal_crops = 3\n')
+    settings = _settings(scenes, recipe=file, local_crops=4)
+    recipe = resolve_recipe(settings)
+    assert recipe.local_crops == 0
+    said = "\n".join(unused_options(settings, recipe))
+    assert "--local-crops 4 is not used" in said and "mine.toml: local_crops 3 is not used" in said
+    file.write_text('like = "quick"\nlocal_crops = 3\nprototype_weight = 1.0\n')
+    settings = _settings(scenes, recipe=file)
+    assert resolve_recipe(settings).local_crops == 3
+    assert unused_options(settings, resolve_recipe(settings)) == []

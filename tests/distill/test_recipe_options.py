@@ -23,6 +23,7 @@ from robx.distill.recipes import override, preset
 from robx.distill.students.stage_projections import StageProjections
 from robx.distill.students.student import build_student
 from robx.distill.targets.stored import TargetsInfo
+from robx.distill.teachers.wide_resnet import WideResNet
 from robx.errors import InputError
 from robx.images.scenes import make_scene, render
 from robx.images.sources import ImageSource, open_source
@@ -93,7 +94,7 @@ def test_a_run_with_one_global_crop_resumes_exactly(
         ({"teacher_size": 8}, "teacher_size must be between 16 and 4096"),
         ({"teacher_size": 256, "base": True}, "teacher_size needs a teacher, not --teacher ema"),
         ({"teacher_size": 256, "objective": "ibot"}, "give teacher_size = none, or patch_weight = 0"),
-        ({"prototype_weight": 0.0}, "leaves no loss"),
+        ({"prototype_weight": 0.0}, "no loss is left for the embedding"),
         ({"base": True, "feature_weight": 1.0}, "need a teacher, not --teacher ema"),
         ({"base": True, "stage_weight": 1.0}, "need a teacher, not --teacher ema"),
         ({"stage_weight": -1.0}, "stage_weight must be between"),
@@ -237,6 +238,7 @@ def test_a_larger_map_of_the_teacher_is_averaged_to_the_students_places() -> Non
     ours = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     larger = ours.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     assert float(stage_loss({8: ours}, {8: larger})) == pytest.approx(0, abs=1e-6)
+    assert float(stage_loss({8: larger}, {8: ours})) == pytest.approx(0, abs=1e-6)
 
 
 def test_stages_meet_at_the_nearest_stride() -> None:
@@ -244,9 +246,21 @@ def test_stages_meet_at_the_nearest_stride() -> None:
     assert StageProjections(cnn, cnn).pairs == {4: 4, 8: 8, 16: 16, 32: 32}
     assert StageProjections(vit, cnn).pairs == {16: 16}
     assert StageProjections(cnn, {14: 384}).pairs == {14: 16}
-    assert not StageProjections({64: 8}, cnn).pairs
+    assert StageProjections(vit, {8: 384}).pairs == {8: 16}  # none is alike: the nearest two
+    assert StageProjections({64: 8}, cnn).pairs == {32: 64}
     maps = {stride: torch.zeros(2, channels, 4, 4) for stride, channels in cnn.items()}
     assert StageProjections(cnn, {14: 384})(maps)[14].shape == (2, 384, 4, 4)
+
+
+def test_published_resnets_give_the_maps_of_their_stages() -> None:
+    trunk = WideResNet(stem=8, depths=(1, 2, 1, 1)).eval()
+    pixels = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        last, maps = map_stages(trunk, pixels)
+        torch.testing.assert_close(trunk.forward_head(last), trunk(pixels), rtol=0, atol=0)
+        torch.testing.assert_close(maps[32].mean(dim=(2, 3)), trunk(pixels))
+    assert map_strides(trunk) == {4: 32, 8: 64, 16: 128, 32: 256} == {each: maps[each].shape[1] for each in maps}
+    assert [maps[stride].shape[-1] for stride in (8, 16, 32)] == [12, 6, 3]
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_100", "test_efficientnet", "test_vit"])
@@ -311,14 +325,14 @@ def test_the_feature_terms_projection_is_an_mlp_or_a_linear_map(tiny: ModuleType
     assert isinstance(nets[1].projection, torch.nn.Linear) and nets[1].projection.out_features == teacher.width
 
 
-def test_networks_without_alike_feature_maps_are_refused(tiny: ModuleType) -> None:
+def test_networks_without_feature_maps_are_refused(tiny: ModuleType) -> None:
     teacher, recipe = tiny.tiny_teacher(), tiny.tiny_recipe(kind="cnn", stage_weight=1.0)
     with pytest.raises(InputError, match="which stored targets lack: give --teacher"):
         build_student("test_resnet", recipe, _Stored())
     with pytest.raises(InputError, match="set patch_drop = 0"):
         build_student("test_vit", override(recipe, {"patch_drop": 0.3}), teacher)
     teacher.trunk = torch.nn.Flatten()
-    with pytest.raises(InputError, match=f"feature maps, which {teacher.name} does not give: set stage_weight = 0"):
+    with pytest.raises(InputError, match=f"{teacher.name} gives no feature maps, which stage_weight"):
         build_student("test_resnet", recipe, teacher)
 
 
