@@ -20,6 +20,7 @@ from robx.export.gate.timing import Timer, with_speed
 from robx.export.heal.heal import USUAL_STEPS
 from robx.export.int8.candidate import Candidate
 from robx.export.int8.ladder import healed_candidates, ladder, machine_of, sensitive_candidates
+from robx.formats import FORMATS
 from robx.records import Bundle, Healing, Precision, Value, Verdict, load_bundle
 
 FP32, FP16 = Candidate(name="fp32", precision="fp32"), Candidate(name="fp16", precision="fp16")
@@ -64,6 +65,8 @@ def decide(given: Decision) -> tuple[Bundle, Path]:
         if given.force and outcome.best is not None:
             return _force(given, outcome.best, trials)
     cost = _cost_of_healing(given, trials) if given.asked == "int8" else ""
+    if "fp16" not in FORMATS[given.judge.builder.request.target.format].precisions:
+        return _accept(given, FP32, trials, note=cost)
     half = _look_and_judge(given, FP16)
     given.told(half)
     good = half.ships or (given.takes_for_size and half.accuracy == "PASS")

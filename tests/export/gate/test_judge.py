@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from robx.export.build import ExportSettings, export
 from robx.export.gate.gate import Limits
 from robx.export.gate.shipped import check_batches
 from robx.export.request import ExportTarget
+from robx.formats import FORMATS
 from robx.records import Bundle
 from robx.runtime.session import open_session
 from tests.export.conftest import make_student
@@ -75,6 +77,23 @@ def test_odd_answers_fail_the_candidate_and_the_float_model_ships(
     (half,) = bundle.rungs
     assert half.accuracy == "FAIL"
     assert any(word in half.reason for word in words.split("|")), half.reason
+
+
+def test_a_format_without_fp16_falls_back_to_fp32_and_lists_no_other_candidate(
+    cnn_run: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_odd(folder: Path, **_: Any) -> Any:
+        session = open_session(folder)
+        if isinstance(session.bundle, Bundle) and session.bundle.precision == "int8":
+            monkeypatch.setattr(session._model, "run", lambda images: np.ones((len(images), 96), np.float32))  # type: ignore[attr-defined]
+        return session
+
+    for module in ("judge", "timing", "shipped"):
+        monkeypatch.setattr(f"robx.export.gate.{module}.open_candidate", open_odd)
+    monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(FORMATS["onnx"], precisions=("fp32", "int8")))
+    bundle = _export(cnn_run, scenes, tmp_path / "b", "int8")
+    assert (bundle.precision, bundle.requested) == ("fp32", "int8")
+    assert [rung.precision for rung in bundle.rungs] == ["int8"]
 
 
 def test_an_answer_that_depends_on_the_batch_is_refused() -> None:
