@@ -23,6 +23,7 @@ from robx.records import Rung, Value, Verdict
 LEVEL = 0.05
 # A candidate slower than this does not become fast enough by keeping more layers in float.
 HOPELESS = 0.8
+_Z = 1.96  # standard errors on each side of a 95 % interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +138,8 @@ def preference(promising: Sequence[Trial], *, margin: float = 100.0) -> list[Tri
 
     Candidates of one form count as equally fast, at their median speed: differences between them are noise. Where no
     speed was measured, or only on a busy machine, all count as equally fast. Ties go to the first, which is the
-    plainest. Those that lost more than `margin` points in screening come last, because each candidate that is judged
-    makes the next test stricter.
+    plainest. Those that lost more than `margin` points in screening, by more than its standard error, come last: each
+    candidate that is judged makes the next test stricter.
     """
     left, order = [(_speedup(trial, promising), trial) for trial in promising], list[Trial]()
     while left:
@@ -254,8 +255,11 @@ def _speedup(trial: Trial, among: Sequence[Trial]) -> float:
 
 
 def _screened_drop(trial: Trial) -> float:
-    """Points that the frozen probe loses on the screening images; 0 where they have no labels."""
-    return trial.values["probe_drop"].value if "probe_drop" in trial.values else 0.0
+    """Points that the frozen probe loses in screening, less a standard error; 0 where the images have no labels."""
+    drop = trial.values.get("probe_drop", Value(value=0.0))
+    if drop.low is None or drop.high is None:
+        return drop.value
+    return drop.value - (drop.high - drop.low) / (2 * _Z)
 
 
 def _closeness(trial: Trial) -> float:

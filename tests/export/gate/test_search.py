@@ -136,6 +136,10 @@ def test_what_lost_too_much_in_screening_is_judged_last() -> None:
     trials = [screened(a, 4.1, 0.99), screened(b, 0.3, 0.95), screened(c, 2.2, 0.97)]
     assert [t.candidate.name for t in preference(trials, margin=3)] == ["c", "b", "a"]
     assert [t.candidate.name for t in preference(trials, margin=5)] == ["a", "c", "b"]
+    # Measured on few images, 4.1 points with a standard error of 1.5 are not surely more than 3.
+    unsure = replace(trials[0], values=trials[0].values | {"probe_drop": Value(value=4.1, low=1.16, high=7.04)})
+    assert [t.candidate.name for t in preference([unsure, *trials[1:]], margin=3)] == ["a", "c", "b"]
+    assert [t.candidate.name for t in preference([unsure, *trials[1:]], margin=2.5)] == ["c", "b", "a"]
 
 
 def test_only_one_candidate_is_judged_when_it_passes() -> None:
