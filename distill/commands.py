@@ -56,7 +56,7 @@ _FOLDER = PathType(file_okay=False)
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "bf16", "fp16"]),
-    help="Of forward passes. Default: bf16 on a GPU, else fp32.",
+    help="Of forward passes. Default: bf16 on a GPU, else fp32; fp32 with --quantize.",
 )
 @click.option("--quantize", type=click.Choice(["int8"]), help="Simulate int8 in the trunk that --init gives.")
 @click.option("--accumulate", type=WholeNumber(1), help="Micro-batches per optimiser step (gradient accumulation).")

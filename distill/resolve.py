@@ -84,6 +84,8 @@ class DistillSettings:
             hint = argument_hint(
                 unknown[0], known, otherwise="see help(robx.api.distill), and robx recipe for its keys"
             )
+            if unknown[0] == "like":
+                hint = 'it is a line of a recipe file: give recipe="quick"'
             raise InputError(f"distill() has no argument {unknown[0]!r}: {hint}")
         values = {name: value for name, value in values.items() if value is not None}
         names = values.pop("student", ())
@@ -113,7 +115,7 @@ _KEYS = {f.name for f in dataclasses.fields(Recipe)}
 def resolve_recipe(settings: DistillSettings) -> Recipe:
     """The preset of the objective and the first student's kind, overridden by the recipe file, then by the options.
 
-    An ``lr`` among the options is used as it is, at any batch size.
+    An ``lr`` among the options is used as it is, at any batch size, unless they also have an ``lr_batch``.
 
     Raises:
         InputError: an unknown name or key, or values that contradict each other.
@@ -122,21 +124,20 @@ def resolve_recipe(settings: DistillSettings) -> Recipe:
     file, student = settings.recipe, settings.students[0]
     name, values = recipe_values(file, student_kind(student)) if file else ("paper", {})
     _require_match(name, settings)
-    if bool(values.get("base", settings.base)) != settings.base:
-        raise InputError(f"{file}: base = {str(values['base']).lower()} contradicts --teacher {settings.teacher}")
+    given = {name: value for name, value in settings.overrides.items() if value is not None}
+    base = (values | given).get("base", settings.base)
+    if bool(base) != settings.base:
+        raise InputError(f"{file or 'recipe'}: base = {str(base).lower()} contradicts --teacher {settings.teacher}")
     check_types({f"{file}: objective": str}, {f"{file}: objective": values.get("objective", "")})
     method: Any = settings.objective or values.get("objective")
     if method is None and settings.targets is not None:
         method = read_info(settings.targets).decided_by.get("objective")
     recipe = student_preset(method or _default_objective(settings.teacher), student, base=settings.base)
     recipe = override(recipe, values | {"objective": recipe.objective}, where=str(file or "recipe"))
-    given = {name: value for name, value in settings.overrides.items() if value is not None}
-    if "lr" in given:  # the first and the last rate keep their ratio to the peak
+    if isinstance(lr := given.get("lr"), int | float):  # the first and the last rate keep their ratio to the peak
         first, last = (min(1.0, rate / recipe.lr) if recipe.lr else 0.0 for rate in (recipe.warmup_lr, recipe.final_lr))
-        given |= {"lr_batch": None, "warmup_lr": first * given["lr"], "final_lr": last * given["lr"]}
-    known = values | given
-    quick = name == "quick" and known.get("quantize", "none") == "none"  # int8 is simulated in float32 alone
-    given |= _decided_by_device(settings, known, quick=quick)
+        given = {"lr_batch": None, "warmup_lr": first * lr, "final_lr": last * lr} | given
+    given |= _decided_by_device(settings, values | given, quick=name == "quick")
     try:
         recipe = override(recipe, given)
     except InputError as error:
@@ -276,9 +277,26 @@ def unused_options(settings: DistillSettings, recipe: Recipe) -> list[str]:
     return found
 
 
+def odd_precision(settings: DistillSettings, recipe: Recipe) -> list[str]:
+    """A warning where int8 does not keep the precision of the run to resume, and for fp16 on a CPU."""
+    facts, found = facts_of(settings.options.device), list[str]()
+    earlier = _inherited(settings).get("precision", recipe.precision)
+    if recipe.quantize is not None and settings.overrides.get("precision") is None and earlier != recipe.precision:
+        found.append(
+            f"quantize {recipe.quantize} is simulated in {recipe.precision}; the run in {settings.out} used {earlier}"
+        )
+    if facts.kind == "cpu" and recipe.precision == "fp16":
+        faster = "bf16" if facts.bf16 else "fp32"
+        found.append(f"fp16 is several times slower than {faster} on this CPU: give --precision {faster}")
+    return found
+
+
 def _decided_by_device(settings: DistillSettings, chosen: Mapping[str, Any], *, quick: bool) -> dict[str, Any]:
     """Recipe keys that the user left open: as in the run to resume or the stored targets, else by the device."""
-    known = _inherited(settings) | {key: chosen[key] for key in KEYS if key in chosen}
+    known = _inherited(settings)
+    if chosen.get("quantize", "none") != "none":
+        known["precision"] = "fp32"  # in which alone int8 is simulated
+    known |= {key: chosen[key] for key in KEYS if key in chosen}
     compute = decide(facts_of(settings.options.device), known, quick=quick)
     return {key: getattr(compute, key) for key in KEYS if key not in chosen}
 

@@ -25,7 +25,7 @@ from robx.distill.batches.mixup import mix
 from robx.distill.batches.views import Targets, Views
 from robx.distill.objectives.base import Stats
 from robx.distill.recipes import Recipe
-from robx.distill.resolve import DistillSettings, mixed_kinds, resolve_recipe, unused_options
+from robx.distill.resolve import DistillSettings, mixed_kinds, odd_precision, resolve_recipe, unused_options
 from robx.distill.students.student import build_student
 from robx.distill.targets.stored_writer import WritingBranch
 from robx.distill.teachers.choose import choose_teacher
@@ -176,7 +176,8 @@ def _objective(recipe: Recipe) -> str | None:
 def _warnings(settings: DistillSettings, recipe: Recipe) -> list[str]:
     """What is odd about settings that can be used."""
     mixed = mixed_kinds(settings, recipe)
-    return [f"warning: {line}" for line in (*([mixed] if mixed else []), *unused_options(settings, recipe))]
+    lines = [*([mixed] if mixed else []), *unused_options(settings, recipe), *odd_precision(settings, recipe)]
+    return [f"warning: {line}" for line in lines]
 
 
 def _spec(settings: DistillSettings, recipe: Recipe, source: ImageSource, teacher: Teacher | None) -> RunSpec:

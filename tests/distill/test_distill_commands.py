@@ -11,6 +11,9 @@ from click.testing import CliRunner, Result
 from robx.cli import main
 from robx.distill.resolve import DistillSettings, resolve_recipe, unused_options
 from robx.distill.targets.stored import read_info
+from robx.distill.train import _warnings
+from robx.distill.training import compute
+from robx.errors import InputError
 from robx.images.sources import open_source
 from robx.records import load_student
 
@@ -290,6 +293,34 @@ def test_options_of_the_recipe_that_nothing_reads_are_named(tmp_path: Path, give
     settings = DistillSettings.of(student="test_resnet", data=tmp_path, **given)
     found = unused_options(settings, resolve_recipe(settings))
     assert (len(found) == 1 and said in found[0]) if said else not found
+
+
+@pytest.mark.parametrize(("bf16", "faster"), [(True, "bf16"), (False, "fp32")])
+def test_fp16_on_a_cpu_is_named_with_what_is_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16: bool, faster: str
+) -> None:
+    monkeypatch.setattr(compute, "cpu_has_bf16", lambda: bf16)
+    given = {"student": "test_resnet", "teacher": "timm:test_resnet", "data": tmp_path, "device": "cpu"}
+    for precision in ("fp32", "bf16", "fp16"):
+        settings = DistillSettings.of(**given, precision=precision)
+        found = _warnings(settings, resolve_recipe(settings))
+        line = f"warning: fp16 is several times slower than {faster} on this CPU: give --precision {faster}"
+        assert found == ([line] if precision == "fp16" else [])
+
+
+def test_rates_beside_a_given_lr_are_used_as_they_are(tmp_path: Path) -> None:
+    given = {"student": "test_resnet", "teacher": "timm:test_resnet", "data": tmp_path, "lr": 0.1}
+    recipe = resolve_recipe(DistillSettings.of(**given, warmup_lr=0.02, lr_batch=64))
+    assert (recipe.lr, recipe.warmup_lr, recipe.lr_batch) == (0.1, 0.02, 64)
+    with pytest.raises(InputError, match="lr must be a number, got 'fast'"):
+        resolve_recipe(DistillSettings.of(**given | {"lr": "fast"}))
+
+
+def test_like_is_named_as_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        DistillSettings.of(student="test_resnet", teacher="timm:test_resnet", data=tmp_path, like="quick")
+    said = "distill() has no argument 'like': it is a line of a recipe file: give recipe=\"quick\""
+    assert str(caught.value) == said
 
 
 def test_a_number_of_prototypes_that_stored_targets_lack_is_named(scenes: Path, tmp_path: Path, tiny: Any) -> None:

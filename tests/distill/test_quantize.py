@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from robx.distill.resolve import DistillSettings, resolve_recipe
+from robx.distill import resolve
+from robx.distill.resolve import DistillSettings, odd_precision, resolve_recipe
+from robx.distill.training.compute import DeviceFacts
 from robx.errors import InputError
 from robx.images.sources import ImageSource, open_source
 from robx.records import load_student
@@ -107,3 +110,33 @@ def test_what_does_not_go_together_is_refused(values: dict[str, Any], words: str
 def test_a_network_that_is_fused_for_export_is_refused(tiny: ModuleType, source: ImageSource, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"mobileone_s0 has branches .*: use robx export --int8 --heal instead"):
         tiny.tiny_run(source, tmp_path / "run", students=["mobileone_s0"], recipe=_recipe(tiny))
+
+
+def _earlier(folder: Path, precision: str) -> Path:
+    """The record of a run in `folder` that was trained in `precision`."""
+    folder.mkdir()
+    (folder / "recipe.json").write_text(json.dumps({"recipe": {"precision": precision}}))
+    return folder
+
+
+def test_int8_does_not_inherit_the_precision_of_the_run_to_resume(scenes: Path, tmp_path: Path) -> None:
+    out = _earlier(tmp_path / "r", "bf16")
+    given = {"teacher": "dino_vits16", "student": "resnet18", "data": scenes, "out": out, "device": "cpu"}
+    assert resolve_recipe(DistillSettings.of(**given)).precision == "bf16"
+    settings = DistillSettings.of(**given, quantize="int8", init=out, force=True)
+    recipe = resolve_recipe(settings)
+    assert recipe.precision == "fp32" and recipe.quantize == "int8"
+    assert odd_precision(settings, recipe) == [f"quantize int8 is simulated in fp32; the run in {out} used bf16"]
+    asked = DistillSettings.of(**given, quantize="int8", init=out, force=True, precision="fp32")
+    assert not odd_precision(asked, resolve_recipe(asked))
+    with pytest.raises(InputError, match="needs fp32: give --precision fp32"):  # which the user gave otherwise
+        resolve_recipe(DistillSettings.of(**given, quantize="int8", init=out, precision="bf16"))
+
+
+def test_int8_is_simulated_in_fp32_on_a_gpu_too(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = DeviceFacts(kind="cuda", name="GPU", bf16=True, tf32=True, cores=4)
+    monkeypatch.setattr(resolve, "facts_of", lambda _: gpu)
+    given = {"teacher": "dino_vits16", "student": "resnet18", "data": scenes}
+    assert resolve_recipe(DistillSettings.of(**given)).precision == "bf16"
+    recipe = resolve_recipe(DistillSettings.of(**given, quantize="int8", init=scenes))
+    assert recipe.precision == "fp32" and not recipe.tf32
