@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from robx.distill.resolve import DistillSettings
+from robx.distill.resolve import DistillSettings, resolve_recipe
 from robx.errors import ArtifactError, InputError, Interrupted, RobxError
 from robx.eval.datasets.splits import open_split
 from robx.eval.evaluate import EvalSettings
@@ -39,7 +39,7 @@ def check_plan(stages: Stages, verbs: Verbs) -> None:
     for entry in plan.tables():
         with naming_table(entry, verbs):
             if entry.stage == "distill":
-                DistillSettings.of(**stages.distill_start, **plan.distill)
+                resolve_recipe(DistillSettings.of(**stages.distill_start, **plan.distill))
             elif entry.stage == "export":
                 exports.append((entry, _check_export(stages, entry)))
             elif entry.stage == "eval":

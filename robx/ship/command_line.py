@@ -22,7 +22,7 @@ def command_line(verb: str, arguments: Mapping[str, Any]) -> str:
 
     Args:
         verb: "distill", "export", "eval", "bench" or "report".
-        arguments: keyword arguments that the command has options for; see `option_names`.
+        arguments: keyword arguments of that function; those without an option are left out, see `option_names`.
     """
     words = [*_words(verb, arguments)]
     return shlex.join(["robx", verb, *words]).replace(f" {Path.home()}/", " ~/")
@@ -46,7 +46,8 @@ def _words(verb: str, arguments: Mapping[str, Any]) -> Iterator[str]:
     """Positional arguments first, then the options in the order given."""
     known = {parameter.name: parameter for parameter in _command(verb).params}
     names = _NAMES.get(verb, {})
-    given = [(known[names.get(name, name)], name, value) for name, value in arguments.items() if value is not None]
+    found = [(known.get(names.get(name, name)), name, value) for name, value in arguments.items() if value is not None]
+    given = [(parameter, name, value) for parameter, name, value in found if parameter is not None]
     for parameter, _, value in given:
         if parameter.param_type_name == "argument":
             yield from map(str, value if isinstance(value, list | tuple) else [value])

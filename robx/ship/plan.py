@@ -54,6 +54,10 @@ _SET_BY_PLAN = {
     "bench": ("bundles", "progress"),
     "report": ("folders", "out"),
 }
+# Arguments that make no sense in a plan, and why not.
+_NOT_IN_PLAN = {
+    "distill": {"targets": "stored targets replace the teacher, which every plan has: use robx distill --targets DIR"},
+}
 # Keys of a stage that are not arguments of its function: `optional` stages may fail, `formats` picks bundles.
 _STAGE_KEYS: dict[str, dict[str, Any]] = {
     "export": {"optional": bool},
@@ -183,6 +187,8 @@ def check_keys(plan: Plan, verbs: Verbs) -> None:
         for key in entry.table:
             if key in _SET_BY_PLAN[stage]:
                 raise InputError(f"{label}: {key}: the plan sets it from its top level, not in this table: remove it")
+            if why := _NOT_IN_PLAN.get(stage, {}).get(key):
+                raise InputError(f"{label}: {key}: {why}")
             if key not in known:
                 raise InputError(f"{label}: unknown key {key}: {_key_hint(stage, key, known)}")
         if stage == "export" and "format" not in entry.table:
@@ -199,11 +205,14 @@ def table_types(stage: str, verb: Callable[..., Any]) -> dict[str, Any]:
     known = types_of(verb) | _STAGE_KEYS.get(stage, {})
     if stage == "distill":
         known |= get_type_hints(Recipe) | get_type_hints(Options)
-    return {name: kind for name, kind in known.items() if name not in _SET_BY_PLAN[stage]}
+    others = {*_SET_BY_PLAN[stage], *_NOT_IN_PLAN.get(stage, ())}
+    return {name: kind for name, kind in known.items() if name not in others}
 
 
 def _key_hint(stage: str, key: str, known: Mapping[str, Any]) -> str:
     """What to write instead of an unknown key: that of the option of this name, or one that is similar."""
+    if stage == "distill" and key == "like":
+        return 'like is a line of a recipe file: write recipe = "quick"'
     option = f"--{key.lstrip('-').replace('_', '-')}"
     meant = option_keys(stage).get(option)
     if meant in known:
@@ -231,11 +240,13 @@ def _check_type(name: str, value: Any, where: str) -> None:
 
 def _check_value(name: str, value: Any) -> None:
     """Refuse what a plan file cannot hold: tables within tables, dates, text that is not Unicode."""
-    for one in value if isinstance(value, list | tuple) else (value,):
-        if not isinstance(one, str | bool | int | float | Path):
-            raise InputError(f"{name}: {one!r} is not a string, a number, true or false: give one of these")
-        if isinstance(one, str | Path) and not str(one).isprintable():
-            raise InputError(f"{name}: {str(one)!r} has characters that cannot be printed: give another name")
+    if isinstance(value, list | tuple):
+        for one in value:
+            _check_value(name, one)
+    elif not isinstance(value, str | bool | int | float | Path):
+        raise InputError(f"{name}: {value!r} is not a string, a number, true or false: give one of these")
+    elif isinstance(value, str | Path) and not str(value).isprintable():
+        raise InputError(f"{name}: {str(value)!r} has characters that cannot be printed: give another name")
 
 
 def _hint(name: str, known: Any) -> str:

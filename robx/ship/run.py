@@ -21,11 +21,12 @@ from robx.progress import Progress
 from robx.records import Latency
 from robx.runtime.bench.validity import is_refused
 from robx.ship.checks import check_plan, in_plan, naming_table
-from robx.ship.command_line import command_line
+from robx.ship.command_line import command_line, option_names
 from robx.ship.plan import PLAN, Entry, Plan, Verbs
 from robx.ship.stages import RECIPE, Stage, Stages, State, bundle_result, student_result
 from robx.store.files import write_text
 from robx.store.locks import lock_folder
+from robx.store.toml import toml_value
 from robx.store.written import Written
 
 STATE = "ship.json"
@@ -197,7 +198,11 @@ class _Ship:
 
     def _start(self, stage: Stage, arguments: dict[str, Any]) -> None:
         self._announce(f"[{stage.entry.number}/{self._total}] {stage.title}")
-        self._announce(f"  $ {command_line(stage.entry.stage, arguments)}")
+        verb = stage.entry.stage
+        self._announce(f"  $ {command_line(verb, arguments)}")
+        options = option_names(verb)
+        if others := [f"{name} = {toml_value(value)}" for name, value in arguments.items() if name not in options]:
+            self._announce(f"  with {', '.join(others)}, for which the command has no option")
 
     @contextlib.contextmanager
     def _may_fail(self, entry: Entry) -> Iterator[None]:

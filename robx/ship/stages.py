@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 from robx.distill.presets import NAMED
 from robx.distill.recipe_toml import read_recipe
+from robx.distill.recipes import Recipe
 from robx.errors import RobxError
 from robx.eval.evaluate import EvalSettings
 from robx.formats import RUNTIMES
@@ -22,6 +24,8 @@ from robx.store.files import read_json, sha256_bytes, sha256_file, write_json
 from robx.store.toml import toml_value
 
 RECIPE = "recipe.toml"  # keys of the recipe in the plan's [distill]
+_RECIPE_KEYS = {f.name for f in dataclasses.fields(Recipe)}
+_RATES = {"lr_batch", "warmup_lr", "final_lr"}  # which an lr among the arguments sets too
 _COMPARING = ("fidelity", "margin", "reference")  # arguments of an evaluation that need a bundle
 # Arguments that may be folders to read, and the files in them that change with the rest.
 _READ_FOLDERS = ("init", "targets", "reference", "lowshot_splits")
@@ -94,7 +98,7 @@ class Stages:
         return Stage(
             entry=entry,
             title=f"Distil {plan.student} from {plan.teacher}",
-            arguments=self.distill_start | self._recipe_arguments(),
+            arguments=self.distill_start | self._distill_arguments(),
         )
 
     def export(self, entry: Entry) -> Stage:
@@ -173,18 +177,26 @@ class Stages:
 
     @property
     def recipe_text(self) -> str:
-        """The recipe file of the distillation, with the keys that are not options of the command; may be empty."""
-        options = option_names("distill")
-        given = self.plan.distill.get("recipe")
-        keys = {key: value for key, value in self.plan.distill.items() if key not in options}
+        """The recipe file of the distillation, for the keys of the recipe without an option; may be empty."""
+        given, keys = self.plan.distill.get("recipe"), self._recipe_keys()
         if keys and given is not None:
             keys = ({"like": str(given)} if str(given) in NAMED else read_recipe(Path(given))) | keys
         return "".join(f"{key} = {toml_value(value)}\n" for key, value in keys.items())
 
-    def _recipe_arguments(self) -> dict[str, Any]:
-        options = option_names("distill")
-        arguments = {key: value for key, value in self.plan.distill.items() if key in options}
-        return arguments | ({"recipe": self.plan.out / RECIPE} if self.recipe_text else {})
+    def _recipe_keys(self) -> dict[str, Any]:
+        """The keys of [distill] that go through the recipe file, so that the command can be shown with it.
+
+        An ``lr`` among the arguments decides over its file's other rates, so that these have to stay with it.
+        """
+        given = self.plan.distill
+        in_file = _RECIPE_KEYS - option_names("distill") - (_RATES if "lr" in given else set())
+        return {key: value for key, value in given.items() if key in in_file}
+
+    def _distill_arguments(self) -> dict[str, Any]:
+        """The other keys of [distill], and the recipe file if there is one."""
+        in_file = self._recipe_keys()
+        arguments = {key: value for key, value in self.plan.distill.items() if key not in in_file}
+        return arguments | ({"recipe": self.plan.out / RECIPE} if in_file else {})
 
     # ------------------------------------------------------------------------------------------------ what is done
 
