@@ -28,7 +28,7 @@ _RECIPE_KEYS = {f.name for f in dataclasses.fields(Recipe)}
 _RATES = {"lr_batch", "warmup_lr", "final_lr"}  # which an lr among the arguments sets too
 _COMPARING = ("fidelity", "margin", "reference")  # arguments of an evaluation that need a bundle
 # Arguments that may be folders to read, and the files in them that change with the rest.
-_READ_FOLDERS = ("init", "targets", "reference", "lowshot_splits")
+_READ_FOLDERS = ("init", "reference", "lowshot_splits")
 _IDENTIFYING = ("student.json", "targets.json", "*.txt", "imagenet_subsets*/*.txt")
 
 
