@@ -32,7 +32,7 @@ def main() -> None:
     """Draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True, help="folder of the methods' folders")
-    parser.add_argument("--methods", nargs="+", default=["published", "prototypes", "control"])
+    parser.add_argument("--methods", nargs="+", default=["published", "prototypes", "control", "quick"])
     parser.add_argument("--budget", default="2min-0", help="budget and seed, as the folders are called")
     parser.add_argument("--name", default="equal-compute-why")
     given = parser.parse_args()
