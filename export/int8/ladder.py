@@ -63,7 +63,7 @@ def ladder(fmt: Format, facts: GraphFacts, machine: Machine) -> list[Candidate]:
         case "tensorrt":
             return _trt_ladder(facts, machine)
         case "pt2e":
-            return _pt2e_ladder()
+            return _pt2e_ladder(facts)
         case "ai-edge":
             return _ai_edge_ladder(facts)
         case _:  # the converter's own; the builder of a format without int8 refuses it
@@ -176,7 +176,7 @@ def _trt_ladder(facts: GraphFacts, machine: Machine) -> list[Candidate]:
     return found
 
 
-def _pt2e_ladder() -> list[Candidate]:
+def _pt2e_ladder(facts: GraphFacts) -> list[Candidate]:
     plain = Candidate(name="static, all operators", quantiser="pt2e")
     weighted = dataclasses.replace(plain, name="static, weighted layers only", weighted_only=True)
     static = [
@@ -187,8 +187,9 @@ def _pt2e_ladder() -> list[Candidate]:
             dataclasses.replace(extremes, name=f"{extremes.name}, least squared error", ranges="mse"),
         )
     ]
-    # The last resort before fp32: activations are float between layers.
-    return [*static, dataclasses.replace(plain, name="dynamic activations", activations="dynamic")]
+    # The last resort before fp32: activations are float between layers. A ViT's do not survive anything else.
+    dynamic = dataclasses.replace(plain, name="dynamic activations", activations="dynamic")
+    return [dynamic, *static] if facts.kind == "vit" else [*static, dynamic]
 
 
 def _ai_edge_ladder(facts: GraphFacts) -> list[Candidate]:
