@@ -231,12 +231,18 @@ def mixed_kinds(settings: DistillSettings, recipe: Recipe) -> str:
     other = next((name for name in others if student_kind(name) != kind), None)
     if other is None:
         return ""
-    shared, own = (
-        f"{each.optimizer}, lr {each.lr:g}, weight decay {each.weight_decay:g}"
-        for each in (recipe, resolve_recipe(dataclasses.replace(settings, students=(other,))))
-    )
-    if shared == own:
+    alone = resolve_recipe(dataclasses.replace(settings, students=(other,)))
+    changed = [key.name for key in dataclasses.fields(Recipe) if getattr(alone, key.name) != getattr(recipe, key.name)]
+    if not changed:
         return ""
+    more = [] if {"optimizer", "lr", "weight_decay"} & set(changed) else changed
+    shared, own = (
+        ", ".join(
+            [f"{each.optimizer}, lr {each.lr:g}, weight decay {each.weight_decay:g}"]
+            + [f"{key} {getattr(each, key)}" for key in more]
+        )
+        for each in (recipe, alone)
+    )
     return (
         f"{other} is trained with the recipe of {first} ({shared}), and would have another one in a run of its own "
         f"({own}): use separate runs, or --recipe FILE for both"
