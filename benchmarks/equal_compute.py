@@ -51,12 +51,8 @@ from robx.trunk import build_trunk, embedding_width
 WARM_STEPS, TIMED_STEPS = 3, 10
 RESULT = "result.json"
 TABLE = Path(__file__).with_suffix(".toml")
-COMPARED = (
-    "kNN, clip art",
-    "linear, clip art",
-    "LOO kNN, clip art",
-    "kNN, Fashion-MNIST",
-)  # with differences
+# What the table has differences and their intervals of.
+COMPARED = ("kNN, clip art", "linear, clip art", "LOO kNN, clip art", "kNN, Fashion-MNIST")
 
 
 @dataclass(frozen=True)
@@ -148,15 +144,18 @@ def one_run(
     spent = run(method, images, folder, seed=seed, seconds=60 * minutes, given=given)
     facts = {"method": method.name, "seed": seed, "minutes": minutes, **spent}
     write_json(folder / RESULT, {**facts, "hits": judge(folder / "run", sets)})
-    return finished(method.name, seed, minutes, given) or {}
+    return read_run(folder / RESULT)
 
 
 def finished(name: str, seed: int, minutes: float, given: argparse.Namespace) -> dict[str, Any] | None:
     """A finished run, of its folder or the published table, with its hits and top-1 in %; None if there is none."""
     path = folder_of(name, seed, minutes, given) / RESULT
-    if not path.is_file():
-        earlier: dict[str, Any] | None = given.earlier.get((name, seed, minutes))
-        return earlier
+    earlier: dict[str, Any] | None = given.earlier.get((name, seed, minutes))
+    return read_run(path) if path.is_file() else earlier
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """A run that `one_run` wrote, and its top-1 in %."""
     run = dict(read_json(path))
     return run | {"top1": {what: 100 * float(np.mean(hits)) for what, hits in run["hits"].items()}}
 

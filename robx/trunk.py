@@ -194,8 +194,8 @@ def map_strides(trunk: nn.Module) -> dict[int, int]:
     """The feature maps that `map_stages` gives: {stride: channels}; empty if timm cannot give this network's maps."""
     if not hasattr(trunk, "forward_intermediates"):
         return {}
-    stages = trunk.feature_info
-    return {stage["reduction"]: stage["num_chs"] for stage in stages if stage["reduction"] >= _FINEST}  # type: ignore
+    stages: Any = trunk.feature_info
+    return {stage["reduction"]: stage["num_chs"] for stage in stages if stage["reduction"] >= _FINEST}
 
 
 def map_stages(trunk: nn.Module, pixels: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
