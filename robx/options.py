@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,19 @@ class Command(click.Command):
         if twice := [one for one in options if not one.multiple and options.count(one) > 1]:
             name = twice[0].opts[-1]
             raise click.UsageError(f"{name} is given twice: {self._repeated.get(name, 'give it once')}", ctx)
+
+
+def accepts(option: click.Parameter, words: Sequence[str]) -> bool:
+    """Whether an option can be given by these words of a command line, such as ["--lr", "0.1"]."""
+    command = click.Command(None, params=[option])
+    context = click.Context(command)
+    try:
+        found, _, _ = command.make_parser(context).parse_args(args=list(words))
+        for name in found:  # none where a flag is off
+            option.type_cast_value(context, found[name])
+    except click.UsageError:
+        return False
+    return True
 
 
 def _is_negative(word: str) -> bool:

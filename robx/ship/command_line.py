@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from robx.options import accepts
+
 # Where an argument of the Python API has another name than the command's parameter.
 _NAMES = {
     "distill": {"fresh": "resume"},
@@ -22,16 +24,21 @@ def command_line(verb: str, arguments: Mapping[str, Any]) -> str:
 
     Args:
         verb: "distill", "export", "eval", "bench" or "report".
-        arguments: keyword arguments of that function; those without an option are left out, see `option_names`.
+        arguments: keyword arguments of that function; those that it has no option for are left out, see `has_option`.
     """
     words = [*_words(verb, arguments)]
     return shlex.join(["robx", verb, *words]).replace(f" {Path.home()}/", " ~/")
 
 
-def option_names(verb: str) -> set[str]:
-    """The arguments of the verb's function that its command has an option for."""
-    theirs = {theirs: ours for ours, theirs in _NAMES.get(verb, {}).items()}
-    return {theirs.get(str(parameter.name), str(parameter.name)) for parameter in _command(verb).params}
+def has_option(verb: str, name: str, value: Any) -> bool:
+    """Whether the verb's command has an option for this argument of its function, and the option takes the value.
+
+    An argument may take more than its option: "none" for a recipe key, or 0 where the option has to be above it.
+    """
+    option = {str(one.name): one for one in _command(verb).params}.get(_NAMES.get(verb, {}).get(name, name))
+    return option is not None and (
+        value is None or option.param_type_name == "argument" or accepts(option, [*_option(option, name, value)])
+    )
 
 
 def option_keys(verb: str) -> dict[str, str]:
@@ -44,10 +51,13 @@ def option_keys(verb: str) -> dict[str, str]:
 
 def _words(verb: str, arguments: Mapping[str, Any]) -> Iterator[str]:
     """Positional arguments first, then the options in the order given."""
-    known = {parameter.name: parameter for parameter in _command(verb).params}
+    known = {str(parameter.name): parameter for parameter in _command(verb).params}
     names = _NAMES.get(verb, {})
-    found = [(known.get(names.get(name, name)), name, value) for name, value in arguments.items() if value is not None]
-    given = [(parameter, name, value) for parameter, name, value in found if parameter is not None]
+    given = [
+        (known[names.get(name, name)], name, value)
+        for name, value in arguments.items()
+        if value is not None and has_option(verb, name, value)
+    ]
     for parameter, _, value in given:
         if parameter.param_type_name == "argument":
             yield from map(str, value if isinstance(value, list | tuple) else [value])

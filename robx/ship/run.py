@@ -21,7 +21,7 @@ from robx.progress import Progress
 from robx.records import Latency
 from robx.runtime.bench.validity import is_refused
 from robx.ship.checks import check_plan, in_plan, naming_table
-from robx.ship.command_line import command_line, option_names
+from robx.ship.command_line import command_line, has_option
 from robx.ship.plan import PLAN, Entry, Plan, Verbs
 from robx.ship.stages import RECIPE, Stage, Stages, State, bundle_result, student_result
 from robx.store.files import write_text
@@ -200,9 +200,10 @@ class _Ship:
         self._announce(f"[{stage.entry.number}/{self._total}] {stage.title}")
         verb = stage.entry.stage
         self._announce(f"  $ {command_line(verb, arguments)}")
-        options = option_names(verb)
-        if others := [f"{name} = {toml_value(value)}" for name, value in arguments.items() if name not in options]:
-            self._announce(f"  with {', '.join(others)}, for which the command has no option")
+        others = [(name, value) for name, value in arguments.items() if not has_option(verb, name, value)]
+        if others:
+            said = ", ".join(f"{name} = {toml_value(value)}" for name, value in others)
+            self._announce(f"  with {said}, for which the command has no option")
 
     @contextlib.contextmanager
     def _may_fail(self, entry: Entry) -> Iterator[None]:

@@ -17,7 +17,7 @@ from robx.errors import RobxError
 from robx.eval.evaluate import EvalSettings
 from robx.formats import RUNTIMES
 from robx.records import SUPERSEDED, load_bundle, load_student
-from robx.ship.command_line import option_names
+from robx.ship.command_line import has_option
 from robx.ship.inputs import Images
 from robx.ship.plan import Entry, Plan, Table
 from robx.store.files import read_json, sha256_bytes, sha256_file, write_json
@@ -189,8 +189,10 @@ class Stages:
         An ``lr`` among the arguments decides over its file's other rates, so that these have to stay with it.
         """
         given = self.plan.distill
-        in_file = _RECIPE_KEYS - option_names("distill") - (_RATES if "lr" in given else set())
-        return {key: value for key, value in given.items() if key in in_file}
+        of_recipe = {key: value for key, value in given.items() if key in _RECIPE_KEYS}
+        in_file = {key: value for key, value in of_recipe.items() if not has_option("distill", key, value)}
+        with_lr = _RATES if "lr" in given.keys() - in_file else set()
+        return {key: value for key, value in in_file.items() if key not in with_lr}
 
     def _distill_arguments(self) -> dict[str, Any]:
         """The other keys of [distill], and the recipe file if there is one."""

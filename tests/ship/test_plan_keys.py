@@ -7,12 +7,15 @@ Two plans have every key of every table, with values that are not the defaults. 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import pytest
 
 import robx.distill.train
@@ -23,15 +26,20 @@ import robx.export.gate.gate
 import robx.records
 import robx.runtime.bench.bench
 from robx import api
+from robx.arguments import described
+from robx.cli import main
+from robx.distill import recipes
 from robx.distill.recipe_toml import read_recipe
 from robx.distill.recipes import Recipe
 from robx.distill.resolve import resolve_recipe
+from robx.distill.training.run import Options
 from robx.errors import InputError
 from robx.progress import silent
 from robx.ship import checks, run, stages
-from robx.ship.plan import Plan, check_keys, make_plan
+from robx.ship.command_line import command_line
+from robx.ship.plan import Entry, Plan, check_keys, make_plan, table_types
 from robx.ship.run import run_plan
-from robx.ship.stages import RECIPE
+from robx.ship.stages import RECIPE, Stages
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -283,3 +291,79 @@ def test_a_wrong_value_of_a_recipe_key_is_refused_before_anything_is_written(
     with pytest.raises(InputError) as caught:
         _run(_plan(tmp_path, distill=distill))
     assert str(caught.value).startswith(said) and not (tmp_path / "o").exists()
+
+
+# ------------------------------------------------------------------------------------------------ the shown commands
+
+
+def _values(key: str, kind: Any, default: Any) -> list[Any]:
+    """Values at the edges of what a key may take: false, 0, 1, an empty list or text, "none", and its default."""
+    words = described(kind)
+    edges: list[Any] = []
+    if "true or false" in words:
+        edges += [True, False]
+    if "number" in words and "list" not in words:
+        edges += [0, 1]
+    if "list" in words:
+        edges += [[]]
+    if key in recipes._OPTIONAL:
+        edges += ["none"]
+    elif "a string" in words:
+        edges += [""]
+    edges += [list(default) if isinstance(default, tuple) else default] * (
+        default not in (None, dataclasses.MISSING, inspect.Parameter.empty)
+    )
+    return [value for place, value in enumerate(edges) if repr(value) not in map(repr, edges[:place])]
+
+
+def _edge_tables(stage: str) -> Iterator[dict[str, Any]]:
+    """A table for each key of a stage and each value at an edge, after those with every key."""
+    defaults = {name: one.default for name, one in inspect.signature(api.VERBS[stage]).parameters.items()}
+    if stage == "distill":
+        defaults |= {one.name: one.default for one in (*dataclasses.fields(Recipe), *dataclasses.fields(Options))}
+    needs = {"format": "onnx"} if stage == "export" else {}
+    yield from _tables(stage)
+    for key, kind in table_types(stage, api.VERBS[stage]).items():
+        for value in _values(key, kind, defaults.get(key)):
+            yield {**needs, key: value}
+
+
+@pytest.mark.parametrize("stage", list(api.VERBS))
+def test_the_command_line_takes_every_shown_command(tmp_path: Path, got: dict[str, list[Any]], stage: str) -> None:
+    command: Any = main.get_command(click.Context(main), stage)
+    for table in _edge_tables(stage):
+        plan = _plan(tmp_path, **{stage: [table] if stage in ("export", "bench") else table})
+        stages = Stages(plan)
+        entry = next(entry for entry in plan.tables() if entry.stage == stage)
+        command.make_context(stage, shlex.split(command_line(stage, _arguments(stages, entry)))[2:])
+
+
+def _arguments(stages: Stages, entry: Entry) -> dict[str, Any]:
+    """What a run of the plan gives to the function of this stage."""
+    models = [stages.student]
+    match entry.stage:
+        case "export":
+            return stages.export_arguments(entry)
+        case "eval":
+            return stages.eval_arguments(entry, models)
+        case "bench":
+            return stages.bench_arguments(entry, models)
+    return getattr(stages, entry.stage)(entry).arguments  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("distill", "file"),
+    [
+        ({"quantize": "none"}, 'quantize = "none"\n'),
+        ({"quantize": "none", "recipe": "quick", "epochs": 3}, 'like = "quick"\nquantize = "none"\n'),
+        ({"teacher_mean": "none", "target_epochs": 0}, 'teacher_mean = "none"\ntarget_epochs = 0\n'),
+    ],
+)
+def test_a_value_that_an_option_does_not_take_is_in_the_recipe_file(
+    tmp_path: Path, got: dict[str, list[Any]], distill: dict[str, Any], file: str
+) -> None:
+    lines = _run(_plan(tmp_path, distill=distill))
+    assert (tmp_path / "o" / RECIPE).read_text() == file
+    recipe = resolve_recipe(got["distill"][0])
+    assert recipe.quantize is None and recipe.teacher_mean is None and not recipe.target_epochs
+    assert not {"--quantize", "--teacher-mean", "--target-epochs"} & set(lines[1].split())
