@@ -42,7 +42,7 @@ from robx.distill.train import train
 from robx.distill.training.optimizers import build_optimizer, set_rates
 from robx.distill.training.run import Options, RunSpec
 from robx.distill.training.schedules import learning_rate
-from robx.errors import InputError
+from robx.errors import InputError, RobxError
 from robx.images.sources import ImageSource, open_source
 from robx.store.files import cache_folder, read_json, write_json
 from robx.store.toml import read_toml
@@ -118,7 +118,10 @@ def arguments(known: Mapping[str, Method]) -> argparse.Namespace:
     parser.add_argument("--name", help="name of the result; default: equal-compute-TEACHER-STUDENT")
     given = parser.parse_args()
     given.name = given.name or f"equal-compute-{given.teacher}-{given.student}"
-    given.earlier = published_runs(RESULTS / f"{given.name}.json") if given.published else {}
+    try:
+        given.earlier = published_runs(RESULTS / f"{given.name}.json") if given.published else {}
+    except RobxError as error:
+        parser.exit(2, f"{parser.prog}: error: --published: {error}\n")
     return given
 
 
@@ -161,9 +164,17 @@ def read_run(path: Path) -> dict[str, Any]:
 
 
 def published_runs(path: Path) -> dict[tuple[str, int, float], dict[str, Any]]:
-    """The runs of a table that `write_down` wrote, as `finished` gives them, by method, seed and minutes."""
+    """The runs of a table that `write_down` wrote, as `finished` gives them, by method, seed and minutes.
+
+    Raises:
+        InputError: the table is older than the answers in it, or is not one of equal compute.
+        ArtifactError: the file is missing or damaged.
+    """
     table, runs = read_json(path), {}
-    for row in table["rows"]:
+    rows = table.get("rows") if isinstance(table, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "hits" in row for row in rows):
+        raise InputError(f"{path} lacks the answers (hits) of its runs: leave out --published to run all of them again")
+    for row in rows:
         hits = {what: unpacked(text) for what, text in row["hits"].items()}
         runs[row["method"], row["seed"], row["minutes"]] = row | {"hits": hits}
     return runs

@@ -162,3 +162,17 @@ def test_healing_is_shown_beside_what_ships_and_an_unjudged_candidate_is_not_sai
     assert shipped[:9] == own[:9]
     failed = argparse.Namespace(rungs=(rung("b", 0.97),), healing=None, reason="the weights were not healed")
     assert heal._rows("onnx", failed, healed=True, minutes=1.0)[0][2] == "none: the weights were not healed"
+
+
+@pytest.mark.parametrize("rows", [[{"method": "quick", "seed": 0, "minutes": 2.0}], "damaged", None])
+def test_a_published_table_without_answers_is_refused_in_one_line(
+    equal_compute: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rows: Any
+) -> None:
+    monkeypatch.setattr(equal_compute, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["equal_compute.py", "--published", "--name", "old"])
+    if rows is not None:
+        write_json(tmp_path / "old.json", {"rows": rows})
+    with pytest.raises(SystemExit) as stopped:
+        equal_compute.arguments(equal_compute.methods())
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1 and "--published: " in said and "old.json" in said
