@@ -16,6 +16,11 @@ from robx.errors import RobxError
 # Below these values a representation has collapsed; features without structure have std 1 and rank D.
 MIN_STD = 0.02
 MIN_RANK = 2.0
+# Before this step the student is not judged. BatchNorm's running statistics, with which the trunk is run here, start at
+# 0 and 1 and keep .9^n of that after n steps (momentum .1): .5 % after 50, but 81 % after two, and then all embeddings
+# are alike whatever was learned. Until then a student is also close to its random weights, with which the logits of all
+# images may have one maximum.
+MIN_STEPS = 50
 UNIFORM = 0.98  # fraction of the maximum entropy, log K, above which targets carry no information
 
 
@@ -50,13 +55,15 @@ def spread(features: Tensor) -> dict[str, float]:
     return {"embedding_std": float(std), "embedding_rank": float(rank)}
 
 
-def warnings(health: Mapping[str, float], *, prototypes: int | None = None) -> list[str]:
-    """Warnings about a run with these metrics; empty if there are none.
+def warnings(health: Mapping[str, float], *, step: int, prototypes: int | None = None) -> list[str]:
+    """Warnings about a run with these metrics after `step` steps; empty if there are none.
 
-    With `prototypes`, K, nearly uniform targets are reported too; those of supervised KD are soft by design.
+    The targets are judged from the first step on, the student from MIN_STEPS on. With `prototypes`, K, nearly uniform
+    targets are reported too; those of supervised KD are soft by design.
     """
-    found = []
-    if health.get("embedding_std", 1.0) < MIN_STD or health.get("embedding_rank", MIN_RANK + 1) < MIN_RANK:
+    found, judged = [], step >= MIN_STEPS
+    collapsed = health.get("embedding_std", 1.0) < MIN_STD or health.get("embedding_rank", MIN_RANK + 1) < MIN_RANK
+    if judged and collapsed:
         found.append(
             f"the student has collapsed: its embeddings have std {health['embedding_std']:.4f} and rank "
             f"{health['embedding_rank']:.1f}; lower --lr"
@@ -69,7 +76,7 @@ def warnings(health: Mapping[str, float], *, prototypes: int | None = None) -> l
             f"{math.log(prototypes):.2f}, and carry no information; lower teacher_temperature, or use a teacher with "
             "a trained head"
         )
-    if health.get("student_use", 2.0) < 1.02 and health.get("target_use", 2.0) > 2:
+    if judged and health.get("student_use", 2.0) < 1.02 and health.get("target_use", 2.0) > 2:
         found.append("the student assigns all images to the same prototype; lower --lr, or lengthen the warm-up")
     return found
 

@@ -48,7 +48,7 @@ def monitor(run: Run, values: StepValues, pixels: Tensor) -> None:
             metrics.add({"step": done, "epoch": done / run.per_epoch} | health)
         seen = health | figures
         soft = learner.objective.traits.soft_targets
-        for text in warnings(seen, prototypes=None if soft else learner.net.num_prototypes):
+        for text in warnings(seen, step=done, prototypes=None if soft else learner.net.num_prototypes):
             if (kind := f"{learner.name}: {text.split(';')[0][:24]}") not in run.warned:
                 run.warned.add(kind)
                 run.say(f"warning: {learner.name}, step {done}: {text}")

@@ -325,7 +325,7 @@ def test_processes_with_other_images_are_refused_by_name(source: ImageSource) ->
 def test_a_collapsed_student_is_said_once(
     tiny: ModuleType, source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from robx.distill.training import networks
+    from robx.distill.training import collapse, networks
 
     real = networks.build_student
 
@@ -336,6 +336,7 @@ def test_a_collapsed_student_is_said_once(
         return net
 
     monkeypatch.setattr(networks, "build_student", collapsed)
+    monkeypatch.setattr(collapse, "MIN_STEPS", 2)
     said: list[str] = []
     recipe = tiny.tiny_recipe(lr=1e-9, warmup_lr=0.0)
     tiny.tiny_run(source, tmp_path, recipe=recipe, options={"monitor_every": 2}, say=said.append)
