@@ -45,6 +45,7 @@ class RuntimeRow:
     extra: str | None  # extra of robx that installs it; None: installed with robx
     device_install: str = ""  # command for a device without robx
     title: str = ""  # as its project spells it, where several runtimes execute one format
+    uses_cpu: bool = True  # False: it runs on a GPU whatever is asked for, so that --threads has no effect
 
 
 def _formats(*rows: FormatRow) -> dict[str, FormatRow]:
@@ -81,9 +82,9 @@ RUNTIMES = _runtimes(
     RuntimeRow(name="openvino", engine="on_openvino", packages=("openvino",), extra="openvino",
                device_install="pip install openvino"),
     RuntimeRow(name="tensorrt", engine="on_tensorrt", packages=("tensorrt",), extra="trt",
-               device_install="use the board's JetPack, or pip install tensorrt", title="TensorRT"),
+               device_install="use the board's JetPack, or pip install tensorrt", title="TensorRT", uses_cpu=False),
     RuntimeRow(name="tensorrt_rtx", engine="on_tensorrt", packages=("tensorrt_rtx",), extra="trt-rtx",
-               device_install="pip install tensorrt_rtx", title="TensorRT-RTX"),
+               device_install="pip install tensorrt_rtx", title="TensorRT-RTX", uses_cpu=False),
     RuntimeRow(name="executorch", engine="on_executorch", packages=("executorch",), extra="executorch",
                device_install="pip install executorch"),
     RuntimeRow(name="litert", engine="on_litert", packages=("ai-edge-litert",), extra="litert",
@@ -93,6 +94,8 @@ RUNTIMES = _runtimes(
 )
 # fmt: on
 
+# Providers that compute in CPU threads; all others are accelerators.
+CPU_PROVIDERS = ("cpu", "xnnpack")
 # What any engine calls the hardware that it runs on; each engine refuses those it does not have.
 PROVIDERS = ("cpu", "cuda", "gpu", "npu", "qnn", "tensorrt", "xnnpack")
 

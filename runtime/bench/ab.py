@@ -55,7 +55,7 @@ def compare(settings: BenchSettings, *, say: Callable[[str], None] = lambda _: N
 
     Each bundle is timed for the profile's seconds, divided into BLOCKS blocks. An UNSTABLE measurement is repeated, up
     to `settings.retries` times and within profiles.RETRY_SECONDS; the one with the fewest reasons against it counts.
-    `say` is called with a line about a bundle that should not be used any more.
+    `say` is called with a line about a bundle that should not be used any more, or that a setting has no effect on.
 
     Raises:
         InputError: fewer than two bundles, the same bundle twice, bundles of different input sizes, or a setting
@@ -63,8 +63,11 @@ def compare(settings: BenchSettings, *, say: Callable[[str], None] = lambda _: N
     """
     _check(settings)
     images = _load_images(settings, say)
-    for folder in settings.folders:
-        warn_outdated(folder, load_bundle(folder), say)
+    bundles = [load_bundle(folder) for folder in settings.folders]
+    if unused := profiles.unused_threads(settings, bundles):
+        say(unused)
+    for folder, bundle in zip(settings.folders, bundles, strict=True):
+        warn_outdated(folder, bundle, say)
     started, one_image = utc_now(), replace(settings.session, batch=1)
     with contextlib.ExitStack() as stack:
         sessions = {

@@ -50,7 +50,8 @@ def bench(
     Processes of different bundles run in random order, so that slow phases of the machine affect all bundles equally.
     A bundle that is UNSTABLE for a reason that may pass (drift, background load, ...) is measured again, up to
     `settings.retries` times and within profiles.RETRY_SECONDS; the record lists every try. `progress` is called with
-    (done, total, note), `say` with a line about a bundle that should not be used any more.
+    (done, total, note), `say` with a line about a bundle that should not be used any
+    more, or that a setting has no effect on.
 
     Raises:
         InputError: a path is not a bundle, or a setting does not fit one.
@@ -58,6 +59,8 @@ def bench(
         DeviceError: the device cannot be reached, or no process of any bundle succeeded.
     """
     runs = _prepare(settings, say)
+    if unused := profiles.unused_threads(settings, [run.bundle for run in runs]):
+        say(unused)
     for run in runs:
         warn_outdated(run.folder, run.bundle, say)
     started = utc_now()

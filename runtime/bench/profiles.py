@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from robx.errors import InputError, did_you_mean
+from robx.formats import CPU_PROVIDERS, RUNTIMES
 from robx.path_ends import path_ends
+from robx.records import Bundle
 from robx.runtime.session import SessionSettings, check_provider
 
 RETRY_SECONDS = 600.0  # for measuring UNSTABLE bundles again, all of them together
@@ -189,3 +191,18 @@ class BenchSettings:
         # A bundle that was given again has its number behind it.
         times = [paths[: place + 1].count(path) for place, path in enumerate(paths)]
         return [ends[path] + (f" ({time})" if time > 1 else "") for path, time in zip(paths, times, strict=True)]
+
+
+def unused_threads(settings: BenchSettings, bundles: Sequence[Bundle]) -> str:
+    """A warning that names the bundles for which ``--threads`` has no effect; empty where it was not given or counts.
+
+    The engines refuse every other setting that they cannot apply.
+    """
+    threads, provider = settings.session.threads, settings.session.provider or "cpu"
+    if threads == SessionSettings.threads:
+        return ""
+    on_cpu = provider.lower() in CPU_PROVIDERS
+    pairs = zip(settings.labels, bundles, strict=True)
+    names = [label for label, bundle in pairs if not (on_cpu and RUNTIMES[bundle.runtime].uses_cpu)]
+    runs = "does not compute" if len(names) == 1 else "do not compute"
+    return f"warning: --threads {threads} has no effect on {', '.join(names)}, which {runs} on the CPU" if names else ""

@@ -10,10 +10,11 @@ import pytest
 
 from robx.errors import ArtifactError, DeviceError, InputError
 from robx.images.sources import open_source
-from robx.records import Preprocessing, Value, load_measurements, to_json
+from robx.records import Preprocessing, Value, load_bundle, load_measurements, to_json
 from robx.runtime.bench import interleave, latency
 from robx.runtime.bench.bench import BenchSettings, bench
 from robx.runtime.bench.inputs import load_inputs
+from robx.runtime.bench.profiles import unused_threads
 from robx.runtime.session import SessionSettings, open_session
 from robx.store.files import sha256_file
 
@@ -215,3 +216,27 @@ def test_a_record_survives_its_json(make_bundle, short_profile):
     assert json.loads(json.dumps(to_json(record), allow_nan=False))["values"]["p50"]["unit"] == "ms"
     assert all(isinstance(value, Value) for value in record.values.values())
     assert not any("/" in str(part) for part in Path(record.samples).parent.parts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"threads": 2}, "trt-fp32, which does not compute"),
+        ({"threads": 1}, ""),
+        ({"threads": 2, "provider": "CUDA:1"}, "onnx-fp32, openvino-fp32, trt-fp32, which do not compute"),
+        ({"threads": 2, "provider": "xnnpack"}, "trt-fp32, which does not compute"),
+    ],
+)
+def test_bundles_that_threads_have_no_effect_on_are_named(make_bundle, settings, names):
+    runtimes = {"onnx-fp32": "onnxruntime", "openvino-fp32": "openvino", "trt-fp32": "tensorrt"}
+    folders = [make_bundle(name, runtime=runtime) for name, runtime in runtimes.items()]
+    asked = BenchSettings(bundles=folders, session=SessionSettings(**settings))
+    wanted = names and f"warning: --threads 2 has no effect on {names} on the CPU"
+    assert unused_threads(asked, [load_bundle(folder) for folder in folders]) == wanted
+
+
+def test_a_bench_says_that_threads_have_no_effect_on_a_gpu(make_bundle, short_profile):
+    folders, said = [make_bundle("onnx-fp32"), make_bundle("trt-fp32", runtime="tensorrt")], []
+    settings = BenchSettings(bundles=folders, profile="rapid", processes=1, session=SessionSettings(threads=2))
+    bench(settings, say=said.append)
+    assert said == ["warning: --threads 2 has no effect on trt-fp32, which does not compute on the CPU"]
