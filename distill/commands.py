@@ -42,7 +42,7 @@ _FOLDER = PathType(file_okay=False)
 @click.option("--image-member", metavar="NAME", help="Image of a tar sample that has several, such as rgb.jpg.")
 @click.option("--out", type=_FOLDER, help="Output folder; an unfinished run in it is resumed.")
 @click.option("--objective", type=_OBJECTIVES, help="Default: the method that pretrained the teacher, else msn.")
-@click.option("--init", metavar="RUN|FILE|pretrained", help="Initial weights of the student. Default: random.")
+@click.option("--init", metavar="RUN|FILE|pretrained", help="Initial weights of the student's trunk. Default: random.")
 @click.option("--recipe", type=_FILE, metavar="quick|paper|FILE",
               help="quick: for minutes on a CPU. paper: as published (default). Or a TOML file.")  # fmt: skip
 @click.option("--epochs", type=WholeNumber(1), help="Passes over the images.")

@@ -105,7 +105,7 @@ def distill(
         teacher_weights: the teacher's full checkpoint; None downloads it.
         targets: a folder of stored targets, used instead of a teacher.
         objective: "dino", "ibot", "msn", "swav" or "kd"; None is the method that pretrained the teacher, else msn.
-        init: the student's initial weights: a run, a file (timm, torchvision), or "pretrained"; None: random ones.
+        init: initial weights of the student's trunk: a run, a file (timm, torchvision), or "pretrained"; None: random.
         recipe: "quick" for minutes on a CPU, "paper" (the default), or a TOML file with keys of the recipe.
         store_targets: a folder to write the teacher's targets to, for later runs.
         cache: downloads and fitted prototypes; None is $ROBX_CACHE or ~/.cache/robx.
