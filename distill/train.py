@@ -56,7 +56,7 @@ from robx.distill.training.signals import StopRequest, stop_on_signals
 from robx.distill.training.speed import MEASURE_SECONDS, Rate, SpeedBound, TimedFeed, measure_bound
 from robx.errors import InputError, Interrupted, counted
 from robx.images.sources import ImageSource, open_source
-from robx.progress import Progress, silent
+from robx.progress import Fact, Progress, silent
 from robx.store.locks import lock_folder
 
 _ABOVE_BOUND = 1.1  # a run this many times faster than its bound shows that the bound is wrong
@@ -82,7 +82,7 @@ def distill(settings: DistillSettings, *, progress: Progress | None = None, say:
         for warning in _warnings(settings, recipe):
             say(warning)
         if processes.device.type == "cuda":
-            say(compute_of(recipe, processes.device, workers=settings.options.workers).line)
+            say(Fact(compute_of(recipe, processes.device, workers=settings.options.workers).line))
         spec, teacher = _spec(settings, recipe, source, None), None
         if settings.teacher is not None and not settings.base:
             # Everything that can be refused is refused before the teacher is downloaded.
@@ -109,7 +109,8 @@ def distill(settings: DistillSettings, *, progress: Progress | None = None, say:
                 device=processes.device,
                 progress=progress,
             )
-            say(f"teacher {teacher.name}, licence {teacher.info.licence}, prototypes {teacher.info.prototypes}")
+            info = teacher.info
+            say(Fact(f"teacher {teacher.name}, licence {info.licence}, prototypes {info.prototypes}"))
         return train(replace(spec, teacher=teacher), progress=progress, say=say, processes=processes)
 
 
@@ -425,9 +426,11 @@ def _measure(run: Run, start: int) -> SpeedBound:
     run.bound, run.bound_tries = measured.bound, run.bound_tries + 1
     processes = counted(run.processes.world, "process", "processes")
     run.say(
-        f"speed bound {speed_bound(run):.1f} images/s on {processes}, measured on "
-        f"{counted(measured.views.globals.shape[1], 'image')}; per process {run.bound.parts}, "
-        f"one loader worker {loader:.1f}"
+        Fact(
+            f"speed bound {speed_bound(run):.1f} images/s on {processes}, measured on "
+            f"{counted(measured.views.globals.shape[1], 'image')}; per process {run.bound.parts}, "
+            f"one loader worker {loader:.1f}"
+        )
     )
     return run.bound
 
@@ -438,10 +441,8 @@ def _measure_again(run: Run, done: int, speed: float) -> float:
         return 0.0
     began = time.monotonic()
     if run.processes.any(speed > _ABOVE_BOUND * speed_bound(run))[0]:
-        run.say(
-            f"{speed:.1f} images/s is {speed / speed_bound(run):.0%} of the speed bound, which was measured while the "
-            "machine was busy: measuring it again"
-        )
+        share = f"{speed:.1f} images/s is {speed / speed_bound(run):.0%} of the speed bound"
+        run.say(Fact(f"{share}, which was measured while the machine was busy: measuring it again"))
         _measure(run, done)
     return time.monotonic() - began
 

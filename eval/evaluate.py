@@ -25,7 +25,7 @@ from robx.eval.protocols.lowshot import check_splits, parse_shots
 from robx.eval.protocols.outcome import Model, Outcome
 from robx.eval.ranks import Ranks, join
 from robx.images.sources import ImageSource, data_info
-from robx.progress import Progress
+from robx.progress import Fact, Progress
 from robx.records import (
     Accuracy,
     Bundle,
@@ -324,7 +324,8 @@ def _said_of_images(split: Split, bank: Features, test: Features, say: Callable[
             say(f"warning: {found.skipped} of {len(source)} images of {source.name} cannot be read: left out")
     shared = look_alikes(bank.looks, test.looks)
     if shared.checked:
-        say(f"compared {shared.checked} of {shared.images} test images with the training images, for near-duplicates")
+        compared = f"compared {shared.checked} of {shared.images} test images with the training images"
+        say(Fact(f"{compared}, for near-duplicates"))
     if shared.warning:
         say(f"warning: {shared.warning}")
     for warning in _doubtful_labels(split, bank, test):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from robx.console import print_line, print_table, progress_bar, quiet_option, say
+from robx.console import announce, print_line, print_table, progress_bar, quiet_option, say
 from robx.errors import InputError
 from robx.formats import FORMATS
 from robx.options import Command, Number, PathType, WholeNumber
@@ -158,7 +158,7 @@ def export(
             chosen,
             progress=progress,
             say=say,
-            on_candidate=lambda rung: say(f"{rung.name}: {_news(rung)}"),
+            on_candidate=lambda rung: announce(f"{rung.name}: {_news(rung)}"),
         )
     folder = chosen.folder(bundle)
     _show_candidates(bundle)

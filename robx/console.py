@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import sys
 import time
@@ -20,7 +21,7 @@ from rich.text import Text
 
 from robx import interrupts
 from robx.errors import duration, visible
-from robx.progress import Progress, silent
+from robx.progress import Fact, Progress, silent
 
 # Seconds between two lines of progress where there is no terminal (a log, CI).
 _LINE_SECONDS = 15.0
@@ -34,13 +35,21 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def quiet_option(command: Command) -> Command:
-    """The option --quiet, for commands that take long; `progress_bar` and `announce` obey it."""
+    """The option --quiet, for commands that take long; `progress_bar`, `announce` and `say` obey it."""
 
     def remember(context: click.Context, _: click.Parameter, quiet: bool) -> None:
         context.meta[_QUIET] = quiet
+        if quiet:  # the stages of a plan are functions of robx.api, which write to a logger
+            log = logging.getLogger("robx")
+            log.addFilter(_is_no_fact)
+            context.call_on_close(lambda: log.removeFilter(_is_no_fact))
 
-    help_text = "Show no progress; results, warnings and errors remain."
+    help_text = "Print only results, warnings and errors: no progress and no other facts about the run."
     return click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=remember, help=help_text)(command)
+
+
+def _is_no_fact(record: logging.LogRecord) -> bool:
+    return not isinstance(record.msg, Fact)
 
 
 def _is_quiet() -> bool:
@@ -128,14 +137,14 @@ def hints(heading: str, lines: Sequence[str]) -> None:
 
 
 def say(text: str) -> None:
-    """Print one line on standard error."""
-    sys.stderr.write(f"{visible(text)}\n")  # rich prints it above a progress bar
+    """Print one line on standard error; a Fact only without --quiet."""
+    if not (isinstance(text, Fact) and _is_quiet()):
+        sys.stderr.write(f"{visible(text)}\n")  # rich prints it above a progress bar
 
 
 def announce(text: str) -> None:
     """Print one line of progress on standard error, unless the command has --quiet."""
-    if not _is_quiet():
-        say(text)
+    say(Fact(text))
 
 
 def _coloured(words: str) -> Text:

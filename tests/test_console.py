@@ -1,11 +1,14 @@
 """Progress in a log: a line at the start and end of each task, and the remaining time in between."""
 
+import logging
+
 import click
 import pytest
 from click.testing import CliRunner
 
 from robx import console
 from robx.cli import main
+from robx.progress import Fact
 
 
 @pytest.fixture
@@ -58,16 +61,24 @@ def long_command():
         progress(0, 10, "working")
     console.announce("next stage")
     console.say("warning")
+    console.say(Fact("fact"))
+    logging.getLogger("robx").warning(Fact("fact of a stage"))
+    logging.getLogger("robx").warning("warning of a stage")
     console.hints("Next:", ["robx eval runs/r18"])
     console.print_line("result")
 
 
 @pytest.mark.parametrize(
-    ("options", "errors"), [((), "working: 0 of 10\nnext stage\nwarning\n"), (("--quiet",), "warning\n")]
+    ("options", "errors", "logged"),
+    [
+        ((), "working: 0 of 10\nnext stage\nwarning\nfact\n", ["fact of a stage", "warning of a stage"]),
+        (("--quiet",), "warning\n", ["warning of a stage"]),
+    ],
 )
-def test_quiet_hides_the_progress_and_nothing_else(options, errors):
+def test_quiet_hides_progress_and_facts_and_nothing_else(options, errors, logged, caplog):
     found = CliRunner().invoke(long_command, options)
-    assert found.exit_code == 0 and found.stderr == errors
+    assert found.exit_code == 0 and found.stderr == errors and caplog.messages == logged
+    assert not logging.getLogger("robx").filters  # the next command in this process is as talkative as ever
     assert found.stdout == "result\n"  # not a terminal: no hints
 
 

@@ -16,6 +16,7 @@ from robx.distill.teachers.trunks import load_strictly
 from robx.errors import ArtifactError, InputError, first_line
 from robx.image_size import ImageSize
 from robx.images.decode import IMAGENET_MEAN, IMAGENET_STD
+from robx.progress import Fact
 from robx.records import unfinished
 from robx.store.files import cache_folder, sha256_file
 from robx.trunk import build_trunk, load_trunk
@@ -65,9 +66,11 @@ def open_initial(init: Path, student: str, *, image_size: ImageSize, cache: Path
 def starting_line(student: str, initial: Initial | None) -> str:
     """What a student starts from, as one line for the user."""
     if initial is not None:
-        return f"{student} starts from {initial.origin}"
-    hint = ": its name chooses pretrained weights, give --init pretrained to use them" if "." in student else ""
-    return f"{student} starts from random weights{hint}"
+        return Fact(f"{student} starts from {initial.origin}")
+    line = f"{student} starts from random weights"
+    if "." in student:  # a warning, and not only a fact
+        return f"{line}: its name chooses pretrained weights, give --init pretrained to use them"
+    return Fact(line)
 
 
 def _from_timm(student: str, image_size: ImageSize, cache: Path) -> Initial:

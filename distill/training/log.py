@@ -13,6 +13,7 @@ from robx.distill.training.run import Run
 from robx.distill.training.schedules import learning_rate
 from robx.distill.training.speed import Rate
 from robx.image_size import usual_preprocessing
+from robx.progress import Fact
 
 # Of a step's time: less is the jitter of a loader that keeps up.
 _NOTABLE_WAITING = 0.1
@@ -75,7 +76,7 @@ def probe_students(run: Run, probe: Probe, done: int) -> bool:
     scores = [run_probe(probe, learner.trunk, run.processes.device) for learner in run.learners]
     for learner, metrics, knn in zip(run.learners, run.metrics, scores, strict=True):
         metrics.add({"step": done, "epoch": done / run.per_epoch, "probe_knn": knn})
-        run.say(f"epoch {done // run.per_epoch}: {learner.name} kNN accuracy {knn:.1f} %")
+        run.say(Fact(f"epoch {done // run.per_epoch}: {learner.name} kNN accuracy {knn:.1f} %"))
     mean = sum(scores) / len(scores)
     if run.best is not None and mean <= run.best[1]:
         return False
@@ -89,11 +90,11 @@ def probe_references(run: Run, probe: Probe) -> None:
     reference = {}
     if isinstance(branch, TeacherBranch):
         reference["teacher_probe_knn"] = score(probe, branch.teacher.features, run.processes.device)
-        run.say(f"teacher kNN accuracy {reference['teacher_probe_knn']:.1f} %")
+        run.say(Fact(f"teacher kNN accuracy {reference['teacher_probe_knn']:.1f} %"))
     for learner, metrics in zip(run.learners, run.metrics, strict=True):
         untrained = run_probe(probe, learner.trunk, run.processes.device)
         metrics.add({"step": 0, "epoch": 0.0, "probe_knn": untrained} | reference)
-        run.say(f"{learner.name} kNN accuracy before training {untrained:.1f} %")
+        run.say(Fact(f"{learner.name} kNN accuracy before training {untrained:.1f} %"))
 
 
 def speed_bound(run: Run) -> float:

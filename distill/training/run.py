@@ -25,6 +25,7 @@ from robx.distill.training.run_folder import Metrics, check_folders, claim_folde
 from robx.distill.training.speed import SpeedBound
 from robx.errors import InputError
 from robx.images.sources import ImageSource
+from robx.progress import Fact
 from robx.records import TeacherInfo, to_json
 from robx.store.files import write_json
 from robx.store.folders import require_writable
@@ -163,7 +164,7 @@ def open_run(spec: RunSpec, compute: Compute, *, processes: Processes, say: Say)
         if learner.net.stages is not None:
             pairs = learner.net.stages.pairs.items()
             strides = ", ".join(f"{one}" if one == own else f"{one} (its own of {own})" for one, own in pairs)
-            say(f"{learner.name} matches the teacher's feature maps at stride {strides}")
+            say(Fact(f"{learner.name} matches the teacher's feature maps at stride {strides}"))
     branch = networks.branch
     if spec.store is not None and spec.teacher is not None and processes.first:
         kept = stored_info(recipe, teacher=spec.teacher, source=spec.source, k=options.stored_k)

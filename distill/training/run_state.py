@@ -19,6 +19,7 @@ from robx.distill.training.run_folder import Metrics, tensorboard_writer
 from robx.errors import InputError, first_line, one_line
 from robx.image_size import usual_preprocessing
 from robx.images.sources import data_info
+from robx.progress import Fact
 from robx.records import Student, to_json
 from robx.store.files import write_text
 from robx.trunk import embedding_width, save_weights
@@ -36,7 +37,7 @@ def resume_run(run: Run) -> int:
     if found is not None:
         done, state = found
         _restore(run, _to(state, run.processes.device))
-        run.say(f"resuming {run.out} after step {done} of {run.steps}")
+        run.say(Fact(f"resuming {run.out} after step {done} of {run.steps}"))
     if len(found_by := set(run.processes.gather(done))) > 1:
         raise InputError(
             f"the processes see checkpoints of different steps ({sorted(found_by)}): "

@@ -32,7 +32,7 @@ from robx.export.heal.images import HealingImages, read_healing_images
 from robx.export.image_splits import Splits
 from robx.int8_simulation import Int8Simulation, LayerRange, Rounding
 from robx.interrupts import deferred
-from robx.progress import Progress, silent
+from robx.progress import Fact, Progress, silent
 from robx.records import Healing, Json, Preprocessing, Student, from_json, to_json
 from robx.store.files import sha256_bytes
 
@@ -112,7 +112,7 @@ def heal(
     name = f"heal-{_key(student, splits, settings)}.safetensors"
     stored = cache.read(name)
     if stored is not None and "healing" in (kept := load(stored)):
-        say(f"healed weights of {student.timm_name} are reused from the export cache")
+        say(Fact(f"healed weights of {student.timm_name} are reused from the export cache"))
         return _load_result(trunk, kept)
     images = read_healing_images(splits, student.preprocessing, progress=progress)
     probe = splits.calibration.normalised(student.preprocessing, slice(_RANGE_IMAGES))
@@ -121,7 +121,7 @@ def heal(
         trainer.plan = Plan(left=settings.steps or _steps_that_fit(settings.minutes, _seconds_per_step(trainer), say))
     else:
         trainer.restore(load(stored))
-        say(f"healing continues after step {trainer.plan.step} of {trainer.plan.steps}")
+        say(Fact(f"healing continues after step {trainer.plan.step} of {trainer.plan.steps}"))
     _train(trainer, lambda: cache.write(name, save(trainer.state())), progress, say)
     kept = _result_tensors(trainer.network, trainer.record(student, splits.source), trainer.simulation.trained_ranges())
     cache.write(name, save(kept))
