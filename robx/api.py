@@ -12,26 +12,30 @@
     with api.open(bundle) as exported:        # the exported model in its runtime
         embeddings = exported.embed("photos/")  # (N, D)
 
-Paths may be `str` or `Path`. Whatever is wrong with the caller's input, an unknown or missing argument included, raises
-a child of `robx.errors.RobxError`, whose message says what to do. Long calls show their progress on a terminal and in a
-notebook, and write it to the logger "robx" elsewhere; `progress=None` switches that off. Nothing heavy is imported
-before the first call.
+Paths may be `str` or `Path`, and start with "~". A call leaves the caller's random numbers as they were. Whatever is
+wrong with the caller's input, an unknown or missing argument included, raises a child of `robx.errors.RobxError`, whose
+message says what to do. Long calls show their progress on a terminal and in a notebook, and write it to the logger
+"robx" elsewhere; `progress=None` switches that off. Nothing heavy is imported before the first call.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, overload
 
-from robx.arguments import checked, naming_arguments
+from robx.arguments import checked, home_expanded, naming_arguments
 from robx.errors import CorruptImage, InputError
 from robx.formats import Format
-from robx.reporting import Reporting, reporting
+from robx.progress import Progress
+from robx.reporting import Reporting, Say, reporting
 
 StrPath = str | os.PathLike[str]
+_TOLERANCE = 0.01  # of preprocessed values
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +43,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from robx.eval.report.render import Pages
-    from robx.records import Bundle, Latency, Measurement, Student
+    from robx.records import Bundle, Latency, Measurement, Preprocessing, Student
     from robx.runtime.session import Session
     from robx.ship.run import Shipped
 
@@ -143,7 +147,7 @@ def distill(
         **settings,
     )
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, only this one reports
-    with reporting(progress if first else None) as (shown, say):
+    with _reporting(progress if first else None, distill) as (shown, say):
         folders = distill(request, progress=shown, say=say)
     made = [Artifact(folder, load_student(folder)) for folder in folders]
     return made[0] if isinstance(student, str) else made
@@ -255,11 +259,11 @@ def export(
         sensitivity=sensitivity,
         force=force,
     )
-    with reporting(progress) as (shown, say):
+    with _reporting(progress, export) as (shown, say):
         bundle = build(settings, progress=shown, say=say)
         folder = settings.folder(bundle)
         if (error := gate_error(bundle, folder, most=candidates, budget=budget)) is not None:
-            say(naming_arguments(str(error), export))
+            say(str(error))
     return Artifact(folder, bundle)
 
 
@@ -336,7 +340,7 @@ def bench(
         seed=seed,
         retries=retries,
     )
-    with reporting(progress) as (shown, say):
+    with _reporting(progress, bench) as (shown, say):
         return bench(settings, progress=shown, say=say)
 
 
@@ -423,7 +427,7 @@ def evaluate(
         cache=cache,
         no_cache=no_cache,
     )
-    with reporting(progress) as (shown, say):
+    with _reporting(progress, evaluate) as (shown, say):
         return list(evaluate(settings, progress=shown, say=say))
 
 
@@ -452,7 +456,7 @@ def report(
     """
     from robx.eval.report.render import render
 
-    with reporting(None) as (_, say):  # it takes seconds, and may have to name damaged files
+    with _reporting(None, report) as (_, say):  # it takes seconds, and may have to name damaged files
         return render(_paths(folders), out=Path(out), margin=margin, budgets=tuple(budgets), say=say)
 
 
@@ -488,7 +492,7 @@ def ship(plan: StrPath | Mapping[str, Any], *, fresh: bool = False, progress: Re
     from robx.ship.run import run_plan
 
     chosen = make_plan(plan, where="the plan") if isinstance(plan, Mapping) else read_plan(Path(plan))
-    with reporting(progress) as (shown, say):
+    with _reporting(progress, ship) as (shown, say):
         return run_plan(chosen, VERBS, fresh=fresh, progress=shown, announce=say, say=say)
 
 
@@ -517,6 +521,13 @@ def load(run: StrPath) -> nn.Module:
     record, model = load_trunk(folder)
     model.preprocessing = torchvision_transform(record.preprocessing)
     return model
+
+
+@contextlib.contextmanager
+def _reporting(progress: Reporting, function: Callable[..., Any]) -> Iterator[tuple[Progress, Say]]:
+    """As `reporting`; messages name the arguments of `function`."""
+    with reporting(progress) as (shown, say):
+        yield shown, lambda text: say(naming_arguments(text, function))
 
 
 def _paths(paths: StrPath | Iterable[StrPath]) -> tuple[Path, ...]:
@@ -579,7 +590,8 @@ class Embedder:
         Raises:
             CorruptImage: an image cannot be decoded, in a folder as well: a row that is left out would shift all that
                 follow. `robx run --out FILE.npz` skips such images and names the others.
-            InputError: no image, a path that does not exist, an array of another type or shape, or `batch` below 1.
+            InputError: no image, a path that does not exist, an array of another type or shape or with NaN or infinity,
+                or `batch` below 1.
             DeviceError: the engine failed, gave no output in time, or returned NaN or infinity.
         """
         import numpy as np
@@ -593,6 +605,8 @@ class Embedder:
         if parts and len(parts) < len(items):
             raise InputError("preprocessed arrays (float32) and other images are mixed: embed them in two calls")
         if parts:
+            with reporting(None) as (_, say):
+                _check_pixels(parts, self._session.bundle.preprocessing, say)
             return np.concatenate([infer_preprocessed(self._session, part, batch=batch) for part in parts])
         answers = infer(self._session, _readers(items), batch=batch, on_skip=_refuse)
         return np.stack([answer for _, answer in answers])
@@ -636,6 +650,20 @@ def _preprocessed(item: Any) -> np.ndarray | None:
     return None
 
 
+def _check_pixels(arrays: Sequence[np.ndarray], preprocessing: Preprocessing, say: Say) -> None:
+    """Refuse NaN and infinity in preprocessed images (N, 3, H, W), and warn of values that no image can have."""
+    low, high = preprocessing.value_range
+    for number, pixels in enumerate(arrays):
+        least, greatest = (float(end) for end in (pixels.min(initial=low), pixels.max(initial=high)))
+        if not math.isfinite(least) or not math.isfinite(greatest):
+            raise InputError(f"array {number} contains NaN or infinity: give preprocessed pixels, or uint8 ones")
+        if least < low - _TOLERANCE or greatest > high + _TOLERANCE:
+            say(
+                f"warning: array {number} has values from {least:.3g} to {greatest:.3g}, and preprocessed pixels of "
+                f"this model are in {low:.3g} to {high:.3g}: normalise them, or give uint8 pixels"
+            )
+
+
 def _readers(items: Iterable[Any]) -> Iterator[tuple[str, Callable[[], Image.Image]]]:
     """(name, read) of every image, as `infer` takes them; nothing is read yet."""
     import numpy as np
@@ -646,7 +674,7 @@ def _readers(items: Iterable[Any]) -> Iterator[tuple[str, Callable[[], Image.Ima
         if isinstance(item, str) and not item:
             raise InputError(f"image {number} is an empty path: give a path, or . for the current folder")
         if isinstance(item, str | os.PathLike):
-            yield from find_images([Path(item)])
+            yield from find_images([Path(home_expanded(item))])
         elif not _is_image(item):
             raise InputError(
                 f"image {number} is of type {type(item).__name__}: give a path, a PIL image or a numpy array"

@@ -5,6 +5,7 @@ The annotations of the functions in ``robx.api`` are the only list of what each 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -15,9 +16,11 @@ import reprlib
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, Union
 
 from robx.errors import ArtifactError, InputError, RobxError, counted, did_you_mean
+from robx.random_state import kept_random_state
 from robx.store.dataclass_json import check_json, to_json
 
 Parameters = ParamSpec("Parameters")
@@ -33,10 +36,10 @@ _PLURALS = {"a whole number": "whole numbers", "a number": "numbers", "a string"
 
 
 def checked(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """`function`, with its arguments checked against its annotations before it runs; see `check_types`.
+    """`function` as a part of the Python API: its arguments are checked against its annotations; see `check_types`.
 
     Arguments that it does not take, or lacks, are an InputError too. The errors that it raises name arguments where the
-    command line has options; see `naming_arguments`.
+    command line has options; see `naming_arguments`. The caller's random numbers stay as they were.
     """
     signature = inspect.signature(function)
 
@@ -48,7 +51,8 @@ def checked(function: Callable[Parameters, Result]) -> Callable[Parameters, Resu
             raise InputError(_misfit(function, error, args, kwargs)) from None
         given.arguments |= check_types(types_of(function), given.arguments)
         try:
-            return function(*given.args, **given.kwargs)
+            with kept_random_state():
+                return function(*given.args, **given.kwargs)
         except RobxError as error:
             error.args = (naming_arguments(str(error), function),)
             raise
@@ -124,7 +128,7 @@ def types_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def check_types(kinds: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Check arguments against their types; numpy's numbers are returned as Python's.
+    """Check arguments against their types; numpy's numbers are returned as Python's, and paths with "~" expanded.
 
     Args:
         kinds: type of each argument; arguments that it lacks, or of type Any, are not checked.
@@ -138,7 +142,19 @@ def check_types(kinds: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     for name, kind in kinds.items():
         if name in plain:
             _check(kind, plain[name], name)
+            if "PathLike" in repr(kind):
+                plain[name] = home_expanded(plain[name])
     return plain
+
+
+def home_expanded(value: Any) -> Any:
+    """A path, or those of a list or table, with the home directory for a leading "~"; anything else as it is."""
+    if isinstance(value, str | Path) and str(value).startswith("~"):
+        with contextlib.suppress(RuntimeError):  # "~name" of no user is a file's name
+            return type(value)(Path(value).expanduser())
+    if type(value) in (list, tuple):
+        return type(value)(map(home_expanded, value))
+    return {key: home_expanded(one) for key, one in value.items()} if isinstance(value, dict) else value
 
 
 def _check(kind: Any, value: Any, name: str) -> None:

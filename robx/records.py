@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from robx.errors import ArtifactError, InputError
+from robx.errors import ArtifactError, InputError, counted
 from robx.formats import Format as Format
 from robx.formats import Precision as Precision
 from robx.store.dataclass_json import SCHEMA as SCHEMA
@@ -67,6 +67,12 @@ class Preprocessing:
         """Bytes of one preprocessed image, float32 (3, H, W)."""
         height, width = self.shape
         return 3 * height * width * 4
+
+    @property
+    def value_range(self) -> tuple[float, float]:
+        """The least and the greatest value that a normalised pixel can have, whatever its channel."""
+        ends = [(end - mean) / std for mean, std in zip(self.mean, self.std, strict=True) for end in (0.0, 1.0)]
+        return min(ends), max(ends)
 
     def same_pixels(self, other: Preprocessing) -> bool:
         """Whether both see the same pixels of an image, however they normalise them."""
@@ -237,7 +243,7 @@ class Healing:
     @property
     def said(self) -> str:
         """In words, for a person."""
-        trained = f"{self.steps} steps of {self.batch} images, {self.minutes:.1f} min"
+        trained = f"{counted(self.steps, 'step')} of {counted(self.batch, 'image')}, {self.minutes:.1f} min"
         return f"weights healed in {trained}: int8 error {self.loss_before:.4f}, now {self.loss_after:.4f}"
 
 

@@ -24,6 +24,7 @@ import robx.eval.evaluate
 import robx.export.build
 import robx.runtime.bench.bench
 from robx import api
+from robx.arguments import checked
 from robx.distill.resolve import DistillSettings
 from robx.distill.training.run import Options
 from robx.errors import CorruptImage, DeviceError, InputError
@@ -331,9 +332,76 @@ def test_embed_runs_preprocessed_arrays_in_batches_too(run: Path, monkeypatch: p
         assert sizes == [2, 1, 2]
         with pytest.raises(InputError, match="batch is 0: it must be at least 1"):
             model.embed(pixels, batch=0)
-        pixels[4] = np.nan
-        with pytest.raises(DeviceError, match="the output for image 4 contains NaN"):
+        monkeypatch.setattr(model._session, "run", lambda images: plain(images) * np.nan)
+        with pytest.raises(DeviceError, match="the output for image 0 contains NaN"):
             model.embed(pixels, batch=2)
+
+
+def test_preprocessed_pixels_that_no_image_has_are_refused_or_warned_of(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Means of .5, .4, .3 and stds of .2, .25, .3 leave (0 - .5) / .2 = -2.5 to (1 - .5) / .2 = 2.5.
+    extreme = np.full((1, 3, *load_student(run).preprocessing.shape), 2.5, np.float32)
+    with api.open(run) as model:
+        for number in (np.nan, np.inf):
+            with pytest.raises(InputError, match="array 1 contains NaN or infinity"):
+                model.embed([extreme, extreme * number])
+        model.embed([extreme, -extreme])
+        assert not caplog.messages
+        model.embed([extreme, 60 * extreme])
+    assert (
+        "array 1 has values from -2.5 to 150, and preprocessed pixels of this model are in -2.5 to 2.5" in caplog.text
+    )
+
+
+def test_a_call_leaves_the_random_numbers_of_the_caller_alone(run: Path, photos: list[Path]) -> None:
+    import random
+
+    def states() -> tuple[Any, ...]:
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+
+    def draw_and_load(**_: Any) -> None:
+        random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
+
+    before = states()
+    api.load(run)
+    with api.open(run) as model:
+        model.embed(photos[:2])
+    assert states() == before
+    draw_and_load()
+    assert all(now != then for now, then in zip(states(), before, strict=True)), "the comparison sees each generator"
+    before = states()
+    checked(draw_and_load)()
+    assert states() == before
+
+
+def test_a_path_may_start_in_the_home_directory(
+    run: Path, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(run.parent))
+    assert api.load(f"~/{run.name}").preprocessing and api.load(Path("~") / run.name)
+    monkeypatch.setenv("HOME", str(photos[0].parent))
+    with api.open(run) as model:
+        assert model.embed(f"~/{photos[0].name}").shape[0] == 1
+    monkeypatch.setenv("HOME", str(tmp_path))
+    plan = make_plan(
+        {
+            "teacher": "t",
+            "student": "s",
+            "data": "~/images",
+            "out": "~",
+            "export": [{"format": "onnx"}],
+            "distill": {"init": "~/run"},
+        },
+        where="it",
+    )
+    assert (plan.data, plan.out, plan.distill["init"]) == (tmp_path / "images", tmp_path, str(tmp_path / "run"))
+
+
+def test_messages_of_a_call_name_its_arguments(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with api._reporting(None, api.distill) as (_, say):
+        say("runs/r holds the complete run: give --fresh to start over")
+    assert caplog.messages == ["runs/r holds the complete run: give fresh to start over"]
 
 
 def test_embed_refuses_what_is_no_image_and_names_it(run: Path, photos: list[Path], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ CROSSINGS = {
 # stage, or a room and all its modules.
 LAYERS = {
     "robx": (
-        ("errors", "progress", "interrupts", "console", "options"),
+        ("errors", "progress", "interrupts", "console", "options", "random_state"),
         ("reporting",),
         ("store",),
         ("formats", "arguments"),

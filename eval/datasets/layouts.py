@@ -147,7 +147,7 @@ def parse_transfers(names: Sequence[str], data: Path | None) -> tuple[tuple[str,
             raise InputError(f"unknown transfer {name!r}: {_nearest(name)}")
         if not root and data is None:
             raise InputError(f"--transfer {name} has no folder: give --transfer {name}=DIR")
-        found.append((name, Path(root) if root or data is None else data))
+        found.append((name, Path(root).expanduser() if root or data is None else data))
     return tuple(found)
 
 

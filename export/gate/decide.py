@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from robx.errors import counted
 from robx.export.gate.judge import Judge
 from robx.export.gate.search import Outcome, Steps, Trial, attempt, level_of, search
 from robx.export.gate.shipped import check_shipped
@@ -190,7 +191,7 @@ def _healing_not_used(healing: Healing | None, shipped: Candidate) -> str:
     errors = f"int8 error {healing.loss_before:.4f} before, {healing.loss_after:.4f} after"
     if healing.is_in_vain:
         return f"healing was in vain ({errors}): the student's own weights shipped"
-    trained = f"{healing.steps} steps of {healing.batch} images"
+    trained = f"{counted(healing.steps, 'step')} of {counted(healing.batch, 'image')}"
     return f"the weights were healed in {trained} ({errors}), and the student's own shipped"
 
 

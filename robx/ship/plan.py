@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-from robx.arguments import check_types, types_of
+from robx.arguments import check_types, home_expanded, types_of
 from robx.distill.recipes import Recipe
 from robx.distill.training.run import Options
 from robx.errors import InputError, did_you_mean
@@ -161,6 +161,7 @@ def make_plan(values: Table, *, where: str, **replaced: Any) -> Plan:
         InputError: an unknown key, a missing one, or a value of the wrong type.
     """
     values = {**values, **{name: value for name, value in replaced.items() if value is not None}}
+    values = home_expanded(values)  # no value but a path starts with "~"
     known = {f.name: f for f in dataclasses.fields(Plan)}
     for name, value in values.items():
         if name not in known:

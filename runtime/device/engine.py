@@ -16,8 +16,9 @@ def check_settings(engine: str, settings: dict[str, Any], providers: tuple[str, 
     """
     provider = str(settings.get("provider") or providers[0])
     if provider not in providers:
-        known = " or ".join(providers)
-        raise RuntimeError("%s runs on %s and %r was asked for: give one of these" % (engine, known, provider))
+        raise RuntimeError(
+            "%s runs on %s, and %r was asked for: give one of these" % (engine, ", ".join(providers), provider)
+        )
     hint = str(settings.get("precision_hint") or "f32")
     if hint != "f32":
         raise RuntimeError("%s computes in the types of the file, and %s was asked for" % (engine, hint))

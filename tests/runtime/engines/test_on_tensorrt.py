@@ -139,7 +139,7 @@ def test_a_full_or_read_only_cache_does_not_stop_the_model(
 
 def test_a_missing_gpu_or_wrong_provider_is_an_error(bundle: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason=MISSING)
-    with pytest.raises(RuntimeError, match="runs on cuda and 'cpu' was asked for"):
+    with pytest.raises(RuntimeError, match="runs on cuda, and 'cpu' was asked for"):
         on_tensorrt.open_model(str(bundle), MANIFEST, {"provider": "cpu"})
     import torch
 
