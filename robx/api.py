@@ -527,7 +527,7 @@ def load(run: StrPath) -> nn.Module:
 def _reporting(progress: Reporting, function: Callable[..., Any]) -> Iterator[tuple[Progress, Say]]:
     """As `reporting`; messages name the arguments of `function`."""
     with reporting(progress) as (shown, say):
-        yield shown, lambda text: say(naming_arguments(text, function))
+        yield shown, lambda text: say(type(text)(naming_arguments(text, function)))  # a Fact stays one
 
 
 def _paths(paths: StrPath | Iterable[StrPath]) -> tuple[Path, ...]:

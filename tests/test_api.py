@@ -36,6 +36,7 @@ from robx.export.request import ExportTarget
 from robx.images.decode import decode, preprocess, read_image_file
 from robx.images.sources import open_source
 from robx.images.transform import torchvision_transform
+from robx.progress import Fact
 from robx.records import Preprocessing, Student, load_student
 from robx.runtime.bench.profiles import BenchSettings
 from robx.runtime.session import SessionSettings
@@ -400,8 +401,9 @@ def test_a_path_may_start_in_the_home_directory(
 
 def test_messages_of_a_call_name_its_arguments(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     with api._reporting(None, api.distill) as (_, say):
-        say("runs/r holds the complete run: give --fresh to start over")
+        say(Fact("runs/r holds the complete run: give --fresh to start over"))
     assert caplog.messages == ["runs/r holds the complete run: give fresh to start over"]
+    assert isinstance(caplog.records[0].msg, Fact), "which --quiet leaves out"
 
 
 def test_embed_refuses_what_is_no_image_and_names_it(run: Path, photos: list[Path], tmp_path: Path) -> None:
