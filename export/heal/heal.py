@@ -209,14 +209,13 @@ class _Trainer:
         Weights that are trained with ranges that follow the extremes suit any format's min-max calibration. If a few
         values are far out, as in EfficientNet-B0, such ranges waste most of the 256 levels: they are learned instead.
         """
-        errors = []
-        for clipped in (_TAILS, 0.0):
-            self.simulation.set_ranges(batches, clipped=clipped)
-            errors.append(self.error())
-        without_tails, extremes = errors
+        self.simulation.set_ranges(batches, clipped=_TAILS)
+        clipped, without_tails = copy.deepcopy(self.simulation.ranges()), self.error()
+        self.simulation.set_ranges(batches)
+        extremes = self.error()
         if without_tails >= _MUCH_CLOSER * extremes:
             return extremes
-        self.simulation.set_ranges(batches, clipped=_TAILS)
+        self.simulation.load_ranges(clipped)
         self.learned = self.simulation.learn_ranges()
         return without_tails
 

@@ -36,6 +36,7 @@ from robx.export.int8 import by_onnxruntime, ranges
 from robx.export.int8.candidate import Candidate
 from robx.export.onnx_run import run_model
 from robx.export.request import ExportTarget
+from robx.int8_simulation import Int8Simulation
 from robx.records import Preprocessing, Student, load_bundle, load_student
 from robx.trunk import load_trunk
 from tests.preloaded import Preloaded
@@ -128,6 +129,13 @@ def test_an_interrupted_healing_continues_to_the_same_bits(
 def test_ranges_without_tails_are_trained_too_and_resumed(
     model: ExportModel, student: Student, splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    measured, set_ranges = list[float](), Int8Simulation.set_ranges
+
+    def count(self: Int8Simulation, batches: Any, *, clipped: float = 0.0) -> None:
+        measured.append(clipped)
+        set_ranges(self, batches, clipped=clipped)
+
+    monkeypatch.setattr(Int8Simulation, "set_ranges", count)
     of_extremes = _heal(model, student, splits, tmp_path / "extremes", settings={"steps": 1})
     monkeypatch.setattr("robx.export.heal.heal._MUCH_CLOSER", 1e9)  # as if the tails did harm here
 
@@ -141,6 +149,7 @@ def test_ranges_without_tails_are_trained_too_and_resumed(
         _heal(model, student, splits, tmp_path / "cut", progress=interrupt)
     resumed = _heal(model, student, splits, tmp_path / "cut")
     assert resumed.sha256 == whole.sha256 and resumed.ranges == whole.ranges
+    assert len(measured) == 2 * 5  # once with the tails and once without them in each of the five healings
     places = [(each.layer, each.place) for each in whole.ranges]
     assert places == [(each.layer, each.place) for each in of_extremes.ranges]
     widths = np.array([[each.high - each.low for each in found.ranges] for found in (of_extremes, first, whole)])
