@@ -42,6 +42,7 @@ from robx.distill.training.log import log_step, monitor, note, open_probe, probe
 from robx.distill.training.processes import Processes, join_processes
 from robx.distill.training.readings import Readings, StepTensors, reads_late
 from robx.distill.training.run import (
+    Options,
     Run,
     RunSpec,
     Say,
@@ -303,10 +304,8 @@ def _steps(
         # A kNN evaluation, a checkpoint, and the end of the run if a signal asked for it.
         began = time.monotonic()
         probed = probe is not None and probes and probe_students(run, probe, done)
-        due = began - saved > 60 * options.checkpoint_minutes or (
-            options.checkpoint_steps > 0 and done % options.checkpoint_steps == 0
-        )
-        asked, due = processes.any(stop.signal is not None, due or probed or done == run.steps)
+        due = probed or done == run.steps or _is_due(options, done, seconds=began - saved)
+        asked, due = processes.any(stop.signal is not None, due)
         if asked or due:
             for values in readings.settle():
                 log_step(run, values, speed=speed)
@@ -315,11 +314,22 @@ def _steps(
         rate.pause(time.monotonic() - began)
         run.writer.check()
         if asked and done < run.steps:
-            run.writer.wait()
-            name = stop.signal.name if stop.signal is not None else "another process's signal"
-            raise Interrupted(
-                f"{name} after step {done} of {run.steps}; its state is saved: run the same command to resume {run.out}"
-            )
+            _end(run, done, stop)
+
+
+def _is_due(options: Options, done: int, *, seconds: float) -> bool:
+    """Whether a checkpoint is due after this many steps, `seconds` after the last one."""
+    every = options.checkpoint_steps
+    return seconds > 60 * options.checkpoint_minutes or (every > 0 and done % every == 0)
+
+
+def _end(run: Run, done: int, stop: StopRequest) -> NoReturn:
+    """End a run that a signal stopped, once its checkpoint is on disk."""
+    run.writer.wait()
+    name = stop.signal.name if stop.signal is not None else "another process's signal"
+    raise Interrupted(
+        f"{name} after step {done} of {run.steps}; its state is saved: run the same command to resume {run.out}"
+    )
 
 
 def _gradients(

@@ -14,6 +14,8 @@ import time
 from collections.abc import Generator, Iterator
 from typing import Any
 
+from torch.utils.data import DataLoader
+
 from robx.distill.batches.crops import plan_image
 from robx.distill.batches.loader import BATCH_LOST, Batch, build_loader, decoded_side, micro_batch
 from robx.distill.training.run import Run
@@ -40,19 +42,7 @@ def batches(run: Run, start: int, *, prefetch: int, stop: StopRequest) -> Genera
     """
     accumulate, given, lives = run.recipe.accumulate, 0, 2
     while True:
-        loader = build_loader(
-            run.source,
-            run.recipe,
-            start=start + given // accumulate,
-            end=run.steps,
-            share=run.processes.share,
-            workers=run.options.workers,
-            mask_grid=run.mask_grid,
-            corrupt_budget=run.options.corrupt_budget,
-            pin_memory=run.processes.device.type == "cuda",
-            prefetch=prefetch,
-            timeout=_POLL_SECONDS,
-        )
+        loader = _loader(run, start + given // accumulate, prefetch=prefetch)
         before = multiprocessing.active_children()
         iterator, mine = None, list[Any]()
         try:
@@ -85,6 +75,23 @@ def batches(run: Run, start: int, *, prefetch: int, stop: StopRequest) -> Genera
             del iterator
             for worker in mine:
                 worker.kill()
+
+
+def _loader(run: Run, start: int, *, prefetch: int) -> DataLoader[Any]:
+    """The loader of this process's micro-batches from step `start` to the end of the run."""
+    return build_loader(
+        run.source,
+        run.recipe,
+        start=start,
+        end=run.steps,
+        share=run.processes.share,
+        workers=run.options.workers,
+        mask_grid=run.mask_grid,
+        corrupt_budget=run.options.corrupt_budget,
+        pin_memory=run.processes.device.type == "cuda",
+        prefetch=prefetch,
+        timeout=_POLL_SECONDS,
+    )
 
 
 def _patiently(iterator: Iterator[Batch], run: Run, stop: StopRequest) -> Iterator[Batch | None]:

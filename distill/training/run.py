@@ -132,10 +132,7 @@ def open_run(spec: RunSpec, compute: Compute, *, processes: Processes, say: Say)
         raise InputError("give one of --teacher NAME, --teacher ema (the base method) and --targets DIR")
     initial = check_spec(spec)
     per_epoch = steps_per_epoch(len(spec.source), recipe.batch_size)
-    micro_batch(recipe, processes=processes.world)
-    _require_batch(spec, processes=processes.world)
-    require_same_images(spec.source, processes)
-    require_same_recipe(recipe, processes)
+    _check_processes(spec, processes)
     steps = recipe.epochs * per_epoch
     stored = None if spec.targets is None else open_targets(spec.targets, recipe, spec.source)
     if spec.teacher is not None:
@@ -158,20 +155,13 @@ def open_run(spec: RunSpec, compute: Compute, *, processes: Processes, say: Say)
         compile=options.compile,
         init=initial,
     )
-    for learner in networks.learners:
-        if learner.net.note:
-            say(learner.net.note)
-        if learner.net.stages is not None:
-            pairs = learner.net.stages.pairs.items()
-            strides = ", ".join(f"{one}" if one == own else f"{one} (its own of {own})" for one, own in pairs)
-            say(Fact(f"{learner.name} matches the teacher's feature maps at stride {strides}"))
-    branch = networks.branch
-    if spec.store is not None and spec.teacher is not None and processes.first:
-        kept = stored_info(recipe, teacher=spec.teacher, source=spec.source, k=options.stored_k)
-        check_folder(spec.store, epochs=recipe.target_epochs or recipe.epochs, info=kept)
-    if processes.first:  # only now, when nothing can be refused any more
+    _say_what_is_learned(networks.learners, say)
+    if processes.first:
+        _check_store(spec)
+        # Only now, when nothing can be refused any more.
         _claim(spec, folders, say)
         write_json(out / "recipe.json", settings | {"compute": to_json(compute), "robx_version": __version__})
+    branch = networks.branch
     if spec.store is not None:
         branch = store_targets(
             branch, spec.store, recipe=recipe, teacher=spec.teacher, source=spec.source, k=options.stored_k
@@ -193,6 +183,33 @@ def open_run(spec: RunSpec, compute: Compute, *, processes: Processes, say: Say)
         skipped=Skipped(images=len(spec.source), budget=options.corrupt_budget),
         initial=initial,
     )
+
+
+def _check_processes(spec: RunSpec, processes: Processes) -> None:
+    """Refuse processes that cannot share a batch, or that see different images or recipes."""
+    micro_batch(spec.recipe, processes=processes.world)
+    _require_batch(spec, processes=processes.world)
+    require_same_images(spec.source, processes)
+    require_same_recipe(spec.recipe, processes)
+
+
+def _say_what_is_learned(learners: Sequence[Learner], say: Say) -> None:
+    """Which part of the method does not apply to a student, and which feature maps it matches."""
+    for learner in learners:
+        if learner.net.note:
+            say(learner.net.note)
+        if learner.net.stages is not None:
+            pairs = learner.net.stages.pairs.items()
+            strides = ", ".join(f"{one}" if one == own else f"{one} (its own of {own})" for one, own in pairs)
+            say(Fact(f"{learner.name} matches the teacher's feature maps at stride {strides}"))
+
+
+def _check_store(spec: RunSpec) -> None:
+    """Refuse to add to stored targets of other settings than this run's."""
+    recipe = spec.recipe
+    if spec.store is not None and spec.teacher is not None:
+        kept = stored_info(recipe, teacher=spec.teacher, source=spec.source, k=spec.options.stored_k)
+        check_folder(spec.store, epochs=recipe.target_epochs or recipe.epochs, info=kept)
 
 
 def _claim(spec: RunSpec, folders: Sequence[Path], say: Say) -> None:
