@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,20 @@ SMALL = {"epochs": 1, "batch_size": 16, "crop_size": 32, "local_crops": 0, "prot
 STAND_INS = dict.fromkeys(("resnet18", "mobilenetv3_large_100", "mobilenetv3_small_100"), "test_resnet")
 
 
+@dataclass(frozen=True)
+class World:
+    """What has been run in the working directory: pytest may make another one for the rest of a module's tests."""
+
+    commands: set[str] = field(default_factory=set)
+    defined: dict[Path, dict[str, Any]] = field(default_factory=dict)  # by the Python of each page
+
+
 @pytest.fixture(scope="module")  # not longer: other tests of the same process need the real networks
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[set[str]]:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """A working directory with images/train, images/test and photos/, which all pages share, and the smaller settings.
 
-    The commands are those of the pages; their networks, recipes, searches and measurements are small. Yields the
-    commands and snippets that have been run, which the tests add to.
+    The commands are those of the pages; their networks, recipes, searches and measurements are small. Yields what
+    has been run, which the tests add to.
     """
     folder = tmp_path_factory.mktemp("docs")
     for index in range(340):
@@ -66,7 +74,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[set[str]]:
         for name in ("quick", "standard"):
             patch.setitem(PROFILES, name, replace(PROFILES[name], **short))
         os.chdir(folder)
-        yield set()
+        yield World()
         os.chdir(before)
 
 

@@ -38,6 +38,7 @@ from robx.errors import CorruptImage
 from robx.image_size import at_size
 from robx.images.decode import decode, preprocess
 from robx.records import load_bundle, load_measurements, to_json
+from tests.docs.conftest import World
 from tests.odd_pictures import odd_pictures, pictures_without_white
 
 ROOT = Path(__file__).parent.parent.parent
@@ -171,9 +172,6 @@ def test_what_a_block_names_exists(block: Block) -> None:
     check(block)
 
 
-NAMES: dict[str, dict[str, Any]] = {}  # of the pages that were run
-
-
 @pytest.mark.parametrize("page", LINKING, ids=lambda p: p.name)
 def test_what_an_indented_command_names_exists(page: Path) -> None:
     for command in indented_commands(page):
@@ -187,12 +185,12 @@ RUNNABLE = sorted((p for p in PAGES if any(block.run for block in blocks(p))), k
 
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda p: p.name)
-def test_the_blocks_of_a_page_run(page: Path, world: set[str]) -> None:
+def test_the_blocks_of_a_page_run(page: Path, world: World) -> None:
     run_page(QUICKSTART, world)
     run_page(page, world)
 
 
-def test_the_python_of_the_readme_makes_what_it_says(world: set[str]) -> None:
+def test_the_python_of_the_readme_makes_what_it_says(world: World) -> None:
     """Only its surroundings are smaller: images, the networks behind the names, recipe, int8 search and bench."""
     found = run_page(ROOT / "README.md", world)
     student, bundle = found["student"], found["bundle"]
@@ -207,17 +205,17 @@ def test_the_python_of_the_readme_makes_what_it_says(world: set[str]) -> None:
     assert api.load(student).preprocessing(Image.new("RGB", (50, 40))).shape == (3, 32, 32)  # type: ignore[operator]
 
 
-def run_page(page: Path, done: set[str]) -> dict[str, Any]:
+def run_page(page: Path, world: World) -> dict[str, Any]:
     """Run the blocks of a page that have not been run; returns what its Python defines, once for each page."""
-    if str(page) in NAMES:
-        return NAMES[str(page)]
-    found = NAMES[str(page)] = dict[str, Any]()
+    if page in world.defined:
+        return world.defined[page]
+    found = world.defined[page] = dict[str, Any]()
     for block in blocks(page):
         if block.run and block.language == "sh":
             for command in (" ".join(line.split()) for line in block.commands):
-                if command not in done:
+                if command not in world.commands:
                     _run(command)
-                    done.add(command)
+                    world.commands.add(command)
         elif block.run and block.language == "python" and _can_import(block):
             exec(compile(block.text, _title(block), "exec"), found)
     return found
@@ -308,7 +306,7 @@ def test_a_message_that_the_page_explains_exists(message: str, said: list[str]) 
     assert any(all(part in text for part in parts) for text in said), f"no message says: {message}"
 
 
-def test_a_bundle_runs_without_robx(world: set[str]) -> None:
+def test_a_bundle_runs_without_robx(world: World) -> None:
     """The preprocessing of docs/bundle.md, which is written out without robx, against robx's own, on odd sizes."""
     snippet = next(b for b in blocks(ROOT / "docs" / "bundle.md") if b.language == "python")
     assert not re.search(r"^(from|import) robx", snippet.text, flags=re.MULTILINE)
