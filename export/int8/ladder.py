@@ -95,11 +95,13 @@ def sensitive_candidates(best: Candidate, ranking: Sequence[str], tried: Sequenc
 def healed_candidates(plain: Sequence[Candidate]) -> list[Candidate]:
     """The same candidates, made from the healed weights.
 
-    For CNNs, ONNX Runtime's quantiser and, in OpenVINO's graphs, NNCF also get one with the activation ranges that were
-    trained with the weights. Biases were trained with int8 simulated, and NNCF's fast correction would spoil them.
-    Candidates with float activations are left out, as healing improves int8 activations.
+    For CNNs, ONNX Runtime's quantiser, TensorRT's form and, in OpenVINO's graphs, NNCF also get one with the activation
+    ranges that were trained with the weights. Biases were trained with int8 simulated, and NNCF's fast correction would
+    spoil them. Candidates with float activations are left out, as healing improves int8 activations.
     """
-    takes_ranges = [c for c in plain if c.quantiser == "onnxruntime" or (c.quantiser == "nncf" and c.asymmetric)]
+    takes_ranges = [
+        c for c in plain if c.quantiser in ("onnxruntime", "tensorrt") or (c.quantiser == "nncf" and c.asymmetric)
+    ]
     is_cnn = not any(c.transformer for c in plain)
     trained = [_with_trained_ranges(c) for c in takes_ranges[:1] if is_cnn]
     return [
@@ -112,7 +114,7 @@ def healed_candidates(plain: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _with_trained_ranges(static: Candidate) -> Candidate:
-    name = "nncf, asymmetric" if static.quantiser == "nncf" else "static"
+    name = {"nncf": "nncf, asymmetric", "tensorrt": "symmetric"}.get(static.quantiser, "static")
     return dataclasses.replace(static, name=f"{name}, trained ranges", ranges="trained", mean_ranges=False)
 
 

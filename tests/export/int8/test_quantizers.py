@@ -420,7 +420,7 @@ def test_the_cpu_decides_the_activation_type(cnn_onnx: onnx.ModelProto) -> None:
     assert arm.signed and not arm.reduce_range
 
 
-@pytest.mark.parametrize("fmt", ["onnx", "openvino", "litert"])
+@pytest.mark.parametrize("fmt", ["onnx", "openvino", "litert", "trt"])
 def test_healed_candidates_keep_the_biases_that_were_trained(fmt: str, cnn_onnx: onnx.ModelProto) -> None:
     plain = ladder(fmt, read_facts(cnn_onnx), Machine())  # type: ignore[arg-type]
     healed = healed_candidates(plain)
@@ -430,6 +430,7 @@ def test_healed_candidates_keep_the_biases_that_were_trained(fmt: str, cnn_onnx:
     settings = [dataclasses.replace(c, name="") for c in healed]
     assert len(set(settings)) == len(settings)
     assert {c.form for c in healed} <= {c.form for c in plain}  # as fast as from the student's own weights
+    assert [c.ranges for c in healed].count("trained") == (fmt != "litert")
 
 
 def test_sensitive_candidates_keep_the_worst_layers_in_float() -> None:
