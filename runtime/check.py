@@ -13,7 +13,7 @@ import numpy as np
 from robx.errors import InputError
 from robx.golden.compare import Comparison, compare, widths_of
 from robx.golden.mistakes import Mistake
-from robx.golden.sample import GoldenSample, parse_array, read_sample
+from robx.golden.sample import GoldenSample, check_preprocessing, parse_array, read_sample
 from robx.records import Bundle, load_bundle, require_bundle, warn_outdated
 
 RAW, TEXT = (".bin", ".raw"), (".txt", ".csv")  # float32, little endian; and decimal numbers
@@ -41,6 +41,7 @@ def check(bundle: Path, array: Path, *, say: Callable[[str], None] = lambda _: N
     record = load_bundle(bundle)
     warn_outdated(bundle, record, say)
     sample = read_sample(bundle, record)
+    check_preprocessing(bundle, record)
     content = _content(array)
     try:
         if array.suffix in RAW:

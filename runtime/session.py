@@ -22,6 +22,7 @@ from robx.errors import (
     is_exhausted,
 )
 from robx.formats import PROVIDERS, RUNTIMES
+from robx.golden.sample import check_preprocessing
 from robx.records import Bundle, Student, from_json, load_bundle, load_student, to_json
 from robx.runtime.device.runner import run_in_batches
 from robx.store.files import read_json
@@ -107,6 +108,7 @@ def open_session(path: str | Path, settings: SessionSettings | None = None, *, l
     try:
         if isinstance(record, Bundle):
             check_model_file(path, record)
+            check_preprocessing(path, record)
         manifest = to_json(record)
         if labels and isinstance(record, Bundle):
             manifest["outputs"].sort(key=lambda output: output["name"] != "logits")  # engines return the first output

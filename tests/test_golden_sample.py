@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,15 @@ from robx.errors import ArtifactError, InputError
 from robx.golden.compare import compare
 from robx.golden.mistakes import variants
 from robx.golden.picture import draw_picture
-from robx.golden.sample import GoldenRecord, GoldenSample, encoded, model_input, read_sample, write_sample
+from robx.golden.sample import (
+    GoldenRecord,
+    GoldenSample,
+    check_preprocessing,
+    encoded,
+    model_input,
+    read_sample,
+    write_sample,
+)
 from robx.images.decode import centre_box, host_input, resize_and_crop, resized_size
 from robx.records import Bundle, Normalisation, Preprocessing, Student, TensorSpec, load_bundle
 
@@ -269,6 +278,22 @@ def test_a_sample_survives_the_disk_and_damage_is_named(tmp_path: Path) -> None:
     np.save(tmp_path / "golden" / "mistakes.npy", np.array([{}]), allow_pickle=True)
     with pytest.raises(ArtifactError, match="npy"):
         read_sample(tmp_path, bundle)
+
+
+@pytest.mark.parametrize("kind", BUNDLES)
+def test_a_preprocessing_that_was_changed_is_refused(kind: str, tmp_path: Path) -> None:
+    bundle, right = BUNDLES[kind], BUNDLES[kind].preprocessing
+    bundle = dataclasses.replace(bundle, files=write_sample(sample_of(bundle), tmp_path))
+    check_preprocessing(tmp_path, bundle)
+    changes: list[dict[str, Any]] = [{"mean": (right.mean[0], right.mean[1] + 0.04, right.mean[2])}]
+    changes += [{"std": (right.std[0], right.std[1], right.std[2] * 1.05)}]
+    if bundle.in_model is None or not bundle.in_model.resize:
+        changes += [{"size": PRE.size + 4}, {"interpolation": "bilinear"}, {"crop": PRE.crop - 2}]
+    for change in changes:
+        changed = dataclasses.replace(bundle, preprocessing=dataclasses.replace(right, **change))
+        with pytest.raises(ArtifactError, match=r"manifest.json was changed: .*; export the student again"):
+            check_preprocessing(tmp_path, changed)
+    check_preprocessing(tmp_path, dataclasses.replace(bundle, files=()))  # as one of an earlier version
 
 
 def test_a_bundle_of_an_earlier_version_opens_and_has_no_sample() -> None:

@@ -20,11 +20,12 @@ from PIL import Image
 
 from robx.errors import ArtifactError
 from robx.golden.mistakes import Mistake
-from robx.images.decode import decode, preprocess, resize_and_crop
+from robx.images.decode import decode, host_input, preprocess, resize_and_crop
 from robx.records import SCHEMA, Bundle, BundleFile, Normalisation, describe_file, from_json, to_json
 from robx.store.files import read_bytes, read_json, write_bytes, write_json
 
 FOLDER = "golden"
+_INPUT_TOLERANCE = 0.02  # about one level of 255: other versions of Pillow may round differently
 IMAGE, INPUT, RECORD = "image.png", "input.npy", "golden.json"
 # Output name -> the files of the correct output and of those after the mistakes.
 OUTPUTS = {"embedding": ("output.npy", "mistakes.npy"), "logits": ("logits.npy", "mistakes-logits.npy")}
@@ -108,6 +109,29 @@ def read_sample(bundle_folder: Path, bundle: Bundle) -> GoldenSample:
     names = ["embedding"] if bundle.labels is None else list(OUTPUTS)
     outputs = {name: _rows(folder, name, record) for name in names}
     return GoldenSample(record=record, image=image, inputs=load_array(folder / INPUT), outputs=outputs)
+
+
+def check_preprocessing(bundle_folder: Path, bundle: Bundle) -> None:
+    """Refuse a manifest whose preprocessing is not what the golden sample was made with; does nothing without a sample.
+
+    The manifest has the hashes of all other files, and none of its own: a mean that was edited in it would give other
+    embeddings without a word.
+
+    Raises:
+        ArtifactError: the picture, preprocessed as the manifest says, is not the sample's input.
+    """
+    if not any(file.path == f"{FOLDER}/{RECORD}" for file in bundle.files):
+        return
+    folder = bundle_folder / FOLDER
+    image, stored = decode(read_bytes(folder / IMAGE), name=str(folder / IMAGE)), load_array(folder / INPUT)
+    made, tolerance = host_input(image, bundle)[None], _INPUT_TOLERANCE
+    if bundle.in_model is not None:  # the host's input is pixels 0..255 then, as floats
+        made, tolerance = encoded(made[0].transpose(1, 2, 0), bundle.in_model), 1.0
+    if made.shape != stored.shape or np.abs(made - stored.astype(np.float32)).max() > tolerance:
+        raise ArtifactError(
+            f"{bundle_folder / 'manifest.json'} was changed: its preprocessing does not turn {FOLDER}/{IMAGE} into "
+            f"{FOLDER}/{INPUT}; export the student again"
+        )
 
 
 def _rows(folder: Path, name: str, record: GoldenRecord) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from robx.errors import DeviceError, InputError, RobxError
+from robx.golden.sample import check_preprocessing
 from robx.progress import Progress, silent
 from robx.records import (
     Latency,
@@ -131,6 +132,7 @@ def _prepare(settings: BenchSettings, say: Callable[[str], None]) -> list[Run]:
             raise InputError(f"{folder} is a student: export it with robx export, then bench the bundle")
         bundle = load_bundle(folder)
         check_model_file(folder, bundle)
+        check_preprocessing(folder, bundle)
         require_measurable(folder)
         fixed = bundle.inputs[0].shape[0]
         if settings.batch > 1 and fixed not in (None, settings.batch):

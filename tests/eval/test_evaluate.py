@@ -593,7 +593,7 @@ def test_the_device_goes_to_every_model_and_to_the_search(run, scenes, monkeypat
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there_is_refused(run, scenes):
-    for device, said in (("cuda", "no CUDA device"), ("tpu", "torch runs on cpu or cuda and 'tpu' was asked for")):
+    for device, said in (("cuda", "no CUDA device"), ("tpu", "torch runs on cpu, cuda, and 'tpu' was asked for")):
         result = robx(run, "--data", scenes, "--no-cache", "--device", device)
         assert result.exit_code == 2 and said in result.output and result.output.count("\n") == 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,6 +72,24 @@ def test_a_correct_port_passes_and_common_mistakes_are_named(exported: tuple[Pat
         found = _check(folder, tmp_path / f"{number}.npy")
         assert found.exit_code == (0 if number == 0 else 3), found.output
         assert said in (found.output if number == 0 else found.stderr.splitlines()[-1])
+
+
+def test_every_command_refuses_a_bundle_whose_preprocessing_was_edited(
+    exported: tuple[Path, Bundle], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(exported[0], tmp_path / "edited")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["preprocessing"]["mean"][0] += 0.4
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    image, output = str(folder / "golden" / "image.png"), str(folder / "golden" / "output.npy")
+    for command in (
+        ("run", str(folder), image, "--out", str(tmp_path / "x.npz")),
+        ("check", str(folder), output),
+        ("bench", str(folder), "--profile", "rapid"),
+    ):
+        found = CliRunner().invoke(main, [*command])
+        assert found.exit_code == 2, found.output
+        assert "manifest.json was changed: its preprocessing does not turn golden/image.png into" in found.stderr
 
 
 def test_raw_floats_text_and_json_serve_as_well(exported: tuple[Path, Bundle], tmp_path: Path) -> None:
