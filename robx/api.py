@@ -32,6 +32,7 @@ from robx.arguments import checked, home_expanded, naming_arguments
 from robx.errors import CorruptImage, InputError
 from robx.formats import Format
 from robx.progress import Progress
+from robx.random_state import kept_random_state
 from robx.reporting import Reporting, Say, reporting
 
 StrPath = str | os.PathLike[str]
@@ -81,6 +82,7 @@ def distill(*, student: Sequence[str], data: StrPath, out: StrPath, **settings: 
 
 
 @checked
+@kept_random_state()
 def distill(
     *,
     student: str | Sequence[str],
@@ -154,6 +156,7 @@ def distill(
 
 
 @checked
+@kept_random_state()
 def export(
     student: StrPath,
     *,
@@ -268,6 +271,7 @@ def export(
 
 
 @checked
+@kept_random_state()
 def bench(
     bundles: StrPath | Sequence[StrPath],
     *,
@@ -345,6 +349,7 @@ def bench(
 
 
 @checked
+@kept_random_state()
 def evaluate(
     models: StrPath | Sequence[StrPath],
     *,
@@ -432,6 +437,7 @@ def evaluate(
 
 
 @checked
+@kept_random_state()
 def report(
     folders: StrPath | Sequence[StrPath],
     *,
@@ -471,6 +477,7 @@ VERBS: Mapping[str, Callable[..., Any]] = {
 
 
 @checked
+@kept_random_state()
 def ship(plan: StrPath | Mapping[str, Any], *, fresh: bool = False, progress: Reporting = "auto") -> Shipped:
     """Distil, export, evaluate, measure and report, as a plan says; finished stages are reused.
 
@@ -492,11 +499,12 @@ def ship(plan: StrPath | Mapping[str, Any], *, fresh: bool = False, progress: Re
     from robx.ship.run import run_plan
 
     chosen = make_plan(plan, where="the plan") if isinstance(plan, Mapping) else read_plan(Path(plan))
-    with _reporting(progress, ship) as (shown, say):
+    with reporting(progress) as (shown, say):  # its lines name keys of the plan, and commands
         return run_plan(chosen, VERBS, fresh=fresh, progress=shown, announce=say, say=say)
 
 
 @checked
+@kept_random_state()
 def load(run: StrPath) -> nn.Module:
     """Load a distilled student as the timm model that it is, for fine-tuning or for use in PyTorch.
 
@@ -539,6 +547,7 @@ def _paths(paths: StrPath | Iterable[StrPath]) -> tuple[Path, ...]:
 
 
 @checked
+@kept_random_state()
 def open(folder: StrPath, *, threads: int = 1, provider: str | None = None) -> Embedder:
     """Open a bundle in its runtime, or a student in PyTorch, to embed images.
 

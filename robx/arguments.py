@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, Union
 
 from robx.errors import ArtifactError, InputError, RobxError, counted, did_you_mean
-from robx.random_state import kept_random_state
 from robx.store.dataclass_json import check_json, to_json
 
 Parameters = ParamSpec("Parameters")
@@ -36,10 +35,10 @@ _PLURALS = {"a whole number": "whole numbers", "a number": "numbers", "a string"
 
 
 def checked(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """`function` as a part of the Python API: its arguments are checked against its annotations; see `check_types`.
+    """`function`, with its arguments checked against its annotations before it runs; see `check_types`.
 
     Arguments that it does not take, or lacks, are an InputError too. The errors that it raises name arguments where the
-    command line has options; see `naming_arguments`. The caller's random numbers stay as they were.
+    command line has options; see `naming_arguments`.
     """
     signature = inspect.signature(function)
 
@@ -51,8 +50,7 @@ def checked(function: Callable[Parameters, Result]) -> Callable[Parameters, Resu
             raise InputError(_misfit(function, error, args, kwargs)) from None
         given.arguments |= check_types(types_of(function), given.arguments)
         try:
-            with kept_random_state():
-                return function(*given.args, **given.kwargs)
+            return function(*given.args, **given.kwargs)
         except RobxError as error:
             error.args = (naming_arguments(str(error), function),)
             raise

@@ -107,8 +107,7 @@ def open_session(path: str | Path, settings: SessionSettings | None = None, *, l
     engine, name = engine_module(record), record.runtime if isinstance(record, Bundle) else "torch"
     try:
         if isinstance(record, Bundle):
-            check_model_file(path, record)
-            check_preprocessing(path, record)
+            check_bundle(path, record)
         manifest = to_json(record)
         if labels and isinstance(record, Bundle):
             manifest["outputs"].sort(key=lambda output: output["name"] != "logits")  # engines return the first output
@@ -184,15 +183,16 @@ def load_record(path: str | Path) -> Bundle | Student:
     )
 
 
-def check_model_file(path: Path, bundle: Bundle) -> None:
-    """Reject a hostile model file of the bundle in `path`, before a runtime opens it.
+def check_bundle(path: Path, bundle: Bundle) -> None:
+    """Reject a hostile model file of the bundle in `path`, before a runtime opens it, and an edited preprocessing.
 
     The bundle's hashes do not tell: whoever made the bundle made them too.
 
     Raises:
         ArtifactError: ONNX with a tensor that is stored outside the file or that is not valid; XML that declares
-            entities.
+            entities; a preprocessing that does not fit the golden sample.
     """
+    check_preprocessing(path, bundle)
     model = path / bundle.model.path
     if model.suffix == ".onnx":
         importlib.import_module("robx.store.onnx_safety").load_checked(model)

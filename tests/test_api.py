@@ -24,7 +24,6 @@ import robx.eval.evaluate
 import robx.export.build
 import robx.runtime.bench.bench
 from robx import api
-from robx.arguments import checked
 from robx.distill.resolve import DistillSettings
 from robx.distill.training.run import Options
 from robx.errors import CorruptImage, DeviceError, InputError
@@ -37,6 +36,7 @@ from robx.images.decode import decode, preprocess, read_image_file
 from robx.images.sources import open_source
 from robx.images.transform import torchvision_transform
 from robx.progress import Fact
+from robx.random_state import kept_random_state
 from robx.records import Preprocessing, Student, load_student
 from robx.runtime.bench.profiles import BenchSettings
 from robx.runtime.session import SessionSettings
@@ -372,7 +372,7 @@ def test_a_call_leaves_the_random_numbers_of_the_caller_alone(run: Path, photos:
     draw_and_load()
     assert all(now != then for now, then in zip(states(), before, strict=True)), "the comparison sees each generator"
     before = states()
-    checked(draw_and_load)()
+    kept_random_state()(draw_and_load)()
     assert states() == before
 
 

@@ -99,7 +99,7 @@ def read_sample(bundle_folder: Path, bundle: Bundle) -> GoldenSample:
     Raises:
         ArtifactError: it has none, as bundles of earlier versions, or its files do not fit each other.
     """
-    if not any(file.path == f"{FOLDER}/{RECORD}" for file in bundle.files):
+    if not _has_sample(bundle):
         raise ArtifactError(
             f"{bundle_folder} has no golden sample: export the student again, with this version of robx"
         )
@@ -111,6 +111,10 @@ def read_sample(bundle_folder: Path, bundle: Bundle) -> GoldenSample:
     return GoldenSample(record=record, image=image, inputs=load_array(folder / INPUT), outputs=outputs)
 
 
+def _has_sample(bundle: Bundle) -> bool:
+    return any(file.path == f"{FOLDER}/{RECORD}" for file in bundle.files)
+
+
 def check_preprocessing(bundle_folder: Path, bundle: Bundle) -> None:
     """Refuse a manifest whose preprocessing is not what the golden sample was made with; does nothing without a sample.
 
@@ -120,7 +124,7 @@ def check_preprocessing(bundle_folder: Path, bundle: Bundle) -> None:
     Raises:
         ArtifactError: the picture, preprocessed as the manifest says, is not the sample's input.
     """
-    if not any(file.path == f"{FOLDER}/{RECORD}" for file in bundle.files):
+    if not _has_sample(bundle):
         return
     folder = bundle_folder / FOLDER
     image, stored = decode(read_bytes(folder / IMAGE), name=str(folder / IMAGE)), load_array(folder / INPUT)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from robx.errors import DeviceError, InputError, RobxError
-from robx.golden.sample import check_preprocessing
 from robx.progress import Progress, silent
 from robx.records import (
     Latency,
@@ -36,7 +35,7 @@ from robx.runtime.bench.runners import Runner, choose_runner, job_hashes, python
 from robx.runtime.bench.transports import Transport, open_transport
 from robx.runtime.bench.workspace import workspace
 from robx.runtime.device.runner import RESULT
-from robx.runtime.session import check_model_file
+from robx.runtime.session import check_bundle
 from robx.store.files import sha256_file
 
 _LOAD_SECONDS = 300  # for loading and the first inference, in which an engine may compile its model
@@ -51,8 +50,8 @@ def bench(
     Processes of different bundles run in random order, so that slow phases of the machine affect all bundles equally.
     A bundle that is UNSTABLE for a reason that may pass (drift, background load, ...) is measured again, up to
     `settings.retries` times and within profiles.RETRY_SECONDS; the record lists every try. `progress` is called with
-    (done, total, note), `say` with a line about a bundle that should not be used any
-    more, or that a setting has no effect on.
+    (done, total, note), `say` with a line about a bundle that should not be used any more, or that a setting has no
+    effect on.
 
     Raises:
         InputError: a path is not a bundle, or a setting does not fit one.
@@ -131,8 +130,7 @@ def _prepare(settings: BenchSettings, say: Callable[[str], None]) -> list[Run]:
         if (folder / "student.json").is_file():
             raise InputError(f"{folder} is a student: export it with robx export, then bench the bundle")
         bundle = load_bundle(folder)
-        check_model_file(folder, bundle)
-        check_preprocessing(folder, bundle)
+        check_bundle(folder, bundle)
         require_measurable(folder)
         fixed = bundle.inputs[0].shape[0]
         if settings.batch > 1 and fixed not in (None, settings.batch):
